@@ -1,0 +1,1 @@
+"""trainmerge: learned-coefficient model merging."""

@@ -1,0 +1,163 @@
+"""Which coefficient a parameter uses, and the coefficients themselves: all that is ever trained.
+
+Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from trainmerge.constraints import Constraint, Free
+
+Granularity = Literal["task", "block", "tensor", "chunk"]
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How parameters share coefficients: the part of a layout that a user chooses.
+
+    `task`: one coefficient an expert. `block`: one for each numbered block of the network (and one
+    for each module outside them). `tensor`: one a parameter, which is what the papers call
+    layer-wise. `chunk`: `chunks` contiguous blocks of rows a parameter.
+
+    `include` and `exclude` are fnmatch patterns over parameter names; what is not included, or is
+    excluded, keeps the base's value.
+    """
+
+    granularity: Granularity = "tensor"
+    chunks: int = 1
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.chunks < 1:
+            raise ValueError(f"chunks must be at least 1, not {self.chunks}")
+        if self.chunks > 1 and self.granularity != "chunk":
+            raise ValueError(f"chunks={self.chunks} needs granularity=chunk, not {self.granularity}")
+
+    def layout(self, shapes: Mapping[str, torch.Size]) -> "Layout":
+        """Assign every parameter's chunks to groups, in the order of `shapes`.
+
+        Raises:
+            ValueError: a pattern matches no parameter, or nothing is left to merge.
+        """
+        excluded = {name: reason for name in shapes if (reason := self._reason(name))}
+        self._check_patterns(shapes, excluded)
+        labels: dict[str, int] = {}
+        groups = {
+            name: tuple(labels.setdefault(label, len(labels)) for label in self._labels(name, shape))
+            for name, shape in shapes.items()
+            if name not in excluded
+        }
+        return Layout(tuple(labels), groups, excluded)
+
+    def _reason(self, name: str) -> str:
+        if not _matching(name, self.include):
+            return "matches no include pattern"
+        hit = _matching(name, self.exclude)
+        return f"excluded by {hit!r}" if hit else ""
+
+    def _check_patterns(self, shapes: Mapping[str, torch.Size], excluded: Mapping[str, str]) -> None:
+        idle = [
+            pattern
+            for pattern in (*self.include, *self.exclude)
+            if not any(fnmatchcase(name, pattern) for name in shapes)
+        ]
+        if idle:
+            raise ValueError(
+                f"patterns that match no merged parameter: {idle}. "
+                f"Parameters are named like {list(shapes)[:3]}; `trainmerge inspect` lists them all."
+            )
+        if len(excluded) == len(shapes):
+            raise ValueError("nothing is left to merge: include/exclude leave out every parameter")
+
+    def _labels(self, name: str, shape: torch.Size) -> list[str]:
+        match self.granularity:
+            case "task":
+                return ["all"]
+            case "block":
+                return [block_of(name)]
+            case "tensor":
+                return [name]
+            case "chunk":
+                rows = shape[0] if shape else 1
+                return [f"{name}[{i}]" for i in range(min(self.chunks, rows))]
+
+
+def block_of(name: str) -> str:
+    """The block of the network that a parameter belongs to: up to its first number, else its module.
+
+    >>> block_of("model.layers.3.mlp.up_proj.weight")
+    'model.layers.3'
+    >>> block_of("embeddings.LayerNorm.weight")
+    'embeddings.LayerNorm'
+    """
+    numbered = re.match(r"(.*?\.\d+)\.", name)
+    return numbered.group(1) if numbered else name.rpartition(".")[0] or name
+
+
+def _matching(name: str, patterns: Sequence[str]) -> str:
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), "")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The explicit map from (parameter, chunk) to coefficient group, saved with the coefficients."""
+
+    labels: tuple[str, ...]  # G names
+    groups: Mapping[str, tuple[int, ...]]  # parameter -> the group of each of its C chunks
+    excluded: Mapping[str, str] = field(default_factory=dict)  # parameter -> why it keeps the base's value
+
+    def to_json(self) -> str:
+        """A text that `from_json` reads back."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Layout":
+        """Undo `to_json`."""
+        data = json.loads(text)
+        groups = {name: tuple(chunks) for name, chunks in data["groups"].items()}
+        return Layout(tuple(data["labels"]), groups, data["excluded"])
+
+
+class Coefficients(nn.Module):
+    """The K x G coefficients of a merge. `raw` is what the optimizer moves; the constraint maps it."""
+
+    raw: nn.Parameter  # [K, G] float32
+
+    def __init__(
+        self,
+        experts: Sequence[str],
+        layout: Layout,
+        initial: Tensor | float = 0.3,  # [K, G], [K, 1], or one number for all
+        constraint: Constraint | None = None,
+    ) -> None:
+        super().__init__()
+        self.experts, self.layout = tuple(experts), layout
+        self.constraint = constraint or Free()
+        start = torch.as_tensor(initial, dtype=torch.get_default_dtype())
+        start = start.expand(len(self.experts), len(layout.labels)).clone()
+        self.raw = nn.Parameter(self.constraint.start(start))
+
+    def forward(self) -> Tensor:
+        """The coefficients, [K, G], differentiable in `raw`."""
+        return self.constraint.values(self.raw)
+
+    def of(self, name: str, values: Tensor) -> Tensor:
+        """One parameter's columns of `values` [K, G] -> [K, C]."""
+        return values[:, list(self.layout.groups[name])]
+
+    def backward(self, gradient: Tensor) -> None:
+        """Add d loss / d raw to `raw.grad`, given d loss / d coefficients [K, G]."""
+        self().backward(gradient.to(self.raw))
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Move `raw` back into the constraint's set; called after every optimizer step."""
+        self.raw.copy_(self.constraint.project(self.raw))

@@ -1,0 +1,121 @@
+"""The set that coefficients stay in, and the map from what is optimised to what is used.
+
+A hard clamp inside the graph has no gradient outside its box and kills coefficients there; `Box` and
+`Simplex` project after the step instead, so a coefficient on the border can always come back.
+
+Legend: `K` experts, `G` coefficient groups.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+
+@dataclass(frozen=True)
+class Constraint(ABC):
+    """Coefficients [K, G] = values(raw), and raw = project(raw) after each step."""
+
+    @abstractmethod
+    def values(self, raw: Tensor) -> Tensor:
+        """Coefficients from what is optimised, both [K, G]; differentiable."""
+
+    @abstractmethod
+    def start(self, values: Tensor) -> Tensor:
+        """The raw tensor that `values` maps to these coefficients, [K, G].
+
+        Raises:
+            ValueError: they are outside the set.
+        """
+
+    @abstractmethod
+    def project(self, raw: Tensor) -> Tensor:
+        """The nearest point of the set, [K, G]."""
+
+
+@dataclass(frozen=True)
+class Free(Constraint):
+    """Any value."""
+
+    @override
+    def values(self, raw: Tensor) -> Tensor:
+        return raw
+
+    @override
+    def start(self, values: Tensor) -> Tensor:
+        return values
+
+    @override
+    def project(self, raw: Tensor) -> Tensor:
+        return raw
+
+
+@dataclass(frozen=True)
+class Box(Constraint):
+    """Values in [low, high], by projection after the step."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"box needs low < high, not [{self.low}, {self.high}]")
+
+    @override
+    def values(self, raw: Tensor) -> Tensor:
+        return raw
+
+    @override
+    def start(self, values: Tensor) -> Tensor:
+        if bool(((values < self.low) | (values > self.high)).any()):
+            raise ValueError(f"initial coefficients leave the box [{self.low}, {self.high}]")
+        return values
+
+    @override
+    def project(self, raw: Tensor) -> Tensor:
+        return raw.clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Sigmoid(Constraint):
+    """Values in (0, 1) through a sigmoid, as in Expert Merging (arXiv 2509.25712)."""
+
+    @override
+    def values(self, raw: Tensor) -> Tensor:
+        return raw.sigmoid()
+
+    @override
+    def start(self, values: Tensor) -> Tensor:
+        if bool(((values <= 0) | (values >= 1)).any()):
+            raise ValueError("a sigmoid needs initial coefficients strictly between 0 and 1")
+        return values.logit()
+
+    @override
+    def project(self, raw: Tensor) -> Tensor:
+        return raw
+
+
+@dataclass(frozen=True)
+class Simplex(Constraint):
+    """In each group the K coefficients are not negative and sum to one, by Euclidean projection."""
+
+    @override
+    def values(self, raw: Tensor) -> Tensor:
+        return raw
+
+    @override
+    def start(self, values: Tensor) -> Tensor:
+        if not torch.allclose(self.project(values), values, atol=1e-5):
+            raise ValueError("a simplex needs initial coefficients >= 0 that sum to 1 over the experts")
+        return values
+
+    @override
+    def project(self, raw: Tensor) -> Tensor:
+        """Sort-and-threshold projection (Duchi et al., ICML 2008, figure 1), one column a group."""
+        ordered = raw.sort(dim=0, descending=True).values
+        rank = torch.arange(1, len(raw) + 1, device=raw.device, dtype=raw.dtype)[:, None]
+        shift = (ordered.cumsum(dim=0) - 1) / rank
+        support = (ordered > shift).sum(dim=0, keepdim=True)
+        return (raw - shift.gather(0, support - 1)).clamp(min=0)

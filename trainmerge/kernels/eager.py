@@ -1,0 +1,151 @@
+"""The merge and its gradient in plain torch, a cache-sized block of rows at a time.
+
+Any device; the truth that other backends are compared with. Both passes read the base and every
+task vector once. Blocks never cross a chunk, accumulate in float32 (float64 for float64 weights)
+and are rounded once.
+
+Legend: `K` experts, `C` chunks of one parameter, `R` rows of a block, `W` elements of a row.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, Untouched
+
+BLOCK_ELEMENTS = 1 << 17  # 512 KiB of float32: accumulator and scratch together stay in a core's L2
+
+
+def chunk_bounds(rows: int, chunks: int) -> list[int]:
+    """Row numbers at which the chunks begin and end; sizes differ by at most one row.
+
+    >>> chunk_bounds(7, 3)
+    [0, 3, 5, 7]
+    """
+    size, longer = divmod(rows, chunks)
+    return [i * size + min(i, longer) for i in range(chunks + 1)]
+
+
+def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients: Tensor) -> None:
+    """Write `out` = base + sum_k coefficients[k, chunk] * tau_k. `out`, `base` [*S], coefficients [K, C].
+
+    All-zero coefficients give the base, and a one-hot vector on `ExpertWeight` terms that expert, bit for
+    bit (see `_anchored`).
+    """
+    weights = coefficients.double().tolist()
+    out_rows, base_rows = _as_rows(out), _as_rows(base)
+    dtype = accumulation_dtype(out.dtype)
+    scratch = _scratch(out_rows, dtype)
+    for rows, chunk in _blocks(out_rows, coefficients.shape[1]):
+        target = out_rows[rows]
+        total = target if target.dtype == dtype else torch.empty_like(target, dtype=dtype)
+        row_weights = [weight[chunk] for weight in weights]
+        buffer = scratch[: total.numel()].view(total.shape)
+        _anchored(total, base_rows[rows], terms, row_weights, rows, buffer)
+        for term, weight in zip(terms, row_weights, strict=True):
+            if isinstance(term, LowRank):
+                up, down = _factors(term, rows, total)
+                total.addmm_(up, down, alpha=weight * term.scale)
+            elif isinstance(term, Difference):
+                total.add_(_load(_as_rows(term.tau)[rows], buffer), alpha=weight)
+        if total is not target:
+            target.copy_(total)
+
+
+def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: int) -> Tensor:
+    """<grad, tau_k> per chunk, all K in one read of `grad` [*S] -> [K, C], float32 (float64 for float64)."""
+    grad_rows, base_rows = _as_rows(grad), _as_rows(base)
+    dtype = accumulation_dtype(grad.dtype)
+    scratch, base_scratch, grad_scratch = (_scratch(grad_rows, dtype) for _ in range(3))
+    products = torch.zeros(len(terms), chunks, dtype=torch.float64, device=grad.device)
+    for rows, chunk in _blocks(grad_rows, chunks):
+        shape, size = grad_rows[rows].shape, grad_rows[rows].numel()
+        g = _load(grad_rows[rows], grad_scratch[:size].view(shape))
+        b = _load(base_rows[rows], base_scratch[:size].view(shape))
+        buffer = scratch[:size].view(shape)
+        for k, term in enumerate(terms):
+            if not isinstance(term, Untouched):
+                products[k, chunk] += _block_product(g, b, term, rows, buffer)
+    return products.to(dtype)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float32 for everything narrower, float64 for float64 (gradient checks)."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _anchored(
+    total: Tensor,
+    base: Tensor,
+    terms: Sequence[Term],
+    weights: Sequence[float],
+    rows: slice,
+    buffer: Tensor,
+) -> None:
+    """Write base + sum over `ExpertWeight` terms into `total` [R, W], as differences from the heaviest model.
+
+    base + sum_k c_k (e_k - base) is an average of base and experts whose weights sum to one, so any
+    of them can be the origin. The heaviest one loses no bits: base + (e - base) is off by up to
+    |base| / |e| ulp where an expert's value is much smaller than the base's.
+    """
+    models = [
+        (_as_rows(term.weight)[rows], weight)
+        for term, weight in zip(terms, weights, strict=True)
+        if isinstance(term, ExpertWeight)
+    ]
+    models.insert(0, (base, 1.0 - sum(weight for _, weight in models)))
+    anchor = max(range(len(models)), key=lambda i: models[i][1])
+    total.copy_(models[anchor][0])
+    origin = (
+        total.clone()
+        if models[anchor][0].dtype != total.dtype or models[anchor][0].device != total.device
+        else models[anchor][0]
+    )
+    for i, (model, weight) in enumerate(models):
+        if i != anchor and weight != 0.0:
+            total.add_(torch.sub(_load(model, buffer), origin, out=buffer), alpha=weight)
+
+
+def _block_product(g: Tensor, b: Tensor, term: Term, rows: slice, buffer: Tensor) -> Tensor:
+    """<g, tau[rows]> of one expert: a scalar in the accumulation dtype."""
+    match term:
+        case LowRank():
+            up, down = _factors(term, rows, g)
+            return term.scale * torch.dot((up.T @ g).flatten(), down.flatten())
+        case ExpertWeight():
+            tau = torch.sub(_load(_as_rows(term.weight)[rows], buffer), b, out=buffer)
+        case Difference():
+            tau = _load(_as_rows(term.tau)[rows], buffer)
+    return torch.dot(g.flatten(), tau.flatten())
+
+
+def _load(source: Tensor, buffer: Tensor) -> Tensor:
+    """`source` in the buffer's dtype and on its device; itself, unread, if it is there already."""
+    if source.dtype == buffer.dtype and source.device == buffer.device:
+        return source
+    return buffer.copy_(source)
+
+
+def _factors(term: LowRank, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+    return term.up[rows].to(like), term.down.to(like)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """[*S] -> [dimension 0, the rest]; a scalar is one row of one."""
+    return tensor.view(tensor.shape[0] if tensor.dim() else 1, -1)
+
+
+def _blocks(tensor: Tensor, chunks: int) -> Iterator[tuple[slice, int]]:
+    """Row slices of about BLOCK_ELEMENTS, each inside one chunk, with that chunk's number."""
+    step = max(1, BLOCK_ELEMENTS // max(1, tensor.shape[1]))
+    bounds = chunk_bounds(tensor.shape[0], chunks)
+    for chunk, (first, last) in enumerate(pairwise(bounds)):
+        for row in range(first, last, step):
+            yield slice(row, min(row + step, last)), chunk
+
+
+def _scratch(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    size = min(rows.numel(), max(BLOCK_ELEMENTS, rows.shape[1]))
+    return torch.empty(size, dtype=dtype, device=rows.device)

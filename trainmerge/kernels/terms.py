@@ -1,0 +1,35 @@
+"""What one expert adds to one parameter: the four forms a difference can have.
+
+Legend: `*S` parameter shape, `out`/`in` rows and columns of a matrix, `r` rank.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Difference(NamedTuple):
+    """A task vector that is given: tau = `tau`."""
+
+    tau: Tensor  # [*S]
+
+
+class ExpertWeight(NamedTuple):
+    """A task vector taken inside the pass: tau = `weight` - base. `weight` may stay on disk, mapped."""
+
+    weight: Tensor  # [*S]
+
+
+class LowRank(NamedTuple):
+    """A task vector that never becomes dense: tau = `scale` * `up` @ `down`."""
+
+    up: Tensor  # [out, r]
+    down: Tensor  # [r, in]
+    scale: float
+
+
+class Untouched(NamedTuple):
+    """The expert did not change this parameter: tau = 0."""
+
+
+Term = Difference | ExpertWeight | LowRank | Untouched

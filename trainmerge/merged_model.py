@@ -1,0 +1,102 @@
+"""One ordinary model whose weights are the merge, and the gradient of its coefficients.
+
+The merge is linear in the coefficients, so it never enters the autograd graph:
+
+    W = base + sum_k c_k tau_k          written into the parameters once a step (`materialise`)
+    dL/dc_k = <dL/dW, tau_k>            taken as soon as a weight's gradient is complete, which then is freed
+
+Memory holds one model and one weight's gradient, whatever K is.
+
+Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from trainmerge.coefficients import Coefficients
+from trainmerge.task_vectors import Delta, TaskVectors
+
+
+class MergedModel:
+    """Holds `module` and keeps its merged parameters equal to the merge of the task vectors.
+
+    `names` maps a task vector's name to the module's parameter name, where they differ.
+    The module's weights are overwritten; only merged parameters ask for gradients.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        task_vectors: TaskVectors,
+        coefficients: Coefficients,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
+        parameters = dict(module.named_parameters())
+        self._all_parameters = {
+            name: parameters[(names or {}).get(name, name)] for name in task_vectors.deltas
+        }
+        self._parameters = {name: self._all_parameters[name] for name in coefficients.layout.groups}
+        self._gradient: Tensor | None = None  # [K, G], float64: many small sums meet here
+        module.requires_grad_(False)
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(True)
+            parameter.register_post_accumulate_grad_hook(partial(self._collect, name))  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def materialise(self) -> None:
+        """Write the merge of the present coefficients into the module: one pass over the task vectors."""
+        values = self.coefficients()
+        self._write(self._parameters, lambda name: self.coefficients.of(name, values))
+
+    @contextmanager
+    def teacher(self, expert: int) -> Iterator[nn.Module]:
+        """The module as one expert, excluded parameters included; the merge comes back afterwards."""
+        one_hot = torch.eye(len(self.task_vectors.experts))[expert]
+        with self.uniform(one_hot, everywhere=True):
+            yield self.module
+
+    @contextmanager
+    def uniform(self, weights: Tensor, everywhere: bool = False) -> Iterator[nn.Module]:
+        """The module with one coefficient an expert, `weights` [K]; the merge comes back afterwards.
+
+        `everywhere` moves the parameters that the layout excludes too.
+        """
+        touched = self._all_parameters if everywhere else self._parameters
+        try:
+            self._write(touched, lambda _: weights[:, None])
+            yield self.module
+        finally:
+            self._write(touched.keys() - self._parameters.keys(), lambda _: torch.zeros(len(weights), 1))
+            self.materialise()
+
+    def gradient(self) -> Tensor:
+        """The coefficient gradient [K, G] of all backwards since the last call; starts over at zero."""
+        gradient = self._gradient if self._gradient is not None else self._zeros()
+        self._gradient = None
+        return gradient.to(self.coefficients.raw.dtype)
+
+    def _collect(self, name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if self._gradient is None:
+            self._gradient = self._zeros()
+        groups = list(self.coefficients.layout.groups[name])
+        inner = self._delta(name).inner(parameter.grad, len(groups))
+        columns = torch.tensor(groups, device=inner.device)
+        self._gradient.index_add_(1, columns, inner.to(self._gradient))
+        parameter.grad = None
+
+    @torch.no_grad()
+    def _write(self, names: Iterable[str], coefficients: Callable[[str], Tensor]) -> None:
+        for name in names:
+            self._delta(name).merge(self._all_parameters[name], coefficients(name))
+
+    def _delta(self, name: str) -> Delta:
+        return self.task_vectors.deltas[name]
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros_like(self.coefficients.raw, dtype=torch.float64)

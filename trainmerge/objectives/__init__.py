@@ -1,0 +1,6 @@
+"""Losses that need no labels. Adding one is one file: a frozen dataclass, outputs and batch -> [B]."""
+
+from trainmerge.objectives.entropy import Entropy
+from trainmerge.objectives.objective import Objective
+
+__all__ = ["Entropy", "Objective"]

@@ -1,0 +1,81 @@
+"""Task vectors: what each expert changed, one parameter at a time, left on disk until a pass reads it.
+
+Legend: `K` experts, `C` chunks of one parameter, `*S` parameter shape.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainmerge.kernels import (
+    Difference,
+    ExpertWeight,
+    LowRank,
+    Term,
+    Untouched,
+    accumulation_dtype,
+    inner_products,
+    weighted_sum,
+)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One parameter's base and K differences. Nothing is read before a method is called."""
+
+    base: Tensor  # [*S], usually mapped from a file
+    terms: tuple[Term, ...]  # one an expert
+
+    @property
+    def shape(self) -> torch.Size:
+        """The parameter's shape, [*S]."""
+        return self.base.shape
+
+    def merge(self, out: Tensor, coefficients: Tensor) -> None:
+        """Write base + sum_k coefficients[k, chunk] tau_k into `out` [*S]. Coefficients [K, C]."""
+        weighted_sum(out, self.base, self.terms, coefficients)
+
+    def inner(self, grad: Tensor, chunks: int) -> Tensor:
+        """<grad, tau_k> per chunk of rows -> [K, C], float32 or wider."""
+        return inner_products(grad, self.base, self.terms, chunks)
+
+    def dense(self) -> Tensor:
+        """The K differences themselves, [K, *S] in float32 or wider: for preprocessing and tests."""
+        return torch.stack([dense_term(term, self.base) for term in self.terms])
+
+
+def dense_term(term: Term, base: Tensor) -> Tensor:
+    """One expert's difference, [*S], in float32 (float64 for a float64 base)."""
+    dtype = accumulation_dtype(base.dtype)
+    match term:
+        case Difference(tau):
+            return tau.to(dtype)
+        case ExpertWeight(weight):
+            return weight.to(dtype) - base.to(dtype)
+        case LowRank(up, down, scale):
+            return (scale * up.to(dtype) @ down.to(dtype)).view(base.shape)
+        case Untouched():
+            return torch.zeros_like(base, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """Every parameter that some expert changed, under the base checkpoint's own names."""
+
+    experts: tuple[str, ...]  # K names, in coefficient order
+    deltas: Mapping[str, Delta]
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Parameter name -> shape."""
+        return {name: delta.shape for name, delta in self.deltas.items()}
+
+    def replaced(self, taus: Mapping[str, Sequence[Tensor]]) -> "TaskVectors":
+        """The same experts and bases with the given differences, K tensors [*S] a parameter."""
+        deltas = {
+            name: Delta(delta.base, tuple(Difference(tau) for tau in taus[name]))
+            for name, delta in self.deltas.items()
+        }
+        return TaskVectors(self.experts, deltas)
