@@ -1,1 +1,76 @@
-"""trainmerge: learned-coefficient model merging."""
+"""trainmerge: learned-coefficient model merging.
+
+The public names, imported when first used, so that `import trainmerge` and `trainmerge --help` are quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainmerge.calibration import Calibration
+    from trainmerge.coefficients import Coefficients, Grouping, Layout, load_coefficients
+    from trainmerge.constraints import Box, Free, Sigmoid, Simplex
+    from trainmerge.evaluate import evaluate_run
+    from trainmerge.export import export_merge, export_run
+    from trainmerge.functional import merged_weights
+    from trainmerge.heads import LabelHead, LinearHead
+    from trainmerge.merged_model import MergedModel
+    from trainmerge.module import MergeModule
+    from trainmerge.objectives import Entropy, Objective
+    from trainmerge.preprocess import Preprocess, Ties
+    from trainmerge.recipe import Expert, Recipe
+    from trainmerge.run import fit, make_trainer
+    from trainmerge.task_vectors import TaskVectors
+
+_HOMES = {
+    "trainmerge.calibration": ["Calibration"],
+    "trainmerge.coefficients": ["Coefficients", "Grouping", "Layout", "load_coefficients"],
+    "trainmerge.constraints": ["Box", "Free", "Sigmoid", "Simplex"],
+    "trainmerge.evaluate": ["evaluate_run"],
+    "trainmerge.export": ["export_merge", "export_run"],
+    "trainmerge.functional": ["merged_weights"],
+    "trainmerge.heads": ["LabelHead", "LinearHead"],
+    "trainmerge.merged_model": ["MergedModel"],
+    "trainmerge.module": ["MergeModule"],
+    "trainmerge.objectives": ["Entropy", "Objective"],
+    "trainmerge.preprocess": ["Preprocess", "Ties"],
+    "trainmerge.recipe": ["Expert", "Recipe"],
+    "trainmerge.run": ["fit", "make_trainer"],
+    "trainmerge.task_vectors": ["TaskVectors"],
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Box",
+    "Calibration",
+    "Coefficients",
+    "Entropy",
+    "Expert",
+    "Free",
+    "Grouping",
+    "LabelHead",
+    "Layout",
+    "LinearHead",
+    "MergeModule",
+    "MergedModel",
+    "Objective",
+    "Preprocess",
+    "Recipe",
+    "Sigmoid",
+    "Simplex",
+    "TaskVectors",
+    "Ties",
+    "evaluate_run",
+    "export_merge",
+    "export_run",
+    "fit",
+    "load_coefficients",
+    "make_trainer",
+    "merged_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'trainmerge' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

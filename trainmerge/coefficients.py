@@ -8,12 +8,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from trainmerge.constraints import Constraint, Free
+from trainmerge.kernels import accumulation_dtype
+from trainmerge.storage import MappedFile, write_safetensors
 
 Granularity = Literal["task", "block", "tensor", "chunk"]
 
@@ -141,7 +144,8 @@ class Coefficients(nn.Module):
         super().__init__()
         self.experts, self.layout = tuple(experts), layout
         self.constraint = constraint or Free()
-        start = torch.as_tensor(initial, dtype=torch.get_default_dtype())
+        # float32 whatever the default is (Lightning's bf16-true changes it); float64 for gradient checks
+        start = torch.as_tensor(initial, dtype=accumulation_dtype(torch.get_default_dtype()))
         start = start.expand(len(self.experts), len(layout.labels)).clone()
         self.raw = nn.Parameter(self.constraint.start(start))
 
@@ -161,3 +165,43 @@ class Coefficients(nn.Module):
     def project_(self) -> None:
         """Move `raw` back into the constraint's set; called after every optimizer step."""
         self.raw.copy_(self.constraint.project(self.raw))
+
+
+def read_initial(initial: float | Sequence[float] | str, experts: Sequence[str], layout: Layout) -> Tensor:
+    """Where coefficients start, [K, 1] or [K, G]: one number, one an expert, or a file of `save`.
+
+    Raises:
+        ValueError: the wrong number of experts, or a file of another merge.
+    """
+    if isinstance(initial, str):
+        saved = load_coefficients(Path(initial))
+        if saved.experts != tuple(experts) or saved.layout != layout:
+            raise ValueError(f"{initial}: made for other experts or another grouping ({saved.experts})")
+        return saved().detach()
+    values = torch.as_tensor(initial, dtype=torch.float32).reshape(-1, 1)
+    if len(values) not in (1, len(experts)):
+        raise ValueError(
+            f"initial has {len(values)} values for {len(experts)} experts; give one, or one each"
+        )
+    return values.expand(len(experts), 1)
+
+
+def save_coefficients(coefficients: Coefficients, path: Path) -> None:
+    """Write the values [K, G] in float32, with experts and layout, as safetensors; renamed into place."""
+    metadata = {"experts": json.dumps(coefficients.experts), "layout": coefficients.layout.to_json()}
+    values = coefficients().detach().float().cpu()
+    specs = {"coefficients": (values.dtype, tuple(values.shape))}
+    write_safetensors(path, specs, [("coefficients", values)], metadata)
+
+
+def load_coefficients(path: Path) -> Coefficients:
+    """Read `save_coefficients`'s file, as unconstrained coefficients.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    file = MappedFile(path)
+    if not {"experts", "layout"} <= file.metadata.keys():
+        raise ValueError(f"{path}: not a coefficients file of trainmerge (no layout in its header)")
+    layout = Layout.from_json(file.metadata["layout"])
+    return Coefficients(json.loads(file.metadata["experts"]), layout, file.read("coefficients").clone())

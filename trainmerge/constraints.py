@@ -114,6 +114,7 @@ class Simplex(Constraint):
     @override
     def project(self, raw: Tensor) -> Tensor:
         """Sort-and-threshold projection (Duchi et al., ICML 2008, figure 1), one column a group."""
+        raw = raw - raw.max(dim=0, keepdim=True).values  # the same projection; exact for large values too
         ordered = raw.sort(dim=0, descending=True).values
         rank = torch.arange(1, len(raw) + 1, device=raw.device, dtype=raw.dtype)[:, None]
         shift = (ordered.cumsum(dim=0) - 1) / rank

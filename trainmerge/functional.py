@@ -27,7 +27,7 @@ def merged_weight(delta: Delta, coefficients: Tensor) -> Tensor:
     """One parameter, [*S] in the base's dtype; coefficients [K, C]."""
     dtype = accumulation_dtype(delta.base.dtype)
     rows = delta.shape[0] if delta.shape else 1
-    bounds = torch.tensor(chunk_bounds(rows, coefficients.shape[1]))
+    bounds = torch.tensor(chunk_bounds(rows, coefficients.shape[1]), device=coefficients.device)
     per_row = coefficients.to(dtype).repeat_interleave(bounds.diff(), dim=1)  # [K, rows]
     taus = delta.dense().reshape(len(delta.terms), rows, -1)
     merged = delta.base.to(dtype).reshape(rows, -1) + torch.einsum("kr,krw->rw", per_row, taus)

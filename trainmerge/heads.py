@@ -27,6 +27,11 @@ class Classifier(NamedTuple):
     pooling: Pooling
     normalise: bool
 
+    def to(self, device: torch.device) -> "Classifier":
+        """The same head on another device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return self._replace(weight=self.weight.to(device), bias=bias)
+
     def __call__(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Class logits [B, V] from hidden states [B, T, D] and mask [B, T]."""
         pooled = pool(hidden, mask, self.pooling)
@@ -38,11 +43,12 @@ class Classifier(NamedTuple):
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """One vector an example: [B, T, D], [B, T] -> [B, D]; padding never counts."""
+    """One vector an example: [B, T, D], [B, T] -> [B, D]; padding, on either side, never counts."""
     if pooling == "first":
-        return hidden[:, 0]
-    weights = mask.to(hidden.dtype)[..., None]
-    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+        first = mask.int().argmax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), first]
+    weights = mask[..., None].float()  # float32: the sum over a long text overflows float16
+    return ((hidden * weights).sum(dim=1) / weights.sum(dim=1)).to(hidden.dtype)
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,10 @@ class LinearHead(Head):
 
 def read_labels(path: Path) -> list[str]:
     """A JSON list of label texts."""
-    labels = json.loads(path.read_text())
+    try:
+        labels = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{path}: a JSON list of at least two label texts is needed")
     return labels

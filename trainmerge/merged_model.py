@@ -86,7 +86,7 @@ class MergedModel:
             self._gradient = self._zeros()
         groups = list(self.coefficients.layout.groups[name])
         inner = self._delta(name).inner(parameter.grad, len(groups))
-        columns = torch.tensor(groups, device=inner.device)
+        columns = torch.tensor(groups, device=self._gradient.device)
         self._gradient.index_add_(1, columns, inner.to(self._gradient))
         parameter.grad = None
 

@@ -35,35 +35,37 @@ def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients:
     bit (see `_anchored`).
     """
     weights = coefficients.double().tolist()
-    out_rows, base_rows = _as_rows(out), _as_rows(base)
     dtype = accumulation_dtype(out.dtype)
-    scratch = _scratch(out_rows, dtype)
-    for rows, chunk in _blocks(out_rows, coefficients.shape[1]):
-        target = out_rows[rows]
-        total = target if target.dtype == dtype else torch.empty_like(target, dtype=dtype)
+    in_place = out.dtype == dtype and out.is_contiguous()
+    scratch = _scratch(out, dtype)
+    for rows, chunk in _blocks(out, coefficients.shape[1]):
+        target = _block(out, rows)
+        buffer = scratch[: target.numel()].view(len(target), -1)
+        total = _rows(out, rows) if in_place else torch.empty_like(buffer)
         row_weights = [weight[chunk] for weight in weights]
-        buffer = scratch[: total.numel()].view(total.shape)
-        _anchored(total, base_rows[rows], terms, row_weights, rows, buffer)
+        _anchored(total, _rows(base, rows), terms, row_weights, rows, buffer)
         for term, weight in zip(terms, row_weights, strict=True):
+            if weight == 0.0:
+                continue  # not even read; and adding 0 * tau makes 0 of -0 and NaN of an infinity
             if isinstance(term, LowRank):
                 up, down = _factors(term, rows, total)
                 total.addmm_(up, down, alpha=weight * term.scale)
             elif isinstance(term, Difference):
-                total.add_(_load(_as_rows(term.tau)[rows], buffer), alpha=weight)
-        if total is not target:
-            target.copy_(total)
+                total.add_(_load(_rows(term.tau, rows), buffer), alpha=weight)
+        if not in_place:
+            target.copy_(total.view(target.shape))
 
 
 def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: int) -> Tensor:
     """<grad, tau_k> per chunk, all K in one read of `grad` [*S] -> [K, C], float32 (float64 for float64)."""
-    grad_rows, base_rows = _as_rows(grad), _as_rows(base)
     dtype = accumulation_dtype(grad.dtype)
-    scratch, base_scratch, grad_scratch = (_scratch(grad_rows, dtype) for _ in range(3))
+    scratch, base_scratch, grad_scratch = (_scratch(grad, dtype) for _ in range(3))
     products = torch.zeros(len(terms), chunks, dtype=torch.float64, device=grad.device)
-    for rows, chunk in _blocks(grad_rows, chunks):
-        shape, size = grad_rows[rows].shape, grad_rows[rows].numel()
-        g = _load(grad_rows[rows], grad_scratch[:size].view(shape))
-        b = _load(base_rows[rows], base_scratch[:size].view(shape))
+    for rows, chunk in _blocks(grad, chunks):
+        g = _rows(grad, rows)
+        shape, size = g.shape, g.numel()
+        g = _load(g, grad_scratch[:size].view(shape))
+        b = _load(_rows(base, rows), base_scratch[:size].view(shape))
         buffer = scratch[:size].view(shape)
         for k, term in enumerate(terms):
             if not isinstance(term, Untouched):
@@ -91,7 +93,7 @@ def _anchored(
     |base| / |e| ulp where an expert's value is much smaller than the base's.
     """
     models = [
-        (_as_rows(term.weight)[rows], weight)
+        (_rows(term.weight, rows), weight)
         for term, weight in zip(terms, weights, strict=True)
         if isinstance(term, ExpertWeight)
     ]
@@ -115,9 +117,9 @@ def _block_product(g: Tensor, b: Tensor, term: Term, rows: slice, buffer: Tensor
             up, down = _factors(term, rows, g)
             return term.scale * torch.dot((up.T @ g).flatten(), down.flatten())
         case ExpertWeight():
-            tau = torch.sub(_load(_as_rows(term.weight)[rows], buffer), b, out=buffer)
+            tau = torch.sub(_load(_rows(term.weight, rows), buffer), b, out=buffer)
         case Difference():
-            tau = _load(_as_rows(term.tau)[rows], buffer)
+            tau = _load(_rows(term.tau, rows), buffer)
     return torch.dot(g.flatten(), tau.flatten())
 
 
@@ -132,20 +134,26 @@ def _factors(term: LowRank, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
     return term.up[rows].to(like), term.down.to(like)
 
 
-def _as_rows(tensor: Tensor) -> Tensor:
-    """[*S] -> [dimension 0, the rest]; a scalar is one row of one."""
-    return tensor.view(tensor.shape[0] if tensor.dim() else 1, -1)
+def _block(tensor: Tensor, rows: slice) -> Tensor:
+    """A view of these rows of dimension 0; a scalar is one row."""
+    return tensor[rows] if tensor.dim() else tensor[None]
+
+
+def _rows(tensor: Tensor, rows: slice) -> Tensor:
+    """These rows of [*S] as [R, W]: a view, or a copy of no more than them where the strides allow none."""
+    return _block(tensor, rows).flatten(1) if tensor.dim() > 1 else _block(tensor, rows)[:, None]
 
 
 def _blocks(tensor: Tensor, chunks: int) -> Iterator[tuple[slice, int]]:
     """Row slices of about BLOCK_ELEMENTS, each inside one chunk, with that chunk's number."""
-    step = max(1, BLOCK_ELEMENTS // max(1, tensor.shape[1]))
-    bounds = chunk_bounds(tensor.shape[0], chunks)
+    step = max(1, BLOCK_ELEMENTS // max(1, tensor.shape[1:].numel()))
+    bounds = chunk_bounds(tensor.shape[0] if tensor.dim() else 1, chunks)
     for chunk, (first, last) in enumerate(pairwise(bounds)):
         for row in range(first, last, step):
             yield slice(row, min(row + step, last)), chunk
 
 
-def _scratch(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    size = min(rows.numel(), max(BLOCK_ELEMENTS, rows.shape[1]))
-    return torch.empty(size, dtype=dtype, device=rows.device)
+def _scratch(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for one block of `tensor`."""
+    size = min(tensor.numel(), max(BLOCK_ELEMENTS, tensor.shape[1:].numel()))
+    return torch.empty(size, dtype=dtype, device=tensor.device)

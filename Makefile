@@ -1,0 +1,59 @@
+# Everything runs in .venv, made on first use. `make help` lists what there is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CACHE := $(or $(TRAINMERGE_CACHE),$(HOME)/.cache/trainmerge)
+RUN ?= runs/demo
+ONLY ?= all
+
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup data data-suite demo test lint suite bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up $(VENV)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' >&2
+	@touch $@
+
+setup: $(READY) ## make .venv with the package and its tools
+
+data: $(READY) ## fetch the base model and the demo's texts (about 130 MB, once)
+	@$(BIN)/python data/texts.py --tasks demo
+	@ln -sfn $(CACHE) data/cache
+
+data-suite: $(READY) ## fetch the full suite's texts and train its eight experts (once)
+	@$(BIN)/python data/texts.py --tasks suite
+	@ln -sfn $(CACHE) data/cache
+	@$(BIN)/python data/train_experts.py --kind full --tasks suite
+
+demo: data ## learn a merge of five experts, resume it, export it, score it
+	@rm -rf $(RUN)
+	$(BIN)/trainmerge fit --config configs/demo.yaml --run $(RUN) --trainer.max_steps 20
+	$(BIN)/trainmerge fit --config configs/demo.yaml --run $(RUN) --resume auto
+	$(BIN)/trainmerge export $(RUN) $(RUN)/merged
+	$(BIN)/python -c "from transformers import AutoModel; AutoModel.from_pretrained('$(RUN)/merged')"
+	$(BIN)/trainmerge evaluate $(RUN) --limit 200
+
+test: data ## run the tests
+	@$(BIN)/python -m pytest
+
+lint: $(READY) ## format, lint and type-check
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+suite: data-suite ## the full text suite: fits, scores, README's table (hours)
+	@$(BIN)/python bench/suite.py
+
+bench: data ## measure; ONLY=fit_memory, fit_step, ... for one group
+	@$(BIN)/python bench/run.py --only $(ONLY)
+
+clean: ## remove runs and caches of tools; downloads and the environment stay
+	@rm -rf runs .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,219 @@
+"""Properties that every kernel, constraint and objective has; a plug-in's own test file calls one line.
+
+Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter, `*S` parameter shape, `B` examples,
+`T` tokens, `V` classes or vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from trainmerge.batch import Batch, Outputs
+from trainmerge.constraints import Constraint
+from trainmerge.kernels import Difference, ExpertWeight, LowRank, Term, Untouched, accumulation_dtype
+from trainmerge.objectives import Objective
+from trainmerge.task_vectors import Delta
+
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def assert_same_bits(got: Tensor, want: Tensor) -> None:
+    """Equal in every bit: -0 is not 0, and a NaN is itself."""
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    integer = BITS[got.element_size()]
+    assert torch.equal(got.contiguous().view(integer), want.contiguous().view(integer))
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want|, in float64."""
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+# --- merging ---------------------------------------------------------------------------------------
+
+
+def true_tau(term: Term, base: Tensor) -> Tensor:
+    """One expert's difference [*S] by its definition, in float64."""
+    match term:
+        case Difference(tau):
+            return tau.double()
+        case ExpertWeight(weight):
+            return weight.double() - base.double()
+        case LowRank(up, down, scale):
+            return (scale * (up.double() @ down.double())).reshape(base.shape)
+        case Untouched():
+            return torch.zeros_like(base, dtype=torch.float64)
+
+
+def magnitude(term: Term, base: Tensor) -> Tensor:
+    """The size of the numbers that make up tau [*S]: what its rounding errors are proportional to."""
+    if isinstance(term, LowRank):
+        return true_tau(LowRank(term.up.abs(), term.down.abs(), abs(term.scale)), base)
+    return true_tau(term, base).abs()
+
+
+def rows_of_chunks(shape: torch.Size, chunks: int) -> list[Tensor]:
+    """The row numbers of every chunk."""
+    return list(torch.arange(shape[0] if shape else 1).tensor_split(chunks))
+
+
+def per_row(coefficients: Tensor, shape: torch.Size) -> Tensor:
+    """Coefficients [K, C] -> [K, rows, 1, ...], which multiplies [K, *S] ([K] for a scalar parameter)."""
+    chunks = rows_of_chunks(shape, coefficients.shape[1])
+    wide = torch.cat(
+        [c[:, None].expand(-1, len(rows)) for c, rows in zip(coefficients.T, chunks, strict=True)], 1
+    )
+    return wide.view(len(coefficients), *([-1] if shape else []), *[1] * (len(shape) - 1))
+
+
+def true_merge(delta: Delta, coefficients: Tensor) -> Tensor:
+    """base + sum_k c_k tau_k, dense and in float64."""
+    taus = torch.stack([true_tau(term, delta.base) for term in delta.terms])
+    return delta.base.double() + (per_row(coefficients.double(), delta.shape) * taus).sum(0)
+
+
+def true_inner(grad: Tensor, delta: Delta, chunks: int, tau=true_tau) -> Tensor:
+    """<grad, tau_k> per chunk, [K, C], dense and in float64."""
+    products = torch.stack([grad.double() * tau(term, delta.base) for term in delta.terms])
+    products = products.reshape(len(delta.terms), delta.shape[0] if delta.shape else 1, -1)
+    return torch.stack([products[:, rows].sum((1, 2)) for rows in rows_of_chunks(delta.shape, chunks)], 1)
+
+
+def merge(delta: Delta, coefficients: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`Delta.merge` into a new tensor that holds rubbish before."""
+    out = torch.full(delta.shape, float("nan"), dtype=dtype or delta.base.dtype)
+    delta.merge(out, coefficients)
+    return out
+
+
+def assert_merge_is_exact(delta: Delta, coefficients: Tensor) -> None:
+    """Delta.merge is the float64 merge, rounded once into the weights' dtype."""
+    dtype = delta.base.dtype
+    want = true_merge(delta, coefficients)
+    sizes = torch.stack([delta.base.double().abs(), *(magnitude(term, delta.base) for term in delta.terms)])
+    weights = torch.cat([torch.ones(1, coefficients.shape[1]), coefficients.abs().float()])
+    summed = (per_row(weights.double(), delta.shape) * sizes).sum(0)
+    rounding = 0.5 * torch.finfo(dtype).eps * want.abs() + torch.finfo(dtype).smallest_normal
+    working = 16 * torch.finfo(accumulation_dtype(dtype)).eps * summed
+    error = (merge(delta, coefficients).double() - want).abs()
+    assert (error <= (working if dtype == accumulation_dtype(dtype) else rounding + working)).all()
+
+
+def assert_inner_is_exact(delta: Delta, grad: Tensor, chunks: int) -> None:
+    """Delta.inner is the float64 inner product, up to the rounding of a float32 (or float64) sum."""
+    got = delta.inner(grad, chunks)
+    assert got.dtype == accumulation_dtype(grad.dtype)
+    assert got.shape == (len(delta.terms), chunks)
+    bound = true_inner(grad.abs(), delta, chunks, tau=magnitude)
+    error = (got.double() - true_inner(grad, delta, chunks)).abs()
+    assert (error <= 32 * torch.finfo(got.dtype).eps * bound).all()
+
+
+def assert_delta_contract(delta: Delta, chunks: int, generator: torch.Generator) -> None:
+    """What every mix of terms promises, at one number of chunks."""
+    experts = len(delta.terms)
+    before = [part.clone() for part in tensors_of(delta)]
+    coefficients = torch.randn(experts, chunks, generator=generator)
+    grad = torch.randn(delta.shape, generator=generator).to(delta.base.dtype)
+    grad_before = grad.clone()
+
+    assert_merge_is_exact(delta, coefficients)
+    assert_inner_is_exact(delta, grad, chunks)
+    assert_same_bits(merge(delta, torch.zeros(experts, chunks)), delta.base)
+    for k, term in enumerate(delta.terms):
+        one_hot = torch.eye(experts)[:, k : k + 1].expand(experts, chunks)
+        if isinstance(term, ExpertWeight):
+            assert_same_bits(merge(delta, one_hot), term.weight)
+        elif isinstance(term, Untouched):
+            assert_same_bits(merge(delta, one_hot), delta.base)
+    assert_expert_order_is_irrelevant(delta, coefficients, grad)
+
+    for part, copy in zip(tensors_of(delta), before, strict=True):
+        assert_same_bits(part, copy)
+    assert_same_bits(grad, grad_before)
+
+
+def assert_expert_order_is_irrelevant(delta: Delta, coefficients: Tensor, grad: Tensor) -> None:
+    """Reversed experts: the same merge up to rounding, the same gradient rows bit for bit."""
+    flipped = Delta(delta.base, delta.terms[::-1])
+    assert_merge_is_exact(flipped, coefficients.flip(0))
+    chunks = coefficients.shape[1]
+    assert_same_bits(flipped.inner(grad, chunks), delta.inner(grad, chunks).flip(0))
+
+
+def tensors_of(delta: Delta) -> list[Tensor]:
+    """Every tensor that a delta holds."""
+    return [delta.base, *(part for term in delta.terms for part in term if isinstance(part, Tensor))]
+
+
+# --- constraints -----------------------------------------------------------------------------------
+
+
+def assert_constraint_contract(constraint: Constraint, inside: Tensor, raw: Tensor) -> None:
+    """`inside` [K, G] are coefficients of the set; `raw` [K, G] is anywhere."""
+    kept = raw.clone()
+    start = constraint.start(inside)
+    torch.testing.assert_close(constraint.values(start), inside)
+    torch.testing.assert_close(constraint.project(start), start)  # what is in the set stays
+    projected = constraint.project(raw)
+    assert projected.dtype == raw.dtype
+    assert projected.shape == raw.shape
+    torch.testing.assert_close(constraint.project(projected), projected)
+    torch.testing.assert_close(constraint.start(constraint.values(projected)), projected)  # it is in the set
+    slope = raw.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(constraint.values(slope).sum(), slope)
+    assert (gradient > 0).all()  # nothing is dead, inside or outside
+    assert_same_bits(raw, kept)
+
+
+# --- objectives ------------------------------------------------------------------------------------
+
+
+def assert_objective_contract(objective: Objective, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """What a loss promises on logits of `shape`, [B, V] or [B, T, V]."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(shape[0], shape[1] if len(shape) == 3 else 4, dtype=torch.bool)
+    mask[0, 1:], mask[1, :2] = False, False  # padded on the right, and on the left
+    batch = Batch(0, {}, mask)
+    logits = (2 * torch.randn(shape, generator=generator)).to(dtype)
+    loss, gradient = loss_and_gradient(objective, logits, batch)
+    assert loss.shape == shape[:1]
+    assert loss.dtype == accumulation_dtype(dtype)
+    assert gradient.abs().sum() > 0
+
+    order = torch.arange(shape[0]).flip(0)
+    flipped, _ = loss_and_gradient(objective, logits[order], batch._replace(mask=mask[order]))
+    torch.testing.assert_close(flipped, loss[order])
+    if len(shape) == 3:
+        assert_padding_is_ignored(objective, logits, batch)
+    for scale in (1e4, -1e4):
+        for extreme in (scale * logits.sign(), torch.full_like(logits, scale), scale * one_hot_like(logits)):
+            loss, gradient = loss_and_gradient(objective, extreme.to(dtype), batch)
+            assert loss.isfinite().all()
+            assert gradient.isfinite().all()
+
+
+def assert_padding_is_ignored(objective: Objective, logits: Tensor, batch: Batch) -> None:
+    """Other logits where the mask is off change neither loss nor gradient."""
+    loss, gradient = loss_and_gradient(objective, logits, batch)
+    other = torch.where(batch.mask[..., None], logits, 7 * logits.flip(-1) - 3)
+    other_loss, other_gradient = loss_and_gradient(objective, other, batch)
+    assert_same_bits(other_loss, loss)
+    assert_same_bits(other_gradient[batch.mask], gradient[batch.mask])
+    assert gradient[~batch.mask].abs().sum() == 0
+    assert other_gradient[~batch.mask].abs().sum() == 0
+
+
+def loss_and_gradient(objective: Objective, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Loss per example, and the gradient of its mean in the logits."""
+    leaf = logits.clone().requires_grad_()
+    loss = objective(Outputs(leaf), batch)
+    (gradient,) = torch.autograd.grad(loss.mean(), leaf)
+    return loss.detach(), gradient
+
+
+def one_hot_like(logits: Tensor) -> Tensor:
+    """One in the first class, zero elsewhere."""
+    hot = torch.zeros_like(logits)
+    hot[..., 0] = 1
+    return hot

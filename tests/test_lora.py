@@ -1,0 +1,270 @@
+"""Adapters as terms equal peft's own `merge_and_unload`, whatever the adapter is."""
+
+import json
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from trainmerge.checkpoints import open_checkpoint, open_task_vectors
+from trainmerge.checkpoints.skeleton import quiet
+from trainmerge.kernels import ExpertWeight, LowRank
+from trainmerge.task_vectors import TaskVectors, dense_term
+
+SIZES = dict(vocab_size=48, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+ATTENTION = {"bert": ["query", "value"], "llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
+
+
+def build(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        tokens = dict(bos_token_id=0, eos_token_id=0)
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=48, n_embd=16, n_layer=2, n_head=2, n_positions=16, **tokens)
+        )
+    if kind == "bert":
+        return BertModel(BertConfig(**SIZES, max_position_embeddings=16))
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=kind == "tied"))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    with quiet():
+        for kind in ("bert", "llama", "tied", "gpt2"):
+            build(kind).save_pretrained(folder / kind)
+    return {kind: folder / kind for kind in ("bert", "llama", "tied", "gpt2")}
+
+
+def train(base: Path, out: Path, config: peft.PeftConfig, kind: type[nn.Module] | None = None) -> Path:
+    """An adapter with random weights everywhere that training would move them."""
+    with quiet():
+        model = get_peft_model(load(base, kind), config)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(out)
+    return out
+
+
+def load(base: Path, kind: type[nn.Module] | None = None) -> nn.Module:
+    with quiet():
+        names = json.loads((base / "config.json").read_text())["architectures"]
+        return (kind or globals()[names[0]]).from_pretrained(base)
+
+
+def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    with quiet():
+        merged = PeftModel.from_pretrained(load(base), adapter).merge_and_unload()
+    return {name: parameter.detach() for name, parameter in merged.named_parameters()}
+
+
+def weights(base: Path, task_vectors: TaskVectors, expert: int = 0) -> dict[str, torch.Tensor]:
+    tensors = dict(load_file(base / "model.safetensors"))
+    for name, delta in task_vectors.deltas.items():
+        term = delta.terms[expert]
+        exact = isinstance(term, ExpertWeight)
+        tensors[name] = term.weight if exact else delta.base + dense_term(term, delta.base)
+    return tensors
+
+
+LOW_RANK = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "one layer": {"layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "tied", "gpt2"])
+@pytest.mark.parametrize("options", LOW_RANK.values(), ids=LOW_RANK.keys())
+def test_low_rank_adapters_equal_peft(
+    bases: dict[str, Path], tmp_path: Path, kind: str, options: dict[str, object]
+) -> None:
+    targets = ATTENTION.get(kind, ATTENTION["llama"])
+    adapter = train(
+        bases[kind], tmp_path / "a", LoraConfig(r=3, lora_alpha=7, target_modules=targets, **options)
+    )
+    opened = open_task_vectors(open_checkpoint(bases[kind]), {"a": adapter})
+    assert opened.deltas
+    assert all(isinstance(delta.terms[0], LowRank) for delta in opened.deltas.values())
+    compare(bases[kind], opened, adapter, rtol=1e-6)
+
+
+def compare(base: Path, opened: TaskVectors, adapter: Path, rtol: float) -> None:
+    got, want = weights(base, opened), merged_by_peft(base, adapter)
+    assert got.keys() == want.keys()
+    changed = 0
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=rtol, atol=1e-7 if rtol else 0.0, msg=name)
+        changed += not torch.equal(tensor, load_file(base / "model.safetensors")[name])
+    assert changed == len(opened.deltas)
+
+
+def test_rank_and_alpha_patterns_equal_peft(bases: dict[str, Path], tmp_path: Path) -> None:
+    patterns = {"rank_pattern": {"layers.0.self_attn.q_proj": 5}, "alpha_pattern": {"down_proj": 3}}
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=ATTENTION["llama"], **patterns)
+    adapter = train(bases["llama"], tmp_path / "a", config)
+    opened = open_task_vectors(open_checkpoint(bases["llama"]), {"a": adapter})
+    compare(bases["llama"], opened, adapter, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"), [("llama", "embed_tokens"), ("tied", "embed_tokens"), ("gpt2", "wte")]
+)
+def test_embedding_adapters_equal_peft(
+    bases: dict[str, Path], tmp_path: Path, kind: str, module: str
+) -> None:
+    adapter = train(bases[kind], tmp_path / "a", LoraConfig(r=2, target_modules=[module]))
+    opened = open_task_vectors(open_checkpoint(bases[kind]), {"a": adapter})
+    assert [type(delta.terms[0]) for delta in opened.deltas.values()] == [LowRank]
+    compare(bases[kind], opened, adapter, rtol=1e-6)
+
+
+DENSE = {
+    "dora": LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]),
+    "pissa": LoraConfig(r=2, init_lora_weights="pissa", target_modules=["q_proj"]),
+    "olora": LoraConfig(r=2, init_lora_weights="olora", target_modules=["q_proj"]),
+    "lora_bias": LoraConfig(r=2, lora_bias=True, target_modules=["query"]),
+    "bias": LoraConfig(r=2, bias="all", target_modules=["query"]),
+    "modules_to_save": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]),
+    "trainable tokens": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 5]),
+    "target_parameters": LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"]),
+    "both tied": LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"]),
+    "loha": peft.LoHaConfig(r=2, target_modules=["q_proj"]),
+    "ia3": peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_other_adapters_equal_peft_exactly(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
+    kind = {"lora_bias": "bert", "bias": "bert", "both tied": "tied"}.get(name, "llama")
+    adapter = train(bases[kind], tmp_path / "a", DENSE[name])
+    base = open_checkpoint(bases[kind])
+    with pytest.raises(ValueError, match="give a workspace folder"):
+        open_task_vectors(base, {"a": adapter})
+    opened = open_task_vectors(base, {"a": adapter}, workspace=tmp_path / "w")
+    compare(bases[kind], opened, adapter, rtol=0.0)
+    (written,) = (tmp_path / "w").iterdir()
+    before = written.stat().st_mtime_ns
+    open_task_vectors(base, {"a": adapter}, workspace=tmp_path / "w")
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "w").iterdir()] == [before]  # reused
+
+
+def test_an_embedding_that_is_not_the_bases_goes_dense(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = train(bases["llama"], tmp_path / "a", LoraConfig(r=2, target_modules=["embed_tokens"]))
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.model.embed_tokens.base_layer.weight"] += 0.5
+    save_file(tensors, file)
+    base = open_checkpoint(bases["llama"])
+    with pytest.raises(ValueError, match="its embedding is not the base's"):
+        open_task_vectors(base, {"a": adapter})
+    opened = open_task_vectors(base, {"a": adapter}, workspace=tmp_path / "w")
+    compare(bases["llama"], opened, adapter, rtol=0.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["low rank", "dense"])
+def test_a_classifiers_adapter_on_a_headless_base(
+    bases: dict[str, Path], tmp_path: Path, options: dict[str, object]
+) -> None:
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], **options)
+    adapter = train(bases["bert"], tmp_path / "a", config, BertForSequenceClassification)
+    base = open_checkpoint(bases["bert"])
+    with pytest.raises(ValueError, match=r"classifier\.bias.*ignore=\['classifier\.\*'\]"):
+        open_task_vectors(base, {"a": adapter}, workspace=tmp_path / "w")
+    opened = open_task_vectors(base, {"a": adapter}, ignore=["classifier.*"], workspace=tmp_path / "w")
+    with quiet():
+        full = PeftModel.from_pretrained(load(bases["bert"], BertForSequenceClassification), adapter)
+        want = {name: p.detach() for name, p in full.merge_and_unload().bert.named_parameters()}
+    got = weights(bases["bert"], opened)
+    assert len(opened.deltas) == 2
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_adapters_and_full_experts_mix(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = load(bases["llama"])
+    nn.init.normal_(model.model.norm.weight)
+    with quiet():
+        model.save_pretrained(tmp_path / "full")
+    adapter = train(bases["llama"], tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
+    opened = open_task_vectors(open_checkpoint(bases["llama"]), {"a": adapter, "b": tmp_path / "full"})
+    assert opened.experts == ("a", "b")
+    query = opened.deltas["model.layers.0.self_attn.q_proj.weight"]
+    assert [type(term).__name__ for term in query.terms] == ["LowRank", "ExpertWeight"]
+    norm = opened.deltas["model.norm.weight"]
+    assert [type(term).__name__ for term in norm.terms] == ["Untouched", "ExpertWeight"]
+    assert torch.equal(norm.terms[1].weight, model.model.norm.weight)
+
+
+def edit_config(adapter: Path, **changes: object) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_unknown_fields_and_kinds_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = train(bases["llama"], tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
+    base = open_checkpoint(bases["llama"])
+    edit_config(adapter, enable_lora=None)  # off, from an old peft
+    assert len(open_task_vectors(base, {"a": adapter}).deltas) == 2
+    edit_config(adapter, use_new_thing=True)
+    with pytest.raises(ValueError, match=r"a: .*adapter_config\.json: fields use_new_thing are unknown"):
+        open_task_vectors(base, {"a": adapter}, workspace=tmp_path / "w")
+    edit_config(adapter, use_new_thing=None, peft_type="NEW")
+    with pytest.raises(ValueError, match="peft_type 'NEW' is unknown"):
+        open_task_vectors(base, {"a": adapter}, workspace=tmp_path / "w")
+    edit_config(adapter, peft_type="PREFIX_TUNING")
+    with pytest.raises(ValueError, match="cannot be merged|unknown to the installed peft"):
+        open_task_vectors(base, {"a": adapter}, workspace=tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_adapters_of_another_base_are_one_error(bases: dict[str, Path], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    wide = LlamaForCausalLM(LlamaConfig(**{**SIZES, "hidden_size": 32}))
+    with quiet():
+        wide.save_pretrained(tmp_path / "wide")
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    other = train(tmp_path / "wide", tmp_path / "a", config)
+    bert = train(bases["bert"], tmp_path / "b", LoraConfig(r=2, target_modules=["query"]))
+    short = train(bases["llama"], tmp_path / "c", config)
+    tensors = load_file(short / "adapter_model.safetensors")
+    gone = next(iter(tensors))
+    save_file({k: v for k, v in tensors.items() if k != gone}, short / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="mismatches") as error:
+        open_task_vectors(open_checkpoint(bases["llama"]), {"x": other, "y": bert, "z": short})
+    message = str(error.value)
+    assert "x: " in message
+    assert "lora_A.weight is (2, 32), this base needs (2, 16)" in message
+    assert "y: " in message
+    assert "of a module that the base lacks" in message
+    assert f"{gone.removeprefix('base_model.model.')} (2, 16) is missing" in message
+
+
+def test_pickled_adapters_need_permission(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = train(bases["llama"], tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    torch.save(tensors, adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    base = open_checkpoint(bases["llama"])
+    with pytest.raises(ValueError, match=r"adapter_model\.bin.*allow_pickle"):
+        open_task_vectors(base, {"a": adapter})
+    with warnings.catch_warnings():
+        opened = open_task_vectors(base, {"a": adapter}, allow_pickle=True)
+    compare(bases["llama"], opened, adapter, rtol=1e-6)

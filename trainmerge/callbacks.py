@@ -1,0 +1,141 @@
+"""What a run does beside learning: snapshots, metrics on disk, progress."""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.loggers.logger import Logger
+from typing_extensions import override
+
+from trainmerge.coefficients import save_coefficients
+from trainmerge.module import MergeModule
+from trainmerge.run_folder import RunFolder
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run me again
+
+
+class Preempted(Exception):
+    """The run was asked to stop (SIGTERM, SIGUSR1) and has saved its state."""
+
+
+class Snapshots(Callback):
+    """Save every `every` steps, at the last step, and when asked to stop; keep the latest only.
+
+    A signal handler may interrupt anything, so it only sets a flag; the step's end acts on it.
+    """
+
+    def __init__(self, folder: RunFolder, every: int) -> None:
+        self.folder, self.every = folder, every
+        self._stop = False
+        self._handlers: dict[int, Any] = {}
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._handlers[number] = signal.signal(number, self._ask_to_stop)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self._stop or step % self.every == 0 or step == trainer.max_steps:
+            self._save(trainer, pl_module)
+        if self._stop:
+            raise Preempted(f"stopped after step {step}; go on with --resume auto")
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True
+
+    def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, MergeModule)
+        path = self.folder.checkpoints / f"step-{trainer.global_step}.ckpt"
+        trainer.save_checkpoint(path)  # temporary file and rename are Lightning's
+        if trainer.is_global_zero:
+            save_coefficients(module.coefficients, self.folder.coefficients)
+            for older in self.folder.checkpoints.glob("step-*.ckpt"):
+                if int(older.stem[5:]) < trainer.global_step:
+                    older.unlink()
+
+
+class JsonLines(Logger):
+    """Append metrics to a file, one JSON object a step; a resumed run drops the lines it will write again."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    @override
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    @override
+    def version(self) -> str:
+        return ""
+
+    @override
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run folder's recipe and config hold them."""
+
+    @override
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        values = {key: value for key, value in metrics.items() if key != "epoch"}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def keep_until(self, step: int) -> None:
+        """Drop what was logged for `step` and later, and a line that a killed run left half written."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < step]
+        self.path.write_text("".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+class PlainProgress(Callback):
+    """A line every tenth of the run, for logs that are no terminal."""
+
+    def __init__(self) -> None:
+        self._began, self._first = 0.0, 0
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._began, self._first = time.monotonic(), trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, total = trainer.global_step, trainer.max_steps
+        if step % max(1, total // 10) == 0 or step == total:
+            pace = (time.monotonic() - self._began) / max(1, step - self._first)
+            loss = float(trainer.callback_metrics["loss"])
+            print(
+                f"step {step}/{total}  loss {loss:.4f}  {pace:.2f} s/step  {pace * (total - step):.0f} s left",
+                flush=True,
+            )
+
+
+def progress_bar() -> Callback:
+    """A bar with ETA on a terminal, plain lines elsewhere."""
+    return TQDMProgressBar(refresh_rate=1) if sys.stdout.isatty() else PlainProgress()

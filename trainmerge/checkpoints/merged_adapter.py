@@ -1,0 +1,111 @@
+"""Adapters whose update is not low-rank: peft merges them into a copy of the base, the result goes to disk.
+
+DoRA, PiSSA, trained biases or whole modules, and all that peft can merge: the truth is peft's own merge.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import peft
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+
+from trainmerge.checkpoints.adapter import ROOT, Adapter
+from trainmerge.checkpoints.model import load_model
+from trainmerge.checkpoints.parameters import Parameters
+from trainmerge.checkpoints.skeleton import quiet, shorten
+from trainmerge.kernels import ExpertWeight, Term
+from trainmerge.storage import MappedFile, check_free_space, sha256, write_safetensors
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """An adapter by way of its merged weights, written once to `workspace` and mapped."""
+
+    base: Parameters
+    adapter: Adapter
+    ignore: Sequence[str]
+    workspace: Path | None
+
+    def terms(self) -> dict[str, Term]:
+        """The base's tensor name -> the merged weight, where merging changed it.
+
+        Raises ValueError if there is no workspace, or peft cannot merge this adapter into this base.
+        """
+        if self.workspace is None:
+            raise ValueError(
+                f"{self.adapter.path}: its embedding is not the base's, so it is no plain low-rank update; "
+                "give a workspace folder, where the merged weights are written"
+            )
+        self.workspace.mkdir(parents=True, exist_ok=True)
+        file = self.workspace / f"adapter-{self._digest()[:24]}.safetensors"
+        if not file.is_file():
+            self._write(file, self._merged(self.workspace))
+        mapped = MappedFile(file)
+        return {name: ExpertWeight(mapped.read(name)) for name in mapped.tensors}
+
+    def _digest(self) -> str:
+        """Adapter by content, base by its files' sizes and times: what the merged weights depend on."""
+        folder, base = self.adapter.path, self.base.checkpoint
+        contents = {path.name: sha256(path) for path in sorted(folder.glob("adapter_*")) if path.is_file()}
+        files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in base.files]
+        versions = [peft.__version__, torch.__version__]
+        text = json.dumps([contents, files, base.config, list(self.ignore), versions], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _merged(self, workspace: Path) -> dict[str, Tensor]:
+        """The base's tensor name -> merged weight, for those that differ from the base."""
+        path, base = self.adapter.path, self.base
+        loaded = load_model(base.checkpoint, self.ignore)
+        before = {name for name, _ in loaded.module.named_parameters()}
+        try:
+            with quiet(), TemporaryDirectory(dir=workspace, prefix=".adapter-") as folder:
+                _rewrite(self.adapter, Path(folder))
+                wrapped = PeftModel.from_pretrained(loaded.module, folder, torch_device="cpu")
+                self._check_loaded(wrapped)
+                merged = dict(wrapped.merge_and_unload().named_parameters())
+        except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, KeyError) as error:
+            raise ValueError(f"{path}: peft cannot merge it into {base.checkpoint.path}: {error}") from error
+        changed = sorted(before ^ merged.keys())
+        if changed:
+            raise ValueError(
+                f"{path}: merging it changes the base's parameters, {shorten(changed)}: an adapter that "
+                "unties the head, or repeats layers. Untie the base first, or leave the adapter out."
+            )
+        tensors = {name: merged[parameter] for parameter, name in base.files.items()}
+        return {n: t for n, t in tensors.items() if not torch.equal(t, base.checkpoint.read(n))}
+
+    def _check_loaded(self, wrapped: PeftModel) -> None:
+        """What peft recognises it loads; it it recognises and is silent about the rest."""
+        state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        unused = [key for key in self.adapter.keys if ROOT + key not in state and ".base_layer." not in key]
+        if unused:
+            raise ValueError(f"peft does not use {shorten(unused)}")
+        missing = [
+            key for key in state if ".lora_" in key and key.removeprefix(ROOT) not in self.adapter.keys
+        ]
+        if missing:
+            raise ValueError(f"{shorten(missing)} are missing from the adapter")
+
+    def _write(self, file: Path, tensors: dict[str, Tensor]) -> None:
+        check_free_space(file.parent, sum(tensor.nbytes for tensor in tensors.values()))
+        specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        write_safetensors(file, specs, tensors.items(), {"adapter": self.adapter.path.name})
+
+
+def _rewrite(adapter: Adapter, folder: Path) -> None:
+    """The adapter without what is ignored, under the base's names, for peft to load."""
+    words = {word for key in adapter.keys for word in key.split(".")}
+    modules = adapter.config.get("modules_to_save")
+    kept = [name for name in modules or [] if name.split(".")[-1] in words] or None
+    # A task type would add the heads that were just taken out.
+    config = {**adapter.config, "modules_to_save": kept, "task_type": None, "auto_mapping": None}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    specs = {ROOT + key: (adapter.info(key).dtype, adapter.info(key).shape) for key in adapter.keys}
+    tensors = ((ROOT + key, adapter.read(key)) for key in adapter.keys)
+    write_safetensors(folder / "adapter_model.safetensors", specs, tensors)

@@ -1,0 +1,53 @@
+"""The resident model: a checkpoint as a transformers module that owns its weights.
+
+transformers is asked for the modules and their buffers only. It fills what a file lacks with random numbers,
+so names and shapes are compared first, and the weights copied here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from trainmerge.checkpoints.reader import Checkpoint
+from trainmerge.checkpoints.skeleton import build_skeleton, locate, matches, quiet, shorten
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that owns its weights, and the parameter that each tensor of the files became."""
+
+    module: nn.Module
+    names: Mapping[str, str]  # the checkpoint's name -> the parameter's; tied ones share a parameter
+
+
+def load_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
+    """The resident model: on the CPU, in the files' dtypes, dropout 0, eval mode, no gradients.
+
+    `ignore` are fnmatch patterns of parameters that the files may lack (they start random, as an unused
+    pooler does) and of tensors that the model may lack.
+
+    Raises ValueError, before a weight is read, if the architecture is unknown, a tensor of the files is no
+    parameter or buffer of the model, a shape differs, or a parameter is in no file.
+    """
+    skeleton = build_skeleton(base.path)
+    names = locate(skeleton, base.path, base.tensors, ignore)
+    absent = [name for name, _ in skeleton.named_parameters() if name not in names.values()]
+    absent = [name for name in absent if not matches(name, ignore)]
+    if absent:
+        raise ValueError(
+            f"{base.path}: {type(skeleton).__name__} has parameters that the files lack, and would start "
+            f"random: {shorten(absent)}. If its output doesn't use them, name them in `ignore`; otherwise "
+            "save the checkpoint with the class that it was trained with."
+        )
+    first = next(info.dtype for info in base.tensors.values() if info.dtype.is_floating_point)
+    state = {name: base.read(name) for name in base.tensors}
+    with quiet():
+        module = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=state, dtype=first)
+    module.train(False).requires_grad_(False)
+    parameters = dict(module.named_parameters())
+    for name, parameter in names.items():
+        parameters[parameter].data = base.read(name).clone()  # in the file's own dtype, in our own memory
+    for buffer in module.buffers():
+        buffer.data = buffer.data.clone()
+    return LoadedModel(module, names)

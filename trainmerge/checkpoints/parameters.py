@@ -1,0 +1,77 @@
+"""A checkpoint's parameters: what can be merged, under one name each."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from trainmerge.checkpoints.reader import Checkpoint
+from trainmerge.checkpoints.skeleton import build_skeleton, canonical_names, locate, matches
+
+MERGED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A checkpoint, its model's modules without storage, and which tensor of the files each parameter is.
+
+    Buffers and integers are in no map: they are never merged. `ignored` parameters are in `names` only.
+    """
+
+    checkpoint: Checkpoint
+    skeleton: PreTrainedModel
+    names: Mapping[str, str]  # every tensor of the files -> parameter; tied ones share one
+    files: Mapping[str, str]  # parameter -> its canonical tensor of the files, `ignore`d ones left out
+
+    def file_of(self, name: str) -> str | None:
+        """The canonical tensor of a parameter by any of its names in memory; None if it is ignored."""
+        wanted = dict(self.skeleton.named_parameters(remove_duplicate=False)).get(name)
+        owners = {id(parameter): owner for owner, parameter in self.skeleton.named_parameters()}
+        return self.files.get(owners.get(id(wanted), name))
+
+    def duplicates(self) -> dict[str, list[str]]:
+        """Canonical tensor -> the other tensors of the files that are tied to it."""
+        others: dict[str, list[str]] = {}
+        for name, parameter in self.names.items():
+            canonical = self.files.get(parameter, name)
+            if canonical != name:
+                others.setdefault(canonical, []).append(name)
+        return others
+
+
+def open_parameters(checkpoint: Checkpoint, ignore: Sequence[str] = ()) -> Parameters:
+    """Name the parameters of a checkpoint, from headers and config.json alone.
+
+    Raises ValueError if it is quantised, or its names, shapes and config.json do not agree.
+    """
+    narrow = [name for name, info in checkpoint.tensors.items() if _quantised(info.dtype)]
+    if narrow or "quantization_config" in checkpoint.config:
+        raise ValueError(
+            f"{checkpoint.path}: quantised weights ({', '.join(narrow[:3]) or 'quantization_config'}) cannot "
+            "be merged. Use the float checkpoint that they were made from."
+        )
+    skeleton = build_skeleton(checkpoint.path)
+    names = locate(skeleton, checkpoint.path, checkpoint.tensors, ignore)
+    files = canonical_names(
+        {n: p for n, p in names.items() if not matches(n, ignore) and not matches(p, ignore)}
+    )
+    return Parameters(checkpoint, skeleton, names, files)
+
+
+def _quantised(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype not in MERGED_DTYPES
+
+
+def fit_prefix(names: Iterable[str], known: Iterable[str], prefixes: Iterable[str]) -> dict[str, str]:
+    """Each of `names` as `known` has it: one prefix added to all, or taken off all, whichever fits most.
+
+    >>> fit_prefix(["bert.encoder.a", "classifier.b"], ["encoder.a"], ["bert"])
+    {'bert.encoder.a': 'encoder.a', 'classifier.b': 'classifier.b'}
+    """
+    names, known = list(names), set(known)
+    ways = [{name: name for name in names}]
+    for prefix in prefixes:
+        ways.append({name: f"{prefix}.{name}" for name in names})
+        ways.append({name: name.removeprefix(f"{prefix}.") for name in names})
+    return max(ways, key=lambda way: sum(name in known for name in way.values()))

@@ -1,0 +1,200 @@
+"""A transformers checkpoint folder: every file, header and name checked at the door, nothing read.
+
+Three layouts: one `model.safetensors`, shards named by `model.safetensors.index.json`, and the pickled
+twins of both (`pytorch_model.bin`), which need `allow_pickle`.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PureWindowsPath
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trainmerge.checkpoints.skeleton import tied_names
+from trainmerge.storage import MappedFile, TensorInfo
+
+SAFETENSORS = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+
+
+class WeightFile(Protocol):
+    """One file of tensors: what it holds, and a mapped read."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name -> header, in file order."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, mapped."""
+        ...
+
+
+class PickleFile:
+    """A `.bin` file, opened by torch's restricted unpickler and mapped.
+
+    Raises ValueError if it is not a plain dictionary of tensors in torch's zip format.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{path}: torch cannot load it: {reason} Save it again as safetensors."
+            ) from error
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError(f"{path}: not a dictionary of tensors. Save the model again as safetensors.")
+        self._state: dict[str, Tensor] = state
+        self.tensors = {name: TensorInfo(t.dtype, t.shape, path) for name, t in state.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, mapped."""
+        return self._state[name]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint folder. `tensors` are headers; `read` maps one tensor."""
+
+    path: Path
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorInfo]
+    config: dict[str, Any]  # config.json
+    shards: Mapping[Path, tuple[str, ...]]  # file -> its tensors, in file order
+    sources: Mapping[Path, WeightFile]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, mapped: no memory of its own. Raises KeyError for an unknown name."""
+        return self.sources[self.tensors[name].file].read(name)
+
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Tensor -> the one that it must equal, where the files hold both: `lm_head.weight` -> the embedding.
+
+        Raises ValueError if transformers does not know the architecture.
+        """
+        return tied_names(self.path, self.tensors)
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError if a safetensors file was written to since it was opened."""
+        for source in self.sources.values():
+            if isinstance(source, MappedFile):
+                source.check_unchanged()
+
+
+def open_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
+    """Open a checkpoint folder; read its headers only.
+
+    Raises:
+        FileNotFoundError: the folder, config.json, the weights, or a shard that the index names.
+        ValueError: a broken file, an index that disagrees with its shards, only pickled weights.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: not a folder. Name a checkpoint folder on disk; download it first.")
+    config = read_json(path / "config.json")
+    files, index = find_weights(path, SAFETENSORS, PICKLE, allow_pickle)
+    sources: dict[Path, WeightFile] = {
+        file: PickleFile(file) if file.suffix == ".bin" else MappedFile(file) for file in files
+    }
+    _check_index(path, index, sources)
+    tensors = {name: info for source in sources.values() for name, info in source.tensors.items()}
+    shards = {file: tuple(source.tensors) for file, source in sources.items()}
+    return Checkpoint(
+        path,
+        tuple(files),
+        MappingProxyType(tensors),
+        config,
+        MappingProxyType(shards),
+        MappingProxyType(sources),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises FileNotFoundError or ValueError that names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {path.parent} is not a complete checkpoint folder.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}. Download or save it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object is needed, this is a {type(value).__name__}.")
+    return value
+
+
+def find_weights(
+    path: Path, safe: str, pickled: str, allow_pickle: bool
+) -> tuple[list[Path], dict[str, str] | None]:
+    """The weight files of `path`, and the index's tensor -> file name where there is one.
+
+    transformers' order: the single safetensors file, its shards, then the pickled twins.
+    """
+    for single in [safe, pickled]:
+        if single == pickled and _has(path, pickled) and not allow_pickle:
+            raise ValueError(
+                f"{path}: only pickled weights ({pickled}), which can run code. Save them as safetensors, "
+                "or set allow_pickle if you trust their source."
+            )
+        if (path / single).is_file():
+            return [path / single], None
+        index = path / f"{single}.index.json"
+        if index.is_file():
+            names = _weight_map(index, Path(single).suffix)
+            return [path / file for file in sorted(set(names.values()))], names
+    raise FileNotFoundError(f"{path}: no weights: neither {safe} nor {safe}.index.json is there.")
+
+
+def _has(path: Path, name: str) -> bool:
+    return (path / name).is_file() or (path / f"{name}.index.json").is_file()
+
+
+def _weight_map(index: Path, suffix: str) -> dict[str, str]:
+    """The index's tensor -> file name. Outside input: plain relative `.safetensors` paths only."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise ValueError(f"{index}: no usable 'weight_map' (tensor name -> file name). Download it again.")
+    problems = []
+    for file in sorted(set(names.values())):
+        # PureWindowsPath reads both kinds of slashes and drives, on any system.
+        parts = PureWindowsPath(file)
+        if parts.drive or parts.root or ".." in parts.parts or not file.endswith(suffix):
+            problems.append(f"{file!r} is not a {suffix} file inside the folder")
+        elif not (index.parent / file).is_file():
+            problems.append(f"{file} is missing, with {sum(f == file for f in names.values())} tensors")
+    if problems:
+        missing = all("is missing" in problem for problem in problems)
+        kind = FileNotFoundError if missing else ValueError
+        raise kind(
+            f"{index}: " + "; ".join(problems) + ". Download the checkpoint again, from a source you trust."
+        )
+    return names
+
+
+def _check_index(path: Path, index: dict[str, str] | None, sources: Mapping[Path, WeightFile]) -> None:
+    """Index and shards must agree both ways, and no tensor be in two shards."""
+    homes: dict[str, list[str]] = {}
+    for file, source in sources.items():
+        for name in source.tensors:
+            homes.setdefault(name, []).append(file.relative_to(path).as_posix())
+    problems = [f"{name} is in {' and in '.join(files)}" for name, files in homes.items() if len(files) > 1]
+    if index is not None:
+        for name, home in index.items():
+            if PureWindowsPath(home).as_posix() not in homes.get(name, []):
+                problems.append(f"{name} is not in {home}, where the index has it")
+        problems += [
+            f"{name} of {files[0]} is not in the index" for name, files in homes.items() if name not in index
+        ]
+    if problems:
+        raise ValueError(
+            f"{path}: the index disagrees with its shards: " + "; ".join(problems) + ". Save it again."
+        )

@@ -1,0 +1,130 @@
+"""The command line. Heavy imports happen inside the command that needs them, so `--help` is quick."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+USAGE = """usage: trainmerge COMMAND ...
+
+Learn the coefficients of a model merge from unlabeled data.
+
+commands:
+  fit        learn coefficients:  trainmerge fit --config configs/adamerging.yaml --run runs/first
+             resume the same:     trainmerge fit --config configs/adamerging.yaml --run runs/first --resume auto
+  export     write the model:     trainmerge export runs/first merged/
+  evaluate   score it:            trainmerge evaluate runs/first
+  inspect    look before or after: trainmerge inspect runs/first
+             or a config's recipe: trainmerge inspect configs/adamerging.yaml
+
+trainmerge COMMAND --help lists a command's options; fit also takes --print_config.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the process's exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "fit": _fit,
+        "export": _export,
+        "evaluate": _evaluate,
+        "inspect": _inspect,
+    }
+    if not given or given[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if given else 2
+    if given[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("trainmerge"))
+        return 0
+    if given[0] not in commands:
+        from difflib import get_close_matches
+
+        near = get_close_matches(given[0], commands, n=1)
+        print(
+            f"trainmerge: no command {given[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        return commands[given[0]](given[1:])
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+    ) as error:  # what a user can cause; anything else is ours, with a traceback
+        print(f"trainmerge {given[0]}: {error}", file=sys.stderr)
+        return 1
+
+
+def _fit(arguments: list[str]) -> int:
+    from trainmerge.fit_cli import fit_command
+
+    return fit_command(arguments)
+
+
+def _export(arguments: list[str]) -> int:
+    return _plain(export, arguments)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    return _plain(evaluate, arguments)
+
+
+def _inspect(arguments: list[str]) -> int:
+    return _plain(inspect, arguments)
+
+
+def _plain(command: Callable[..., None], arguments: list[str]) -> int:
+    from jsonargparse import auto_cli
+
+    auto_cli(command, args=arguments, prog=f"trainmerge {command.__name__}", as_positional=True)
+    return 0
+
+
+def export(run: str, out: str, overwrite: bool = False) -> None:
+    """Write a run's merge as an ordinary checkpoint folder that transformers loads.
+
+    Example: trainmerge export runs/first merged/
+
+    Args:
+        run: The run folder.
+        out: The folder to make.
+        overwrite: Replace the folder if it exists; the old one stays until the new one is complete.
+    """
+    from trainmerge.export import export_run
+
+    print(f"merged checkpoint: {export_run(run, out, overwrite)}")
+
+
+def evaluate(path: str, recipe: str = "", limit: int = 0, max_length: int = 64, output: str = "") -> None:
+    """Score a run (with base, average, task arithmetic and experts beside it) or a checkpoint.
+
+    Examples: trainmerge evaluate runs/first
+              trainmerge evaluate merged/ --recipe runs/first
+
+    Args:
+        path: A run folder, or a checkpoint folder.
+        recipe: Where the tasks are described, for a checkpoint: a run folder or a configuration.
+        limit: Score the first so many examples of each task only; 0 is all.
+        max_length: Texts are cut at this many tokens.
+        output: Write the scores to this JSON file too.
+    """
+    from trainmerge.scoring import evaluate_path
+
+    evaluate_path(Path(path), Path(recipe or path), limit, max_length, Path(output) if output else None)
+
+
+def inspect(path: str, every: bool = False) -> None:
+    """Show what would be merged, or was: sizes, groups, what is left out and why, coefficients.
+
+    Examples: trainmerge inspect configs/adamerging.yaml
+              trainmerge inspect runs/first
+
+    Args:
+        path: A configuration, a run folder, or an exported checkpoint.
+        every: List every parameter instead of a summary.
+    """
+    from trainmerge.inspection import inspect_path
+
+    inspect_path(Path(path), every)

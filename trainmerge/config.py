@@ -1,0 +1,51 @@
+"""Dataclasses <-> the YAML that names them by class path: one form for configs, run folders and exports."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser
+
+T = TypeVar("T")
+
+
+def to_config(value: Any) -> Any:
+    """A frozen dataclass as plain YAML data; a plug-in (one with a base class) with its class path."""
+    if is_dataclass(value) and not isinstance(value, type):
+        content = {field.name: to_config(getattr(value, field.name)) for field in fields(value)}
+        if type(value).__mro__[1] is object:
+            return content
+        return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": content}
+    if isinstance(value, Mapping):
+        return {str(key): to_config(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [to_config(item) for item in value]
+    return value
+
+
+def write_config(value: Any, key: str, path: Path) -> None:
+    """Write a dataclass under `key`, through a temporary file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump({key: to_config(value)}, sort_keys=False, width=110))
+    temporary.replace(path)
+
+
+def read_config(cls: type[T], key: str, path: Path) -> T:
+    """Undo `write_config`; other keys of the file are left alone.
+
+    Raises:
+        ValueError: the file lacks `key`, or holds a key or value that the class does not take.
+    """
+    data = yaml.safe_load(path.read_text())
+    if not isinstance(data, dict) or key not in data:
+        raise ValueError(f"{path}: no section {key!r} in it")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, key)
+    try:
+        parsed = parser.parse_object({key: data[key]})
+        result: T = parser.instantiate_classes(parsed)[key]
+    except Exception as error:  # jsonargparse raises many kinds; all of them mean the file is wrong
+        raise ValueError(f"{path}: {error}") from error
+    return result

@@ -1,0 +1,164 @@
+"""A run folder or a checkpoint -> accuracy on every task, beside what it has to be compared with.
+
+Legend: `K` experts (tasks), `B` examples.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torchmetrics.classification import MulticlassAccuracy
+
+from trainmerge.batch import Batch
+from trainmerge.calibration import Tokenizer, load_examples
+from trainmerge.checkpoints import load_model, open_checkpoint
+from trainmerge.config import read_config
+from trainmerge.export import open_run
+from trainmerge.forward import Tokenize, build_classifier, forward
+from trainmerge.recipe import Expert, Recipe
+from trainmerge.resident import Resident, load_resident
+from trainmerge.run_folder import RunFolder
+
+Scores = dict[str, dict[str, float]]  # row of the table -> task -> accuracy
+GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled test examples of one task."""
+
+    texts: Sequence[str]
+    labels: Sequence[int]
+
+
+def load_test(name: str, expert: Expert, limit: int) -> Examples:
+    """A task's first `limit` test examples (0: all).
+
+    Raises:
+        ValueError: the task has no test file or no head, or the file lacks `text` or `label`.
+    """
+    if not expert.test or expert.head is None:
+        raise ValueError(f"{name}: scoring needs `test`, a file with columns text and label, and a `head`")
+    data = load_examples(expert.test, ["text", "label"])
+    count = min(limit, len(data)) if limit else len(data)
+    return Examples(list(data["text"][:count]), list(data["label"][:count]))
+
+
+@torch.inference_mode()
+def accuracy(
+    predict: Callable[[Batch], torch.Tensor],
+    task: int,
+    examples: Examples,
+    tokenize: Tokenize,
+    batch_size: int = 64,
+) -> float:
+    """Share of right answers; texts go in order of length, so that little is padded."""
+    order = sorted(range(len(examples.texts)), key=lambda i: len(examples.texts[i]))
+    metric: MulticlassAccuracy | None = None
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        inputs = tokenize([examples.texts[i] for i in chosen])
+        logits = predict(Batch(task, inputs, inputs["attention_mask"].bool()))
+        metric = metric or MulticlassAccuracy(num_classes=logits.shape[-1], average="micro")
+        metric.update(logits, torch.tensor([examples.labels[i] for i in chosen]))
+    assert metric is not None
+    return float(metric.compute())
+
+
+def evaluate_run(
+    run: str | Path, limit: int = 0, max_length: int = 64, grid: Sequence[float] = GRID
+) -> Scores:
+    """Scores of base, uniform average, best task arithmetic, the learned merge and the experts themselves.
+
+    The best task-arithmetic coefficient is chosen on the test scores themselves: the baseline gets the
+    benefit of an oracle that the learned merge does not have.
+    """
+    recipe, coefficients, opened = open_run(folder := RunFolder(Path(run)))
+    tests = [load_test(name, expert, limit) for name, expert in recipe.experts.items()]
+    tokenize = Tokenizer(recipe.base, max_length)
+    resident = load_resident(recipe, opened, coefficients, tokenize, folder.workspace)
+    resident.merged.materialise()
+    names = list(recipe.experts)
+
+    def score() -> dict[str, float]:
+        return {
+            name: accuracy(lambda batch: resident(batch).logits, task, tests[task], tokenize)
+            for task, name in enumerate(names)
+        }
+
+    K = len(names)
+    rows: Scores = {}
+    settings = {"base": 0.0, "average": 1 / K} | {f"task arithmetic {c}": c for c in grid}
+    for row, coefficient in track(settings.items(), description="scoring"):
+        with resident.merged.uniform(torch.full((K,), coefficient)):
+            rows[row] = score()
+    rows["learned"] = score()
+    rows["expert"] = _expert_scores(resident, names, tests, tokenize)
+    return keep_best_arithmetic(rows)
+
+
+def _expert_scores(
+    resident: Resident, names: Sequence[str], tests: Sequence[Examples], tokenize: Tokenize
+) -> dict[str, float]:
+    scores = {}
+    for task, name in enumerate(names):
+        with resident.merged.teacher(task):
+            scores[name] = accuracy(lambda batch: resident(batch).logits, task, tests[task], tokenize)
+    return scores
+
+
+def keep_best_arithmetic(rows: Scores) -> Scores:
+    """The rows with only the best of the task-arithmetic ones, by mean."""
+    arithmetic = [row for row in rows if row.startswith("task arithmetic")]
+    best = max(arithmetic, key=lambda row: mean(rows[row]), default=None)
+    return {row: scores for row, scores in rows.items() if row not in arithmetic or row == best}
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path, recipe: Recipe, limit: int = 0, max_length: int = 64
+) -> Scores:
+    """Scores of one checkpoint folder on a recipe's tasks; label heads are the recipe's base's."""
+    tests = [load_test(name, expert, limit) for name, expert in recipe.experts.items()]
+    tokenize = Tokenizer(recipe.base, max_length)
+    base = load_model(open_checkpoint(recipe.base), recipe.ignore).module
+    heads = [build_classifier(expert.head, base, tokenize) for expert in recipe.experts.values()]
+    module = load_model(open_checkpoint(checkpoint), recipe.ignore).module
+    return {
+        str(checkpoint): {
+            name: accuracy(
+                lambda batch: forward(module, batch, heads[batch.expert]).logits, task, tests[task], tokenize
+            )
+            for task, name in enumerate(recipe.experts)
+        }
+    }
+
+
+def mean(scores: Mapping[str, float]) -> float:
+    """Mean over the tasks."""
+    return sum(scores.values()) / len(scores)
+
+
+def normalised(scores: Mapping[str, float], expert: Mapping[str, float]) -> float:
+    """Mean over the tasks of score / the expert's score."""
+    return mean({name: score / expert[name] for name, score in scores.items()})
+
+
+def recipe_of(path: Path) -> Recipe:
+    """The recipe of a run folder, an exported checkpoint, or a configuration file."""
+    for file in (path / "recipe.yaml", path / "trainmerge_recipe.yaml", path):
+        if file.is_file():
+            return read_config(Recipe, "recipe", file)
+    raise ValueError(f"{path}: no run folder, exported checkpoint or configuration file")
+
+
+def write_scores(rows: Scores, path: Path) -> None:
+    """Scores as JSON, with mean and normalised mean a row."""
+    expert = rows.get("expert")
+    summary = {
+        row: {**scores, "mean": mean(scores)} | ({"normalised": normalised(scores, expert)} if expert else {})
+        for row, scores in rows.items()
+    }
+    path.write_text(json.dumps(summary, indent=2))

@@ -1,0 +1,96 @@
+"""`trainmerge fit`: LightningCLI over the recipe, the module and the data, in a fixed run folder."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from trainmerge.calibration import Calibration
+from trainmerge.callbacks import EXIT_PREEMPTED, Preempted
+from trainmerge.module import MergeModule
+from trainmerge.recipe import Recipe
+from trainmerge.run import fit, make_trainer
+from trainmerge.run_folder import RunFolder
+
+
+class FitCLI(LightningCLI):
+    """Adds `recipe`, `run`, `resume` and `save_every`; the rest is Lightning's own."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Our keys, and the links that spare a user from saying a thing twice."""
+        parser.add_argument("--run", type=str, required=True, help="Run folder; made if it is not there.")
+        parser.add_argument(
+            "--resume", type=str, default="auto",
+            help="auto: go on with the folder's run if there is one. never: begin. Or the path of a checkpoint.",
+        )  # fmt: skip
+        parser.add_argument("--save_every", type=int, default=50, help="Steps between snapshots.")
+        parser.add_class_arguments(Recipe, "recipe")
+        parser.link_arguments("recipe", "model.recipe", apply_on="instantiate")
+        parser.link_arguments("recipe", "data.files", calibration_files, apply_on="instantiate")
+        parser.link_arguments("recipe", "data.test_files", test_files, apply_on="instantiate")
+        parser.link_arguments("recipe.base", "data.tokenizer")
+        parser.link_arguments("run", "model.workspace", lambda run: str(RunFolder(Path(run)).workspace))
+        parser.link_arguments("seed_everything", "data.seed", int)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The trainer of `run.make_trainer`, with the configuration's arguments."""
+        arguments = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        return make_trainer(self.config["run"], self.config["save_every"], **arguments)
+
+
+def fit_command(arguments: list[str]) -> int:
+    """Parse, build everything (headers are checked here), and fit."""
+    cli = parse(arguments)
+    folder = RunFolder(Path(cli.config["run"]))
+    try:
+        fit(cli.model, cli.datamodule, cli.trainer, folder.path, cli.config["resume"])
+    except Preempted as stop:
+        print(stop)
+        return EXIT_PREEMPTED
+    finally:
+        if folder.manifest.exists():
+            cli.parser.save(cli.config, folder.config, overwrite=True, skip_check=True, multifile=False)
+    print(f"coefficients: {folder.coefficients}\nnext: trainmerge export {folder.path} OUT")
+    return 0
+
+
+def parse(arguments: list[str]) -> FitCLI:
+    """Parse and build module, data and trainer."""
+    logging.getLogger("pytorch_lightning").setLevel(
+        logging.WARNING
+    )  # its notes on hardware, seeds and adverts
+    with warnings.catch_warnings():
+        # The launcher of further processes runs sys.argv again, so sys.argv must stay; hence `args` beside it.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        return FitCLI(
+            MergeModule,
+            Calibration,
+            run=False,
+            args=arguments,
+            save_config_callback=None,
+            seed_everything_default=0,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"prog": "trainmerge fit"},
+        )
+
+
+def calibration_files(recipe: Recipe) -> dict[str, str]:
+    """Expert -> its unlabeled examples.
+
+    Raises:
+        ValueError: listing the experts that have none.
+    """
+    absent = [name for name, expert in recipe.experts.items() if not expert.calibration]
+    if absent:
+        raise ValueError(
+            f"recipe.experts: {absent} have no `calibration` file of unlabeled examples to learn from"
+        )
+    return {name: str(expert.calibration) for name, expert in recipe.experts.items()}
+
+
+def test_files(recipe: Recipe) -> dict[str, str]:
+    """Expert -> its test examples, where it has some."""
+    return {name: expert.test for name, expert in recipe.experts.items() if expert.test}

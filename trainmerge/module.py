@@ -1,0 +1,136 @@
+"""The thin LightningModule: materialise, one forward and backward a task, one step of the coefficients.
+
+Its checkpoint holds coefficients and optimizer, kilobytes; the model and the task vectors are hidden
+from Lightning, which would otherwise save, move and synchronise them.
+
+Legend: `K` experts, `G` coefficient groups.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from typing_extensions import override
+
+from trainmerge.batch import Batch, Step
+from trainmerge.calibration import Calibration
+from trainmerge.coefficients import Coefficients, read_initial
+from trainmerge.constraints import Constraint, Free
+from trainmerge.objectives import Entropy, Objective
+from trainmerge.recipe import Recipe
+from trainmerge.resident import Resident, load_resident
+
+
+class MergeModule(pl.LightningModule):
+    """Learns a merge's coefficients from unlabeled data.
+
+    Args:
+        recipe: What is merged.
+        objective: The loss of a batch; the tasks' losses are weighed by `Expert.weight` and summed.
+        constraint: The set that coefficients stay in.
+        initial: Where they start: one number, one an expert, or a `coefficients.safetensors`.
+        anchor: Weight of mean |c - start|^2, which pulls the coefficients back to their start.
+        optimizer: Made from the coefficients, as in any LightningModule.
+        lr_scheduler: Stepped once an optimizer step.
+        workspace: Folder for preprocessed task vectors and merged adapters.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        objective: Objective = Entropy(),  # noqa: B008 - frozen
+        constraint: Constraint = Free(),  # noqa: B008 - frozen
+        initial: float | Sequence[float] | str = 0.3,
+        anchor: float = 0.0,
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        workspace: str = "workspace",
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.recipe, self.objective, self.anchor = recipe, objective, anchor
+        self.workspace = Path(workspace)
+        self.opened = recipe.open(self.workspace)
+        start = read_initial(initial, tuple(recipe.experts), self.opened.layout)
+        self.coefficients = Coefficients(tuple(recipe.experts), self.opened.layout, start, constraint)
+        self.start = self.coefficients().detach().clone()  # a plain attribute: not in the checkpoint
+        self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
+        self._resident: Resident | None = None
+
+    @property
+    def resident(self) -> Resident:
+        """The merged model; loaded when a fit begins.
+
+        Raises:
+            RuntimeError: nothing was loaded yet.
+        """
+        if self._resident is None:
+            raise RuntimeError("the model is loaded by Trainer.fit; call `load` to have it before")
+        return self._resident
+
+    def load(self, data: Calibration) -> None:
+        """Load the base, the heads and the preprocessed task vectors. Called by Lightning's `setup` too."""
+        if self._resident is None:
+            self._resident = load_resident(
+                self.recipe, self.opened, self.coefficients, data.tokenize, self.workspace, self.device
+            )
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Load everything onto this process's device.
+
+        Raises:
+            TypeError: the trainer was given other data than a `Calibration`.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, Calibration):
+            raise TypeError("fit with trainer.fit(module, datamodule=Calibration(...))")
+        self.load(data)
+
+    @override
+    def training_step(self, step: Step, index: int) -> None:
+        """One optimizer step: all tasks' losses at one merge."""
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        self.resident.merged.materialise()
+        losses = {self.coefficients.experts[batch.expert]: self._backward(batch) for batch in step}
+        optimizer.zero_grad()
+        self.coefficients.backward(self._reduced(self.resident.merged.gradient()) + self._anchor_gradient())
+        optimizer.step()
+        self.coefficients.project_()
+        self._step_scheduler()
+        self.log("loss", torch.stack(list(losses.values())).sum(), prog_bar=True)
+        self.log_dict({f"loss/{name}": loss for name, loss in losses.items()})
+
+    def _backward(self, batch: Batch) -> Tensor:
+        weight = list(self.recipe.experts.values())[batch.expert].weight
+        loss = weight * self.objective(self.resident(batch), batch).mean()
+        self.manual_backward(loss)
+        return loss.detach()
+
+    def _anchor_gradient(self) -> Tensor:
+        values = self.coefficients().detach()
+        return 2 * self.anchor * (values - self.start.to(values)) / values.numel()
+
+    def _reduced(self, gradient: Tensor) -> Tensor:
+        """The mean over processes of the K x G numbers that are all that has to be reduced."""
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(gradient)  # type: ignore[no-untyped-call]
+        return gradient / self.trainer.world_size
+
+    def _step_scheduler(self) -> None:
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+            scheduler.step()
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer of the coefficients, and its schedule if there is one."""
+        optimizer = self.make_optimizer(self.coefficients.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer)}}

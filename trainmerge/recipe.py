@@ -1,0 +1,91 @@
+"""What is merged: a base, its experts, what is done to their task vectors, and what shares a coefficient."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from trainmerge.checkpoints import Checkpoint, fingerprint, open_checkpoint, open_task_vectors
+from trainmerge.coefficients import Grouping, Layout
+from trainmerge.heads import Head
+from trainmerge.preprocess import Preprocess
+from trainmerge.task_vectors import TaskVectors
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert and the data that stand for its task.
+
+    Args:
+        path: A transformers checkpoint folder, or a peft adapter folder.
+        calibration: Unlabeled examples to learn from: a JSONL, CSV, parquet or text file, or a saved dataset.
+        test: Labelled examples, for `evaluate` only; a fit never reads their labels.
+        head: The task's frozen classifier; none for a language model.
+        weight: Weight of this task in the loss.
+    """
+
+    path: str
+    calibration: str | None = None
+    test: str | None = None
+    head: Head | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merge before its coefficients.
+
+    Args:
+        base: The checkpoint folder that every expert was fine-tuned from.
+        experts: Name -> expert. The names are the coefficients' rows.
+        preprocess: Applied to the task vectors, in order.
+        grouping: Which parameters are merged and which share a coefficient.
+        ignore: fnmatch patterns of tensors that an expert may have and the base not (its own head, say).
+        allow_pickle: Read `.bin` checkpoints too. Pickle can run code; use it for files you trust.
+    """
+
+    base: str
+    experts: Mapping[str, Expert]
+    preprocess: Sequence[Preprocess] = ()
+    grouping: Grouping = field(default_factory=Grouping)
+    ignore: Sequence[str] = ()
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.experts:
+            raise ValueError("recipe.experts is empty: name at least one expert")
+
+    def open(self, workspace: Path | None = None) -> "Opened":
+        """Check every header and map the files; no weight is read.
+
+        Raises:
+            ValueError: with every mismatch between base and experts, or a pattern that matches nothing.
+        """
+        base = open_checkpoint(self.base, allow_pickle=self.allow_pickle)
+        paths = {name: expert.path for name, expert in self.experts.items()}
+        task_vectors = open_task_vectors(
+            base, paths, ignore=self.ignore, allow_pickle=self.allow_pickle, workspace=workspace
+        )
+        folders = {"base": Path(self.base)} | {name: Path(path) for name, path in paths.items()}
+        return Opened(base, task_vectors, self.grouping.layout(task_vectors.shapes), folders)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A recipe's files, checked and mapped."""
+
+    base: Checkpoint
+    task_vectors: TaskVectors  # before preprocessing
+    layout: Layout
+    folders: Mapping[str, Path]  # "base" and every expert
+
+    @cached_property
+    def checksums(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of every weight file of base and experts: reads each file once."""
+        return {name: fingerprint(folder) for name, folder in self.folders.items()}
+
+    def identity(self) -> str:
+        """One digest of base and experts, by their contents."""
+        return hashlib.sha256(json.dumps(self.checksums, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,46 @@
+"""From a recipe to the model in memory: the merged model and every task's classifier."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trainmerge.batch import Batch, Outputs
+from trainmerge.checkpoints import load_model
+from trainmerge.coefficients import Coefficients
+from trainmerge.forward import Tokenize, build_classifier, forward
+from trainmerge.heads import Classifier
+from trainmerge.merged_model import MergedModel
+from trainmerge.preprocess import apply
+from trainmerge.recipe import Opened, Recipe
+
+
+@dataclass(frozen=True)
+class Resident:
+    """The merged model and its tasks' frozen heads. Not an nn.Module: Lightning is to leave it alone."""
+
+    merged: MergedModel
+    classifiers: Sequence[Classifier | None]  # K
+
+    def __call__(self, batch: Batch) -> Outputs:
+        """A forward pass of the present weights, through the head of the batch's task."""
+        return forward(self.merged.module, batch, self.classifiers[batch.expert])
+
+
+def load_resident(
+    recipe: Recipe,
+    opened: Opened,
+    coefficients: Coefficients,
+    tokenize: Tokenize,
+    workspace: Path,
+    device: torch.device | str = "cpu",
+) -> Resident:
+    """Preprocess the task vectors, load the base, build the heads; no merge is written yet."""
+    task_vectors = opened.task_vectors
+    if recipe.preprocess:
+        task_vectors = apply(task_vectors, recipe.preprocess, workspace, opened.identity())
+    loaded = load_model(opened.base, recipe.ignore)
+    module = loaded.module.to(device)
+    classifiers = [build_classifier(expert.head, module, tokenize) for expert in recipe.experts.values()]
+    return Resident(MergedModel(module, task_vectors, coefficients, loaded.names), classifiers)

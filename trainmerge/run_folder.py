@@ -1,0 +1,135 @@
+"""A run folder: where every file of a run is, and whether a run may go on in it."""
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("trainmerge", "torch", "pytorch-lightning", "transformers", "peft", "datasets", "safetensors")
+
+README = """# A trainmerge run
+
+| file | what it is |
+|---|---|
+| `recipe.yaml` | what is merged: base, experts, preprocessing, grouping |
+| `config.yaml` | the whole resolved configuration, where the run was started from the command line |
+| `manifest.json` | checksums of base and experts, data, versions, seed, command |
+| `coefficients.safetensors` | the coefficients after the last saved step, with their layout in the header |
+| `metrics.jsonl` | one line a logged step |
+| `checkpoints/` | the optimizer's state after the last saved step; `--resume auto` goes on from it |
+| `workspace/` | preprocessed task vectors; made again when deleted |
+
+Go on: `trainmerge fit --config config.yaml --resume auto`. Export: `trainmerge export THIS_FOLDER OUT`.
+"""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run, by name."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """What is merged."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def config(self) -> Path:
+        """The resolved command-line configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        """What the run was made from."""
+        return self.path / "manifest.json"
+
+    @property
+    def coefficients(self) -> Path:
+        """The learned coefficients."""
+        return self.path / "coefficients.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where snapshots lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def workspace(self) -> Path:
+        """Preprocessed task vectors."""
+        return self.path / "workspace"
+
+    def latest(self) -> Path | None:
+        """The snapshot with the highest step."""
+        snapshots = sorted(self.checkpoints.glob("step-*.ckpt"), key=lambda path: int(path.stem[5:]))
+        return snapshots[-1] if snapshots else None
+
+    def resume_from(self, resume: str) -> Path | None:
+        """The checkpoint that `resume` (auto, never, or a path) means; none for a new run.
+
+        Raises:
+            ValueError: `never` in a folder that holds a run, or a path that is not there.
+        """
+        if resume == "auto":
+            return self.latest()
+        if resume == "never":
+            if self.manifest.exists():
+                raise ValueError(
+                    f"{self.path} holds a run already: use --resume auto, or another --run folder"
+                )
+            return None
+        if not Path(resume).is_file():
+            raise ValueError(
+                f"--resume {resume}: no such checkpoint (auto, never, or the path of a .ckpt file)"
+            )
+        return Path(resume)
+
+    def create(self, manifest: Mapping[str, Any]) -> None:
+        """Make the folder, or check that the run in it was made from the same things.
+
+        Raises:
+            ValueError: listing what differs.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.manifest.exists():
+            self._compare(manifest)
+            return
+        (self.path / "README.md").write_text(README)
+        made = {**manifest, "versions": versions(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        temporary = self.manifest.with_suffix(".tmp")
+        temporary.write_text(json.dumps(made, indent=2))
+        temporary.replace(self.manifest)
+
+    def _compare(self, manifest: Mapping[str, Any]) -> None:
+        made = json.loads(self.manifest.read_text())
+        now = json.loads(json.dumps(manifest))
+        different = [
+            f"  {key}: {_short(made.get(key))} then, {_short(value)} now"
+            for key, value in now.items()
+            if made.get(key) != value
+        ]
+        if different:
+            raise ValueError(
+                f"{self.path} holds a run made from other things:\n"
+                + "\n".join(different)
+                + "\nUndo the change to resume it, or use another --run folder."
+            )
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,269 @@
+"""Tensors and folders on disk: mapped reads, streamed writes, and folders that appear whole or not at all.
+
+A safetensors file: 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import os
+import shutil
+import socket
+import sys
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FREE_SPACE_MARGIN = 1.05
+Specs = Mapping[str, tuple[torch.dtype, torch.Size | tuple[int, ...]]]
+HEADER_LIMIT = 100_000_000  # bytes; safetensors refuses to read a longer one
+WRITE_BLOCK = 1 << 24
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# A private copy-on-write mapping: torch warns of read-only ones, and a stray write into one is a crash.
+# On Linux with MAP_NORESERVE, which Python 3.11 does not name: a file may be larger than memory.
+MAPPING: dict[str, int] = {"access": mmap.ACCESS_COPY}
+if sys.platform == "linux":
+    MAPPING = {"flags": mmap.MAP_PRIVATE | 0x4000, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+
+
+class TensorInfo(NamedTuple):
+    """What a file's header says of one tensor."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    file: Path
+    begin: int = 0  # byte of the file at which the tensor begins
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class MappedFile:
+    """One safetensors file: its header read and checked, its tensors mapped when asked for.
+
+    A mapped tensor is the file's pages: no anonymous memory, dropped by the kernel when memory is short.
+    Writing into one never reaches the file, it gives this process its own copy of the page. The file must
+    not be truncated while it is mapped: the kernel answers the next read with SIGBUS.
+
+    Raises FileNotFoundError for an absent file, ValueError for one that is not whole and sound.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: no such file. Check the path, or download it again.")
+        header, data = _read_header(self.path)
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
+        if unknown:
+            raise ValueError(f"{self.path}: unsupported dtypes {', '.join(unknown)}; convert to F32 or BF16")
+        self.tensors = {
+            name: TensorInfo(
+                DTYPES[entry["dtype"]], torch.Size(entry["shape"]), self.path, data + entry["data_offsets"][0]
+            )
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        }
+        self._stat = _identity(self.path)
+        self._map: mmap.mmap | None = None
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, mapped. Raises KeyError for a name that the header lacks."""
+        info = self.tensors[name]
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=info.dtype)
+        if self._map is None:
+            self.check_unchanged()
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, **MAPPING)
+        if info.begin % info.dtype.itemsize:  # files of old writers; kernels want aligned data, so copy
+            raw = torch.frombuffer(self._map, dtype=torch.uint8, count=info.nbytes, offset=info.begin)
+            return raw.clone().view(info.dtype).view(info.shape)
+        count = info.shape.numel()
+        return torch.frombuffer(self._map, dtype=info.dtype, count=count, offset=info.begin).view(info.shape)
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError if the file was replaced, resized or written to since it was opened."""
+        if not self.path.is_file() or _identity(self.path) != self._stat:
+            raise ValueError(f"{self.path} changed since it was opened; start again, let nothing write to it")
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and the byte at which tensor data begins. safetensors judges all but duplicate names."""
+    try:
+        with safe_open(path, framework="np"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            pairs = json.loads(file.read(size), object_pairs_hook=_refuse_duplicates)
+    except (SafetensorError, ValueError) as error:
+        hint = f"({path.stat().st_size} bytes long). It is damaged or unfinished: download or save it again."
+        raise ValueError(f"{path}: not a whole safetensors file: {error} {hint}") from error
+    return pairs, 8 + size
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+    if twice:
+        raise ValueError(f"listed twice in the header: {', '.join(twice)}")
+    return dict(pairs)
+
+
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def write_safetensors(
+    path: str | Path,
+    specs: Specs,
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `tensors`, which come one at a time in the order of `specs`, in constant memory.
+
+    The file appears under its name only when it is whole and on disk; the same input gives the same bytes.
+    Raises ValueError if a tensor's name, dtype or shape differs from its spec, or one is missing or too many.
+    """
+    path = Path(path)
+    header, offsets = _layout(path, specs, metadata or {})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    expected = iter(specs.items())
+    try:
+        with temporary.open("xb") as file:  # open(), so that the mode follows the umask
+            file.write(header)
+            for name, tensor in tensors:
+                want, (dtype, shape) = next(expected, ("nothing more", (tensor.dtype, tensor.shape)))
+                if (want, dtype, tuple(shape)) != (name, tensor.dtype, tuple(tensor.shape)):
+                    got = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+                    raise ValueError(f"{path}: got {got}, the header promises {want} {dtype} {tuple(shape)}")
+                file.seek(len(header) + offsets[name])
+                _write_bytes(file, tensor)
+            missing = [name for name, _ in expected]
+            if missing:
+                raise ValueError(f"{path}: tensors promised but not given: {', '.join(missing)}")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _layout(path: Path, specs: Specs, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The header's bytes, and each tensor's place after them: widest dtypes first, so all are aligned."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offsets: dict[str, int] = {}
+    end = 0
+    for name in sorted(specs, key=lambda name: -specs[name][0].itemsize):
+        dtype, shape = specs[name]
+        offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
+        place = [offsets[name], end]
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": place}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > HEADER_LIMIT:
+        raise ValueError(f"{path}: a header of {len(text)} bytes is over {HEADER_LIMIT}; use shards")
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
+def _write_bytes(file: BinaryIO, tensor: Tensor) -> None:
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    for begin in range(0, len(values), WRITE_BLOCK):
+        file.write(values[begin : begin + WRITE_BLOCK].data)
+
+
+@contextlib.contextmanager
+def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder beside `target` to fill; on success it becomes `target`, on any exception it is removed.
+
+    With `overwrite` the old folder stays in place until the new one is whole and on disk. What a killed
+    process left behind is put back or removed first.
+
+    Raises FileExistsError before any work if `target` is a file, or holds files and `overwrite` is off.
+    """
+    target = Path(target).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _recover(target)
+    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if occupied and (not overwrite or not target.is_dir()):
+        raise FileExistsError(f"{target} is not an empty folder; name another, or ask to overwrite it")
+    mark = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    new, old = (target.with_name(f".{target.name}.{kind}-{mark}") for kind in ("new", "old"))
+    new.mkdir()
+    try:
+        yield new
+        for path in [*sorted(new.rglob("*")), new]:
+            _sync(path)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    finally:
+        for path in (new, old):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _recover(target: Path) -> None:
+    """Remove what this machine's dead processes left beside `target`; an old folder moved away comes back."""
+    for kind in ("old", "new"):
+        prefix = f".{target.name}.{kind}-{socket.gethostname()}-"
+        for path in target.parent.iterdir():
+            process = path.name.removeprefix(prefix).partition("-")[0]
+            if not path.name.startswith(prefix) or not process.isdigit() or _alive(int(process)):
+                continue
+            if kind == "old" and not target.exists():
+                path.rename(target)
+            else:
+                shutil.rmtree(path)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it lives, and is another user's
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_free_space(folder: str | Path, bytes_needed: int) -> None:
+    """Raise OSError with both numbers unless `folder`'s filesystem has `bytes_needed` and 5% more free."""
+    folder = Path(folder).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free, needed = shutil.disk_usage(folder).free, int(bytes_needed * FREE_SPACE_MARGIN)
+    if free < needed:
+        raise OSError(f"{folder}: {needed} bytes are needed, {free} are free. Free some, or write elsewhere.")
+
+
+def sha256(path: str | Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
