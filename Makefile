@@ -50,10 +50,10 @@ lint: $(READY) ## format, lint and type-check
 	@$(BIN)/mypy
 
 suite: data-suite ## the full text suite: fits, scores, README's table (hours)
-	@$(BIN)/python bench/suite.py
+	@$(BIN)/python -m tests.suite
 
 bench: data ## measure; ONLY=fit_memory, fit_step, ... for one group
-	@$(BIN)/python bench/run.py --only $(ONLY)
+	@$(BIN)/python -m tests.bench --only $(ONLY)
 
 clean: ## remove runs and caches of tools; downloads and the environment stay
 	@rm -rf runs .mypy_cache .ruff_cache .pytest_cache

@@ -25,14 +25,17 @@ from trainmerge.checkpoints.skeleton import quiet
 from trainmerge.kernels import ExpertWeight, LowRank
 from trainmerge.task_vectors import TaskVectors, dense_term
 
-SIZES = dict(vocab_size=48, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+SIZES = {
+    "vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 24,
+}  # fmt: skip
 ATTENTION = {"bert": ["query", "value"], "llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
 
 
 def build(kind: str) -> nn.Module:
     torch.manual_seed(0)
     if kind == "gpt2":
-        tokens = dict(bos_token_id=0, eos_token_id=0)
+        tokens = {"bos_token_id": 0, "eos_token_id": 0}
         return GPT2LMHeadModel(
             GPT2Config(vocab_size=48, n_embd=16, n_layer=2, n_head=2, n_positions=16, **tokens)
         )
@@ -230,7 +233,7 @@ def test_unknown_fields_and_kinds_are_refused(bases: dict[str, Path], tmp_path: 
     with pytest.raises(ValueError, match="peft_type 'NEW' is unknown"):
         open_task_vectors(base, {"a": adapter}, workspace=tmp_path / "w")
     edit_config(adapter, peft_type="PREFIX_TUNING")
-    with pytest.raises(ValueError, match="cannot be merged|unknown to the installed peft"):
+    with pytest.raises(ValueError, match=r"cannot be merged|unknown to the installed peft"):
         open_task_vectors(base, {"a": adapter}, workspace=tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
@@ -268,3 +271,24 @@ def test_pickled_adapters_need_permission(bases: dict[str, Path], tmp_path: Path
     with warnings.catch_warnings():
         opened = open_task_vectors(base, {"a": adapter}, allow_pickle=True)
     compare(bases["llama"], opened, adapter, rtol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"alora_invocation_tokens": [1]}, {"ensure_weight_tying": True}])
+def test_a_setting_that_may_not_be_linear_never_goes_low_rank(
+    bases: dict[str, Path], tmp_path: Path, changes: dict[str, object]
+) -> None:
+    adapter = train(bases["llama"], tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
+    edit_config(adapter, **changes)
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} is .* not a plain low-rank one"):
+        open_task_vectors(open_checkpoint(bases["llama"]), {"a": adapter})
+
+
+def test_what_peft_cannot_merge_is_an_error_and_writes_nothing(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    adapter = train(bases["tied"], tmp_path / "a", config)
+    base = open_checkpoint(bases["tied"])
+    with pytest.raises(ValueError, match="merging it changes the base's parameters, lm_head"):
+        open_task_vectors(base, {"a": adapter}, workspace=tmp_path / "w")
+    assert list((tmp_path / "w").iterdir()) == []

@@ -90,7 +90,7 @@ class Grouping:
                 return [name]
             case "chunk":
                 rows = shape[0] if shape else 1
-                return [f"{name}[{i}]" for i in range(min(self.chunks, rows))]
+                return [f"{name}[{i}]" for i in range(max(1, min(self.chunks, rows)))]
 
 
 def block_of(name: str) -> str:
@@ -101,7 +101,7 @@ def block_of(name: str) -> str:
     >>> block_of("embeddings.LayerNorm.weight")
     'embeddings.LayerNorm'
     """
-    numbered = re.match(r"(.*?\.\d+)\.", name)
+    numbered = re.match(r"((?:.*?\.)??\d+)\.", name)
     return numbered.group(1) if numbered else name.rpartition(".")[0] or name
 
 

@@ -36,6 +36,8 @@ class MergeModule(pl.LightningModule):
         anchor: Weight of mean |c - start|^2, which pulls the coefficients back to their start.
         optimizer: Made from the coefficients, as in any LightningModule.
         lr_scheduler: Stepped once an optimizer step.
+        tasks_per_backward: Tasks whose forwards share one backward: each backward reads the task vectors
+            once, and holds these tasks' activations.
         workspace: Folder for preprocessed task vectors and merged adapters.
     """
 
@@ -48,11 +50,13 @@ class MergeModule(pl.LightningModule):
         anchor: float = 0.0,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
+        tasks_per_backward: int = 1,
         workspace: str = "workspace",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.recipe, self.objective, self.anchor = recipe, objective, anchor
+        self.tasks_per_backward = tasks_per_backward
         self.workspace = Path(workspace)
         self.opened = recipe.open(self.workspace)
         start = read_initial(initial, tuple(recipe.experts), self.opened.layout)
@@ -97,7 +101,9 @@ class MergeModule(pl.LightningModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         self.resident.merged.materialise()
-        losses = {self.coefficients.experts[batch.expert]: self._backward(batch) for batch in step}
+        losses: dict[str, Tensor] = {}
+        for first in range(0, len(step), self.tasks_per_backward):
+            losses |= self._backward(step[first : first + self.tasks_per_backward])
         optimizer.zero_grad()
         self.coefficients.backward(self._reduced(self.resident.merged.gradient()) + self._anchor_gradient())
         optimizer.step()
@@ -106,11 +112,15 @@ class MergeModule(pl.LightningModule):
         self.log("loss", torch.stack(list(losses.values())).sum(), prog_bar=True)
         self.log_dict({f"loss/{name}": loss for name, loss in losses.items()})
 
-    def _backward(self, batch: Batch) -> Tensor:
-        weight = list(self.recipe.experts.values())[batch.expert].weight
-        loss = weight * self.objective(self.resident(batch), batch).mean()
-        self.manual_backward(loss)
-        return loss.detach()
+    def _backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Forwards of some tasks and one backward; the tasks' weighted losses."""
+        experts = list(self.recipe.experts.items())
+        losses = {}
+        for batch in batches:
+            name, expert = experts[batch.expert]
+            losses[name] = expert.weight * self.objective(self.resident(batch), batch).mean()
+        self.manual_backward(torch.stack(list(losses.values())).sum())
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def _anchor_gradient(self) -> Tensor:
         values = self.coefficients().detach()

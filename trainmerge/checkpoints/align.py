@@ -58,11 +58,7 @@ def open_task_vectors(
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
     _raise(base, problems)
-    problems = [f"base: {line}" for line in _untied(frame)]
-    for expert, plan in plans.items():
-        if isinstance(plan, _Full):
-            problems += [f"{expert}: {line}" for line in _untied(plan.parameters)]
-    _raise(base, problems)
+    _check_ties(frame, plans)
     terms = [plan.terms() for plan in plans.values()]
     deltas = {}
     for name in frame.files.values():
@@ -70,6 +66,13 @@ def open_task_vectors(
         if not all(isinstance(term, Untouched) for term in row):
             deltas[name] = Delta(base.read(name), row)
     return TaskVectors(tuple(plans), deltas)
+
+
+def _check_ties(frame: Parameters, plans: Mapping[str, Plan]) -> None:
+    sides = {"base": frame} | {
+        name: plan.parameters for name, plan in plans.items() if isinstance(plan, _Full)
+    }
+    _raise(frame.checkpoint, [f"{side}: {line}" for side, own in sides.items() for line in _untied(own)])
 
 
 def _raise(base: Checkpoint, problems: Sequence[str]) -> None:

@@ -1,0 +1,137 @@
+"""An exported checkpoint is the merge in memory, loads in transformers, and appears whole or not at all."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import trainmerge as tm
+from tests.test_fit import fit_world
+from tests.world import llama, nudge, recipe, write_tokenizer, write_world
+from trainmerge.checkpoints import load_model, open_checkpoint, open_task_vectors
+from trainmerge.coefficients import Coefficients, Grouping
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    write_world(root)
+    merge = recipe(root, grouping=Grouping(exclude=["embeddings.*", "pooler.*"]))
+    fit_world(root, root / "run", steps=3, recipe=merge)
+    tm.export_run(root / "run", root / "merged")
+    return root
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    return found
+
+
+def test_merged_logits_in_memory_are_the_exported_checkpoints(world: Path) -> None:
+    merge = recipe(world, grouping=Grouping(exclude=["embeddings.*", "pooler.*"]))
+    opened = merge.open(world / "run" / "workspace")
+    coefficients = tm.load_coefficients(world / "run" / "coefficients.safetensors")
+    module = load_model(opened.base).module
+    tm.MergedModel(module, opened.task_vectors, coefficients).materialise()
+    exported = AutoModel.from_pretrained(world / "merged")
+    inputs = AutoTokenizer.from_pretrained(world / "merged")(
+        ["red cat", "sad dog bird"], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        assert torch.equal(module(**inputs).last_hidden_state, exported.eval()(**inputs).last_hidden_state)
+
+
+def test_excluded_tensors_are_the_bases_and_merged_ones_are_not(world: Path) -> None:
+    base, merged = tensors(world / "base"), tensors(world / "merged")
+    assert list(base) == list(merged)
+    for name, tensor in base.items():
+        kept = name.startswith(("embeddings.", "pooler."))
+        assert torch.equal(tensor, merged[name]) == kept, name
+
+
+def test_the_folder_tells_how_it_was_made(world: Path) -> None:
+    folder = world / "merged"
+    card = (folder / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["tags"] == ["merge", "trainmerge"]
+    assert head["base_model"][0] == str(world / "base")
+    assert len(head["base_model"]) == 4
+    assert "| `encoder.layer.0` |" in card
+    manifest = json.loads((folder / "trainmerge_manifest.json").read_text())
+    assert manifest["files"].keys() == {path.name for path in folder.iterdir()} - {"trainmerge_manifest.json"}
+    recipe_again = yaml.safe_load((folder / "trainmerge_recipe.yaml").read_text())["recipe"]
+    assert recipe_again["grouping"]["exclude"] == ["embeddings.*", "pooler.*"]
+
+
+def test_export_again_is_byte_identical(world: Path, tmp_path: Path) -> None:
+    tm.export_run(world / "run", tmp_path / "again")
+    for path in sorted(world.joinpath("merged").glob("*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_an_existing_output_is_refused_then_replaced_when_asked(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises((ValueError, FileExistsError), match="overwrite"):
+        tm.export_run(world / "run", out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    tm.export_run(world / "run", out, overwrite=True)
+    assert AutoModel.from_pretrained(out) is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write past the limit is an OSError, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+from trainmerge.cli import main
+sys.exit(main(["export", sys.argv[1], sys.argv[2]]))
+"""
+
+
+def test_a_disk_that_fills_leaves_nothing(world: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(world / "run"), str(tmp_path / "out")],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("trainmerge export: ")
+    assert "Traceback" not in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_language_models_in_shards_tied_and_not(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
+    base = llama(tied).to(dtype)
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    write_tokenizer(tmp_path / "base")
+    for k in range(2):
+        expert = llama(tied)
+        nudge(expert, k)
+        expert.to(dtype).save_pretrained(tmp_path / f"expert{k}", max_shard_size="40KB")
+    opened = open_checkpoint(tmp_path / "base")
+    vectors = open_task_vectors(opened, {f"e{k}": tmp_path / f"expert{k}" for k in range(2)})
+    layout = Grouping("chunk", chunks=3).layout(vectors.shapes)
+    coefficients = Coefficients(vectors.experts, layout, torch.rand(2, len(layout.labels)))
+    module = load_model(opened)
+    tm.MergedModel(module.module, vectors, coefficients, module.names).materialise()
+    tm.export_merge(opened, vectors, coefficients, tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert exported.dtype == dtype
+    assert sorted(path.name for path in (tmp_path / "base").iterdir()) == sorted(
+        path.name for path in (tmp_path / "out").iterdir()
+    )
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(module.module(ids).logits, exported.eval()(ids).logits)
