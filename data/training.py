@@ -99,7 +99,8 @@ def fit(
     schedule = get_linear_schedule_with_warmup(
         optimizer, round(recipe.warm_up * num_steps), num_steps
     )
-    # Without dropout: two epochs are too few to overfit, and a step is 1.6 times as fast.
+    # Without dropout: a step takes about 0.6 of the time, and the one task tried both ways
+    # (movie, full) scored the same within noise: .794 without, .800 with.
     model.eval()
     with tqdm(total=num_steps, desc=title, unit="step") as progress:
         for _ in range(recipe.num_epochs):

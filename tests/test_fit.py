@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 import trainmerge as tm
-from tests.world import nudge, bert, recipe, write_world
+from tests.world import bert, nudge, recipe, write_world
 from trainmerge.calibration import Calibration
 from trainmerge.fit_cli import calibration_files
 from trainmerge.module import MergeModule
@@ -23,7 +23,10 @@ STEPS = 11  # of 4 examples from 40: past the first pass over the data
 KILLED = """
 import os, signal, sys
 import pytorch_lightning as pl
+import torch
 from tests.test_fit import STEPS, fit_world
+
+torch.set_num_threads(1)  # as in the tests: another number of threads sums in another order
 
 class Kill(pl.Callback):
     def __init__(self, step, when): self.step, self.when = step, when

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "trainmerge"
 
 # A file imports only from lower floors; inside a folder, files may import one another.
 FLOORS = {
+    "folders": 0,
     "batch": 1,
     "config": 1,
     "constraints": 1,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from tests.contracts import assert_same_bits, merge, relative_error, true_inner, true_merge
-from trainmerge.coefficients import Coefficients, Grouping
+from trainmerge.coefficients import Coefficients, Grouping, Layout
 from trainmerge.constraints import Sigmoid
 from trainmerge.functional import merged_weight, merged_weights
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched
@@ -197,6 +197,18 @@ def test_no_gradient_is_kept(model, random_task_vectors):
     assert all(parameter.grad is None for parameter in merged.module.parameters())
     assert merged.coefficients.raw.grad is None
     assert merged.gradient().abs().min() > 0
+
+
+def test_chunks_of_one_parameter_may_share_a_coefficient(tiny_mlp, random_task_vectors):
+    """As a layout file may say: the two ends of a matrix, and a bias with the middle."""
+    task_vectors = as_dtype(random_task_vectors(tiny_mlp, FORMS["dense"]), torch.float64)
+    layout = Layout(("ends", "middle"), {"0.weight": (0, 1, 0), "0.bias": (1,)})
+    coefficients = Coefficients(task_vectors.experts, layout, 0.4).double()
+    module = tiny_mlp.double()
+    plain = deepcopy(module)
+    merged = MergedModel(module, task_vectors, coefficients)
+    merged.materialise()
+    assert_gradients_equal(merged, plain)
 
 
 def test_without_a_backward_the_gradient_is_zero(tiny_mlp, random_task_vectors):

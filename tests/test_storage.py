@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainmerge.storage import MappedFile, check_free_space, sha256, staging, write_safetensors
+from trainmerge.folders import check_free_space, staging
+from trainmerge.storage import MappedFile, sha256, write_safetensors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8, torch.float64]
 
@@ -190,7 +191,7 @@ def test_staging_takes_an_empty_folder_but_no_file(tmp_path: Path) -> None:
 
 KILLED = """
 import sys, time
-from trainmerge.storage import staging
+from trainmerge.folders import staging
 with staging(sys.argv[1], overwrite=True) as folder:
     (folder / "a").write_text("half")
     print("ready", flush=True)

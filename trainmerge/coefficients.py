@@ -177,7 +177,7 @@ def read_initial(initial: float | Sequence[float] | str, experts: Sequence[str],
         saved = load_coefficients(Path(initial))
         if saved.experts != tuple(experts) or saved.layout != layout:
             raise ValueError(f"{initial}: made for other experts or another grouping ({saved.experts})")
-        return saved().detach()
+        return saved.forward().detach()
     values = torch.as_tensor(initial, dtype=torch.float32).reshape(-1, 1)
     if len(values) not in (1, len(experts)):
         raise ValueError(

@@ -18,10 +18,11 @@ from trainmerge.card import model_card
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.coefficients import Coefficients, load_coefficients, save_coefficients
 from trainmerge.config import read_config, write_config
+from trainmerge.folders import check_free_space, staging
 from trainmerge.preprocess import apply
 from trainmerge.recipe import Opened, Recipe
 from trainmerge.run_folder import RunFolder, versions
-from trainmerge.storage import check_free_space, sha256, staging, write_safetensors
+from trainmerge.storage import sha256, write_safetensors
 from trainmerge.task_vectors import TaskVectors
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}

@@ -129,7 +129,7 @@ class MergeModule(pl.LightningModule):
     def _reduced(self, gradient: Tensor) -> Tensor:
         """The mean over processes of the K x G numbers that are all that has to be reduced."""
         if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(gradient)  # type: ignore[no-untyped-call]
+            torch.distributed.all_reduce(gradient)
         return gradient / self.trainer.world_size
 
     def _step_scheduler(self) -> None:

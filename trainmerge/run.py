@@ -73,7 +73,11 @@ def fit(
     if step >= trainer.max_steps:
         print(f"{folder.path}: finished at step {step}; raise trainer.max_steps to go on")
         return folder
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="You're resuming from a checkpoint that ended before the epoch"
+        )
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     warn_if_unmoved(module)
     return folder
 

@@ -1,20 +1,17 @@
-"""Tensors and folders on disk: mapped reads, streamed writes, and folders that appear whole or not at all.
+"""Tensors on disk: mapped reads and streamed writes.
 
 A safetensors file: 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import mmap
 import os
-import shutil
-import socket
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-FREE_SPACE_MARGIN = 1.05
+from trainmerge.folders import sync
+
 Specs = Mapping[str, tuple[torch.dtype, torch.Size | tuple[int, ...]]]
 HEADER_LIMIT = 100_000_000  # bytes; safetensors refuses to read a longer one
 WRITE_BLOCK = 1 << 24
@@ -158,7 +156,7 @@ def write_safetensors(
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -184,83 +182,6 @@ def _write_bytes(file: BinaryIO, tensor: Tensor) -> None:
     values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     for begin in range(0, len(values), WRITE_BLOCK):
         file.write(values[begin : begin + WRITE_BLOCK].data)
-
-
-@contextlib.contextmanager
-def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder beside `target` to fill; on success it becomes `target`, on any exception it is removed.
-
-    With `overwrite` the old folder stays in place until the new one is whole and on disk. What a killed
-    process left behind is put back or removed first.
-
-    Raises FileExistsError before any work if `target` is a file, or holds files and `overwrite` is off.
-    """
-    target = Path(target).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _recover(target)
-    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if occupied and (not overwrite or not target.is_dir()):
-        raise FileExistsError(f"{target} is not an empty folder; name another, or ask to overwrite it")
-    mark = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    new, old = (target.with_name(f".{target.name}.{kind}-{mark}") for kind in ("new", "old"))
-    new.mkdir()
-    try:
-        yield new
-        for path in [*sorted(new.rglob("*")), new]:
-            _sync(path)
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-        _sync(target.parent)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    finally:
-        for path in (new, old):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _recover(target: Path) -> None:
-    """Remove what this machine's dead processes left beside `target`; an old folder moved away comes back."""
-    for kind in ("old", "new"):
-        prefix = f".{target.name}.{kind}-{socket.gethostname()}-"
-        for path in target.parent.iterdir():
-            process = path.name.removeprefix(prefix).partition("-")[0]
-            if not path.name.startswith(prefix) or not process.isdigit() or _alive(int(process)):
-                continue
-            if kind == "old" and not target.exists():
-                path.rename(target)
-            else:
-                shutil.rmtree(path)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it lives, and is another user's
-        return True
-    return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def check_free_space(folder: str | Path, bytes_needed: int) -> None:
-    """Raise OSError with both numbers unless `folder`'s filesystem has `bytes_needed` and 5% more free."""
-    folder = Path(folder).resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free, needed = shutil.disk_usage(folder).free, int(bytes_needed * FREE_SPACE_MARGIN)
-    if free < needed:
-        raise OSError(f"{folder}: {needed} bytes are needed, {free} are free. Free some, or write elsewhere.")
 
 
 def sha256(path: str | Path) -> str:

@@ -19,8 +19,9 @@ from trainmerge.checkpoints.adapter import ROOT, Adapter
 from trainmerge.checkpoints.model import load_model
 from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.skeleton import quiet, shorten
+from trainmerge.folders import check_free_space
 from trainmerge.kernels import ExpertWeight, Term
-from trainmerge.storage import MappedFile, check_free_space, sha256, write_safetensors
+from trainmerge.storage import MappedFile, sha256, write_safetensors
 
 
 @dataclass(frozen=True)

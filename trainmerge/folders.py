@@ -1,0 +1,89 @@
+"""Output folders that appear whole or not at all, and room for them."""
+
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FREE_SPACE_MARGIN = 1.05
+
+
+@contextmanager
+def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder beside `target` to fill; on success it becomes `target`, on any exception it is removed.
+
+    With `overwrite` the old folder stays in place until the new one is whole and on disk. What a killed
+    process left behind is put back or removed first.
+
+    Raises FileExistsError before any work if `target` is a file, or holds files and `overwrite` is off.
+    """
+    target = Path(target).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _recover(target)
+    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if occupied and (not overwrite or not target.is_dir()):
+        raise FileExistsError(f"{target} is not an empty folder; name another, or ask to overwrite it")
+    mark = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    new, old = (target.with_name(f".{target.name}.{kind}-{mark}") for kind in ("new", "old"))
+    new.mkdir()
+    try:
+        yield new
+        for path in [*sorted(new.rglob("*")), new]:
+            sync(path)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        sync(target.parent)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    finally:
+        for path in (new, old):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _recover(target: Path) -> None:
+    """Remove what this machine's dead processes left beside `target`; an old folder moved away comes back."""
+    for kind in ("old", "new"):
+        prefix = f".{target.name}.{kind}-{socket.gethostname()}-"
+        for path in target.parent.iterdir():
+            process = path.name.removeprefix(prefix).partition("-")[0]
+            if not path.name.startswith(prefix) or not process.isdigit() or _alive(int(process)):
+                continue
+            if kind == "old" and not target.exists():
+                path.rename(target)
+            else:
+                shutil.rmtree(path)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it lives, and is another user's
+        return True
+    return True
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_free_space(folder: str | Path, bytes_needed: int) -> None:
+    """Raise OSError with both numbers unless `folder`'s filesystem has `bytes_needed` and 5% more free."""
+    folder = Path(folder).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free, needed = shutil.disk_usage(folder).free, int(bytes_needed * FREE_SPACE_MARGIN)
+    if free < needed:
+        raise OSError(f"{folder}: {needed} bytes are needed, {free} are free. Free some, or write elsewhere.")
