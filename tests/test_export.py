@@ -92,7 +92,7 @@ def test_an_existing_output_is_refused_then_replaced_when_asked(world: Path, tmp
 
 FULL_DISK = """
 import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write past the limit is an OSError, as on a full disk
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit is an OSError, as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 from trainmerge.cli import main
 sys.exit(main(["export", sys.argv[1], sys.argv[2]]))

@@ -12,7 +12,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 from trainmerge.heads import LabelHead
 from trainmerge.recipe import Expert, Recipe
 
-WORDS = "good bad happy sad great awful red blue green yellow one two three four cat dog bird fish".split()
+TEXT = "good bad happy sad great awful red blue green yellow one two three four cat dog bird fish"
+WORDS = TEXT.split()
 LABELS = {
     "mood": ["good happy", "bad sad"],
     "colour": ["red", "blue", "green"],

@@ -56,7 +56,7 @@ class Snapshots(Callback):
             signal.signal(number, handler)
         self._handlers.clear()
 
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+    def _ask_to_stop(self, *_: int | FrameType | None) -> None:
         self._stop = True
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -130,10 +130,8 @@ class PlainProgress(Callback):
         if step % max(1, total // 10) == 0 or step == total:
             pace = (time.monotonic() - self._began) / max(1, step - self._first)
             loss = float(trainer.callback_metrics["loss"])
-            print(
-                f"step {step}/{total}  loss {loss:.4f}  {pace:.2f} s/step  {pace * (total - step):.0f} s left",
-                flush=True,
-            )
+            left = f"{pace:.2f} s/step  {pace * (total - step):.0f} s left"
+            print(f"step {step}/{total}  loss {loss:.4f}  {left}", flush=True)
 
 
 def progress_bar() -> Callback:

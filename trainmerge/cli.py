@@ -10,7 +10,7 @@ Learn the coefficients of a model merge from unlabeled data.
 
 commands:
   fit        learn coefficients:  trainmerge fit --config configs/adamerging.yaml --run runs/first
-             resume the same:     trainmerge fit --config configs/adamerging.yaml --run runs/first --resume auto
+             again, to resume:    trainmerge fit --config configs/adamerging.yaml --run runs/first
   export     write the model:     trainmerge export runs/first merged/
   evaluate   score it:            trainmerge evaluate runs/first
   inspect    look before or after: trainmerge inspect runs/first
@@ -97,7 +97,9 @@ def export(run: str, out: str, overwrite: bool = False) -> None:
     print(f"merged checkpoint: {export_run(run, out, overwrite)}")
 
 
-def evaluate(path: str, recipe: str = "", limit: int = 0, max_length: int = 64, output: str = "") -> None:
+def evaluate(
+    path: str, recipe: str = "", limit: int = 0, max_length: int = 64, compare: bool = True, output: str = ""
+) -> None:
     """Score a run (with base, average, task arithmetic and experts beside it) or a checkpoint.
 
     Examples: trainmerge evaluate runs/first
@@ -108,11 +110,14 @@ def evaluate(path: str, recipe: str = "", limit: int = 0, max_length: int = 64, 
         recipe: Where the tasks are described, for a checkpoint: a run folder or a configuration.
         limit: Score the first so many examples of each task only; 0 is all.
         max_length: Texts are cut at this many tokens.
+        compare: Score base, average, task arithmetic and experts beside a run's merge.
         output: Write the scores to this JSON file too.
     """
     from trainmerge.scoring import evaluate_path
 
-    evaluate_path(Path(path), Path(recipe or path), limit, max_length, Path(output) if output else None)
+    evaluate_path(
+        Path(path), Path(recipe or path), limit, max_length, compare, Path(output) if output else None
+    )
 
 
 def inspect(path: str, every: bool = False) -> None:
@@ -128,3 +133,7 @@ def inspect(path: str, every: bool = False) -> None:
     from trainmerge.inspection import inspect_path
 
     inspect_path(Path(path), every)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

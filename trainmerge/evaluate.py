@@ -6,6 +6,7 @@ Legend: `K` experts (tasks), `B` examples.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from trainmerge.resident import Resident, load_resident
 from trainmerge.run_folder import RunFolder
 
 Scores = dict[str, dict[str, float]]  # row of the table -> task -> accuracy
-GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+GRID = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ def accuracy(
 
 
 def evaluate_run(
-    run: str | Path, limit: int = 0, max_length: int = 64, grid: Sequence[float] = GRID
+    run: str | Path, limit: int = 0, max_length: int = 64, grid: Sequence[float] = GRID, compare: bool = True
 ) -> Scores:
-    """Scores of base, uniform average, best task arithmetic, the learned merge and the experts themselves.
+    """Accuracy of a run's merge and, to compare, of base, average, best task arithmetic and the experts.
 
     The best task-arithmetic coefficient is chosen on the test scores themselves: the baseline gets the
     benefit of an oracle that the learned merge does not have.
@@ -81,32 +82,46 @@ def evaluate_run(
     tokenize = Tokenizer(recipe.base, max_length)
     resident = load_resident(recipe, opened, coefficients, tokenize, folder.workspace)
     resident.merged.materialise()
-    names = list(recipe.experts)
 
-    def score() -> dict[str, float]:
-        return {
-            name: accuracy(lambda batch: resident(batch).logits, task, tests[task], tokenize)
-            for task, name in enumerate(names)
+    def score(tasks: Sequence[int]) -> dict[str, float]:
+        names = list(recipe.experts)
+        return {names[k]: accuracy(lambda b: resident(b).logits, k, tests[k], tokenize) for k in tasks}
+
+    everything = range(len(recipe.experts))
+    rows: dict[str, Callable[[], dict[str, float]]] = {"learned": lambda: score(everything)}
+    if compare:
+        rows = {
+            **_uniform_rows(resident, grid, score),
+            **rows,
+            "expert": lambda: _expert_scores(resident, score),
         }
+    scores: Scores = {row: scored() for row, scored in track(rows.items(), description="scoring")}
+    return keep_best_arithmetic(scores)
 
-    K = len(names)
-    rows: Scores = {}
-    settings = {"base": 0.0, "average": 1 / K} | {f"task arithmetic {c}": c for c in grid}
-    for row, coefficient in track(settings.items(), description="scoring"):
+
+Score = Callable[[Sequence[int]], dict[str, float]]
+
+
+def _uniform_rows(
+    resident: Resident, grid: Sequence[float], score: Score
+) -> dict[str, Callable[[], dict[str, float]]]:
+    """The rows whose experts all have the same coefficient."""
+    K = len(resident.classifiers)
+
+    def at(coefficient: float) -> dict[str, float]:
         with resident.merged.uniform(torch.full((K,), coefficient)):
-            rows[row] = score()
-    rows["learned"] = score()
-    rows["expert"] = _expert_scores(resident, names, tests, tokenize)
-    return keep_best_arithmetic(rows)
+            return score(range(K))
+
+    settings = {"base": 0.0, "average": 1 / K} | {f"task arithmetic {c}": c for c in grid}
+    return {row: partial(at, coefficient) for row, coefficient in settings.items()}
 
 
-def _expert_scores(
-    resident: Resident, names: Sequence[str], tests: Sequence[Examples], tokenize: Tokenize
-) -> dict[str, float]:
-    scores = {}
-    for task, name in enumerate(names):
+def _expert_scores(resident: Resident, score: Score) -> dict[str, float]:
+    """Every expert on its own task."""
+    scores: dict[str, float] = {}
+    for task in range(len(resident.classifiers)):
         with resident.merged.teacher(task):
-            scores[name] = accuracy(lambda batch: resident(batch).logits, task, tests[task], tokenize)
+            scores |= score([task])
     return scores
 
 

@@ -24,7 +24,7 @@ class FitCLI(LightningCLI):
         parser.add_argument("--run", type=str, required=True, help="Run folder; made if it is not there.")
         parser.add_argument(
             "--resume", type=str, default="auto",
-            help="auto: go on with the folder's run if there is one. never: begin. Or the path of a checkpoint.",
+            help="auto: go on with the folder's run if there is one. never: begin. Or a checkpoint's path.",
         )  # fmt: skip
         parser.add_argument("--save_every", type=int, default=50, help="Steps between snapshots.")
         parser.add_class_arguments(Recipe, "recipe")
@@ -63,7 +63,7 @@ def parse(arguments: list[str]) -> FitCLI:
         logging.WARNING
     )  # its notes on hardware, seeds and adverts
     with warnings.catch_warnings():
-        # The launcher of further processes runs sys.argv again, so sys.argv must stay; hence `args` beside it.
+        # The launcher of further processes runs sys.argv again, so it must stay; hence `args` beside it.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         return FitCLI(
             MergeModule,

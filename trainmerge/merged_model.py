@@ -26,6 +26,8 @@ class MergedModel:
 
     `names` maps a task vector's name to the module's parameter name, where they differ.
     The module's weights are overwritten; only merged parameters ask for gradients.
+
+    Raises ValueError if they are the very tensors that the task vectors have as their base.
     """
 
     def __init__(
@@ -41,6 +43,11 @@ class MergedModel:
             name: parameters[(names or {}).get(name, name)] for name in task_vectors.deltas
         }
         self._parameters = {name: self._all_parameters[name] for name in coefficients.layout.groups}
+        aliased = [name for name, p in self._all_parameters.items() if _shares(p, self._delta(name).base)]
+        if aliased:
+            raise ValueError(
+                f"the model's own weights are the base of {aliased[:3]}: give the task vectors a copy"
+            )
         self._gradient: Tensor | None = None  # [K, G], float64: many small sums meet here
         module.requires_grad_(False)
         for name, parameter in self._parameters.items():
@@ -100,3 +107,7 @@ class MergedModel:
 
     def _zeros(self) -> Tensor:
         return torch.zeros_like(self.coefficients.raw, dtype=torch.float64)
+
+
+def _shares(parameter: Tensor, base: Tensor) -> bool:
+    return base.numel() > 0 and parameter.data_ptr() == base.data_ptr()

@@ -61,7 +61,7 @@ class MergeModule(pl.LightningModule):
         self.opened = recipe.open(self.workspace)
         start = read_initial(initial, tuple(recipe.experts), self.opened.layout)
         self.coefficients = Coefficients(tuple(recipe.experts), self.opened.layout, start, constraint)
-        self.start = self.coefficients().detach().clone()  # a plain attribute: not in the checkpoint
+        self.start: Tensor = self.coefficients().detach().clone()  # a plain attribute: not in the checkpoint
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self._resident: Resident | None = None
 
@@ -105,7 +105,8 @@ class MergeModule(pl.LightningModule):
         for first in range(0, len(step), self.tasks_per_backward):
             losses |= self._backward(step[first : first + self.tasks_per_backward])
         optimizer.zero_grad()
-        self.coefficients.backward(self._reduced(self.resident.merged.gradient()) + self._anchor_gradient())
+        gradient = self._reduced(self.resident.merged.gradient())
+        self.coefficients.backward(gradient + self._anchor_gradient())
         optimizer.step()
         self.coefficients.project_()
         self._step_scheduler()
@@ -123,14 +124,13 @@ class MergeModule(pl.LightningModule):
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _anchor_gradient(self) -> Tensor:
-        values = self.coefficients().detach()
+        values: Tensor = self.coefficients().detach()
         return 2 * self.anchor * (values - self.start.to(values)) / values.numel()
 
     def _reduced(self, gradient: Tensor) -> Tensor:
         """The mean over processes of the K x G numbers that are all that has to be reduced."""
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(gradient)
-        return gradient / self.trainer.world_size
+        reduced: Tensor = self.trainer.strategy.reduce(gradient, reduce_op="mean")
+        return reduced
 
     def _step_scheduler(self) -> None:
         scheduler = self.lr_schedulers()

@@ -1,4 +1,4 @@
-"""`make bench`: one JSON line a figure, {"name", "value", "unit", "bar"}; every figure is a ratio inside one run."""
+"""`make bench`: one JSON line a figure, {"name", "value", "unit", "bar"}."""
 
 import argparse
 import json

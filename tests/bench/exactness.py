@@ -37,9 +37,8 @@ def terms(base: torch.Tensor) -> tuple[Term, ...]:
     full, given = (base + 0.1 * torch.randn_like(base) for _ in range(2))
     low: Term = Untouched()
     if base.dim() == 2:
-        low = LowRank(
-            0.3 * torch.randn(len(base), 4).to(base), 0.3 * torch.randn(4, base.shape[1]).to(base), 0.5
-        )
+        up, down = torch.randn(len(base), 4), torch.randn(4, base.shape[1])
+        low = LowRank(0.3 * up.to(base), 0.3 * down.to(base), 0.5)
     return ExpertWeight(full), Difference(given - base), low, Untouched()
 
 
@@ -64,9 +63,8 @@ def error(grouping: Grouping, dtype: torch.dtype) -> float:
 
 def main() -> None:
     """The worst case over granularities, with tied, excluded, chunked and low-rank parameters."""
-    groupings = [
-        Grouping("task"), Grouping("block"), Grouping("tensor", exclude=["norm.*"]), Grouping("chunk", chunks=5),
-    ]  # fmt: skip
+    whole = [Grouping("task"), Grouping("block"), Grouping("tensor", exclude=["norm.*"])]
+    groupings = [*whole, Grouping("chunk", chunks=5)]
     for dtype, bar in ((torch.float32, "<= 1e-6"), (torch.float64, "<= 1e-10")):
         worst = max(error(grouping, dtype) for grouping in groupings)
         figure(f"gradient_error_{str(dtype).removeprefix('torch.')}", worst, "relative", bar)

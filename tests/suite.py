@@ -1,0 +1,120 @@
+"""`make suite`: every published recipe and ours on the full text suite, three seeds, into README's table.
+
+Resumable: fits go on from their run folders, scores are kept in them. Two fits run side by side, one thread
+each, which is what two cores do most with.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, pstdev
+
+RUNS = Path("runs/suite")
+README = Path("README.md")
+BEGIN, END = "<!-- suite -->", "<!-- /suite -->"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table."""
+
+    title: str
+    config: str
+    options: tuple[str, ...] = ()
+
+
+METHODS = {
+    "task": Method("AdaMerging, task-wise, as published", "adamerging-task.yaml"),
+    "layer": Method("AdaMerging, layer-wise, as published", "adamerging.yaml"),
+    "plusplus": Method("AdaMerging++, layer-wise, as published", "adamerging-plusplus.yaml"),
+    "guarded": Method("guarded entropy (ours)", "guarded.yaml"),
+    "guarded-200": Method(
+        "guarded entropy (ours), 200 steps more", "guarded.yaml", ("--trainer.max_steps=300",)
+    ),
+}
+
+
+def command(*arguments: str) -> None:
+    """Run trainmerge with one thread; its output goes to the terminal only if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "trainmerge.cli", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"trainmerge {' '.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def score(name: str, seed: int, steps: tuple[str, ...], compare: bool) -> dict[str, dict[str, float]]:
+    """Fit and evaluate one method with one seed, unless its scores are there."""
+    method, run = METHODS[name], RUNS / f"{name}-{seed}"
+    scores = run / "scores.json"
+    if not scores.exists():
+        options = ("--data.batch_size=4", "--trainer.precision=bf16-mixed", f"--seed_everything={seed}")
+        command(
+            "fit",
+            "--config",
+            f"configs/{method.config}",
+            "--run",
+            str(run),
+            *options,
+            *method.options,
+            *steps,
+        )
+        command("evaluate", str(run), "--compare", str(compare).lower())
+        print(f"{run}: {json.loads(scores.read_text())['learned']['mean']:.4f}", file=sys.stderr, flush=True)
+    found: dict[str, dict[str, float]] = json.loads(scores.read_text())
+    return found
+
+
+def table(results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
+    """Markdown: methods down, tasks across, mean and spread over the seeds."""
+    baselines = next(iter(results.values()))[0]
+    expert = baselines["expert"]
+    tasks = [task for task in expert if task not in ("mean", "normalised")]
+    lines = [f"| method | {' | '.join(tasks)} | mean | normalised |", "|---" * (len(tasks) + 3) + "|"]
+
+    def row(title: str, scores: list[dict[str, float]]) -> str:
+        relative = mean(mean(s[task] / expert[task] for task in tasks) for s in scores)
+        spread = f" ± {pstdev([s['mean'] for s in scores]):.3f}" if len(scores) > 1 else ""
+        cells = [f"{mean(s[task] for s in scores):.3f}" for task in tasks]
+        overall = f"{mean(s['mean'] for s in scores):.3f}{spread}"
+        return f"| {title} | {' | '.join(cells)} | {overall} | {relative:.3f} |"
+
+    lines += [
+        row(title, [scores]) for title, scores in baselines.items() if title not in ("learned", "expert")
+    ]
+    lines += [row(METHODS[name].title, [r["learned"] for r in runs]) for name, runs in results.items()]
+    return "\n".join([*lines, row("each task's own expert", [expert])])
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    jobs = [(name, seed) for seed in given.seeds for name in given.methods]
+    with ThreadPoolExecutor(given.workers) as pool:
+        scores = list(pool.map(lambda job: score(*job, (), job == jobs[0]), jobs))
+    results = {
+        name: [found for job, found in zip(jobs, scores, strict=True) if job[0] == name]
+        for name in given.methods
+    }
+    text = README.read_text()
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    README.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
