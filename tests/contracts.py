@@ -174,7 +174,7 @@ def assert_objective_contract(objective: Objective, shape: tuple[int, ...], dtyp
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(shape[0], shape[1] if len(shape) == 3 else 4, dtype=torch.bool)
     mask[0, 1:], mask[1, :2] = False, False  # padded on the right, and on the left
-    batch = Batch(0, {}, mask)
+    batch = Batch(0, {}, mask, torch.arange(len(mask)))
     logits = (2 * torch.randn(shape, generator=generator)).to(dtype)
     loss, gradient = loss_and_gradient(objective, logits, batch)
     assert loss.shape == shape[:1]

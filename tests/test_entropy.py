@@ -5,18 +5,18 @@ Legend: `B` examples, `T` tokens, `V` classes or vocabulary.
 
 import pytest
 import torch
-from torch.distributions import Categorical
+from torch.distributions import Categorical, kl_divergence
 
 from tests.contracts import assert_objective_contract
 from trainmerge.batch import Batch, Outputs
 from trainmerge.objectives import Entropy
-from trainmerge.objectives.entropy import entropy, marginal_cross_entropy
+from trainmerge.objectives.entropy import divergence, entropy, marginal_cross_entropy
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def batch_of(mask):
-    return Batch(0, {}, mask)
+    return Batch(0, {}, mask, torch.arange(len(mask)))
 
 
 ONES = batch_of(torch.ones(6, 4, dtype=torch.bool))
@@ -123,10 +123,38 @@ def test_diversity_one_is_minus_the_mutual_information():
 
 
 def test_diversity_needs_a_classification_head():
-    with pytest.raises(ValueError, match="needs a classification head"):
+    with pytest.raises(ValueError, match="need a classification head"):
         Entropy(diversity=0.5)(Outputs(torch.zeros(6, 4, 3)), ONES)
 
 
 def test_a_typo_is_a_type_error():
     with pytest.raises(TypeError, match="diversty"):
         Entropy(diversty=1.0)
+
+
+def test_agreement_is_the_divergence_from_the_expert() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(6, 5, dtype=torch.float64).log_softmax(-1)
+    batch = Batch(0, {}, torch.ones(6, 4, dtype=torch.bool), torch.arange(6), teacher)
+    got = Entropy(agreement=0.7)(Outputs(logits), batch)
+    merged, expert = Categorical(logits=logits), Categorical(logits=teacher)
+    want = merged.entropy() + 0.7 * kl_divergence(expert, merged)
+    torch.testing.assert_close(got, want)
+    (from_got,) = torch.autograd.grad(got.sum(), logits)
+    (from_want,) = torch.autograd.grad((merged.entropy() + 0.7 * kl_divergence(expert, merged)).sum(), logits)
+    torch.testing.assert_close(from_got, from_want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_agreement_with_oneself_costs_nothing(dtype: torch.dtype) -> None:
+    logits = 30 * torch.randn(50, 4, dtype=dtype)
+    loss = divergence(logits.log_softmax(-1), logits)
+    torch.testing.assert_close(loss, torch.zeros_like(loss))
+    assert bool((divergence(torch.randn(50, 4, dtype=dtype).log_softmax(-1), logits) > 0).all())
+
+
+def test_guards_are_refused_for_token_level_logits() -> None:
+    batch = Batch(0, {}, torch.ones(2, 3, dtype=torch.bool), torch.arange(2))
+    with pytest.raises(ValueError, match="classification head"):
+        Entropy(agreement=1.0)(Outputs(torch.randn(2, 3, 7)), batch)

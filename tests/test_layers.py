@@ -29,21 +29,21 @@ FLOORS = {
     "functional": 3,
     "merged_model": 3,
     "preprocess": 3,
-    "teachers": 3,
     "recipe": 4,
     "card": 5,
     "resident": 5,
+    "teachers": 6,
     "export": 6,
-    "module": 6,
-    "report": 6,
-    "callbacks": 7,
+    "module": 7,
+    "report": 7,
     "evaluate": 7,
+    "callbacks": 8,
     "inspection": 8,
-    "run": 8,
     "scoring": 8,
-    "fit_cli": 9,
-    "cli": 10,
-    "__init__": 11,  # the public names
+    "run": 9,
+    "fit_cli": 10,
+    "cli": 11,
+    "__init__": 12,  # the public names
 }
 FOLDERS = {"checkpoints", "kernels", "objectives", "preprocess"}
 

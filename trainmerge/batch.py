@@ -15,6 +15,10 @@ class Batch(NamedTuple):
     expert: int  # which expert these are calibration data of
     inputs: Mapping[str, Tensor]  # what the model is called with, each [B, T]
     mask: Tensor  # [B, T] bool: positions that count
+    ids: Tensor  # [B] int64: which of the expert's calibration examples these are
+    teacher: Tensor | None = (
+        None  # [B, V] float32: the expert's own log-probabilities, if they were asked for
+    )
 
 
 class Outputs(NamedTuple):

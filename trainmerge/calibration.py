@@ -28,8 +28,15 @@ class Tokenizer:
     """Texts -> padded model inputs, with the base's own tokenizer."""
 
     def __init__(self, path: str, max_length: int) -> None:
+        if not Path(path).is_dir():
+            raise ValueError(
+                f"{path}: not a folder. Name the base's checkpoint folder; its tokenizer is used."
+            )
         self.max_length = max_length
-        self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: no tokenizer that transformers can load in it ({error})") from error
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token  # padding is masked; any token will do
 
@@ -146,7 +153,7 @@ class Steps(Dataset[Step]):
         texts = self.texts[expert]
         chosen = sample(self.seed, expert, step, self.batch_size, len(texts))[self.rank :: self.world_size]
         inputs = self.tokenize([texts[i] for i in chosen])
-        return Batch(expert, inputs, inputs["attention_mask"].bool())
+        return Batch(expert, inputs, inputs["attention_mask"].bool(), torch.tensor(chosen))
 
 
 class _FromStep(Sampler[int]):
@@ -172,6 +179,7 @@ class Calibration(pl.LightningDataModule):
         batch_size: Examples an expert and step, over all processes.
         max_length: Texts are cut at this many tokens.
         text_column: The column that holds the text.
+        max_examples: Use the first so many examples of each expert; all of them by default.
         seed: The data order is a function of this and the step.
         num_workers: Processes that tokenize ahead.
     """
@@ -184,6 +192,7 @@ class Calibration(pl.LightningDataModule):
         batch_size: int = 16,
         max_length: int = 256,
         text_column: str = "text",
+        max_examples: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -192,7 +201,11 @@ class Calibration(pl.LightningDataModule):
         self.batch_size, self.text_column = batch_size, text_column
         self.seed, self.num_workers = seed, num_workers
         self.tokenize = Tokenizer(tokenizer, max_length)
-        self.texts = [list(load_examples(file, [text_column])[text_column]) for file in self.files.values()]
+        self.max_examples = max_examples
+        self.texts = [
+            list(load_examples(file, [text_column])[text_column][:max_examples])
+            for file in self.files.values()
+        ]
         for name, texts in zip(self.files, self.texts, strict=True):
             if name in self.test_files:
                 warn_of_overlap(name, texts, load_examples(self.test_files[name], [text_column])[text_column])
@@ -205,6 +218,7 @@ class Calibration(pl.LightningDataModule):
             "batch_size": self.batch_size,
             "max_length": self.tokenize.max_length,
             "text_column": self.text_column,
+            "max_examples": self.max_examples,
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def read_config(cls: type[T], key: str, path: Path) -> T:
     parser.add_class_arguments(cls, key)
     try:
         parsed = parser.parse_object({key: data[key]})
-        result: T = parser.instantiate_classes(parsed)[key]
+        result: T = parser.instantiate(parsed)[key]
     except Exception as error:  # jsonargparse raises many kinds; all of them mean the file is wrong
         raise ValueError(f"{path}: {error}") from error
     return result

@@ -62,7 +62,7 @@ def accuracy(
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         inputs = tokenize([examples.texts[i] for i in chosen])
-        logits = predict(Batch(task, inputs, inputs["attention_mask"].bool()))
+        logits = predict(Batch(task, inputs, inputs["attention_mask"].bool(), torch.tensor(chosen)))
         metric = metric or MulticlassAccuracy(num_classes=logits.shape[-1], average="micro")
         metric.update(logits, torch.tensor([examples.labels[i] for i in chosen]))
     assert metric is not None

@@ -23,6 +23,7 @@ from trainmerge.constraints import Constraint, Free
 from trainmerge.objectives import Entropy, Objective
 from trainmerge.recipe import Recipe
 from trainmerge.resident import Resident, load_resident
+from trainmerge.teachers import teacher_predictions
 
 
 class MergeModule(pl.LightningModule):
@@ -64,6 +65,7 @@ class MergeModule(pl.LightningModule):
         self.start: Tensor = self.coefficients().detach().clone()  # a plain attribute: not in the checkpoint
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self._resident: Resident | None = None
+        self.teachers: list[Tensor] = []  # K of [N, V], where the objective asks for them
 
     @property
     def resident(self) -> Resident:
@@ -78,10 +80,15 @@ class MergeModule(pl.LightningModule):
 
     def load(self, data: Calibration) -> None:
         """Load the base, the heads and the preprocessed task vectors. Called by Lightning's `setup` too."""
-        if self._resident is None:
-            self._resident = load_resident(
-                self.recipe, self.opened, self.coefficients, data.tokenize, self.workspace, self.device
-            )
+        if self._resident is not None:
+            return
+        self._resident = load_resident(
+            self.recipe, self.opened, self.coefficients, data.tokenize, self.workspace, self.device
+        )
+        if self.objective.asks_teacher:
+            path = self.workspace / "teachers.safetensors"
+            recorded = teacher_predictions(self._resident, data.texts, data.tokenize, path)
+            self.teachers = [predictions.to(self.device) for predictions in recorded]
 
     @override
     def setup(self, stage: str) -> None:
@@ -119,6 +126,8 @@ class MergeModule(pl.LightningModule):
         losses = {}
         for batch in batches:
             name, expert = experts[batch.expert]
+            if self.teachers:
+                batch = batch._replace(teacher=self.teachers[batch.expert][batch.ids])
             losses[name] = expert.weight * self.objective(self.resident(batch), batch).mean()
         self.manual_backward(torch.stack(list(losses.values())).sum())
         return {name: loss.detach() for name, loss in losses.items()}

@@ -23,6 +23,11 @@ class Resident:
     merged: MergedModel
     classifiers: Sequence[Classifier | None]  # K
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.merged.module.parameters()).device
+
     def __call__(self, batch: Batch) -> Outputs:
         """A forward pass of the present weights, through the head of the batch's task."""
         return forward(self.merged.module, batch, self.classifiers[batch.expert])

@@ -68,7 +68,7 @@ def fit_peak(experts: int) -> None:
         trainer = tm.make_trainer(run, max_steps=STEPS, accelerator="cpu", enable_progress_bar=False)
         warm_up = load_model(open_checkpoint(recipe.base)).module  # kernels, threads and pools, once
         inputs = data.tokenize(["a b c d e f g h " * 20] * BATCH)
-        batch = Batch(0, inputs, inputs["attention_mask"].bool())
+        batch = Batch(0, inputs, inputs["attention_mask"].bool(), torch.arange(BATCH))
         parameters = [p for n, p in warm_up.named_parameters() if not n.startswith(("embeddings", "pooler"))]
         for parameter in parameters:
             parameter.requires_grad_(True)

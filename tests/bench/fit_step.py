@@ -52,7 +52,7 @@ def main() -> None:
         batches = []
         for k, name in enumerate(recipe.experts):
             inputs = tokenize(texts_of(recipe, name, BATCH))
-            batches.append(Batch(k, inputs, inputs["attention_mask"].bool()))
+            batches.append(Batch(k, inputs, inputs["attention_mask"].bool(), torch.arange(BATCH)))
         for together in (1, TOGETHER):
             measure(resident, batches, together)
 

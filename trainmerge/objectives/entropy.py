@@ -30,6 +30,12 @@ def marginal_cross_entropy(logits: Tensor) -> Tensor:
     return -(p * marginal.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(dim=-1)
 
 
+def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
+    """KL(teacher || softmax(logits)), [B, V] log-probabilities and logits -> [B]; 0 where they agree."""
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+    return (teacher.exp() * (teacher - log_p)).sum(dim=-1)
+
+
 @dataclass(frozen=True)
 class Entropy(Objective):
     """Mean entropy of the predictions stands in for the missing labels.
@@ -37,28 +43,44 @@ class Entropy(Objective):
     Yang et al., AdaMerging, ICLR 2024 (arXiv 2310.02575), equation 4. For a language model the
     entropies of the positions in `batch.mask` are averaged within an example.
 
-    `diversity` > 0 subtracts that multiple of the batch marginal's entropy, which at 1 makes the loss
-    the negative mutual information of input and prediction (Bridle et al., NeurIPS 1991; used for
-    adaptation by Liang et al., ICML 2020): a model that answers everything alike gains nothing. Only
-    for classification heads.
+    Entropy alone rewards confident wrong answers. Two guards, both without labels, for classification:
+
+    Args:
+        diversity: Subtract that multiple of the batch marginal's entropy. At 1 the loss is the negative
+            mutual information of input and prediction (Bridle et al., NeurIPS 1991; Liang et al., ICML
+            2020): a model that answers everything alike gains nothing.
+        agreement: Add that multiple of KL(expert || merge), the expert's own predictions on its own
+            calibration examples, recorded once before the fit: confidence pays only where the task's
+            expert has it too.
     """
 
     diversity: float = 0.0
+    agreement: float = 0.0
+
+    @property
+    @override
+    def asks_teacher(self) -> bool:
+        return self.agreement > 0
 
     @override
     def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Loss per example, [B].
 
         Raises:
-            ValueError: `diversity` is asked for with token-level logits.
+            ValueError: a guard is asked for with token-level logits.
         """
         logits = outputs.logits
         if logits.dim() == 3:
-            if self.diversity:
+            if self.diversity or self.agreement:
                 raise ValueError(
-                    "Entropy(diversity=...) needs a classification head; language models have none"
+                    "diversity and agreement need a classification head; language models have none"
                 )
             mask = batch.mask.to(torch.float32)
             return (entropy(logits) * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)
         loss = entropy(logits)
-        return loss - self.diversity * marginal_cross_entropy(logits) if self.diversity else loss
+        if self.diversity:
+            loss = loss - self.diversity * marginal_cross_entropy(logits)
+        if self.agreement:
+            assert batch.teacher is not None
+            loss = loss + self.agreement * divergence(batch.teacher, logits)
+        return loss

@@ -1,0 +1,222 @@
+"""The command line end to end, and every bad input as one clear error with nothing half-written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from tests.world import LABELS, write_world
+from trainmerge.cli import main
+
+
+def write_config(root: Path, **changes: object) -> Path:
+    experts = {
+        task: {
+            "path": str(root / "experts" / task),
+            "calibration": str(root / task / "calibration.jsonl"),
+            "test": str(root / task / "test.jsonl"),
+            "head": {
+                "class_path": "trainmerge.LabelHead",
+                "init_args": {"labels": str(root / task / "labels.json")},
+            },
+        }
+        for task in LABELS
+    }
+    config = {
+        "recipe": {"base": str(root / "base"), "experts": experts},
+        "model": {"optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.02}}},
+        "data": {"batch_size": 4, "max_length": 16},
+        "trainer": {"accelerator": "cpu", "max_steps": 3},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        config[section][name] = value
+    path = root / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    write_world(tmp_path)
+    return tmp_path
+
+
+def test_fit_resume_export_evaluate_inspect(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, run, out = str(write_config(world)), str(world / "run"), str(world / "merged")
+    assert main(["fit", "--config", config, "--run", run]) == 0
+    assert main(["fit", "--config", config, "--run", run, "--trainer.max_steps", "5"]) == 0
+    steps = [json.loads(line)["step"] for line in (world / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4]
+    resolved = yaml.safe_load((world / "run" / "config.yaml").read_text())
+    assert resolved["trainer"]["max_steps"] == 5
+    assert main(["inspect", run]) == 0
+    assert main(["export", run, out]) == 0
+    assert AutoModel.from_pretrained(out) is not None
+    assert main(["evaluate", run, "--max_length", "16"]) == 0
+    scores = json.loads((world / "run" / "scores.json").read_text())
+    assert {"base", "average", "learned", "expert"} < scores.keys()
+    assert scores["expert"]["normalised"] == 1.0
+    capsys.readouterr()
+    assert main(["evaluate", out, "--max_length", "16", "--output", str(world / "again.json")]) == 0
+    (again,) = json.loads((world / "again.json").read_text()).values()
+    assert again["mean"] == scores["learned"]["mean"]
+    assert main(["inspect", out]) == 0
+    assert "coefficients" in capsys.readouterr().out
+
+
+def test_resume_from_the_folders_own_config(world: Path) -> None:
+    run = world / "run"
+    assert main(["fit", "--config", str(write_config(world)), "--run", str(run)]) == 0
+    assert main(["fit", "--config", str(run / "config.yaml"), "--trainer.max_steps", "4"]) == 0
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def truncate(world: Path) -> None:
+    path = world / "experts" / "mood" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def shard(world: Path) -> dict[str, object]:
+    """Make the base sharded; the index, to be spoiled."""
+    model = AutoModel.from_pretrained(world / "base")
+    (world / "base" / "model.safetensors").unlink()
+    model.save_pretrained(world / "base", max_shard_size="20KB")
+    index: dict[str, object] = json.loads((world / "base" / "model.safetensors.index.json").read_text())
+    return index
+
+
+def lose_a_shard(world: Path) -> None:
+    index = shard(world)
+    (world / "base" / max(index["weight_map"].values())).unlink()
+
+
+def leave_the_folder(world: Path) -> None:
+    index = shard(world)
+    index["weight_map"]["pooler.dense.bias"] = "../escape.safetensors"
+    (world / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def spoil(world: Path) -> None:
+        path = world / "experts" / "mood" / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, {"format": "pt"})
+
+    return spoil
+
+
+WEIGHT = "encoder.layer.1.output.dense.weight"
+lose_a_tensor = change_tensors(lambda tensors: tensors.pop(WEIGHT))
+reshape_a_tensor = change_tensors(lambda tensors: tensors.update({WEIGHT: torch.zeros(32, 60)}))
+poison = change_tensors(lambda tensors: tensors[WEIGHT][0].fill_(float("inf")))
+
+
+def only_pickle(world: Path) -> None:
+    path = world / "experts" / "mood" / "model.safetensors"
+    torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+    path.unlink()
+
+
+def set_in_expert_config(**values: object) -> Callable[[Path], None]:
+    def spoil(world: Path) -> None:
+        path = world / "experts" / "mood" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return spoil
+
+
+def empty_calibration(world: Path) -> None:
+    (world / "colour" / "calibration.jsonl").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (truncate, ["mood", "model.safetensors"]),
+        (lose_a_shard, ["model-00", ".safetensors"]),
+        (leave_the_folder, ["index.json", "../escape.safetensors"]),
+        (lose_a_tensor, ["mood", WEIGHT]),
+        (reshape_a_tensor, ["mood", WEIGHT, "60", "64"]),
+        (poison, ["mood", WEIGHT]),
+        (only_pickle, ["mood", "pytorch_model.bin", "allow_pickle"]),
+        (set_in_expert_config(model_type="roberta"), ["mood", "roberta"]),
+        (set_in_expert_config(vocab_size=77), ["mood", "77"]),
+        (empty_calibration, ["calibration.jsonl", "empty"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_bad_files(
+    world: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], words: list[str]
+) -> None:
+    spoil(world)
+    capsys.readouterr()  # transformers' own bars
+    assert main(["fit", "--config", str(write_config(world)), "--run", str(world / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("trainmerge fit: ")
+    assert all(word in error for word in words), error
+    assert not (world / "run" / "coefficients.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data__text_column": "body"}, ["calibration.jsonl", "body", "text"]),
+        ({"recipe__preproces": []}, ["preproces"]),
+        ({"recipe__preprocess": [{"class_path": "trainmerge.Tiess"}]}, ["Tiess"]),
+        (
+            {"recipe__preprocess": [{"class_path": "trainmerge.Ties", "init_args": {"densty": 0.2}}]},
+            ["densty"],
+        ),
+        ({"model__objective": {"class_path": "trainmerge.Entropi"}}, ["Entropi"]),
+        ({"recipe__base": "nowhere"}, ["nowhere"]),
+        ({"recipe__grouping": {"exclude": ["embedings.*"]}}, ["embedings.*"]),
+        ({"model__initial": [0.1, 0.2]}, ["2 values for 3 experts"]),
+    ],
+)
+def test_bad_configurations(
+    world: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], words: list[str]
+) -> None:
+    config = write_config(world, **changes)
+    try:
+        code = main(["fit", "--config", str(config), "--run", str(world / "run")])
+    except SystemExit as stop:  # jsonargparse's own way out for what it cannot parse
+        code = stop.code
+    assert code in (1, 2)
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert "Traceback" not in error
+    assert not (world / "run").exists()
+
+
+def test_an_existing_output_and_a_folder_that_is_no_run(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(world / "base"), str(world / "out")]) == 1
+    assert "no run in it" in capsys.readouterr().err
+    main(["fit", "--config", str(write_config(world)), "--run", str(world / "run")])
+    shutil.copytree(world / "base", world / "out")
+    assert main(["export", str(world / "run"), str(world / "out")]) == 1
+    assert "overwrite" in capsys.readouterr().err
+
+
+def test_a_mistyped_command_is_answered_with_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["exprot"]) == 2
+    assert "did you mean 'export'" in capsys.readouterr().err
+    assert main([]) == 2
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from trainmerge.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "trainmerge export runs/first merged/" in done.stdout

@@ -1,0 +1,41 @@
+"""Recorded predictions are the experts' own, in the calibration set's order, recorded once."""
+
+from pathlib import Path
+
+import torch
+
+import trainmerge as tm
+from tests.test_fit import build, fit_world, learned
+from tests.world import write_world
+from trainmerge.batch import Batch
+
+
+def test_predictions_are_each_experts_own_and_kept(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    module, data = build(tmp_path, tmp_path / "run", objective=tm.Entropy(agreement=1.0))
+    module.load(data)
+    resident, recorded = module.resident, module.teachers
+    resident.merged.materialise()
+    before = [parameter.clone() for parameter in resident.merged.module.parameters()]
+    for k, texts in enumerate(data.texts):
+        inputs = data.tokenize(texts)
+        batch = Batch(k, inputs, inputs["attention_mask"].bool(), torch.arange(len(texts)))
+        with resident.merged.teacher(k), torch.no_grad():
+            want = resident(batch).logits.log_softmax(-1)
+        torch.testing.assert_close(recorded[k], want, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(before, resident.merged.module.parameters(), strict=True))
+    file = tmp_path / "run" / "workspace" / "teachers.safetensors"
+    written = file.stat().st_mtime_ns
+    again, data = build(tmp_path, tmp_path / "run", objective=tm.Entropy(agreement=1.0))
+    again.load(data)
+    assert file.stat().st_mtime_ns == written
+    assert all(torch.equal(a, b) for a, b in zip(recorded, again.teachers, strict=True))
+
+
+def test_a_guarded_fit_resumes_bit_for_bit_and_lowers_its_loss(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    objective = tm.Entropy(agreement=5.0)
+    fit_world(tmp_path, tmp_path / "whole", steps=9, objective=objective)
+    for steps in (4, 9):
+        fit_world(tmp_path, tmp_path / "parts", steps=steps, objective=objective)
+    assert torch.equal(learned(tmp_path / "whole"), learned(tmp_path / "parts"))
