@@ -7,6 +7,7 @@ each, which is what two cores do most with.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ class Method:
 
     title: str
     config: str
+    continues: str = ""  # another method, whose run this one goes on with
     options: tuple[str, ...] = ()
 
 
@@ -37,6 +39,10 @@ METHODS = {
         "guarded entropy (ours), 200 steps more", "guarded.yaml", ("--trainer.max_steps=300",)
     ),
 }
+
+
+FIRST = [name for name, method in METHODS.items() if not method.continues]
+Scores = dict[str, dict[str, float]]
 
 
 def command(*arguments: str) -> None:
@@ -53,29 +59,30 @@ def command(*arguments: str) -> None:
         raise SystemExit(f"trainmerge {' '.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
-def score(name: str, seed: int, steps: tuple[str, ...], compare: bool) -> dict[str, dict[str, float]]:
+def score(name: str, seed: int, compare: bool) -> Scores:
     """Fit and evaluate one method with one seed, unless its scores are there."""
     method, run = METHODS[name], RUNS / f"{name}-{seed}"
     scores = run / "scores.json"
     if not scores.exists():
+        if method.continues and not run.exists():
+            shutil.copytree(
+                RUNS / f"{method.continues}-{seed}", run, ignore=shutil.ignore_patterns("scores.json")
+            )
         options = ("--data.batch_size=4", "--trainer.precision=bf16-mixed", f"--seed_everything={seed}")
-        command(
-            "fit",
-            "--config",
-            f"configs/{method.config}",
-            "--run",
-            str(run),
-            *options,
-            *method.options,
-            *steps,
-        )
+        command("fit", "--config", f"configs/{method.config}", "--run", str(run), *options, *method.options)
         command("evaluate", str(run), "--compare", str(compare).lower())
         print(f"{run}: {json.loads(scores.read_text())['learned']['mean']:.4f}", file=sys.stderr, flush=True)
-    found: dict[str, dict[str, float]] = json.loads(scores.read_text())
+    found: Scores = json.loads(scores.read_text())
     return found
 
 
-def table(results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
+def chain(name: str, seed: int, compare: bool) -> dict[str, Scores]:
+    """A method and those that go on with its run, one after another."""
+    followers = [other for other, method in METHODS.items() if method.continues == name]
+    return {name: score(name, seed, compare)} | {other: score(other, seed, False) for other in followers}
+
+
+def table(results: dict[str, list[Scores]]) -> str:
     """Markdown: methods down, tasks across, mean and spread over the seeds."""
     baselines = next(iter(results.values()))[0]
     expert = baselines["expert"]
@@ -99,17 +106,16 @@ def table(results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
 def main() -> None:
     """Run what is missing, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=FIRST, default=FIRST)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
     jobs = [(name, seed) for seed in given.seeds for name in given.methods]
+    results: dict[str, list[Scores]] = {}
     with ThreadPoolExecutor(given.workers) as pool:
-        scores = list(pool.map(lambda job: score(*job, (), job == jobs[0]), jobs))
-    results = {
-        name: [found for job, found in zip(jobs, scores, strict=True) if job[0] == name]
-        for name in given.methods
-    }
+        for chained in pool.map(lambda job: chain(*job, job == jobs[0]), jobs):
+            for name, scores in chained.items():
+                results.setdefault(name, []).append(scores)
     text = README.read_text()
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]

@@ -5,7 +5,7 @@ Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -44,14 +44,19 @@ class Grouping:
         if self.chunks > 1 and self.granularity != "chunk":
             raise ValueError(f"chunks={self.chunks} needs granularity=chunk, not {self.granularity}")
 
-    def layout(self, shapes: Mapping[str, torch.Size]) -> "Layout":
+    def layout(self, shapes: Mapping[str, torch.Size], unchanged: Iterable[str] = ()) -> "Layout":
         """Assign every parameter's chunks to groups, in the order of `shapes`.
+
+        `unchanged` are parameters that no expert changes: there is nothing to merge in them, but patterns
+        may name them.
 
         Raises:
             ValueError: a pattern matches no parameter, or nothing is left to merge.
         """
         excluded = {name: reason for name in shapes if (reason := self._reason(name))}
-        self._check_patterns(shapes, excluded)
+        self._check_patterns([*shapes, *unchanged])
+        if len(excluded) == len(shapes):
+            raise ValueError("nothing is left to merge: include/exclude leave out every parameter")
         labels: dict[str, int] = {}
         groups = {
             name: tuple(labels.setdefault(label, len(labels)) for label in self._labels(name, shape))
@@ -66,19 +71,17 @@ class Grouping:
         hit = _matching(name, self.exclude)
         return f"excluded by {hit!r}" if hit else ""
 
-    def _check_patterns(self, shapes: Mapping[str, torch.Size], excluded: Mapping[str, str]) -> None:
+    def _check_patterns(self, names: Sequence[str]) -> None:
         idle = [
             pattern
             for pattern in (*self.include, *self.exclude)
-            if not any(fnmatchcase(name, pattern) for name in shapes)
+            if not any(fnmatchcase(name, pattern) for name in names)
         ]
         if idle:
             raise ValueError(
-                f"patterns that match no merged parameter: {idle}. "
-                f"Parameters are named like {list(shapes)[:3]}; `trainmerge inspect` lists them all."
+                f"patterns that match no parameter: {idle}. "
+                f"Parameters are named like {names[:3]}; `trainmerge inspect` lists them all."
             )
-        if len(excluded) == len(shapes):
-            raise ValueError("nothing is left to merge: include/exclude leave out every parameter")
 
     def _labels(self, name: str, shape: torch.Size) -> list[str]:
         match self.granularity:

@@ -59,9 +59,8 @@ def fit_command(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> FitCLI:
     """Parse and build module, data and trainer."""
-    logging.getLogger("pytorch_lightning").setLevel(
-        logging.WARNING
-    )  # its notes on hardware, seeds and adverts
+    for chatty in ("pytorch_lightning", "lightning_fabric"):  # notes on hardware and seeds, and adverts
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # The launcher of further processes runs sys.argv again, so it must stay; hence `args` beside it.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")

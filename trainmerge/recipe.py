@@ -69,7 +69,7 @@ class Recipe:
             base, paths, ignore=self.ignore, allow_pickle=self.allow_pickle, workspace=workspace
         )
         folders = {"base": Path(self.base)} | {name: Path(path) for name, path in paths.items()}
-        return Opened(base, task_vectors, self.grouping.layout(task_vectors.shapes), folders)
+        return Opened(base, task_vectors, self.grouping.layout(task_vectors.shapes, base.tensors), folders)
 
 
 @dataclass(frozen=True)
