@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CACHE := $(or $(TRAINMERGE_CACHE),$(HOME)/.cache/trainmerge)
-RUN ?= runs/demo
 ONLY ?= all
 
 export TOKENIZERS_PARALLELISM := false
@@ -34,12 +33,12 @@ data-suite: $(READY) ## fetch the full suite's texts and train its eight experts
 	@$(BIN)/python data/train_experts.py --kind full --tasks suite
 
 demo: data ## learn a merge of five experts, resume it, export it, score it
-	@rm -rf $(RUN)
-	$(BIN)/trainmerge fit --config configs/demo.yaml --run $(RUN) --trainer.max_steps 20
-	$(BIN)/trainmerge fit --config configs/demo.yaml --run $(RUN) --resume auto
-	$(BIN)/trainmerge export $(RUN) $(RUN)/merged
-	$(BIN)/python -c "from transformers import AutoModel; AutoModel.from_pretrained('$(RUN)/merged')"
-	$(BIN)/trainmerge evaluate $(RUN) --limit 200
+	@rm -rf runs/demo
+	$(BIN)/trainmerge fit --config configs/demo.yaml --run runs/demo --trainer.max_steps 20
+	$(BIN)/trainmerge fit --config configs/demo.yaml --run runs/demo --resume auto
+	$(BIN)/trainmerge export runs/demo runs/demo/merged
+	$(BIN)/python -c "from transformers import AutoModel; AutoModel.from_pretrained('runs/demo/merged')"
+	$(BIN)/trainmerge evaluate runs/demo --limit 200
 
 test: data ## run the tests
 	@$(BIN)/python -m pytest
@@ -55,5 +54,5 @@ suite: data-suite ## the full text suite: fits, scores, README's table (hours)
 bench: data ## measure; ONLY=fit_memory, fit_step, ... for one group
 	@$(BIN)/python -m tests.bench --only $(ONLY)
 
-clean: ## remove runs and caches of tools; downloads and the environment stay
-	@rm -rf runs .mypy_cache .ruff_cache .pytest_cache
+clean: ## remove the demo's run and caches of tools; other runs, downloads and .venv stay
+	@rm -rf runs/demo .mypy_cache .ruff_cache .pytest_cache

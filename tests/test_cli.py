@@ -206,7 +206,7 @@ def test_an_existing_output_and_a_folder_that_is_no_run(
     main(["fit", "--config", str(write_config(world)), "--run", str(world / "run")])
     shutil.copytree(world / "base", world / "out")
     assert main(["export", str(world / "run"), str(world / "out")]) == 1
-    assert "overwrite" in capsys.readouterr().err
+    assert "no export wrote" in capsys.readouterr().err
 
 
 def test_a_mistyped_command_is_answered_with_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,12 +82,26 @@ def test_an_existing_output_is_refused_then_replaced_when_asked(world: Path, tmp
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
-    with pytest.raises((ValueError, FileExistsError), match="overwrite"):
-        tm.export_run(world / "run", out)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="no export wrote"):
+            tm.export_run(world / "run", out, overwrite=overwrite)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    (out / "mine.txt").unlink()
+    tm.export_run(world / "run", out)
+    with pytest.raises(FileExistsError, match="overwrite"):
+        tm.export_run(world / "run", out)
+    (out / "model.safetensors").unlink()
     tm.export_run(world / "run", out, overwrite=True)
     assert AutoModel.from_pretrained(out) is not None
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("place", ["run", "base", "experts/mood", "."])
+def test_what_the_merge_is_made_from_is_never_replaced(world: Path, place: str) -> None:
+    before = sorted(world.rglob("*"))
+    with pytest.raises(ValueError, match="which the merge is made from"):
+        tm.export_run(world / "run", world / place, overwrite=True)
+    assert sorted(world.rglob("*")) == before
 
 
 FULL_DISK = """

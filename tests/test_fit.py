@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from datasets import Dataset
 
 import trainmerge as tm
 from tests.world import bert, nudge, recipe, write_world
@@ -34,6 +35,11 @@ class Kill(pl.Callback):
         if self.when == "start" and trainer.global_step == self.step: os.kill(os.getpid(), signal.SIGKILL)
     def on_save_checkpoint(self, trainer, *_):
         if self.when == "save" and trainer.global_step == self.step: os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[4] == "between":  # the coefficients and the snapshot of one step
+    from trainmerge import callbacks
+    def killed(path): os.kill(os.getpid(), signal.SIGKILL) if str(sys.argv[3]) in path.name else None
+    callbacks.sync = killed
 
 fit_world(sys.argv[1], sys.argv[2], callbacks=[Kill(int(sys.argv[3]), sys.argv[4])])
 """
@@ -95,7 +101,9 @@ def test_fit_lowers_the_loss_and_leaves_a_folder_that_explains_itself(finished: 
     assert torch.load(checkpoint, weights_only=True)["state_dict"].keys() == {"coefficients.raw"}
 
 
-@pytest.mark.parametrize("kills", [[(2, "start")], [(5, "start"), (9, "start")], [(4, "save"), (8, "save")]])
+@pytest.mark.parametrize(
+    "kills", [[(2, "start")], [(5, "start"), (9, "start")], [(4, "save"), (8, "save"), (11, "between")]]
+)
 def test_killed_runs_end_with_the_same_bits(world: Path, finished: Path, tmp_path: Path, kills: list) -> None:
     run = tmp_path / "run"
     for step, when in kills:
@@ -217,3 +225,88 @@ def test_missing_calibration_is_named(world: Path) -> None:
     experts["mood"] = replace(experts["mood"], calibration=None)
     with pytest.raises(ValueError, match=r"\['mood'\] have no `calibration`"):
         calibration_files(recipe(world, experts=experts))
+
+
+def test_experts_in_another_order_are_refused(world: Path, finished: Path) -> None:
+    experts = dict(reversed(recipe(world).experts.items()))
+    with pytest.raises(ValueError, match="experts: "):
+        fit_world(world, finished, recipe=recipe(world, experts=experts))
+
+
+def test_data_in_another_order_than_the_experts_are_refused(world: Path, tmp_path: Path) -> None:
+    module, _ = build(world, tmp_path / "run")
+    files = dict(reversed(calibration_files(recipe(world)).items()))
+    with pytest.raises(ValueError, match="data are of"):
+        module.load(tm.Calibration(files, str(world / "base")))
+
+
+def test_a_schedule_that_was_not_there_is_refused(world: Path, finished: Path) -> None:
+    with pytest.raises(ValueError, match="lr_scheduler"):
+        fit_world(world, finished, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 5))
+
+
+def test_a_schedule_resumes_too(world: Path, tmp_path: Path) -> None:
+    schedule = {"lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.5)}
+    fit_world(world, tmp_path / "whole", steps=7, **schedule)
+    for steps in (3, 7):
+        fit_world(world, tmp_path / "parts", steps=steps, **schedule)
+    assert torch.equal(learned(tmp_path / "whole"), learned(tmp_path / "parts"))
+
+
+def test_a_path_goes_back_and_other_things_are_refused(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fit_world(world, run, steps=4)
+    early = tmp_path / "early.ckpt"
+    early.write_bytes((run / "checkpoints" / "step-4.ckpt").read_bytes())
+    fit_world(world, run, steps=8)
+    module, data = build(world, run)
+    trainer = tm.make_trainer(run, max_steps=6, accelerator="cpu", enable_progress_bar=False)
+    tm.fit(module, data, trainer, run, resume=str(early))
+    assert RunFolder(run).latest() == run / "checkpoints" / "step-6.ckpt"
+    module, data = build(world, tmp_path / "other", anchor=1.0)
+    trainer = tm.make_trainer(tmp_path / "other", max_steps=6, accelerator="cpu", enable_progress_bar=False)
+    with pytest.raises(ValueError, match=r"early\.ckpt was made from other things:\n  anchor"):
+        tm.fit(module, data, trainer, tmp_path / "other", resume=str(early))
+    assert not (tmp_path / "other").exists()
+
+
+def test_mixed_precision_with_low_rank_experts(world: Path, tmp_path: Path) -> None:
+    module, data = build(world, tmp_path / "run")
+    trainer = tm.make_trainer(
+        tmp_path / "run", max_steps=2, accelerator="cpu", enable_progress_bar=False, precision="bf16-mixed"
+    )
+    tm.fit(module, data, trainer, tmp_path / "run")
+    assert module.coefficients.raw.dtype == torch.float32
+    assert not torch.equal(module.coefficients().detach(), module.start)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "bf16-true"}, "would round the coefficients"),
+        ({"max_steps": -1}, "set trainer.max_steps"),
+        ({"save_every": 0}, "save_every"),
+        ({"default_root_dir": "elsewhere"}, "run folder"),
+    ],
+)
+def test_settings_that_cannot_work(world: Path, tmp_path: Path, settings: dict, message: str) -> None:
+    module, data = build(world, tmp_path / "run")
+    given = {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, **settings}
+    with pytest.raises(ValueError, match=message):
+        tm.fit(module, data, tm.make_trainer(tmp_path / "run", **given), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_anchor_pulls_back_to_the_start(world: Path, tmp_path: Path) -> None:
+    far = fit_world(world, tmp_path / "free", steps=8)
+    near = fit_world(world, tmp_path / "anchored", steps=8, anchor=1e4)
+    moved = [(module.coefficients().detach() - module.start).abs().mean() for module in (far, near)]
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_a_saved_dataset_calibrates_too(world: Path, tmp_path: Path) -> None:
+    experts = dict(recipe(world).experts)
+    texts = Dataset.from_dict({"text": ["red cat", "sad dog", "two birds"]})
+    texts.save_to_disk(tmp_path / "saved")
+    experts["mood"] = replace(experts["mood"], calibration=str(tmp_path / "saved"))
+    fit_world(world, tmp_path / "run", steps=2, recipe=recipe(world, experts=experts))

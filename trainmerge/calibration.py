@@ -4,10 +4,12 @@ The data order is a pure function of (seed, step): nothing but the step number h
 resume, mid-epoch too, with other workers or another number of processes.
 """
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -197,6 +199,8 @@ class Calibration(pl.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        if batch_size < 1 or (max_examples is not None and max_examples < 1):
+            raise ValueError("data.batch_size and data.max_examples must be at least 1")
         self.files, self.test_files = dict(files), dict(test_files or {})
         self.batch_size, self.text_column = batch_size, text_column
         self.seed, self.num_workers = seed, num_workers
@@ -210,6 +214,11 @@ class Calibration(pl.LightningDataModule):
             if name in self.test_files:
                 warn_of_overlap(name, texts, load_examples(self.test_files[name], [text_column])[text_column])
         self._consumed = 0
+
+    def identities(self) -> dict[str, str]:
+        """Expert -> SHA-256 of its texts."""
+        texts = (json.dumps(of_expert).encode() for of_expert in self.texts)
+        return {name: sha256(text).hexdigest() for name, text in zip(self.files, texts, strict=True)}
 
     def settings(self) -> dict[str, Any]:
         """What the batches depend on beside the files: a resumed run must have the same."""

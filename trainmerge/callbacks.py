@@ -11,9 +11,11 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities import rank_zero_only
 from typing_extensions import override
 
 from trainmerge.coefficients import save_coefficients
+from trainmerge.folders import sync
 from trainmerge.module import MergeModule
 from trainmerge.run_folder import RunFolder
 
@@ -45,6 +47,8 @@ class Snapshots(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
+        # All processes stop if any was asked to: a save is a meeting of all of them.
+        self._stop = trainer.strategy.reduce_boolean_decision(self._stop, all=False)
         if self._stop or step % self.every == 0 or step == trainer.max_steps:
             self._save(trainer, pl_module)
         if self._stop:
@@ -60,11 +64,15 @@ class Snapshots(Callback):
         self._stop = True
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Coefficients first: whenever a run is killed, they are at least as late as the snapshot."""
         assert isinstance(module, MergeModule)
         path = self.folder.checkpoints / f"step-{trainer.global_step}.ckpt"
-        trainer.save_checkpoint(path)  # temporary file and rename are Lightning's
+        aside = path.with_suffix(".saving")
+        trainer.save_checkpoint(aside)
         if trainer.is_global_zero:
             save_coefficients(module.coefficients, self.folder.coefficients)
+            sync(aside)
+            aside.replace(path)
             for older in self.folder.checkpoints.glob("step-*.ckpt"):
                 if int(older.stem[5:]) < trainer.global_step:
                     older.unlink()
@@ -92,6 +100,7 @@ class JsonLines(Logger):
         """Nothing: the run folder's recipe and config hold them."""
 
     @override
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         values = {key: value for key, value in metrics.items() if key != "epoch"}
         with self.path.open("a") as file:
@@ -102,7 +111,9 @@ class JsonLines(Logger):
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(line + "\n" for line in kept))
+        aside.replace(self.path)
 
 
 def _step_of(line: str) -> float:

@@ -1,5 +1,8 @@
 """The model card of a merged checkpoint."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import yaml
 from torch import Tensor
 
@@ -8,7 +11,7 @@ from trainmerge.config import to_config
 from trainmerge.recipe import Recipe
 
 
-def model_card(name: str, recipe: Recipe, coefficients: Coefficients, command: str) -> str:
+def model_card(name: str, recipe: Recipe, coefficients: Coefficients, run: Mapping[str, Any]) -> str:
     """Markdown with the hub's metadata, the coefficients block by block, and how to make it again."""
     sources = [recipe.base, *(expert.path for expert in recipe.experts.values())]
     head = {
@@ -18,6 +21,8 @@ def model_card(name: str, recipe: Recipe, coefficients: Coefficients, command: s
         "tags": ["merge", "trainmerge"],
     }
     recipe_text = yaml.safe_dump({"recipe": to_config(recipe)}, sort_keys=False, width=110)
+    settings = {key: run[key] for key in ("objective", "constraint", "data", "optimizer") if key in run}
+    settings_text = yaml.safe_dump(settings, sort_keys=False, width=110)
     return f"""---
 {yaml.safe_dump(head, sort_keys=False)}---
 # {name}
@@ -33,10 +38,16 @@ Mean over each block's coefficients; `trainmerge_coefficients.safetensors` holds
 
 ## Make it again
 
-`{command}`, after a fit of this recipe (`trainmerge_recipe.yaml`):
+Fitted with `{run["started"]["command"]}` in `{run["started"]["folder"]}`, of this recipe
+(`trainmerge_recipe.yaml`; the whole configuration, if the fit had one, is `trainmerge_config.yaml`):
 
 ```yaml
 {recipe_text}```
+
+Settings of the fit (all of them, with checksums and versions, in `trainmerge_manifest.json`):
+
+```yaml
+{settings_text}```
 """
 
 

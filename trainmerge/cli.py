@@ -98,7 +98,7 @@ def export(run: str, out: str, overwrite: bool = False) -> None:
 
 
 def evaluate(
-    path: str, recipe: str = "", limit: int = 0, max_length: int = 64, compare: bool = True, output: str = ""
+    path: str, recipe: str = "", limit: int = 0, max_length: int = 0, compare: bool = True, output: str = ""
 ) -> None:
     """Score a run (with base, average, task arithmetic and experts beside it) or a checkpoint.
 
@@ -109,7 +109,7 @@ def evaluate(
         path: A run folder, or a checkpoint folder.
         recipe: Where the tasks are described, for a checkpoint: a run folder or a configuration.
         limit: Score the first so many examples of each task only; 0 is all.
-        max_length: Texts are cut at this many tokens.
+        max_length: Texts are cut at this many tokens; by default as in the run's fit, or at 256.
         compare: Score base, average, task arithmetic and experts beside a run's merge.
         output: Write the scores to this JSON file too.
     """

@@ -38,7 +38,10 @@ def read_config(cls: type[T], key: str, path: Path) -> T:
     Raises:
         ValueError: the file lacks `key`, or holds a key or value that the class does not take.
     """
-    data = yaml.safe_load(path.read_text())
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({error})") from error
     if not isinstance(data, dict) or key not in data:
         raise ValueError(f"{path}: no section {key!r} in it")
     parser = ArgumentParser(exit_on_error=False)

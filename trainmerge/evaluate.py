@@ -24,6 +24,7 @@ from trainmerge.resident import Resident, load_resident
 from trainmerge.run_folder import RunFolder
 
 Scores = dict[str, dict[str, float]]  # row of the table -> task -> accuracy
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 
@@ -61,16 +62,16 @@ def accuracy(
     metric: MulticlassAccuracy | None = None
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
-        inputs = tokenize([examples.texts[i] for i in chosen])
+        inputs = {name: t.to(DEVICE) for name, t in tokenize([examples.texts[i] for i in chosen]).items()}
         logits = predict(Batch(task, inputs, inputs["attention_mask"].bool(), torch.tensor(chosen)))
         metric = metric or MulticlassAccuracy(num_classes=logits.shape[-1], average="micro")
-        metric.update(logits, torch.tensor([examples.labels[i] for i in chosen]))
+        metric.update(logits.cpu(), torch.tensor([examples.labels[i] for i in chosen]))
     assert metric is not None
     return float(metric.compute())
 
 
 def evaluate_run(
-    run: str | Path, limit: int = 0, max_length: int = 64, grid: Sequence[float] = GRID, compare: bool = True
+    run: str | Path, limit: int = 0, max_length: int = 0, grid: Sequence[float] = GRID, compare: bool = True
 ) -> Scores:
     """Accuracy of a run's merge and, to compare, of base, average, best task arithmetic and the experts.
 
@@ -79,8 +80,8 @@ def evaluate_run(
     """
     recipe, coefficients, opened = open_run(folder := RunFolder(Path(run)))
     tests = [load_test(name, expert, limit) for name, expert in recipe.experts.items()]
-    tokenize = Tokenizer(recipe.base, max_length)
-    resident = load_resident(recipe, opened, coefficients, tokenize, folder.workspace)
+    tokenize = Tokenizer(recipe.base, max_length or fitted_length(folder))
+    resident = load_resident(recipe, opened, coefficients, tokenize, folder.workspace, DEVICE)
     resident.merged.materialise()
 
     def score(tasks: Sequence[int]) -> dict[str, float]:
@@ -97,6 +98,11 @@ def evaluate_run(
         }
     scores: Scores = {row: scored() for row, scored in track(rows.items(), description="scoring")}
     return keep_best_arithmetic(scores)
+
+
+def fitted_length(folder: RunFolder) -> int:
+    """The length at which the run's calibration texts were cut."""
+    return int(json.loads(folder.manifest.read_text())["data"]["max_length"])
 
 
 Score = Callable[[Sequence[int]], dict[str, float]]
@@ -138,9 +144,9 @@ def evaluate_checkpoint(
     """Scores of one checkpoint folder on a recipe's tasks; label heads are the recipe's base's."""
     tests = [load_test(name, expert, limit) for name, expert in recipe.experts.items()]
     tokenize = Tokenizer(recipe.base, max_length)
-    base = load_model(open_checkpoint(recipe.base), recipe.ignore).module
+    base = load_model(open_checkpoint(recipe.base, recipe.allow_pickle), recipe.ignore).module.to(DEVICE)
     heads = [build_classifier(expert.head, base, tokenize) for expert in recipe.experts.values()]
-    module = load_model(open_checkpoint(checkpoint), recipe.ignore).module
+    module = load_model(open_checkpoint(checkpoint, recipe.allow_pickle), recipe.ignore).module.to(DEVICE)
     return {
         str(checkpoint): {
             name: accuracy(
@@ -157,8 +163,8 @@ def mean(scores: Mapping[str, float]) -> float:
 
 
 def normalised(scores: Mapping[str, float], expert: Mapping[str, float]) -> float:
-    """Mean over the tasks of score / the expert's score."""
-    return mean({name: score / expert[name] for name, score in scores.items()})
+    """Mean over the tasks of score / the expert's score; without tasks that their expert fails altogether."""
+    return mean({name: score / expert[name] for name, score in scores.items() if expert[name]})
 
 
 def recipe_of(path: Path) -> Recipe:

@@ -5,9 +5,7 @@ all of it is written.
 """
 
 import json
-import shlex
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from trainmerge.storage import sha256, write_safetensors
 from trainmerge.task_vectors import TaskVectors
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
+MANIFEST = "trainmerge_manifest.json"
 
 
 def export_merge(
@@ -53,11 +52,20 @@ def write_checkpoint(
 ) -> None:
     """Write weights and side files into an empty folder."""
     check_free_space(folder, sum(file.stat().st_size for file in base.files))
+    homes: dict[str, str] = {}
     for file, names in base.shards.items():
         specs = {name: (base.tensors[name].dtype, tuple(base.tensors[name].shape)) for name in names}
-        target = folder / Path(file).with_suffix(".safetensors").name
-        write_safetensors(target, specs, _merged(base, task_vectors, coefficients, names), {"format": "pt"})
+        target = Path(file.name.replace("pytorch_model", "model")).with_suffix(".safetensors").name
+        write_safetensors(
+            folder / target, specs, _merged(base, task_vectors, coefficients, names), {"format": "pt"}
+        )
+        homes |= dict.fromkeys(names, target)
     _copy_side_files(base.path, folder)
+    if len(base.shards) > 1:
+        size = sum((folder / target).stat().st_size for target in set(homes.values()))
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    base.check_unchanged()
 
 
 @torch.no_grad()
@@ -80,14 +88,24 @@ def _merged(
 
 
 def _copy_side_files(source: Path, target: Path) -> None:
-    """Config, tokenizer, remote code: everything that is neither weights nor the base's own card."""
-    for path in sorted(source.iterdir()):
-        if (
-            path.is_file()
-            and path.suffix not in WEIGHT_SUFFIXES
-            and path.name not in ("README.md", ".gitattributes")
-        ):
-            shutil.copyfile(path, target / path.name)
+    """Config, tokenizer, remote code, in folders too: all but weights, their index, and the base's card."""
+    for path in sorted(source.rglob("*")):
+        place = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in place.parts)
+        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        if path.is_file() and not hidden and not weights and str(place) != "README.md":
+            (target / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / place)
+
+
+def check_target(out: Path, sources: Iterable[Path]) -> None:
+    """Raise ValueError if `out` is, or holds, something that the merge is made from, or no export of ours."""
+    place = out.resolve()
+    inside = [str(source) for source in sources if source.resolve().is_relative_to(place)]
+    if inside:
+        raise ValueError(f"{out} holds {inside}, which the merge is made from; export to another folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
+        raise ValueError(f"{out} is a folder that no export wrote: nothing was overwritten. Name another.")
 
 
 def export_run(run: str | Path, out: str | Path, overwrite: bool = False) -> Path:
@@ -98,19 +116,23 @@ def export_run(run: str | Path, out: str | Path, overwrite: bool = False) -> Pat
     """
     run_folder, target = RunFolder(Path(run)), Path(out)
     recipe, coefficients, opened = open_run(run_folder)
+    check_target(target, [run_folder.path, *opened.folders.values()])
     task_vectors = apply(opened.task_vectors, recipe.preprocess, run_folder.workspace, opened.identity())
     with staging(target, overwrite) as folder:
         write_checkpoint(opened.base, task_vectors, coefficients, folder)
         write_config(recipe, "recipe", folder / "trainmerge_recipe.yaml")
         save_coefficients(coefficients, folder / "trainmerge_coefficients.safetensors")
-        command = shlex.join(["trainmerge", *sys.argv[1:]])
-        (folder / "README.md").write_text(model_card(target.name, recipe, coefficients, command))
-        manifest = {
-            "versions": versions(),
-            "sources": opened.checksums,
-            "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
+        run_made = json.loads(run_folder.manifest.read_text())
+        if run_folder.config.exists():
+            shutil.copyfile(run_folder.config, folder / "trainmerge_config.yaml")
+        (folder / "README.md").write_text(model_card(target.name, recipe, coefficients, run_made))
+        files = {
+            str(path.relative_to(folder)): sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
         }
-        (folder / "trainmerge_manifest.json").write_text(json.dumps(manifest, indent=2))
+        manifest = {"versions": versions(), "files": files, "run": run_made}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
     return target
 
 

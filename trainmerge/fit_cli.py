@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from trainmerge.calibration import Calibration
@@ -45,14 +46,14 @@ def fit_command(arguments: list[str]) -> int:
     """Parse, build everything (headers are checked here), and fit."""
     cli = parse(arguments)
     folder = RunFolder(Path(cli.config["run"]))
+    text = cli.parser.dump(cli.config, skip_validation=True)
     try:
-        fit(cli.model, cli.datamodule, cli.trainer, folder.path, cli.config["resume"])
+        fit(cli.model, cli.datamodule, cli.trainer, folder.path, cli.config["resume"], config=text)
     except Preempted as stop:
         print(stop)
         return EXIT_PREEMPTED
-    finally:
-        if folder.manifest.exists():
-            cli.parser.save(cli.config, folder.config, overwrite=True, skip_check=True, multifile=False)
+    except MisconfigurationException as error:  # Lightning's word for settings that do not go together
+        raise ValueError(error) from error
     print(f"coefficients: {folder.coefficients}\nnext: trainmerge export {folder.path} OUT")
     return 0
 

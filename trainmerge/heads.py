@@ -15,6 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 from typing_extensions import override
 
+from trainmerge.storage import sha256
+
 Pooling = Literal["mean", "first"]
 Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # texts -> hidden states [B, T, D], mask [B, T]
 
@@ -59,6 +61,10 @@ class Head(ABC):
     def build(self, encode: Encode) -> Classifier:
         """The frozen classifier; `encode` runs the base model."""
 
+    @abstractmethod
+    def identity(self) -> str:
+        """Its settings and a digest of what it reads: another head, another identity."""
+
 
 @dataclass(frozen=True)
 class LabelHead(Head):
@@ -76,6 +82,10 @@ class LabelHead(Head):
         hidden, mask = encode(self.texts())
         embeddings = torch.nn.functional.normalize(pool(hidden, mask, self.pooling), dim=-1)
         return Classifier(self.scale * embeddings, None, self.pooling, normalise=True)
+
+    @override
+    def identity(self) -> str:
+        return f"{self!r} {self.texts()}"
 
     def texts(self) -> list[str]:
         """The label texts, in class order.
@@ -107,6 +117,10 @@ class LinearHead(Head):
                 )
             bias = tensors.get_tensor(self.bias) if self.bias else None
             return Classifier(tensors.get_tensor(self.weight), bias, self.pooling, normalise=False)
+
+    @override
+    def identity(self) -> str:
+        return f"{self!r} {sha256(Path(self.file))}"
 
 
 def read_labels(path: Path) -> list[str]:

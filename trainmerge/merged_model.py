@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from trainmerge.coefficients import Coefficients
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.task_vectors import TaskVectors
 
 
 class MergedModel:
     """Holds `module` and keeps its merged parameters equal to the merge of the task vectors.
 
     `names` maps a task vector's name to the module's parameter name, where they differ.
-    The module's weights are overwritten; only merged parameters ask for gradients.
+    `originals` are the experts' own task vectors, where `task_vectors` are preprocessed ones: `teacher` and
+    `uniform` write these. The module's weights are overwritten; only merged parameters ask for gradients.
 
     Raises ValueError if they are the very tensors that the task vectors have as their base.
     """
@@ -36,14 +37,18 @@ class MergedModel:
         task_vectors: TaskVectors,
         coefficients: Coefficients,
         names: Mapping[str, str] | None = None,
+        originals: TaskVectors | None = None,
     ) -> None:
         self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
+        self.originals = originals or task_vectors
         parameters = dict(module.named_parameters())
         self._all_parameters = {
             name: parameters[(names or {}).get(name, name)] for name in task_vectors.deltas
         }
         self._parameters = {name: self._all_parameters[name] for name in coefficients.layout.groups}
-        aliased = [name for name, p in self._all_parameters.items() if _shares(p, self._delta(name).base)]
+        aliased = [
+            name for name, p in self._all_parameters.items() if _shares(p, task_vectors.deltas[name].base)
+        ]
         if aliased:
             raise ValueError(
                 f"the model's own weights are the base of {aliased[:3]}: give the task vectors a copy"
@@ -58,7 +63,7 @@ class MergedModel:
     def materialise(self) -> None:
         """Write the merge of the present coefficients into the module: one pass over the task vectors."""
         values = self.coefficients()
-        self._write(self._parameters, lambda name: self.coefficients.of(name, values))
+        self._write(self.task_vectors, self._parameters, lambda name: self.coefficients.of(name, values))
 
     @contextmanager
     def teacher(self, expert: int) -> Iterator[nn.Module]:
@@ -75,10 +80,11 @@ class MergedModel:
         """
         touched = self._all_parameters if everywhere else self._parameters
         try:
-            self._write(touched, lambda _: weights[:, None])
+            self._write(self.originals, touched, lambda _: weights[:, None])
             yield self.module
         finally:
-            self._write(touched.keys() - self._parameters.keys(), lambda _: torch.zeros(len(weights), 1))
+            excluded = touched.keys() - self._parameters.keys()
+            self._write(self.originals, excluded, lambda _: torch.zeros(len(weights), 1))
             self.materialise()
 
     def gradient(self) -> Tensor:
@@ -92,18 +98,20 @@ class MergedModel:
         if self._gradient is None:
             self._gradient = self._zeros()
         groups = list(self.coefficients.layout.groups[name])
-        inner = self._delta(name).inner(parameter.grad, len(groups))
+        with exact(parameter):
+            inner = self.task_vectors.deltas[name].inner(parameter.grad, len(groups))
         columns = torch.tensor(groups, device=self._gradient.device)
         self._gradient.index_add_(1, columns, inner.to(self._gradient))
         parameter.grad = None
 
     @torch.no_grad()
-    def _write(self, names: Iterable[str], coefficients: Callable[[str], Tensor]) -> None:
+    def _write(
+        self, source: TaskVectors, names: Iterable[str], coefficients: Callable[[str], Tensor]
+    ) -> None:
         for name in names:
-            self._delta(name).merge(self._all_parameters[name], coefficients(name))
-
-    def _delta(self, name: str) -> Delta:
-        return self.task_vectors.deltas[name]
+            parameter = self._all_parameters[name]
+            with exact(parameter):
+                source.deltas[name].merge(parameter, coefficients(name))
 
     def _zeros(self) -> Tensor:
         return torch.zeros_like(self.coefficients.raw, dtype=torch.float64)
@@ -111,3 +119,8 @@ class MergedModel:
 
 def _shares(parameter: Tensor, base: Tensor) -> bool:
     return base.numel() > 0 and parameter.data_ptr() == base.data_ptr()
+
+
+def exact(parameter: Tensor) -> torch.autocast:
+    """No autocast: the passes choose their precision themselves, inside a mixed-precision step too."""
+    return torch.autocast(parameter.device.type, enabled=False)

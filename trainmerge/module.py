@@ -8,6 +8,7 @@ Legend: `K` experts, `G` coefficient groups.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -55,6 +56,8 @@ class MergeModule(pl.LightningModule):
         workspace: str = "workspace",
     ) -> None:
         super().__init__()
+        if tasks_per_backward < 1:
+            raise ValueError(f"tasks_per_backward must be at least 1, not {tasks_per_backward}")
         self.automatic_optimization = False
         self.recipe, self.objective, self.anchor = recipe, objective, anchor
         self.tasks_per_backward = tasks_per_backward
@@ -66,6 +69,7 @@ class MergeModule(pl.LightningModule):
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self._resident: Resident | None = None
         self.teachers: list[Tensor] = []  # K of [N, V], where the objective asks for them
+        self.description = "{}"  # what the run depends on, JSON: kept in its checkpoints
 
     @property
     def resident(self) -> Resident:
@@ -78,17 +82,31 @@ class MergeModule(pl.LightningModule):
             raise RuntimeError("the model is loaded by Trainer.fit; call `load` to have it before")
         return self._resident
 
-    def load(self, data: Calibration) -> None:
-        """Load the base, the heads and the preprocessed task vectors. Called by Lightning's `setup` too."""
+    def load(self, data: Calibration, device: torch.device | str = "cpu") -> None:
+        """Load the base, the heads and the preprocessed task vectors. Called by Lightning's `setup` too.
+
+        Raises:
+            ValueError: the data are of other experts, or of the same in another order.
+        """
+        if list(data.files) != list(self.recipe.experts):
+            raise ValueError(f"data are of {list(data.files)}, the experts are {list(self.recipe.experts)}")
         if self._resident is not None:
             return
         self._resident = load_resident(
-            self.recipe, self.opened, self.coefficients, data.tokenize, self.workspace, self.device
+            self.recipe, self.opened, self.coefficients, data.tokenize, self.workspace, device
         )
         if self.objective.asks_teacher:
-            path = self.workspace / "teachers.safetensors"
-            recorded = teacher_predictions(self._resident, data.texts, data.tokenize, path)
-            self.teachers = [predictions.to(self.device) for predictions in recorded]
+            heads = [expert.head.identity() if expert.head else "" for expert in self.recipe.experts.values()]
+            depends_on = [
+                self.opened.identity(),
+                *heads,
+                *data.identities().values(),
+                data.tokenize.max_length,
+            ]
+            recorded = teacher_predictions(
+                self._resident, data.texts, data.tokenize, self.workspace, repr(depends_on)
+            )
+            self.teachers = [predictions.to(device) for predictions in recorded]
 
     @override
     def setup(self, stage: str) -> None:
@@ -100,7 +118,12 @@ class MergeModule(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, Calibration):
             raise TypeError("fit with trainer.fit(module, datamodule=Calibration(...))")
-        self.load(data)
+        self.load(data, self.trainer.strategy.root_device)  # `self.device` is still the CPU here
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the run depends on beside its coefficients."""
+        checkpoint["trainmerge"] = self.description
 
     @override
     def training_step(self, step: Step, index: int) -> None:
@@ -112,8 +135,10 @@ class MergeModule(pl.LightningModule):
         for first in range(0, len(step), self.tasks_per_backward):
             losses |= self._backward(step[first : first + self.tasks_per_backward])
         optimizer.zero_grad()
-        gradient = self._reduced(self.resident.merged.gradient())
-        self.coefficients.backward(gradient + self._anchor_gradient())
+        self.coefficients.backward(self._reduced(self.resident.merged.gradient()))
+        if self.anchor:
+            distance = self.coefficients() - self.start.to(self.device)
+            self.manual_backward(self.anchor * distance.square().mean())
         optimizer.step()
         self.coefficients.project_()
         self._step_scheduler()
@@ -131,10 +156,6 @@ class MergeModule(pl.LightningModule):
             losses[name] = expert.weight * self.objective(self.resident(batch), batch).mean()
         self.manual_backward(torch.stack(list(losses.values())).sum())
         return {name: loss.detach() for name, loss in losses.items()}
-
-    def _anchor_gradient(self) -> Tensor:
-        values: Tensor = self.coefficients().detach()
-        return 2 * self.anchor * (values - self.start.to(values)) / values.numel()
 
     def _reduced(self, gradient: Tensor) -> Tensor:
         """The mean over processes of the K x G numbers that are all that has to be reduced."""

@@ -69,7 +69,9 @@ class Recipe:
             base, paths, ignore=self.ignore, allow_pickle=self.allow_pickle, workspace=workspace
         )
         folders = {"base": Path(self.base)} | {name: Path(path) for name, path in paths.items()}
-        return Opened(base, task_vectors, self.grouping.layout(task_vectors.shapes, base.tensors), folders)
+        return Opened(
+            base, task_vectors, self.grouping.layout(task_vectors.shapes, base.tensors), folders, self.ignore
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Opened:
     task_vectors: TaskVectors  # before preprocessing
     layout: Layout
     folders: Mapping[str, Path]  # "base" and every expert
+    ignore: Sequence[str]
 
     @cached_property
     def checksums(self) -> dict[str, dict[str, str]]:
@@ -87,5 +90,6 @@ class Opened:
         return {name: fingerprint(folder) for name, folder in self.folders.items()}
 
     def identity(self) -> str:
-        """One digest of base and experts, by their contents."""
-        return hashlib.sha256(json.dumps(self.checksums, sort_keys=True).encode()).hexdigest()
+        """One digest of base and experts, by their contents and order."""
+        contents = json.dumps([self.checksums, list(self.ignore)])
+        return hashlib.sha256(contents.encode()).hexdigest()

@@ -48,4 +48,6 @@ def load_resident(
     loaded = load_model(opened.base, recipe.ignore)
     module = loaded.module.to(device)
     classifiers = [build_classifier(expert.head, module, tokenize) for expert in recipe.experts.values()]
-    return Resident(MergedModel(module, task_vectors, coefficients, loaded.names), classifiers)
+    return Resident(
+        MergedModel(module, task_vectors, coefficients, loaded.names, opened.task_vectors), classifiers
+    )

@@ -1,7 +1,6 @@
 """The whole run on one page: check, resume or begin, fit, leave the coefficients."""
 
-import hashlib
-import pickle
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ import torch
 from trainmerge.calibration import Calibration
 from trainmerge.callbacks import JsonLines, Snapshots, progress_bar
 from trainmerge.checkpoints import check_finite
-from trainmerge.config import to_config, write_config
+from trainmerge.coefficients import save_coefficients
+from trainmerge.config import write_config
 from trainmerge.module import MergeModule
-from trainmerge.run_folder import RunFolder
-from trainmerge.storage import sha256
+from trainmerge.provenance import describe, load_snapshot
+from trainmerge.run_folder import RunFolder, differences
 
 SETTINGS: dict[str, Any] = {
     "max_epochs": -1,  # steps count; an epoch is what is left of them
@@ -28,26 +28,41 @@ SETTINGS: dict[str, Any] = {
 
 
 def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.Trainer:
-    """A Lightning Trainer that writes into a run folder; `arguments` are the Trainer's own."""
+    """A Lightning Trainer that writes into a run folder; `arguments` are the Trainer's own.
+
+    Raises:
+        ValueError: `save_every` is not positive, or an argument that the run folder decides.
+    """
+    if save_every < 1:
+        raise ValueError(f"save_every must be at least 1, not {save_every}")
+    if arguments.pop("default_root_dir", None):
+        raise ValueError("trainer.default_root_dir is the run folder: set --run instead")
     folder = RunFolder(Path(run))
     callbacks = [*(arguments.pop("callbacks", None) or []), Snapshots(folder, save_every)]
     if arguments.pop("enable_progress_bar", None) is not False:
         callbacks.append(progress_bar())
     bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
-    logger = arguments.pop("logger", None)
-    loggers = [JsonLines(folder.metrics)] + ([] if not logger or logger is True else [logger])
     given = {key: value for key, value in arguments.items() if value is not None}
+    loggers = given.pop("logger", None)
+    more = (
+        loggers if isinstance(loggers, list) else [loggers] if isinstance(loggers, pl.loggers.Logger) else []
+    )
     return pl.Trainer(
         **{**SETTINGS, **given},
         callbacks=callbacks,
-        logger=loggers,
+        logger=[JsonLines(folder.metrics), *more],
         enable_progress_bar=bar,
         default_root_dir=str(folder.path),
     )
 
 
 def fit(
-    module: MergeModule, data: Calibration, trainer: pl.Trainer, run: str | Path, resume: str = "auto"
+    module: MergeModule,
+    data: Calibration,
+    trainer: pl.Trainer,
+    run: str | Path,
+    resume: str = "auto",
+    config: str = "",
 ) -> RunFolder:
     """Learn the coefficients in a run folder, from its last snapshot if `resume` says so.
 
@@ -57,58 +72,79 @@ def fit(
         trainer: From `make_trainer`, with the same `run`.
         run: The run folder; made if it is not there.
         resume: `auto` goes on with the folder's run if there is one, `never` begins, a path begins from it.
+        config: A text to keep as the run's `config.yaml`.
 
     Raises:
-        ValueError: the folder's run was made from other experts, data or settings; non-finite weights.
+        ValueError: the run, or the checkpoint, was made from other experts, data or settings; non-finite
+            weights; settings that cannot work.
     """
+    check_settings(module, data, trainer)
     folder = RunFolder(Path(run))
-    checkpoint = folder.resume_from(resume)
-    folder.create(describe(module, data))
+    checkpoint = folder.resume_from(resume) if trainer.is_global_zero or resume != "never" else None
+    description = describe(module, data)
+    folder.check(description)
+    snapshot = load_snapshot(checkpoint) if checkpoint else None
+    if snapshot and (different := differences(json.loads(snapshot["trainmerge"]), description)):
+        raise ValueError(f"{checkpoint} was made from other things:\n{different}")
     check_finite(module.opened.base, module.opened.task_vectors, experts=module.opened.folders)
-    write_config(module.recipe, "recipe", folder.recipe)
-    step = saved_step(checkpoint)
-    for logger in trainer.loggers:
-        if isinstance(logger, JsonLines):
-            logger.keep_until(step)
-    if step >= trainer.max_steps:
-        print(f"{folder.path}: finished at step {step}; raise trainer.max_steps to go on")
+    module.description = json.dumps(description)
+    step = int(snapshot["global_step"]) if snapshot else 0
+    if trainer.is_global_zero:
+        prepare(folder, description, module, trainer, step, config)
+    if snapshot and step >= trainer.max_steps:
+        finish(folder, module, snapshot)
         return folder
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="You're resuming from a checkpoint that ended before the epoch"
-        )
+        # The data module resumes by itself, mid-epoch too; Lightning looks at the loader only.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     warn_if_unmoved(module)
     return folder
 
 
-def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
-    """What a run depends on: a resumed run must have the same."""
-    return {
-        "checksums": module.opened.checksums,
-        "calibration": {name: sha256(Path(file)) for name, file in data.files.items()},
-        "data": data.settings(),
-        "recipe": to_config(module.recipe),
-        "objective": to_config(module.objective),
-        "constraint": to_config(module.coefficients.constraint),
-        "anchor": module.anchor,
-        "start": hashlib.sha256(module.start.numpy().tobytes()).hexdigest(),
-        "optimizer": str(module.make_optimizer(module.coefficients.parameters())),
-    }
+def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:
+    """Raise ValueError for settings that cannot work, or would learn something else in silence."""
+    if trainer.max_steps < 1:
+        raise ValueError("set trainer.max_steps: a fit is a number of optimizer steps")
+    if str(trainer.precision) in ("bf16-true", "16-true", "transformer-engine"):
+        raise ValueError(
+            f"precision {trainer.precision} would round the coefficients; use bf16-mixed or 16-mixed"
+        )
+    if data.batch_size % trainer.world_size:
+        raise ValueError(
+            f"data.batch_size {data.batch_size} must be a multiple of {trainer.world_size} processes"
+        )
+    if list(data.files) != list(module.recipe.experts):
+        raise ValueError(
+            f"calibration files are of {list(data.files)}, the experts {list(module.recipe.experts)}"
+        )
 
 
-def saved_step(checkpoint: Path | None) -> int:
-    """The step a checkpoint was saved after; 0 for none.
+def prepare(
+    folder: RunFolder,
+    description: dict[str, Any],
+    module: MergeModule,
+    trainer: pl.Trainer,
+    step: int,
+    config: str,
+) -> None:
+    """Write what explains the run, and drop what is later than `step`: it will be made again."""
+    folder.create(description)
+    write_config(module.recipe, "recipe", folder.recipe)
+    if config:
+        folder.config.write_text(config)
+    folder.drop_snapshots_after(step)
+    for logger in trainer.loggers:
+        if isinstance(logger, JsonLines):
+            logger.keep_until(step)
 
-    Raises:
-        ValueError: the file is damaged, or no checkpoint of a fit.
-    """
-    if checkpoint is None:
-        return 0
-    try:
-        return int(torch.load(checkpoint, weights_only=True)["global_step"])
-    except (RuntimeError, KeyError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{checkpoint}: not a checkpoint that a fit can go on from ({error})") from error
+
+def finish(folder: RunFolder, module: MergeModule, snapshot: dict[str, Any]) -> None:
+    """A run that has had its steps: leave its coefficients, as its last step would have."""
+    with torch.no_grad():
+        module.coefficients.raw.copy_(snapshot["state_dict"]["coefficients.raw"])
+    save_coefficients(module.coefficients, folder.coefficients)
+    print(f"{folder.path}: finished at step {snapshot['global_step']}; raise trainer.max_steps to go on")
 
 
 def warn_if_unmoved(module: MergeModule) -> None:

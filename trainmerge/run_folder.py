@@ -2,7 +2,8 @@
 
 import json
 import platform
-import time
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,13 +18,14 @@ README = """# A trainmerge run
 |---|---|
 | `recipe.yaml` | what is merged: base, experts, preprocessing, grouping |
 | `config.yaml` | the whole resolved configuration, where the run was started from the command line |
-| `manifest.json` | checksums of base and experts, data, versions, seed, command |
+| `manifest.json` | what the run depends on: checksums, data, settings, versions, command |
 | `coefficients.safetensors` | the coefficients after the last saved step, with their layout in the header |
 | `metrics.jsonl` | one line a logged step |
 | `checkpoints/` | the optimizer's state after the last saved step; `--resume auto` goes on from it |
 | `workspace/` | preprocessed task vectors; made again when deleted |
 
-Go on: `trainmerge fit --config config.yaml --resume auto`. Export: `trainmerge export THIS_FOLDER OUT`.
+Go on: `trainmerge fit --config THIS_FOLDER/config.yaml`, from the folder that `manifest.json` names under
+`started`: paths are relative to it. Export: `trainmerge export THIS_FOLDER OUT`.
 """
 
 
@@ -93,41 +95,53 @@ class RunFolder:
             )
         return Path(resume)
 
-    def create(self, manifest: Mapping[str, Any]) -> None:
-        """Make the folder, or check that the run in it was made from the same things.
+    def check(self, description: Mapping[str, Any]) -> None:
+        """Check that the run in the folder, if there is one, was made from the same things.
 
         Raises:
             ValueError: listing what differs.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self.manifest.exists():
-            self._compare(manifest)
+        if not self.manifest.exists():
             return
-        (self.path / "README.md").write_text(README)
-        made = {**manifest, "versions": versions(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        temporary = self.manifest.with_suffix(".tmp")
-        temporary.write_text(json.dumps(made, indent=2))
-        temporary.replace(self.manifest)
-
-    def _compare(self, manifest: Mapping[str, Any]) -> None:
-        made = json.loads(self.manifest.read_text())
-        now = json.loads(json.dumps(manifest))
-        different = [
-            f"  {key}: {_short(made.get(key))} then, {_short(value)} now"
-            for key, value in now.items()
-            if made.get(key) != value
-        ]
+        different = differences(json.loads(self.manifest.read_text()), description)
         if different:
             raise ValueError(
-                f"{self.path} holds a run made from other things:\n"
-                + "\n".join(different)
-                + "\nUndo the change to resume it, or use another --run folder."
+                f"{self.path} holds a run made from other things:\n{different}\n"
+                "Undo the change to resume it, or use another --run folder."
             )
+
+    def create(self, description: Mapping[str, Any]) -> None:
+        """Make the folder and its manifest, unless they are there."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if self.manifest.exists():
+            return
+        (self.path / "README.md").write_text(README)
+        started = {"command": shlex.join(sys.argv), "folder": str(Path.cwd())}
+        manifest = {**description, "versions": versions(), "started": started}
+        temporary = self.manifest.with_suffix(".tmp")
+        temporary.write_text(json.dumps(manifest, indent=2))
+        temporary.replace(self.manifest)
+
+    def drop_snapshots_after(self, step: int) -> None:
+        """Remove the snapshots of later steps: a run that went back to `step` will make others."""
+        for snapshot in self.checkpoints.glob("step-*.ckpt"):
+            if int(snapshot.stem[5:]) > step:
+                snapshot.unlink()
 
 
 def versions() -> dict[str, str]:
     """Python's and the packages' versions."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """A line for each entry of `now` that `made` has otherwise; empty if there is none."""
+    plain = json.loads(json.dumps(now))
+    return "\n".join(
+        f"  {key}: {_short(made.get(key))} then, {_short(value)} now"
+        for key, value in plain.items()
+        if made.get(key) != value
+    )
 
 
 def _short(value: Any) -> str:

@@ -14,6 +14,8 @@ from trainmerge.evaluate import (
 from trainmerge.run_folder import RunFolder
 from trainmerge.tables import print_table, score_rows
 
+DEFAULT_LENGTH = 256  # as in Calibration
+
 
 def evaluate_path(
     path: Path, recipe: Path, limit: int, max_length: int, compare: bool, output: Path | None
@@ -23,7 +25,7 @@ def evaluate_path(
     if is_run:
         rows = evaluate_run(path, limit, max_length, compare=compare)
     else:
-        rows = evaluate_checkpoint(path, recipe_of(recipe), limit, max_length)
+        rows = evaluate_checkpoint(path, recipe_of(recipe), limit, max_length or DEFAULT_LENGTH)
     means = {row: mean(scores) for row, scores in rows.items()}
     relative = (
         {row: normalised(scores, rows["expert"]) for row, scores in rows.items()} if "expert" in rows else {}

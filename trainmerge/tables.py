@@ -13,7 +13,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(name, justify="right" if i else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    Console(width=None if console.is_terminal else 140).print(table)
 
 
 def score_rows(
@@ -21,7 +22,7 @@ def score_rows(
 ) -> tuple[list[str], list[list[str]]]:
     """Header and cells: a task a column, then mean and normalised mean."""
     tasks = list(next(iter(rows.values())))
-    header = ["accuracy", *tasks, "mean", "normalised"]
+    header = ["accuracy", *tasks, "mean", "norm."]
     cells = [
         [row, *(f"{scores[task]:.3f}" for task in tasks), f"{means[row]:.3f}",
          f"{normalised[row]:.3f}" if row in normalised else ""]

@@ -6,6 +6,7 @@ expert in turn. The record is kept in the run folder; a resumed run reads it.
 Legend: `K` experts, `N` calibration examples of one, `V` classes.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,15 +22,18 @@ BATCH = 64
 
 
 def teacher_predictions(
-    resident: Resident, texts: Sequence[Sequence[str]], tokenize: Tokenize, path: Path
+    resident: Resident, texts: Sequence[Sequence[str]], tokenize: Tokenize, folder: Path, depends_on: str
 ) -> list[Tensor]:
-    """Log-probabilities [N, V] of every expert on its own texts: from `path`, or recorded and written there.
+    """Log-probabilities [N, V] of every expert on its own texts, recorded in `folder` unless they are there.
+
+    `depends_on` names what they depend on beside the code; its digest is in the file's name.
 
     Raises:
         ValueError: an expert has no classification head.
     """
     if any(classifier is None for classifier in resident.classifiers):
         raise ValueError("teachers are recorded through classification heads: give every expert a `head`")
+    path = folder / f"teachers-{hashlib.sha256(depends_on.encode()).hexdigest()[:16]}.safetensors"
     if not path.exists():
         _record(resident, texts, tokenize, path)
     file = MappedFile(path)

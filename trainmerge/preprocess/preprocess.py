@@ -5,7 +5,7 @@ Legend: `K` experts, `*S` parameter shape.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,6 @@ from torch import Tensor
 from trainmerge.kernels import accumulation_dtype
 from trainmerge.storage import MappedFile, write_safetensors
 from trainmerge.task_vectors import TaskVectors
-
-Progress = Callable[[Iterable[str], str], Iterable[str]]  # (names, what is being done) -> the same names
 
 
 @dataclass(frozen=True)
