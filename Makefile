@@ -34,7 +34,7 @@ data-suite: $(READY) ## fetch the full suite's texts and train its eight experts
 
 demo: data ## learn a merge of five experts, resume it, export it, score it
 	@rm -rf runs/demo
-	$(BIN)/trainmerge fit --config configs/demo.yaml --run runs/demo --trainer.max_steps 20
+	$(BIN)/trainmerge fit --config configs/demo.yaml --run runs/demo --trainer.max_steps 40
 	$(BIN)/trainmerge fit --config configs/demo.yaml --run runs/demo --resume auto
 	$(BIN)/trainmerge export runs/demo runs/demo/merged
 	$(BIN)/python -c "from transformers import AutoModel; AutoModel.from_pretrained('runs/demo/merged')"

@@ -36,7 +36,7 @@ METHODS = {
     "plusplus": Method("AdaMerging++, layer-wise, as published", "adamerging-plusplus.yaml"),
     "guarded": Method("guarded entropy (ours)", "guarded.yaml"),
     "guarded-200": Method(
-        "guarded entropy (ours), 200 steps more", "guarded.yaml", ("--trainer.max_steps=300",)
+        "guarded entropy (ours), 200 steps more", "guarded.yaml", "guarded", ("--trainer.max_steps=300",)
     ),
 }
 

@@ -78,7 +78,7 @@ def test_block_boundaries_do_not_move_the_merge(random_delta, generator, monkeyp
 
 
 def test_a_tensor_larger_than_a_block(random_delta, generator):
-    delta = random_delta([300, 1001], MIXES["mixed"])
+    delta = random_delta([600, 1001], MIXES["mixed"])
     assert delta.base.numel() > 2 * eager.BLOCK_ELEMENTS
     assert_delta_contract(delta, 1, generator)
     assert_delta_contract(delta, 7, generator)

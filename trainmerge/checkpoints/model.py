@@ -7,6 +7,7 @@ so names and shapes are compared first, and the weights copied here.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from trainmerge.checkpoints.reader import Checkpoint
@@ -47,6 +48,7 @@ def load_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
     module.train(False).requires_grad_(False)
     parameters = dict(module.named_parameters())
     for name, parameter in names.items():
+        parameters[parameter].data = torch.empty(0)  # first free what is there: never two of the largest
         parameters[parameter].data = base.read(name).clone()  # in the file's own dtype, in our own memory
     for buffer in module.buffers():
         buffer.data = buffer.data.clone()
