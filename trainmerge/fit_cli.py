@@ -44,6 +44,7 @@ class FitCLI(LightningCLI):
 
 def fit_command(arguments: list[str]) -> int:
     """Parse, build everything (headers are checked here), and fit."""
+    warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec")  # Lightning 2.6 on torch 2.13
     cli = parse(arguments)
     folder = RunFolder(Path(cli.config["run"]))
     text = cli.parser.dump(cli.config, skip_validation=True)

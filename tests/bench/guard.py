@@ -16,24 +16,31 @@ def trainmerge(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "trainmerge.cli", *arguments], check=True, stdout=sys.stderr)
 
 
+def learned(run: str, *options: str) -> float:
+    """Fit the demo's recipe with some options, and the merge's mean accuracy."""
+    trainmerge("fit", "--config", "configs/demo.yaml", "--run", run, *options)
+    trainmerge("evaluate", run, "--compare", "false")
+    return float(json.loads(Path(run, "scores.json").read_text())["learned"]["mean"])
+
+
 def main() -> None:
-    """Fit, score, go on, score again; all on the full test sets."""
+    """Fit, score, go on, score again; then the same without the guard, and with diversity in its place."""
     with tempfile.TemporaryDirectory() as folder:
         run = f"{folder}/demo"
         trainmerge("fit", "--config", "configs/demo.yaml", "--run", run)
         trainmerge("evaluate", run)
         scores = json.loads(Path(run, "scores.json").read_text())
         (best,) = (row["mean"] for name, row in scores.items() if name.startswith("task arithmetic"))
+        figure("guard_best_uniform", best, "accuracy", "")
+        figure("guard_experts", scores["expert"]["mean"], "accuracy", "")
+        figure("guard_gain", scores["learned"]["mean"] - best, "accuracy", "> 0")
         steps = max(int(path.stem[5:]) for path in Path(run, "checkpoints").iterdir())
-        trainmerge(
-            "fit", "--config", "configs/demo.yaml", "--run", run, f"--trainer.max_steps={steps + MORE_STEPS}"
-        )
-        trainmerge("evaluate", run, "--compare", "false")
-        later = json.loads(Path(run, "scores.json").read_text())["learned"]["mean"]
-    figure("guard_best_uniform", best, "accuracy", "")
-    figure("guard_gain", scores["learned"]["mean"] - best, "accuracy", "> 0")
-    figure(f"guard_gain_{MORE_STEPS}_steps_later", later - best, "accuracy", "> 0")
-    figure("guard_experts", scores["expert"]["mean"], "accuracy", "")
+        later = learned(run, f"--trainer.max_steps={steps + MORE_STEPS}")
+        figure(f"guard_gain_{MORE_STEPS}_steps_later", later - best, "accuracy", "> 0")
+        for name, weight in (("plain", 0), ("diversity", 1)):
+            objective = "--model.objective.init_args."
+            options = (f"{objective}agreement=0", f"{objective}diversity={weight}")
+            figure(f"{name}_entropy_gain", learned(f"{folder}/{name}", *options) - best, "accuracy", "")
 
 
 if __name__ == "__main__":
