@@ -149,3 +149,27 @@ def test_language_models_in_shards_tied_and_not(tmp_path: Path, tied: bool, dtyp
     ids = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(module.module(ids).logits, exported.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_pickled_base_becomes_safetensors(tmp_path: Path, shards: int) -> None:
+    write_world(tmp_path)
+    base = tmp_path / "base"
+    state = tensors(base)
+    (base / "model.safetensors").unlink()
+    names = sorted(state)
+    parts = {f"pytorch_model-0000{i + 1}-of-0000{shards}.bin": names[i::shards] for i in range(shards)}
+    if shards == 1:
+        parts = {"pytorch_model.bin": names}
+    for file, held in parts.items():
+        torch.save({name: state[name] for name in held}, base / file)
+    if shards > 1:
+        weight_map = {name: file for file, held in parts.items() for name in held}
+        (base / "pytorch_model.bin.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
+    fit_world(tmp_path, tmp_path / "run", steps=1, recipe=recipe(tmp_path, allow_pickle=True))
+    tm.export_run(tmp_path / "run", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.bin*"))
+    assert AutoModel.from_pretrained(tmp_path / "out", use_safetensors=True) is not None
+    assert tensors(tmp_path / "out").keys() == state.keys()
