@@ -73,6 +73,7 @@ def parse(arguments: list[str]) -> FitCLI:
             args=arguments,
             save_config_callback=None,
             seed_everything_default=0,
+            auto_configure_optimizers=False,  # `model.optimizer` is the one place
             load_from_checkpoint_support=False,
             parser_kwargs={"prog": "trainmerge fit"},
         )
