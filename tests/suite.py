@@ -84,18 +84,19 @@ def chain(name: str, seed: int, compare: bool) -> dict[str, Scores]:
 
 def table(results: dict[str, list[Scores]]) -> str:
     """Markdown: methods down, tasks across, mean and spread over the seeds."""
-    baselines = next(iter(results.values()))[0]
+    baselines = next(scores for runs in results.values() for scores in runs if "expert" in scores)
     expert = baselines["expert"]
     tasks = [task for task in expert if task not in ("mean", "normalised")]
-    lines = [f"| method | {' | '.join(tasks)} | mean | normalised |", "|---" * (len(tasks) + 3) + "|"]
+    head = ["accuracy", *tasks, "mean", "norm.", "seeds"]
 
     def row(title: str, scores: list[dict[str, float]]) -> str:
         relative = mean(mean(s[task] / expert[task] for task in tasks) for s in scores)
         spread = f" ± {pstdev([s['mean'] for s in scores]):.3f}" if len(scores) > 1 else ""
         cells = [f"{mean(s[task] for s in scores):.3f}" for task in tasks]
         overall = f"{mean(s['mean'] for s in scores):.3f}{spread}"
-        return f"| {title} | {' | '.join(cells)} | {overall} | {relative:.3f} |"
+        return f"| {' | '.join([title, *cells, overall, f'{relative:.3f}', str(len(scores))])} |"
 
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [
         row(title, [scores]) for title, scores in baselines.items() if title not in ("learned", "expert")
     ]
@@ -113,7 +114,7 @@ def main() -> None:
     jobs = [(name, seed) for seed in given.seeds for name in given.methods]
     results: dict[str, list[Scores]] = {}
     with ThreadPoolExecutor(given.workers) as pool:
-        for chained in pool.map(lambda job: chain(*job, job == jobs[0]), jobs):
+        for chained in pool.map(lambda job: chain(job[0], job[1], job == jobs[0]), jobs):
             for name, scores in chained.items():
                 results.setdefault(name, []).append(scores)
     text = README.read_text()
