@@ -15,7 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from typing_extensions import override
 
 from trainmerge.coefficients import save_coefficients
-from trainmerge.folders import sync
+from trainmerge.folders import sync, write_whole
 from trainmerge.module import MergeModule
 from trainmerge.run_folder import RunFolder
 
@@ -73,9 +73,9 @@ class Snapshots(Callback):
             save_coefficients(module.coefficients, self.folder.coefficients)
             sync(aside)
             aside.replace(path)
-            for older in self.folder.checkpoints.glob("step-*.ckpt"):
-                if int(older.stem[5:]) < trainer.global_step:
-                    older.unlink()
+            for earlier, snapshot in self.folder.snapshots().items():
+                if earlier < trainer.global_step:
+                    snapshot.unlink()
 
 
 class JsonLines(Logger):
@@ -111,9 +111,7 @@ class JsonLines(Logger):
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < step]
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in kept))
-        aside.replace(self.path)
+        write_whole(self.path, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> float:

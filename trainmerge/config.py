@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser
 
+from trainmerge.folders import write_whole
+
 T = TypeVar("T")
 
 
@@ -27,9 +29,7 @@ def to_config(value: Any) -> Any:
 
 def write_config(value: Any, key: str, path: Path) -> None:
     """Write a dataclass under `key`, through a temporary file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump({key: to_config(value)}, sort_keys=False, width=110))
-    temporary.replace(path)
+    write_whole(path, yaml.safe_dump({key: to_config(value)}, sort_keys=False, width=110))
 
 
 def read_config(cls: type[T], key: str, path: Path) -> T:

@@ -18,6 +18,7 @@ from trainmerge.calibration import Tokenizer, load_examples
 from trainmerge.checkpoints import load_model, open_checkpoint
 from trainmerge.config import read_config
 from trainmerge.export import open_run
+from trainmerge.folders import write_whole
 from trainmerge.forward import Tokenize, build_classifier, forward
 from trainmerge.recipe import Expert, Recipe
 from trainmerge.resident import Resident, load_resident
@@ -182,4 +183,4 @@ def write_scores(rows: Scores, path: Path) -> None:
         row: {**scores, "mean": mean(scores)} | ({"normalised": normalised(scores, expert)} if expert else {})
         for row, scores in rows.items()
     }
-    path.write_text(json.dumps(summary, indent=2))
+    write_whole(path, json.dumps(summary, indent=2))

@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all, and room for them."""
+"""Output folders and texts that appear whole or not at all, and room for them."""
 
 import os
 import shutil
@@ -77,6 +77,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file through a temporary one: whoever reads it, or is killed, has the old or the new."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def check_free_space(folder: str | Path, bytes_needed: int) -> None:

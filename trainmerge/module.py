@@ -82,14 +82,18 @@ class MergeModule(pl.LightningModule):
             raise RuntimeError("the model is loaded by Trainer.fit; call `load` to have it before")
         return self._resident
 
+    def check_data(self, data: Calibration) -> None:
+        """Raise ValueError if the data are of other experts, or of the same in another order."""
+        if list(data.files) != list(self.recipe.experts):
+            raise ValueError(f"data are of {list(data.files)}, the experts are {list(self.recipe.experts)}")
+
     def load(self, data: Calibration, device: torch.device | str = "cpu") -> None:
         """Load the base, the heads and the preprocessed task vectors. Called by Lightning's `setup` too.
 
         Raises:
             ValueError: the data are of other experts, or of the same in another order.
         """
-        if list(data.files) != list(self.recipe.experts):
-            raise ValueError(f"data are of {list(data.files)}, the experts are {list(self.recipe.experts)}")
+        self.check_data(data)
         if self._resident is not None:
             return
         self._resident = load_resident(

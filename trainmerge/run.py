@@ -13,6 +13,7 @@ from trainmerge.callbacks import JsonLines, Snapshots, progress_bar
 from trainmerge.checkpoints import check_finite
 from trainmerge.coefficients import save_coefficients
 from trainmerge.config import write_config
+from trainmerge.folders import write_whole
 from trainmerge.module import MergeModule
 from trainmerge.provenance import describe, load_snapshot
 from trainmerge.run_folder import RunFolder, differences
@@ -114,10 +115,7 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
         raise ValueError(
             f"data.batch_size {data.batch_size} must be a multiple of {trainer.world_size} processes"
         )
-    if list(data.files) != list(module.recipe.experts):
-        raise ValueError(
-            f"calibration files are of {list(data.files)}, the experts {list(module.recipe.experts)}"
-        )
+    module.check_data(data)
 
 
 def prepare(
@@ -132,7 +130,7 @@ def prepare(
     folder.create(description)
     write_config(module.recipe, "recipe", folder.recipe)
     if config:
-        folder.config.write_text(config)
+        write_whole(folder.config, config)
     folder.drop_snapshots_after(step)
     for logger in trainer.loggers:
         if isinstance(logger, JsonLines):

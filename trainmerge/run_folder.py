@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from trainmerge.folders import write_whole
+
 PACKAGES = ("trainmerge", "torch", "pytorch-lightning", "transformers", "peft", "datasets", "safetensors")
 
 README = """# A trainmerge run
@@ -70,10 +72,14 @@ class RunFolder:
         """Preprocessed task vectors."""
         return self.path / "workspace"
 
+    def snapshots(self) -> dict[int, Path]:
+        """Step -> its snapshot."""
+        return {int(path.stem[5:]): path for path in self.checkpoints.glob("step-*.ckpt")}
+
     def latest(self) -> Path | None:
         """The snapshot with the highest step."""
-        snapshots = sorted(self.checkpoints.glob("step-*.ckpt"), key=lambda path: int(path.stem[5:]))
-        return snapshots[-1] if snapshots else None
+        snapshots = self.snapshots()
+        return snapshots[max(snapshots)] if snapshots else None
 
     def resume_from(self, resume: str) -> Path | None:
         """The checkpoint that `resume` (auto, never, or a path) means; none for a new run.
@@ -118,14 +124,12 @@ class RunFolder:
         (self.path / "README.md").write_text(README)
         started = {"command": shlex.join(sys.argv), "folder": str(Path.cwd())}
         manifest = {**description, "versions": versions(), "started": started}
-        temporary = self.manifest.with_suffix(".tmp")
-        temporary.write_text(json.dumps(manifest, indent=2))
-        temporary.replace(self.manifest)
+        write_whole(self.manifest, json.dumps(manifest, indent=2))
 
     def drop_snapshots_after(self, step: int) -> None:
         """Remove the snapshots of later steps: a run that went back to `step` will make others."""
-        for snapshot in self.checkpoints.glob("step-*.ckpt"):
-            if int(snapshot.stem[5:]) > step:
+        for later, snapshot in self.snapshots().items():
+            if later > step:
                 snapshot.unlink()
 
 
