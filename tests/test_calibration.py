@@ -9,7 +9,9 @@ import datasets
 import pytest
 
 from tests.world import write_tokenizer
-from trainmerge.calibration import Steps, Tokenizer, load_examples, sample, warn_of_overlap
+from trainmerge.calibration import Steps, sample
+from trainmerge.examples import Example, load_examples, warn_of_overlap
+from trainmerge.tokenizer import Tokenizer
 
 
 def test_every_example_is_seen_once_before_any_is_seen_again() -> None:
@@ -32,7 +34,7 @@ def test_batches_larger_than_the_set_run_on_across_the_seam() -> None:
 
 def test_ranks_share_a_batch_without_overlap(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
-    texts = [["red " * (i + 1) for i in range(8)]]
+    texts = [[Example("red " * (i + 1)) for i in range(8)]]
     tokenize = Tokenizer(str(tmp_path), 16)
     (whole,) = Steps(texts, tokenize, 4, seed=0)[2]
     parts = [Steps(texts, tokenize, 4, 0, rank, 2)[2][0] for rank in range(2)]

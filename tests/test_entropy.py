@@ -123,7 +123,7 @@ def test_diversity_one_is_minus_the_mutual_information():
 
 
 def test_diversity_needs_a_classification_head():
-    with pytest.raises(ValueError, match="need a classification head"):
+    with pytest.raises(ValueError, match="needs a classification head"):
         Entropy(diversity=0.5)(Outputs(torch.zeros(6, 4, 3)), ONES)
 
 

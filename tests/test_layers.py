@@ -11,15 +11,18 @@ PACKAGE = Path(__file__).parents[1] / "trainmerge"
 # A file imports only from lower floors; inside a folder, files may import one another.
 FLOORS = {
     "folders": 0,
+    "anchor": 1,
     "batch": 1,
     "config": 1,
     "constraints": 1,
+    "examples": 1,
     "gradients": 1,
     "kernels": 1,
     "run_folder": 1,
     "storage": 1,
     "tables": 1,
-    "calibration": 2,
+    "tokenizer": 2,
+    "calibration": 3,
     "coefficients": 2,
     "heads": 2,
     "objectives": 2,
@@ -52,7 +55,7 @@ FOLDERS = {"checkpoints", "kernels", "objectives", "preprocess"}
 ONLY_IN = {
     "pytorch_lightning": {"module", "calibration", "callbacks", "run", "fit_cli", "cli"},
     "lightning": set(),  # the same under another name
-    "transformers": {"checkpoints", "calibration", "teachers", "evaluate", "run"},
+    "transformers": {"checkpoints", "tokenizer"},
     "peft": {"checkpoints"},
 }
 NO_NAMES = {"utils", "util", "common", "helpers", "core", "misc"}

@@ -7,32 +7,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trainmerge.anchor import Anchor
     from trainmerge.calibration import Calibration
     from trainmerge.coefficients import Coefficients, Grouping, Layout, load_coefficients
     from trainmerge.constraints import Box, Free, Sigmoid, Simplex
     from trainmerge.evaluate import evaluate_run
+    from trainmerge.examples import Columns
     from trainmerge.export import export_merge, export_run
     from trainmerge.functional import merged_weights
     from trainmerge.heads import LabelHead, LinearHead
     from trainmerge.merged_model import MergedModel
     from trainmerge.module import MergeModule
-    from trainmerge.objectives import Entropy, Objective
+    from trainmerge.objectives import Alignment, Entropy, Objective
     from trainmerge.preprocess import Preprocess, Ties
     from trainmerge.recipe import Expert, Recipe
     from trainmerge.run import fit, make_trainer
     from trainmerge.task_vectors import TaskVectors
 
 _HOMES = {
+    "trainmerge.anchor": ["Anchor"],
     "trainmerge.calibration": ["Calibration"],
     "trainmerge.coefficients": ["Coefficients", "Grouping", "Layout", "load_coefficients"],
     "trainmerge.constraints": ["Box", "Free", "Sigmoid", "Simplex"],
     "trainmerge.evaluate": ["evaluate_run"],
     "trainmerge.export": ["export_merge", "export_run"],
+    "trainmerge.examples": ["Columns"],
     "trainmerge.functional": ["merged_weights"],
     "trainmerge.heads": ["LabelHead", "LinearHead"],
     "trainmerge.merged_model": ["MergedModel"],
     "trainmerge.module": ["MergeModule"],
-    "trainmerge.objectives": ["Entropy", "Objective"],
+    "trainmerge.objectives": ["Alignment", "Entropy", "Objective"],
     "trainmerge.preprocess": ["Preprocess", "Ties"],
     "trainmerge.recipe": ["Expert", "Recipe"],
     "trainmerge.run": ["fit", "make_trainer"],
@@ -41,9 +45,12 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Alignment",
+    "Anchor",
     "Box",
     "Calibration",
     "Coefficients",
+    "Columns",
     "Entropy",
     "Expert",
     "Free",

@@ -14,19 +14,20 @@ from rich.progress import track
 from torchmetrics.classification import MulticlassAccuracy
 
 from trainmerge.batch import Batch
-from trainmerge.calibration import Tokenizer, load_examples
 from trainmerge.checkpoints import load_model, open_checkpoint
 from trainmerge.config import read_config
+from trainmerge.examples import load_examples
 from trainmerge.export import open_run
 from trainmerge.folders import write_whole
 from trainmerge.forward import Tokenize, build_classifier, forward
 from trainmerge.recipe import Expert, Recipe
 from trainmerge.resident import Resident, load_resident
 from trainmerge.run_folder import RunFolder
+from trainmerge.tokenizer import Tokenizer
 
 Scores = dict[str, dict[str, float]]  # row of the table -> task -> accuracy
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GRID = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+GRID = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,15 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.batch import Batch, Step
+from trainmerge.anchor import Anchor
+from trainmerge.batch import Asks, Batch, Step
 from trainmerge.calibration import Calibration
 from trainmerge.coefficients import Coefficients, read_initial
 from trainmerge.constraints import Constraint, Free
 from trainmerge.objectives import Entropy, Objective
 from trainmerge.recipe import Recipe
 from trainmerge.resident import Resident, load_resident
-from trainmerge.teachers import teacher_predictions
+from trainmerge.teachers import BUDGET, Record, record_teachers
 
 
 class MergeModule(pl.LightningModule):
@@ -35,12 +36,15 @@ class MergeModule(pl.LightningModule):
         objective: The loss of a batch; the tasks' losses are weighed by `Expert.weight` and summed.
         constraint: The set that coefficients stay in.
         initial: Where they start: one number, one an expert, or a `coefficients.safetensors`.
-        anchor: Weight of mean |c - start|^2, which pulls the coefficients back to their start.
-        optimizer: Made from the coefficients, as in any LightningModule.
+        anchor: A pull of the coefficients back to their start, or to given values.
+        optimizer: Made from the coefficients, as in any LightningModule. One that asks for several losses a
+            step (L-BFGS) gets them, all on the step's batches.
         lr_scheduler: Stepped once an optimizer step.
         tasks_per_backward: Tasks whose forwards share one backward: each backward reads the task vectors
             once, and holds these tasks' activations.
-        workspace: Folder for preprocessed task vectors and merged adapters.
+        teacher_budget: Bytes for the experts' recorded probabilities: all of them if they fit, else the
+            largest.
+        workspace: Folder for preprocessed task vectors, merged adapters and recorded experts.
     """
 
     def __init__(
@@ -49,10 +53,11 @@ class MergeModule(pl.LightningModule):
         objective: Objective = Entropy(),  # noqa: B008 - frozen
         constraint: Constraint = Free(),  # noqa: B008 - frozen
         initial: float | Sequence[float] | str = 0.3,
-        anchor: float = 0.0,
+        anchor: Anchor = Anchor(),  # noqa: B008 - frozen
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
         tasks_per_backward: int = 1,
+        teacher_budget: int = BUDGET,
         workspace: str = "workspace",
     ) -> None:
         super().__init__()
@@ -60,7 +65,7 @@ class MergeModule(pl.LightningModule):
             raise ValueError(f"tasks_per_backward must be at least 1, not {tasks_per_backward}")
         self.automatic_optimization = False
         self.recipe, self.objective, self.anchor = recipe, objective, anchor
-        self.tasks_per_backward = tasks_per_backward
+        self.tasks_per_backward, self.teacher_budget = tasks_per_backward, teacher_budget
         self.workspace = Path(workspace)
         self.opened = recipe.open(self.workspace)
         start = read_initial(initial, tuple(recipe.experts), self.opened.layout)
@@ -68,7 +73,7 @@ class MergeModule(pl.LightningModule):
         self.start: Tensor = self.coefficients().detach().clone()  # a plain attribute: not in the checkpoint
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self._resident: Resident | None = None
-        self.teachers: list[Tensor] = []  # K of [N, V], where the objective asks for them
+        self.teachers: list[Record] = []  # K, where the objective asks for them
         self.description = "{}"  # what the run depends on, JSON: kept in its checkpoints
 
     @property
@@ -99,18 +104,26 @@ class MergeModule(pl.LightningModule):
         self._resident = load_resident(
             self.recipe, self.opened, self.coefficients, data.tokenize, self.workspace, device
         )
-        if self.objective.asks_teacher:
-            heads = [expert.head.identity() if expert.head else "" for expert in self.recipe.experts.values()]
-            depends_on = [
-                self.opened.identity(),
-                *heads,
-                *data.identities().values(),
-                data.tokenize.max_length,
-            ]
-            recorded = teacher_predictions(
-                self._resident, data.texts, data.tokenize, self.workspace, repr(depends_on)
-            )
-            self.teachers = [predictions.to(device) for predictions in recorded]
+        if self.objective.asks != Asks():
+            self.teachers = self._record(data)
+
+    def _record(self, data: Calibration) -> list[Record]:
+        heads = [expert.head.identity() if expert.head else "" for expert in self.recipe.experts.values()]
+        depends_on = [
+            self.opened.identity(),
+            *heads,
+            *data.identities().values(),
+            data.tokenize.max_length,
+        ]
+        return record_teachers(
+            self.resident,
+            data.examples,
+            data.tokenize,
+            self.objective.asks,
+            self.workspace,
+            repr(depends_on),
+            self.teacher_budget,
+        )
 
     @override
     def setup(self, stage: str) -> None:
@@ -134,32 +147,45 @@ class MergeModule(pl.LightningModule):
         """One optimizer step: all tasks' losses at one merge."""
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
+        reports: list[dict[str, Tensor]] = []
+
+        def closure() -> Tensor:
+            reports.append(self._gradient_of(step))
+            optimizer.zero_grad()
+            penalty = self.anchor(self.coefficients(), self.start.to(self.device))
+            self.coefficients.backward(self._reduced(self.resident.merged.gradient()))
+            if self.anchor.weight:
+                self.manual_backward(penalty)
+            return torch.stack(list(reports[-1].values())).sum() + penalty.detach()
+
+        optimizer.step(closure)
+        self.coefficients.project_()
+        self._step_scheduler()
+        losses = reports[0]  # at the coefficients that the step began with
+        self.log("loss", torch.stack(list(losses.values())).sum(), prog_bar=True)
+        self.log_dict({f"loss/{name}": loss for name, loss in losses.items()})
+
+    def _gradient_of(self, step: Step) -> dict[str, Tensor]:
+        """Losses of all tasks at the merge of the present coefficients; their gradient is left with it."""
         self.resident.merged.materialise()
         losses: dict[str, Tensor] = {}
         for first in range(0, len(step), self.tasks_per_backward):
             losses |= self._backward(step[first : first + self.tasks_per_backward])
-        optimizer.zero_grad()
-        self.coefficients.backward(self._reduced(self.resident.merged.gradient()))
-        if self.anchor:
-            distance = self.coefficients() - self.start.to(self.device)
-            self.manual_backward(self.anchor * distance.square().mean())
-        optimizer.step()
-        self.coefficients.project_()
-        self._step_scheduler()
-        self.log("loss", torch.stack(list(losses.values())).sum(), prog_bar=True)
-        self.log_dict({f"loss/{name}": loss for name, loss in losses.items()})
+        return losses
 
     def _backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Forwards of some tasks and one backward; the tasks' weighted losses."""
-        experts = list(self.recipe.experts.items())
-        losses = {}
-        for batch in batches:
-            name, expert = experts[batch.expert]
-            if self.teachers:
-                batch = batch._replace(teacher=self.teachers[batch.expert][batch.ids])
-            losses[name] = expert.weight * self.objective(self.resident(batch), batch).mean()
+        names = list(self.recipe.experts)
+        losses = {names[batch.expert]: self.loss(batch) for batch in batches}
         self.manual_backward(torch.stack(list(losses.values())).sum())
         return {name: loss.detach() for name, loss in losses.items()}
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The weighted loss of one expert's batch at the weights that the resident model holds."""
+        expert = list(self.recipe.experts.values())[batch.expert]
+        if self.teachers:
+            batch = batch._replace(teacher=self.teachers[batch.expert].of(batch.ids, self.resident.device))
+        return expert.weight * self.objective(self.resident(batch, self.objective.asks.layers), batch).mean()
 
     def _reduced(self, gradient: Tensor) -> Tensor:
         """The mean over processes of the K x G numbers that are all that has to be reduced."""

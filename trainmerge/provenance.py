@@ -24,7 +24,7 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
         "recipe": to_config(recipe),
         "objective": to_config(module.objective),
         "constraint": to_config(coefficients.constraint),
-        "anchor": module.anchor,
+        "anchor": to_config(module.anchor),
         "start": hashlib.sha256(module.start.numpy().tobytes()).hexdigest(),
         **_optimisation(module),
     }

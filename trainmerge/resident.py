@@ -28,9 +28,9 @@ class Resident:
         """Where the model is."""
         return next(self.merged.module.parameters()).device
 
-    def __call__(self, batch: Batch) -> Outputs:
+    def __call__(self, batch: Batch, layers: Sequence[int] = ()) -> Outputs:
         """A forward pass of the present weights, through the head of the batch's task."""
-        return forward(self.merged.module, batch, self.classifiers[batch.expert])
+        return forward(self.merged.module, batch, self.classifiers[batch.expert], layers)
 
 
 def load_resident(

@@ -74,7 +74,7 @@ def budget() -> None:
     import trainmerge as tm
     from trainmerge.checkpoints import load_model
     from trainmerge.fit_cli import calibration_files
-    from trainmerge.forward import hidden_states
+    from trainmerge.forward import backbone
 
     with many_experts(1) as recipe:
         opened = recipe.open()
@@ -86,7 +86,7 @@ def budget() -> None:
             parameters[name].requires_grad_(True)
             parameters[name].register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with Peak() as working:
-            hidden_states(module, inputs).square().mean().backward()
+            backbone(module)(**inputs).last_hidden_state.square().mean().backward()
     print(sum(parameter.nbytes for parameter in parameters.values()) + working.grown)
 
 

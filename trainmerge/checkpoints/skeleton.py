@@ -33,7 +33,7 @@ def build_skeleton(path: Path) -> PreTrainedModel:
     try:
         with quiet(), torch.device("meta"):
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            _without_dropout(config)
+            _for_learning(config)
             architecture = (config.architectures or [""])[0]
             kind: Any = getattr(transformers, architecture, None)
             if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
@@ -129,11 +129,13 @@ def _modern(name: str, known: set[str]) -> str:
     return name
 
 
-def _without_dropout(config: PreTrainedConfig) -> None:
-    """Set every dropout rate to 0, in sub-configs too: a merge's loss must not depend on a dice."""
+def _for_learning(config: PreTrainedConfig) -> None:
+    """No dropout: a loss must not depend on a dice. No cache of keys and values. In sub-configs too."""
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
     for key, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
-            _without_dropout(value)
+            _for_learning(value)
         elif "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
 

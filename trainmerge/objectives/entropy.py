@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.batch import Batch, Outputs
+from trainmerge.batch import Asks, Batch, Outputs
+from trainmerge.objectives.divergence import divergence
 from trainmerge.objectives.objective import Objective
+from trainmerge.objectives.rows import counted, example_mean, recorded
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -30,12 +32,6 @@ def marginal_cross_entropy(logits: Tensor) -> Tensor:
     return -(p * marginal.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(dim=-1)
 
 
-def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
-    """KL(teacher || softmax(logits)), [B, V] log-probabilities and logits -> [B]; 0 where they agree."""
-    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
-    return (teacher.exp() * (teacher - log_p)).sum(dim=-1)
-
-
 @dataclass(frozen=True)
 class Entropy(Objective):
     """Mean entropy of the predictions stands in for the missing labels.
@@ -43,12 +39,12 @@ class Entropy(Objective):
     Yang et al., AdaMerging, ICLR 2024 (arXiv 2310.02575), equation 4. For a language model the
     entropies of the positions in `batch.mask` are averaged within an example.
 
-    Entropy alone rewards confident wrong answers. Two guards, both without labels, for classification:
+    Entropy alone rewards confident wrong answers. Two guards, both without labels:
 
     Args:
         diversity: Subtract that multiple of the batch marginal's entropy. At 1 the loss is the negative
             mutual information of input and prediction (Bridle et al., NeurIPS 1991; Liang et al., ICML
-            2020): a model that answers everything alike gains nothing.
+            2020): a model that answers everything alike gains nothing. For classification.
         agreement: Add that multiple of KL(expert || merge), the expert's own predictions on its own
             calibration examples, recorded once before the fit: confidence pays only where the task's
             expert has it too.
@@ -59,28 +55,35 @@ class Entropy(Objective):
 
     @property
     @override
-    def asks_teacher(self) -> bool:
-        return self.agreement > 0
+    def asks(self) -> Asks:
+        return Asks(temperature=1.0) if self.agreement else Asks()
 
     @override
     def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Loss per example, [B].
 
         Raises:
-            ValueError: a guard is asked for with token-level logits.
+            ValueError: diversity is asked for with token-level logits.
         """
         logits = outputs.logits
-        if logits.dim() == 3:
-            if self.diversity or self.agreement:
-                raise ValueError(
-                    "diversity and agreement need a classification head; language models have none"
-                )
-            mask = batch.mask.to(torch.float32)
-            return (entropy(logits) * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)
-        loss = entropy(logits)
+        token_level = logits.dim() == 3
+        if token_level and self.diversity:
+            raise ValueError("diversity needs a classification head; language models have none")
+        loss = _token_entropy(logits, batch.mask) if token_level else entropy(logits)
         if self.diversity:
             loss = loss - self.diversity * marginal_cross_entropy(logits)
         if self.agreement:
-            assert batch.teacher is not None
-            loss = loss + self.agreement * divergence(batch.teacher, logits)
+            loss = loss + self.agreement * _disagreement(logits, batch)
         return loss
+
+
+def _token_entropy(logits: Tensor, mask: Tensor) -> Tensor:
+    weights = mask.to(torch.float32)
+    return (entropy(logits) * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
+
+
+def _disagreement(logits: Tensor, batch: Batch) -> Tensor:
+    """KL(expert || merge) an example, [B]."""
+    if logits.dim() == 2:
+        return divergence(recorded(batch), logits)
+    return example_mean(divergence(recorded(batch), logits, counted(batch.mask)), batch.mask)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trainmerge.batch import Batch, Outputs
+from trainmerge.batch import Asks, Batch, Outputs
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class Objective(ABC):
     """A loss of the merged model on one expert's unlabeled batch."""
 
     @property
-    def asks_teacher(self) -> bool:
-        """Whether `batch.teacher`, each expert's own predictions, is to be recorded for this objective."""
-        return False
+    def asks(self) -> Asks:
+        """What `batch.teacher` is to hold: recorded once, before the fit. Nothing by default."""
+        return Asks()
 
     @abstractmethod
     def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:

@@ -1,0 +1,50 @@
+"""A pull of the coefficients back to where they should be near.
+
+Legend: `K` experts, `G` coefficient groups.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """weight * mean |c - at|^power over all K x G coefficients.
+
+    With power 1 it is R of Expert Merging (arXiv 2509.25712); its reference code divides by G instead of
+    K * G, so that its gamma counts K times as much: `scale="reference"`. At the anchor the gradient of power
+    1 is taken as 0, so it is inert until the first step.
+
+    Args:
+        weight: The paper's gamma.
+        at: One number, or one an expert; None is where the coefficients start.
+        power: 1 or 2.
+        scale: `paper`, the mean; `reference`, K times the mean.
+    """
+
+    weight: float = 0.0
+    at: float | Sequence[float] | None = None
+    power: Literal[1, 2] = 1
+    scale: Literal["paper", "reference"] = "paper"
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"anchor.weight must not be negative, not {self.weight}")
+
+    def __call__(self, coefficients: Tensor, start: Tensor) -> Tensor:
+        """The penalty of coefficients [K, G], which began at `start` [K, G].
+
+        Raises:
+            ValueError: `at` has neither one value nor K.
+        """
+        at = start if self.at is None else torch.as_tensor(self.at).to(start).reshape(-1, 1)
+        if len(at) not in (1, len(start)):
+            raise ValueError(
+                f"anchor.at has {len(at)} values for {len(start)} experts; give one, or one each"
+            )
+        mean = (coefficients - at).abs().pow(self.power).mean()
+        return self.weight * mean * (len(start) if self.scale == "reference" else 1)

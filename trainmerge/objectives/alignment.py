@@ -1,0 +1,98 @@
+"""Alignment of the merge with each expert on that expert's own examples (Expert Merging).
+
+Legend: `B` examples, `T` tokens, `D` hidden size, `P` counted positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from trainmerge.batch import Asks, Batch, Outputs
+from trainmerge.objectives.divergence import divergence
+from trainmerge.objectives.objective import Objective
+from trainmerge.objectives.rows import counted, example_mean, recorded
+
+Distance = Literal["squared", "mse", "normalised", "cosine"]
+
+
+@dataclass(frozen=True)
+class Alignment(Objective):
+    """logits * T^2 KL(expert || merge) + hidden * distance(hidden states), a mean over counted positions.
+
+    Expert Merging (arXiv 2509.25712), its L_logit and L_hid. Task weights are `Expert.weight`, the paper's
+    beta_k. The reference code minimises the cross-entropy instead of the KL divergence: the same gradient,
+    another value; here an expert's own weights have the loss 0. It also averages `mse` over the layers where
+    the paper sums `squared` over them: here layers are averaged, so multiply `hidden` by their number.
+
+    Args:
+        logits: Weight of the output term; 0 leaves it out.
+        temperature: T, of both softmaxes.
+        hidden: Weight of the hidden-state term; 0 leaves it out.
+        layers: Which hidden states, by transformers' index: 0 the embeddings, 1 the first block's output, -1
+            the last, after the final norm.
+        distance: `squared` |h - h_k|^2 as in the paper; `mse` the same over D, as in the reference code;
+            `normalised` |h - h_k|^2 / |h_k|^2, which no layer's scale dominates; `cosine` 1 - cos.
+    """
+
+    logits: float = 1.0
+    temperature: float = 1.0
+    hidden: float = 0.0
+    layers: Sequence[int] = (-1,)
+    distance: Distance = "normalised"
+
+    def __post_init__(self) -> None:
+        if self.logits < 0 or self.hidden < 0 or not (self.logits or self.hidden):
+            raise ValueError("Alignment needs weights that are not negative, and logits or hidden above 0")
+        if self.temperature <= 0:
+            raise ValueError(f"Alignment.temperature must be above 0, not {self.temperature}")
+        if self.hidden and not self.layers:
+            raise ValueError("Alignment.hidden is set: name at least one of the layers")
+
+    @property
+    @override
+    def asks(self) -> Asks:
+        return Asks(
+            self.temperature if self.logits else None,
+            tuple(dict.fromkeys(self.layers)) if self.hidden else (),
+        )
+
+    @override
+    def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Loss per example, [B]."""
+        terms = [self.hidden * loss for loss in self._hidden(outputs, batch)]
+        if self.logits:
+            terms.append(self.logits * self.temperature**2 * self._output(outputs.logits, batch))
+        return torch.stack(terms).sum(dim=0)
+
+    def _output(self, logits: Tensor, batch: Batch) -> Tensor:
+        if logits.dim() == 2:  # a classification head: one row an example
+            return divergence(recorded(batch), logits, temperature=self.temperature)
+        losses = divergence(recorded(batch), logits, counted(batch.mask), self.temperature)
+        return example_mean(losses, batch.mask)
+
+    def _hidden(self, outputs: Outputs, batch: Batch) -> list[Tensor]:
+        """One [B] a layer, each over the number of layers."""
+        assert batch.teacher is not None
+        layers = self.asks.layers
+        return [
+            example_mean(self._apart(outputs.hidden[i][batch.mask], batch.teacher.hidden[i]), batch.mask)
+            / len(layers)
+            for i in layers
+        ]
+
+    def _apart(self, merged: Tensor, expert: Tensor) -> Tensor:
+        """Distance of each position, [P, D], [P, D] -> [P], in float32 or wider."""
+        merged = merged.to(torch.promote_types(merged.dtype, torch.float32))
+        expert = expert.to(merged.dtype)
+        if self.distance == "cosine":
+            return 1 - torch.nn.functional.cosine_similarity(merged, expert, dim=-1)
+        squared = (merged - expert).square().sum(dim=-1)
+        if self.distance == "mse":
+            return squared / merged.shape[-1]
+        if self.distance == "normalised":
+            return squared / expert.square().sum(dim=-1).clamp_min(torch.finfo(expert.dtype).tiny)
+        return squared
