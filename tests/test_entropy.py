@@ -8,11 +8,16 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from tests.contracts import assert_objective_contract
-from trainmerge.batch import Batch, Outputs
+from trainmerge.batch import Batch, Outputs, Predictions, Signals
 from trainmerge.objectives import Entropy
-from trainmerge.objectives.entropy import divergence, entropy, marginal_cross_entropy
+from trainmerge.objectives.divergence import divergence
+from trainmerge.objectives.entropy import entropy, marginal_cross_entropy
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def said(log_p):
+    return Signals(Predictions(log_p))
 
 
 def batch_of(mask):
@@ -136,25 +141,40 @@ def test_agreement_is_the_divergence_from_the_expert() -> None:
     torch.manual_seed(0)
     logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(6, 5, dtype=torch.float64).log_softmax(-1)
-    batch = Batch(0, {}, torch.ones(6, 4, dtype=torch.bool), torch.arange(6), teacher)
-    got = Entropy(agreement=0.7)(Outputs(logits), batch)
+    batch = Batch(0, {}, torch.ones(6, 4, dtype=torch.bool), torch.arange(6), said(teacher))
+    got = Entropy(agreement=0.7)(Outputs(1.0 * logits), batch)
     merged, expert = Categorical(logits=logits), Categorical(logits=teacher)
     want = merged.entropy() + 0.7 * kl_divergence(expert, merged)
     torch.testing.assert_close(got, want)
     (from_got,) = torch.autograd.grad(got.sum(), logits)
-    (from_want,) = torch.autograd.grad((merged.entropy() + 0.7 * kl_divergence(expert, merged)).sum(), logits)
+    (from_want,) = torch.autograd.grad(want.sum(), logits)
     torch.testing.assert_close(from_got, from_want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_agreement_with_oneself_costs_nothing(dtype: torch.dtype) -> None:
     logits = 30 * torch.randn(50, 4, dtype=dtype)
-    loss = divergence(logits.log_softmax(-1), logits)
+    loss = divergence(Predictions(logits.log_softmax(-1)), logits)
     torch.testing.assert_close(loss, torch.zeros_like(loss))
-    assert bool((divergence(torch.randn(50, 4, dtype=dtype).log_softmax(-1), logits) > 0).all())
+    other = Predictions(torch.randn(50, 4, dtype=dtype).log_softmax(-1))
+    assert bool((divergence(other, logits) > 0).all())
 
 
-def test_guards_are_refused_for_token_level_logits() -> None:
-    batch = Batch(0, {}, torch.ones(2, 3, dtype=torch.bool), torch.arange(2))
-    with pytest.raises(ValueError, match="classification head"):
-        Entropy(agreement=1.0)(Outputs(torch.randn(2, 3, 7)), batch)
+def test_agreement_of_a_language_model_counts_what_the_mask_counts() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, True, False], [False, True, False]])
+    teacher = torch.randn(3, 7, dtype=torch.float64).log_softmax(-1)
+    got = Entropy(agreement=2.0)(Outputs(1.0 * logits), Batch(0, {}, mask, torch.arange(2), said(teacher)))
+    merged = Categorical(logits=logits[mask])
+    rows = merged.entropy() + 2.0 * kl_divergence(Categorical(logits=teacher), merged)
+    want = torch.stack([rows[:2].mean(), rows[2]])
+    torch.testing.assert_close(got, want)
+    gradients = [torch.autograd.grad(loss.sum(), logits)[0] for loss in (got, want)]
+    torch.testing.assert_close(*gradients)
+    assert not gradients[0][~mask].any()
+
+
+def test_a_guard_without_a_teacher_is_refused() -> None:
+    with pytest.raises(ValueError, match="record the experts first"):
+        Entropy(agreement=1.0)(Outputs(torch.randn(2, 3)), batch_of(torch.ones(2, 3, dtype=torch.bool)))

@@ -11,6 +11,8 @@ Learn the coefficients of a model merge from unlabeled data.
 commands:
   fit        learn coefficients:  trainmerge fit --config configs/adamerging.yaml --run runs/first
              again, to resume:    trainmerge fit --config configs/adamerging.yaml --run runs/first
+  allocate   share chunks:        trainmerge allocate runs/first chunks.json --budget 1.0
+             for a second fit:    trainmerge fit ... --recipe.grouping.chunks chunks.json
   export     write the model:     trainmerge export runs/first merged/
   evaluate   score it:            trainmerge evaluate runs/first
   inspect    look before or after: trainmerge inspect runs/first
@@ -25,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], int]] = {
         "fit": _fit,
+        "allocate": _allocate,
         "export": _export,
         "evaluate": _evaluate,
         "inspect": _inspect,
@@ -63,6 +66,10 @@ def _fit(arguments: list[str]) -> int:
     return fit_command(arguments)
 
 
+def _allocate(arguments: list[str]) -> int:
+    return _plain(allocate, arguments)
+
+
 def _export(arguments: list[str]) -> int:
     return _plain(export, arguments)
 
@@ -95,6 +102,24 @@ def export(run: str, out: str, overwrite: bool = False) -> None:
     from trainmerge.export import export_run
 
     print(f"merged checkpoint: {export_run(run, out, overwrite)}")
+
+
+def allocate(run: str, out: str, budget: float = 1.0, kappa: float = 1.0) -> None:
+    """Share chunks among a run's parameters by importance, for a second fit (Expert Merging++).
+
+    Example: trainmerge allocate runs/first chunks.json --budget 1.2 --kappa 1
+             trainmerge fit --config CONFIG --run runs/second --recipe.grouping.granularity chunk
+                 --recipe.grouping.chunks chunks.json --model.initial runs/first/coefficients.safetensors
+
+    Args:
+        run: A finished run with one coefficient a parameter.
+        out: The JSON file to write.
+        budget: Chunks a parameter, on average; those that get none keep their coefficient.
+        kappa: 0 shares evenly, 1 in proportion to importance, more concentrates.
+    """
+    from trainmerge.allocation import allocate_run
+
+    allocate_run(run, out, budget, kappa)
 
 
 def evaluate(

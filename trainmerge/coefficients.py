@@ -27,21 +27,24 @@ class Grouping:
 
     `task`: one coefficient an expert. `block`: one for each numbered block of the network (and one
     for each module outside them). `tensor`: one a parameter, which is what the papers call
-    layer-wise. `chunk`: `chunks` contiguous blocks of rows a parameter.
+    layer-wise. `chunk`: `chunks` contiguous blocks of rows a parameter. `chunks` is one number for
+    all; or numbers by fnmatch pattern, of which the last that matches counts (1 without a match); or
+    a file of `trainmerge allocate`. A parameter with 0 chunks keeps the coefficient that it starts
+    with: it is merged, not learned.
 
     `include` and `exclude` are fnmatch patterns over parameter names; what is not included, or is
     excluded, keeps the base's value.
     """
 
     granularity: Granularity = "tensor"
-    chunks: int = 1
+    chunks: int | Mapping[str, int] | str = 1
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.chunks < 1:
+        if isinstance(self.chunks, int) and self.chunks < 1:
             raise ValueError(f"chunks must be at least 1, not {self.chunks}")
-        if self.chunks > 1 and self.granularity != "chunk":
+        if self.chunks != 1 and self.granularity != "chunk":
             raise ValueError(f"chunks={self.chunks} needs granularity=chunk, not {self.granularity}")
 
     def layout(self, shapes: Mapping[str, torch.Size], unchanged: Iterable[str] = ()) -> "Layout":
@@ -57,13 +60,19 @@ class Grouping:
         self._check_patterns([*shapes, *unchanged])
         if len(excluded) == len(shapes):
             raise ValueError("nothing is left to merge: include/exclude leave out every parameter")
+        counts = self._counts([*shapes, *unchanged])
         labels: dict[str, int] = {}
         groups = {
-            name: tuple(labels.setdefault(label, len(labels)) for label in self._labels(name, shape))
+            name: tuple(
+                labels.setdefault(label, len(labels)) for label in self._labels(name, shape, counts[name])
+            )
             for name, shape in shapes.items()
             if name not in excluded
         }
-        return Layout(tuple(labels), groups, excluded)
+        fixed = tuple(group for name, chunks in groups.items() if not counts[name] for group in chunks)
+        if len(fixed) == len(labels):
+            raise ValueError("nothing is left to learn: every parameter has 0 chunks")
+        return Layout(tuple(labels), groups, excluded, fixed)
 
     def _reason(self, name: str) -> str:
         if not _matching(name, self.include):
@@ -83,7 +92,21 @@ class Grouping:
                 f"Parameters are named like {names[:3]}; `trainmerge inspect` lists them all."
             )
 
-    def _labels(self, name: str, shape: torch.Size) -> list[str]:
+    def _counts(self, names: Sequence[str]) -> dict[str, int]:
+        """Chunks that were asked for, a parameter."""
+        if isinstance(self.chunks, int):
+            return dict.fromkeys(names, self.chunks)
+        wanted = read_chunks(Path(self.chunks)) if isinstance(self.chunks, str) else self.chunks
+        if idle := [pattern for pattern in wanted if not any(fnmatchcase(name, pattern) for name in names)]:
+            raise ValueError(f"chunks: patterns that match no parameter: {idle[:5]}")
+        if any(count < 0 for count in wanted.values()):
+            raise ValueError("chunks: numbers must not be negative")
+        counts = dict.fromkeys(names, 1)
+        for pattern, count in wanted.items():
+            counts |= {name: count for name in names if fnmatchcase(name, pattern)}
+        return counts
+
+    def _labels(self, name: str, shape: torch.Size, chunks: int) -> list[str]:
         match self.granularity:
             case "task":
                 return ["all"]
@@ -93,7 +116,20 @@ class Grouping:
                 return [name]
             case "chunk":
                 rows = shape[0] if shape else 1
-                return [f"{name}[{i}]" for i in range(max(1, min(self.chunks, rows)))]
+                return [f"{name}[{i}]" for i in range(max(1, min(chunks, rows)))]
+
+
+def read_chunks(path: Path) -> dict[str, int]:
+    """Chunks a parameter, from a file of `trainmerge allocate`.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    try:
+        chunks = json.loads(path.read_text())["chunks"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no allocation of chunks (see `trainmerge allocate --help`)") from error
+    return {name: int(count) for name, count in chunks.items()}
 
 
 def block_of(name: str) -> str:
@@ -119,6 +155,7 @@ class Layout:
     labels: tuple[str, ...]  # G names
     groups: Mapping[str, tuple[int, ...]]  # parameter -> the group of each of its C chunks
     excluded: Mapping[str, str] = field(default_factory=dict)  # parameter -> why it keeps the base's value
+    fixed: tuple[int, ...] = ()  # groups that keep the coefficient they start with
 
     def to_json(self) -> str:
         """A text that `from_json` reads back."""
@@ -129,7 +166,7 @@ class Layout:
         """Undo `to_json`."""
         data = json.loads(text)
         groups = {name: tuple(chunks) for name, chunks in data["groups"].items()}
-        return Layout(tuple(data["labels"]), groups, data["excluded"])
+        return Layout(tuple(data["labels"]), groups, data["excluded"], tuple(data.get("fixed", ())))
 
 
 class Coefficients(nn.Module):
@@ -151,6 +188,7 @@ class Coefficients(nn.Module):
         start = torch.as_tensor(initial, dtype=accumulation_dtype(torch.get_default_dtype()))
         start = start.expand(len(self.experts), len(layout.labels)).clone()
         self.raw = nn.Parameter(self.constraint.start(start))
+        self._fixed = self.raw.detach()[:, list(layout.fixed)].clone()  # [K, fixed groups]
 
     def forward(self) -> Tensor:
         """The coefficients, [K, G], differentiable in `raw`."""
@@ -162,31 +200,67 @@ class Coefficients(nn.Module):
 
     def backward(self, gradient: Tensor) -> None:
         """Add d loss / d raw to `raw.grad`, given d loss / d coefficients [K, G]."""
-        self().backward(gradient.to(self.raw))
+        learned = gradient.to(self.raw).index_fill(1, self._fixed_groups(), 0.0)
+        self().backward(learned)
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Move `raw` back into the constraint's set; called after every optimizer step."""
-        self.raw.copy_(self.constraint.project(self.raw))
+        """Move `raw` back into the constraint's set; called after every optimizer step.
+
+        Fixed ones go back to where they were: weight decay moves what has no gradient too.
+        """
+        projected = self.constraint.project(self.raw)
+        self.raw.copy_(projected.index_copy(1, self._fixed_groups(), self._fixed.to(self.raw)))
+
+    def _fixed_groups(self) -> Tensor:
+        return torch.tensor(self.layout.fixed, dtype=torch.int64, device=self.raw.device)
 
 
 def read_initial(initial: float | Sequence[float] | str, experts: Sequence[str], layout: Layout) -> Tensor:
     """Where coefficients start, [K, 1] or [K, G]: one number, one an expert, or a file of `save`.
+
+    A file may group more coarsely: every chunk then starts with its parameter's coefficient.
 
     Raises:
         ValueError: the wrong number of experts, or a file of another merge.
     """
     if isinstance(initial, str):
         saved = load_coefficients(Path(initial))
-        if saved.experts != tuple(experts) or saved.layout != layout:
-            raise ValueError(f"{initial}: made for other experts or another grouping ({saved.experts})")
-        return saved.forward().detach()
+        if saved.experts != tuple(experts):
+            raise ValueError(f"{initial}: made for other experts ({saved.experts})")
+        try:
+            return carried(saved, layout)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{initial}: made for another grouping: {error}") from error
     values = torch.as_tensor(initial, dtype=torch.float32).reshape(-1, 1)
     if len(values) not in (1, len(experts)):
         raise ValueError(
             f"initial has {len(values)} values for {len(experts)} experts; give one, or one each"
         )
     return values.expand(len(experts), 1)
+
+
+def carried(saved: Coefficients, layout: Layout) -> Tensor:
+    """The saved coefficients under another layout of the same parameters, [K, G].
+
+    Raises:
+        KeyError: a parameter that was not merged.
+        ValueError: chunks that cannot be carried over, or parameters that differ and are to share one.
+    """
+    values = saved.forward().detach()
+    if unknown := layout.groups.keys() - saved.layout.groups.keys():
+        raise KeyError(f"it has no coefficients for {sorted(unknown)[:3]}")
+    carried = torch.full((len(values), len(layout.labels)), torch.nan)
+    for name, groups in layout.groups.items():
+        own = saved.of(name, values)  # [K, C before]
+        if own.shape[1] not in (1, len(groups)):
+            raise ValueError(f"{name} has {own.shape[1]} chunks there and {len(groups)} here")
+        there = carried[:, list(groups)]
+        own = own.expand(-1, len(groups))
+        if not torch.equal(torch.where(there.isnan(), own, there), own):
+            raise ValueError(f"{name} is to share a coefficient with parameters that have another")
+        carried[:, list(groups)] = own
+    return carried
 
 
 def save_coefficients(coefficients: Coefficients, path: Path) -> None:

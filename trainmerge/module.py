@@ -40,6 +40,9 @@ class MergeModule(pl.LightningModule):
         optimizer: Made from the coefficients, as in any LightningModule. One that asks for several losses a
             step (L-BFGS) gets them, all on the step's batches.
         lr_scheduler: Stepped once an optimizer step.
+        keep_better: After the fit, compare the loss over all calibration examples with the start's, and leave
+            whichever coefficients have the lower one.
+        clip: The gradient's norm over all coefficients is cut to this; 0 leaves it as it is.
         tasks_per_backward: Tasks whose forwards share one backward: each backward reads the task vectors
             once, and holds these tasks' activations.
         teacher_budget: Bytes for the experts' recorded probabilities: all of them if they fit, else the
@@ -56,6 +59,8 @@ class MergeModule(pl.LightningModule):
         anchor: Anchor = Anchor(),  # noqa: B008 - frozen
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
+        keep_better: bool = False,
+        clip: float = 0.0,
         tasks_per_backward: int = 1,
         teacher_budget: int = BUDGET,
         workspace: str = "workspace",
@@ -64,13 +69,14 @@ class MergeModule(pl.LightningModule):
         if tasks_per_backward < 1:
             raise ValueError(f"tasks_per_backward must be at least 1, not {tasks_per_backward}")
         self.automatic_optimization = False
-        self.recipe, self.objective, self.anchor = recipe, objective, anchor
+        self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
         self.tasks_per_backward, self.teacher_budget = tasks_per_backward, teacher_budget
         self.workspace = Path(workspace)
         self.opened = recipe.open(self.workspace)
         start = read_initial(initial, tuple(recipe.experts), self.opened.layout)
         self.coefficients = Coefficients(tuple(recipe.experts), self.opened.layout, start, constraint)
         self.start: Tensor = self.coefficients().detach().clone()  # a plain attribute: not in the checkpoint
+        self.keep_better = keep_better
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self._resident: Resident | None = None
         self.teachers: list[Record] = []  # K, where the objective asks for them
@@ -156,6 +162,8 @@ class MergeModule(pl.LightningModule):
             self.coefficients.backward(self._reduced(self.resident.merged.gradient()))
             if self.anchor.weight:
                 self.manual_backward(penalty)
+            if self.clip:
+                torch.nn.utils.clip_grad_norm_(self.coefficients.parameters(), self.clip)
             return torch.stack(list(reports[-1].values())).sum() + penalty.detach()
 
         optimizer.step(closure)

@@ -25,6 +25,9 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
         "objective": to_config(module.objective),
         "constraint": to_config(coefficients.constraint),
         "anchor": to_config(module.anchor),
+        "clip": module.clip,
+        "layout": hashlib.sha256(module.opened.layout.to_json().encode()).hexdigest(),
+        "teacher_budget": module.teacher_budget,
         "start": hashlib.sha256(module.start.numpy().tobytes()).hexdigest(),
         **_optimisation(module),
     }

@@ -17,6 +17,7 @@ from trainmerge.folders import write_whole
 from trainmerge.module import MergeModule
 from trainmerge.provenance import describe, load_snapshot
 from trainmerge.run_folder import RunFolder, differences
+from trainmerge.safeguard import keep_the_better, warn_if_it_never_fell
 
 SETTINGS: dict[str, Any] = {
     "max_epochs": -1,  # steps count; an epoch is what is left of them
@@ -94,12 +95,15 @@ def fit(
         prepare(folder, description, module, trainer, step, config)
     if snapshot and step >= trainer.max_steps:
         finish(folder, module, snapshot)
-        return folder
-    with warnings.catch_warnings():
-        # The data module resumes by itself, mid-epoch too; Lightning looks at the loader only.
-        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    warn_if_unmoved(module)
+    else:
+        with warnings.catch_warnings():
+            # The data module resumes by itself, mid-epoch too; Lightning looks at the loader only.
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        warn_if_unmoved(module)
+        warn_if_it_never_fell(folder)
+    if module.keep_better:
+        keep_the_better(module, data, folder)
     return folder
 
 

@@ -23,8 +23,9 @@ README = """# A trainmerge run
 | `manifest.json` | what the run depends on: checksums, data, settings, versions, command |
 | `coefficients.safetensors` | the coefficients after the last saved step, with their layout in the header |
 | `metrics.jsonl` | one line a logged step |
+| `calibration_loss.json` | the loss over all calibration examples at start and end, with `keep_better` |
 | `checkpoints/` | the optimizer's state after the last saved step; `--resume auto` goes on from it |
-| `workspace/` | preprocessed task vectors; made again when deleted |
+| `workspace/` | preprocessed task vectors and recorded experts; made again when deleted |
 
 Go on: `trainmerge fit --config THIS_FOLDER/config.yaml`, from the folder that `manifest.json` names under
 `started`: paths are relative to it. Export: `trainmerge export THIS_FOLDER OUT`.

@@ -3,18 +3,16 @@
 from pathlib import Path
 
 from trainmerge.evaluate import (
-    Scores,
+    DEFAULT_LENGTH,
     evaluate_checkpoint,
     evaluate_run,
-    mean,
-    normalised,
+    metric_of,
     recipe_of,
     write_scores,
 )
+from trainmerge.metrics import Scores
 from trainmerge.run_folder import RunFolder
 from trainmerge.tables import print_table, score_rows
-
-DEFAULT_LENGTH = 256  # as in Calibration
 
 
 def evaluate_path(
@@ -22,15 +20,14 @@ def evaluate_path(
 ) -> Scores:
     """Score a run folder with everything to compare it with, or a checkpoint on `recipe`'s tasks."""
     is_run = RunFolder(path).manifest.exists()
+    tasks = recipe_of(path if is_run else recipe)
+    metric = metric_of(tasks)
     if is_run:
         rows = evaluate_run(path, limit, max_length, compare=compare)
     else:
-        rows = evaluate_checkpoint(path, recipe_of(recipe), limit, max_length or DEFAULT_LENGTH)
-    means = {row: mean(scores) for row, scores in rows.items()}
-    relative = (
-        {row: normalised(scores, rows["expert"]) for row, scores in rows.items()} if "expert" in rows else {}
-    )
-    print_table(f"{path}", *score_rows(rows, means, relative))
+        rows = evaluate_checkpoint(path, tasks, limit, max_length or DEFAULT_LENGTH)
+    means = {row: metric.mean(scores) for row, scores in rows.items()}
+    print_table(f"{path}", *score_rows(metric.name, rows, means, metric.normalised(rows)))
     if output is not None or is_run:
-        write_scores(rows, output or path / "scores.json")
+        write_scores(rows, metric, output or path / "scores.json")
     return rows

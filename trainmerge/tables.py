@@ -18,11 +18,14 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def score_rows(
-    rows: Mapping[str, Mapping[str, float]], means: Mapping[str, float], normalised: Mapping[str, float]
+    title: str,
+    rows: Mapping[str, Mapping[str, float]],
+    means: Mapping[str, float],
+    normalised: Mapping[str, float],
 ) -> tuple[list[str], list[list[str]]]:
     """Header and cells: a task a column, then mean and normalised mean."""
     tasks = list(next(iter(rows.values())))
-    header = ["accuracy", *tasks, "mean", "norm."]
+    header = [title, *tasks, "mean", "norm."]
     cells = [
         [row, *(f"{scores[task]:.3f}" for task in tasks), f"{means[row]:.3f}",
          f"{normalised[row]:.3f}" if row in normalised else ""]

@@ -1,0 +1,51 @@
+"""What a score is, accuracy under a head or a language model's perplexity, and how tasks are summed up."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Scores = dict[str, dict[str, float]]  # row of a table -> task -> score
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One kind of score."""
+
+    name: Literal["accuracy", "perplexity"]
+
+    def mean(self, scores: Mapping[str, float]) -> float:
+        """Mean over the tasks; of perplexities the geometric one."""
+        values = list(scores.values())
+        if self.name == "perplexity":
+            return math.exp(sum(math.log(value) for value in values) / len(values))
+        return sum(values) / len(values)
+
+    def best(self, rows: Scores, names: Sequence[str]) -> str | None:
+        """The best of these rows by its mean; None of none."""
+        sign = -1 if self.name == "perplexity" else 1
+        return max(names, key=lambda row: sign * self.mean(rows[row]), default=None)
+
+    def normalised(self, rows: Scores) -> dict[str, float]:
+        """How near each row is to the experts; empty without them.
+
+        Accuracy: mean over the tasks of score / the expert's, without tasks that their expert fails.
+        Perplexity: the share of the gap between base and experts that is closed, in logs of the means.
+        """
+        if "expert" not in rows:
+            return {}
+        expert = rows["expert"]
+        if self.name == "accuracy":
+            held = [task for task in expert if expert[task]]
+            return {
+                row: sum(scores[task] / expert[task] for task in held) / len(held)
+                for row, scores in rows.items()
+            }
+        if "base" not in rows:
+            return {}
+        logs = {row: math.log(self.mean(scores)) for row, scores in rows.items()}
+        gap = logs["base"] - logs["expert"]
+        return {row: (logs["base"] - log) / gap for row, log in logs.items()} if gap else {}
+
+
+ACCURACY, PERPLEXITY = Metric("accuracy"), Metric("perplexity")

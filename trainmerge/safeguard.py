@@ -1,0 +1,87 @@
+"""A fit that did not help says so, and with `keep_better` leaves the coefficients where they started."""
+
+import json
+import math
+import warnings
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from trainmerge.batch import Batch
+from trainmerge.calibration import Calibration
+from trainmerge.coefficients import save_coefficients
+from trainmerge.folders import write_whole
+from trainmerge.module import MergeModule
+from trainmerge.run_folder import RunFolder
+
+
+@torch.no_grad()
+def calibration_loss(module: MergeModule, data: Calibration) -> float:
+    """The weighted loss over all calibration examples at the present coefficients, summed over experts."""
+    module.resident.merged.materialise()
+    total = 0.0
+    for expert, examples in enumerate(data.examples):
+        losses = [
+            module.loss(_batch(module, data, expert, first)) * min(data.batch_size, len(examples) - first)
+            for first in range(0, len(examples), data.batch_size)
+        ]
+        total += float(torch.stack(losses).sum()) / len(examples)
+    return total
+
+
+def _batch(module: MergeModule, data: Calibration, expert: int, first: int) -> Batch:
+    examples = data.examples[expert][first : first + data.batch_size]
+    encoded = data.tokenize.encode(examples)
+    device = module.resident.device
+    inputs = {name: tensor.to(device) for name, tensor in encoded.inputs.items()}
+    ids = torch.arange(first, first + len(examples))
+    return Batch(expert, inputs, encoded.mask.to(device), ids)
+
+
+def keep_the_better(module: MergeModule, data: Calibration, folder: RunFolder) -> None:
+    """Compare start and end on all calibration examples; leave the better one in the run folder."""
+    module.load(data)
+    end = module.coefficients().detach().cpu()
+    points = {"start": module.start, "end": end}
+    losses = {}
+    for point in track(points, description="comparing start and end"):
+        losses[point] = _loss_at(module, data, points[point])
+    write_whole(folder.path / "calibration_loss.json", json.dumps(losses, indent=2))
+    print(f"loss over all calibration examples: {losses['start']:.4f} -> {losses['end']:.4f}")
+    if losses["end"] < losses["start"]:
+        _set(module, end)
+        return
+    _set(module, module.start)
+    save_coefficients(module.coefficients, folder.coefficients)
+    warnings.warn(
+        f"the loss over the calibration examples did not fall ({losses['start']:.4f} -> "
+        f"{losses['end']:.4f}): the coefficients are left where they started. Lower the learning rate, or "
+        "give more examples a step.",
+        stacklevel=2,
+    )
+
+
+def _loss_at(module: MergeModule, data: Calibration, values: Tensor) -> float:
+    _set(module, values)
+    return calibration_loss(module, data)
+
+
+@torch.no_grad()
+def _set(module: MergeModule, values: Tensor) -> None:
+    coefficients = module.coefficients
+    coefficients.raw.copy_(coefficients.constraint.start(values.to(coefficients.raw)))
+
+
+def warn_if_it_never_fell(folder: RunFolder) -> None:
+    """Say so when no step had a lower loss than the first one."""
+    losses = [
+        row["loss"] for line in folder.metrics.read_text().splitlines() if "loss" in (row := json.loads(line))
+    ]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if len(finite) > 1 and min(finite[1:]) >= finite[0]:
+        warnings.warn(
+            f"no step had a lower loss than the first ({finite[0]:.4f}): lower the learning rate, or take "
+            "the starting coefficients as they are",
+            stacklevel=2,
+        )
