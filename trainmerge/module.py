@@ -94,9 +94,17 @@ class MergeModule(pl.LightningModule):
         return self._resident
 
     def check_data(self, data: Calibration) -> None:
-        """Raise ValueError if the data are of other experts, or of the same in another order."""
+        """Raise ValueError if the data are of other experts or in another order, or longer than the model."""
         if list(data.files) != list(self.recipe.experts):
             raise ValueError(f"data are of {list(data.files)}, the experts are {list(self.recipe.experts)}")
+        config = self.opened.base.config
+        limit = (config.get("text_config") or config).get("max_position_embeddings")
+        for name, examples in zip(data.files, data.examples, strict=True):
+            if limit and (longest := data.tokenize.longest(examples, limit)) > limit:
+                raise ValueError(
+                    f"{data.files[name]}: an example of {longest} tokens is over the model's limit of "
+                    f"{limit} (max_position_embeddings): set data.max_length to {limit} or less"
+                )
 
     def load(self, data: Calibration, device: torch.device | str = "cpu") -> None:
         """Load the base, the heads and the preprocessed task vectors. Called by Lightning's `setup` too.

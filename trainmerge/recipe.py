@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from trainmerge.checkpoints import Checkpoint, fingerprint, open_checkpoint, open_task_vectors
 from trainmerge.coefficients import Grouping, Layout
@@ -43,6 +44,8 @@ class Recipe:
         preprocess: Applied to the task vectors, in order.
         grouping: Which parameters are merged and which share a coefficient.
         ignore: fnmatch patterns of tensors that an expert may have and the base not (its own head, say).
+        vocabulary: `same`, or `shared`: merge the tokens that both have where an expert's embeddings were
+            resized. The result has the base's vocabulary.
         allow_pickle: Read `.bin` checkpoints too. Pickle can run code; use it for files you trust.
     """
 
@@ -51,6 +54,7 @@ class Recipe:
     preprocess: Sequence[Preprocess] = ()
     grouping: Grouping = field(default_factory=Grouping)
     ignore: Sequence[str] = ()
+    vocabulary: Literal["same", "shared"] = "same"
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
@@ -66,7 +70,12 @@ class Recipe:
         base = open_checkpoint(self.base, allow_pickle=self.allow_pickle)
         paths = {name: expert.path for name, expert in self.experts.items()}
         task_vectors = open_task_vectors(
-            base, paths, ignore=self.ignore, allow_pickle=self.allow_pickle, workspace=workspace
+            base,
+            paths,
+            ignore=self.ignore,
+            allow_pickle=self.allow_pickle,
+            workspace=workspace,
+            shared_vocabulary=self.vocabulary == "shared",
         )
         folders = {"base": Path(self.base)} | {name: Path(path) for name, path in paths.items()}
         return Opened(

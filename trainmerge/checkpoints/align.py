@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from trainmerge.checkpoints.lora import plan_adapter
 from trainmerge.checkpoints.parameters import Parameters, fit_prefix, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
 from trainmerge.checkpoints.skeleton import shorten
+from trainmerge.checkpoints.vocabulary import tokenizer_mismatches
 from trainmerge.kernels import ExpertWeight, Term, Untouched
 from trainmerge.task_vectors import Delta, TaskVectors
+
+RESIZED = "resize both to one vocabulary, or set vocabulary=shared to merge the tokens that both have"
 
 
 class Plan(Protocol):
@@ -31,6 +35,7 @@ def open_task_vectors(
     ignore: Sequence[str] = (),
     allow_pickle: bool = False,
     workspace: Path | None = None,
+    shared_vocabulary: bool = False,
 ) -> TaskVectors:
     """Open full experts and peft adapters, mixed as they come, against one base. Tensors stay on disk.
 
@@ -39,6 +44,7 @@ def open_task_vectors(
         experts: Name -> folder.
         ignore: fnmatch patterns of tensors to leave as the base has them; an expert's own head, say.
         allow_pickle: Read `.bin` files too.
+        shared_vocabulary: Merge the tokens that both have, where an expert has more or fewer than the base.
         workspace: Where adapters that are not plain low-rank updates are written as merged weights.
 
     Raises:
@@ -54,7 +60,8 @@ def open_task_vectors(
             if (path / "adapter_config.json").is_file():
                 plans[expert] = plan_adapter(frame, path, ignore, allow_pickle, workspace)
             else:
-                plans[expert] = _plan_full(frame, expert, path, ignore, allow_pickle)
+                plans[expert] = _plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary)
+            problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path)]
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
     _raise(base, problems)
@@ -97,19 +104,40 @@ def _untied(parameters: Parameters) -> list[str]:
 class _Full:
     parameters: Parameters
     names: Mapping[str, str]  # the base's tensor -> the expert's
+    base: Checkpoint
 
     def terms(self) -> dict[str, Term]:
         read = self.parameters.checkpoint.read
-        return {name: ExpertWeight(read(own)) for name, own in self.names.items()}
+        return {name: ExpertWeight(self._rows(name, read(own))) for name, own in self.names.items()}
+
+    def _rows(self, name: str, weight: Tensor) -> Tensor:
+        """As many rows as the base has: tokens that the expert lacks keep the base's embedding.
+
+        Only where the vocabulary was resized; a shorter one costs a copy of the tensor.
+        """
+        rows = self.base.tensors[name].shape[:1]
+        if weight.shape[:1] == rows:
+            return weight
+        if len(weight) > rows[0]:
+            return weight[: rows[0]]
+        return torch.cat([weight, self.base.read(name)[len(weight) :].to(weight.dtype)])
 
 
-def _plan_full(frame: Parameters, expert: str, path: Path, ignore: Sequence[str], allow_pickle: bool) -> Plan:
+def _plan_full(
+    frame: Parameters,
+    expert: str,
+    path: Path,
+    ignore: Sequence[str],
+    allow_pickle: bool,
+    shared_vocabulary: bool,
+) -> Plan:
     """A full fine-tuned model against the base, headers only. Raises ValueError, one line a mismatch."""
     checkpoint = open_checkpoint(path, allow_pickle)
     base = frame.checkpoint
     problems = [
         f"{path}: {key} is {theirs!r}, the base has {ours!r}: not a fine-tuned copy of this base; {remedy}"
-        for key, remedy in [("model_type", "leave it out"), ("vocab_size", "resize both to one vocabulary")]
+        for key, remedy in [("model_type", "leave it out"), ("vocab_size", RESIZED)]
+        if not (key == "vocab_size" and shared_vocabulary)
         if (theirs := _setting(checkpoint, key)) != (ours := _setting(base, key))
     ]
     if any("model_type" in problem for problem in problems):  # nothing below would fit
@@ -119,9 +147,11 @@ def _plan_full(frame: Parameters, expert: str, path: Path, ignore: Sequence[str]
     names = {
         name: own.files[fitted[key]] for key, name in frame.files.items() if fitted.get(key) in own.files
     }
+    sizes = _setting(checkpoint, "vocab_size"), _setting(base, "vocab_size")
     for name, theirs in names.items():
         shape, want = tuple(checkpoint.tensors[theirs].shape), tuple(base.tensors[name].shape)
-        if shape != want:
+        resized = (shape[0], want[0]) == sizes and shape[1:] == want[1:] if shape and want else False
+        if shape != want and not (resized and shared_vocabulary):
             problems.append(
                 f"{theirs} is {shape}, the base's {name} is {want}; exclude it with ignore=['{name}']"
             )
@@ -135,7 +165,7 @@ def _plan_full(frame: Parameters, expert: str, path: Path, ignore: Sequence[str]
     if problems:
         raise ValueError("\n".join(problems))
     _warn_of_dtypes(expert, checkpoint, base, names)
-    return _Full(own, names)
+    return _Full(own, names, base)
 
 
 def _setting(checkpoint: Checkpoint, key: str) -> object:
