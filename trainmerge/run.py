@@ -101,9 +101,10 @@ def fit(
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         warn_if_unmoved(module)
-        warn_if_it_never_fell(folder)
     if module.keep_better:
         keep_the_better(module, data, folder)
+    else:
+        warn_if_it_never_fell(folder)
     return folder
 
 

@@ -15,6 +15,8 @@ from trainmerge.folders import write_whole
 from trainmerge.module import MergeModule
 from trainmerge.run_folder import RunFolder
 
+ENOUGH = 5  # later steps, before their losses say anything: batches differ
+
 
 @torch.no_grad()
 def calibration_loss(module: MergeModule, data: Calibration) -> float:
@@ -42,7 +44,7 @@ def _batch(module: MergeModule, data: Calibration, expert: int, first: int) -> B
 def keep_the_better(module: MergeModule, data: Calibration, folder: RunFolder) -> None:
     """Compare start and end on all calibration examples; leave the better one in the run folder."""
     module.load(data)
-    end = module.coefficients().detach().cpu()
+    end = module.coefficients().detach().cpu().clone()  # not the parameter itself, which `_set` writes
     points = {"start": module.start, "end": end}
     losses = {}
     for point in track(points, description="comparing start and end"):
@@ -79,7 +81,7 @@ def warn_if_it_never_fell(folder: RunFolder) -> None:
         row["loss"] for line in folder.metrics.read_text().splitlines() if "loss" in (row := json.loads(line))
     ]
     finite = [loss for loss in losses if math.isfinite(loss)]
-    if len(finite) > 1 and min(finite[1:]) >= finite[0]:
+    if len(finite) > ENOUGH and min(finite[1:]) >= finite[0]:
         warnings.warn(
             f"no step had a lower loss than the first ({finite[0]:.4f}): lower the learning rate, or take "
             "the starting coefficients as they are",
