@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainmerge.batch import Batch, Step
 from trainmerge.examples import Columns, Example, load_examples, read_examples, warn_of_overlap
+from trainmerge.storage import sha256 as file_sha256
 from trainmerge.tokenizer import Tokenizer
 
 
@@ -63,6 +64,11 @@ class Steps(Dataset[Step]):
         chosen = sample(self.seed, expert, step, self.batch_size, len(own))[self.rank :: self.world_size]
         encoded = self.tokenize.encode([own[i] for i in chosen])
         return Batch(expert, encoded.inputs, encoded.mask, torch.tensor(chosen))
+
+
+def _contents(example: Example) -> list[Any]:
+    """The example, its picture by its contents."""
+    return [*example._replace(image=None), file_sha256(example.image) if example.image else None]
 
 
 class _FromStep(Sampler[int]):
@@ -126,7 +132,7 @@ class Calibration(pl.LightningDataModule):
 
     def identities(self) -> dict[str, str]:
         """Expert -> SHA-256 of its examples."""
-        texts = (json.dumps(of_expert).encode() for of_expert in self.examples)
+        texts = (json.dumps([_contents(e) for e in own]).encode() for own in self.examples)
         return {name: sha256(text).hexdigest() for name, text in zip(self.files, texts, strict=True)}
 
     def settings(self) -> dict[str, Any]:

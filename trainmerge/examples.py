@@ -34,7 +34,8 @@ class Columns:
         spans: Lists of [begin, end): the characters of the text that count. A position counts if the token
             that it predicts is among them.
         target: The text for the decoder of a sequence-to-sequence model; its positions count.
-        image: Path of a picture, absolute or beside the file.
+        image: Path of a picture, absolute or beside the file. The text has the model's placeholder for it
+            (`<|vision_start|><|image_pad|><|vision_end|>`, say). All positions count, the picture's too.
     """
 
     text: str = "text"
@@ -71,6 +72,8 @@ def _example(row: Mapping[str, Any], columns: Columns, render: Render, path: Pat
             raise ValueError(f"{where} has no chat in {columns.messages!r}: {error}") from error
     else:
         example = Example(_text(row, columns.text, where))
+    if columns.image and columns.spans:
+        raise ValueError("columns.spans with columns.image: where pictures are, all positions count")
     if columns.spans:
         example = example._replace(spans=_spans(row[columns.spans], len(example.text), where))
     if columns.target:
@@ -79,7 +82,7 @@ def _example(row: Mapping[str, Any], columns: Columns, render: Render, path: Pat
         image = path.parent / _text(row, columns.image, where)
         if not image.is_file():
             raise ValueError(f"{where}: no picture {image}")
-        example = example._replace(image=str(image))
+        example = example._replace(image=str(image), spans=None)
     return example
 
 

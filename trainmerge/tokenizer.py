@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from trainmerge.examples import Example
 
@@ -44,6 +45,7 @@ class Tokenizer:
             raise ValueError(f"{path}: no tokenizer that transformers can load in it ({error})") from error
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token  # padding is masked; any token will do
+        self._loaded_processor: Any = None  # of pictures; when the first one comes
         config = folder / "config.json"
         self._has_decoder = config.is_file() and json.loads(config.read_text()).get("is_encoder_decoder")
 
@@ -53,6 +55,8 @@ class Tokenizer:
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
         """Inputs, cut at `max_length` and padded to the longest example, and the positions that count."""
+        if examples[0].image:
+            return self._with_pictures(examples)
         spans = [example.spans for example in examples]
         texts = [example.text for example in examples]
         inputs = self._padded(
@@ -63,9 +67,31 @@ class Tokenizer:
         if offsets is not None:
             mask = torch.stack([_answers(*row) for row in zip(offsets, spans, mask, strict=True)])
         if self._has_decoder:
-            targets = self._padded([example.target or "" for example in examples])
-            inputs["labels"], mask = targets["input_ids"], targets["attention_mask"].bool()
+            inputs["labels"], mask = self._targets([example.target for example in examples])
         return Encoded(inputs, mask)
+
+    def _targets(self, targets: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        """The decoder's tokens and which count; without targets one, which it begins with."""
+        if targets[0] is None:
+            end = self._tokenizer.eos_token_id
+            first = torch.full((len(targets), 1), self._tokenizer.pad_token_id if end is None else end)
+            return first, torch.ones_like(first, dtype=torch.bool)
+        padded = self._padded([target or "" for target in targets])
+        return padded["input_ids"], padded["attention_mask"].bool()
+
+    def _with_pictures(self, examples: Sequence[Example]) -> Encoded:
+        """Through the model's own processor; nothing is cut, because half a picture is none."""
+        pictures = [_picture(example.image) for example in examples]
+        inputs = self._processor()(
+            text=[example.text for example in examples], images=pictures, padding=True, return_tensors="pt"
+        )
+        return Encoded(dict(inputs), inputs["attention_mask"].bool())
+
+    def _processor(self) -> Any:
+        if self._loaded_processor is None:
+            self._loaded_processor = load_processor(self.path)
+            self._loaded_processor.tokenizer.padding_side = "right"
+        return self._loaded_processor
 
     def longest(self, examples: Sequence[Example], limit: int) -> int:
         """Tokens of the longest example after cutting, looking only at those that may be over `limit`."""
@@ -106,6 +132,31 @@ class Tokenizer:
             return_offsets_mapping=offsets,
         )
         return dict(encoded)
+
+
+def load_processor(path: str) -> Any:
+    """The model's processor of texts with pictures.
+
+    Raises:
+        ValueError: it cannot be built, mostly for want of torchvision.
+    """
+    try:
+        return AutoProcessor.from_pretrained(path, local_files_only=True)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: the processor for pictures cannot be built ({error}). transformers' own need "
+            "torchvision, of the version that fits your torch"
+        ) from error
+
+
+def _picture(path: str | None) -> Image.Image:
+    if path is None:
+        raise ValueError("either every example of an expert has a picture, or none")
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not a picture that can be read") from error
 
 
 def _answers(offsets: Tensor, spans: tuple[tuple[int, int], ...] | None, real: Tensor) -> Tensor:

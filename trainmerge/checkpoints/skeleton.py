@@ -17,6 +17,8 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging
 
 from trainmerge.storage import TensorInfo
@@ -108,7 +110,8 @@ def _owners(module: PreTrainedModel) -> dict[str, str]:
 def memory_names(module: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Each floating tensor's name in memory.
 
-    That is with the model's own prefix (`bert.`) added to all, taken off all, or as it is: what fits most.
+    That is with the model's own prefix (`bert.`) added to all, taken off all, or as it is, or as
+    transformers renames it on loading (vision-language models): what fits most.
     """
     names = [name for name, info in tensors.items() if info.dtype.is_floating_point]
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -118,8 +121,16 @@ def memory_names(module: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> 
         {name: _modern(name, known) for name in names},
         {name: _modern(f"{prefix}.{name}", known) for name in names},
         {name: _modern(name.removeprefix(f"{prefix}."), known) for name in names},
+        _renamed(module, names),
     ]
     return max(ways, key=lambda way: sum(name in known for name in way.values()))
+
+
+def _renamed(module: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
+    """Names as transformers' own renamings for this model have them; tensors that it fuses are left alone."""
+    steps = [step for step in get_model_conversion_mapping(module) if isinstance(step, WeightRenaming)]
+    held = module.state_dict()
+    return {name: rename_source_key(name, steps, [], module.base_model_prefix, held)[0] for name in names}
 
 
 def _modern(name: str, known: set[str]) -> str:
