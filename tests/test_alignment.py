@@ -14,9 +14,9 @@ from torch import Tensor
 import trainmerge as tm
 from tests.world import WORDS, llama, nudge, write_tokenizer
 from trainmerge.batch import Asks, Batch, Outputs, Predictions, Signals
-from trainmerge.fit_cli import calibration_files
 from trainmerge.kernels import ExpertWeight
 from trainmerge.merged_model import MergedModel
+from trainmerge.recipe import calibration_files
 from trainmerge.task_vectors import Delta, TaskVectors
 
 B, T, V, D = 2, 4, 9, 6
@@ -157,11 +157,14 @@ def languages(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(6)
         ]
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (root / f"{name}-test.jsonl").write_text(json.dumps({"text": " ".join(WORDS[3 * k :])}) + "\n")
     return root
 
 
 def recipe(root: Path, **changes: object) -> tm.Recipe:
-    experts = {n: tm.Expert(str(root / n), str(root / f"{n}.jsonl"), str(root / f"{n}.jsonl")) for n in "ab"}
+    experts = {
+        n: tm.Expert(str(root / n), str(root / f"{n}.jsonl"), str(root / f"{n}-test.jsonl")) for n in "ab"
+    }
     return replace(tm.Recipe(str(root / "base"), experts), **changes)
 
 

@@ -15,8 +15,8 @@ from datasets import Dataset
 import trainmerge as tm
 from tests.world import bert, nudge, recipe, write_world
 from trainmerge.calibration import Calibration
-from trainmerge.fit_cli import calibration_files
 from trainmerge.module import MergeModule
+from trainmerge.recipe import calibration_files
 from trainmerge.run_folder import RunFolder
 
 STEPS = 11  # of 4 examples from 40: past the first pass over the data

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 USAGE = """usage: trainmerge COMMAND ...
 
@@ -104,7 +105,13 @@ def export(run: str, out: str, overwrite: bool = False) -> None:
     print(f"merged checkpoint: {export_run(run, out, overwrite)}")
 
 
-def allocate(run: str, out: str, budget: float = 1.0, kappa: float = 1.0) -> None:
+def allocate(
+    run: str,
+    out: str,
+    budget: float = 1.0,
+    kappa: float = 1.0,
+    by: Literal["magnitude", "energy"] = "magnitude",
+) -> None:
     """Share chunks among a run's parameters by importance, for a second fit (Expert Merging++).
 
     Example: trainmerge allocate runs/first chunks.json --budget 1.2 --kappa 1
@@ -116,10 +123,11 @@ def allocate(run: str, out: str, budget: float = 1.0, kappa: float = 1.0) -> Non
         out: The JSON file to write.
         budget: Chunks a parameter, on average; those that get none keep their coefficient.
         kappa: 0 shares evenly, 1 in proportion to importance, more concentrates.
+        by: What importance is: `magnitude` of what the merge moves, or measured gradient `energy`.
     """
     from trainmerge.allocation import allocate_run
 
-    allocate_run(run, out, budget, kappa)
+    allocate_run(run, out, budget, kappa, by)
 
 
 def evaluate(

@@ -27,6 +27,21 @@ def to_config(value: Any) -> Any:
     return value
 
 
+def build(kind: type[T], content: Any) -> T:
+    """Undo `to_config` for a plug-in: an instance of a subclass of `kind`.
+
+    Raises:
+        ValueError: the content is something else.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    try:
+        result: T = parser.instantiate(parser.parse_object({"value": content}))["value"]
+    except Exception as error:  # as in `read_config`
+        raise ValueError(f"not a {kind.__name__}: {content!r} ({error})") from error
+    return result
+
+
 def write_config(value: Any, key: str, path: Path) -> None:
     """Write a dataclass under `key`, through a temporary file."""
     write_whole(path, yaml.safe_dump({key: to_config(value)}, sort_keys=False, width=110))

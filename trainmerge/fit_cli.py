@@ -12,7 +12,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from trainmerge.calibration import Calibration
 from trainmerge.callbacks import EXIT_PREEMPTED, Preempted
 from trainmerge.module import MergeModule
-from trainmerge.recipe import Recipe
+from trainmerge.recipe import Recipe, calibration_files
 from trainmerge.run import fit, make_trainer
 from trainmerge.run_folder import RunFolder
 
@@ -77,20 +77,6 @@ def parse(arguments: list[str]) -> FitCLI:
             load_from_checkpoint_support=False,
             parser_kwargs={"prog": "trainmerge fit"},
         )
-
-
-def calibration_files(recipe: Recipe) -> dict[str, str]:
-    """Expert -> its unlabeled examples.
-
-    Raises:
-        ValueError: listing the experts that have none.
-    """
-    absent = [name for name, expert in recipe.experts.items() if not expert.calibration]
-    if absent:
-        raise ValueError(
-            f"recipe.experts: {absent} have no `calibration` file of unlabeled examples to learn from"
-        )
-    return {name: str(expert.calibration) for name, expert in recipe.experts.items()}
 
 
 def test_files(recipe: Recipe) -> dict[str, str]:

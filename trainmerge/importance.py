@@ -8,7 +8,10 @@ from collections.abc import Mapping
 import torch
 from rich.progress import track
 
+from trainmerge.calibration import Calibration
 from trainmerge.coefficients import Coefficients
+from trainmerge.module import MergeModule
+from trainmerge.safeguard import batches
 from trainmerge.task_vectors import TaskVectors, dense_term
 
 
@@ -32,6 +35,25 @@ def magnitude(task_vectors: TaskVectors, coefficients: Coefficients) -> dict[str
             weight * dense_term(term, delta.base).abs().sum(dtype=torch.float64).item()
             for weight, term in zip(weights, delta.terms, strict=True)
         )
+    return normalised(scores)
+
+
+def energy(module: MergeModule, data: Calibration) -> dict[str, float]:
+    """Sum of squared coefficient gradients of every batch and chunk, normalised to sum to one.
+
+    What the calibration losses would move if each chunk had its own coefficient; measured, where
+    `magnitude` is a guess. One forward and backward pass over all calibration examples at the present
+    coefficients; give `module` a layout with several chunks a parameter.
+    """
+    module.load(data)
+    merged = module.resident.merged
+    merged.materialise()
+    scores = dict.fromkeys(module.opened.layout.groups, 0.0)
+    for batch in track(list(batches(module, data)), description="measuring gradients"):
+        module.loss(batch).backward()  # type: ignore[no-untyped-call]
+        squares = merged.gradient().double().square().sum(dim=0)
+        for name, groups in module.opened.layout.groups.items():
+            scores[name] += squares[list(groups)].sum().item()
     return normalised(scores)
 
 

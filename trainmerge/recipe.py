@@ -83,6 +83,20 @@ class Recipe:
         )
 
 
+def calibration_files(recipe: Recipe) -> dict[str, str]:
+    """Expert -> its unlabeled examples.
+
+    Raises:
+        ValueError: listing the experts that have none.
+    """
+    absent = [name for name, expert in recipe.experts.items() if not expert.calibration]
+    if absent:
+        raise ValueError(
+            f"recipe.experts: {absent} have no `calibration` file of unlabeled examples to learn from"
+        )
+    return {name: str(expert.calibration) for name, expert in recipe.experts.items()}
+
+
 @dataclass(frozen=True)
 class Opened:
     """A recipe's files, checked and mapped."""

@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from collections.abc import Iterator
 
 import torch
 from rich.progress import track
@@ -22,14 +23,17 @@ ENOUGH = 5  # later steps, before their losses say anything: batches differ
 def calibration_loss(module: MergeModule, data: Calibration) -> float:
     """The weighted loss over all calibration examples at the present coefficients, summed over experts."""
     module.resident.merged.materialise()
-    total = 0.0
+    return sum(
+        float(module.loss(batch)) * len(batch.ids) / len(data.examples[batch.expert])
+        for batch in batches(module, data)
+    )
+
+
+def batches(module: MergeModule, data: Calibration) -> Iterator[Batch]:
+    """All calibration examples, expert after expert, on the model's device."""
     for expert, examples in enumerate(data.examples):
-        losses = [
-            module.loss(_batch(module, data, expert, first)) * min(data.batch_size, len(examples) - first)
-            for first in range(0, len(examples), data.batch_size)
-        ]
-        total += float(torch.stack(losses).sum()) / len(examples)
-    return total
+        for first in range(0, len(examples), data.batch_size):
+            yield _batch(module, data, expert, first)
 
 
 def _batch(module: MergeModule, data: Calibration, expert: int, first: int) -> Batch:

@@ -25,7 +25,7 @@ def ours() -> dict[str, float]:
     import torch
 
     import trainmerge as tm
-    from trainmerge.fit_cli import calibration_files
+    from trainmerge.recipe import calibration_files
 
     recipe = _recipe()
     with tempfile.TemporaryDirectory() as run, Peak() as peak:

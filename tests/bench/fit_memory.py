@@ -55,7 +55,7 @@ class Peak:
 def fit_peak(experts: int) -> None:
     """Print by how much a fit grows a process that has built everything but the model."""
     import trainmerge as tm
-    from trainmerge.fit_cli import calibration_files
+    from trainmerge.recipe import calibration_files
 
     with many_experts(experts) as recipe, tempfile.TemporaryDirectory() as run:
         module = tm.MergeModule(recipe, workspace=f"{run}/workspace")
@@ -73,8 +73,8 @@ def budget() -> None:
     """
     import trainmerge as tm
     from trainmerge.checkpoints import load_model
-    from trainmerge.fit_cli import calibration_files
     from trainmerge.forward import backbone
+    from trainmerge.recipe import calibration_files
 
     with many_experts(1) as recipe:
         opened = recipe.open()
