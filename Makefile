@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite demo test lint suite bench clean
+.PHONY: help setup data data-suite data-lm demo test lint suite suite-lm bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -32,6 +32,11 @@ data-suite: $(READY) ## fetch the full suite's texts and train its eight experts
 	@ln -sfn $(CACHE) data/cache
 	@$(BIN)/python data/train_experts.py --kind full --tasks suite
 
+data-lm: $(READY) ## fetch SmolLM2 and four domains' documents, train three experts (once)
+	@$(BIN)/python data/lm_texts.py
+	@ln -sfn $(CACHE) data/cache
+	@$(BIN)/python data/train_lm_experts.py
+
 demo: data ## learn a merge of five experts, resume it, export it, score it
 	@rm -rf runs/demo
 	$(BIN)/trainmerge fit --config configs/demo.yaml --run runs/demo --trainer.max_steps 40
@@ -50,6 +55,9 @@ lint: $(READY) ## format, lint and type-check
 
 suite: data-suite ## the full text suite: fits, scores, README's table (hours)
 	@$(BIN)/python -m tests.suite
+
+suite-lm: data-lm ## Expert Merging on a language model: fits, scores, README's tables (hours)
+	@$(BIN)/python -m tests.lm_suite
 
 bench: data ## measure; ONLY=fit_memory, fit_step, ... for one group
 	@$(BIN)/python -m tests.bench --only $(ONLY)

@@ -27,7 +27,7 @@ class Method:
     title: str
     config: str
     continues: str = ""  # another method, whose run this one goes on with
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ("--data.batch_size=4",)
 
 
 METHODS = {
@@ -36,8 +36,12 @@ METHODS = {
     "plusplus": Method("AdaMerging++, layer-wise, as published", "adamerging-plusplus.yaml"),
     "guarded": Method("guarded entropy (ours)", "guarded.yaml"),
     "guarded-200": Method(
-        "guarded entropy (ours), 200 steps more", "guarded.yaml", "guarded", ("--trainer.max_steps=300",)
+        "guarded entropy (ours), 200 steps more",
+        "guarded.yaml",
+        "guarded",
+        ("--data.batch_size=4", "--trainer.max_steps=300"),
     ),
+    "alignment": Method("alignment with the experts, 64 texts", "expert-merging-text.yaml", options=()),
 }
 
 
@@ -68,7 +72,7 @@ def score(name: str, seed: int, compare: bool) -> Scores:
             shutil.copytree(
                 RUNS / f"{method.continues}-{seed}", run, ignore=shutil.ignore_patterns("scores.json")
             )
-        options = ("--data.batch_size=4", "--trainer.precision=bf16-mixed", f"--seed_everything={seed}")
+        options = ("--trainer.precision=bf16-mixed", f"--seed_everything={seed}")
         command("fit", "--config", f"configs/{method.config}", "--run", str(run), *options, *method.options)
         command("evaluate", str(run), "--compare", str(compare).lower())
         print(f"{run}: {json.loads(scores.read_text())['learned']['mean']:.4f}", file=sys.stderr, flush=True)
