@@ -108,12 +108,34 @@ def curve(results: dict[str, list[Scores]]) -> str:
     return "\n".join([head, "|---" * (len(COUNTS) + 1) + "|", *rows])
 
 
+def losses() -> str:
+    """Markdown: the loss of each pass over the 10 examples an expert, seed 0."""
+    rows = {name: _passes(RUNS / f"{name}-0" / "metrics.jsonl") for name in ("published", "fast")}
+    width = max(map(len, rows.values()))
+    head = "| steps | " + " | ".join(f"{10 * i + 1} to {10 * i + 10}" for i in range(width)) + " |"
+    lines = [
+        f"| {TITLES[name]} | {' | '.join(f'{loss:.3f}' for loss in row)}{' |' * (width - len(row))} |"
+        for name, row in rows.items()
+    ]
+    return "\n".join([head, "|---" * (width + 1) + "|", *lines])
+
+
+def _passes(metrics: Path) -> list[float]:
+    logged = [json.loads(line) for line in metrics.read_text().splitlines()]
+    found = [row["loss"] for row in logged if "loss" in row]
+    return [mean(found[first : first + 10]) for first in range(0, len(found), 10)]
+
+
 def main() -> None:
     """Run what is missing, then write the tables."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     results = run_all()
     text = README.read_text()
-    for marker, content in (("lm-suite", table(results)), ("lm-curve", curve(results))):
+    for marker, content in (
+        ("lm-suite", table(results)),
+        ("lm-curve", curve(results)),
+        ("lm-loss", losses()),
+    ):
         before, _, rest = text.partition(f"<!-- {marker} -->")
         after = rest.partition(f"<!-- /{marker} -->")[2]
         text = f"{before}<!-- {marker} -->\n{content}\n<!-- /{marker} -->{after}"

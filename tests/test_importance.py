@@ -9,9 +9,11 @@ import torch
 import trainmerge as tm
 from tests.test_fit import build, fit_world, learned
 from tests.world import recipe, write_world
+from trainmerge.batch import Outputs
 from trainmerge.coefficients import carried
-from trainmerge.importance import allocate, magnitude
+from trainmerge.importance import allocate, energy, magnitude
 from trainmerge.run_folder import RunFolder
+from trainmerge.safeguard import batches
 
 SCORES = {"a": 0.5, "b": 0.3, "c": 0.15, "d": 0.05}
 ROWS = dict.fromkeys(SCORES, 64)
@@ -34,6 +36,28 @@ def test_importance_is_the_formula(tmp_path: Path) -> None:
     }
     for name, score in raw.items():
         assert got[name] == pytest.approx(score / sum(raw.values()), rel=1e-5)
+
+
+def test_energy_is_the_squared_gradient_of_every_batch(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    module, data = build(
+        tmp_path, tmp_path / "run", objective=tm.Alignment(),
+        recipe=recipe(tmp_path, grouping=tm.Grouping("chunk", 3, exclude=["pooler.*"])),
+    )  # fmt: skip
+    got = energy(module, data)
+    resident, groups = module.resident, module.opened.layout.groups
+    squares = torch.zeros(len(module.opened.layout.labels), dtype=torch.float64)
+    for batch in batches(module, data):
+        said = module.teachers[batch.expert].of(batch.ids, resident.device)
+        weights = tm.merged_weights(module.opened.task_vectors, module.coefficients)
+        states = torch.func.functional_call(resident.merged.module, weights, (), dict(batch.inputs))
+        logits = resident.classifiers[batch.expert](states.last_hidden_state, batch.mask)
+        loss = module.objective(Outputs(logits), batch._replace(teacher=said)).mean()
+        (gradient,) = torch.autograd.grad(loss, module.coefficients.raw)
+        squares += gradient.double().square().sum(dim=0)
+    want = {name: squares[list(own)].sum().item() for name, own in groups.items()}
+    for name, value in want.items():
+        assert got[name] == pytest.approx(value / sum(want.values()), rel=1e-3), name
 
 
 @pytest.mark.parametrize("budget", [0.5, 1.0, 1.25, 3.0, 50.0])
