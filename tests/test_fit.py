@@ -224,7 +224,8 @@ def test_missing_calibration_is_named(world: Path) -> None:
     experts = dict(recipe(world).experts)
     experts["mood"] = replace(experts["mood"], calibration=None)
     with pytest.raises(ValueError, match=r"\['mood'\] have no `calibration`"):
-        calibration_files(recipe(world, experts=experts))
+        fit_world(world, world / "never", recipe=recipe(world, experts=experts))
+    assert not (world / "never").exists()
 
 
 def test_experts_in_another_order_are_refused(world: Path, finished: Path) -> None:

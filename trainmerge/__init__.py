@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from trainmerge.merged_model import MergedModel
     from trainmerge.module import MergeModule
     from trainmerge.objectives import Alignment, Entropy, Objective
-    from trainmerge.preprocess import Preprocess, Ties
+    from trainmerge.preprocess import (
+        Breadcrumbs,
+        Consensus,
+        Dare,
+        Opcm,
+        Preprocess,
+        Ties,
+        Tsv,
+        Widen,
+        Wudi,
+    )
     from trainmerge.recipe import Expert, Recipe
     from trainmerge.run import fit, make_trainer
     from trainmerge.task_vectors import TaskVectors
@@ -37,7 +47,17 @@ _HOMES = {
     "trainmerge.merged_model": ["MergedModel"],
     "trainmerge.module": ["MergeModule"],
     "trainmerge.objectives": ["Alignment", "Entropy", "Objective"],
-    "trainmerge.preprocess": ["Preprocess", "Ties"],
+    "trainmerge.preprocess": [
+        "Breadcrumbs",
+        "Consensus",
+        "Dare",
+        "Opcm",
+        "Preprocess",
+        "Ties",
+        "Tsv",
+        "Widen",
+        "Wudi",
+    ],
     "trainmerge.recipe": ["Expert", "Recipe"],
     "trainmerge.run": ["fit", "make_trainer"],
     "trainmerge.task_vectors": ["TaskVectors"],
@@ -48,9 +68,12 @@ __all__ = [
     "Alignment",
     "Anchor",
     "Box",
+    "Breadcrumbs",
     "Calibration",
     "Coefficients",
     "Columns",
+    "Consensus",
+    "Dare",
     "Entropy",
     "Expert",
     "Free",
@@ -61,12 +84,16 @@ __all__ = [
     "MergeModule",
     "MergedModel",
     "Objective",
+    "Opcm",
     "Preprocess",
     "Recipe",
     "Sigmoid",
     "Simplex",
     "TaskVectors",
     "Ties",
+    "Tsv",
+    "Widen",
+    "Wudi",
     "evaluate_run",
     "export_merge",
     "export_run",

@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from typing import Any
 
@@ -117,8 +117,7 @@ class Calibration(pl.LightningDataModule):
         self.files, self.test_files = dict(files), dict(test_files or {})
         self.batch_size, self.columns = batch_size, columns
         self.seed, self.num_workers = seed, num_workers
-        self.tokenize = Tokenizer(tokenizer, max_length)
-        self.max_examples = max_examples
+        self.tokenizer, self.max_length, self.max_examples = tokenizer, max_length, max_examples
         self.examples = [
             read_examples(file, columns, self.tokenize.render, max_examples) for file in self.files.values()
         ]
@@ -130,6 +129,11 @@ class Calibration(pl.LightningDataModule):
                 warn_of_overlap(name, [example.text for example in examples], test)
         self._consumed = 0
 
+    @cached_property
+    def tokenize(self) -> Tokenizer:
+        """The base's tokenizer, read when the first file asks for it: without files none is needed."""
+        return Tokenizer(self.tokenizer, self.max_length)
+
     def identities(self) -> dict[str, str]:
         """Expert -> SHA-256 of its examples."""
         texts = (json.dumps([_contents(e) for e in own]).encode() for own in self.examples)
@@ -140,7 +144,7 @@ class Calibration(pl.LightningDataModule):
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "max_length": self.tokenize.max_length,
+            "max_length": self.max_length,
             "columns": asdict(self.columns),
             "max_examples": self.max_examples,
         }

@@ -106,7 +106,8 @@ def load_examples(path: str, columns: Sequence[str]) -> datasets.Dataset:
     """A JSONL, CSV, parquet or text file, or a dataset saved with `save_to_disk`, as these columns.
 
     Raises:
-        ValueError: no such file, unknown format, unreadable, no examples, or a column that is not there.
+        ValueError: no such file, unknown format, unreadable, no examples, a column that is not there, or
+            an example without its first column.
     """
     data = _read(Path(path))
     absent = [column for column in columns if column not in data.column_names]
@@ -114,6 +115,9 @@ def load_examples(path: str, columns: Sequence[str]) -> datasets.Dataset:
         raise ValueError(f"{path}: no column {absent}; it has {data.column_names}")
     if not len(data):
         raise ValueError(f"{path}: no examples in it")
+    for i, value in enumerate(data[columns[0]]):
+        if value is None:
+            raise ValueError(f"{path}: example {i} has nothing for {columns[0]!r}, which is not a text")
     return data.select_columns(list(columns))
 
 

@@ -95,6 +95,10 @@ class MergeModule(pl.LightningModule):
 
     def check_data(self, data: Calibration) -> None:
         """Raise ValueError if the data are of other experts or in another order, or longer than the model."""
+        if absent := [name for name in self.recipe.experts if name not in data.files]:
+            raise ValueError(
+                f"recipe.experts: {absent} have no `calibration` file of unlabeled examples to learn from"
+            )
         if list(data.files) != list(self.recipe.experts):
             raise ValueError(f"data are of {list(data.files)}, the experts are {list(self.recipe.experts)}")
         config = self.opened.base.config

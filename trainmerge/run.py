@@ -68,6 +68,9 @@ def fit(
 ) -> RunFolder:
     """Learn the coefficients in a run folder, from its last snapshot if `resume` says so.
 
+    With `trainer.max_steps` 0 nothing is learned and no calibration data is needed: the run folder holds the
+    coefficients that `module` starts with, which is how a closed-form method is merged and exported.
+
     Args:
         module: What is learned.
         data: What it is learned from.
@@ -93,6 +96,9 @@ def fit(
     step = int(snapshot["global_step"]) if snapshot else 0
     if trainer.is_global_zero:
         prepare(folder, description, module, trainer, step, config)
+    if trainer.max_steps == 0:
+        save_coefficients(module.coefficients, folder.coefficients)
+        return folder
     if snapshot and step >= trainer.max_steps:
         finish(folder, module, snapshot)
     else:
@@ -110,8 +116,8 @@ def fit(
 
 def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:
     """Raise ValueError for settings that cannot work, or would learn something else in silence."""
-    if trainer.max_steps < 1:
-        raise ValueError("set trainer.max_steps: a fit is a number of optimizer steps")
+    if trainer.max_steps < 0:
+        raise ValueError("set trainer.max_steps: a fit is a number of optimizer steps; 0 merges as it starts")
     if str(trainer.precision) in ("bf16-true", "16-true", "transformer-engine"):
         raise ValueError(
             f"precision {trainer.precision} would round the coefficients; use bf16-mixed or 16-mixed"
@@ -120,7 +126,8 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
         raise ValueError(
             f"data.batch_size {data.batch_size} must be a multiple of {trainer.world_size} processes"
         )
-    module.check_data(data)
+    if trainer.max_steps:
+        module.check_data(data)
 
 
 def prepare(

@@ -1,6 +1,13 @@
 """Task vectors -> task vectors, one method a file. The experts stay apart, so coefficients can weigh them."""
 
+from trainmerge.preprocess.breadcrumbs import Breadcrumbs
+from trainmerge.preprocess.consensus import Consensus
+from trainmerge.preprocess.dare import Dare
+from trainmerge.preprocess.opcm import Opcm
 from trainmerge.preprocess.preprocess import Preprocess, apply
 from trainmerge.preprocess.ties import Ties
+from trainmerge.preprocess.tsv import Tsv
+from trainmerge.preprocess.widen import Widen
+from trainmerge.preprocess.wudi import Wudi
 
-__all__ = ["Preprocess", "Ties", "apply"]
+__all__ = ["Breadcrumbs", "Consensus", "Dare", "Opcm", "Preprocess", "Ties", "Tsv", "Widen", "Wudi", "apply"]

@@ -1,0 +1,52 @@
+"""DARE: drop entries at random and rescale the rest.
+
+Yu et al., ICML 2024 (arXiv 2311.03099).
+
+Legend: `K` experts, `*S` parameter shape.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from trainmerge.preprocess.preprocess import Preprocess
+from trainmerge.task_vectors import TaskVectors, dense_term
+
+
+@dataclass(frozen=True)
+class Dare(Preprocess):
+    """Keep each entry with probability 1 - drop, and divide it by that: unbiased, but noisy.
+
+    Then average (coefficients 1 / K), task arithmetic, or `Ties` after it. The dice depend on seed, expert
+    and parameter name only, so the result is the same in any order and on any number of processes.
+
+    Args:
+        drop: Probability of dropping, in [0, 1). The paper's 0.9 needs small differences.
+        seed: Of the dice.
+    """
+
+    drop: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop must be in [0, 1), not {self.drop}")
+
+    @override
+    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
+        for name, delta in task_vectors.deltas.items():
+            taus = [dense_term(term, delta.base) for term in delta.terms]
+            kept = [
+                tau * self._mask(tau, expert, name) / (1 - self.drop)
+                for tau, expert in zip(taus, task_vectors.experts, strict=True)
+            ]
+            yield name, torch.stack(kept)
+
+    def _mask(self, tau: Tensor, expert: str, name: str) -> Tensor:
+        digest = hashlib.sha256(f"{self.seed}/{expert}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return torch.rand(tau.shape, generator=generator) >= self.drop

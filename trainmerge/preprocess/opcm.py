@@ -1,0 +1,84 @@
+"""OPCM: experts one after another, each projected away from what is merged already.
+
+Tang et al., NeurIPS 2025 (arXiv 2501.09522).
+
+Legend: `K` experts, `m x n` a matrix, `r` its numerical rank.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from trainmerge.preprocess.preprocess import Preprocess
+from trainmerge.preprocess.tsv import truncated
+from trainmerge.task_vectors import Delta, TaskVectors, dense_term
+
+
+@dataclass(frozen=True)
+class Opcm(Preprocess):
+    """The experts in their order, each without what overlaps with the sum of those before it.
+
+    Its merge is base + sum of the results, coefficient 1, which has the mean norm of the experts' task
+    vectors. Two passes: one for the norm of the sum over all parameters, one for the results. Thin
+    factorisations instead of the reference's full ones, and the diagonal is taken away inside the numerical
+    rank only, so low-rank experts do not depend on an arbitrary basis.
+
+    Args:
+        alpha: The leading directions of the merge, up to this share of its singular values' sum, are closed
+            to later experts.
+    """
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha < 1:
+            raise ValueError(f"alpha must be in [0, 1), not {self.alpha}")
+
+    @override
+    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
+        scale = self._mean_norm(task_vectors) / self._norm_of_sum(task_vectors)
+        for name, delta in task_vectors.deltas.items():
+            yield name, self._projected(delta) * scale
+
+    def _mean_norm(self, task_vectors: TaskVectors) -> float:
+        squares = torch.zeros(len(task_vectors.experts), dtype=torch.float64)
+        for delta in task_vectors.deltas.values():
+            for k, term in enumerate(delta.terms):
+                squares[k] += dense_term(term, delta.base).double().square().sum()
+        return float(squares.sqrt().mean())
+
+    def _norm_of_sum(self, task_vectors: TaskVectors) -> float:
+        every = task_vectors.deltas.values()
+        total = sqrt(sum(float(self._projected(d).sum(dim=0).double().square().sum()) for d in every))
+        return total or 1.0  # all of them zero: any scale will do
+
+    def _projected(self, delta: Delta) -> Tensor:
+        """The K projected differences of one parameter, [K, *S], before the scale.
+
+        The directions of a sum do not depend on its scale, so the running rescaling of the reference is left
+        to the end.
+        """
+        taus = delta.dense()
+        if taus.dim() != 3:
+            return taus
+        results = [taus[0]]
+        merged = taus[0].clone()
+        for tau in taus[1:]:
+            results.append(self._without(merged, tau))
+            merged += results[-1]
+        return torch.stack(results)
+
+    def _without(self, merged: Tensor, tau: Tensor) -> Tensor:
+        """Take from tau its part in the merge's leading subspaces and along its other directions."""
+        u, s, v = truncated(merged, min(merged.shape))
+        if not len(s):
+            return tau
+        split = int((s.cumsum(0) / s.sum() > self.alpha).int().argmax())
+        leading = u[:, :split] @ (u[:, :split].T @ tau @ v[:, :split]) @ v[:, :split].T
+        along = ((u * (tau @ v)).sum(dim=0)).clone()  # <u_i, tau v_i>
+        along[:split] = 0
+        return tau - leading - (u * along) @ v.T

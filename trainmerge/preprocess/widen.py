@@ -1,0 +1,62 @@
+"""WIDEN: weigh every column of an expert by how far its length and its direction moved.
+
+Yu et al., 2024 (arXiv 2408.03092).
+
+Legend: `K` experts, `m x n` a matrix (outputs x inputs).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from trainmerge.preprocess.preprocess import Preprocess
+from trainmerge.task_vectors import TaskVectors
+
+
+@dataclass(frozen=True)
+class Widen(Preprocess):
+    """tau_k times a weight a column; its merge is base + sum of the results, coefficient 1.
+
+    A column's change of length and of direction are ranked within the expert; the softmax of the ranks over
+    the experts is its weight, and 1 for each expert where the rank is above `above` times the mean. (So two
+    equal experts give more than one of them: the paper's method.) Parameters that are no matrices are
+    weighed an entry at a time, by |tau|.
+
+    Args:
+        above: Ranks over this multiple of their mean get the weight `important`; infinity leaves the softmax.
+        important: That weight.
+        transposed: fnmatch patterns of matrices whose rows are inputs, embeddings say.
+    """
+
+    above: float = 1.0
+    important: float = 1.0
+    transposed: Sequence[str] = ("*embed_tokens*", "*word_embeddings*")
+
+    @override
+    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
+        for name, delta in task_vectors.deltas.items():
+            taus = delta.dense()
+            if taus.dim() != 3:
+                yield name, taus * self._scores(taus.abs().reshape(len(taus), -1)).view(taus.shape)
+                continue
+            flip = any(fnmatchcase(name, pattern) for pattern in self.transposed)
+            base, moved = (x.mT if flip else x for x in (delta.base.to(taus), taus))
+            weighed = moved * self._columns(base, moved)[:, None, :]
+            yield name, weighed.mT if flip else weighed
+
+    def _columns(self, base: Tensor, taus: Tensor) -> Tensor:
+        """A weight a column, [K, n]."""
+        models = base + taus
+        lengths = (models.norm(dim=1) - base.norm(dim=0)).abs()
+        turned = 1 - torch.cosine_similarity(models, base.expand_as(models), dim=1)
+        return (self._scores(lengths) + self._scores(turned)) / 2
+
+    def _scores(self, changes: Tensor) -> Tensor:
+        """[K, n] changes -> [K, n] weights."""
+        ranks = changes.argsort(dim=1, stable=True).argsort(dim=1).to(changes) / changes.shape[1]
+        important = ranks > self.above * ranks.mean(dim=1, keepdim=True)
+        return torch.where(important, self.important, ranks.softmax(dim=0))
