@@ -299,3 +299,13 @@ def test_examples_over_the_models_limit_are_refused(languages: Path, tmp_path: P
     ):
         module.load(tm.Calibration(files, merge.base))
     module.load(tm.Calibration(files, merge.base, max_length=32))
+
+
+def test_strided_logits_get_their_gradient_too() -> None:
+    logits, _, batch = world()
+    wide = logits.repeat(1, 1, 2)
+    loss = tm.Alignment()(Outputs(wide[..., :V], {}), batch)
+    (got,) = torch.autograd.grad(loss.sum(), logits)
+    logits, _, batch = world()
+    (want,) = torch.autograd.grad(tm.Alignment()(Outputs(1.0 * logits, {}), batch).sum(), logits)
+    torch.testing.assert_close(got, want)

@@ -413,3 +413,26 @@ def test_the_reference_rounds_once_too(random_delta, generator, dtype):
     torch.testing.assert_close(
         got, true_merge(delta, coefficients).to(dtype), rtol=1.01 * torch.finfo(dtype).eps, atol=1e-6
     )
+
+
+def test_mixed_precision_sees_new_weights_inside_one_context(tiny_llama, random_task_vectors):
+    """L-BFGS takes several losses, each at another merge, inside Lightning's one autocast context."""
+    merged, _ = make(
+        tiny_llama, random_task_vectors(tiny_llama, FORMS["dense"]), Grouping("task"), torch.float32
+    )
+    inputs = inputs_of(tiny_llama)
+
+    def logits_at(value):
+        with torch.no_grad():
+            merged.coefficients.raw.fill_(value)
+        merged.materialise()
+        return merged.module(**inputs).logits  # with gradients: only then are casts kept
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = [logits_at(value) for value in (0.0, 1.0)]
+    alone = []
+    for value in (0.0, 1.0):
+        with torch.autocast("cpu", torch.bfloat16):
+            alone.append(logits_at(value))
+    assert not torch.equal(*alone)
+    assert all(torch.equal(a, b) for a, b in zip(inside, alone, strict=True))

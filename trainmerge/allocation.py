@@ -64,7 +64,7 @@ def _fine(folder: RunFolder) -> tuple[MergeModule, Calibration]:
         workspace=str(folder.workspace),
     )
     settings = manifest["data"] | {"columns": Columns(**manifest["data"]["columns"])}
-    return module, Calibration(calibration_files(recipe), recipe.base, **settings)
+    return module, Calibration(calibration_files(recipe), **settings)
 
 
 def _print(importance: dict[str, float], chunks: dict[str, int]) -> None:

@@ -144,6 +144,7 @@ class Calibration(pl.LightningDataModule):
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,
+            "tokenizer": self.tokenizer,
             "max_length": self.max_length,
             "columns": asdict(self.columns),
             "max_examples": self.max_examples,

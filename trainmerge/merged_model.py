@@ -112,6 +112,7 @@ class MergedModel:
             parameter = self._all_parameters[name]
             with exact(parameter):
                 source.deltas[name].merge(parameter, coefficients(name))
+        torch.clear_autocast_cache()  # a mixed-precision context keeps its casts of the weights that were
 
     def _zeros(self) -> Tensor:
         return torch.zeros_like(self.coefficients.raw, dtype=torch.float64)

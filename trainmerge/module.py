@@ -22,6 +22,7 @@ from trainmerge.batch import Asks, Batch, Step
 from trainmerge.calibration import Calibration
 from trainmerge.coefficients import Coefficients, read_initial
 from trainmerge.constraints import Constraint, Free
+from trainmerge.gradients import combined
 from trainmerge.objectives import Entropy, Objective
 from trainmerge.recipe import Recipe
 from trainmerge.resident import Resident, load_resident
@@ -42,6 +43,8 @@ class MergeModule(pl.LightningModule):
         lr_scheduler: Stepped once an optimizer step.
         keep_better: After the fit, compare the loss over all calibration examples with the start's, and leave
             whichever coefficients have the lower one.
+        combine: How the experts' coefficient gradients become one: a `torchjd.aggregation` rule, or any
+            module [m, n] -> [n]; every expert then has its own backward. Their sum by default.
         clip: The gradient's norm over all coefficients is cut to this; 0 leaves it as it is.
         tasks_per_backward: Tasks whose forwards share one backward: each backward reads the task vectors
             once, and holds these tasks' activations.
@@ -60,6 +63,7 @@ class MergeModule(pl.LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
         keep_better: bool = False,
+        combine: torch.nn.Module | None = None,
         clip: float = 0.0,
         tasks_per_backward: int = 1,
         teacher_budget: int = BUDGET,
@@ -77,6 +81,7 @@ class MergeModule(pl.LightningModule):
         self.coefficients = Coefficients(tuple(recipe.experts), self.opened.layout, start, constraint)
         self.start: Tensor = self.coefficients().detach().clone()  # a plain attribute: not in the checkpoint
         self.keep_better = keep_better
+        self._combine = (combine,)  # in a tuple: no submodule, so that no checkpoint depends on it
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self._resident: Resident | None = None
         self.teachers: list[Record] = []  # K, where the objective asks for them
@@ -92,6 +97,11 @@ class MergeModule(pl.LightningModule):
         if self._resident is None:
             raise RuntimeError("the model is loaded by Trainer.fit; call `load` to have it before")
         return self._resident
+
+    @property
+    def rule(self) -> torch.nn.Module | None:
+        """How gradients of several experts become one; None is their sum."""
+        return self._combine[0]
 
     def check_data(self, data: Calibration) -> None:
         """Raise ValueError if the data are of other experts or in another order, or longer than the model."""
@@ -131,7 +141,8 @@ class MergeModule(pl.LightningModule):
             self.opened.identity(),
             *heads,
             *data.identities().values(),
-            data.tokenize.max_length,
+            data.tokenizer,
+            data.max_length,
         ]
         return record_teachers(
             self.resident,
@@ -168,10 +179,11 @@ class MergeModule(pl.LightningModule):
         reports: list[dict[str, Tensor]] = []
 
         def closure() -> Tensor:
-            reports.append(self._gradient_of(step))
+            losses, gradient = self._gradient_of(step)
+            reports.append(losses)
             optimizer.zero_grad()
             penalty = self.anchor(self.coefficients(), self.start.to(self.device))
-            self.coefficients.backward(self._reduced(self.resident.merged.gradient()))
+            self.coefficients.backward(gradient)
             if self.anchor.weight:
                 self.manual_backward(penalty)
             if self.clip:
@@ -185,13 +197,23 @@ class MergeModule(pl.LightningModule):
         self.log("loss", torch.stack(list(losses.values())).sum(), prog_bar=True)
         self.log_dict({f"loss/{name}": loss for name, loss in losses.items()})
 
-    def _gradient_of(self, step: Step) -> dict[str, Tensor]:
-        """Losses of all tasks at the merge of the present coefficients; their gradient is left with it."""
-        self.resident.merged.materialise()
+    def _gradient_of(self, step: Step) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses of all tasks at the merge of the present coefficients, and the gradient [K, G] of the step.
+
+        Rows of several processes are averaged first and combined second.
+        """
+        merged = self.resident.merged
+        merged.materialise()
         losses: dict[str, Tensor] = {}
-        for first in range(0, len(step), self.tasks_per_backward):
-            losses |= self._backward(step[first : first + self.tasks_per_backward])
-        return losses
+        if self.rule is None:
+            for first in range(0, len(step), self.tasks_per_backward):
+                losses |= self._backward(step[first : first + self.tasks_per_backward])
+            return losses, self._reduced(merged.gradient())
+        rows = []
+        for batch in step:
+            losses |= self._backward([batch])
+            rows.append(merged.gradient())
+        return losses, combined(self._reduced(torch.stack(rows)), self.rule, self.global_step)
 
     def _backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Forwards of some tasks and one backward; the tasks' weighted losses."""

@@ -26,6 +26,7 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
         "constraint": to_config(coefficients.constraint),
         "anchor": to_config(module.anchor),
         "clip": module.clip,
+        "combine": repr(module.rule),
         "layout": hashlib.sha256(module.opened.layout.to_json().encode()).hexdigest(),
         "teacher_budget": module.teacher_budget,
         "start": hashlib.sha256(module.start.numpy().tobytes()).hexdigest(),

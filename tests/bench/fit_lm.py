@@ -1,8 +1,8 @@
 """A fit on SmolLM2-135M with three full experts, beside a loop of live teachers that merges in autograd.
 
-Both do the same work: 10 examples of 256 tokens an expert, each seen `PASSES` times, float32, one thread. CPU
-seconds count, because wall time on a shared machine means little; memory is anonymous memory above the start,
-as in `fit_memory`.
+Both do the same work: 10 examples of 256 tokens an expert, each seen `PASSES` times, bf16-mixed, one thread.
+CPU seconds count, because wall time on a shared machine means little; memory is anonymous memory above the
+start, as in `fit_memory`.
 """
 
 import json
@@ -40,7 +40,11 @@ def ours() -> dict[str, float]:
             calibration_files(recipe), recipe.base, batch_size=1, max_length=LENGTH, max_examples=EXAMPLES
         )
         trainer = tm.make_trainer(
-            run, max_steps=EXAMPLES * PASSES, accelerator="cpu", enable_progress_bar=False
+            run,
+            max_steps=EXAMPLES * PASSES,
+            accelerator="cpu",
+            precision="bf16-mixed",
+            enable_progress_bar=False,
         )
         tm.fit(module, data, trainer, run)
         seconds = time.process_time() - start
@@ -85,13 +89,14 @@ def live() -> dict[str, float]:
             optimizer.zero_grad()
             for k, teacher in enumerate(teachers):
                 inputs = tokenize([texts[k][step % EXAMPLES]])
-                with torch.no_grad():
-                    wanted = teacher(**inputs).logits.softmax(-1)
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                    wanted = teacher(**inputs).logits.float().softmax(-1)
                 merged = {
                     name: weights[name] + sum(c[j, i] * tau[name] for j, tau in enumerate(taus))
                     for i, name in enumerate(names)
                 }
-                logits = functional_call(base, merged, (), inputs).logits
+                with torch.autocast("cpu", torch.bfloat16):
+                    logits = functional_call(base, merged, (), inputs).logits.float()
                 loss = (wanted * (wanted.log() - logits.log_softmax(-1))).nan_to_num().sum(-1).mean()
                 loss.backward()
             optimizer.step()

@@ -59,8 +59,9 @@ class _Divergence(torch.autograd.Function):
     @override
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits, rows, log_p, tokens, tail = ctx.saved_tensors
-        own = logits.detach()  # the same memory and version: a later reader of the values gets an error
-        flat = own.flatten(0, -2)
+        # The same memory and version: a later reader of the values gets an error. Strided ones are copied.
+        own = logits.detach().contiguous()
+        flat = own.view(-1, own.shape[-1])
         kept = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
         kept[rows] = True
         for part in _parts(len(rows), logits.shape[-1]):

@@ -1,0 +1,71 @@
+"""Conflicting gradients: rules against their closed forms, inside a fit that resumes bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchjd.aggregation import MGDA, Mean, PCGrad, Sum
+
+import trainmerge as tm
+from tests.test_fit import fit_world
+from tests.world import write_world
+from trainmerge.gradients import combined
+
+ROWS = torch.tensor([[[1.0, 0.0]], [[-0.5, 1.0]]])  # m = 2, K = 1, G = 2
+
+
+def test_rules_are_their_closed_forms() -> None:
+    a, b = ROWS.flatten(1)
+    assert torch.equal(combined(ROWS, Sum(), 0), (a + b)[None])
+    assert torch.equal(combined(ROWS, Mean(), 0), (a + b)[None] / 2)
+    projected = [x - (x @ y) / (y @ y) * y for x, y in ((a, b), (b, a))]  # both conflict with the other
+    torch.testing.assert_close(combined(ROWS, PCGrad(), 0), sum(projected)[None])
+    share = ((b - a) @ b) / (a - b).square().sum()  # the shortest vector between a and b
+    torch.testing.assert_close(
+        combined(ROWS, MGDA(), 0), (share * a + (1 - share) * b)[None], rtol=1e-2, atol=1e-2
+    )
+
+
+def test_the_result_descends_on_every_row() -> None:
+    for rule in (PCGrad(), MGDA()):
+        assert bool((ROWS.flatten(1) @ combined(ROWS, rule, 0).flatten() >= -1e-6).all())
+
+
+class Dice(nn.Module):
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.rand(rows.shape[1]) * rows.sum(dim=0)
+
+
+def test_dice_are_thrown_from_the_seed_and_leave_others_alone() -> None:
+    torch.manual_seed(5)
+    want = torch.rand(1)
+    torch.manual_seed(5)
+    first = combined(ROWS, Dice(), 3)
+    assert torch.equal(torch.rand(1), want)
+    assert torch.equal(combined(ROWS, Dice(), 3), first)
+    assert not torch.equal(combined(ROWS, Dice(), 4), first)
+
+
+def test_a_rule_that_makes_no_row_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Identity made \(2, 2\) of rows \(2, 2\)"):
+        combined(ROWS, nn.Identity(), 0)
+
+
+def test_a_sum_is_what_a_fit_does_anyway(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    plain = fit_world(tmp_path, tmp_path / "plain", steps=4)
+    summed = fit_world(tmp_path, tmp_path / "summed", steps=4, combine=Sum())
+    torch.testing.assert_close(summed.coefficients(), plain.coefficients(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_fit_with_a_rule_resumes_bit_for_bit(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    whole = fit_world(tmp_path, tmp_path / "whole", steps=6, combine=PCGrad(), objective=tm.Alignment())
+    for steps in (3, 6):
+        parts = fit_world(
+            tmp_path, tmp_path / "parts", steps=steps, combine=PCGrad(), objective=tm.Alignment()
+        )
+    assert torch.equal(whole.coefficients(), parts.coefficients())
+    with pytest.raises(ValueError, match="combine"):
+        fit_world(tmp_path, tmp_path / "parts", steps=8, combine=MGDA(), objective=tm.Alignment())
