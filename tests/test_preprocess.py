@@ -15,6 +15,7 @@ import trainmerge as tm
 from tests.world import recipe, write_world
 from trainmerge.kernels import Difference
 from trainmerge.preprocess.consensus import tall_masks
+from trainmerge.preprocess.doge import shared_subspace
 from trainmerge.recipe import calibration_files
 from trainmerge.task_vectors import Delta, TaskVectors
 
@@ -22,6 +23,8 @@ METHODS = {
     "breadcrumbs": tm.Breadcrumbs(0.5, 0.1),
     "consensus": tm.Consensus(),
     "dare": tm.Dare(0.5),
+    "doge": tm.Doge(density=0.5),
+    "doge-am": tm.Doge(density=0.5, solver="adam", separate=True),
     "opcm": tm.Opcm(),
     "ties": tm.Ties(0.5),
     "tsv": tm.Tsv(),
@@ -92,7 +95,9 @@ def test_what_did_not_change_stays(method: tm.Preprocess) -> None:
     assert not any(t.any() for t in nothing.values())
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"widen"}))  # it measures against the base
+@pytest.mark.parametrize(
+    "name", sorted(METHODS.keys() - {"widen", "doge", "doge-am"})
+)  # against the base; eta / |tau|
 def test_scale(name: str) -> None:
     method = METHODS[name]
     got, scaled = run(method, random()), run(method, {n: 4.0 * t for n, t in random().items()})
@@ -240,6 +245,51 @@ def test_opcm() -> None:
     torch.testing.assert_close(apart / apart.norm(), (left + right) / (left + right).norm())
 
 
+def gap(merged: Tensor, taus: Tensor) -> Tensor:
+    return ((taus * (taus - merged)).sum(2) ** 2).sum()
+
+
+def test_doge_closes_the_gap_outside_of_what_is_shared() -> None:
+    taus = torch.stack(matrices(0, 1, 2, shape=(12, 16)))
+    weights = 0.07 / taus.flatten(1).norm(dim=1)
+    start = torch.einsum("k,kmn->mn", weights, taus)
+    merged = one(tm.Doge(density=1.0), *taus).sum(0)
+    basis = shared_subspace(taus, 2)
+    assert (basis.T @ (merged - start)).abs().max() < 1e-9
+    torch.testing.assert_close(basis.T @ basis, torch.eye(2, dtype=torch.float64))
+    assert gap(merged, taus) < 0.9 * gap(start, taus)
+    slopes = []
+    for point in (start, merged):
+        point.requires_grad_()
+        (slope,) = torch.autograd.grad(gap(point, taus), point)
+        slopes.append((slope - basis @ (basis.T @ slope)).norm())
+    assert slopes[1] < 1e-7 * slopes[0]  # the least there is, under the constraint
+
+
+def test_the_papers_solver_of_doge_goes_the_same_way_and_leaves_the_complement() -> None:
+    taus = 0.01 * torch.stack(matrices(0, 1, 2, shape=(12, 16)))
+    weights = 0.07 / taus.flatten(1).norm(dim=1)
+    start = torch.einsum("k,kmn->mn", weights, taus)
+    moved = [one(tm.Doge(density=1.0, solver=s), *taus).sum(0) - start for s in ("cg", "adam")]
+    assert gap(start + moved[1], taus) < gap(start, taus)
+    assert gap(start + moved[0], taus) < gap(start + moved[1], taus)
+    basis = shared_subspace(taus, 2)
+    outside, inside = ((basis.T @ m).norm() / m.norm() for m in moved)
+    assert outside < 1e-9
+    assert inside > 0.01
+
+
+def test_doge_masks_by_the_original_and_leaves_the_rest_to_the_base() -> None:
+    taus = random()
+    got = run(tm.Doge(density=0.25), taus)
+    for k in range(3):
+        magnitude, kept = taus["layer.weight"][k].abs().flatten(), got["layer.weight"][k].flatten() != 0
+        assert kept.sum() == 12
+        assert magnitude[kept].min() > magnitude[~kept].max()
+    assert not any(got[name].any() for name in taus if name != "layer.weight")
+    assert not run(tm.Doge(exclude=["layer.*"]), taus)["layer.weight"].any()
+
+
 def test_widen_without_the_bonus_shares_equal_experts_out() -> None:
     (a,) = matrices(0)
     shared = one(tm.Widen(above=float("inf")), a, a)
@@ -256,6 +306,9 @@ def test_widen_without_the_bonus_shares_equal_experts_out() -> None:
         (lambda: tm.Consensus(-1), "agree"),
         (lambda: tm.Tsv(0.0), "share"),
         (lambda: tm.Opcm(1.0), "alpha"),
+        (lambda: tm.Doge(eta=0.0), "eta"),
+        (lambda: tm.Doge(density=0.0), "density"),
+        (lambda: tm.Doge(separate=True), "early stop"),
         (lambda: tm.Wudi(-1.0), "time"),
         (lambda: tm.Wudi(1.0, keep=0.0), "keep"),
     ],

@@ -3,6 +3,7 @@
 from trainmerge.preprocess.breadcrumbs import Breadcrumbs
 from trainmerge.preprocess.consensus import Consensus
 from trainmerge.preprocess.dare import Dare
+from trainmerge.preprocess.doge import Doge
 from trainmerge.preprocess.opcm import Opcm
 from trainmerge.preprocess.preprocess import Preprocess, apply
 from trainmerge.preprocess.ties import Ties
@@ -10,4 +11,16 @@ from trainmerge.preprocess.tsv import Tsv
 from trainmerge.preprocess.widen import Widen
 from trainmerge.preprocess.wudi import Wudi
 
-__all__ = ["Breadcrumbs", "Consensus", "Dare", "Opcm", "Preprocess", "Ties", "Tsv", "Widen", "Wudi", "apply"]
+__all__ = [
+    "Breadcrumbs",
+    "Consensus",
+    "Dare",
+    "Doge",
+    "Opcm",
+    "Preprocess",
+    "Ties",
+    "Tsv",
+    "Widen",
+    "Wudi",
+    "apply",
+]

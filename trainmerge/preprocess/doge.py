@@ -1,0 +1,152 @@
+"""DOGE: move the merge where each expert loses least, outside of the subspace that they share.
+
+Wei et al., Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent, ICML 2025
+(arXiv 2501.01230). peft's `projective_merge` is another formula under the same name (one inner product a
+matrix, not one a row).
+
+Legend: `K` experts, `m x n` a matrix, `k` directions of the shared subspace.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from trainmerge.preprocess.preprocess import Preprocess
+from trainmerge.preprocess.ties import cut_at
+from trainmerge.preprocess.tsv import truncated
+from trainmerge.task_vectors import TaskVectors, dense_term
+
+PAPER_STEPS, PAPER_RATE = 400, 1e-4
+
+
+@dataclass(frozen=True)
+class Doge(Preprocess):
+    """New differences mask_k * (tau_k + D_k), where D minimises the row-wise gap in the complement of U.
+
+        gap(D) = sum_k sum_row <tau_k, tau_k - sum_j l_j (tau_j + D_j)>^2,   l_k = eta / |tau_k|,   U^T D = 0
+
+    U are the leading left singular vectors of all experts' leading ones; the mask keeps the largest entries
+    of the original tau_k over all its parameters. Parameters that are no matrices, and those in `exclude`,
+    are left as the base has them, as in the paper.
+
+    Args:
+        eta: Scale of the task-aware coefficients l.
+        subspace: U has floor(min(m, n) / subspace) columns; 6 in the paper, K for DOGE-AM.
+        density: Fraction of entries that the mask keeps.
+        solver: `cg` solves the constrained least squares, and so stays in the complement; `adam` is the
+            paper's 400 steps on the projected gradient, which leave it by a fifth of D's norm.
+        separate: False, DOGE-TA: one D for all experts, and the results hold l_k: coefficient 1. True, the
+            DOGE-AM input: a D for each expert, results without l_k, to be weighed by learned coefficients.
+            Needs `adam`: without its early stop, D outgrows tau by 1 / l.
+        exclude: fnmatch patterns of matrices to leave alone, embeddings say.
+    """
+
+    eta: float = 0.07
+    subspace: int = 6
+    density: float = 0.3
+    solver: Literal["cg", "adam"] = "cg"
+    separate: bool = False
+    exclude: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.eta <= 0 or self.subspace < 1 or not 0 < self.density <= 1:
+            raise ValueError("Doge needs eta above 0, subspace of at least 1, and density in (0, 1]")
+        if self.separate and self.solver == "cg":
+            raise ValueError("Doge(separate=True) needs solver='adam', whose early stop keeps D small")
+
+    @override
+    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
+        matrices = {
+            n: d for n, d in task_vectors.deltas.items() if len(d.shape) == 2 and not self._left_out(n)
+        }
+        cuts = [
+            cut_at([(d.terms[k], d.base) for d in matrices.values()], self.density) if matrices else None
+            for k in range(len(task_vectors.experts))
+        ]
+        for name, delta in task_vectors.deltas.items():
+            if name not in matrices:
+                yield name, torch.zeros_like(delta.dense())
+                continue
+            taus = torch.stack([dense_term(term, delta.base) for term in delta.terms])
+            weights = self._weights(taus)
+            moved = taus + self._modification(taus, weights)
+            masks = torch.stack([cut(tau) != 0 for cut, tau in zip(cuts, taus, strict=True) if cut])
+            scale = torch.ones_like(weights) if self.separate else weights
+            yield name, scale[:, None, None] * masks * moved
+
+    def _left_out(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+    def _weights(self, taus: Tensor) -> Tensor:
+        """l_k = eta / |tau_k|, [K]; 0 for an expert that leaves the matrix alone."""
+        norms = taus.flatten(1).norm(dim=1)
+        return torch.where(norms > 0, self.eta / norms.clamp_min(torch.finfo(taus.dtype).tiny), 0.0)
+
+    def _modification(self, taus: Tensor, weights: Tensor) -> Tensor:
+        """D [K, m, n], or [1, m, n] for all."""
+        if not weights.any():
+            return torch.zeros_like(taus)
+        shares = weights if self.separate else weights.sum()[None]  # sum_j l_j D_j, or (sum_j l_j) D
+        basis = shared_subspace(taus, min(taus.shape[1:]) // self.subspace)
+        if self.solver == "adam":
+            return _adam(taus, weights, shares, basis)
+        return _least_squares(taus, _gaps(taus, weights), basis)[None] / weights.sum()
+
+
+def shared_subspace(taus: Tensor, directions: int) -> Tensor:
+    """Orthonormal columns [m, k]: leading left singular vectors of the experts' leading ones."""
+    rank = min(taus.shape[1:]) // len(taus)
+    leading = torch.cat([truncated(tau, rank)[0] for tau in taus], dim=1)
+    return truncated(leading, directions)[0]
+
+
+def _gaps(taus: Tensor, weights: Tensor) -> Tensor:
+    """<tau_k, tau_k - sum_j l_j tau_j> of every row, [K, m]."""
+    merged = torch.einsum("k,kmn->mn", weights, taus)
+    return (taus * (taus - merged)).sum(dim=2)
+
+
+def _outside(matrix: Tensor, basis: Tensor) -> Tensor:
+    """Its part outside of the subspace; never the m x m projector."""
+    return matrix - basis @ (basis.T @ matrix)
+
+
+def _least_squares(taus: Tensor, gaps: Tensor, basis: Tensor, steps: int = 200) -> Tensor:
+    """The shortest D [m, n] outside of the subspace with the least |gaps - <tau_k, D>|^2: CGLS from 0."""
+    solution = torch.zeros_like(taus[0])
+    residual = gaps.clone()
+    slope = _outside(torch.einsum("km,kmn->mn", residual, taus), basis)
+    direction, size = slope, slope.square().sum()
+    first = size.clone()
+    for _ in range(steps):
+        if size <= 1e-20 * first or not size:
+            break
+        image = torch.einsum("kmn,mn->km", taus, direction)
+        step = size / image.square().sum().clamp_min(torch.finfo(taus.dtype).tiny)
+        solution = solution + step * direction
+        residual = residual - step * image
+        slope = _outside(torch.einsum("km,kmn->mn", residual, taus), basis)
+        before, size = size, slope.square().sum()
+        direction = slope + size / before * direction
+    return _outside(solution, basis)
+
+
+@torch.enable_grad()
+def _adam(taus: Tensor, weights: Tensor, shares: Tensor, basis: Tensor) -> Tensor:
+    """The paper's solver, on one matrix."""
+    gaps = _gaps(taus, weights)
+    moves = torch.zeros(len(shares), *taus.shape[1:], dtype=taus.dtype, requires_grad=True)
+    optimizer = torch.optim.Adam([moves], lr=PAPER_RATE)
+    for _ in range(PAPER_STEPS):
+        optimizer.zero_grad()
+        total = torch.einsum("s,smn->mn", shares, moves)
+        (gaps - torch.einsum("kmn,mn->km", taus, total)).square().sum().backward()  # type: ignore[no-untyped-call]
+        assert moves.grad is not None
+        moves.grad = torch.stack([_outside(gradient, basis) for gradient in moves.grad])
+        optimizer.step()
+    return moves.detach()
