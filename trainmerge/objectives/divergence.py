@@ -106,9 +106,13 @@ def _slopes(log_q: Tensor, teacher: Predictions) -> Tensor:
     assert teacher.tail is not None
     places = teacher.tokens.long()
     top = log_q.gather(-1, places).exp_().sub_(teacher.log_p.exp())
-    rest = log_q.scatter_(-1, places, -torch.inf).logsumexp(dim=-1)
-    share = (teacher.tail - rest).exp_()  # q / q_s
-    slope = log_q.exp_().mul_((1 - torch.where(rest.isfinite(), share, 0.0))[:, None])
+    largest = log_q.scatter_(-1, places, -torch.inf).amax(dim=-1, keepdim=True)
+    largest = torch.where(largest.isfinite(), largest, 0.0)
+    # s_v / q_s (q_s - q): no factor exceeds 1, where s_v and q_s may underflow and q / q_s overflow
+    inside = log_q.sub_(largest).exp_()
+    total = inside.sum(dim=-1, keepdim=True)
+    mass = largest.exp() * total - teacher.tail.exp()[:, None]
+    slope = inside.mul_(mass / total.clamp_min(torch.finfo(total.dtype).tiny))
     return slope.scatter_(-1, places, top)
 
 
