@@ -26,6 +26,7 @@ METHODS = {
     "doge": tm.Doge(density=0.5),
     "doge-am": tm.Doge(density=0.5, solver="adam", separate=True),
     "opcm": tm.Opcm(),
+    "pcb": tm.Pcb(0.3),
     "ties": tm.Ties(0.5),
     "tsv": tm.Tsv(),
     "tsv-c": tm.Tsv(orthogonal=False),
@@ -290,6 +291,43 @@ def test_doge_masks_by_the_original_and_leaves_the_rest_to_the_base() -> None:
     assert not run(tm.Doge(exclude=["layer.*"]), taus)["layer.weight"].any()
 
 
+def flat_pcb(taus: Tensor, density: float) -> tuple[Tensor, Tensor]:
+    """Clipped differences and shares by sorting, [K, n] each."""
+    size = taus.shape[1]
+    ordered = taus.abs().sort(dim=1, descending=True).values
+    outliers = int(0.01 * size)
+    high, low = ordered[:, [outliers]], ordered[:, [size - outliers - 1]]
+    clipped = taus.sign() * taus.abs().clamp(low, high)
+    z = taus.sign() * (clipped.abs() - low) / (high - low)
+    scores = torch.exp(len(taus) * z**2) * torch.tanh(z[:, None] * z[None]).sum(1)
+    last = scores.clamp_min(0).sort(dim=1, descending=True).values[:, [int(density * size)]]
+    return clipped, ((scores - last) / (scores.amax(1, keepdim=True) - last)).clamp_min(0)
+
+
+def test_pcb_is_its_formula_on_the_flat_vectors() -> None:
+    torch.manual_seed(0)
+    taus = {"a": torch.randn(3, 20, 30, dtype=torch.float64), "b": 0.1 * torch.randn(3, 50).double()}
+    got = run(tm.Pcb(0.2), taus)
+    clipped, shares = flat_pcb(torch.cat([t.flatten(1) for t in taus.values()], dim=1), 0.2)
+    want = shares * clipped / shares.sum(0).clamp_min(1e-12)
+    torch.testing.assert_close(torch.cat([got[n].flatten(1) for n in taus], 1), want, rtol=1e-4, atol=1e-5)
+    assert ((want != 0).sum(1) <= 0.2 * want.shape[1]).all()
+    merged = want.sum(0)  # inside the hull of the clipped ones and 0
+    assert bool((merged <= clipped.amax(0).clamp_min(0) + 1e-12).all())
+    assert bool((merged >= clipped.amin(0).clamp_max(0) - 1e-12).all())
+
+
+def test_pcb_prefers_what_all_agree_on() -> None:
+    taus = torch.linspace(0.1, 1.0, 60, dtype=torch.float64).repeat(3, 1)
+    taus[:, 55] = taus[:, 54]  # of one size: here all agree, there one differs
+    taus[2, 55] *= -1
+    _, shares = flat_pcb(taus, 0.5)
+    assert shares[0, 54] > shares[0, 55]
+    got = run(tm.Pcb(0.5), {"w": taus})["w"]
+    assert (got[:, 54] != 0).all()
+    assert (got[:, 55] != 0).tolist() == [True, True, False]
+
+
 def test_widen_without_the_bonus_shares_equal_experts_out() -> None:
     (a,) = matrices(0)
     shared = one(tm.Widen(above=float("inf")), a, a)
@@ -306,6 +344,7 @@ def test_widen_without_the_bonus_shares_equal_experts_out() -> None:
         (lambda: tm.Consensus(-1), "agree"),
         (lambda: tm.Tsv(0.0), "share"),
         (lambda: tm.Opcm(1.0), "alpha"),
+        (lambda: tm.Pcb(0.0), "density"),
         (lambda: tm.Doge(eta=0.0), "eta"),
         (lambda: tm.Doge(density=0.0), "density"),
         (lambda: tm.Doge(separate=True), "early stop"),

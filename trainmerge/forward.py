@@ -28,7 +28,8 @@ def forward(
         return Outputs(output.logits, _chosen(output, layers))
     output = backbone(module)(**batch.inputs, **options)
     mask = batch.inputs["attention_mask"].bool()
-    return Outputs(classifier(output.last_hidden_state, mask), _chosen(output, layers))
+    hidden = output.last_hidden_state.to(classifier.weight.dtype)
+    return Outputs(classifier(hidden, mask), _chosen(output, layers))
 
 
 def backbone(module: nn.Module) -> nn.Module:

@@ -6,9 +6,10 @@ from Lightning, which would otherwise save, move and synchronise them.
 Legend: `K` experts, `G` coefficient groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -46,6 +47,8 @@ class MergeModule(pl.LightningModule):
         combine: How the experts' coefficient gradients become one: a `torchjd.aggregation` rule, or any
             module [m, n] -> [n]; every expert then has its own backward. Their sum by default.
         clip: The gradient's norm over all coefficients is cut to this; 0 leaves it as it is.
+        weights: `stored` holds the resident model as the base's files do; `bfloat16` rounds the merge once to
+            it, which halves a float32 model. Coefficients and reductions are float32 in any case.
         tasks_per_backward: Tasks whose forwards share one backward: each backward reads the task vectors
             once, and holds these tasks' activations.
         teacher_budget: Bytes for the experts' recorded probabilities: all of them if they fit, else the
@@ -65,6 +68,7 @@ class MergeModule(pl.LightningModule):
         keep_better: bool = False,
         combine: torch.nn.Module | None = None,
         clip: float = 0.0,
+        weights: Literal["stored", "bfloat16"] = "stored",
         tasks_per_backward: int = 1,
         teacher_budget: int = BUDGET,
         workspace: str = "workspace",
@@ -74,6 +78,7 @@ class MergeModule(pl.LightningModule):
             raise ValueError(f"tasks_per_backward must be at least 1, not {tasks_per_backward}")
         self.automatic_optimization = False
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
+        self.weights = weights
         self.tasks_per_backward, self.teacher_budget = tasks_per_backward, teacher_budget
         self.workspace = Path(workspace)
         self.opened = recipe.open(self.workspace)
@@ -120,8 +125,15 @@ class MergeModule(pl.LightningModule):
                     f"{limit} (max_position_embeddings): set data.max_length to {limit} or less"
                 )
 
-    def load(self, data: Calibration, device: torch.device | str = "cpu") -> None:
+    def load(
+        self,
+        data: Calibration,
+        device: torch.device | str = "cpu",
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         """Load the base, the heads and the preprocessed task vectors. Called by Lightning's `setup` too.
+
+        Experts are recorded in the fit's own `precision`, where each then agrees with itself.
 
         Raises:
             ValueError: the data are of other experts, or of the same in another order.
@@ -130,10 +142,17 @@ class MergeModule(pl.LightningModule):
         if self._resident is not None:
             return
         self._resident = load_resident(
-            self.recipe, self.opened, self.coefficients, data.tokenize, self.workspace, device
+            self.recipe,
+            self.opened,
+            self.coefficients,
+            data.tokenize,
+            self.workspace,
+            device,
+            None if self.weights == "stored" else torch.bfloat16,
         )
         if self.objective.asks != Asks():
-            self.teachers = self._record(data)
+            with precision():
+                self.teachers = self._record(data)
 
     def _record(self, data: Calibration) -> list[Record]:
         heads = [expert.head.identity() if expert.head else "" for expert in self.recipe.experts.values()]
@@ -143,6 +162,8 @@ class MergeModule(pl.LightningModule):
             *data.identities().values(),
             data.tokenizer,
             data.max_length,
+            self.weights,
+            torch.is_autocast_enabled(self.resident.device.type),
         ]
         return record_teachers(
             self.resident,
@@ -164,7 +185,8 @@ class MergeModule(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, Calibration):
             raise TypeError("fit with trainer.fit(module, datamodule=Calibration(...))")
-        self.load(data, self.trainer.strategy.root_device)  # `self.device` is still the CPU here
+        strategy = self.trainer.strategy  # `self.device` is still the CPU here
+        self.load(data, strategy.root_device, strategy.precision_plugin.forward_context)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
         "clip": module.clip,
         "combine": repr(module.rule),
         "layout": hashlib.sha256(module.opened.layout.to_json().encode()).hexdigest(),
+        "weights": module.weights,
         "teacher_budget": module.teacher_budget,
         "start": hashlib.sha256(module.start.numpy().tobytes()).hexdigest(),
         **_optimisation(module),

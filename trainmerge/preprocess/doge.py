@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.preprocess import Preprocess
-from trainmerge.preprocess.ties import cut_at
+from trainmerge.preprocess.select import cut_at
 from trainmerge.preprocess.tsv import truncated
 from trainmerge.task_vectors import TaskVectors, dense_term
 

@@ -5,7 +5,7 @@ Yadav et al., NeurIPS 2023 (arXiv 2306.01708).
 Legend: `K` experts, `*S` parameter shape.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.kernels import Term
 from trainmerge.preprocess.preprocess import Preprocess
+from trainmerge.preprocess.select import cut_at
 from trainmerge.task_vectors import TaskVectors, dense_term
 
 
@@ -74,53 +74,3 @@ def disjoint(trimmed: Tensor, majority: Callable[[], Tensor], merge: Literal["su
     if merge == "sum":
         return agreeing
     return agreeing / (agreeing != 0).sum(dim=0).clamp(min=1)
-
-
-class Cut:
-    """Keeps the entries above a magnitude, and the first `ties` of those that equal it. Stateful: in order.
-
-    Magnitudes are compared as the integers that a float32's bits are, which have the same order.
-    """
-
-    def __init__(self, bits: int, ties: int) -> None:
-        self.bits, self.ties = bits, ties
-
-    def __call__(self, tau: Tensor) -> Tensor:
-        """`tau` with everything below the cut set to zero."""
-        bits = magnitude_bits(tau)
-        equal = (bits == self.bits).flatten()
-        admitted = equal & (equal.cumsum(0) <= self.ties)
-        self.ties -= int(admitted.sum())
-        return tau * ((bits > self.bits) | admitted.view(tau.shape))
-
-
-def cut_at(entries: Sequence[tuple[Term, Tensor]], density: float) -> Cut:
-    """The cut that keeps floor(density x size) entries, at least one, over all `entries` (term, base).
-
-    Two passes count the magnitudes' upper and lower 16 bits: exact, with no sort and no copy.
-    """
-    size = sum(base.numel() for _, base in entries)
-    wanted = max(1, int(density * size + 1e-6))  # 1e-6: 0.29 * 100 is 28.999...
-    high, above = _bucket(_histogram(entries, lambda bits: bits >> 16), wanted)
-    inside = _histogram(entries, lambda bits: bits[bits >> 16 == high] & 0xFFFF)
-    low, above_low = _bucket(inside, wanted - above)
-    return Cut((high << 16) | low, wanted - above - above_low)
-
-
-def _histogram(entries: Sequence[tuple[Term, Tensor]], digits: Callable[[Tensor], Tensor]) -> Tensor:
-    counts = torch.zeros(1 << 16, dtype=torch.int64)
-    for term, base in entries:
-        counts += torch.bincount(digits(magnitude_bits(dense_term(term, base)).flatten()), minlength=1 << 16)
-    return counts
-
-
-def _bucket(counts: Tensor, wanted: int) -> tuple[int, int]:
-    """The bucket that holds the `wanted`-th largest entry, and how many entries lie above it."""
-    from_top = counts.flip(0).cumsum(0)
-    index = int((from_top < wanted).sum())
-    return len(counts) - 1 - index, int(from_top[index - 1]) if index else 0
-
-
-def magnitude_bits(tau: Tensor) -> Tensor:
-    """|tau| as float32, its bits read as int32: monotone in the magnitude."""
-    return tau.float().abs().view(torch.int32)

@@ -1,0 +1,83 @@
+"""PCB-Merging: entries compete inside an expert and are balanced between experts.
+
+Du et al., NeurIPS 2024 (arXiv 2410.02396).
+
+Legend: `K` experts, `n` entries of one parameter.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from trainmerge.preprocess.preprocess import Preprocess
+from trainmerge.preprocess.select import Pieces, count, cuts
+from trainmerge.task_vectors import Delta, TaskVectors
+
+CLIPPED = 0.01  # magnitudes below this quantile, and above one minus it, are moved there
+
+
+@dataclass(frozen=True)
+class Pcb(Preprocess):
+    """Weigh each entry by a score, and share a place out over the experts in proportion.
+
+        score_k = exp(K z_k^2) * sum_j tanh(z_k z_j),    result_k = s_k tau_k / sum_j s_j
+
+    z is tau, its magnitudes clipped and scaled to [0, 1] over all parameters of the expert, and s the score
+    scaled to [0, 1] from the lowest kept one. The merge is base + coefficient x sum of the results,
+    coefficient 1 to 2. Of the three formulas under this name this is the scale-equivariant one, with which
+    the authors search coefficients. Entries that the other experts contradict never pass.
+
+    Args:
+        density: Fraction of an expert's entries that pass; 0.05 to 0.2 in the paper.
+    """
+
+    density: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be in (0, 1], not {self.density}")
+
+    @override
+    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
+        deltas = task_vectors.deltas
+        size = sum(delta.shape.numel() for delta in deltas.values())
+        outliers = int(CLIPPED * size)
+        magnitudes = lambda: (_flat(delta) for delta in deltas.values())  # noqa: E731
+        low, high = _kth(magnitudes, size - outliers), _kth(magnitudes, outliers + 1)
+        scores = lambda: (_scores(_flat(delta), low, high) for delta in deltas.values())  # noqa: E731
+        last, best = _kth(scores, min(size, count(size, self.density) + 1)), _kth(scores, 1)
+        for name, delta in deltas.items():
+            taus = _flat(delta)
+            shares = _ranged(_scores(taus, low, high), last, best)
+            clipped = taus.sign() * taus.abs().clamp(low, high)
+            shared = shares * clipped / shares.sum(dim=0).clamp_min(1e-12)
+            yield name, shared.view(len(taus), *delta.shape)
+
+
+def _flat(delta: Delta) -> Tensor:
+    taus = delta.dense()
+    return taus.view(len(taus), -1)
+
+
+def _kth(pieces: Pieces, wanted: int) -> Tensor:
+    """The `wanted`-th largest magnitude of each row, [K, 1]."""
+    return torch.tensor([[cut.value] for cut in cuts(pieces, wanted)])
+
+
+def _scores(taus: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """[K, n] -> [K, n], not negative; exp(K) is left out, which no range sees."""
+    span = torch.where(high > low, high - low, 1.0)
+    size = torch.where(high > low, (taus.abs().clamp(low, high) - low) / span, (high > 0).to(taus))
+    z = taus.sign() * size
+    balance = torch.stack([torch.tanh(z * own).sum(dim=0) for own in z])
+    return (torch.exp(len(z) * (z.square() - 1)) * balance).clamp_min(0)
+
+
+def _ranged(scores: Tensor, last: Tensor, best: Tensor) -> Tensor:
+    """From `last` or less to `best`: 0 to 1. All or nothing where these are equal."""
+    span = torch.where(best > last, best - last, 1.0)
+    alike = ((scores >= best) & (scores > 0)).to(scores)
+    return torch.where(best > last, ((scores - last) / span).clamp(0, 1), alike)
