@@ -4,7 +4,6 @@ Legend: `B` examples, `T` tokens, `V` vocabulary, `D` hidden size, `P` counted p
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 import trainmerge as tm
-from tests.world import WORDS, llama, nudge, write_tokenizer
+from tests.world import WORDS, languages_recipe, llama, nudge, write_languages
 from trainmerge.batch import Asks, Batch, Outputs, Predictions, Signals
 from trainmerge.kernels import ExpertWeight
 from trainmerge.merged_model import MergedModel
@@ -144,34 +143,13 @@ def test_the_gradient_is_autograds() -> None:
 
 @pytest.fixture(scope="module")
 def languages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama, two experts and texts: no heads."""
-    root = tmp_path_factory.mktemp("languages")
-    llama().save_pretrained(root / "base")
-    write_tokenizer(root / "base")
-    for k, name in enumerate(("a", "b")):
-        expert = llama()
-        nudge(expert, k)
-        expert.save_pretrained(root / name)
-        rows = [
-            {"text": " ".join(WORDS[(i * 7 + j * (k + 2)) % len(WORDS)] for j in range(2 + i))}
-            for i in range(6)
-        ]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (root / f"{name}-test.jsonl").write_text(json.dumps({"text": " ".join(WORDS[3 * k :])}) + "\n")
-    return root
-
-
-def recipe(root: Path, **changes: object) -> tm.Recipe:
-    experts = {
-        n: tm.Expert(str(root / n), str(root / f"{n}.jsonl"), str(root / f"{n}-test.jsonl")) for n in "ab"
-    }
-    return replace(tm.Recipe(str(root / "base"), experts), **changes)
+    return write_languages(tmp_path_factory.mktemp("languages"))
 
 
 def build(
     root: Path, run: Path, objective: tm.Objective, **settings: object
 ) -> tuple[tm.MergeModule, tm.Calibration]:
-    merge = recipe(root)
+    merge = languages_recipe(root)
     module = tm.MergeModule(merge, objective, workspace=str(run / "workspace"), **settings)
     return module, tm.Calibration(calibration_files(merge), merge.base, batch_size=3, max_length=16)
 
@@ -304,7 +282,7 @@ def test_a_loss_that_never_falls_gets_a_word(languages: Path, tmp_path: Path) ->
 
 
 def test_one_example_is_enough_with_a_word(languages: Path) -> None:
-    merge = recipe(languages)
+    merge = languages_recipe(languages)
     with pytest.warns(UserWarning, match="one example to learn from"):
         data = tm.Calibration(calibration_files(merge), merge.base, max_examples=1)
     assert [len(own) for own in data.examples] == [1, 1]
@@ -313,7 +291,7 @@ def test_one_example_is_enough_with_a_word(languages: Path) -> None:
 def test_examples_over_the_models_limit_are_refused(languages: Path, tmp_path: Path) -> None:
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"text": "red " * 40}) + "\n" + json.dumps({"text": "red"}) + "\n")
-    merge = recipe(languages)
+    merge = languages_recipe(languages)
     module = tm.MergeModule(merge, tm.Alignment(), workspace=str(tmp_path))
     files = {**calibration_files(merge), "b": str(long)}
     with pytest.raises(

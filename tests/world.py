@@ -106,3 +106,24 @@ def recipe(root: Path, **changes: object) -> Recipe:
         for task in LABELS
     }
     return Recipe(**{"base": str(root / "base"), "experts": experts, **changes})
+
+
+def write_languages(root: Path) -> Path:
+    """A tiny Llama, two experts and texts: no heads."""
+    llama().save_pretrained(root / "base")
+    write_tokenizer(root / "base")
+    for k, name in enumerate(("a", "b")):
+        expert = llama()
+        nudge(expert, k)
+        expert.save_pretrained(root / name)
+        texts = [" ".join(WORDS[(i * 7 + j * (k + 2)) % len(WORDS)] for j in range(2 + i)) for i in range(6)]
+        _write_lines(root / f"{name}.jsonl", [{"text": text} for text in texts])
+        _write_lines(root / f"{name}-test.jsonl", [{"text": " ".join(WORDS[3 * k :])}])
+    return root
+
+
+def languages_recipe(root: Path, **changes: object) -> Recipe:
+    experts = {
+        n: Expert(str(root / n), str(root / f"{n}.jsonl"), str(root / f"{n}-test.jsonl")) for n in "ab"
+    }
+    return Recipe(**{"base": str(root / "base"), "experts": experts, **changes})

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainmerge.batch import Batch, Step
 from trainmerge.examples import Columns, Example, load_examples, read_examples, warn_of_overlap
+from trainmerge.run_folder import examples_identity
 from trainmerge.storage import sha256 as file_sha256
 from trainmerge.tokenizer import Tokenizer
 
@@ -149,6 +150,10 @@ class Calibration(pl.LightningDataModule):
             "columns": asdict(self.columns),
             "max_examples": self.max_examples,
         }
+
+    def identity(self) -> str:
+        """One text for examples and settings."""
+        return examples_identity(self.identities(), self.settings())
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run is: one number, the same on every process."""

@@ -204,6 +204,12 @@ class Coefficients(nn.Module):
         self().backward(learned)
 
     @torch.no_grad()
+    def reset_(self, values: Tensor) -> None:
+        """Be these coefficients, [K, G]; fixed ones too."""
+        self.raw.copy_(self.constraint.start(values.to(self.raw)))
+        self._fixed = self.raw.detach()[:, list(self.layout.fixed)].clone()
+
+    @torch.no_grad()
     def project_(self) -> None:
         """Move `raw` back into the constraint's set; called after every optimizer step.
 

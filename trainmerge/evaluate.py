@@ -131,7 +131,9 @@ def evaluate_run(
     metric_of(recipe)
     tests = [load_test(name, expert, limit) for name, expert in recipe.experts.items()]
     tokenize = Tokenizer(recipe.base, max_length or fitted_length(folder))
-    resident = load_resident(recipe, opened, coefficients, tokenize, folder.workspace, DEVICE)
+    resident = load_resident(
+        recipe, opened, coefficients, tokenize, folder.workspace, DEVICE, examples=folder.examples()
+    )
     resident.merged.materialise()
 
     def score(tasks: Sequence[int]) -> dict[str, float]:

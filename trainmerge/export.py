@@ -117,7 +117,13 @@ def export_run(run: str | Path, out: str | Path, overwrite: bool = False) -> Pat
     run_folder, target = RunFolder(Path(run)), Path(out)
     recipe, coefficients, opened = open_run(run_folder)
     check_target(target, [run_folder.path, *opened.folders.values()])
-    task_vectors = apply(opened.task_vectors, recipe.preprocess, run_folder.workspace, opened.identity())
+    task_vectors = apply(
+        opened.task_vectors,
+        recipe.preprocess,
+        run_folder.workspace,
+        opened.identity(),
+        run_folder.examples(),
+    )
     with staging(target, overwrite) as folder:
         write_checkpoint(opened.base, task_vectors, coefficients, folder)
         write_config(recipe, "recipe", folder / "trainmerge_recipe.yaml")

@@ -24,9 +24,10 @@ from trainmerge.task_vectors import TaskVectors
 class MergedModel:
     """Holds `module` and keeps its merged parameters equal to the merge of the task vectors.
 
-    `names` maps a task vector's name to the module's parameter name, where they differ.
-    `originals` are the experts' own task vectors, where `task_vectors` are preprocessed ones: `teacher` and
-    `uniform` write these. The module's weights are overwritten; only merged parameters ask for gradients.
+    `names` maps a task vector's name to the module's parameter name, where they differ; `parameters` has
+    the module's parameters under the task vectors' names.
+    `task_vectors` may be replaced by preprocessed ones; `teacher` and `uniform` go on with the experts' own,
+    `originals`. The module's weights are overwritten; only merged parameters ask for gradients.
 
     Raises ValueError if they are the very tensors that the task vectors have as their base.
     """
@@ -37,18 +38,13 @@ class MergedModel:
         task_vectors: TaskVectors,
         coefficients: Coefficients,
         names: Mapping[str, str] | None = None,
-        originals: TaskVectors | None = None,
     ) -> None:
         self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
-        self.originals = originals or task_vectors
-        parameters = dict(module.named_parameters())
-        self._all_parameters = {
-            name: parameters[(names or {}).get(name, name)] for name in task_vectors.deltas
-        }
-        self._parameters = {name: self._all_parameters[name] for name in coefficients.layout.groups}
-        aliased = [
-            name for name, p in self._all_parameters.items() if _shares(p, task_vectors.deltas[name].base)
-        ]
+        self.originals = task_vectors
+        own = dict(module.named_parameters())
+        self.parameters = {name: own[(names or {}).get(name, name)] for name in task_vectors.deltas}
+        self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
+        aliased = [name for name, p in self.parameters.items() if _shares(p, task_vectors.deltas[name].base)]
         if aliased:
             raise ValueError(
                 f"the model's own weights are the base of {aliased[:3]}: give the task vectors a copy"
@@ -78,7 +74,7 @@ class MergedModel:
 
         `everywhere` moves the parameters that the layout excludes too.
         """
-        touched = self._all_parameters if everywhere else self._parameters
+        touched = self.parameters if everywhere else self._parameters
         try:
             self._write(self.originals, touched, lambda _: weights[:, None])
             yield self.module
@@ -109,7 +105,7 @@ class MergedModel:
         self, source: TaskVectors, names: Iterable[str], coefficients: Callable[[str], Tensor]
     ) -> None:
         for name in names:
-            parameter = self._all_parameters[name]
+            parameter = self.parameters[name]
             with exact(parameter):
                 source.deltas[name].merge(parameter, coefficients(name))
         torch.clear_autocast_cache()  # a mixed-precision context keeps its casts of the weights that were

@@ -8,6 +8,7 @@ Legend: `K` experts, `G` coefficient groups.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,10 @@ from trainmerge.calibration import Calibration
 from trainmerge.coefficients import Coefficients, read_initial
 from trainmerge.constraints import Constraint, Free
 from trainmerge.gradients import combined
+from trainmerge.measure import Measure
 from trainmerge.objectives import Entropy, Objective
+from trainmerge.preprocess import Informed
+from trainmerge.presets import MeasuredPreset, Preset
 from trainmerge.recipe import Recipe
 from trainmerge.resident import Resident, load_resident
 from trainmerge.teachers import BUDGET, Record, record_teachers
@@ -37,7 +41,7 @@ class MergeModule(pl.LightningModule):
         recipe: What is merged.
         objective: The loss of a batch; the tasks' losses are weighed by `Expert.weight` and summed.
         constraint: The set that coefficients stay in.
-        initial: Where they start: one number, one an expert, or a `coefficients.safetensors`.
+        initial: Where they start: one number, one an expert, a `coefficients.safetensors`, or a preset.
         anchor: A pull of the coefficients back to their start, or to given values.
         optimizer: Made from the coefficients, as in any LightningModule. One that asks for several losses a
             step (L-BFGS) gets them, all on the step's batches.
@@ -61,7 +65,7 @@ class MergeModule(pl.LightningModule):
         recipe: Recipe,
         objective: Objective = Entropy(),  # noqa: B008 - frozen
         constraint: Constraint = Free(),  # noqa: B008 - frozen
-        initial: float | Sequence[float] | str = 0.3,
+        initial: float | Sequence[float] | str | Preset = 0.3,
         anchor: Anchor = Anchor(),  # noqa: B008 - frozen
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -82,8 +86,12 @@ class MergeModule(pl.LightningModule):
         self.tasks_per_backward, self.teacher_budget = tasks_per_backward, teacher_budget
         self.workspace = Path(workspace)
         self.opened = recipe.open(self.workspace)
-        start = read_initial(initial, tuple(recipe.experts), self.opened.layout)
-        self.coefficients = Coefficients(tuple(recipe.experts), self.opened.layout, start, constraint)
+        self.initial, layout = initial, self.opened.layout
+        names = tuple(recipe.experts)
+        start = (
+            initial(names, layout) if isinstance(initial, Preset) else read_initial(initial, names, layout)
+        )
+        self.coefficients = Coefficients(names, layout, start, constraint)
         self.start: Tensor = self.coefficients().detach().clone()  # a plain attribute: not in the checkpoint
         self.keep_better = keep_better
         self._combine = (combine,)  # in a tuple: no submodule, so that no checkpoint depends on it
@@ -107,6 +115,12 @@ class MergeModule(pl.LightningModule):
     def rule(self) -> torch.nn.Module | None:
         """How gradients of several experts become one; None is their sum."""
         return self._combine[0]
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether merging as it starts needs calibration examples already."""
+        informed = any(isinstance(method, Informed) for method in self.recipe.preprocess)
+        return informed or isinstance(self.initial, MeasuredPreset)
 
     def check_data(self, data: Calibration) -> None:
         """Raise ValueError if the data are of other experts or in another order, or longer than the model."""
@@ -149,7 +163,15 @@ class MergeModule(pl.LightningModule):
             self.workspace,
             device,
             None if self.weights == "stored" else torch.bfloat16,
+            data.identity(),
+            partial(Measure, examples=data.examples, tokenizer=data.tokenize, folder=self.workspace),
         )
+        if isinstance(self.initial, MeasuredPreset):
+            measure = Measure(self.resident, data.examples, data.tokenize, self.workspace)
+            self.start = (
+                self.initial.measured(tuple(self.recipe.experts), measure).expand_as(self.start).clone()
+            )
+            self.coefficients.reset_(self.start)
         if self.objective.asks != Asks():
             with precision():
                 self.teachers = self._record(data)

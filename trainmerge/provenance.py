@@ -10,6 +10,7 @@ import torch
 from trainmerge.calibration import Calibration
 from trainmerge.config import to_config
 from trainmerge.module import MergeModule
+from trainmerge.presets import Preset
 
 
 def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
         "layout": hashlib.sha256(module.opened.layout.to_json().encode()).hexdigest(),
         "weights": module.weights,
         "teacher_budget": module.teacher_budget,
+        **({"initial": to_config(module.initial)} if isinstance(module.initial, Preset) else {}),
         "start": hashlib.sha256(module.start.numpy().tobytes()).hexdigest(),
         **_optimisation(module),
     }

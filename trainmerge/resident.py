@@ -1,6 +1,6 @@
 """From a recipe to the model in memory: the merged model and every task's classifier."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from trainmerge.coefficients import Coefficients
 from trainmerge.forward import Tokenize, build_classifier, forward
 from trainmerge.heads import Classifier
 from trainmerge.merged_model import MergedModel
-from trainmerge.preprocess import apply
+from trainmerge.preprocess import Calibrator, apply
 from trainmerge.recipe import Opened, Recipe
 
 
@@ -33,6 +33,9 @@ class Resident:
         return forward(self.merged.module, batch, self.classifiers[batch.expert], layers)
 
 
+MakeCalibrator = Callable[[Resident], Calibrator]
+
+
 def load_resident(
     recipe: Recipe,
     opened: Opened,
@@ -41,20 +44,25 @@ def load_resident(
     workspace: Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    examples: str = "",
+    calibrator: MakeCalibrator | None = None,
 ) -> Resident:
-    """Preprocess the task vectors, load the base, build the heads; no merge is written yet.
+    """Load the base, build the heads, preprocess the task vectors; no merge is written yet.
 
     The model holds its parameters in `dtype`, or as they are stored. Buffers stay (positions need float32),
-    and so do heads.
+    and so do heads. `examples` identifies the calibration examples and `calibrator` runs the experts on them,
+    for preprocessors that ask.
     """
-    task_vectors = opened.task_vectors
-    if recipe.preprocess:
-        task_vectors = apply(task_vectors, recipe.preprocess, workspace, opened.identity())
     loaded = load_model(opened.base, recipe.ignore)
     module = loaded.module.to(device)
     classifiers = [build_classifier(expert.head, module, tokenize) for expert in recipe.experts.values()]
     for parameter in module.parameters() if dtype else ():
         parameter.data = parameter.data.to(dtype)
-    return Resident(
-        MergedModel(module, task_vectors, coefficients, loaded.names, opened.task_vectors), classifiers
-    )
+    merged = MergedModel(module, opened.task_vectors, coefficients, loaded.names)
+    resident = Resident(merged, classifiers)
+    if recipe.preprocess:
+        made = calibrator(resident) if calibrator else None
+        merged.task_vectors = apply(
+            opened.task_vectors, recipe.preprocess, workspace, opened.identity(), examples, made
+        )
+    return resident

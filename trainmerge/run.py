@@ -68,8 +68,9 @@ def fit(
 ) -> RunFolder:
     """Learn the coefficients in a run folder, from its last snapshot if `resume` says so.
 
-    With `trainer.max_steps` 0 nothing is learned and no calibration data is needed: the run folder holds the
-    coefficients that `module` starts with, which is how a closed-form method is merged and exported.
+    With `trainer.max_steps` 0 nothing is learned, and no calibration data is needed unless a preprocessor or
+    preset measures something on it: the run folder holds the coefficients that `module` starts with, which is
+    how a closed-form method is merged and exported.
 
     Args:
         module: What is learned.
@@ -97,6 +98,8 @@ def fit(
     if trainer.is_global_zero:
         prepare(folder, description, module, trainer, step, config)
     if trainer.max_steps == 0:
+        if module.looks_at_data:
+            module.load(data)
         save_coefficients(module.coefficients, folder.coefficients)
         return folder
     if snapshot and step >= trainer.max_steps:
@@ -126,7 +129,7 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
         raise ValueError(
             f"data.batch_size {data.batch_size} must be a multiple of {trainer.world_size} processes"
         )
-    if trainer.max_steps:
+    if trainer.max_steps or module.looks_at_data:
         module.check_data(data)
 
 

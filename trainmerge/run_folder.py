@@ -73,6 +73,11 @@ class RunFolder:
         """Preprocessed task vectors."""
         return self.path / "workspace"
 
+    def examples(self) -> str:
+        """What identifies the calibration examples that the run looked at."""
+        made = json.loads(self.manifest.read_text())
+        return examples_identity(made["calibration"], made["data"])
+
     def snapshots(self) -> dict[int, Path]:
         """Step -> its snapshot."""
         return {int(path.stem[5:]): path for path in self.checkpoints.glob("step-*.ckpt")}
@@ -132,6 +137,11 @@ class RunFolder:
         for later, snapshot in self.snapshots().items():
             if later > step:
                 snapshot.unlink()
+
+
+def examples_identity(identities: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    """One text for calibration examples and how they are read."""
+    return json.dumps([identities, settings], sort_keys=True)
 
 
 def versions() -> dict[str, str]:

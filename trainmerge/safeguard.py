@@ -48,7 +48,7 @@ def _batch(module: MergeModule, data: Calibration, expert: int, first: int) -> B
 def keep_the_better(module: MergeModule, data: Calibration, folder: RunFolder) -> None:
     """Compare start and end on all calibration examples; leave the better one in the run folder."""
     module.load(data)
-    end = module.coefficients().detach().cpu().clone()  # not the parameter itself, which `_set` writes
+    end = module.coefficients().detach().cpu().clone()  # not the parameter itself, which `reset_` writes
     points = {"start": module.start, "end": end}
     losses = {}
     for point in track(points, description="comparing start and end"):
@@ -56,9 +56,9 @@ def keep_the_better(module: MergeModule, data: Calibration, folder: RunFolder) -
     write_whole(folder.path / "calibration_loss.json", json.dumps(losses, indent=2))
     print(f"loss over all calibration examples: {losses['start']:.4f} -> {losses['end']:.4f}")
     if losses["end"] < losses["start"]:
-        _set(module, end)
+        module.coefficients.reset_(end)
         return
-    _set(module, module.start)
+    module.coefficients.reset_(module.start)
     save_coefficients(module.coefficients, folder.coefficients)
     warnings.warn(
         f"the loss over the calibration examples did not fall ({losses['start']:.4f} -> "
@@ -69,14 +69,8 @@ def keep_the_better(module: MergeModule, data: Calibration, folder: RunFolder) -
 
 
 def _loss_at(module: MergeModule, data: Calibration, values: Tensor) -> float:
-    _set(module, values)
+    module.coefficients.reset_(values)
     return calibration_loss(module, data)
-
-
-@torch.no_grad()
-def _set(module: MergeModule, values: Tensor) -> None:
-    coefficients = module.coefficients
-    coefficients.raw.copy_(coefficients.constraint.start(values.to(coefficients.raw)))
 
 
 def warn_if_it_never_fell(folder: RunFolder) -> None:

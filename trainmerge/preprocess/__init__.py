@@ -4,9 +4,12 @@ from trainmerge.preprocess.breadcrumbs import Breadcrumbs
 from trainmerge.preprocess.consensus import Consensus
 from trainmerge.preprocess.dare import Dare
 from trainmerge.preprocess.doge import Doge
+from trainmerge.preprocess.fisher import Fisher
 from trainmerge.preprocess.opcm import Opcm
 from trainmerge.preprocess.pcb import Pcb
-from trainmerge.preprocess.preprocess import Preprocess, apply
+from trainmerge.preprocess.preprocess import Calibrator, Informed, Preprocess, apply
+from trainmerge.preprocess.rcp import Rcp
+from trainmerge.preprocess.regmean import RegMean
 from trainmerge.preprocess.ties import Ties
 from trainmerge.preprocess.tsv import Tsv
 from trainmerge.preprocess.widen import Widen
@@ -14,12 +17,17 @@ from trainmerge.preprocess.wudi import Wudi
 
 __all__ = [
     "Breadcrumbs",
+    "Calibrator",
     "Consensus",
     "Dare",
     "Doge",
+    "Fisher",
+    "Informed",
     "Opcm",
     "Pcb",
     "Preprocess",
+    "Rcp",
+    "RegMean",
     "Ties",
     "Tsv",
     "Widen",

@@ -1,0 +1,220 @@
+"""Methods that run the experts over calibration examples: their statistics against plain transformers models.
+
+Legend: `B` examples, `T` tokens, `n` inputs of a linear layer.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BertModel, LlamaForCausalLM
+
+import trainmerge as tm
+from tests.world import languages_recipe, recipe, write_languages, write_world
+from trainmerge.measure import Measure
+from trainmerge.recipe import calibration_files
+from trainmerge.task_vectors import TaskVectors
+
+
+@pytest.fixture(scope="module")
+def languages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_languages(tmp_path_factory.mktemp("languages"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    write_world(root)
+    return root
+
+
+def measure(merge: tm.Recipe, folder: Path) -> tuple[Measure, TaskVectors]:
+    module = tm.MergeModule(merge, workspace=str(folder / "workspace"))
+    data = tm.Calibration(calibration_files(merge), merge.base, max_length=16)
+    module.load(data)
+    module.resident.merged.materialise()
+    made = Measure(module.resident, data.examples, data.tokenize, folder / "measured")
+    return made, module.opened.task_vectors
+
+
+def informed(method: tm.Preprocess, made: Measure, vectors: TaskVectors) -> dict[str, Tensor]:
+    return dict(method.informed(vectors, made))
+
+
+def weight_name(layer: str) -> str:
+    return f"{layer}.weight"
+
+
+class Inputs:
+    """What every linear layer of a plain model reads, example after example, without padding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rows: dict[str, list[Tensor]] = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_pre_hook(lambda _, given, name=name: self._read(name, given[0]))
+
+    def _read(self, name: str, states: Tensor) -> None:
+        self.rows.setdefault(weight_name(name), []).append(states.flatten(0, -2).double())
+
+    def moment(self, name: str) -> Tensor:
+        rows = torch.cat(self.rows[name])
+        return rows.T @ rows / len(rows)
+
+
+@torch.no_grad()
+def inputs_of(model: nn.Module, made: Measure, expert: int) -> Inputs:
+    """One example at a time: nothing is padded."""
+    inputs = Inputs(model)
+    for example in made.examples[expert]:
+        model(**made.tokenizer.encode([example]).inputs)
+    return inputs
+
+
+def test_moments_are_of_the_experts_own_inputs_without_padding(languages: Path, tmp_path: Path) -> None:
+    made, vectors = measure(languages_recipe(languages), tmp_path)
+    for k, name in enumerate("ab"):
+        plain = inputs_of(AutoModelForCausalLM.from_pretrained(languages / name), made, k)
+        got = made.grams(k, list(vectors.deltas), {})
+        assert got.keys() == {n for n in vectors.deltas if "proj" in n}  # embeddings are tied to the head
+        for parameter, gram in got.items():
+            torch.testing.assert_close(gram.double(), plain.moment(parameter), rtol=1e-4, atol=1e-6)
+
+
+def test_regmean_is_the_least_squares_answer(world: Path, tmp_path: Path) -> None:
+    made, vectors = measure(recipe(world), tmp_path)
+    result = informed(tm.RegMean(shrink=1.0), made, vectors)
+    for name in ("encoder.layer.0.attention.self.query.weight", "encoder.layer.1.output.dense.weight"):
+        delta = vectors.deltas[name]
+        grams = [made.grams(k, [name], {})[name].double() for k in range(3)]
+        merged = delta.base.double() + result[name].double().sum(0)
+        experts = delta.base.double() + delta.dense().double()
+        slope = sum((merged - w) @ g for w, g in zip(experts, grams, strict=True))
+        scale = sum((delta.base - w) @ g for w, g in zip(experts, grams, strict=True))
+        assert slope.norm() < 1e-4 * scale.norm()
+    bias = "encoder.layer.0.output.dense.bias"
+    torch.testing.assert_close(result[bias], vectors.deltas[bias].dense() / 3)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_equal_experts_are_what_regmean_answers(languages: Path, tmp_path: Path, sequential: bool) -> None:
+    merge = languages_recipe(languages)
+    twice = {"a": merge.experts["a"], "b": replace(merge.experts["b"], path=str(languages / "a"))}
+    made, vectors = measure(replace(merge, experts=twice), tmp_path)
+    for name, taus in informed(tm.RegMean(sequential=sequential), made, vectors).items():
+        # an input direction that nobody reads keeps the base: up to the ridge
+        torch.testing.assert_close(taus.sum(0), vectors.deltas[name].dense()[0], rtol=1e-2, atol=2e-3)
+
+
+def test_regmean_plus_plus_reads_merged_blocks(languages: Path, tmp_path: Path) -> None:
+    made, vectors = measure(languages_recipe(languages), tmp_path)
+    plain, result = (informed(tm.RegMean(sequential=s), made, vectors) for s in (False, True))
+    last = [n for n in vectors.deltas if "layers.1." in n]
+    merged = {
+        n: d.base + result[n].sum(0)
+        for n, d in vectors.deltas.items()
+        if n not in last and "model.norm" not in n
+    }
+    grams = []
+    for k, expert in enumerate("ab"):
+        model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(languages / expert)
+        model.load_state_dict(merged, strict=False)
+        grams.append(inputs_of(model, made, k))
+    name = "model.layers.1.self_attn.q_proj.weight"
+    moments = [0.9 * g.moment(name) + 0.1 * g.moment(name).diag().diag() for g in grams]
+    taus = vectors.deltas[name].dense().double()
+    want = torch.stack([t @ m for t, m in zip(taus, moments, strict=True)]) @ torch.linalg.inv(sum(moments))
+    torch.testing.assert_close(result[name].double(), want, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(result[name], plain[name], rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_of_the_text_are_the_language_models_own(languages: Path, tmp_path: Path) -> None:
+    made, _ = measure(languages_recipe(languages), tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(languages / "b")
+    for gradients, example in zip(made.gradients(1, sampled=False), made.examples[1], strict=True):
+        plain.zero_grad()
+        inputs = made.tokenizer.encode([example]).inputs
+        plain(**inputs, labels=inputs["input_ids"]).loss.backward()
+        for name, parameter in plain.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    gradient = made.resident.merged.gradient()
+    assert not gradient.any()  # nothing of this reached the coefficients
+
+
+def test_fisher_shares_out_by_squared_gradients(world: Path, tmp_path: Path) -> None:
+    made, vectors = measure(recipe(world, grouping=tm.Grouping(exclude=["pooler.*"])), tmp_path)
+    result = informed(tm.Fisher(), made, vectors)
+    squares = []
+    for k in range(3):
+        each = list(made.gradients(k, sampled=True))
+        means = {n: torch.stack([g[n].double() for g in each]).square().mean(0) for n in each[0]}
+        norm = torch.cat([m.flatten() for m in means.values()]).norm()
+        squares.append({n: (m / norm).clamp_min(1e-6) for n, m in means.items()})
+    for name, delta in vectors.deltas.items():
+        if name.startswith("pooler"):
+            torch.testing.assert_close(result[name], delta.dense() / 3)
+            continue
+        total = sum(s[name] for s in squares)
+        want = torch.stack([s[name] / total for s in squares]) * delta.dense()
+        torch.testing.assert_close(result[name].double(), want, rtol=1e-4, atol=1e-7)
+
+
+def test_rcp_adds_what_most_examples_vote_for(languages: Path, tmp_path: Path) -> None:
+    made, vectors = measure(languages_recipe(languages), tmp_path)
+    for weight in (0.0, 1000.0):
+        result = informed(tm.Rcp("a", "b", weight), made, vectors)
+        own, other = (list(made.gradients(k, sampled=False)) for k in range(2))
+        for name, delta in vectors.deltas.items():
+            kept, added = delta.base + delta.dense()
+            guard = torch.stack([(g[name] * kept).square() for g in own]).mean(0)
+            costs = torch.stack([g[name] * added + weight * guard * (kept - added) ** 2 for g in other])
+            mask = (1 - 2 * (costs > 0).int()).sum(0) > 0
+            assert torch.equal(result[name][0], delta.dense()[0])
+            assert (result[name][1] != mask * delta.dense()[1]).float().mean() < 1e-3  # ties of rounding
+    with pytest.raises(ValueError, match="merges two experts"):
+        informed(tm.Rcp("a", "c"), made, vectors)
+
+
+def test_a_measured_merge_is_exported_and_its_loss_is_told(languages: Path, tmp_path: Path) -> None:
+    merge = languages_recipe(languages, preprocess=[tm.RegMean()])
+    module = tm.MergeModule(merge, initial=1.0, workspace=str(tmp_path / "run" / "workspace"))
+    data = tm.Calibration(calibration_files(merge), merge.base, max_length=16)
+    trainer = tm.make_trainer(tmp_path / "run", max_steps=0, accelerator="cpu", enable_progress_bar=False)
+    tm.fit(module, data, trainer, tmp_path / "run")
+    got = load_file(tm.export_run(tmp_path / "run", tmp_path / "merged") / "model.safetensors")
+    made, vectors = measure(languages_recipe(languages), tmp_path / "again")
+    for name, taus in informed(tm.RegMean(), made, vectors).items():
+        torch.testing.assert_close(got[name], vectors.deltas[name].base + taus.sum(0), rtol=1e-5, atol=1e-6)
+    (file,) = (tmp_path / "run" / "workspace").glob("*.safetensors")  # and nothing that was measured
+    file.unlink()
+    with pytest.raises(ValueError, match="RegMean made of the calibration examples is gone; fit again"):
+        tm.export_run(tmp_path / "run", tmp_path / "other")
+    silent = languages_recipe(languages, preprocess=[tm.RegMean()])
+    experts = {n: replace(e, calibration=None) for n, e in silent.experts.items()}
+    module = tm.MergeModule(replace(silent, experts=experts), workspace=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="have no `calibration` file"):
+        tm.fit(module, tm.Calibration({}, merge.base), trainer, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: tm.RegMean(shrink=1.5), "shrink"),
+        (lambda: tm.Fisher(floor=0.0), "floor"),
+        (lambda: tm.RegMean()(TaskVectors((), {})), "needs calibration examples"),
+    ],
+)
+def test_settings_that_mean_nothing(build: object, words: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=words):
+        build()
+
+
+def test_a_bert_without_padding_has_the_same_moments(world: Path, tmp_path: Path) -> None:
+    made, vectors = measure(recipe(world), tmp_path)
+    plain = inputs_of(BertModel.from_pretrained(world / "experts" / "mood"), made, 0)
+    for name, gram in made.grams(0, list(vectors.deltas), {}).items():
+        if "pooler" not in name:  # reads the first position only
+            torch.testing.assert_close(gram.double(), plain.moment(name), rtol=1e-4, atol=1e-6)

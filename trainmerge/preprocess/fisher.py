@@ -1,0 +1,63 @@
+"""Fisher-weighted averaging: an expert's say about a weight is how much its predictions depend on it.
+
+Matena and Raffel, NeurIPS 2022 (arXiv 2111.09832).
+
+Legend: `K` experts, `*S` parameter shape.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from trainmerge.preprocess.preprocess import Calibrator, Informed
+from trainmerge.task_vectors import TaskVectors
+
+
+@dataclass(frozen=True)
+class Fisher(Informed):
+    """F_k tau_k / sum_j F_j, F_k the mean squared gradient of expert k's own predictions.
+
+    Its merge is base + sum of the results, coefficient 1. Labels are drawn from the expert's predictions, one
+    an example or position (the paper sums over all classes). Each F has norm 1 over all parameters, and no
+    entry below `floor`, so that where nobody cares the experts are averaged.
+    """
+
+    floor: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.floor <= 0:
+            raise ValueError(f"floor must be above 0, not {self.floor}")
+
+    @override
+    def informed(self, task_vectors: TaskVectors, calibrator: Calibrator) -> Iterator[tuple[str, Tensor]]:
+        weights = [
+            calibrator.keep(normalised(squares(calibrator.gradients(k, sampled=True))))
+            for k in range(len(task_vectors.experts))
+        ]
+        for name, delta in task_vectors.deltas.items():
+            taus = delta.dense()
+            if name not in weights[0]:  # left out of the merge
+                yield name, taus / len(taus)
+                continue
+            shares = torch.stack([weight[name].to(taus).clamp_min(self.floor) for weight in weights])
+            yield name, shares / shares.sum(dim=0) * taus
+
+
+def squares(gradients: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of the squared gradients, one model's size."""
+    total: dict[str, Tensor] = {}
+    for count, gradient in enumerate(gradients, start=1):
+        for name, slope in gradient.items():
+            square = slope.float().square()
+            total[name] = square if count == 1 else total[name].mul_(1 - 1 / count).add_(square / count)
+    return total
+
+
+def normalised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with norm 1 over all of them; zeros stay."""
+    norm = sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+    return {name: tensor / norm for name, tensor in tensors.items()} if norm else tensors

@@ -1,0 +1,86 @@
+"""RegMean: each linear layer's least-squares answer to all experts on their own inputs.
+
+Jin et al., ICLR 2023 (arXiv 2212.09849); RegMean++ (arXiv 2508.03121).
+
+Legend: `K` experts, `m x n` a weight (outputs x inputs), `G` [n, n] second moment of a layer's inputs.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from trainmerge.coefficients import block_of
+from trainmerge.preprocess.preprocess import Calibrator, Informed
+from trainmerge.task_vectors import TaskVectors
+
+RIDGE = 1e-6  # of the mean diagonal: a direction that no expert reads keeps the base
+
+
+@dataclass(frozen=True)
+class RegMean(Informed):
+    """tau_k G_k (sum_j G_j)^-1, G_k of expert k's layer inputs on its own unlabeled examples.
+
+    Its merge is base + sum of the results, coefficient 1: of all weights W the one with the least
+    sum_k |(W - W_k) X_k|^2. Padding is not counted. Parameters that are no linear layer's weight are divided
+    by K. The reference inverts without a ridge, and counts padding.
+
+    Args:
+        shrink: What off-diagonal entries of G are multiplied by; 0.9 in the paper, less for few examples.
+        sequential: RegMean++: a block's inputs come from the merged blocks before it. Runs each expert once a
+            block instead of once.
+    """
+
+    shrink: float = 0.9
+    sequential: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shrink <= 1:
+            raise ValueError(f"shrink must be in [0, 1], not {self.shrink}")
+
+    @override
+    def informed(self, task_vectors: TaskVectors, calibrator: Calibrator) -> Iterator[tuple[str, Tensor]]:
+        if self.sequential:
+            results = self._block_by_block(task_vectors, calibrator)
+            yield from ((name, results[name]) for name in task_vectors.deltas)
+            return
+        grams = _grams(task_vectors, calibrator, list(task_vectors.deltas), {})
+        for name in task_vectors.deltas:
+            yield name, self._result(task_vectors, name, grams)
+
+    def _block_by_block(self, task_vectors: TaskVectors, calibrator: Calibrator) -> dict[str, Tensor]:
+        blocks: dict[str, list[str]] = {}
+        for name in calibrator.in_order(task_vectors.deltas):
+            blocks.setdefault(block_of(name), []).append(name)
+        results: dict[str, Tensor] = {}
+        merged: dict[str, Tensor] = {}
+        for names in blocks.values():
+            grams = _grams(task_vectors, calibrator, names, merged)
+            results |= calibrator.keep({name: self._result(task_vectors, name, grams) for name in names})
+            merged |= calibrator.keep(
+                {name: task_vectors.deltas[name].base + results[name].sum(dim=0) for name in names}
+            )
+        return results
+
+    def _result(self, task_vectors: TaskVectors, name: str, grams: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        taus = task_vectors.deltas[name].dense()
+        if name not in grams[0]:
+            return taus / len(taus)
+        moments = torch.stack([self._shrunk(gram[name].double()) for gram in grams])
+        total = moments.sum(dim=0)
+        total.diagonal().add_(RIDGE * total.diagonal().mean().clamp_min(torch.finfo(total.dtype).tiny))
+        weighed = taus.double() @ moments  # [K, m, n]
+        solved: Tensor = torch.linalg.solve(total, weighed.mT)
+        return solved.mT.to(taus)
+
+    def _shrunk(self, gram: Tensor) -> Tensor:
+        return self.shrink * gram + (1 - self.shrink) * torch.diag(gram.diagonal())
+
+
+def _grams(
+    task_vectors: TaskVectors, calibrator: Calibrator, names: Sequence[str], merged: Mapping[str, Tensor]
+) -> list[dict[str, Tensor]]:
+    experts = range(len(task_vectors.experts))
+    return [calibrator.keep(calibrator.grams(expert, names, merged)) for expert in experts]
