@@ -9,8 +9,11 @@ from torchjd.aggregation import MGDA, Mean, PCGrad, Sum
 
 import trainmerge as tm
 from tests.test_fit import fit_world
-from tests.world import write_world
+from tests.world import languages_recipe, write_languages, write_world
+from trainmerge.batch import Batch
 from trainmerge.gradients import combined
+from trainmerge.preprocess.subspace import shared_subspace
+from trainmerge.recipe import calibration_files
 
 ROWS = torch.tensor([[[1.0, 0.0]], [[-0.5, 1.0]]])  # m = 2, K = 1, G = 2
 
@@ -69,3 +72,34 @@ def test_a_fit_with_a_rule_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(whole.coefficients(), parts.coefficients())
     with pytest.raises(ValueError, match="combine"):
         fit_world(tmp_path, tmp_path / "parts", steps=8, combine=MGDA(), objective=tm.Alignment())
+
+
+def test_what_is_shared_counts_for_nothing(tmp_path: Path) -> None:
+    """<(1 - U U^T) G, tau> with G from plain autograd and U from the experts' leading singular vectors."""
+    merge = languages_recipe(write_languages(tmp_path))
+    data = tm.Calibration(calibration_files(merge), merge.base, max_length=16)
+    module = tm.MergeModule(merge, tm.Entropy(), subspace=4, workspace=str(tmp_path / "w"))
+    module.load(data)
+    merged = module.resident.merged
+    merged.materialise()
+    encoded = data.tokenize.encode(data.examples[0])
+    batch = Batch(0, encoded.inputs, encoded.mask, torch.arange(6))
+    slopes = torch.autograd.grad(module.loss(batch), list(merged.parameters.values()))
+    assert not merged.gradient().any()
+    module.loss(batch).backward()
+    got = merged.gradient()
+    for column, (name, slope) in enumerate(zip(merged.parameters, slopes, strict=True)):
+        taus = module.opened.task_vectors.deltas[name].dense()
+        if slope.dim() == 2:
+            basis = shared_subspace(taus, min(slope.shape) // 4)
+            assert basis.shape == (len(slope), min(slope.shape) // 4)
+            slope = slope - basis @ (basis.T @ slope)
+        want = (taus * slope).flatten(1).sum(1)
+        torch.testing.assert_close(got[:, column], want, rtol=1e-3, atol=1e-6)
+    (kept,) = (tmp_path / "w").glob("subspaces-*.safetensors")
+    written = kept.stat().st_mtime_ns
+    again = tm.MergeModule(merge, tm.Entropy(), subspace=4, workspace=str(tmp_path / "w"))
+    again.load(data)
+    assert kept.stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="subspace must be 0 or more"):
+        tm.MergeModule(merge, subspace=-1)

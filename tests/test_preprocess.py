@@ -15,7 +15,7 @@ import trainmerge as tm
 from tests.world import recipe, write_world
 from trainmerge.kernels import Difference
 from trainmerge.preprocess.consensus import tall_masks
-from trainmerge.preprocess.doge import shared_subspace
+from trainmerge.preprocess.subspace import shared_subspace
 from trainmerge.recipe import calibration_files
 from trainmerge.task_vectors import Delta, TaskVectors
 
@@ -25,7 +25,10 @@ METHODS = {
     "dare": tm.Dare(0.5),
     "doge": tm.Doge(density=0.5),
     "doge-am": tm.Doge(density=0.5, solver="adam", separate=True),
+    "model-stock": tm.ModelStock(),
     "opcm": tm.Opcm(),
+    "optmerge": tm.OptMerge(),
+    "optmerge-mean": tm.OptMerge(start="mean"),
     "pcb": tm.Pcb(0.3),
     "ties": tm.Ties(0.5),
     "tsv": tm.Tsv(),
@@ -90,7 +93,9 @@ def test_what_did_not_change_stays(method: tm.Preprocess) -> None:
     for tau in taus.values():
         tau[1] = 0
     got = run(method, taus)
-    if not isinstance(method, tm.Wudi):  # WUDI lets an absent expert's part of the sum go to the others
+    if not isinstance(
+        method, tm.Wudi | tm.OptMerge
+    ):  # WUDI lets an absent expert's part of the sum go to the others
         assert not any(t[1].any() for t in got.values())
     nothing = run(method, {name: torch.zeros_like(tau) for name, tau in taus.items()})
     assert not any(t.any() for t in nothing.values())
@@ -118,8 +123,8 @@ def test_the_order_of_experts_does_not_matter(name: str) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [tm.Breadcrumbs(1.0, 0.0), tm.Consensus(agree=0), tm.Dare(0.0), tm.Opcm(), tm.Ties(1.0), tm.Tsv(),
-     tm.Widen(), tm.Wudi(300.0), tm.Wudi()],
+    [tm.Breadcrumbs(1.0, 0.0), tm.Consensus(agree=0), tm.Dare(0.0), tm.Opcm(), tm.OptMerge(),
+     tm.Ties(1.0), tm.Tsv(), tm.Widen(), tm.Wudi(300.0), tm.Wudi()],
     ids=lambda method: type(method).__name__,
 )  # fmt: skip
 def test_one_expert_is_itself(method: tm.Preprocess) -> None:
@@ -246,6 +251,65 @@ def test_opcm() -> None:
     torch.testing.assert_close(apart / apart.norm(), (left + right) / (left + right).norm())
 
 
+def optmerge_loss(merged: Tensor, taus: Sequence[Tensor]) -> Tensor:
+    """As the paper has it: |(W - t_k) (S_k V_k^T)^T|^2 / |tau_k|^2."""
+    mean, rank = sum(taus) / len(taus), min(taus[0].shape) // len(taus)
+    total = torch.zeros((), dtype=torch.float64)
+    for tau in taus:
+        u, s, v = torch.linalg.svd(tau - mean, full_matrices=False)
+        target = u[:, :rank] * s[:rank] @ v[:rank] + mean
+        _, s, v = torch.linalg.svd(tau, full_matrices=False)
+        total = (
+            total + ((merged - target) @ (s[:rank, None] * v[:rank]).T).square().sum() / tau.square().sum()
+        )
+    return total
+
+
+@pytest.mark.parametrize("start", ["sum", "mean"])
+def test_optmerge_is_its_gradient_flow_and_ends_at_the_minimum(start: str) -> None:
+    taus = matrices(0, 1, shape=(8, 6))
+    end = one(tm.OptMerge(float("inf"), start), *taus).sum(0).requires_grad_()
+    (slope,) = torch.autograd.grad(optmerge_loss(end, taus), end)
+    assert slope.abs().max() < 1e-9
+    merged = torch.stack(taus).sum(0) if start == "sum" else torch.stack(taus).mean(0)
+    torch.testing.assert_close(one(tm.OptMerge(0.0, start), *taus).sum(0), merged)
+    for _ in range(4000):  # Euler on half the gradient
+        merged.requires_grad_()
+        (slope,) = torch.autograd.grad(optmerge_loss(merged, taus) / 2, merged)
+        merged = (merged - 2.0 / 4000 * slope).detach()
+    torch.testing.assert_close(one(tm.OptMerge(2.0, start), *taus).sum(0), merged, rtol=2e-3, atol=2e-3)
+
+
+def test_slerp_goes_along_the_circle() -> None:
+    torch.manual_seed(0)
+    taus = {"w": torch.randn(2, 6, 8, dtype=torch.float64), "v": torch.zeros(2, 5, dtype=torch.float64)}
+    given = vectors(taus)
+    first, second = given.deltas["w"].base + taus["w"]
+    at = lambda t: given.deltas["w"].base + dict(tm.Slerp(t)(given))["w"].sum(0)  # noqa: E731
+    torch.testing.assert_close(at(0.0), first)
+    torch.testing.assert_close(at(1.0), second)
+    angle = torch.acos((first * second).sum() / first.norm() / second.norm())
+    middle = at(0.5)
+    torch.testing.assert_close(middle, (first + second) / (2 * torch.cos(angle / 2)))
+    torch.testing.assert_close(at(0.25) * 2 * torch.cos(angle / 4), first + middle)
+    assert not dict(tm.Slerp()(given))["v"].any()  # equal models stay
+    with pytest.raises(ValueError, match="two experts, not 3"):
+        run(tm.Slerp(), random())
+
+
+def test_model_stock_is_where_the_altitudes_meet() -> None:
+    """Of the triangle of base and two experts, as the paper draws it."""
+    a, b = matrices(0, 1)
+    b = (0.5 * a + b) * a.norm() / (0.5 * a + b).norm()
+    merged = one(tm.ModelStock(), a, b).sum(0)
+    for expert, other in ((a, b), (b, a)):
+        torch.testing.assert_close((merged * expert).sum(), (other * expert).sum())
+    torch.testing.assert_close(one(tm.ModelStock(), a, a).sum(0), a)
+    assert not one(tm.ModelStock(), a, -a).any()
+    with pytest.raises(ValueError, match="two experts at least"):
+        one(tm.ModelStock(), a)
+
+
 def gap(merged: Tensor, taus: Tensor) -> Tensor:
     return ((taus * (taus - merged)).sum(2) ** 2).sum()
 
@@ -348,6 +412,8 @@ def test_widen_without_the_bonus_shares_equal_experts_out() -> None:
         (lambda: tm.Doge(eta=0.0), "eta"),
         (lambda: tm.Doge(density=0.0), "density"),
         (lambda: tm.Doge(separate=True), "early stop"),
+        (lambda: tm.OptMerge(-1.0), "time"),
+        (lambda: tm.Slerp(1.5), "t must"),
         (lambda: tm.Wudi(-1.0), "time"),
         (lambda: tm.Wudi(1.0, keep=0.0), "keep"),
     ],

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trainmerge.coefficients import Coefficients
-from trainmerge.task_vectors import TaskVectors
+from trainmerge.task_vectors import TaskVectors, outside
 
 
 class MergedModel:
@@ -27,7 +27,8 @@ class MergedModel:
     `names` maps a task vector's name to the module's parameter name, where they differ; `parameters` has
     the module's parameters under the task vectors' names.
     `task_vectors` may be replaced by preprocessed ones; `teacher` and `uniform` go on with the experts' own,
-    `originals`. The module's weights are overwritten; only merged parameters ask for gradients.
+    `originals`. `left_alone` are orthonormal columns [m, k] by parameter: what a gradient has in their span
+    counts for nothing. The module's weights are overwritten; only merged parameters ask for gradients.
 
     Raises ValueError if they are the very tensors that the task vectors have as their base.
     """
@@ -41,6 +42,7 @@ class MergedModel:
     ) -> None:
         self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
         self.originals = task_vectors
+        self.left_alone: Mapping[str, Tensor] = {}
         own = dict(module.named_parameters())
         self.parameters = {name: own[(names or {}).get(name, name)] for name in task_vectors.deltas}
         self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
@@ -95,10 +97,17 @@ class MergedModel:
             self._gradient = self._zeros()
         groups = list(self.coefficients.layout.groups[name])
         with exact(parameter):
-            inner = self.task_vectors.deltas[name].inner(parameter.grad, len(groups))
+            slope = self._projected(name, parameter.grad)
+            inner = self.task_vectors.deltas[name].inner(slope, len(groups))
         columns = torch.tensor(groups, device=self._gradient.device)
         self._gradient.index_add_(1, columns, inner.to(self._gradient))
         parameter.grad = None
+
+    def _projected(self, name: str, gradient: Tensor) -> Tensor:
+        if name not in self.left_alone:
+            return gradient
+        basis = self.left_alone[name].to(gradient.device)
+        return outside(gradient.to(basis.dtype), basis)
 
     @torch.no_grad()
     def _write(

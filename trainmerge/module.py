@@ -28,6 +28,7 @@ from trainmerge.gradients import combined
 from trainmerge.measure import Measure
 from trainmerge.objectives import Entropy, Objective
 from trainmerge.preprocess import Informed
+from trainmerge.preprocess.subspace import shared_subspaces
 from trainmerge.presets import MeasuredPreset, Preset
 from trainmerge.recipe import Recipe
 from trainmerge.resident import Resident, load_resident
@@ -50,6 +51,8 @@ class MergeModule(pl.LightningModule):
             whichever coefficients have the lower one.
         combine: How the experts' coefficient gradients become one: a `torchjd.aggregation` rule, or any
             module [m, n] -> [n]; every expert then has its own backward. Their sum by default.
+        subspace: Leave out what a weight's gradient has in the experts' shared subspace, of
+            floor(min(rows, columns) / subspace) directions, as DOGE does; 0 leaves nothing out.
         clip: The gradient's norm over all coefficients is cut to this; 0 leaves it as it is.
         weights: `stored` holds the resident model as the base's files do; `bfloat16` rounds the merge once to
             it, which halves a float32 model. Coefficients and reductions are float32 in any case.
@@ -71,6 +74,7 @@ class MergeModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         keep_better: bool = False,
         combine: torch.nn.Module | None = None,
+        subspace: int = 0,
         clip: float = 0.0,
         weights: Literal["stored", "bfloat16"] = "stored",
         tasks_per_backward: int = 1,
@@ -78,11 +82,13 @@ class MergeModule(pl.LightningModule):
         workspace: str = "workspace",
     ) -> None:
         super().__init__()
+        if subspace < 0:
+            raise ValueError(f"subspace must be 0 or more, not {subspace}")
         if tasks_per_backward < 1:
             raise ValueError(f"tasks_per_backward must be at least 1, not {tasks_per_backward}")
         self.automatic_optimization = False
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
-        self.weights = weights
+        self.weights, self.subspace = weights, subspace
         self.tasks_per_backward, self.teacher_budget = tasks_per_backward, teacher_budget
         self.workspace = Path(workspace)
         self.opened = recipe.open(self.workspace)
@@ -166,6 +172,11 @@ class MergeModule(pl.LightningModule):
             data.identity(),
             partial(Measure, examples=data.examples, tokenizer=data.tokenize, folder=self.workspace),
         )
+        if self.subspace:
+            merged = self.resident.merged
+            merged.left_alone = shared_subspaces(
+                merged.task_vectors, self.subspace, self.workspace, self._task_vectors_identity(data)
+            )
         if isinstance(self.initial, MeasuredPreset):
             measure = Measure(self.resident, data.examples, data.tokenize, self.workspace)
             self.start = (
@@ -175,6 +186,9 @@ class MergeModule(pl.LightningModule):
         if self.objective.asks != Asks():
             with precision():
                 self.teachers = self._record(data)
+
+    def _task_vectors_identity(self, data: Calibration) -> str:
+        return repr([self.opened.identity(), self.recipe.preprocess, data.identity()])
 
     def _record(self, data: Calibration) -> list[Record]:
         heads = [expert.head.identity() if expert.head else "" for expert in self.recipe.experts.values()]

@@ -30,6 +30,7 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
         "combine": repr(module.rule),
         "layout": hashlib.sha256(module.opened.layout.to_json().encode()).hexdigest(),
         "weights": module.weights,
+        "subspace": module.subspace,
         "teacher_budget": module.teacher_budget,
         **({"initial": to_config(module.initial)} if isinstance(module.initial, Preset) else {}),
         "start": hashlib.sha256(module.start.numpy().tobytes()).hexdigest(),

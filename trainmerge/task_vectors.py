@@ -60,6 +60,11 @@ def dense_term(term: Term, base: Tensor) -> Tensor:
             return torch.zeros_like(base, dtype=dtype)
 
 
+def outside(matrix: Tensor, basis: Tensor) -> Tensor:
+    """Its part outside of the subspace; never the m x m projector."""
+    return matrix - basis @ (basis.T @ matrix)
+
+
 @dataclass(frozen=True)
 class TaskVectors:
     """Every parameter that some expert changed, under the base checkpoint's own names."""

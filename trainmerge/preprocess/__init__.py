@@ -1,11 +1,13 @@
 """Task vectors -> task vectors, one method a file. The experts stay apart, so coefficients can weigh them."""
 
+from trainmerge.preprocess.angles import ModelStock, Slerp
 from trainmerge.preprocess.breadcrumbs import Breadcrumbs
 from trainmerge.preprocess.consensus import Consensus
 from trainmerge.preprocess.dare import Dare
 from trainmerge.preprocess.doge import Doge
 from trainmerge.preprocess.fisher import Fisher
 from trainmerge.preprocess.opcm import Opcm
+from trainmerge.preprocess.optmerge import OptMerge
 from trainmerge.preprocess.pcb import Pcb
 from trainmerge.preprocess.preprocess import Calibrator, Informed, Preprocess, apply
 from trainmerge.preprocess.rcp import Rcp
@@ -23,11 +25,14 @@ __all__ = [
     "Doge",
     "Fisher",
     "Informed",
+    "ModelStock",
     "Opcm",
+    "OptMerge",
     "Pcb",
     "Preprocess",
     "Rcp",
     "RegMean",
+    "Slerp",
     "Ties",
     "Tsv",
     "Widen",

@@ -18,8 +18,8 @@ from typing_extensions import override
 
 from trainmerge.preprocess.preprocess import Preprocess
 from trainmerge.preprocess.select import cut_at
-from trainmerge.preprocess.tsv import truncated
-from trainmerge.task_vectors import TaskVectors, dense_term
+from trainmerge.preprocess.subspace import shared_subspace
+from trainmerge.task_vectors import TaskVectors, dense_term, outside
 
 PAPER_STEPS, PAPER_RATE = 400, 1e-4
 
@@ -98,29 +98,17 @@ class Doge(Preprocess):
         return _least_squares(taus, _gaps(taus, weights), basis)[None] / weights.sum()
 
 
-def shared_subspace(taus: Tensor, directions: int) -> Tensor:
-    """Orthonormal columns [m, k]: leading left singular vectors of the experts' leading ones."""
-    rank = min(taus.shape[1:]) // len(taus)
-    leading = torch.cat([truncated(tau, rank)[0] for tau in taus], dim=1)
-    return truncated(leading, directions)[0]
-
-
 def _gaps(taus: Tensor, weights: Tensor) -> Tensor:
     """<tau_k, tau_k - sum_j l_j tau_j> of every row, [K, m]."""
     merged = torch.einsum("k,kmn->mn", weights, taus)
     return (taus * (taus - merged)).sum(dim=2)
 
 
-def _outside(matrix: Tensor, basis: Tensor) -> Tensor:
-    """Its part outside of the subspace; never the m x m projector."""
-    return matrix - basis @ (basis.T @ matrix)
-
-
 def _least_squares(taus: Tensor, gaps: Tensor, basis: Tensor, steps: int = 200) -> Tensor:
     """The shortest D [m, n] outside of the subspace with the least |gaps - <tau_k, D>|^2: CGLS from 0."""
     solution = torch.zeros_like(taus[0])
     residual = gaps.clone()
-    slope = _outside(torch.einsum("km,kmn->mn", residual, taus), basis)
+    slope = outside(torch.einsum("km,kmn->mn", residual, taus), basis)
     direction, size = slope, slope.square().sum()
     first = size.clone()
     for _ in range(steps):
@@ -130,10 +118,10 @@ def _least_squares(taus: Tensor, gaps: Tensor, basis: Tensor, steps: int = 200) 
         step = size / image.square().sum().clamp_min(torch.finfo(taus.dtype).tiny)
         solution = solution + step * direction
         residual = residual - step * image
-        slope = _outside(torch.einsum("km,kmn->mn", residual, taus), basis)
+        slope = outside(torch.einsum("km,kmn->mn", residual, taus), basis)
         before, size = size, slope.square().sum()
         direction = slope + size / before * direction
-    return _outside(solution, basis)
+    return outside(solution, basis)
 
 
 @torch.enable_grad()
@@ -147,6 +135,6 @@ def _adam(taus: Tensor, weights: Tensor, shares: Tensor, basis: Tensor) -> Tenso
         total = torch.einsum("s,smn->mn", shares, moves)
         (gaps - torch.einsum("kmn,mn->km", taus, total)).square().sum().backward()  # type: ignore[no-untyped-call]
         assert moves.grad is not None
-        moves.grad = torch.stack([_outside(gradient, basis) for gradient in moves.grad])
+        moves.grad = torch.stack([outside(gradient, basis) for gradient in moves.grad])
         optimizer.step()
     return moves.detach()

@@ -1,0 +1,44 @@
+"""What the experts' matrices have in common: the outputs that projected gradients leave alone.
+
+Wei et al., ICML 2025 (arXiv 2501.01230).
+
+Legend: `K` experts, `m x n` a matrix, `k` directions.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainmerge.preprocess.tsv import truncated
+from trainmerge.storage import MappedFile, write_safetensors
+from trainmerge.task_vectors import TaskVectors
+
+
+def shared_subspace(taus: Tensor, directions: int) -> Tensor:
+    """Orthonormal columns [m, k]: leading left singular vectors of the experts' leading ones."""
+    rank = min(taus.shape[1:]) // len(taus)
+    leading = torch.cat([truncated(tau, rank)[0] for tau in taus], dim=1)
+    return truncated(leading, directions)[0]
+
+
+def shared_subspaces(task_vectors: TaskVectors, divisor: int, folder: Path, inputs: str) -> dict[str, Tensor]:
+    """Every matrix's shared subspace of floor(min(m, n) / divisor) directions, [m, k], mapped from `folder`.
+
+    `inputs` identifies the task vectors. Matrices whose subspace is empty are left out. K + 1 singular value
+    decompositions a matrix, once.
+    """
+    key = hashlib.sha256(f"{inputs} {divisor}".encode()).hexdigest()[:16]
+    path = folder / f"subspaces-{key}.safetensors"
+    if not path.exists():
+        found: dict[str, Tensor] = {}
+        for name, delta in task_vectors.deltas.items():
+            if len(delta.shape) == 2:
+                basis = shared_subspace(delta.dense(), min(delta.shape) // divisor)
+                found |= {name: basis.contiguous()} if basis.shape[1] else {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        specs = {name: (basis.dtype, tuple(basis.shape)) for name, basis in found.items()}
+        write_safetensors(path, specs, found.items())
+    file = MappedFile(path)
+    return {name: file.read(name) for name in file.tensors}
