@@ -44,6 +44,31 @@ def write_config(root: Path, **changes: object) -> Path:
     return path
 
 
+def test_presets_and_informed_methods_from_yaml(world: Path) -> None:
+    config = str(
+        write_config(
+            world,
+            recipe__preprocess=[{"class_path": "trainmerge.RegMean", "init_args": {"sequential": True}}],
+            model__initial={
+                "class_path": "trainmerge.LayerSwap",
+                "init_args": {"outer": "mood", "inner": "colour", "bottom": 1, "top": 0, "transition": 0},
+            },
+            model__subspace=4,
+            model__weights="bfloat16",
+        )
+    )
+    run, out = str(world / "run"), str(world / "merged")
+    assert main(["fit", "--config", config, "--run", str(world / "still"), "--trainer.max_steps", "0"]) == 0
+    assert main(["export", str(world / "still"), out]) == 0
+    assert main(["fit", "--config", config, "--run", run]) == 0
+    assert main(["fit", "--config", config, "--run", run, "--trainer.max_steps", "5"]) == 0
+    assert main(["export", run, out, "--overwrite", "true"]) == 0
+    assert main(["evaluate", run, "--max_length", "16", "--compare", "false"]) == 0
+    values = load_file(world / "still" / "coefficients.safetensors")["coefficients"]
+    assert set(values.flatten().tolist()) == {0.0, 1.0}
+    assert not torch.equal(values, load_file(world / "run" / "coefficients.safetensors")["coefficients"])
+
+
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
     write_world(tmp_path)

@@ -105,7 +105,7 @@ class Measure:
         found = []
         with self.resident.merged.teacher(expert):
             for example in texts:
-                log_p, tokens = self._log_p(self._batch(expert, [example]))
+                log_p, tokens = self._log_p(self.resident.batch(expert, [example], self.tokenizer))
                 found.append(log_p.gather(-1, tokens[:, None]).double().sum())
         return torch.stack(found).cpu()
 
@@ -115,7 +115,7 @@ class Measure:
         merged = self.resident.merged
         found = []
         for example in texts:
-            batch = self._batch(expert, [example])
+            batch = self.resident.batch(expert, [example], self.tokenizer)
             with merged.uniform(torch.zeros(len(merged.task_vectors.experts)), everywhere=True):
                 base, _ = self._log_p(batch)
             with merged.teacher(expert):
@@ -140,13 +140,7 @@ class Measure:
     def _batches(self, expert: int, doing: str, together: int = TOGETHER) -> Iterator[Batch]:
         own = self.examples[expert]
         for first in track(range(0, len(own), together), description=f"{doing} of expert {expert + 1}"):
-            yield self._batch(expert, own[first : first + together])
-
-    def _batch(self, expert: int, examples: Sequence[Example]) -> Batch:
-        encoded = self.tokenizer.encode(examples)
-        device = self.resident.device
-        inputs = {name: tensor.to(device) for name, tensor in encoded.inputs.items()}
-        return Batch(expert, inputs, encoded.mask.to(device), torch.arange(len(examples)))
+            yield self.resident.batch(expert, own[first : first + together], self.tokenizer, first)
 
 
 class _Moment:

@@ -173,22 +173,23 @@ class MergeModule(pl.LightningModule):
             partial(Measure, examples=data.examples, tokenizer=data.tokenize, folder=self.workspace),
         )
         if self.subspace:
-            merged = self.resident.merged
-            merged.left_alone = shared_subspaces(
-                merged.task_vectors, self.subspace, self.workspace, self._task_vectors_identity(data)
-            )
+            self._leave_alone_what_is_shared(data)
         if isinstance(self.initial, MeasuredPreset):
-            measure = Measure(self.resident, data.examples, data.tokenize, self.workspace)
-            self.start = (
-                self.initial.measured(tuple(self.recipe.experts), measure).expand_as(self.start).clone()
-            )
-            self.coefficients.reset_(self.start)
+            self._start_at(self.initial, data)
         if self.objective.asks != Asks():
             with precision():
                 self.teachers = self._record(data)
 
-    def _task_vectors_identity(self, data: Calibration) -> str:
-        return repr([self.opened.identity(), self.recipe.preprocess, data.identity()])
+    def _leave_alone_what_is_shared(self, data: Calibration) -> None:
+        merged = self.resident.merged
+        identity = repr([self.opened.identity(), self.recipe.preprocess, data.identity()])
+        merged.left_alone = shared_subspaces(merged.task_vectors, self.subspace, self.workspace, identity)
+
+    def _start_at(self, preset: MeasuredPreset, data: Calibration) -> None:
+        measure = Measure(self.resident, data.examples, data.tokenize, self.workspace)
+        values = preset.measured(tuple(self.recipe.experts), measure)
+        self.start = values.expand_as(self.start).clone()
+        self.coefficients.reset_(self.start)
 
     def _record(self, data: Calibration) -> list[Record]:
         heads = [expert.head.identity() if expert.head else "" for expert in self.recipe.experts.values()]

@@ -9,11 +9,13 @@ import torch
 from trainmerge.batch import Batch, Outputs
 from trainmerge.checkpoints import load_model
 from trainmerge.coefficients import Coefficients
+from trainmerge.examples import Example
 from trainmerge.forward import Tokenize, build_classifier, forward
 from trainmerge.heads import Classifier
 from trainmerge.merged_model import MergedModel
 from trainmerge.preprocess import Calibrator, apply
 from trainmerge.recipe import Opened, Recipe
+from trainmerge.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,13 @@ class Resident:
     def __call__(self, batch: Batch, layers: Sequence[int] = ()) -> Outputs:
         """A forward pass of the present weights, through the head of the batch's task."""
         return forward(self.merged.module, batch, self.classifiers[batch.expert], layers)
+
+    def batch(self, expert: int, examples: Sequence[Example], tokenizer: Tokenizer, first: int = 0) -> Batch:
+        """These examples on the model's device, numbered from `first`."""
+        encoded = tokenizer.encode(examples)
+        inputs = {name: tensor.to(self.device) for name, tensor in encoded.inputs.items()}
+        ids = torch.arange(first, first + len(examples))
+        return Batch(expert, inputs, encoded.mask.to(self.device), ids)
 
 
 MakeCalibrator = Callable[[Resident], Calibrator]

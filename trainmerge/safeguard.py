@@ -33,22 +33,14 @@ def batches(module: MergeModule, data: Calibration) -> Iterator[Batch]:
     """All calibration examples, expert after expert, on the model's device."""
     for expert, examples in enumerate(data.examples):
         for first in range(0, len(examples), data.batch_size):
-            yield _batch(module, data, expert, first)
-
-
-def _batch(module: MergeModule, data: Calibration, expert: int, first: int) -> Batch:
-    examples = data.examples[expert][first : first + data.batch_size]
-    encoded = data.tokenize.encode(examples)
-    device = module.resident.device
-    inputs = {name: tensor.to(device) for name, tensor in encoded.inputs.items()}
-    ids = torch.arange(first, first + len(examples))
-    return Batch(expert, inputs, encoded.mask.to(device), ids)
+            own = examples[first : first + data.batch_size]
+            yield module.resident.batch(expert, own, data.tokenize, first)
 
 
 def keep_the_better(module: MergeModule, data: Calibration, folder: RunFolder) -> None:
     """Compare start and end on all calibration examples; leave the better one in the run folder."""
+    end = module.coefficients().detach().cpu().clone()  # not the parameter itself, which `load` may write
     module.load(data)
-    end = module.coefficients().detach().cpu().clone()  # not the parameter itself, which `reset_` writes
     points = {"start": module.start, "end": end}
     losses = {}
     for point in track(points, description="comparing start and end"):

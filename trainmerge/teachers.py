@@ -18,7 +18,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from trainmerge.batch import Asks, Batch, Predictions, Signals
+from trainmerge.batch import Asks, Predictions, Signals
 from trainmerge.examples import Example
 from trainmerge.resident import Resident
 from trainmerge.storage import MappedFile, write_safetensors
@@ -95,17 +95,11 @@ def _open(file: MappedFile, k: int, starts: list[int], asks: Asks) -> Record:
 @torch.no_grad()
 def _sizes(resident: Resident, tokenizer: Tokenizer, asks: Asks, example: Example) -> "_Sizes":
     """How wide logits and hidden states are, from one forward pass."""
-    outputs = resident(_batch(0, [example], tokenizer, resident.device), asks.layers)
+    outputs = resident(resident.batch(0, [example], tokenizer), asks.layers)
     hidden = {layer: state.shape[-1] for layer, state in outputs.hidden.items()}
     classes = [None if head is None else len(head.weight) for head in resident.classifiers]
     width = outputs.logits.shape[-1]
     return _Sizes([width if classes_ is None else classes_ for classes_ in classes], hidden)
-
-
-def _batch(k: int, examples: Sequence[Example], tokenizer: Tokenizer, device: torch.device) -> Batch:
-    encoded = tokenizer.encode(examples)
-    inputs = {name: tensor.to(device) for name, tensor in encoded.inputs.items()}
-    return Batch(k, inputs, encoded.mask.to(device), torch.arange(len(examples)))
 
 
 def _counts(expert: int, examples: Sequence[Example], tokenizer: Tokenizer) -> list[int]:
@@ -200,7 +194,7 @@ class _Recorder:
         yield batch
 
     def _signals(self, k: int, examples: Sequence[Example]) -> dict[str, Tensor]:
-        batch = _batch(k, examples, self.tokenizer, self.resident.device)
+        batch = self.resident.batch(k, examples, self.tokenizer)
         outputs = self.resident(batch, self.asks.layers)
         signals = {f"hidden.{i}": state[batch.mask] for i, state in outputs.hidden.items()}
         if (temperature := self.asks.temperature) is not None:
