@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm demo test lint suite suite-lm bench clean
+.PHONY: help setup data data-suite data-lm demo test lint suite suite-lm suite-closed bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -58,6 +58,9 @@ suite: data-suite ## the full text suite: fits, scores, README's table (hours)
 
 suite-lm: data-lm ## Expert Merging on a language model: fits, scores, README's tables (hours)
 	@$(BIN)/python -m tests.lm_suite
+
+suite-closed: suite suite-lm ## every merge without learning, and learning from the best, on both (hours)
+	@$(BIN)/python -m tests.closed_suite
 
 bench: data ## measure; ONLY=fit_memory, fit_step, ... for one group
 	@$(BIN)/python -m tests.bench --only $(ONLY)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, pstdev
 
-from tests.suite import README, Scores, command
+from tests.suite import Scores, command, write_between
 
 RUNS = Path("runs/lm-suite")
 SEEDS = (0, 1, 2)
@@ -130,16 +130,12 @@ def main() -> None:
     """Run what is missing, then write the tables."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     results = run_all()
-    text = README.read_text()
     for marker, content in (
         ("lm-suite", table(results)),
         ("lm-curve", curve(results)),
         ("lm-loss", losses()),
     ):
-        before, _, rest = text.partition(f"<!-- {marker} -->")
-        after = rest.partition(f"<!-- /{marker} -->")[2]
-        text = f"{before}<!-- {marker} -->\n{content}\n<!-- /{marker} -->{after}"
-    README.write_text(text)
+        write_between(marker, content)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from statistics import mean, pstdev
 
 RUNS = Path("runs/suite")
 README = Path("README.md")
-BEGIN, END = "<!-- suite -->", "<!-- /suite -->"
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,14 @@ def table(results: dict[str, list[Scores]]) -> str:
     return "\n".join([*lines, row("each task's own expert", [expert])])
 
 
+def write_between(marker: str, content: str) -> None:
+    """Put it between README's comments of this name."""
+    text = README.read_text()
+    before, _, rest = text.partition(f"<!-- {marker} -->")
+    after = rest.partition(f"<!-- /{marker} -->")[2]
+    README.write_text(f"{before}<!-- {marker} -->\n{content}\n<!-- /{marker} -->{after}")
+
+
 def main() -> None:
     """Run what is missing, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -121,10 +128,7 @@ def main() -> None:
         for chained in pool.map(lambda job: chain(job[0], job[1], job == jobs[0]), jobs):
             for name, scores in chained.items():
                 results.setdefault(name, []).append(scores)
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}")
+    write_between("suite", table(results))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,188 @@
+"""`make suite-closed`: every merge without learning, and learning from the best of them, on both suites.
+
+One seed. Resumable, as `tests.suite`: scores, seconds and memory are kept in the run folders.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+from typing import Any
+
+from tests.lm_suite import DOCUMENTS
+from tests.suite import Scores, write_between
+
+RUNS = Path("runs/closed-suite")
+Steps = tuple[tuple[str, dict[str, Any]], ...]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Models and data to merge."""
+
+    config: str
+    runs: str  # of the suite that has the baselines
+    limit: int  # test examples a task; 0 is all
+    scale: Callable[[float], float]  # in which shares of a gap are taken
+
+    def baselines(self) -> Scores:
+        """The scores of a run that was compared with base, task arithmetic and experts."""
+        for file in sorted(Path(self.runs).glob("*/scores.json")):
+            found: Scores = json.loads(file.read_text())
+            if "expert" in found:
+                return found
+        raise SystemExit(f"{self.runs}: no run with baselines yet; run its own suite first")
+
+    def gap(self, score: float, baselines: Scores) -> float:
+        """The share of the way from the best task arithmetic to the experts."""
+        best = next(scores["mean"] for row, scores in baselines.items() if row.startswith("task arithmetic"))
+        start, end = self.scale(best), self.scale(baselines["expert"]["mean"])
+        return (self.scale(score) - start) / (end - start)
+
+
+SUITES = {
+    "text": Suite("expert-merging-text.yaml", "runs/suite", 0, float),
+    "lm": Suite("expert-merging-fast.yaml", "runs/lm-suite", DOCUMENTS, log),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: what is done to the task vectors, the coefficients, and what is learned from there."""
+
+    title: str
+    steps: Steps
+    coefficient: float
+    options: tuple[str, ...] = ("--trainer.max_steps=0",)
+    suites: tuple[str, ...] = ("text", "lm")
+
+
+ASWUDI: Steps = (("Wudi", {}),)
+TSV: Steps = (("Tsv", {}),)
+TIES: Steps = (("Ties", {}),)
+LEARN: tuple[str, ...] = ()  # the suite's own steps: alignment
+GUARDED = (
+    "--model.objective=trainmerge.Entropy", "--model.objective.agreement=5.0",
+    "--model.optimizer.init_args.lr=0.02", "--trainer.max_steps=100",
+    "--model.lr_scheduler.init_args.T_max=100", "--data.batch_size=4", "--data.max_examples=256",
+)  # fmt: skip
+METHODS = {
+    "ties": Method("TIES, sum", TIES, 0.3),
+    "ties-mean": Method("TIES, mean", (("Ties", {"merge": "mean"}),), 1.0),
+    "dare": Method("DARE 0.9", (("Dare", {}),), 0.4),
+    "dare-ties": Method("DARE 0.5, TIES", (("Dare", {"drop": 0.5}), ("Ties", {})), 0.3),
+    "breadcrumbs": Method("Breadcrumbs", (("Breadcrumbs", {}),), 0.3),
+    "consensus": Method("Consensus", (("Consensus", {}),), 0.4),
+    "pcb": Method("PCB-Merging", (("Pcb", {}),), 1.5),
+    "tsv-m": Method("TSV-M", TSV, 1.0),
+    "tsv-c": Method("TSV-C", (("Tsv", {"orthogonal": False}),), 0.4),
+    "widen": Method("WIDEN", (("Widen", {}),), 1.0),
+    "opcm": Method("OPCM", (("Opcm", {}),), 1.0),
+    "model-stock": Method("Model Stock", (("ModelStock", {}),), 1.0),
+    "wudi": Method("WUDI, time 300", (("Wudi", {"time": 300.0}),), 1.0),
+    "swudi": Method("SWUDI", (("Wudi", {"time": 1300.0, "keep": 0.65}),), 1.0),
+    "aswudi": Method("ASWUDI", ASWUDI, 1.0),
+    "optmerge": Method("OptMerge", (("OptMerge", {}),), 1.0),
+    "doge-ta": Method("DOGE-TA", (("Doge", {}),), 1.0),
+    "doge-ta-adam": Method("DOGE-TA, the paper's solver", (("Doge", {"solver": "adam"}),), 1.0),
+    "regmean": Method("RegMean", (("RegMean", {}),), 1.0),
+    "regmean++": Method("RegMean++", (("RegMean", {"sequential": True}),), 1.0),
+    "fisher": Method("Fisher", (("Fisher", {}),), 1.0),
+    "alignment-ties": Method("alignment from TIES", TIES, 0.3, LEARN),
+    "alignment-tsv": Method("alignment from TSV-M", TSV, 1.0, LEARN),
+    "alignment-aswudi": Method("alignment from ASWUDI", ASWUDI, 1.0, LEARN),
+    "alignment-doge-am": Method(
+        "alignment from DOGE-AM", (("Doge", {"solver": "adam", "separate": True}),), 0.3, LEARN
+    ),
+    "alignment-projected": Method("alignment, projected gradients", (), 0.3, ("--model.subspace=6",)),
+    "guarded-ties": Method("guarded entropy from TIES", TIES, 0.3, GUARDED, ("text",)),
+    "guarded-tsv": Method("guarded entropy from TSV-M", TSV, 1.0, GUARDED, ("text",)),
+    "guarded-aswudi": Method("guarded entropy from ASWUDI", ASWUDI, 1.0, GUARDED, ("text",)),
+    "guarded-projected": Method(
+        "guarded entropy, projected gradients", (), 0.3, ("--model.subspace=6", *GUARDED), ("text",)
+    ),
+}
+
+
+def watched(*arguments: str) -> tuple[float, int]:
+    """Run trainmerge with one thread: its CPU seconds and peak of anonymous memory, in bytes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "trainmerge.cli", *arguments]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    status, highest = Path(f"/proc/{process.pid}/status"), 0
+    while (done := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+        lines = [line for line in status.read_text().splitlines() if line.startswith("RssAnon:")]
+        highest = max([highest, *(int(line.split()[1]) * 1024 for line in lines)])
+        time.sleep(0.01)
+    assert process.stderr is not None
+    if done[1]:
+        raise SystemExit(f"trainmerge {' '.join(arguments)}\n{process.stderr.read().decode()[-4000:]}")
+    process.stderr.close()
+    return done[2].ru_utime + done[2].ru_stime, highest
+
+
+def result(suite_name: str, name: str) -> dict[str, float]:
+    """Score, seconds and memory of one method, unless they are there."""
+    suite, method, run = SUITES[suite_name], METHODS[name], RUNS / suite_name / name
+    kept = run / "closed.json"
+    if not kept.exists():
+        steps = [{"class_path": f"trainmerge.{c}", "init_args": given} for c, given in method.steps]
+        seconds, memory = watched(
+            "fit", "--config", f"configs/{suite.config}", "--run", str(run),
+            f"--recipe.preprocess={json.dumps(steps)}", f"--model.initial={method.coefficient}",
+            *method.options,
+        )  # fmt: skip
+        more, also = watched("export", str(run), str(run / "merged"), "--overwrite", "true")
+        watched("evaluate", str(run), "--limit", str(suite.limit), "--compare", "false")
+        score = json.loads((run / "scores.json").read_text())["learned"]["mean"]
+        found = {"score": score, "seconds": seconds + more, "bytes": max(memory, also)}
+        kept.write_text(json.dumps(found))
+        for heavy in [*run.glob("merged/*.safetensors"), *run.glob("workspace/*.safetensors")]:
+            heavy.unlink()
+        print(f"{suite_name} {name}: {score:.4f}", file=sys.stderr, flush=True)
+    read: dict[str, float] = json.loads(kept.read_text())
+    return read
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Markdown: methods down; score, gap, seconds and memory of each suite across."""
+    head = "| method | accuracy | gap | CPU s | GB | perplexity | gap | CPU s | GB |"
+    baselines = {name: suite.baselines() for name, suite in SUITES.items()}
+
+    def cells(suite: str, name: str) -> list[str]:
+        if name not in results[suite]:
+            return [""] * 4
+        found, digits = results[suite][name], 3 if suite == "text" else 2
+        gap = SUITES[suite].gap(found["score"], baselines[suite])
+        cost = [f"{found['seconds']:.0f}", f"{found['bytes'] / 1e9:.2f}"]
+        return [f"{found['score']:.{digits}f}", f"{gap:.0%}", *cost]
+
+    rows = [
+        f"| {' | '.join([method.title, *cells('text', name), *cells('lm', name)])} |"
+        for name, method in METHODS.items()
+    ]
+    return "\n".join([head, "|---" * 9 + "|", *rows])
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    given = parser.parse_args()
+    results = {
+        suite: {n: result(suite, n) for n in given.methods if suite in METHODS[n].suites}
+        for suite in given.suites
+    }
+    if len(results) == len(SUITES):
+        write_between("closed-forms", table(results))
+
+
+if __name__ == "__main__":
+    main()
