@@ -5,10 +5,7 @@ One seed. Resumable, as `tests.suite`: scores, seconds and memory are kept in th
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import log
@@ -16,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.lm_suite import DOCUMENTS
-from tests.suite import Scores, write_between
+from tests.suite import Scores, watched, write_between
 
 RUNS = Path("runs/closed-suite")
 Steps = tuple[tuple[str, dict[str, Any]], ...]
@@ -110,38 +107,22 @@ METHODS = {
 }
 
 
-def watched(*arguments: str) -> tuple[float, int]:
-    """Run trainmerge with one thread: its CPU seconds and peak of anonymous memory, in bytes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "trainmerge.cli", *arguments]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    status, highest = Path(f"/proc/{process.pid}/status"), 0
-    while (done := os.wait4(process.pid, os.WNOHANG))[0] == 0:
-        lines = [line for line in status.read_text().splitlines() if line.startswith("RssAnon:")]
-        highest = max([highest, *(int(line.split()[1]) * 1024 for line in lines)])
-        time.sleep(0.01)
-    assert process.stderr is not None
-    if done[1]:
-        raise SystemExit(f"trainmerge {' '.join(arguments)}\n{process.stderr.read().decode()[-4000:]}")
-    process.stderr.close()
-    return done[2].ru_utime + done[2].ru_stime, highest
-
-
 def result(suite_name: str, name: str) -> dict[str, float]:
     """Score, seconds and memory of one method, unless they are there."""
     suite, method, run = SUITES[suite_name], METHODS[name], RUNS / suite_name / name
     kept = run / "closed.json"
     if not kept.exists():
         steps = [{"class_path": f"trainmerge.{c}", "init_args": given} for c, given in method.steps]
-        seconds, memory = watched(
+        fit = watched(
             "fit", "--config", f"configs/{suite.config}", "--run", str(run),
             f"--recipe.preprocess={json.dumps(steps)}", f"--model.initial={method.coefficient}",
             *method.options,
         )  # fmt: skip
-        more, also = watched("export", str(run), str(run / "merged"), "--overwrite", "true")
+        export = watched("export", str(run), str(run / "merged"), "--overwrite", "true")
         watched("evaluate", str(run), "--limit", str(suite.limit), "--compare", "false")
         score = json.loads((run / "scores.json").read_text())["learned"]["mean"]
-        found = {"score": score, "seconds": seconds + more, "bytes": max(memory, also)}
+        seconds, memory = fit["seconds"] + export["seconds"], max(fit["bytes"], export["bytes"])
+        found = {"score": score, "seconds": seconds, "bytes": memory}
         kept.write_text(json.dumps(found))
         for heavy in [*run.glob("merged/*.safetensors"), *run.glob("workspace/*.safetensors")]:
             heavy.unlink()

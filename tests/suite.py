@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +52,30 @@ Scores = dict[str, dict[str, float]]
 
 def command(*arguments: str) -> None:
     """Run trainmerge with one thread; its output goes to the terminal only if it fails."""
+    watched(*arguments)
+
+
+def watched(*arguments: str) -> dict[str, float]:
+    """`command`, and what it took: CPU seconds, and the peak of anonymous memory in bytes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "trainmerge.cli", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"trainmerge {' '.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    process = [sys.executable, "-m", "trainmerge.cli", *arguments]
+    with tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(process, env=environment, stdout=said, stderr=said)
+        highest = 0
+        while (done := os.wait4(child.pid, os.WNOHANG))[0] == 0:
+            highest = max(highest, _anonymous(child.pid))
+            time.sleep(0.02)
+        child.returncode = os.waitstatus_to_exitcode(done[1])
+        if child.returncode:
+            said.seek(0)
+            output = said.read().decode(errors="replace")
+            raise SystemExit(f"trainmerge {' '.join(arguments)}\n{output[-6000:]}")
+    return {"seconds": done[2].ru_utime + done[2].ru_stime, "bytes": highest}
+
+
+def _anonymous(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return max((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), default=0)
 
 
 def score(name: str, seed: int, compare: bool) -> Scores:
