@@ -131,34 +131,47 @@ def write_safetensors(
     tensors: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `tensors`, which come one at a time in the order of `specs`, in constant memory.
+    """Write `tensors`, which come one at a time and in any order, in constant memory.
 
-    The file appears under its name only when it is whole and on disk; the same input gives the same bytes.
-    Raises ValueError if a tensor's name, dtype or shape differs from its spec, or one is missing or too many.
+    A tensor may come in pieces, consecutive rows of it, with others between. The file appears under its name
+    only when it is whole and on disk; the same input gives the same bytes. Raises ValueError if a tensor's
+    name, dtype or shape differs from its spec, or one is missing or too many.
     """
     path = Path(path)
     header, offsets = _layout(path, specs, metadata or {})
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    expected = iter(specs.items())
+    missing = {name: math.prod(shape) for name, (_, shape) in specs.items()}  # elements
+    given: set[str] = set()
     try:
         with temporary.open("xb") as file:  # open(), so that the mode follows the umask
             file.write(header)
             for name, tensor in tensors:
-                want, (dtype, shape) = next(expected, ("nothing more", (tensor.dtype, tensor.shape)))
-                if (want, dtype, tuple(shape)) != (name, tensor.dtype, tuple(tensor.shape)):
-                    got = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-                    raise ValueError(f"{path}: got {got}, the header promises {want} {dtype} {tuple(shape)}")
-                file.seek(len(header) + offsets[name])
+                _check_piece(path, specs, name, tensor, missing.get(name, 0), name in given)
+                written = math.prod(specs[name][1]) - missing[name]
+                file.seek(len(header) + offsets[name] + written * tensor.dtype.itemsize)
                 _write_bytes(file, tensor)
-            missing = [name for name, _ in expected]
-            if missing:
-                raise ValueError(f"{path}: tensors promised but not given: {', '.join(missing)}")
+                missing[name] -= tensor.numel()
+                given.add(name)
+            if absent := [name for name in specs if missing[name] or name not in given]:
+                raise ValueError(f"{path}: tensors promised but not given: {', '.join(absent)}")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_piece(path: Path, specs: Specs, name: str, tensor: Tensor, missing: int, begun: bool) -> None:
+    dtype, shape = specs.get(name, (None, ()))
+    whole = tuple(tensor.shape) == tuple(shape) and not begun
+    rows = 0 < tensor.dim() == len(shape) and tuple(tensor.shape[1:]) == tuple(shape[1:])
+    if dtype != tensor.dtype or not (whole or (rows and 0 < tensor.numel() <= missing)):
+        promised = (
+            f"{dtype} {tuple(shape)}, of which {missing} numbers are missing" if dtype else "no such one"
+        )
+        got = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"{path}: got {got}, the header promises {promised}")
 
 
 def _layout(path: Path, specs: Specs, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:

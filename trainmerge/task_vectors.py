@@ -45,6 +45,22 @@ class Delta:
         """The K differences themselves, [K, *S] in float32 or wider: for preprocessing and tests."""
         return torch.stack([dense_term(term, self.base) for term in self.terms])
 
+    def rows(self, part: slice) -> "Delta":
+        """The same of these rows of dimension 0: views, nothing is read."""
+        return Delta(self.base[part], tuple(_rows(term, part) for term in self.terms))
+
+
+def _rows(term: Term, part: slice) -> Term:
+    match term:
+        case Difference(tau):
+            return Difference(tau[part])
+        case ExpertWeight(weight):
+            return ExpertWeight(weight[part])
+        case LowRank(up, down, scale):
+            return LowRank(up[part], down, scale)
+        case Untouched():
+            return term
+
 
 def dense_term(term: Term, base: Tensor) -> Tensor:
     """One expert's difference, [*S], in float32 (float64 for a float64 base)."""

@@ -35,6 +35,11 @@ class Consensus(Preprocess):
         if self.agree < 0:
             raise ValueError(f"agree must not be negative, not {self.agree}")
 
+    @property
+    @override
+    def entrywise(self) -> bool:
+        return True
+
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
         thresholds = self._thresholds(len(task_vectors.experts))

@@ -22,7 +22,8 @@ class Dare(Preprocess):
     """Keep each entry with probability 1 - drop, and divide it by that: unbiased, but noisy.
 
     Then average (coefficients 1 / K), task arithmetic, or `Ties` after it. The dice depend on seed, expert
-    and parameter name only, so the result is the same in any order and on any number of processes.
+    and parameter name (and rows, where it is large) only, so the result is the same in any order and on any
+    number of processes.
 
     Args:
         drop: Probability of dropping, in [0, 1). The paper's 0.9 needs small differences.
@@ -35,6 +36,11 @@ class Dare(Preprocess):
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must be in [0, 1), not {self.drop}")
+
+    @property
+    @override
+    def entrywise(self) -> bool:
+        return True
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:

@@ -40,6 +40,11 @@ class Pcb(Preprocess):
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], not {self.density}")
 
+    @property
+    @override
+    def entrywise(self) -> bool:
+        return True
+
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
         deltas = task_vectors.deltas

@@ -15,12 +15,22 @@ from typing_extensions import override
 
 from trainmerge.kernels import accumulation_dtype
 from trainmerge.storage import MappedFile, write_safetensors
-from trainmerge.task_vectors import TaskVectors
+from trainmerge.task_vectors import Delta, TaskVectors
+
+PIECE = 1 << 22  # entries: 16 MiB of float32
 
 
 @dataclass(frozen=True)
 class Preprocess(ABC):
     """New task vectors from old, a parameter at a time, in bounded memory."""
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether an entry's result depends on its own place and on ranks over all parameters only.
+
+        Then large parameters come in pieces, and no more than a piece of each expert is held.
+        """
+        return False
 
     @abstractmethod
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
@@ -90,7 +100,11 @@ def apply(
 
 
 def _write(path: Path, task_vectors: TaskVectors, method: Preprocess, calibrator: Calibrator | None) -> None:
-    if not isinstance(method, Informed):
+    names: Mapping[str, str] = {}
+    if method.entrywise:
+        pieces, names = in_pieces(task_vectors)
+        results = method(pieces)
+    elif not isinstance(method, Informed):
         results = method(task_vectors)
     elif calibrator is not None:
         results = method.informed(task_vectors, calibrator)
@@ -105,11 +119,27 @@ def _write(path: Path, task_vectors: TaskVectors, method: Preprocess, calibrator
         for expert in task_vectors.experts
     }
     tensors = (
-        (_key(name, expert), tau)
+        (_key(names.get(name, name), expert), tau)
         for name, taus in results
         for expert, tau in zip(task_vectors.experts, taus, strict=True)
     )
     write_safetensors(path, specs, tensors, {"method": repr(method)})
+
+
+def in_pieces(task_vectors: TaskVectors) -> tuple[TaskVectors, dict[str, str]]:
+    """The same with large parameters cut into rows, in order, and the parameter that each piece is of."""
+    pieces: dict[str, Delta] = {}
+    names: dict[str, str] = {}
+    for name, delta in task_vectors.deltas.items():
+        size = delta.shape.numel()
+        rows = max(1, PIECE * delta.shape[0] // size) if size > PIECE else 0
+        for first in range(0, delta.shape[0], rows) if rows else ():
+            part = slice(first, min(first + rows, delta.shape[0]))
+            piece = f"{name}[{part.start}:{part.stop}]"
+            pieces[piece], names[piece] = delta.rows(part), name
+        if not rows:
+            pieces[name] = delta
+    return TaskVectors(task_vectors.experts, pieces), names
 
 
 def _mapped(path: Path, task_vectors: TaskVectors) -> TaskVectors:

@@ -42,6 +42,11 @@ class Ties(Preprocess):
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], not {self.density}")
 
+    @property
+    @override
+    def entrywise(self) -> bool:
+        return self.scope == "global"
+
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
         majority = cache(lambda: self._majority(task_vectors))
