@@ -1,6 +1,6 @@
 """`make suite-closed`: every merge without learning, and learning from the best of them, on both suites.
 
-One seed. Resumable, as `tests.suite`: scores, seconds and memory are kept in the run folders.
+One seed. Resumable, as `tests.suite`: scores, seconds and memory are kept in `tests/results`.
 """
 
 import argparse
@@ -12,8 +12,9 @@ from math import log
 from pathlib import Path
 from typing import Any
 
+from tests import results
 from tests.lm_suite import DOCUMENTS
-from tests.suite import Scores, watched, write_between
+from tests.suite import Scores, command, watched, write_between
 
 RUNS = Path("runs/closed-suite")
 Steps = tuple[tuple[str, dict[str, Any]], ...]
@@ -24,16 +25,17 @@ class Suite:
     """Models and data to merge."""
 
     config: str
-    runs: str  # of the suite that has the baselines
+    runs: str  # the suite that has the baselines
     limit: int  # test examples a task; 0 is all
     scale: Callable[[float], float]  # in which shares of a gap are taken
 
     def baselines(self) -> Scores:
         """The scores of a run that was compared with base, task arithmetic and experts."""
-        for file in sorted(Path(self.runs).glob("*/scores.json")):
-            found: Scores = json.loads(file.read_text())
-            if "expert" in found:
-                return found
+        for file in sorted((results.FOLDER / self.runs).glob("*.json")):
+            found = json.loads(file.read_text())["measured"]
+            scores: Scores = found.get("scores", found)
+            if "expert" in scores:
+                return scores
         raise SystemExit(f"{self.runs}: no run with baselines yet; run its own suite first")
 
     def gap(self, score: float, baselines: Scores) -> float:
@@ -44,8 +46,8 @@ class Suite:
 
 
 SUITES = {
-    "text": Suite("expert-merging-text.yaml", "runs/suite", 0, float),
-    "lm": Suite("expert-merging-fast.yaml", "runs/lm-suite", DOCUMENTS, log),
+    "text": Suite("expert-merging-text.yaml", "suite", 0, float),
+    "lm": Suite("expert-merging-fast.yaml", "lm-suite", DOCUMENTS, log),
 }
 
 
@@ -110,45 +112,46 @@ METHODS = {
 def result(suite_name: str, name: str) -> dict[str, float]:
     """Score, seconds and memory of one method, unless they are there."""
     suite, method, run = SUITES[suite_name], METHODS[name], RUNS / suite_name / name
-    kept = run / "closed.json"
-    if not kept.exists():
-        steps = [{"class_path": f"trainmerge.{c}", "init_args": given} for c, given in method.steps]
-        fit = watched(
-            "fit", "--config", f"configs/{suite.config}", "--run", str(run),
-            f"--recipe.preprocess={json.dumps(steps)}", f"--model.initial={method.coefficient}",
-            *method.options,
-        )  # fmt: skip
-        export = watched("export", str(run), str(run / "merged"), "--overwrite", "true")
-        watched("evaluate", str(run), "--limit", str(suite.limit), "--compare", "false")
-        score = json.loads((run / "scores.json").read_text())["learned"]["mean"]
-        seconds, memory = fit["seconds"] + export["seconds"], max(fit["bytes"], export["bytes"])
-        found = {"score": score, "seconds": seconds, "bytes": memory}
-        kept.write_text(json.dumps(found))
-        for heavy in [*run.glob("merged/*.safetensors"), *run.glob("workspace/*.safetensors")]:
-            heavy.unlink()
-        print(f"{suite_name} {name}: {score:.4f}", file=sys.stderr, flush=True)
-    read: dict[str, float] = json.loads(kept.read_text())
-    return read
+    steps = [{"class_path": f"trainmerge.{c}", "init_args": given} for c, given in method.steps]
+    options = (
+        f"--recipe.preprocess={json.dumps(steps)}",
+        f"--model.initial={method.coefficient}",
+        *method.options,
+    )
+    made_by = results.fingerprint(suite.config, *options)
+    if (found := results.recall(f"closed/{suite_name}-{name}", made_by)) is not None:
+        return found
+    fit = watched("fit", "--config", f"configs/{suite.config}", "--run", str(run), *options)
+    export = watched("export", str(run), str(run / "merged"), "--overwrite", "true")
+    command("evaluate", str(run), "--limit", str(suite.limit), "--compare", "false")
+    score = json.loads((run / "scores.json").read_text())["learned"]["mean"]
+    seconds, memory = fit["seconds"] + export["seconds"], max(fit["bytes"], export["bytes"])
+    measured = {"score": score, "seconds": seconds, "bytes": memory}
+    results.keep(f"closed/{suite_name}-{name}", made_by, measured)
+    for heavy in [*run.glob("merged/*.safetensors"), *run.glob("workspace/*.safetensors")]:
+        heavy.unlink()
+    print(f"{suite_name} {name}: {score:.4f}", file=sys.stderr, flush=True)
+    return measured
 
 
-def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
     """Markdown: methods down; score, gap, seconds and memory of each suite across."""
     head = "| method | accuracy | gap | CPU s | GB | perplexity | gap | CPU s | GB |"
     baselines = {name: suite.baselines() for name, suite in SUITES.items()}
 
     def cells(suite: str, name: str) -> list[str]:
-        if name not in results[suite]:
+        if name not in rows[suite]:
             return [""] * 4
-        found, digits = results[suite][name], 3 if suite == "text" else 2
+        found, digits = rows[suite][name], 3 if suite == "text" else 2
         gap = SUITES[suite].gap(found["score"], baselines[suite])
         cost = [f"{found['seconds']:.0f}", f"{found['bytes'] / 1e9:.2f}"]
         return [f"{found['score']:.{digits}f}", f"{gap:.0%}", *cost]
 
-    rows = [
+    lines = [
         f"| {' | '.join([method.title, *cells('text', name), *cells('lm', name)])} |"
         for name, method in METHODS.items()
     ]
-    return "\n".join([head, "|---" * 9 + "|", *rows])
+    return "\n".join([head, "|---" * 9 + "|", *lines])
 
 
 def main() -> None:
@@ -157,12 +160,12 @@ def main() -> None:
     parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     given = parser.parse_args()
-    results = {
+    rows = {
         suite: {n: result(suite, n) for n in given.methods if suite in METHODS[n].suites}
         for suite in given.suites
     }
-    if len(results) == len(SUITES):
-        write_between("closed-forms", table(results))
+    if len(rows) == len(SUITES):
+        write_between("closed-forms", table(rows))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """`make suite-lm`: Expert Merging and ++ on SmolLM2-135M, three seeds, and how many examples it takes.
 
-Resumable, as `tests.suite`: fits go on from their run folders, scores are kept in them.
+Resumable, as `tests.suite`: fits go on from their run folders, what was measured is kept in `tests/results`.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from math import log
 from pathlib import Path
 from statistics import mean, pstdev
+from typing import Any
 
+from tests import results
 from tests.suite import Scores, command, watched, write_between
 
 RUNS = Path("runs/lm-suite")
@@ -19,6 +23,7 @@ DOCUMENTS = 24  # test documents a domain
 OURS, PUBLISHED = "expert-merging-fast", "expert-merging"
 ENTROPY_RATE = "--model.optimizer.init_args.lr=0.02"
 KEEP = "--model.keep_better=true"
+Measured = dict[str, Any]  # "scores", the fit's "cost", the loss of each of its "passes"
 TITLES = {
     "published": "Expert Merging, the reference code's optimiser, 50 steps",
     "fast": "Expert Merging, our recipe, 40 steps",
@@ -28,24 +33,26 @@ TITLES = {
 }
 
 
-def score(name: str, config: str, *options: str, compare: bool = False) -> Scores:
-    """Fit and evaluate, unless the scores are there."""
-    run = RUNS / name
-    if not (run / "cost.json").exists() and not (run / "scores.json").exists():
-        cost = watched("fit", "--config", f"configs/{config}.yaml", "--run", str(run), *options)
-        (run / "cost.json").write_text(json.dumps(cost))
-    if not (run / "scores.json").exists():
-        command("evaluate", str(run), "--limit", str(DOCUMENTS), "--compare", str(compare).lower())
-    found: Scores = json.loads((run / "scores.json").read_text())
-    return found
+def score(name: str, config: str, *options: str, compare: bool = False) -> Measured:
+    """Fit and evaluate, unless that was done: scores, the fit's cost, and the loss of each pass."""
+    run, made_by = RUNS / name, results.fingerprint(f"{config}.yaml", *options)
+    if (found := results.recall(f"lm-suite/{name}", made_by)) is not None:
+        return found
+    cost = watched("fit", "--config", f"configs/{config}.yaml", "--run", str(run), *options)
+    command("evaluate", str(run), "--limit", str(DOCUMENTS), "--compare", str(compare).lower())
+    scores: Scores = json.loads((run / "scores.json").read_text())
+    measured = {"scores": scores, "cost": cost, "passes": _passes(run / "metrics.jsonl")}
+    results.keep(f"lm-suite/{name}", made_by, measured)
+    print(f"{run}: {scores['learned']['mean']:.3f}", file=sys.stderr, flush=True)
+    return measured
 
 
-def plusplus(seed: int) -> Scores:
+def plusplus(seed: int) -> Measured:
     """The second stage, from our recipe's run of this seed."""
-    first, chunks = RUNS / f"fast-{seed}", RUNS / f"chunks-{seed}.json"
-    if not chunks.exists():
-        command("allocate", str(first), str(chunks), "--budget", "1.0", "--kappa", "1")
+    name, first, chunks = f"plusplus-{seed}", RUNS / f"fast-{seed}", RUNS / f"chunks-{seed}.json"
     options = (
+        KEEP,
+        f"--seed_everything={seed}",
         "--recipe.grouping.granularity=chunk",
         f"--recipe.grouping.chunks={chunks}",
         f"--model.initial={first}/coefficients.safetensors",
@@ -53,11 +60,14 @@ def plusplus(seed: int) -> Scores:
         "--model.lr_scheduler.init_args.T_max=30",
         "--trainer.max_steps=30",
     )
-    return score(f"plusplus-{seed}", OURS, KEEP, f"--seed_everything={seed}", *options)
+    known = results.recall(f"lm-suite/{name}", results.fingerprint(f"{OURS}.yaml", *options))
+    if known is None and not chunks.exists():
+        command("allocate", str(first), str(chunks), "--budget", "1.0", "--kappa", "1")
+    return known or score(name, OURS, *options)
 
 
-def run_all() -> dict[str, list[Scores]]:
-    """Every row's scores, a seed each."""
+def run_all() -> dict[str, list[Measured]]:
+    """Every row's runs, a seed each."""
     seed_of = [f"--seed_everything={seed}" for seed in SEEDS]
     return {
         "fast": [score(f"fast-{s}", OURS, KEEP, seed_of[s], compare=s == 0) for s in SEEDS],
@@ -76,15 +86,13 @@ def run_all() -> dict[str, list[Scores]]:
 
 def closed(scores: dict[str, float], baselines: Scores) -> float:
     """The share of the gap between base and experts that is closed, in logs of geometric means."""
-    from math import log
-
     base, expert = (log(baselines[row]["mean"]) for row in ("base", "expert"))
     return (base - log(scores["mean"])) / (base - expert)
 
 
-def table(results: dict[str, list[Scores]]) -> str:
-    """Markdown: methods down, domains across."""
-    baselines = results["fast"][0]
+def table(rows: dict[str, list[Measured]]) -> str:
+    """Markdown: methods down, domains across; memory is the whole process's, CPU seconds are its fit's."""
+    baselines: Scores = rows["fast"][0]["scores"]
     domains = [name for name in baselines["expert"] if name not in ("mean", "normalised")]
     lines = [
         f"| perplexity | {' | '.join([*domains, 'geometric mean', 'gap closed', 'seeds', 'CPU s', 'GB'])} |",
@@ -106,41 +114,43 @@ def table(results: dict[str, list[Scores]]) -> str:
     plain = [name for name in baselines if name not in ("learned", "expert")]
     lines += [row(name, [baselines[name]]) for name in plain]
     lines += [
-        row(title, [r["learned"] for r in results[name]], _cost(name)) for name, title in TITLES.items()
+        row(title, [run["scores"]["learned"] for run in rows[name]], _cost(rows[name]))
+        for name, title in TITLES.items()
     ]
     return "\n".join([*lines, row("each domain's own expert", [baselines["expert"]])])
 
 
-def _cost(name: str) -> tuple[str, str]:
+def _cost(runs: Sequence[Measured]) -> tuple[str, str]:
     """CPU seconds and memory of a row's fits; the second stage's without the first's."""
-    found = [json.loads(file.read_text()) for file in RUNS.glob(f"{name}*/cost.json")]
-    return f"{mean(c['seconds'] for c in found):.0f}", f"{max(c['bytes'] for c in found) / 1e9:.2f}"
+    costs = [run["cost"] for run in runs if "cost" in run]
+    return f"{mean(c['seconds'] for c in costs):.0f}", f"{max(c['bytes'] for c in costs) / 1e9:.2f}"
 
 
-def curve(results: dict[str, list[Scores]]) -> str:
+def curve(rows: dict[str, list[Measured]]) -> str:
     """Markdown: what 1, 2, 5, 10, 50 examples an expert give."""
-    baselines = results["fast"][0]
+    baselines: Scores = rows["fast"][0]["scores"]
     cells = []
     for count in COUNTS:
-        name = f"fast-{SEEDS[0]}" if count == 10 else f"n{count}"
-        scores = score(name, OURS, KEEP, f"--data.max_examples={count}")
-        cells.append((f"{scores['learned']['mean']:.2f}", f"{closed(scores['learned'], baselines):.3f}"))
+        of_ten = rows["fast"][0] if count == 10 else None
+        run = of_ten or score(f"n{count}", OURS, KEEP, f"--data.max_examples={count}")
+        learned = run["scores"]["learned"]
+        cells.append((f"{learned['mean']:.2f}", f"{closed(learned, baselines):.3f}"))
     head = "| examples an expert | " + " | ".join(map(str, COUNTS)) + " |"
-    rows = [
+    lines = [
         f"| {title} | {' | '.join(cell[i] for cell in cells)} |"
         for i, title in enumerate(["geometric mean", "gap closed"])
     ]
-    return "\n".join([head, "|---" * (len(COUNTS) + 1) + "|", *rows])
+    return "\n".join([head, "|---" * (len(COUNTS) + 1) + "|", *lines])
 
 
-def losses() -> str:
+def losses(rows: dict[str, list[Measured]]) -> str:
     """Markdown: the loss of each pass over the 10 examples an expert, seed 0."""
-    rows = {name: _passes(RUNS / f"{name}-0" / "metrics.jsonl") for name in ("published", "fast")}
-    width = max(map(len, rows.values()))
+    passes: dict[str, list[float]] = {name: rows[name][0]["passes"] for name in ("published", "fast")}
+    width = max(map(len, passes.values()))
     head = "| steps | " + " | ".join(f"{10 * i + 1} to {10 * i + 10}" for i in range(width)) + " |"
     lines = [
         f"| {TITLES[name]} | {' | '.join(f'{loss:.3f}' for loss in row)}{' |' * (width - len(row))} |"
-        for name, row in rows.items()
+        for name, row in passes.items()
     ]
     return "\n".join([head, "|---" * (width + 1) + "|", *lines])
 
@@ -154,13 +164,9 @@ def _passes(metrics: Path) -> list[float]:
 def main() -> None:
     """Run what is missing, then write the tables."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    results = run_all()
-    for marker, content in (
-        ("lm-suite", table(results)),
-        ("lm-curve", curve(results)),
-        ("lm-loss", losses()),
-    ):
-        write_between(marker, content)
+    rows = run_all()
+    for marker, made in (("lm-suite", table), ("lm-curve", curve), ("lm-loss", losses)):
+        write_between(marker, made(rows))
 
 
 if __name__ == "__main__":

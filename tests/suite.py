@@ -1,7 +1,7 @@
 """`make suite`: every published recipe and ours on the full text suite, three seeds, into README's table.
 
-Resumable: fits go on from their run folders, scores are kept in them. Two fits run side by side, one thread
-each, which is what two cores do most with.
+Resumable: fits go on from their run folders, scores are kept in `tests/results`. Two fits run side by side, one
+thread each, which is what two cores do most with.
 """
 
 import argparse
@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, pstdev
+
+from tests import results
 
 RUNS = Path("runs/suite")
 README = Path("README.md")
@@ -81,18 +83,19 @@ def _anonymous(pid: int) -> int:
 def score(name: str, seed: int, compare: bool) -> Scores:
     """Fit and evaluate one method with one seed, unless its scores are there."""
     method, run = METHODS[name], RUNS / f"{name}-{seed}"
-    scores = run / "scores.json"
-    if not scores.exists():
-        if method.continues and not run.exists():
-            shutil.copytree(
-                RUNS / f"{method.continues}-{seed}", run, ignore=shutil.ignore_patterns("scores.json")
-            )
-        options = ("--trainer.precision=bf16-mixed", f"--seed_everything={seed}")
-        command("fit", "--config", f"configs/{method.config}", "--run", str(run), *options, *method.options)
-        command("evaluate", str(run), "--compare", str(compare).lower())
-        print(f"{run}: {json.loads(scores.read_text())['learned']['mean']:.4f}", file=sys.stderr, flush=True)
-    found: Scores = json.loads(scores.read_text())
-    return found
+    options = ("--trainer.precision=bf16-mixed", f"--seed_everything={seed}", *method.options)
+    made_by = results.fingerprint(method.config, *options)
+    if (found := results.recall(f"suite/{run.name}", made_by)) is not None:
+        return found
+    if method.continues and not run.exists():
+        ignored = shutil.ignore_patterns("scores.json")
+        shutil.copytree(RUNS / f"{method.continues}-{seed}", run, ignore=ignored)
+    command("fit", "--config", f"configs/{method.config}", "--run", str(run), *options)
+    command("evaluate", str(run), "--compare", str(compare).lower())
+    scores: Scores = json.loads((run / "scores.json").read_text())
+    results.keep(f"suite/{run.name}", made_by, scores)
+    print(f"{run}: {scores['learned']['mean']:.4f}", file=sys.stderr, flush=True)
+    return scores
 
 
 def chain(name: str, seed: int, compare: bool) -> dict[str, Scores]:
@@ -101,9 +104,9 @@ def chain(name: str, seed: int, compare: bool) -> dict[str, Scores]:
     return {name: score(name, seed, compare)} | {other: score(other, seed, False) for other in followers}
 
 
-def table(results: dict[str, list[Scores]]) -> str:
+def table(rows: dict[str, list[Scores]]) -> str:
     """Markdown: methods down, tasks across, mean and spread over the seeds."""
-    baselines = next(scores for runs in results.values() for scores in runs if "expert" in scores)
+    baselines = next(scores for runs in rows.values() for scores in runs if "expert" in scores)
     expert = baselines["expert"]
     tasks = [task for task in expert if task not in ("mean", "normalised")]
     head = ["accuracy", *tasks, "mean", "norm.", "seeds"]
@@ -119,7 +122,7 @@ def table(results: dict[str, list[Scores]]) -> str:
     lines += [
         row(title, [scores]) for title, scores in baselines.items() if title not in ("learned", "expert")
     ]
-    lines += [row(METHODS[name].title, [r["learned"] for r in runs]) for name, runs in results.items()]
+    lines += [row(METHODS[name].title, [r["learned"] for r in runs]) for name, runs in rows.items()]
     return "\n".join([*lines, row("each task's own expert", [expert])])
 
 
@@ -139,13 +142,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
     jobs = [(name, seed) for seed in given.seeds for name in given.methods]
-    compared = any('"expert"' in file.read_text() for file in RUNS.glob("*/scores.json"))
-    results: dict[str, list[Scores]] = {}
+    compared = any('"expert"' in file.read_text() for file in results.FOLDER.glob("suite/*.json"))
+    rows: dict[str, list[Scores]] = {}
     with ThreadPoolExecutor(given.workers) as pool:
         for chained in pool.map(lambda job: chain(job[0], job[1], not compared and job == jobs[0]), jobs):
             for name, scores in chained.items():
-                results.setdefault(name, []).append(scores)
-    write_between("suite", table(results))
+                rows.setdefault(name, []).append(scores)
+    write_between("suite", table(rows))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""What the suites measured, a small JSON file a run, kept in the repository: fits take hours.
+
+A result is used as long as the configuration and options that made it are the same; `make suite` measures
+what is missing. Remove a file to measure it anew.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from trainmerge.folders import write_whole
+from trainmerge.run_folder import versions
+
+FOLDER = Path("tests/results")
+
+
+def fingerprint(config: str, *options: str) -> str:
+    """Of a configuration file's contents and the options beside it."""
+    contents = Path("configs", config).read_text()
+    return hashlib.sha256(json.dumps([contents, *options]).encode()).hexdigest()[:16]
+
+
+def recall(name: str, made_by: str) -> dict[str, Any] | None:
+    """What was measured under this name by the same configuration."""
+    path = FOLDER / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found["measured"] if found.get("fingerprint") == made_by else None
+
+
+def keep(name: str, made_by: str, measured: dict[str, Any]) -> None:
+    """Write what was measured, with the versions that it was measured with."""
+    path = FOLDER / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"fingerprint": made_by, "versions": versions(), "measured": measured}
+    write_whole(path, json.dumps(content, indent=1) + "\n")
