@@ -1,7 +1,7 @@
 """`make suite`: every published recipe and ours on the full text suite, three seeds, into README's table.
 
-Resumable: fits go on from their run folders, scores are kept in `tests/results`. Two fits run side by side, one
-thread each, which is what two cores do most with.
+Resumable: fits go on from their run folders, scores are kept in `tests/results`. Two fits run side by side,
+one thread each, which is what two cores do most with.
 """
 
 import argparse
