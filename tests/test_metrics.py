@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_alignment import languages, recipe  # noqa: F401 - a fixture
-from tests.world import llama
+from tests.test_alignment import languages  # noqa: F401 - a fixture
+from tests.world import languages_recipe, llama
 from trainmerge.cli import main
 from trainmerge.evaluate import Examples, metric_of, perplexity
 from trainmerge.forward import forward
@@ -50,12 +50,12 @@ def test_a_second_stage_from_the_command_line(languages: Path, tmp_path: Path) -
 
     from trainmerge.config import to_config
 
-    assert metric_of(recipe(languages)) == PERPLEXITY
+    assert metric_of(languages_recipe(languages)) == PERPLEXITY
     config = tmp_path / "config.yaml"
     config.write_text(
         yaml.safe_dump(
             {
-                "recipe": to_config(recipe(languages)),
+                "recipe": to_config(languages_recipe(languages)),
                 "model": {
                     "objective": {"class_path": "trainmerge.Alignment"},
                     "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.02}},
