@@ -1,6 +1,6 @@
 """A fit on SmolLM2-135M with three full experts, beside a loop of live teachers that merges in autograd.
 
-Both do the same work: 40 steps on one of 10 examples of 256 tokens an expert, computed in bfloat16, one thread.
+Both do the same work: 40 steps on one of 10 examples of 256 tokens an expert, in bfloat16, with one thread.
 CPU seconds count, because wall time on a shared machine means little; memory is anonymous memory above the
 start, as in `fit_memory`, in runs of their own: what keeps the allocator honest makes it slow.
 `plain` is what neither can save: forward and backward passes of an ordinary model on the same examples.
