@@ -40,13 +40,22 @@ class Record:
 
     def of(self, ids: Tensor, device: torch.device) -> Signals:
         """The signals of these examples, in their order."""
-        rows, positions = _spans(self.row_starts, ids), _spans(self.starts, ids)
         taken = {
-            name: part[rows].to(device) for name, part in self.parts.items() if name in Predictions._fields
+            name: _rows(part, self.row_starts, ids).to(device)
+            for name, part in self.parts.items()
+            if name in Predictions._fields
         }
         predictions = Predictions(**taken) if taken else None
-        hidden = {layer: self.parts[f"hidden.{layer}"][positions].to(device) for layer in self.layers}
+        hidden = {
+            layer: _rows(self.parts[f"hidden.{layer}"], self.starts, ids).to(device) for layer in self.layers
+        }
         return Signals(predictions, hidden)
+
+
+def _rows(part: Tensor, starts: Sequence[int], ids: Tensor) -> Tensor:
+    """Rows of these examples; of a single one, the mapped file's own."""
+    pieces = [part[starts[i] : starts[i + 1]] for i in ids.tolist()]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _spans(starts: Sequence[int], ids: Tensor) -> Tensor:
