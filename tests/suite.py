@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import mean, pstdev
 
 from tests import results
+from tests.bench.fit_memory import anonymous
 
 RUNS = Path("runs/suite")
 README = Path("README.md")
@@ -65,7 +66,7 @@ def watched(*arguments: str) -> dict[str, float]:
         child = subprocess.Popen(process, env=environment, stdout=said, stderr=said)
         highest = 0
         while (done := os.wait4(child.pid, os.WNOHANG))[0] == 0:
-            highest = max(highest, _anonymous(child.pid))
+            highest = max(highest, anonymous(child.pid))
             time.sleep(0.02)
         child.returncode = os.waitstatus_to_exitcode(done[1])
         if child.returncode:
@@ -73,11 +74,6 @@ def watched(*arguments: str) -> dict[str, float]:
             output = said.read().decode(errors="replace")
             raise SystemExit(f"trainmerge {' '.join(arguments)}\n{output[-6000:]}")
     return {"seconds": done[2].ru_utime + done[2].ru_stime, "bytes": highest}
-
-
-def _anonymous(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return max((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), default=0)
 
 
 def score(name: str, seed: int, compare: bool) -> Scores:

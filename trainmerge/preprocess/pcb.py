@@ -50,9 +50,14 @@ class Pcb(Preprocess):
         deltas = task_vectors.deltas
         size = sum(delta.shape.numel() for delta in deltas.values())
         outliers = int(CLIPPED * size)
-        magnitudes = lambda: (_flat(delta) for delta in deltas.values())  # noqa: E731
+
+        def magnitudes() -> Iterator[Tensor]:
+            return (_flat(delta) for delta in deltas.values())
+
+        def scores() -> Iterator[Tensor]:
+            return (_scores(taus, low, high) for taus in magnitudes())
+
         low, high = _kth(magnitudes, size - outliers), _kth(magnitudes, outliers + 1)
-        scores = lambda: (_scores(_flat(delta), low, high) for delta in deltas.values())  # noqa: E731
         last, best = _kth(scores, min(size, count(size, self.density) + 1)), _kth(scores, 1)
         for name, delta in deltas.items():
             taus = _flat(delta)
