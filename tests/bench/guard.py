@@ -9,6 +9,14 @@ from pathlib import Path
 from tests.bench.__main__ import figure
 
 MORE_STEPS = 200
+ALONE = "--model.objective.init_args.agreement=0"
+OTHERS = {
+    "plain": (),
+    "diversity": ("--model.objective.init_args.diversity=1",),
+    "box": ("--model.constraint=trainmerge.Box",),
+    "anchor": ("--model.anchor.weight=1", "--model.anchor.power=2"),
+    "slow": ("--model.optimizer.init_args.lr=0.005",),
+}
 
 
 def trainmerge(*arguments: str) -> None:
@@ -24,7 +32,7 @@ def learned(run: str, *options: str) -> float:
 
 
 def main() -> None:
-    """Fit, score, go on, score again; then the same without the guard, and with diversity in its place."""
+    """Fit, score, go on, score again; then other guards in its place."""
     with tempfile.TemporaryDirectory() as folder:
         run = f"{folder}/demo"
         trainmerge("fit", "--config", "configs/demo.yaml", "--run", run)
@@ -37,10 +45,9 @@ def main() -> None:
         steps = max(int(path.stem[5:]) for path in Path(run, "checkpoints").iterdir())
         later = learned(run, f"--trainer.max_steps={steps + MORE_STEPS}")
         figure(f"guard_gain_{MORE_STEPS}_steps_later", later - best, "accuracy", "> 0")
-        for name, weight in (("plain", 0), ("diversity", 1)):
-            objective = "--model.objective.init_args."
-            options = (f"{objective}agreement=0", f"{objective}diversity={weight}")
-            figure(f"{name}_entropy_gain", learned(f"{folder}/{name}", *options) - best, "accuracy", "")
+        for name, options in OTHERS.items():
+            gain = learned(f"{folder}/{name}", ALONE, *options) - best
+            figure(f"{name}_entropy_gain", gain, "accuracy", "")
 
 
 if __name__ == "__main__":

@@ -61,16 +61,16 @@ class Tsv(Preprocess):
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular triples, at most `rank`: [m, n] -> U [m, r], S [r], V [n, r].
 
-    By the eigenvectors of the smaller Gram matrix, in float64. Squaring costs half of its digits; what is left
-    is still more than a float32 factorisation of the matrix itself has: 1e-5 against 5e-2 (relative, measured)
-    for singular values of 1e-6 of the largest, the smallest that are kept. A 32,000 x 1,024 embedding takes
-    half of the time, and no second copy of it.
+    By the eigenvectors of the smaller Gram matrix, in float64. Squaring costs half of its digits; those left
+    are still more than a float32 factorisation of the matrix has: errors of 1e-5 against 5e-2 (relative,
+    measured) for singular values of 1e-6 of the largest, the smallest that are kept. A 32,000 x 1,024
+    embedding takes half of the time, and no second copy of it.
     """
     if matrix.shape[0] < matrix.shape[1]:
         right, values, left = truncated(matrix.T, rank)
         return left, values, right
     gram = torch.zeros(2 * matrix.shape[1:], dtype=torch.float64, device=matrix.device)
-    for rows in matrix.split(ROWS):
+    for rows in torch.split(matrix, ROWS):
         wide = rows.double()
         gram.addmm_(wide.T, wide)
     squares, vectors = torch.linalg.eigh(gram)
@@ -78,7 +78,7 @@ def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     kept = min(rank, int((values > EPSILON * values[:1]).sum()))
     values, v = values[:kept], vectors.flip(1)[:, :kept]
     scaled = v / values
-    u = [(rows.double() @ scaled).to(matrix.dtype) for rows in matrix.split(ROWS)]
+    u = [(rows.double() @ scaled).to(matrix.dtype) for rows in torch.split(matrix, ROWS)]
     return torch.cat(u), values.to(matrix.dtype), v.to(matrix.dtype)
 
 
