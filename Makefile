@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm demo test lint suite suite-lm suite-closed bench clean
+.PHONY: help setup data data-suite data-lm demo test lint suite suite-lm suite-closed bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -64,6 +64,9 @@ suite-closed: suite suite-lm ## every merge without learning, and learning from 
 
 bench: data ## measure; ONLY=fit_memory, fit_step, ... for one group
 	@$(BIN)/python -m tests.bench --only $(ONLY)
+
+docs: $(READY) ## build the pages of notebooks/docs into build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file notebooks/mkdocs.yml
 
 clean: ## remove the demo's run and caches of tools; other runs, downloads and .venv stay
 	@rm -rf runs/demo .mypy_cache .ruff_cache .pytest_cache
