@@ -80,9 +80,10 @@ class Measure:
         return {name: moment.mean() for name, moment in moments.items()}
 
     def gradients(self, expert: int, sampled: bool) -> Iterator[dict[str, Tensor]]:
-        """Gradients of -log p(y | x) by every merged parameter, one of the expert's examples after another.
+        """Gradients of a loss by every merged parameter, one of the expert's examples after another.
 
-        y is drawn from the expert's predictions at every position that counts, or the text's next tokens.
+        -log p(y | x) of a `sampled` y, drawn at every position that counts: its mean square is the Fisher
+        information. Or the language model's loss: the mean over the text's next tokens.
         """
         parameters = {n: p for n, p in self.resident.merged.parameters.items() if p.requires_grad}
         dice = torch.Generator().manual_seed(self.seed)
@@ -92,7 +93,8 @@ class Measure:
                     log_p, tokens = self._log_p(batch)
                     if sampled:
                         tokens = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=dice)[:, 0]
-                    loss = -log_p.gather(-1, tokens.to(log_p.device)[:, None]).mean()
+                    each = -log_p.gather(-1, tokens.to(log_p.device)[:, None])
+                    loss = each.sum() if sampled else each.mean()
                     slopes = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
                 yield {
                     name: torch.zeros_like(p) if slope is None else slope

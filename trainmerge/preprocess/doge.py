@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from trainmerge.kernels import accumulation_dtype
+from trainmerge.preprocess.least_squares import closest
 from trainmerge.preprocess.preprocess import Preprocess
 from trainmerge.preprocess.select import cut_at
 from trainmerge.preprocess.subspace import shared_subspace
-from trainmerge.task_vectors import TaskVectors, dense_term, outside
+from trainmerge.task_vectors import TaskVectors, outside
 
 PAPER_STEPS, PAPER_RATE = 400, 1e-4
 
@@ -38,8 +40,9 @@ class Doge(Preprocess):
         eta: Scale of the task-aware coefficients l.
         subspace: U has floor(min(m, n) / subspace) columns; 6 in the paper, K for DOGE-AM.
         density: Fraction of entries that the mask keeps.
-        solver: `cg` solves the constrained least squares, and so stays in the complement; `adam` is the
-            paper's 400 steps on the projected gradient, which leave it by a fifth of D's norm.
+        solver: `cg` solves the constrained least squares, and so stays in the complement, in about 10 passes
+            over a matrix; `adam` is the paper's 400 steps on the projected gradient, which leave it by a
+            fifth of D's norm: exclude embeddings then, as the paper does.
         separate: False, DOGE-TA: one D for all experts, and the results hold l_k: coefficient 1. True, the
             DOGE-AM input: a D for each expert, results without l_k, to be weighed by learned coefficients.
             Needs `adam`: without its early stop, D outgrows tau by 1 / l.
@@ -70,14 +73,15 @@ class Doge(Preprocess):
         ]
         for name, delta in task_vectors.deltas.items():
             if name not in matrices:
-                yield name, torch.zeros_like(delta.dense())
+                yield name, torch.zeros(len(cuts), *delta.shape, dtype=accumulation_dtype(delta.base.dtype))
                 continue
-            taus = torch.stack([dense_term(term, delta.base) for term in delta.terms])
+            taus = delta.dense()
             weights = self._weights(taus)
-            moved = taus + self._modification(taus, weights)
-            masks = torch.stack([cut(tau) != 0 for cut, tau in zip(cuts, taus, strict=True) if cut])
-            scale = torch.ones_like(weights) if self.separate else weights
-            yield name, scale[:, None, None] * masks * moved
+            changes = self._modification(taus, weights).expand_as(taus)
+            masks = [cut(tau) != 0 for cut, tau in zip(cuts, taus, strict=True) if cut]
+            scales = torch.ones_like(weights) if self.separate else weights
+            parts = zip(scales, masks, taus, changes, strict=True)
+            yield name, torch.stack([scale * mask * (tau + change) for scale, mask, tau, change in parts])
 
     def _left_out(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.exclude)
@@ -95,33 +99,13 @@ class Doge(Preprocess):
         basis = shared_subspace(taus, min(taus.shape[1:]) // self.subspace)
         if self.solver == "adam":
             return _adam(taus, weights, shares, basis)
-        return _least_squares(taus, _gaps(taus, weights), basis)[None] / weights.sum()
+        return closest(taus, _gaps(taus, weights), basis)[None] / weights.sum()
 
 
 def _gaps(taus: Tensor, weights: Tensor) -> Tensor:
     """<tau_k, tau_k - sum_j l_j tau_j> of every row, [K, m]."""
     merged = torch.einsum("k,kmn->mn", weights, taus)
-    return (taus * (taus - merged)).sum(dim=2)
-
-
-def _least_squares(taus: Tensor, gaps: Tensor, basis: Tensor, steps: int = 200) -> Tensor:
-    """The shortest D [m, n] outside of the subspace with the least |gaps - <tau_k, D>|^2: CGLS from 0."""
-    solution = torch.zeros_like(taus[0])
-    residual = gaps.clone()
-    slope = outside(torch.einsum("km,kmn->mn", residual, taus), basis)
-    direction, size = slope, slope.square().sum()
-    first = size.clone()
-    for _ in range(steps):
-        if size <= 1e-20 * first or not size:
-            break
-        image = torch.einsum("kmn,mn->km", taus, direction)
-        step = size / image.square().sum().clamp_min(torch.finfo(taus.dtype).tiny)
-        solution = solution + step * direction
-        residual = residual - step * image
-        slope = outside(torch.einsum("km,kmn->mn", residual, taus), basis)
-        before, size = size, slope.square().sum()
-        direction = slope + size / before * direction
-    return outside(solution, basis)
+    return torch.stack([(tau * (tau - merged)).sum(dim=1) for tau in taus])
 
 
 @torch.enable_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.preprocess import Preprocess
-from trainmerge.preprocess.tsv import truncated
+from trainmerge.preprocess.spectrum import truncated
 from trainmerge.task_vectors import Delta, TaskVectors, dense_term
 
 

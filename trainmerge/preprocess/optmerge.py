@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.preprocess import Preprocess
-from trainmerge.preprocess.tsv import truncated
+from trainmerge.preprocess.spectrum import square_norm, truncated, wide_rows
 from trainmerge.task_vectors import TaskVectors
 
 
@@ -48,33 +48,37 @@ class OptMerge(Preprocess):
         for name, delta in task_vectors.deltas.items():
             taus = delta.dense()
             averaged = taus.dim() != 3 or any(fnmatchcase(name, pattern) for pattern in self.exclude)
-            yield name, taus / len(taus) if averaged else self._matrices(taus.double()).to(taus)
+            yield name, taus / len(taus) if averaged else self._matrices(taus)
 
     def _matrices(self, taus: Tensor) -> Tensor:
-        K, rank = len(taus), max(1, min(taus.shape[1:]) // len(taus))
-        norms = taus.square().sum(dim=(1, 2))
-        if not norms.any():
+        rank = max(1, min(taus.shape[1:]) // len(taus))
+        seen = [_seen(tau, rank) for tau in taus]
+        _, roots, vectors = truncated(torch.cat(seen), sum(len(directions) for directions in seen))
+        if not len(roots):
             return taus
-        mean = taus.mean(dim=0)
-        targets = torch.stack([_leading(tau - mean, rank) + mean for tau in taus])
-        seen = torch.stack([_moment(tau, rank) for tau in taus])  # V S^2 V^T / |tau|^2
-        values, vectors = torch.linalg.eigh(seen.sum(dim=0))
-        solid = values > 1e-12 * values[-1]
-        passed = -torch.expm1(-values * self.time) * solid
-        inverse = torch.where(solid, passed / values.clamp_min(1e-300), 0.0)
-        starts = taus if self.start == "sum" else taus / K
-        kept = starts - ((starts @ vectors) * passed) @ vectors.T
-        towards = ((targets @ seen @ vectors) * inverse) @ vectors.T
-        merged: Tensor = kept + towards
-        return merged
+        values, share = roots.square(), 1.0 if self.start == "sum" else 1 / len(taus)
+        passed = -torch.expm1(-values * self.time)
+        mean, results = taus.mean(dim=0), []
+        for tau, own in zip(taus, seen, strict=True):
+            towards = own.T @ (own @ vectors) * (passed / values)  # V S^2 V^T / |tau|^2 U (f / l), [n, r]
+            left, sizes, right = truncated(tau - mean, rank)
+            lead = sizes.double()[:, None] * (right.double().T @ towards)
+            blocks = zip(*(wide_rows(part) for part in (tau, mean, left)), strict=True)
+            results.append(
+                torch.cat(
+                    [
+                        (
+                            share * (t - (t @ vectors) * passed @ vectors.T)
+                            + (u @ lead + m @ towards) @ vectors.T
+                        ).to(taus)
+                        for t, m, u in blocks
+                    ]
+                )
+            )
+        return torch.stack(results)
 
 
-def _leading(matrix: Tensor, rank: int) -> Tensor:
-    u, s, v = truncated(matrix, rank)
-    return (u * s) @ v.T
-
-
-def _moment(tau: Tensor, rank: int) -> Tensor:
-    """What the leading directions weigh, [n, n]; 0 for an expert that leaves the matrix alone."""
-    _, s, v = truncated(tau, rank)
-    return (v * s.square()) @ v.T / tau.square().sum().clamp_min(torch.finfo(tau.dtype).tiny)
+def _seen(tau: Tensor, rank: int) -> Tensor:
+    """S V^T / |tau| of the leading triples, [r, n] float64; nothing of an expert that leaves the matrix alone."""
+    _, s, v = (part.double() for part in truncated(tau, rank))
+    return (v * s).T / square_norm(tau).sqrt().clamp_min(torch.finfo(torch.float64).tiny)

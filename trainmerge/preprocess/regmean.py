@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from trainmerge.coefficients import block_of
 from trainmerge.preprocess.preprocess import Calibrator, Informed
+from trainmerge.preprocess.spectrum import wide_rows
 from trainmerge.task_vectors import TaskVectors
 
 RIDGE = 1e-6  # of the mean diagonal: a direction that no expert reads keeps the base
@@ -25,7 +26,8 @@ class RegMean(Informed):
 
     Its merge is base + sum of the results, coefficient 1: of all weights W the one with the least
     sum_k |(W - W_k) X_k|^2. Padding is not counted. Parameters that are no linear layer's weight are divided
-    by K. The reference inverts without a ridge, and counts padding.
+    by K. The reference inverts without a ridge, and counts padding. Experts run once for every GiB of second
+    moments that their layers have.
 
     Args:
         shrink: What off-diagonal entries of G are multiplied by; 0.9 in the paper, less for few examples.
@@ -46,9 +48,10 @@ class RegMean(Informed):
             results = self._block_by_block(task_vectors, calibrator)
             yield from ((name, results[name]) for name in task_vectors.deltas)
             return
-        grams = _grams(task_vectors, calibrator, list(task_vectors.deltas), {})
-        for name in task_vectors.deltas:
-            yield name, self._result(task_vectors, name, grams)
+        for names in _portions(task_vectors):
+            grams = _grams(task_vectors, calibrator, names, {})
+            for name in names:
+                yield name, self._result(task_vectors, name, grams)
 
     def _block_by_block(self, task_vectors: TaskVectors, calibrator: Calibrator) -> dict[str, Tensor]:
         blocks: dict[str, list[str]] = {}
@@ -68,15 +71,35 @@ class RegMean(Informed):
         taus = task_vectors.deltas[name].dense()
         if name not in grams[0]:
             return taus / len(taus)
-        moments = torch.stack([self._shrunk(gram[name].double()) for gram in grams])
-        total = moments.sum(dim=0)
+        moments = [self._shrunk(gram[name].double()) for gram in grams]
+        total = torch.stack(moments).sum(dim=0)
         total.diagonal().add_(RIDGE * total.diagonal().mean().clamp_min(torch.finfo(total.dtype).tiny))
-        weighed = taus.double() @ moments  # [K, m, n]
-        solved: Tensor = torch.linalg.solve(total, weighed.mT)
-        return solved.mT.to(taus)
+        factor = torch.linalg.cholesky(total)
+        return torch.stack([_weighed(tau, moment, factor) for tau, moment in zip(taus, moments, strict=True)])
 
     def _shrunk(self, gram: Tensor) -> Tensor:
         return self.shrink * gram + (1 - self.shrink) * torch.diag(gram.diagonal())
+
+
+def _weighed(tau: Tensor, moment: Tensor, factor: Tensor) -> Tensor:
+    """tau G total^-1, some rows after the others; total = factor factor^T."""
+    blocks = (torch.cholesky_solve((rows @ moment).T, factor).T for rows in wide_rows(tau))
+    return torch.cat([block.to(tau.dtype) for block in blocks])
+
+
+def _portions(task_vectors: TaskVectors) -> Iterator[list[str]]:
+    """Parameters one after another, as many together as have `MOMENTS` bytes of second moments."""
+    portion: list[str] = []
+    size = 0
+    for name, delta in task_vectors.deltas.items():
+        more = 4 * delta.shape[1] ** 2 if len(delta.shape) == 2 else 0
+        if portion and size + more > MOMENTS:
+            yield portion
+            portion, size = [], 0
+        portion.append(name)
+        size += more
+    if portion:
+        yield portion
 
 
 def _grams(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainmerge.preprocess.tsv import truncated
+from trainmerge.preprocess.spectrum import truncated
 from trainmerge.storage import MappedFile, write_safetensors
 from trainmerge.task_vectors import TaskVectors
 

@@ -50,9 +50,8 @@ class Widen(Preprocess):
 
     def _columns(self, base: Tensor, taus: Tensor) -> Tensor:
         """A weight a column, [K, n]."""
-        models = base + taus
-        lengths = (models.norm(dim=1) - base.norm(dim=0)).abs()
-        turned = 1 - torch.cosine_similarity(models, base.expand_as(models), dim=1)
+        moves = [_changes(base, base + tau) for tau in taus]
+        lengths, turned = (torch.stack(part) for part in zip(*moves, strict=True))
         return (self._scores(lengths) + self._scores(turned)) / 2
 
     def _scores(self, changes: Tensor) -> Tensor:
@@ -60,3 +59,9 @@ class Widen(Preprocess):
         ranks = changes.argsort(dim=1, stable=True).argsort(dim=1).to(changes) / changes.shape[1]
         important = ranks > self.above * ranks.mean(dim=1, keepdim=True)
         return torch.where(important, self.important, ranks.softmax(dim=0))
+
+
+def _changes(base: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every column's length and direction, [n] each."""
+    turned = 1 - torch.cosine_similarity(model, base, dim=0)
+    return (model.norm(dim=0) - base.norm(dim=0)).abs(), turned

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.preprocess import Preprocess
+from trainmerge.preprocess.spectrum import input_directions, moment_times, square_norm, wide_rows
 from trainmerge.task_vectors import TaskVectors
 
 
@@ -28,7 +29,7 @@ class Wudi(Preprocess):
 
     and the bracket is expert k's new task vector: its merge is base + sum of the results, coefficient 1.
     Parameters that are no matrices, and those in `exclude`, are divided by K. One eigendecomposition, n x n,
-    a matrix, in float64.
+    a matrix, in float64 (K m x K m where that is less), and a few n x n products a block of rows.
 
     Args:
         time: t. The published run is 300; None is the adaptive filter, which needs no setting: f is 1 on the
@@ -53,31 +54,28 @@ class Wudi(Preprocess):
             yield name, taus / len(taus) if averaged else self._matrices(taus)
 
     def _matrices(self, taus: Tensor) -> Tensor:
-        norms = taus.double().square().sum(dim=(1, 2))
-        if not norms.any():
+        values, vectors = input_directions(taus)
+        if not len(values):
             return taus
-        scaled = taus.double() / norms.clamp_min(torch.finfo(torch.float64).tiny).sqrt()[:, None, None]
-        scaled[norms == 0] = 0
-        values, vectors = torch.linalg.eigh(sum(t.T @ t for t in scaled))
-        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        passed = self._filter(values)
-        inverse = torch.where(passed > 0, passed / values.clamp_min(1e-300), 0.0)
-        return torch.stack(
-            [self._expert(t.double(), s, vectors, passed, inverse) for t, s in zip(taus, scaled, strict=True)]
-        ).to(taus)
+        passed = self._filter(values, taus.shape[2])
+        seen, passed = vectors[:, passed > 0], passed[passed > 0]
+        inverse = passed / values[: len(passed)]
+        return torch.stack([_expert(tau, seen, passed, inverse) for tau in taus])
 
-    def _filter(self, values: Tensor) -> Tensor:
-        """The f of every direction, values in descending order."""
-        solid = values > 1e-12 * values[0]  # the others are rounding
+    def _filter(self, values: Tensor, width: int) -> Tensor:
+        """The f of every direction, values in descending order; 0 on all but the first few, or on none."""
         order = torch.arange(len(values))
         if self.time is None:
             leading = ceil(float(values.sqrt().sum() ** 2 / values.sum()) - 1e-9)
-            return (solid & (order < leading)).double()
-        kept = order < ceil(self.keep * len(values) - 1e-9)
-        return -torch.expm1(-values * self.time) * (solid & kept)
+            return (order < leading).double()
+        return -torch.expm1(-values * self.time) * (order < ceil(self.keep * width - 1e-9))
 
-    def _expert(
-        self, tau: Tensor, scaled: Tensor, vectors: Tensor, passed: Tensor, inverse: Tensor
-    ) -> Tensor:
-        target = scaled @ (scaled.T @ tau)  # tau tau^T tau / |tau|^2
-        return tau - ((tau @ vectors) * passed) @ vectors.T + ((target @ vectors) * inverse) @ vectors.T
+
+def _expert(tau: Tensor, seen: Tensor, passed: Tensor, inverse: Tensor) -> Tensor:
+    """tau - tau U f U^T + tau M U (f / l) U^T with M = tau^T tau / |tau|^2, some rows after the others."""
+    moment = moment_times(tau, seen) / square_norm(tau).clamp_min(torch.finfo(torch.float64).tiny)
+    taken = seen * passed - moment * inverse  # [n, r]
+    if tau.shape[0] >= tau.shape[1]:
+        every = taken @ seen.T
+        return torch.cat([(rows - rows @ every).to(tau.dtype) for rows in wide_rows(tau)])
+    return torch.cat([(rows - (rows @ taken) @ seen.T).to(tau.dtype) for rows in wide_rows(tau)])

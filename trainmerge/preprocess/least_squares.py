@@ -1,0 +1,85 @@
+"""DOGE's constrained least squares: a change D that meets every row's K equations, outside of a subspace.
+
+    min_D sum_k sum_row (gap_k - <tau_k, D>)^2,   U^T D = 0
+
+Legend: `K` experts, `m x n` a matrix, `gaps` [K, m] what is wanted of every row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainmerge.preprocess.spectrum import EPSILON
+from trainmerge.task_vectors import outside
+
+STEPS = 200  # a few are enough; many, where rows are of very different sizes
+
+
+def closest(taus: Tensor, gaps: Tensor, basis: Tensor) -> Tensor:
+    """The shortest D [m, n] outside of the columns of `basis` [m, k] with the least squares.
+
+    First with each row's K equations made orthonormal, which takes about 7 steps in float32 where the bare
+    equations take 200; then as they are, which is nothing to do where all of them can be met.
+    """
+    solution = torch.zeros_like(taus[0])
+    for scale in (_whitening(taus), None):
+        solution = _conjugate_gradients(Equations(taus, basis, scale), gaps, solution)
+    return outside(solution, basis)
+
+
+@dataclass(frozen=True)
+class Equations:
+    """What a change D does to every row: scale <tau_k, D outside of the basis>, `scale` [m, K, K] or none."""
+
+    taus: Tensor  # [K, m, n]
+    basis: Tensor  # [m, k]
+    scale: Tensor | None
+
+    def scaled(self, numbers: Tensor) -> Tensor:
+        """[K, m] -> [K, m]."""
+        return numbers if self.scale is None else torch.einsum("mjk,km->jm", self.scale, numbers)
+
+    def of(self, change: Tensor) -> Tensor:
+        """[m, n], outside of the basis already -> [K, m]."""
+        return self.scaled(torch.stack([torch.einsum("mn,mn->m", tau, change) for tau in self.taus]))
+
+    def transposed(self, numbers: Tensor) -> Tensor:
+        """[K, m] -> [m, n], outside of the basis."""
+        total = torch.zeros_like(self.taus[0])
+        for tau, column in zip(self.taus, self.scaled(numbers), strict=True):
+            total.addcmul_(tau, column[:, None])
+        return outside(total, self.basis)
+
+
+def _whitening(taus: Tensor) -> Tensor:
+    """(tau tau^T)^-1/2 of every row's K vectors, [m, K, K]; 0 where they have no length."""
+    products = torch.stack([torch.einsum("mn,kmn->mk", tau, taus) for tau in taus], dim=1)
+    values, vectors = torch.linalg.eigh(products.double())
+    solid = values > EPSILON * values[:, -1:]
+    roots = torch.where(solid, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
+    return (vectors * roots[:, None, :] @ vectors.mT).to(taus)
+
+
+def _conjugate_gradients(equations: Equations, gaps: Tensor, start: Tensor) -> Tensor:
+    """CGLS from `start`, until a step changes no digit of what is left."""
+    epsilon = torch.finfo(start.dtype).eps
+    wanted = equations.scaled(gaps)
+    tolerance = 8 * epsilon * equations.transposed(wanted).norm()
+    solution, residual = start.clone(), wanted - equations.of(start)
+    slope = direction = equations.transposed(residual)
+    size = slope.norm()
+    for _ in range(STEPS):
+        if size <= tolerance:
+            break
+        image = equations.of(direction)
+        length = (size / image.norm()).square()
+        gain = size.square() * length / residual.square().sum()
+        solution.add_(direction * length)
+        residual -= length * image
+        if gain <= epsilon:
+            break
+        before, slope = size, equations.transposed(residual)
+        size = slope.norm()
+        direction = slope + (size / before).square() * direction
+    return solution
