@@ -1,17 +1,21 @@
 """Conflicting gradients: rules against their closed forms, inside a fit that resumes bit for bit."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torchjd.aggregation import MGDA, Mean, PCGrad, Sum
+from torchjd.aggregation import MGDA, CAGrad, Mean, PCGrad, Sum
 
 import trainmerge as tm
 from tests.test_fit import fit_world
 from tests.world import languages_recipe, write_languages, write_world
 from trainmerge.batch import Batch
+from trainmerge.coefficients import Coefficients, Grouping
 from trainmerge.gradients import combined
+from trainmerge.kernels import Difference, ExpertWeight, LowRank
+from trainmerge.merged_model import MergedModel
 from trainmerge.preprocess.subspace import shared_subspace
 from trainmerge.recipe import calibration_files
 
@@ -74,11 +78,69 @@ def test_a_fit_with_a_rule_resumes_bit_for_bit(tmp_path: Path) -> None:
         fit_world(tmp_path, tmp_path / "parts", steps=8, combine=MGDA(), objective=tm.Alignment())
 
 
-def test_what_is_shared_counts_for_nothing(tmp_path: Path) -> None:
+def test_cagrad_is_near_the_mean_and_good_for_the_worst() -> None:
+    """max over d of min_i <g_i, d>, |d - g| <= c |g|, g the mean: by trying all directions of a circle."""
+    pytest.importorskip("cvxpy", reason="pip install .[conflicts]")
+    rows = ROWS.flatten(1)
+    mean = rows.mean(0)
+    angles = torch.linspace(0, 2 * torch.pi, 3601)
+    around = mean + 0.5 * mean.norm() * torch.stack([angles.cos(), angles.sin()], dim=1)
+    best = around[(around @ rows.T).amin(1).argmax()]
+    torch.testing.assert_close(combined(ROWS, CAGrad(c=0.5), 0), best[None], rtol=5e-3, atol=5e-3)
+
+
+def test_rules_that_weigh_change_what_is_learned(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    rules = {"mgda": MGDA(), "mean": Mean()}
+    if find_spec("cvxpy"):
+        rules["cagrad"] = CAGrad(c=0.5)
+    ends = {
+        name: fit_world(tmp_path, tmp_path / name, steps=3, combine=rule, objective=tm.Alignment())
+        for name, rule in rules.items()
+    }
+    values = {name: module.coefficients().detach() for name, module in ends.items()}
+    for name, end in values.items():
+        assert (end - ends[name].start).abs().max() > 1e-3
+        assert name == "mean" or (end - values["mean"]).abs().max() > 1e-4
+
+
+def test_a_projected_gradient_is_exact_in_float64(random_task_vectors, tiny_mlp) -> None:
+    """<(1 - U U^T) dL/dW, tau_k> by autograd through the merge."""
+    module = tiny_mlp.double()
+    given = random_task_vectors(module, [Difference, LowRank, ExpertWeight])
+    coefficients = Coefficients(given.experts, Grouping("tensor").layout(given.shapes)).double()
+    merged = MergedModel(module, given, coefficients)
+    merged.left_alone = {
+        name: shared_subspace(delta.dense(), 2)
+        for name, delta in given.deltas.items()
+        if len(delta.shape) == 2
+    }
+    assert sum(basis.shape[1] for basis in merged.left_alone.values()) == 4
+    merged.materialise()
+    x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    slopes = torch.autograd.grad(module(x).square().sum(), list(merged.parameters.values()))
+    module(x).square().sum().backward()
+    got = merged.gradient()
+    for column, (name, slope) in enumerate(zip(merged.parameters, slopes, strict=True)):
+        if name in merged.left_alone:
+            basis = merged.left_alone[name]
+            slope = (torch.eye(len(basis), dtype=torch.float64) - basis @ basis.T) @ slope
+        want = (given.deltas[name].dense() * slope).flatten(1).sum(1)
+        torch.testing.assert_close(got[:, column], want, rtol=1e-10, atol=1e-12)
+
+
+OBJECTIVES = {
+    "entropy": tm.Entropy(diversity=1.0, agreement=2.0),
+    "alignment": tm.Alignment(hidden=0.5, layers=(0, 1, -1)),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_what_is_shared_counts_for_nothing(objective: tm.Objective, tmp_path: Path) -> None:
     """<(1 - U U^T) G, tau> with G from plain autograd and U from the experts' leading singular vectors."""
     merge = languages_recipe(write_languages(tmp_path))
     data = tm.Calibration(calibration_files(merge), merge.base, max_length=16)
-    module = tm.MergeModule(merge, tm.Entropy(), subspace=4, workspace=str(tmp_path / "w"))
+    module = tm.MergeModule(merge, objective, subspace=4, workspace=str(tmp_path / "w"))
     module.load(data)
     merged = module.resident.merged
     merged.materialise()
@@ -93,12 +155,13 @@ def test_what_is_shared_counts_for_nothing(tmp_path: Path) -> None:
         if slope.dim() == 2:
             basis = shared_subspace(taus, min(slope.shape) // 4)
             assert basis.shape == (len(slope), min(slope.shape) // 4)
+            slope, basis = slope.double(), basis.double()
             slope = slope - basis @ (basis.T @ slope)
-        want = (taus * slope).flatten(1).sum(1)
-        torch.testing.assert_close(got[:, column], want, rtol=1e-3, atol=1e-6)
+        want = (taus.double() * slope).flatten(1).sum(1)
+        torch.testing.assert_close(got[:, column].double(), want, rtol=1e-3, atol=1e-6)
     (kept,) = (tmp_path / "w").glob("subspaces-*.safetensors")
     written = kept.stat().st_mtime_ns
-    again = tm.MergeModule(merge, tm.Entropy(), subspace=4, workspace=str(tmp_path / "w"))
+    again = tm.MergeModule(merge, objective, subspace=4, workspace=str(tmp_path / "w"))
     again.load(data)
     assert kept.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="subspace must be 0 or more"):

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertModel, LlamaForCausalLM
 
 import trainmerge as tm
+from tests.methods import SoftmaxLayer, random, vectors
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.measure import Measure
+from trainmerge.preprocess import regmean
 from trainmerge.recipe import calibration_files
 from trainmerge.task_vectors import TaskVectors
 
@@ -144,6 +146,20 @@ def test_gradients_of_the_text_are_the_language_models_own(languages: Path, tmp_
     assert not gradient.any()  # nothing of this reached the coefficients
 
 
+def test_sampled_gradients_are_of_whole_answers(languages: Path, tmp_path: Path) -> None:
+    """Of -log p(y | x), summed over the positions of y: a long text says as much more as it is longer."""
+    made, _ = measure(languages_recipe(languages), tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(languages / "b")
+    dice = torch.Generator().manual_seed(0)
+    for gradients, example in zip(made.gradients(1, sampled=True), made.examples[1], strict=True):
+        plain.zero_grad()
+        log_p = plain(**made.tokenizer.encode([example]).inputs).logits[0, :-1].log_softmax(-1)
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=dice)
+        (-log_p.gather(1, drawn)).sum().backward()
+        for name, parameter in plain.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-4)
+
+
 def test_fisher_shares_out_by_squared_gradients(world: Path, tmp_path: Path) -> None:
     made, vectors = measure(recipe(world, grouping=tm.Grouping(exclude=["pooler.*"])), tmp_path)
     result = informed(tm.Fisher(), made, vectors)
@@ -176,6 +192,47 @@ def test_rcp_adds_what_most_examples_vote_for(languages: Path, tmp_path: Path) -
             assert (result[name][1] != mask * delta.dense()[1]).float().mean() < 1e-3  # ties of rounding
     with pytest.raises(ValueError, match="merges two experts"):
         informed(tm.Rcp("a", "c"), made, vectors)
+
+
+def rcp(weight: float, taus: dict[str, Tensor]) -> tuple[dict[str, Tensor], SoftmaxLayer]:
+    """RCP's masks of the added expert, and what they were made of."""
+    given = vectors(taus)
+    got = dict(tm.Rcp("a", "b", weight).informed(given, SoftmaxLayer(given)))
+    return {name: tau[1] != 0 for name, tau in got.items()}, SoftmaxLayer(given)
+
+
+def test_rcp_between_all_and_nothing() -> None:
+    taus = random(2)
+    (guarded, layer), (free, _) = rcp(1e12, taus), rcp(0.0, taus)
+    for name in ("layer.weight", "layer.bias"):  # F is above 0 and the experts differ: nothing is added
+        assert not guarded[name].any()
+    assert free["norm.weight"].all()  # no gradient, no cost: all is added
+    weight = layer.given.deltas["layer.weight"].base + taus["layer.weight"][1]
+    costs = torch.stack([g["layer.weight"] * weight for g in layer.gradients(1, sampled=False)])
+    against = (costs > 0).sum(0)
+    assert (against == 6).any()  # of 12 examples: a tie adds nothing
+    assert torch.equal(free["layer.weight"], against < 6)
+
+
+def test_regmean_measures_no_more_together_than_it_may(
+    languages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, given = measure(languages_recipe(languages), tmp_path)
+    whole = informed(tm.RegMean(), made, given)
+    most = []
+    grams = Measure.grams
+
+    def watched(self: Measure, *asked: object) -> dict[str, Tensor]:
+        moments = grams(self, *asked)
+        most.append(sum(gram.nbytes for gram in moments.values()))
+        return moments
+
+    monkeypatch.setattr(Measure, "grams", watched)
+    monkeypatch.setattr(regmean, "MOMENTS", 5 * 4 * 32**2)
+    for name, taus in informed(tm.RegMean(), made, given).items():
+        assert torch.equal(taus, whole[name])
+    assert len(most) > 4
+    assert max(most) <= 5 * 4 * 32**2
 
 
 def test_a_measured_merge_is_exported_and_its_loss_is_told(languages: Path, tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
-"""Closed-form methods: what is true of all of them, and each one's identities at its native coefficients.
+"""Closed forms against references in float64, and each one's identities at its native coefficients.
+
+What is true of all of them is in `test_methods`.
 
 Legend: `K` experts, `m x n` a matrix.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,146 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import trainmerge as tm
+from tests.contracts import relative_error
+from tests.methods import matrices, one, random, run, vectors
 from tests.world import recipe, write_world
-from trainmerge.kernels import Difference
-from trainmerge.preprocess import preprocess
 from trainmerge.preprocess.consensus import tall_masks
+from trainmerge.preprocess.spectrum import input_directions, polar, truncated
 from trainmerge.preprocess.subspace import shared_subspace
 from trainmerge.recipe import calibration_files
-from trainmerge.task_vectors import Delta, TaskVectors
-
-METHODS = {
-    "breadcrumbs": tm.Breadcrumbs(0.5, 0.1),
-    "consensus": tm.Consensus(),
-    "dare": tm.Dare(0.5),
-    "doge": tm.Doge(density=0.5),
-    "doge-am": tm.Doge(density=0.5, solver="adam", separate=True),
-    "model-stock": tm.ModelStock(),
-    "opcm": tm.Opcm(),
-    "optmerge": tm.OptMerge(),
-    "optmerge-mean": tm.OptMerge(start="mean"),
-    "pcb": tm.Pcb(0.3),
-    "ties": tm.Ties(0.5),
-    "tsv": tm.Tsv(),
-    "tsv-c": tm.Tsv(orthogonal=False),
-    "widen": tm.Widen(),
-    "wudi": tm.Wudi(300.0),
-    "aswudi": tm.Wudi(),
-}
-SHAPES = {"layer.weight": (6, 8), "layer.bias": (6,), "norm.weight": (8,), "scale": ()}
-
-
-def vectors(taus: dict[str, Tensor], dtype: torch.dtype = torch.float64) -> TaskVectors:
-    """Task vectors with these differences, [K, *S] a parameter."""
-    torch.manual_seed(9)
-    count = len(next(iter(taus.values())))
-    deltas = {
-        name: Delta(torch.randn(tau.shape[1:]).to(dtype), tuple(Difference(t.to(dtype)) for t in tau))
-        for name, tau in taus.items()
-    }
-    return TaskVectors(tuple("abcdef"[:count]), deltas)
-
-
-def random(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(count, *shape, generator=generator, dtype=torch.float64)
-        for name, shape in SHAPES.items()
-    }
-
-
-def run(
-    method: tm.Preprocess, taus: dict[str, Tensor], dtype: torch.dtype = torch.float64
-) -> dict[str, Tensor]:
-    return dict(method(vectors(taus, dtype)))
-
-
-def one(method: tm.Preprocess, *taus: Tensor) -> Tensor:
-    """A single matrix's result, [K, m, n]."""
-    return run(method, {"w": torch.stack(taus)})["w"]
-
-
-def matrices(*seeds: int, shape: Sequence[int] = (6, 8)) -> list[Tensor]:
-    return [
-        torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds
-    ]
-
-
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_shapes_order_dtype_and_repetition(method: tm.Preprocess) -> None:
-    taus = random()
-    got = run(method, taus)
-    assert list(got) == list(taus)
-    assert {name: tuple(t.shape) for name, t in got.items()} == {n: (3, *s) for n, s in SHAPES.items()}
-    assert all(torch.equal(a, b) for a, b in zip(got.values(), run(method, taus).values(), strict=True))
-    half = run(method, taus, torch.bfloat16)
-    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in half.values())
-
-
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.entrywise])
-def test_pieces_of_large_parameters_are_the_whole(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taus = {**random(), "more": torch.randn(3, 7, 2, 3, dtype=torch.float64)}
-    monkeypatch.setattr(preprocess, "PIECE", 16)
-    pieces, names = preprocess.in_pieces(vectors(taus))
-    assert list(names)[:2] == ["layer.weight[0:2]", "layer.weight[2:4]"]
-    assert max(delta.shape.numel() for delta in pieces.deltas.values()) <= 16
-    got = preprocess.apply(vectors(taus), [METHODS[name]], tmp_path, "inputs")
-    if name == "dare":  # whose dice know the piece
-        whole = {n: t.sum(0) * 0 for n, t in taus.items()}
-        assert {n: d.shape for n, d in got.deltas.items()} == {n: t.shape for n, t in whole.items()}
-        assert all(set((d.dense() / taus[n]).unique().tolist()) <= {0, 2} for n, d in got.deltas.items())
-        return
-    for parameter, result in run(METHODS[name], taus).items():
-        assert torch.equal(got.deltas[parameter].dense(), result)
-
-
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_what_did_not_change_stays(method: tm.Preprocess) -> None:
-    taus = {name: tau.clone() for name, tau in random().items()}
-    for tau in taus.values():
-        tau[1] = 0
-    got = run(method, taus)
-    if not isinstance(
-        method, tm.Wudi | tm.OptMerge
-    ):  # WUDI lets an absent expert's part of the sum go to the others
-        assert not any(t[1].any() for t in got.values())
-    nothing = run(method, {name: torch.zeros_like(tau) for name, tau in taus.items()})
-    assert not any(t.any() for t in nothing.values())
-
-
-@pytest.mark.parametrize(
-    "name", sorted(METHODS.keys() - {"widen", "doge", "doge-am"})
-)  # against the base; eta / |tau|
-def test_scale(name: str) -> None:
-    method = METHODS[name]
-    got, scaled = run(method, random()), run(method, {n: 4.0 * t for n, t in random().items()})
-    for name in got:
-        torch.testing.assert_close(scaled[name], 4.0 * got[name], rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"opcm", "dare"}))
-def test_the_order_of_experts_does_not_matter(name: str) -> None:
-    """But for OPCM, which goes by it, and DARE's dice, which know names."""
-    taus, order = random(), [2, 0, 1]
-    got = run(METHODS[name], taus)
-    moved = run(METHODS[name], {n: t[order] for n, t in taus.items()})
-    for parameter in got:
-        torch.testing.assert_close(moved[parameter], got[parameter][order], rtol=1e-7, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    "method",
-    [tm.Breadcrumbs(1.0, 0.0), tm.Consensus(agree=0), tm.Dare(0.0), tm.Opcm(), tm.OptMerge(),
-     tm.Ties(1.0), tm.Tsv(), tm.Widen(), tm.Wudi(300.0), tm.Wudi()],
-    ids=lambda method: type(method).__name__,
-)  # fmt: skip
-def test_one_expert_is_itself(method: tm.Preprocess) -> None:
-    taus = random(1)
-    got = run(method, taus)
-    for name in taus:
-        torch.testing.assert_close(got[name], taus[name], rtol=1e-7, atol=1e-9)
+from trainmerge.task_vectors import TaskVectors
 
 
 def test_dare_is_unbiased_and_its_dice_know_only_names() -> None:
@@ -166,10 +37,25 @@ def test_dare_is_unbiased_and_its_dice_know_only_names() -> None:
     assert not torch.equal(one(tm.Dare(0.5, seed=1), tau[0]), alone["w"])
 
 
+def test_dare_has_its_variance_and_a_layer_its_output_on_average() -> None:
+    tau, x = matrices(0, shape=(4, 6))[0], matrices(1, shape=(6, 1))[0]
+    kept = torch.stack([one(tm.Dare(0.9, seed=s), tau)[0] for s in range(600)])
+    variance = (kept - tau).square().mean(0) / tau.square()
+    assert variance.mean().item() == pytest.approx(9.0, rel=0.1)  # p / (1 - p)
+    spread = (9 * tau.square() @ x.square() / 600).sqrt()
+    assert ((kept @ x).mean(0) - tau @ x).abs().div(spread).max() < 4.5
+    taus = random()
+    assert all(torch.equal(got, taus[name]) for name, got in run(tm.Dare(0.0), taus).items())
+
+
 def test_breadcrumbs_drop_both_ends() -> None:
     tau = torch.tensor([[5.0, -9.0, 1.0, 3.0, -7.0, 2.0, 0.5, -4.0, 8.0, 6.0]], dtype=torch.float64)
     (got,) = one(tm.Breadcrumbs(0.4, 0.2), tau)
     assert got.tolist() == [[5.0, 0, 0, 0, -7.0, 0, 0, -4.0, 0, 6.0]]
+    (wide,) = matrices(0, shape=(30, 40))
+    ranks = wide.abs().flatten().argsort(descending=True).argsort().view(wide.shape)
+    want = torch.where((ranks >= 8) & (ranks < 8 + 180), wide, 0.0)  # floor(0.007 n), floor(0.15 n)
+    assert torch.equal(one(tm.Breadcrumbs(), wide)[0], want)
     ties = run(tm.Ties(0.4, scope="parameter"), {"w": tau[None]})["w"]
     assert torch.equal(run(tm.Breadcrumbs(0.4, 0.0), {"w": tau[None]})["w"], ties)
 
@@ -186,6 +72,17 @@ def test_consensus() -> None:
     assert not tall_masks(torch.stack([a, a]), torch.ones(2)).any()  # strictly more
     with pytest.raises(ValueError, match="3 values for 2 experts"):
         one(tm.Consensus(threshold=[0.1, 0.2, 0.3]), a, b)
+
+
+def test_consensus_is_its_formula_an_entry_at_a_time() -> None:
+    taus, thresholds = torch.stack(matrices(0, 1, 2, 3)), [0.2, 0.3, 0.4, 0.6]
+    got = one(tm.Consensus(3, thresholds), *taus)
+    for row, column in torch.cartesian_prod(torch.arange(6), torch.arange(8)).tolist():
+        entries = taus[:, row, column].tolist()
+        needed = [abs(t) > h * abs(sum(entries) - t) for t, h in zip(entries, thresholds, strict=True)]
+        kept = entries if sum(needed) >= 3 else [0.0] * 4
+        assert got[:, row, column].tolist() == kept
+    assert 0 < (got[0] != 0).sum() < got[0].numel()
 
 
 def low_rank(columns: slice) -> Tensor:
@@ -215,9 +112,76 @@ def test_tsv_makes_singular_vectors_orthogonal_and_keeps_the_values() -> None:
         torch.testing.assert_close(result, u[:, :4] * s[:4] @ v[:4])
 
 
-def test_tsv_averages_what_is_no_matrix() -> None:
+@pytest.mark.parametrize("shape", [(9, 12), (14, 6), (8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_tsv_is_its_formula_by_lapack(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    taus = [tau.to(dtype) for tau in matrices(0, 1, 2, shape=shape)]
+    rank = min(shape) // 3
+    parts = [torch.linalg.svd(tau.double(), full_matrices=False) for tau in taus]
+    left, right = (
+        torch.linalg.svd(torch.cat(sides, 1), full_matrices=False)
+        for sides in ([u[:, :rank] for u, _, _ in parts], [vh[:rank].T for _, _, vh in parts])
+    )
+    values = torch.cat([s[:rank] for _, s, _ in parts])
+    want = (left[0] @ left[2] * values) @ (right[0] @ right[2]).T
+    got = dict(tm.Tsv()(narrow(taus)))["w"]
+    assert got.dtype == dtype
+    assert relative_error(got.double().sum(0), want) < (1e-10 if dtype == torch.float64 else 1e-5)
+
+
+def narrow(taus: Sequence[Tensor]) -> TaskVectors:
+    """One matrix, in its own dtype."""
+    given = vectors({"w": torch.stack(list(taus))})
+    base = given.deltas["w"].base.to(taus[0].dtype)
+    return TaskVectors(given.experts, {"w": replace(given.deltas["w"], base=base)})
+
+
+def test_tsv_of_twins() -> None:
+    """Equal experts are one of them; the difference of nearly equal ones gets a whole expert's weight."""
+    (a,), (noise,) = matrices(0, shape=(20, 20)), matrices(1, shape=(20, 20))
+    torch.testing.assert_close(one(tm.Tsv(1.0), a, a).sum(0), a)
+    near = one(tm.Tsv(0.5), a, a + 1e-4 * noise).sum(0)
+    u, s, vh = torch.linalg.svd(a)
+    signal = u[:, :10] * s[:10] @ vh[:10]
+    assert ((near - signal).norm() / signal.norm()).item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_tsv_averages_what_is_no_matrix_and_what_is_left_out() -> None:
     taus = random()
-    assert torch.equal(run(tm.Tsv(), taus)["layer.bias"], taus["layer.bias"] / 3)
+    got = run(tm.Tsv(exclude=["wide.*"]), taus)
+    for name in ("layer.bias", "wide.weight"):
+        assert torch.equal(got[name], taus[name] / 3)
+    assert not torch.equal(got["layer.weight"], taus["layer.weight"] / 3)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_truncated_triples_are_lapacks_down_to_the_smallest(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Six decades of singular values; what is squared loses the digits that the docstring says."""
+    bases = [torch.linalg.qr(m)[0] for m in (*matrices(0, shape=(60, 40)), *matrices(1, shape=(40, 40)))]
+    tall = bases[0] * torch.logspace(0, -5.9, 40, dtype=torch.float64) @ bases[1].T
+    matrix = (tall if shape[0] > shape[1] else tall.T).to(dtype)
+    u, s, v = (part.double() for part in truncated(matrix, 40))
+    want = torch.linalg.svd(matrix.double(), full_matrices=False)
+    off = (s / want[1] - 1).abs()
+    assert len(s) == 40
+    assert (off < 1e-15 / (want[1] / want[1][0]).square() + 2 * torch.finfo(dtype).eps).all()
+    for side in (u, v):
+        assert (side.T @ side - torch.eye(40).double()).abs().max() < 1e-3
+        assert (side.T @ side - torch.eye(40).double())[:20, :20].abs().max() < 2e-7
+    assert relative_error((u * s) @ v.T, matrix) < 20 * torch.finfo(dtype).eps
+    few = truncated(matrix, 7)
+    assert [tuple(part.shape) for part in few] == [(shape[0], 7), (7,), (shape[1], 7)]
+
+
+def test_no_triples_of_nothing_and_the_numerical_rank_of_little() -> None:
+    for matrix in (torch.zeros(5, 3), torch.zeros(3, 5)):
+        u, s, v = truncated(matrix, 3)
+        assert (u.shape[1], len(s), v.shape[1]) == (0, 0, 0)
+        assert not polar(matrix).any()
+    assert len(truncated(low_rank(slice(0, 3)).float(), 12)[1]) == 3
 
 
 def wudi_loss(merged: Tensor, taus: Sequence[Tensor]) -> Tensor:
@@ -235,33 +199,71 @@ def test_wudi_goes_to_the_minimum_of_its_loss() -> None:
     assert torch.equal(one(tm.Wudi(0.0), *taus).sum(0), torch.stack(taus).sum(0))
 
 
-def test_wudi_is_its_gradient_flow() -> None:
-    taus = matrices(0, 1, shape=(5, 4))
-    merged = torch.stack(taus).sum(0).requires_grad_()
-    time, steps = 2.0, 20000
-    for _ in range(steps):  # Euler on half the gradient
-        (gradient,) = torch.autograd.grad(wudi_loss(merged, taus) / 2, merged)
-        merged = (merged - time / steps * gradient).detach().requires_grad_()
-    torch.testing.assert_close(one(tm.Wudi(time), *taus).sum(0), merged.detach(), rtol=1e-3, atol=1e-3)
+def wudi_system(taus: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """C and D of half the loss's gradient, W C - D."""
+    return (
+        sum(t.T @ t / t.square().sum() for t in taus),
+        sum(t @ t.T @ t / t.square().sum() for t in taus),
+    )
 
 
-def test_wudi_keeps_as_many_directions_as_it_says() -> None:
-    taus = matrices(0, 1, shape=(12, 8))
-    total = sum(t.T @ t / t.square().sum() for t in taus)
-    values, vectors_ = torch.linalg.eigh(total)
-    leading = vectors_.flip(1)[:, : -(-13 * 8 // 20)]  # ceil(0.65 * 8)
-    moved = one(tm.Wudi(1e9, keep=0.65), *taus).sum(0) - sum(taus)
-    torch.testing.assert_close(moved, moved @ leading @ leading.T, rtol=1e-7, atol=1e-9)
-    count = -(-(values.sqrt().sum() ** 2) // values.sum())
-    adaptive = vectors_.flip(1)[:, : int(count)]
-    moved = one(tm.Wudi(), *taus).sum(0) - sum(taus)
-    torch.testing.assert_close(moved, moved @ adaptive @ adaptive.T, rtol=1e-7, atol=1e-9)
+def flow(start: Tensor, system: tuple[Tensor, Tensor], time: float) -> Tensor:
+    """Where dW/dt = D - W C ends, by the exponential of the affine map: exact, singular C or not."""
+    c, d = system
+    n = len(c)
+    block = torch.zeros(n + len(d), n + len(d), dtype=torch.float64)
+    block[:n, :n], block[n:, :n] = -c, d
+    moved = torch.linalg.matrix_exp(time * block)
+    return start @ moved[:n, :n] + moved[n:, :n]
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (4, 5), (2, 9)])
+def test_wudi_is_its_gradient_flow(shape: tuple[int, int]) -> None:
+    taus = matrices(0, 1, shape=shape)
+    got = one(tm.Wudi(2.0), *taus).sum(0)
+    torch.testing.assert_close(got, flow(sum(taus), wudi_system(taus), 2.0), rtol=1e-9, atol=1e-9)
+    end = one(tm.Wudi(1e12), *taus).sum(0)
+    c, d = wudi_system(taus)
+    inside = torch.linalg.pinv(c, hermitian=True)
+    outside = sum(taus) - sum(taus) @ inside @ c  # what no expert reads stays as it was
+    torch.testing.assert_close(end, d @ inside + outside, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (3, 40)])
+def test_wudi_filters_as_many_directions_as_it_says(shape: tuple[int, int]) -> None:
+    taus = matrices(0, 1, shape=shape)
+    c, d = wudi_system(taus)
+    values, directions = (part.flip(-1) for part in torch.linalg.eigh(c))
+    values = values.clamp_min(0)
+
+    def filtered(passed: Tensor) -> Tensor:
+        onto = directions * passed @ directions.T
+        inverse = directions * torch.where(passed > 0, passed / values.clamp_min(1e-12), 0.0) @ directions.T
+        return sum(taus) - sum(taus) @ onto + d @ inverse
+
+    order, solid = torch.arange(shape[1]), values > 1e-12
+    swudi = -torch.expm1(-1300.0 * values) * (order < -(-65 * shape[1] // 100)) * solid
+    adaptive = order < torch.ceil(values.sqrt().sum().square() / values.sum() - 1e-6)
+    for method, passed in ((tm.Wudi(1300.0, keep=0.65), swudi), (tm.Wudi(), adaptive.double())):
+        torch.testing.assert_close(one(method, *taus).sum(0), filtered(passed), rtol=1e-7, atol=1e-8)
+
+
+def test_directions_of_what_is_read_by_the_smaller_side() -> None:
+    for shape in ((4, 30), (30, 4)):
+        taus = torch.stack(matrices(0, 1, shape=shape))
+        taus[1] *= 1e-3
+        values, directions = input_directions(taus)
+        c, _ = wudi_system(taus)
+        torch.testing.assert_close(directions * values @ directions.T, c, rtol=1e-9, atol=1e-12)
+        assert len(values) == min(shape[1], 2 * shape[0])
+    assert len(input_directions(torch.zeros(2, 3, 4))[0]) == 0
 
 
 def test_opcm() -> None:
     a, b = matrices(0, 1)
     same = one(tm.Opcm(), a, a)
-    assert same[1].norm() < 0.9 * same[0].norm()  # what is known is not added again
+    assert same[1].norm() < 1e-12 * a.norm()  # what is known is not added again
+    torch.testing.assert_close(same[0], a)
     results = one(tm.Opcm(), a, b)
     assert (results[0] * results[1]).sum().abs() < 1e-9
     mean = (a.norm() + b.norm()) / 2
@@ -269,6 +271,40 @@ def test_opcm() -> None:
     left, right = low_rank(slice(0, 3)), low_rank(slice(3, 6))
     apart = one(tm.Opcm(), left, right).sum(0)
     torch.testing.assert_close(apart / apart.norm(), (left + right) / (left + right).norm())
+
+
+def streamed_opcm(taus: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """As the paper has it: an expert at a time, full factorisations, the whole model rescaled every time."""
+    norm = lambda model: torch.cat([t.flatten() for t in model.values()]).norm()  # noqa: E731
+    merged = {name: tau[0] for name, tau in taus.items()}
+    size, norms = 1.0, [norm(merged)]
+    for k in range(1, len(next(iter(taus.values())))):
+        total = {}
+        for name, tau in taus.items():
+            total[name] = size * merged[name] + (
+                tau[k] if tau.dim() != 3 else apart(merged[name], tau[k], alpha)
+            )
+        norms.append(norm({name: tau[k] for name, tau in taus.items()}))
+        size = float(norm(total) / torch.stack(norms).mean())
+        merged = {name: t / size for name, t in total.items()}
+    return merged
+
+
+def apart(merged: Tensor, tau: Tensor, alpha: float) -> Tensor:
+    u, s, vh = torch.linalg.svd(merged)
+    split = int((s.cumsum(0) / s.sum() > alpha).int().argmax())
+    inner = u.T @ tau @ vh.T
+    inner.fill_diagonal_(0)
+    inner[:split, :split] = 0
+    return u @ inner @ vh
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
+def test_opcm_is_its_stream(alpha: float) -> None:
+    taus = random(4)
+    want = streamed_opcm(taus, alpha)
+    for name, results in run(tm.Opcm(alpha), taus).items():
+        torch.testing.assert_close(results.sum(0), want[name])
 
 
 def optmerge_loss(merged: Tensor, taus: Sequence[Tensor]) -> Tensor:
@@ -293,11 +329,22 @@ def test_optmerge_is_its_gradient_flow_and_ends_at_the_minimum(start: str) -> No
     assert slope.abs().max() < 1e-9
     merged = torch.stack(taus).sum(0) if start == "sum" else torch.stack(taus).mean(0)
     torch.testing.assert_close(one(tm.OptMerge(0.0, start), *taus).sum(0), merged)
-    for _ in range(4000):  # Euler on half the gradient
-        merged.requires_grad_()
-        (slope,) = torch.autograd.grad(optmerge_loss(merged, taus) / 2, merged)
-        merged = (merged - 2.0 / 4000 * slope).detach()
-    torch.testing.assert_close(one(tm.OptMerge(2.0, start), *taus).sum(0), merged, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        one(tm.OptMerge(2.0, start), *taus).sum(0),
+        flow(merged, optmerge_system(taus), 2.0),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+
+
+def optmerge_system(taus: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """C and D of half the loss's gradient: it is quadratic, so its slopes at zero and at units have them."""
+    shape = taus[0].shape
+    slope = lambda w: torch.autograd.functional.jacobian(lambda x: optmerge_loss(x, taus) / 2, w)  # noqa: E731
+    at_zero = slope(torch.zeros(shape, dtype=torch.float64))
+    rows = torch.zeros(shape[1], *shape, dtype=torch.float64)
+    rows[torch.arange(shape[1]), 0, torch.arange(shape[1])] = 1
+    return torch.stack([(slope(row) - at_zero)[0] for row in rows]), -at_zero
 
 
 def test_slerp_goes_along_the_circle() -> None:
@@ -351,6 +398,24 @@ def test_doge_closes_the_gap_outside_of_what_is_shared() -> None:
     assert slopes[1] < 1e-7 * slopes[0]  # the least there is, under the constraint
 
 
+@pytest.mark.parametrize("shape", [(12, 16), (16, 12), (12, 2)])  # the last has more equations than unknowns
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_doge_is_its_dense_least_squares(shape: tuple[int, int], density: float) -> None:
+    taus = torch.stack(matrices(0, 1, 2, shape=shape))
+    weights = 0.07 / taus.flatten(1).norm(dim=1)
+    start = torch.einsum("k,kmn->mn", weights, taus)
+    basis = shared_subspace(taus, min(shape) // 6)
+    free = torch.linalg.qr(basis, mode="complete")[0][:, basis.shape[1] :]  # [m, m - k]
+    system = torch.einsum("mf,kmn->kmfn", free, taus).reshape(len(taus) * shape[0], -1)
+    gaps = (taus * (taus - start)).sum(2).flatten()
+    shortest = torch.linalg.lstsq(system, gaps, driver="gelsd").solution
+    change = free @ shortest.view(-1, shape[1]) / weights.sum()
+    count = int(density * taus[0].numel())
+    masks = taus.abs() >= taus.abs().flatten(1).sort(descending=True).values[:, count - 1, None, None]
+    want = weights[:, None, None] * masks * (taus + change)
+    torch.testing.assert_close(one(tm.Doge(density=density), *taus), want, rtol=1e-6, atol=1e-8)
+
+
 def test_the_papers_solver_of_doge_goes_the_same_way_and_leaves_the_complement() -> None:
     taus = 0.01 * torch.stack(matrices(0, 1, 2, shape=(12, 16)))
     weights = 0.07 / taus.flatten(1).norm(dim=1)
@@ -366,7 +431,7 @@ def test_the_papers_solver_of_doge_goes_the_same_way_and_leaves_the_complement()
 
 def test_doge_masks_by_the_original_and_leaves_the_rest_to_the_base() -> None:
     taus = random()
-    got = run(tm.Doge(density=0.25), taus)
+    got = run(tm.Doge(density=0.25, exclude=["wide.*"]), taus)
     for k in range(3):
         magnitude, kept = taus["layer.weight"][k].abs().flatten(), got["layer.weight"][k].flatten() != 0
         assert kept.sum() == 12
@@ -410,6 +475,34 @@ def test_pcb_prefers_what_all_agree_on() -> None:
     got = run(tm.Pcb(0.5), {"w": taus})["w"]
     assert (got[:, 54] != 0).all()
     assert (got[:, 55] != 0).tolist() == [True, True, False]
+
+
+def widen_scores(changes: Tensor, above: float, important: float) -> Tensor:
+    """[K, n] of numbers without ties -> weights, one at a time."""
+    ranks = torch.stack([(row[:, None] > row[None]).sum(1) / len(row) for row in changes.double()])
+    scores = ranks.exp() / ranks.exp().sum(0)
+    return torch.where(ranks > above * ranks.mean(1, keepdim=True), important, scores)
+
+
+@pytest.mark.parametrize(("above", "important"), [(1.0, 1.0), (0.5, 2.0)])
+def test_widen_is_its_formula(above: float, important: float) -> None:
+    taus = {**random(), "model.embed_tokens.weight": torch.stack(matrices(3, 4, 5, shape=(10, 4)))}
+    given = vectors(taus)
+    got = dict(tm.Widen(above, important)(given))
+    for name, tau in taus.items():
+        if tau.dim() != 3:
+            want = widen_scores(tau.abs().reshape(len(tau), -1), above, important).view(tau.shape) * tau
+        else:
+            inputs = 0 if name.endswith("embed_tokens.weight") else 1  # a token is an input
+            base, models = given.deltas[name].base, given.deltas[name].base + tau
+            outputs = 1 - inputs
+            longer = (models.norm(dim=1 + outputs) - base.norm(dim=outputs)).abs()
+            turned = 1 - (models * base).sum(1 + outputs) / models.norm(dim=1 + outputs) / base.norm(
+                dim=outputs
+            )
+            weights = sum(widen_scores(x, above, important) for x in (longer, turned)) / 2
+            want = tau * weights.unsqueeze(1 + outputs)
+        torch.testing.assert_close(got[name], want)
 
 
 def test_widen_without_the_bonus_shares_equal_experts_out() -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import trainmerge as tm
 from tests.world import languages_recipe, write_languages
+from trainmerge.cli import main
 from trainmerge.presets import posterior, t3_coefficients
 from trainmerge.recipe import calibration_files
 
@@ -57,6 +59,8 @@ def test_metrics_weighted() -> None:
     torch.testing.assert_close(weigh(power=0.0), torch.full((3,), 1 / 3))
     torch.testing.assert_close(weigh(power=200.0), torch.tensor([0.0, 0.0, 1.0]))
     torch.testing.assert_close(weigh(best="highest"), torch.tensor([4 / 7, 2 / 7, 1 / 7]))
+    ten = tm.MetricsWeighted({name: 10 * loss for name, loss in losses.items()}, power=1.5)
+    torch.testing.assert_close(ten(list(losses), layout(2))[:, 0], weigh(power=1.5))  # no unit of loss
     with pytest.raises(ValueError, match="a metric above 0 for each of"):
         tm.MetricsWeighted({"first": 1.0})(list(losses), layout(2))
 
@@ -85,6 +89,32 @@ def merged(preset: tm.Preset, root: Path, run: Path, **changes: object) -> tuple
     trainer = tm.make_trainer(run, max_steps=0, accelerator="cpu", enable_progress_bar=False)
     tm.fit(module, data, trainer, run)
     return module.coefficients().detach(), load_file(tm.export_run(run, run / "out") / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["t3", "branch-train-merge"])
+def test_the_example_configurations_merge_from_the_command_line(
+    name: str, languages: Path, tmp_path: Path
+) -> None:
+    """With small models and short texts in place of those that `make data-lm` fetches."""
+    config = yaml.safe_load((Path(__file__).parents[1] / "configs" / f"{name}.yaml").read_text())
+    config["recipe"]["base"] = str(languages / "base")
+    experts = config["recipe"]["experts"].values()
+    for small, expert in zip("ab", experts, strict=False):  # T3's is one
+        expert |= {key: str(languages / f"{small}{end}") for key, end in FILES.items() if key in expert}
+    config["recipe"]["experts"] = dict(zip("ab", experts, strict=False))
+    config["model"]["initial"]["init_args"]["texts"] = str(languages / "a.jsonl")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "config.yaml"), "--run", str(tmp_path / "run")]) == 0
+    values = load_file(tmp_path / "run" / "coefficients.safetensors")["coefficients"]
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    if name == "t3":
+        assert 0 < values.unique().item() < 1
+    else:
+        torch.testing.assert_close(values.sum(0), torch.ones(values.shape[1]))
+        assert values[0].min() > 0.5  # the texts are the first expert's own
+
+
+FILES = {"path": "", "calibration": ".jsonl", "test": "-test.jsonl"}
 
 
 def test_swapped_layers_are_the_donors_bit_for_bit(languages: Path, tmp_path: Path) -> None:

@@ -92,6 +92,14 @@ def test_properties() -> None:
     assert not zeros.any()
 
 
+def test_where_all_agree_nothing_is_lost() -> None:
+    torch.manual_seed(5)
+    taus = torch.rand(3, 40) + 0.1
+    (mean,), (total,) = (run(Ties(1.0, merge=merge), taus) for merge in ("mean", "sum"))
+    torch.testing.assert_close(mean.sum(0), taus.mean(0))
+    assert torch.equal(total, taus)  # task arithmetic
+
+
 def test_low_rank_experts_are_trimmed_as_their_dense_form() -> None:
     torch.manual_seed(3)
     up, down = torch.randn(6, 2), torch.randn(2, 5)

@@ -64,21 +64,13 @@ class OptMerge(Preprocess):
             left, sizes, right = truncated(tau - mean, rank)
             lead = sizes.double()[:, None] * (right.double().T @ towards)
             blocks = zip(*(wide_rows(part) for part in (tau, mean, left)), strict=True)
-            results.append(
-                torch.cat(
-                    [
-                        (
-                            share * (t - (t @ vectors) * passed @ vectors.T)
-                            + (u @ lead + m @ towards) @ vectors.T
-                        ).to(taus)
-                        for t, m, u in blocks
-                    ]
-                )
-            )
+            moved = (u @ lead + m @ towards - share * (t @ vectors) * passed for t, m, u in blocks)
+            rows = zip(wide_rows(tau), moved, strict=True)
+            results.append(torch.cat([(share * t + move @ vectors.T).to(taus) for t, move in rows]))
         return torch.stack(results)
 
 
 def _seen(tau: Tensor, rank: int) -> Tensor:
-    """S V^T / |tau| of the leading triples, [r, n] float64; nothing of an expert that leaves the matrix alone."""
+    """S V^T / |tau| of the leading triples, [r, n] float64; r is 0 if the expert leaves the matrix alone."""
     _, s, v = (part.double() for part in truncated(tau, rank))
     return (v * s).T / square_norm(tau).sqrt().clamp_min(torch.finfo(torch.float64).tiny)

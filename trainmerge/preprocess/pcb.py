@@ -78,12 +78,12 @@ def _kth(pieces: Pieces, wanted: int) -> Tensor:
 
 
 def _scores(taus: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """[K, n] -> [K, n], not negative; exp(K) is left out, which no range sees."""
+    """[K, n] -> [K, n] float32, as `cuts` ranks them; not negative; no range sees that exp(K) is left out."""
     span = torch.where(high > low, high - low, 1.0)
     size = torch.where(high > low, (taus.abs().clamp(low, high) - low) / span, (high > 0).to(taus))
     z = taus.sign() * size
     balance = torch.stack([torch.tanh(z * own).sum(dim=0) for own in z])
-    return (torch.exp(len(z) * (z.square() - 1)) * balance).clamp_min(0)
+    return (torch.exp(len(z) * (z.square() - 1)) * balance).clamp_min(0).float()
 
 
 def _ranged(scores: Tensor, last: Tensor, best: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from trainmerge.preprocess.preprocess import Calibrator, Informed
 from trainmerge.preprocess.spectrum import wide_rows
 from trainmerge.task_vectors import TaskVectors
 
+MOMENTS = 1 << 30  # bytes that are measured in one pass of each expert; more take another pass
 RIDGE = 1e-6  # of the mean diagonal: a direction that no expert reads keeps the base
 
 
@@ -82,7 +83,7 @@ class RegMean(Informed):
 
 
 def _weighed(tau: Tensor, moment: Tensor, factor: Tensor) -> Tensor:
-    """tau G total^-1, some rows after the others; total = factor factor^T."""
+    """Tau G total^-1, some rows after the others; total = factor factor^T."""
     blocks = (torch.cholesky_solve((rows @ moment).T, factor).T for rows in wide_rows(tau))
     return torch.cat([block.to(tau.dtype) for block in blocks])
 

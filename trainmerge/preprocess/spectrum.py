@@ -78,7 +78,7 @@ def square_norm(matrix: Tensor) -> Tensor:
 
 
 def moment_times(matrix: Tensor, directions: Tensor) -> Tensor:
-    """matrix^T matrix directions, [m, n] and [n, r] -> [n, r] float64; the n x n moment only if it is small."""
+    """Its Gram matrix times [n, r], float64 [n, r]; n x n numbers are made only if the matrix has as many."""
     if matrix.shape[0] >= matrix.shape[1]:
         return gram(matrix) @ directions
     total = torch.zeros_like(directions)

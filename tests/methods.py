@@ -1,0 +1,133 @@
+"""Every preprocessor in a list, random task vectors for them, and a calibrator in closed form.
+
+Legend: `K` experts, `*S` parameter shape, `m x n` a matrix.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import trainmerge as tm
+from trainmerge.kernels import Difference
+from trainmerge.preprocess import Informed
+from trainmerge.task_vectors import Delta, TaskVectors
+
+METHODS: dict[str, tm.Preprocess] = {
+    "breadcrumbs": tm.Breadcrumbs(0.5, 0.1),
+    "consensus": tm.Consensus(),
+    "dare": tm.Dare(0.5),
+    "doge": tm.Doge(density=0.5),
+    "doge-adam": tm.Doge(density=0.5, solver="adam"),
+    "doge-am": tm.Doge(density=0.5, solver="adam", separate=True),
+    "fisher": tm.Fisher(),
+    "model-stock": tm.ModelStock(),
+    "opcm": tm.Opcm(),
+    "optmerge": tm.OptMerge(),
+    "optmerge-mean": tm.OptMerge(start="mean"),
+    "pcb": tm.Pcb(0.3),
+    "rcp": tm.Rcp("a", "b"),
+    "regmean": tm.RegMean(),
+    "regmean++": tm.RegMean(sequential=True),
+    "slerp": tm.Slerp(0.3),
+    "ties": tm.Ties(0.5),
+    "ties-mean": tm.Ties(0.5, merge="mean"),
+    "ties-parameter": tm.Ties(0.5, scope="parameter"),
+    "tsv": tm.Tsv(),
+    "tsv-c": tm.Tsv(orthogonal=False),
+    "widen": tm.Widen(),
+    "wudi": tm.Wudi(300.0),
+    "swudi": tm.Wudi(1300.0, keep=0.65),
+    "aswudi": tm.Wudi(),
+}
+PAIRS = {"rcp", "slerp"}  # for two experts
+SHAPES = {"layer.weight": (6, 8), "layer.bias": (6,), "wide.weight": (2, 9), "norm.weight": (8,), "scale": ()}
+
+
+def count_for(name: str) -> int:
+    """How many experts to test a method with."""
+    return 2 if name in PAIRS else 3
+
+
+def random(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
+    """Differences, [K, *S] a parameter, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+        for name, shape in SHAPES.items()
+    }
+
+
+def bases(taus: Mapping[str, Tensor], seed: int = 9) -> dict[str, Tensor]:
+    """A random base, [*S] a parameter, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(t.shape[1:], generator=generator, dtype=torch.float64) for n, t in taus.items()}
+
+
+def vectors(
+    taus: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None, experts: str = "abcdef"
+) -> TaskVectors:
+    """Task vectors with these differences."""
+    count = len(next(iter(taus.values())))
+    base = base or bases(taus)
+    deltas = {name: Delta(base[name], tuple(Difference(t) for t in tau)) for name, tau in taus.items()}
+    return TaskVectors(tuple(experts[:count]), deltas)
+
+
+def applied(method: tm.Preprocess, given: TaskVectors) -> dict[str, Tensor]:
+    """The new differences."""
+    if isinstance(method, Informed):
+        return dict(method.informed(given, SoftmaxLayer(given)))
+    return dict(method(given))
+
+
+def run(method: tm.Preprocess, taus: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return applied(method, vectors(taus))
+
+
+def one(method: tm.Preprocess, *taus: Tensor) -> Tensor:
+    """A single matrix's result, [K, m, n]."""
+    return run(method, {"w": torch.stack(taus)})["w"]
+
+
+def matrices(*seeds: int, shape: Sequence[int] = (6, 8)) -> list[Tensor]:
+    return [
+        torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds
+    ]
+
+
+@dataclass(frozen=True)
+class SoftmaxLayer:
+    """A `Calibrator` whose network is p(y | x) = softmax(W x + b), on twelve inputs an expert."""
+
+    given: TaskVectors
+
+    def inputs(self, expert: int) -> Tensor:
+        seed = ord(self.given.experts[expert])  # an expert's examples go with its name
+        width = self.given.deltas["layer.weight"].shape[1]
+        return torch.randn(12, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        return list(names)
+
+    def grams(self, expert: int, names: Sequence[str], merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        del merged  # one layer: nothing comes before it
+        x = self.inputs(expert)
+        return {name: x.T @ x / len(x) for name in names if name == "layer.weight"}
+
+    def gradients(self, expert: int, sampled: bool) -> Iterator[dict[str, Tensor]]:
+        del sampled  # one label or another: nothing here depends on how it was drawn
+        weight, bias = (self._own(name, expert) for name in ("layer.weight", "layer.bias"))
+        for number, x in enumerate(self.inputs(expert)):
+            slope = (weight @ x + bias).softmax(0)
+            slope[number % len(slope)] -= 1
+            zeros = {name: torch.zeros(delta.shape) for name, delta in self.given.deltas.items()}
+            yield {**zeros, "layer.weight": torch.outer(slope, x), "layer.bias": slope}
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def _own(self, name: str, expert: int) -> Tensor:
+        delta = self.given.deltas[name]
+        return delta.base.double() + delta.dense()[expert].double()
