@@ -139,8 +139,11 @@ def narrow(taus: Sequence[Tensor]) -> TaskVectors:
 def test_tsv_of_twins() -> None:
     """Equal experts are one of them; the difference of nearly equal ones gets a whole expert's weight."""
     (a,), (noise,) = matrices(0, shape=(20, 20)), matrices(1, shape=(20, 20))
-    torch.testing.assert_close(one(tm.Tsv(1.0), a, a).sum(0), a)
-    near = one(tm.Tsv(0.5), a, a + 1e-4 * noise).sum(0)
+    with pytest.warns(UserWarning, match=r"a and b are nearly equal \(cosine 1.000\)"):
+        torch.testing.assert_close(one(tm.Tsv(1.0), a, a).sum(0), a)
+    with pytest.warns(UserWarning, match="nearly equal"):
+        near = one(tm.Tsv(0.5), a, a + 1e-4 * noise).sum(0)
+    one(tm.Tsv(0.5, orthogonal=False), a, a)  # which minds no twins
     u, s, vh = torch.linalg.svd(a)
     signal = u[:, :10] * s[:10] @ vh[:10]
     assert ((near - signal).norm() / signal.norm()).item() == pytest.approx(1.0, abs=0.1)

@@ -5,6 +5,7 @@ Gargiulo et al., CVPR 2025 (arXiv 2412.00081).
 Legend: `K` experts, `m x n` a matrix, `r` kept singular values of one expert.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,6 +18,9 @@ from trainmerge.preprocess.preprocess import Preprocess
 from trainmerge.preprocess.spectrum import polar, truncated
 from trainmerge.task_vectors import Delta, TaskVectors, dense_term
 
+Triples = tuple[Tensor, Tensor, Tensor]  # U [m, r], S [r], V [n, r]
+TWINS = 0.95  # a cosine that experts of different tasks are far from
+
 
 @dataclass(frozen=True)
 class Tsv(Preprocess):
@@ -25,7 +29,7 @@ class Tsv(Preprocess):
     TSV-M; its merge is base + sum of the results, coefficient 1. Parameters that are no matrices are divided
     by K. Singular values below 1e-6 of an expert's largest are left out before the whitening: the reference
     keeps them, and is wrong by half for low-rank experts. Nearly equal experts are a bad case by nature: the
-    directions of their difference get the weight of a whole expert.
+    directions of their difference get the weight of a whole expert, and a warning says so.
 
     Args:
         share: Share of min(m, n) that an expert keeps; None is 1 / K.
@@ -43,17 +47,49 @@ class Tsv(Preprocess):
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
+        experts = task_vectors.experts
+        overlaps = torch.zeros(len(experts), len(experts), dtype=torch.float64)
         for name, delta in task_vectors.deltas.items():
-            averaged = len(delta.shape) != 2 or any(fnmatchcase(name, pattern) for pattern in self.exclude)
-            yield name, delta.dense() / len(delta.terms) if averaged else self._matrices(delta)
+            if len(delta.shape) != 2 or any(fnmatchcase(name, pattern) for pattern in self.exclude):
+                yield name, delta.dense() / len(experts)
+                continue
+            triples = self._triples(delta)
+            overlaps += _inner_products(triples)
+            yield name, self._merged(triples)
+        if self.orthogonal:
+            _warn_of_twins(experts, overlaps)
 
-    def _matrices(self, delta: Delta) -> Tensor:
+    def _triples(self, delta: Delta) -> list[Triples]:
         share = 1 / len(delta.terms) if self.share is None else self.share
         rank = max(1, int(min(delta.shape) * share + 1e-9))
-        triples = [truncated(dense_term(term, delta.base), rank) for term in delta.terms]
+        return [truncated(dense_term(term, delta.base), rank) for term in delta.terms]
+
+    def _merged(self, triples: Sequence[Triples]) -> Tensor:
         left, values, right = (tuple(part) for part in zip(*triples, strict=True))
         sizes: list[int] = [len(value) for value in values]
         if self.orthogonal:
             left = torch.split(polar(torch.cat(left, dim=1)), sizes, dim=1)
             right = torch.split(polar(torch.cat(right, dim=1)), sizes, dim=1)
         return torch.stack([(u * s) @ v.T for u, s, v in zip(left, values, right, strict=True)])
+
+
+def _inner_products(triples: Sequence[Triples]) -> Tensor:
+    """Between what is kept of the experts, [K, K] float64, without the matrices themselves."""
+    products = [
+        (s[:, None] * (u.T @ other_u) * other_s * (v.T @ other_v)).double().sum()
+        for u, s, v in triples
+        for other_u, other_s, other_v in triples
+    ]
+    return torch.stack(products).view(len(triples), len(triples)).cpu()
+
+
+def _warn_of_twins(experts: Sequence[str], overlaps: Tensor) -> None:
+    norms = overlaps.diagonal().clamp_min(torch.finfo(overlaps.dtype).tiny).sqrt()
+    cosines = overlaps / norms / norms[:, None]
+    for first, second in torch.nonzero((cosines > TWINS).triu(1)).tolist():
+        warnings.warn(
+            f"Tsv: {experts[first]} and {experts[second]} are nearly equal (cosine "
+            f"{cosines[first, second]:.3f}); the directions of their difference get the weight of a whole "
+            "expert: leave one of them out, or average them first",
+            stacklevel=3,
+        )
