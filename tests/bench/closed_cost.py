@@ -1,7 +1,7 @@
 """What each closed form costs on one large matrix: three bfloat16 experts of a 32,000 x 1,024 embedding.
 
-CPU seconds and peak anonymous memory on top of the checkpoints, one thread, a process a method. DOGE's own solver
-(400 steps) and the methods that run the experts are left out.
+CPU seconds and peak anonymous memory on top of the checkpoints, one thread, a process a method. DOGE's own
+solver (400 steps) and the methods that run the experts are left out.
 """
 
 import os

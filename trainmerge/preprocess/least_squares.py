@@ -58,7 +58,8 @@ def _whitening(taus: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(products.double())
     solid = values > EPSILON * values[:, -1:]
     roots = torch.where(solid, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
-    return (vectors * roots[:, None, :] @ vectors.mT).to(taus)
+    whitening: Tensor = vectors * roots[:, None, :] @ vectors.mT
+    return whitening.to(taus)
 
 
 def _conjugate_gradients(equations: Equations, gaps: Tensor, start: Tensor) -> Tensor:

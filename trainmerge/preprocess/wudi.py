@@ -63,7 +63,7 @@ class Wudi(Preprocess):
         return torch.stack([_expert(tau, seen, passed, inverse) for tau in taus])
 
     def _filter(self, values: Tensor, width: int) -> Tensor:
-        """The f of every direction, values in descending order; 0 on all but the first few, or on none."""
+        """The f of every direction, [r], values in descending order: once it is 0 it stays 0."""
         order = torch.arange(len(values))
         if self.time is None:
             leading = ceil(float(values.sqrt().sum() ** 2 / values.sum()) - 1e-9)
