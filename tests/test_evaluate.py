@@ -129,24 +129,27 @@ def test_a_checkpoint_is_cut_as_the_run_was(run: Path, tmp_path: Path) -> None:
             assert found["measures"][task] == pytest.approx(score.measures, abs=1e-5)
 
 
-def _evaluate(rank: int, port: int, run: str, out: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    assert main(["evaluate", run, "--compare", "false", "--limit", "11", "--output", f"{out}/11.json"]) == 0
-    assert main(["evaluate", run, "--compare", "false", "--limit", "1", "--output", f"{out}/1.json"]) == 0
+def _evaluate(rank: int, ports: list[int], run: str, out: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for port, limit in zip(ports, ("11", "1"), strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        given = ["--compare", "false", "--limit", limit, "--output", f"{out}/{limit}.json"]
+        assert main(["evaluate", run, *given]) == 0
 
 
 def test_two_processes_score_as_one(run: Path, tmp_path: Path) -> None:
     """With one example the second process has none."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_evaluate, (port, str(run), str(tmp_path)), nprocs=2, start_method="fork")
+    with socket.socket() as one, socket.socket() as two:
+        for free in (one, two):
+            free.bind(("127.0.0.1", 0))
+        ports = [free.getsockname()[1] for free in (one, two)]
+    mp.start_processes(_evaluate, (ports, str(run), str(tmp_path)), nprocs=2, start_method="fork")
     for limit in (11, 1):
-        two = json.loads((tmp_path / f"{limit}.json").read_text())
-        one = evaluate_run(run, limit, compare=False).to_json()
+        shared = json.loads((tmp_path / f"{limit}.json").read_text())
+        alone = evaluate_run(run, limit, compare=False).to_json()
         for row in ("base", "learned"):
             for task in ("mood", "colour", "animal"):
-                assert two[row]["measures"][task] == pytest.approx(one[row]["measures"][task], abs=1e-6)
+                assert shared[row]["measures"][task] == pytest.approx(alone[row]["measures"][task], abs=1e-6)
 
 
 def test_token_losses_of_two_processes_add_up() -> None:

@@ -39,15 +39,15 @@ def measured(losses: Quadratics, at: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_a_surrogate_of_quadratics_is_exact_with_few_points(generator: torch.Generator) -> None:
-    true = quadratics(3, 5, generator)  # 21 unknowns each: 4 points with 6 numbers each
-    at = places(5, 4, seed=0)
+    true = quadratics(3, 5, generator)  # 21 unknowns each
+    at = places(5, 6, seed=0)
     got = fit_quadratics(at, *measured(true, at))
     for name in ("constant", "linear", "curvature"):
         torch.testing.assert_close(getattr(got, name), getattr(true, name))
     far = 5 * torch.randn(7, 5, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(got(far), true(far))
-    with pytest.raises(ValueError, match="18 equations for the 21 unknowns"):
-        fit_quadratics(at[:3], *measured(true, at[:3]))
+    with pytest.raises(ValueError, match="takes 6"):
+        fit_quadratics(at[:5], *measured(true, at[:5]))
 
 
 def test_the_front_of_two_bowls_is_the_segment_between_their_bottoms() -> None:
@@ -146,7 +146,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_slopes_in_the_scales_are_those_of_the_loss(world: Path) -> None:
-    module, data = reopen(RunFolder(world / "run"), examples=6)
+    module, data = reopen(RunFolder(world / "run"), examples=3)
     module.load(data)
     at, step = torch.tensor([1.2, 0.7, 1.0], dtype=torch.float64), 1e-2
     _, slopes = losses_at(module, data, module.start, at)
@@ -161,12 +161,12 @@ def test_a_front_and_the_model_of_a_point_on_it(world: Path, capsys: pytest.Capt
     run, out = str(world / "run"), world / "point"
     assert main(["pareto", run, "--export", "0", "--out", str(out)]) == 1
     assert "no front yet" in capsys.readouterr().err
-    assert main(["pareto", run, "--points", "4", "--checks", "5", "--examples", "6", "--count", "20"]) == 0
+    assert main(["pareto", run, "--points", "5", "--checks", "4", "--examples", "4", "--count", "20"]) == 0
     found = json.loads((world / "run" / "pareto.json").read_text())
     told = torch.tensor([list(entry["losses"].values()) for entry in found["front"]], dtype=torch.float64)
     assert nondominated(told).all()
-    assert min(check["rank_correlation"] for check in found["checks"].values()) > 0.8
-    assert [entry["check"] for entry in found["measured"]] == [False] * 4 + [True] * 5
+    assert min(check["rank_correlation"] for check in found["checks"].values()) > 0.7
+    assert [entry["check"] for entry in found["measured"]] == [False] * 5 + [True] * 4
     point = found["front"][-1]
     assert main(["pareto", run, "--export", str(point["point"]), "--out", str(out)]) == 0
     got, own = (

@@ -91,6 +91,12 @@ class Tokenizer:
         return self._tokenizer
 
     @property
+    def beginning(self) -> int:
+        """The token before a text whose own first token is to be predicted."""
+        known = [self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self.padding]
+        return int(next(token for token in known if token is not None))
+
+    @property
     def padding(self) -> int:
         """The token that shorter texts are filled up with."""
         return int(self._tokenizer.pad_token_id)

@@ -36,7 +36,13 @@ def run_harness(
         raise ValueError(
             f"harness tasks need lm-eval ({error}): pip install 'trainmerge[harness]'"
         ) from error
-    wrapped: Any = HFLM(pretrained=module, tokenizer=Tokenizer(base, 1).transformers, batch_size=batch_size)
+    tokenizer = Tokenizer(base, 1)
+    wrapped: Any = HFLM(
+        pretrained=module,
+        tokenizer=tokenizer.transformers,
+        batch_size=batch_size,
+        prefix_token_id=tokenizer.beginning,
+    )
     try:
         found = simple_evaluate(
             model=wrapped, tasks=[_task(task) for task in tasks], limit=limit or None, bootstrap_iters=0

@@ -3,12 +3,14 @@
 Legend: `N` examples of a task, `B` of a batch, `T` tokens, `V` classes or vocabulary.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
 from trainmerge.batch import Batch
 from trainmerge.evaluate.measures import AnswerLengths, TokenLosses, class_measures
@@ -87,9 +89,9 @@ def _classes(subject: Subject, task: Task) -> TaskScore:
         metric.update(p, labels)
         hits = (p.argmax(-1) == labels).tolist()
         right |= {i: (float(hit), 1.0) for i, hit in zip(chosen, hits, strict=True)}
-    found = metric.compute()
+    found = _computed(metric)
     measures = {"accuracy": found.pop("accuracy"), **found}  # the score comes first
-    return TaskScore(_numbers(measures), _in_order(gathered(right)))
+    return TaskScore(measures, _in_order(gathered(right)))
 
 
 def _texts(subject: Subject, task: Task) -> TaskScore:
@@ -105,7 +107,7 @@ def _texts(subject: Subject, task: Task) -> TaskScore:
         metric.update(losses, counts, torch.tensor([encoded[i].bytes for i in chosen], dtype=torch.float64))
         pairs = zip(losses.tolist(), counts.tolist(), strict=True)
         found |= dict(zip(chosen, pairs, strict=True))
-    measures = _numbers(metric.compute())
+    measures = _computed(metric)
     if subject.answers and task.prompts:
         measures |= _answer_lengths(subject, task)
     return TaskScore(measures, _in_order(gathered(found)))
@@ -137,11 +139,15 @@ def _answer_lengths(subject: Subject, task: Task) -> dict[str, float]:
             pad_token_id=subject.tokenize.padding,
         )[0, inputs["input_ids"].shape[1] :]
         metric.update(len(answer), len(answer) < subject.answers)
-    return _numbers(metric.compute())
+    return _computed(metric)
 
 
-def _numbers(measures: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: float(value) for name, value in measures.items()}
+def _computed(metric: Metric | MetricCollection) -> dict[str, float]:
+    """The measures over all processes' examples; this one may have had none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*was called before the ``update``")
+        found: Mapping[str, Tensor] = metric.compute()
+    return {name: float(value) for name, value in found.items()}
 
 
 def _in_order(outcomes: Mapping[int, tuple[float, float]]) -> Tensor:

@@ -18,6 +18,7 @@ from trainmerge.tradeoffs.surrogate import Quadratics
 STARTS = 1024
 STEPS = 400
 SHARP = 0.02  # of the smooth maximum, in units of a task's range
+NEAR = 1e-3  # in units of a task's range: such points are one
 LEAST = 0.01  # weight of every task: none is given away for nothing
 
 
@@ -36,7 +37,14 @@ def front(losses: Quadratics, count: int) -> Tensor:
         return SHARP * torch.logsumexp(weights * (found - best) / size / SHARP, dim=-1)
 
     points = _minimised(losses, smooth, len(weights))
-    return points[nondominated(losses(points))]
+    found = losses(points) / size
+    return points[nondominated(found) & _new(found)]
+
+
+def _new(losses: Tensor) -> Tensor:
+    """Which of M points [M, T] are not where an earlier one is already, [M] bool."""
+    near = torch.cdist(losses, losses) < NEAR
+    return ~near.tril(diagonal=-1).any(dim=1)
 
 
 def _minimised(losses: Quadratics, scalar: Callable[[Tensor], Tensor], count: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Losses near a point as quadratics, fitted to values and slopes (after MAP, ICLR 2025, arXiv 2406.07529).
 
-MAP fits 1 + n + n (n + 1) / 2 numbers a task to as many evaluated merges. Here every evaluation also brings n
-slopes, and n + 1 merges in general position are enough: differences of slopes are the curvature. With more, it
-is a least-squares fit.
+MAP fits 1 + n + n (n + 1) / 2 numbers a task to as many evaluated merges. Here every evaluation also brings
+n slopes, and n + 1 merges in general position are enough: differences of slopes are the curvature. With more,
+it is a least-squares fit.
 
 Legend: `P` points, `T` tasks, `n` coordinates.
 """
@@ -33,15 +33,12 @@ def fit_quadratics(points: Tensor, losses: Tensor, slopes: Tensor) -> Quadratics
     Values and slopes count alike, so coordinates should be scaled to about 1.
 
     Raises:
-        ValueError: fewer equations than unknowns.
+        ValueError: fewer than n + 1 points.
     """
     P, n = points.shape
     pairs = torch.triu_indices(n, n)
-    unknowns = 1 + n + pairs.shape[1]
-    if P * (1 + n) < unknowns:
-        raise ValueError(
-            f"{P} points have {P * (1 + n)} equations for the {unknowns} unknowns of a quadratic"
-        )
+    if n + 1 > P:
+        raise ValueError(f"{P} points are too few for a quadratic in {n} coordinates: it takes {n + 1}")
     rows = torch.cat([_values(points, pairs)[:, None], _slopes(points, pairs)], dim=1)  # [P, 1 + n, unknowns]
     told = torch.cat([losses[:, None], slopes.transpose(1, 2)], dim=1)  # [P, 1 + n, T]
     solved = torch.linalg.lstsq(rows.flatten(0, 1), told.flatten(0, 1), driver="gelsd").solution.T
