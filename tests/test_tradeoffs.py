@@ -205,6 +205,8 @@ def test_search_from_the_command_line(world: Path, capsys: pytest.CaptureFixture
     assert main(["export", str(run), str(world / "found-merged")]) == 0
     assert main([*command, "9", "--seed", "1"]) == 1
     assert "another search" in capsys.readouterr().err
+    assert main(["search", config, str(world / "run"), "--score", "loss"]) == 1
+    assert "holds a fit" in capsys.readouterr().err
 
 
 def test_search_by_a_callable_and_by_validation_files(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 DRAWS = 2000
+BLOCK = 100  # draws at a time: what is held is this many times the examples
 
 
 class Difference(NamedTuple):
@@ -52,11 +53,13 @@ def differences(
 
 def _draw(rows: Tensor, draws: int, generator: torch.Generator) -> Tensor:
     """Ratios [R, D] of outcomes [R, N, 2] over examples drawn with replacement, for all rows the same."""
-    count = rows.shape[1]
-    chosen = torch.randint(count, (draws, count), generator=generator)
-    times = torch.zeros(draws, count, dtype=torch.float64)
-    times.scatter_add_(1, chosen, torch.ones_like(times))
-    return _ratio(torch.einsum("dn,rnx->rdx", times, rows))
+    count, ratios = rows.shape[1], []
+    for first in range(0, draws, BLOCK):
+        chosen = torch.randint(count, (min(BLOCK, draws - first), count), generator=generator)
+        times = torch.zeros(chosen.shape, dtype=torch.float64)
+        times.scatter_add_(1, chosen, torch.ones_like(times))
+        ratios.append(_ratio(torch.einsum("dn,rnx->rdx", times, rows)))
+    return torch.cat(ratios, dim=1)
 
 
 def _ratio(sums: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ As in Evo-Merging (arXiv 2509.12951); its search of sparsities is not here.
 Legend: `K` experts, `G` coefficient groups.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from trainmerge.constraints import Sigmoid
 from trainmerge.fit_cli import parse
 from trainmerge.module import MergeModule
 from trainmerge.run import fit
+from trainmerge.run_folder import RunFolder
 from trainmerge.tradeoffs.black_box import make_score
 from trainmerge.tradeoffs.evolution import Search, Tried, maximise
 from trainmerge.tradeoffs.scales import scaled
@@ -50,34 +52,14 @@ def search_config(
         limit: Use the first so many validation examples of each task; 0 is all.
 
     Raises:
-        ValueError: the folder's search had other settings; scales of coefficients that are all zero.
+        ValueError: the folder holds a fit, or a search with other settings; coefficients that are all zero.
     """
-    start_at = [f"--model.initial={initial}"] if initial else []
-    cli = parse(
-        [
-            "--config",
-            str(config),
-            "--run",
-            str(run),
-            "--trainer.max_steps=0",
-            "--model.keep_better=false",
-            *start_at,
-        ]
-    )
-    module, data = cli.model, cli.datamodule
-    assert isinstance(module, MergeModule)
-    assert isinstance(data, Calibration)
-    if isinstance(module.coefficients.constraint, Sigmoid):
-        raise ValueError("a search moves coefficients themselves: use trainmerge.Box in place of Sigmoid")
-    text = cli.parser.dump(cli.config, skip_validation=True)
-    folder = fit(module, data, cli.trainer, run, config=text)  # no steps: checks, and the folder
+    module, data, folder = _begin(config, Path(run), initial)
     module.load(data)
     scoring = make_score(score, options or {}, module, data, limit)
     start = module.start
     if over == "experts" and not start.any(dim=1).all():
-        raise ValueError(
-            "over: experts scales coefficients, and some expert's are all zero; set model.initial"
-        )
+        raise ValueError("over: experts scales coefficients, and some are all zero: set model.initial")
 
     def at(x: Sequence[float]) -> float:
         _place(module, _coefficients(start, x, over))
@@ -86,19 +68,32 @@ def search_config(
 
     first = [1.0] * len(start) if over == "experts" else start.flatten().tolist()
     depends_on = {"score": score, "options": dict(options or {}), "over": over, "limit": limit}
-    best: Tried | None = None
-    clock = time.monotonic()
+    best, clock = Tried(first, -math.inf), time.monotonic()
     for count, found in enumerate(maximise(at, first, search, folder.path / LOG, depends_on), 1):
-        if best is None or found.score > best.score:
+        if found.score > best.score:
             best = found
             _place(module, _coefficients(start, best.x, over))
             save_coefficients(module.coefficients, folder.coefficients)
         left = (time.monotonic() - clock) / count * (search.evaluations - count)
-        print(
-            f"{count}/{search.evaluations}  score {found.score:.4f}  best {best.score:.4f}  {left:.0f} s left"
-        )
-    assert best is not None
+        ends = f"{found.score:.4f}  best {best.score:.4f}  {left:.0f} s left"
+        print(f"{count}/{search.evaluations}  score {ends}", flush=True)
     return best
+
+
+def _begin(config: str | Path, run: Path, initial: str) -> tuple[MergeModule, Calibration, RunFolder]:
+    """Everything checked and built, in a run folder that a fit of no steps made."""
+    if RunFolder(run).latest():
+        raise ValueError(f"{run} holds a fit, whose coefficients a search would replace: name another folder")
+    given = ["--config", str(config), "--run", str(run)]
+    fixed = ["--trainer.max_steps=0", "--model.keep_better=false"]
+    cli = parse([*given, *fixed, *([f"--model.initial={initial}"] if initial else [])])
+    module, data = cli.model, cli.datamodule
+    assert isinstance(module, MergeModule)
+    assert isinstance(data, Calibration)
+    if isinstance(module.coefficients.constraint, Sigmoid):
+        raise ValueError("a search moves coefficients themselves: use trainmerge.Box in place of Sigmoid")
+    text = cli.parser.dump(cli.config, skip_validation=True)
+    return module, data, fit(module, data, cli.trainer, run, config=text)
 
 
 def _coefficients(start: Tensor, x: Sequence[float], over: Over) -> Tensor:
