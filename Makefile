@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm demo test lint suite suite-lm suite-closed bench docs clean
+.PHONY: help setup data data-suite data-lm demo test lower-bounds lint suite suite-lm suite-closed bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -47,6 +47,9 @@ demo: data ## learn a merge of five experts, resume it, export it, score it
 
 test: data ## run the tests
 	@$(BIN)/python -m pytest
+
+lower-bounds: ## install the oldest dependencies that pyproject.toml promises, run the quick tests with them
+	@$(PYTHON) -m tests.lower_bounds
 
 lint: $(READY) ## format, lint and type-check
 	@$(BIN)/ruff format --check .

@@ -15,6 +15,7 @@ FLOORS = {
     "batch": 1,
     "config": 1,
     "constraints": 1,
+    "frank_wolfe": 1,
     "examples": 1,
     "gradients": 1,
     "kernels": 1,
@@ -47,15 +48,18 @@ FLOORS = {
     "provenance": 8,
     "safeguard": 8,
     "importance": 9,
+    "reopen": 8,
     "allocation": 10,
     "inspection": 8,
     "scoring": 8,
     "run": 9,
     "fit_cli": 10,
-    "cli": 11,
-    "__init__": 12,  # the public names
+    "tradeoffs": 11,
+    "tradeoff_cli": 12,
+    "cli": 13,
+    "__init__": 14,  # the public names
 }
-FOLDERS = {"checkpoints", "kernels", "objectives", "preprocess"}
+FOLDERS = {"checkpoints", "evaluate", "kernels", "objectives", "preprocess", "tradeoffs"}
 
 # Large dependencies stay in the rooms that are about them.
 ONLY_IN = {

@@ -1,19 +1,16 @@
-"""Means and normalised scores of accuracies and perplexities; perplexity of a model against its own loss."""
+"""Means, normalised scores and forgetting of accuracies and perplexities; a second stage by command."""
 
 import json
 import math
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.test_alignment import languages  # noqa: F401 - a fixture
-from tests.world import languages_recipe, llama
+from tests.world import languages_recipe
 from trainmerge.cli import main
-from trainmerge.evaluate import Examples, metric_of, perplexity
-from trainmerge.forward import forward
+from trainmerge.evaluate import metric_of
 from trainmerge.metrics import ACCURACY, PERPLEXITY
-from trainmerge.tokenizer import Tokenizer
 
 
 def test_accuracy() -> None:
@@ -31,18 +28,12 @@ def test_perplexity_is_geometric_and_closes_a_gap_in_logs() -> None:
     assert PERPLEXITY.best(rows, ["base", "learned"]) == "learned"
 
 
-@torch.no_grad()
-def test_perplexity_is_exp_of_the_models_own_loss(languages: Path) -> None:  # noqa: F811
-    model = llama().eval()
-    tokenize = Tokenizer(str(languages / "base"), 16)
-    texts = ["red blue green", "one two", "cat dog bird fish good"]
-    got = perplexity(lambda b: forward(model, b, None).logits, 0, Examples(texts), tokenize, tokens=12)
-    losses, count = 0.0, 0
-    for text in texts:
-        ids = tokenize([text])["input_ids"]
-        losses += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-        count += ids.shape[1] - 1
-    assert got == pytest.approx(math.exp(losses / count), rel=1e-5)
+def test_forgetting_is_how_much_worse_than_the_base() -> None:
+    rows = {"base": {"x": 0.8, "y": 0.5}, "learned": {"x": 0.7, "y": 0.7}}
+    assert ACCURACY.forgetting(rows) == pytest.approx({"base": 0.0, "learned": -0.05})
+    rows = {"base": {"x": 10.0}, "learned": {"x": 10.0 * math.e}}
+    assert PERPLEXITY.forgetting(rows) == pytest.approx({"base": 0.0, "learned": 1.0})
+    assert ACCURACY.forgetting({"learned": {"x": 0.7}}) == {}
 
 
 def test_a_second_stage_from_the_command_line(languages: Path, tmp_path: Path) -> None:  # noqa: F811

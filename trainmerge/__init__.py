@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from trainmerge.calibration import Calibration
     from trainmerge.coefficients import Coefficients, Grouping, Layout, load_coefficients
     from trainmerge.constraints import Box, Free, Sigmoid, Simplex
-    from trainmerge.evaluate import evaluate_run
+    from trainmerge.evaluate import compare, evaluate_checkpoint, evaluate_run
     from trainmerge.examples import Columns
     from trainmerge.export import export_merge, export_run
+    from trainmerge.frank_wolfe import FrankWolfe
     from trainmerge.functional import merged_weights
     from trainmerge.heads import LabelHead, LinearHead
     from trainmerge.merged_model import MergedModel
@@ -39,18 +40,20 @@ if TYPE_CHECKING:
         Wudi,
     )
     from trainmerge.presets import T3, DomainPosterior, LayerSwap, MetricsWeighted, Preset
-    from trainmerge.recipe import Expert, Recipe
+    from trainmerge.recipe import Expert, HeldOut, Recipe
     from trainmerge.run import fit, make_trainer
     from trainmerge.task_vectors import TaskVectors
+    from trainmerge.tradeoffs import export_point, pareto_run, search_config
 
 _HOMES = {
     "trainmerge.anchor": ["Anchor"],
     "trainmerge.calibration": ["Calibration"],
     "trainmerge.coefficients": ["Coefficients", "Grouping", "Layout", "load_coefficients"],
     "trainmerge.constraints": ["Box", "Free", "Sigmoid", "Simplex"],
-    "trainmerge.evaluate": ["evaluate_run"],
+    "trainmerge.evaluate": ["compare", "evaluate_checkpoint", "evaluate_run"],
     "trainmerge.export": ["export_merge", "export_run"],
     "trainmerge.examples": ["Columns"],
+    "trainmerge.frank_wolfe": ["FrankWolfe"],
     "trainmerge.functional": ["merged_weights"],
     "trainmerge.heads": ["LabelHead", "LinearHead"],
     "trainmerge.merged_model": ["MergedModel"],
@@ -76,9 +79,10 @@ _HOMES = {
         "Wudi",
     ],
     "trainmerge.presets": ["T3", "DomainPosterior", "LayerSwap", "MetricsWeighted", "Preset"],
-    "trainmerge.recipe": ["Expert", "Recipe"],
+    "trainmerge.recipe": ["Expert", "HeldOut", "Recipe"],
     "trainmerge.run": ["fit", "make_trainer"],
     "trainmerge.task_vectors": ["TaskVectors"],
+    "trainmerge.tradeoffs": ["export_point", "pareto_run", "search_config"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -98,8 +102,10 @@ __all__ = [
     "Entropy",
     "Expert",
     "Fisher",
+    "FrankWolfe",
     "Free",
     "Grouping",
+    "HeldOut",
     "LabelHead",
     "LayerSwap",
     "Layout",
@@ -125,13 +131,18 @@ __all__ = [
     "Tsv",
     "Widen",
     "Wudi",
+    "compare",
+    "evaluate_checkpoint",
     "evaluate_run",
     "export_merge",
+    "export_point",
     "export_run",
     "fit",
     "load_coefficients",
     "make_trainer",
     "merged_weights",
+    "pareto_run",
+    "search_config",
 ]
 
 

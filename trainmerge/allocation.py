@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from trainmerge.calibration import Calibration
-from trainmerge.config import build
-from trainmerge.examples import Columns
 from trainmerge.export import open_run
 from trainmerge.folders import write_whole
 from trainmerge.importance import allocate, energy, magnitude
 from trainmerge.module import MergeModule
-from trainmerge.objectives import Objective
-from trainmerge.recipe import calibration_files
+from trainmerge.reopen import reopen
 from trainmerge.run_folder import RunFolder
 from trainmerge.tables import print_table
 
@@ -54,17 +51,7 @@ def allocate_run(
 def _fine(folder: RunFolder) -> tuple[MergeModule, Calibration]:
     """The run's merge and data, with several chunks a parameter."""
     recipe, _, _ = open_run(folder)
-    grouping = replace(recipe.grouping, granularity="chunk", chunks=FINE)
-    manifest = json.loads(folder.manifest.read_text())
-    module = MergeModule(
-        replace(recipe, grouping=grouping),
-        build(Objective, manifest["objective"]),  # type: ignore[type-abstract]
-        initial=str(folder.coefficients),
-        teacher_budget=manifest["teacher_budget"],
-        workspace=str(folder.workspace),
-    )
-    settings = manifest["data"] | {"columns": Columns(**manifest["data"]["columns"])}
-    return module, Calibration(calibration_files(recipe), **settings)
+    return reopen(folder, replace(recipe.grouping, granularity="chunk", chunks=FINE))
 
 
 def _print(importance: dict[str, float], chunks: dict[str, int]) -> None:

@@ -16,6 +16,10 @@ commands:
              for a second fit:    trainmerge fit ... --recipe.grouping.chunks chunks.json
   export     write the model:     trainmerge export runs/first merged/
   evaluate   score it:            trainmerge evaluate runs/first
+  compare    several, one table:  trainmerge compare runs/first merged/ --recipe runs/first
+  pareto     trade tasks off:     trainmerge pareto runs/first
+             a point's model:     trainmerge pareto runs/first --export 3 --out merged/
+  search     for black boxes:     trainmerge search configs/adamerging.yaml runs/found --score accuracy
   inspect    look before or after: trainmerge inspect runs/first
              or a config's recipe: trainmerge inspect configs/adamerging.yaml
 
@@ -31,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
         "allocate": _allocate,
         "export": _export,
         "evaluate": _evaluate,
+        "compare": _compare,
+        "pareto": _pareto,
+        "search": _search,
         "inspect": _inspect,
     }
     if not given or given[0] in ("-h", "--help"):
@@ -77,6 +84,30 @@ def _export(arguments: list[str]) -> int:
 
 def _evaluate(arguments: list[str]) -> int:
     return _plain(evaluate, arguments)
+
+
+def _compare(arguments: list[str]) -> int:
+    flags = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    return _plain(compare, [*_as_list(arguments[:flags]), *arguments[flags:]])
+
+
+def _as_list(words: list[str]) -> list[str]:
+    """Words as one argument that jsonargparse reads as a list."""
+    import json
+
+    return [json.dumps(words)] if words else []
+
+
+def _pareto(arguments: list[str]) -> int:
+    from trainmerge.tradeoff_cli import pareto
+
+    return _plain(pareto, arguments)
+
+
+def _search(arguments: list[str]) -> int:
+    from trainmerge.tradeoff_cli import search
+
+    return _plain(search, arguments)
 
 
 def _inspect(arguments: list[str]) -> int:
@@ -131,26 +162,59 @@ def allocate(
 
 
 def evaluate(
-    path: str, recipe: str = "", limit: int = 0, max_length: int = 0, compare: bool = True, output: str = ""
+    path: str,
+    recipe: str = "",
+    limit: int = 0,
+    max_length: int = 0,
+    compare: bool = True,
+    output: str = "",
+    answers: int = 0,
+    harness: list[str] | None = None,
 ) -> None:
     """Score a run (with base, average, task arithmetic and experts beside it) or a checkpoint.
 
     Examples: trainmerge evaluate runs/first
               trainmerge evaluate merged/ --recipe runs/first
+              torchrun --nproc_per_node 2 -m trainmerge.cli evaluate runs/first
+              trainmerge evaluate runs/first --harness "[arc_easy, my_task.yaml]"
 
     Args:
         path: A run folder, or a checkpoint folder.
         recipe: Where the tasks are described, for a checkpoint: a run folder or a configuration.
         limit: Score the first so many examples of each task only; 0 is all.
-        max_length: Texts are cut at this many tokens; by default as in the run's fit, or at 256.
+        max_length: Texts are cut at this many tokens; by default as in the recipe's fit, or at 256.
         compare: Score base, average, task arithmetic and experts beside a run's merge.
-        output: Write the scores to this JSON file too.
+        output: Write the scores, with all measures, to this JSON file too.
+        answers: Answer the test files' column `prompt` with up to so many tokens; say how long answers are.
+        harness: Tasks of lm-evaluation-harness: their names, or YAML files of one task each.
     """
     from trainmerge.scoring import evaluate_path
 
-    evaluate_path(
-        Path(path), Path(recipe or path), limit, max_length, compare, Path(output) if output else None
-    )
+    file = Path(output) if output else None
+    tasks = harness or ()
+    evaluate_path(Path(path), Path(recipe or path), limit, max_length, compare, file, answers, tasks)
+
+
+def compare(
+    paths: list[str], recipe: str = "", limit: int = 0, max_length: int = 0, output: str = ""
+) -> None:
+    """Score several runs and checkpoints on the same tasks: one table, the best marked.
+
+    Differences from the best come with what 95% of a paired bootstrap over the test examples says, so that
+    nobody reads noise as gain.
+
+    Example: trainmerge compare runs/first runs/second merged/ --recipe runs/first
+
+    Args:
+        paths: Run folders and checkpoint folders.
+        recipe: Where the tasks are described: a run folder or a configuration; the first path by default.
+        limit: Score the first so many examples of each task only; 0 is all.
+        max_length: Texts are cut at this many tokens; by default as in the recipe's fit, or at 256.
+        output: Write the scores to this JSON file too.
+    """
+    from trainmerge.scoring import compare_paths
+
+    compare_paths(paths, recipe, limit, max_length, Path(output) if output else None)
 
 
 def inspect(path: str, every: bool = False) -> None:

@@ -99,7 +99,17 @@ class Sigmoid(Constraint):
 
 @dataclass(frozen=True)
 class Simplex(Constraint):
-    """In each group the K coefficients are not negative and sum to one, by Euclidean projection."""
+    """In each group the K coefficients are not negative and sum to `total`, by Euclidean projection.
+
+    With `base` they may sum to less: the base is a vertex of the hull too.
+    """
+
+    total: float = 1.0
+    base: bool = False
+
+    def __post_init__(self) -> None:
+        if self.total <= 0:
+            raise ValueError(f"a simplex needs a positive total, not {self.total}")
 
     @override
     def values(self, raw: Tensor) -> Tensor:
@@ -108,15 +118,22 @@ class Simplex(Constraint):
     @override
     def start(self, values: Tensor) -> Tensor:
         if not torch.allclose(self.project(values), values, atol=1e-5):
-            raise ValueError("a simplex needs initial coefficients >= 0 that sum to 1 over the experts")
+            bound = "at most " if self.base else ""
+            raise ValueError(
+                "a simplex needs initial coefficients >= 0 that sum to "
+                f"{bound}{self.total:g} over the experts"
+            )
         return values
 
     @override
     def project(self, raw: Tensor) -> Tensor:
         """Sort-and-threshold projection (Duchi et al., ICML 2008, figure 1), one column a group."""
+        if self.base:
+            inside = raw.clamp(min=0)
+            return torch.where(inside.sum(dim=0) <= self.total, inside, Simplex(self.total).project(raw))
         raw = raw - raw.max(dim=0, keepdim=True).values  # the same projection; exact for large values too
         ordered = raw.sort(dim=0, descending=True).values
         rank = torch.arange(1, len(raw) + 1, device=raw.device, dtype=raw.dtype)[:, None]
-        shift = (ordered.cumsum(dim=0) - 1) / rank
+        shift = (ordered.cumsum(dim=0) - self.total) / rank
         support = (ordered > shift).sum(dim=0, keepdim=True)
         return (raw - shift.gather(0, support - 1)).clamp(min=0)

@@ -102,8 +102,10 @@ def _spans(given: Any, length: int, where: str) -> tuple[tuple[int, int], ...]:
     return spans
 
 
-def load_examples(path: str, columns: Sequence[str]) -> datasets.Dataset:
+def load_examples(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -> datasets.Dataset:
     """A JSONL, CSV, parquet or text file, or a dataset saved with `save_to_disk`, as these columns.
+
+    Columns that are `optional` come along where they are there.
 
     Raises:
         ValueError: no such file, unknown format, unreadable, no examples, a column that is not there, or
@@ -118,7 +120,7 @@ def load_examples(path: str, columns: Sequence[str]) -> datasets.Dataset:
     for i, value in enumerate(data[columns[0]]):
         if value is None:
             raise ValueError(f"{path}: example {i} has nothing for {columns[0]!r}, which is not a text")
-    return data.select_columns(list(columns))
+    return data.select_columns([*columns, *(name for name in optional if name in data.column_names)])
 
 
 def _read(source: Path) -> datasets.Dataset:

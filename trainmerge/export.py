@@ -108,14 +108,19 @@ def check_target(out: Path, sources: Iterable[Path]) -> None:
         raise ValueError(f"{out} is a folder that no export wrote: nothing was overwritten. Name another.")
 
 
-def export_run(run: str | Path, out: str | Path, overwrite: bool = False) -> Path:
+def export_run(
+    run: str | Path, out: str | Path, overwrite: bool = False, coefficients: Coefficients | None = None
+) -> Path:
     """Export a run folder's merge, with a model card and everything needed to make it again.
+
+    `coefficients` replace the run's own: those of a point on its Pareto front, say.
 
     Raises:
         ValueError: the run has no coefficients yet, or base or experts changed since the fit.
     """
     run_folder, target = RunFolder(Path(run)), Path(out)
-    recipe, coefficients, opened = open_run(run_folder)
+    recipe, learned, opened = open_run(run_folder)
+    coefficients = coefficients or learned
     check_target(target, [run_folder.path, *opened.folders.values()])
     task_vectors = apply(
         opened.task_vectors,

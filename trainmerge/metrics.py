@@ -14,6 +14,11 @@ class Metric:
 
     name: Literal["accuracy", "perplexity"]
 
+    @property
+    def sign(self) -> int:
+        """1 where a higher score is better, -1 where a lower one is."""
+        return -1 if self.name == "perplexity" else 1
+
     def mean(self, scores: Mapping[str, float]) -> float:
         """Mean over the tasks; of perplexities the geometric one."""
         values = list(scores.values())
@@ -23,8 +28,7 @@ class Metric:
 
     def best(self, rows: Scores, names: Sequence[str]) -> str | None:
         """The best of these rows by its mean; None of none."""
-        sign = -1 if self.name == "perplexity" else 1
-        return max(names, key=lambda row: sign * self.mean(rows[row]), default=None)
+        return max(names, key=lambda row: self.sign * self.mean(rows[row]), default=None)
 
     def normalised(self, rows: Scores) -> dict[str, float]:
         """How near each row is to the experts; empty without them.
@@ -46,6 +50,23 @@ class Metric:
         logs = {row: math.log(self.mean(scores)) for row, scores in rows.items()}
         gap = logs["base"] - logs["expert"]
         return {row: (logs["base"] - log) / gap for row, log in logs.items()} if gap else {}
+
+    def forgetting(self, rows: Scores) -> dict[str, float]:
+        """How much worse than the base each row is (MergeBench, arXiv 2505.10833); empty without the base.
+
+        Accuracy: the mean difference over the tasks. Perplexity: that of its logarithms, in nats a token.
+        Negative where a row is better than the base.
+        """
+        if "base" not in rows:
+            return {}
+        base = rows["base"]
+        return {
+            row: sum(self._worse(scores[task], base[task]) for task in base) / len(base)
+            for row, scores in rows.items()
+        }
+
+    def _worse(self, score: float, than: float) -> float:
+        return math.log(score / than) if self.name == "perplexity" else than - score
 
 
 ACCURACY, PERPLEXITY = Metric("accuracy"), Metric("perplexity")

@@ -24,6 +24,7 @@ from trainmerge.batch import Asks, Batch, Step
 from trainmerge.calibration import Calibration
 from trainmerge.coefficients import Coefficients, read_initial
 from trainmerge.constraints import Constraint, Free
+from trainmerge.frank_wolfe import FrankWolfe
 from trainmerge.gradients import combined
 from trainmerge.measure import Measure
 from trainmerge.objectives import Entropy, Objective
@@ -252,6 +253,8 @@ class MergeModule(pl.LightningModule):
         optimizer.step(closure)
         self.coefficients.project_()
         self._step_scheduler()
+        if isinstance(optimizer.optimizer, FrankWolfe):
+            self.log("gap", optimizer.optimizer.gap())
         losses = reports[0]  # at the coefficients that the step began with
         self.log("loss", torch.stack(list(losses.values())).sum(), prog_bar=True)
         self.log_dict({f"loss/{name}": loss for name, loss in losses.items()})

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
         "heads": {name: e.head.identity() for name, e in recipe.experts.items() if e.head is not None},
         "calibration": data.identities(),
         "data": data.settings(),
-        "recipe": to_config(recipe),
+        "recipe": to_config(replace(recipe, held_out={})),  # scored, never learned from
         "objective": to_config(module.objective),
         "constraint": to_config(coefficients.constraint),
         "anchor": to_config(module.anchor),

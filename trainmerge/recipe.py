@@ -25,6 +25,7 @@ class Expert:
         test: Labelled examples, for `evaluate` only; a fit never reads their labels.
         head: The task's frozen classifier; none for a language model.
         weight: Weight of this task in the loss.
+        validation: Labelled examples that `search` may choose coefficients by; others than `test`.
     """
 
     path: str
@@ -32,6 +33,20 @@ class Expert:
     test: str | None = None
     head: Head | None = None
     weight: float = 1.0
+    validation: str | None = None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A task that no expert was made for: `evaluate` says what the merge forgot of it.
+
+    Args:
+        test: Labelled examples, or texts for a language model.
+        head: The task's frozen classifier; none for a language model.
+    """
+
+    test: str
+    head: Head | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,7 @@ class Recipe:
         vocabulary: `same`, or `shared`: merge the tokens that both have where an expert's embeddings were
             resized. The result has the base's vocabulary.
         allow_pickle: Read `.bin` checkpoints too. Pickle can run code; use it for files you trust.
+        held_out: Name -> task beside the experts' own, for `evaluate` only.
     """
 
     base: str
@@ -56,6 +72,7 @@ class Recipe:
     ignore: Sequence[str] = ()
     vocabulary: Literal["same", "shared"] = "same"
     allow_pickle: bool = False
+    held_out: Mapping[str, HeldOut] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.experts:

@@ -23,6 +23,13 @@ class Encoded(NamedTuple):
     mask: Tensor  # [B, T] bool
 
 
+class Located(NamedTuple):
+    """How much of a text is left after cutting, and what predicting it covers."""
+
+    length: int  # tokens
+    bytes: int  # of UTF-8, of every token but the first
+
+
 class Tokenizer:
     """Texts -> padded model inputs. Padding is on the right, so that it moves no position.
 
@@ -69,6 +76,30 @@ class Tokenizer:
         if self._has_decoder:
             inputs["labels"], mask = self._targets([example.target for example in examples])
         return Encoded(inputs, mask)
+
+    def located(self, text: str) -> Located:
+        """A text's tokens and bytes, after cutting. Without offsets (slow tokenizers), bytes of all of it."""
+        if not self._tokenizer.is_fast:
+            return Located(len(self([text])["input_ids"][0]), len(text.encode()))
+        offsets = self._padded([text], offsets=True)["offset_mapping"][0].tolist()
+        first, last = offsets[0][1], max(end for _, end in offsets)
+        return Located(len(offsets), len(text[first:last].encode()))
+
+    @property
+    def transformers(self) -> Any:
+        """The tokenizer itself, for code that wants transformers' own."""
+        return self._tokenizer
+
+    @property
+    def beginning(self) -> int:
+        """The token before a text whose own first token is to be predicted."""
+        known = [self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self.padding]
+        return int(next(token for token in known if token is not None))
+
+    @property
+    def padding(self) -> int:
+        """The token that shorter texts are filled up with."""
+        return int(self._tokenizer.pad_token_id)
 
     def _targets(self, targets: Sequence[str | None]) -> tuple[Tensor, Tensor]:
         """The decoder's tokens and which count; without targets one, which it begins with."""

@@ -5,7 +5,16 @@ import json
 import subprocess
 import sys
 
-GROUPS = ("exactness", "fit_memory", "fit_step", "guard", "fit_lm", "closed_memory", "closed_cost")
+GROUPS = (
+    "exactness",
+    "fit_memory",
+    "fit_step",
+    "guard",
+    "fit_lm",
+    "closed_memory",
+    "closed_cost",
+    "tradeoffs",
+)
 
 
 def main() -> None:

@@ -1,0 +1,20 @@
+"""A run folder or a checkpoint -> scores on every task, beside what they have to be compared with."""
+
+from trainmerge.evaluate.checkpoints import evaluate_checkpoint
+from trainmerge.evaluate.comparison import Comparison, compare
+from trainmerge.evaluate.evaluation import Evaluation
+from trainmerge.evaluate.runs import evaluate_run
+from trainmerge.evaluate.sources import recipe_of, text_length
+from trainmerge.evaluate.tasks import load_tasks, metric_of
+
+__all__ = [
+    "Comparison",
+    "Evaluation",
+    "compare",
+    "evaluate_checkpoint",
+    "evaluate_run",
+    "load_tasks",
+    "metric_of",
+    "recipe_of",
+    "text_length",
+]

@@ -1,0 +1,92 @@
+"""Several runs and checkpoints on the same tasks, and whether the test examples tell them apart."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from trainmerge.evaluate.checkpoints import heads_of, load_checkpoint, score_tasks
+from trainmerge.evaluate.evaluation import Evaluation
+from trainmerge.evaluate.paired import Difference, differences
+from trainmerge.evaluate.ranks import rank
+from trainmerge.evaluate.runs import Heads, load_subject
+from trainmerge.evaluate.scores import TaskScore
+from trainmerge.evaluate.sources import recipe_of, text_length
+from trainmerge.evaluate.tasks import Task, load_tasks, metric_of
+from trainmerge.export import open_run
+from trainmerge.folders import write_whole
+from trainmerge.recipe import Recipe
+from trainmerge.run_folder import RunFolder
+from trainmerge.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An evaluation with the best row, and every row's difference from it in the held-in mean."""
+
+    evaluation: Evaluation
+    best: str
+    differences: dict[str, Difference]
+
+    def to_json(self) -> dict[str, Any]:
+        """The evaluation's rows, each with its difference."""
+        content = self.evaluation.to_json()
+        for row, difference in self.differences.items():
+            content[row]["difference"] = {
+                **difference._asdict(), "from": self.best, "noise": difference.noise
+            }  # fmt: skip
+        return content
+
+    def write(self, path: Path) -> None:
+        """All of `to_json`."""
+        write_whole(path, json.dumps(self.to_json(), indent=2))
+
+
+def compare(
+    paths: Sequence[str | Path], recipe: str | Path = "", limit: int = 0, max_length: int = 0
+) -> Comparison:
+    """Score runs and checkpoints on the tasks of `recipe`: a run folder, an export or a configuration.
+
+    Without `recipe`, the first path's tasks are taken. Texts are cut as in the recipe's own fit, for all.
+
+    Raises:
+        ValueError: fewer than two paths, the same twice, or one that has another architecture.
+    """
+    names = [str(path) for path in paths]
+    if len(set(names)) < 2 or len(set(names)) < len(names):
+        raise ValueError("give two or more different runs or checkpoints to compare")
+    source = Path(recipe or paths[0])
+    tasks_of = recipe_of(source)
+    held_in, held_out = load_tasks(tasks_of, limit)
+    tasks, tokenize = [*held_in, *held_out], Tokenizer(tasks_of.base, text_length(source, max_length))
+    heads = heads_of(tasks_of, tasks, tokenize)
+    folders = {name: Path(name) for name in names}
+    if held_out:
+        folders = {"base": Path(tasks_of.base), **folders}
+    bar = track(folders.items(), description="comparing", disable=rank() > 0)
+    rows = {name: _score(folder, tasks_of, heads, tasks, tokenize) for name, folder in bar}
+    held = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
+    return _compared(Evaluation(metric_of(tasks_of), *held, rows))
+
+
+def _score(
+    folder: Path, recipe: Recipe, heads: Heads, tasks: Sequence[Task], tokenize: Tokenizer
+) -> dict[str, TaskScore]:
+    run = RunFolder(folder)
+    if not run.manifest.exists():
+        return score_tasks(load_checkpoint(folder, recipe, heads, tokenize), tasks)
+    own, coefficients, opened = open_run(run)
+    _, subject = load_subject(own, coefficients, opened, tokenize, run, [])
+    return score_tasks(subject.with_heads(heads), tasks)
+
+
+def _compared(found: Evaluation) -> Comparison:
+    rows = list(found.rows)
+    best = found.metric.best(found.scores, rows)
+    assert best is not None
+    outcomes = {task: [found.rows[row][task].outcomes for row in rows] for task in found.held_in}
+    gaps = differences(outcomes, rows.index(best), found.metric.sign)
+    return Comparison(found, best, dict(zip(rows, gaps, strict=True)))

@@ -1,0 +1,89 @@
+"""Scores of several models, summed up: held-in tasks, held-out tasks, what was forgotten."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainmerge.evaluate.harness import HarnessScore
+from trainmerge.evaluate.scores import TaskScore
+from trainmerge.folders import write_whole
+from trainmerge.metrics import Metric, Scores
+
+Rows = Mapping[str, Mapping[str, TaskScore]]  # row -> task -> its score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found. Held-in tasks are the experts'; held-out ones are the recipe's `held_out`."""
+
+    metric: Metric
+    held_in: tuple[str, ...]
+    held_out: tuple[str, ...]
+    rows: Rows
+    harness: Mapping[str, Mapping[str, HarnessScore]] = field(default_factory=dict)  # row -> task
+
+    @property
+    def scores(self) -> Scores:
+        """Row -> held-in task -> score."""
+        return self._of(self.held_in)
+
+    @property
+    def others(self) -> Scores:
+        """Row -> held-out task -> score, of the rows that were scored on them."""
+        return self._of(self.held_out) if self.held_out else {}
+
+    def _of(self, names: Iterable[str]) -> Scores:
+        wanted = list(names)
+        return {
+            row: {task: scores[task].score for task in wanted}
+            for row, scores in self.rows.items()
+            if scores.keys() >= set(wanted)
+        }
+
+    def means(self) -> dict[str, float]:
+        """Row -> mean over the held-in tasks."""
+        return {row: self.metric.mean(scores) for row, scores in self.scores.items()}
+
+    def normalised(self) -> dict[str, float]:
+        """Row -> how near it is to the experts, on held-in tasks; empty without them."""
+        return self.metric.normalised(self.scores)
+
+    def forgetting(self) -> dict[str, float]:
+        """Row -> how much worse than the base it is on held-out tasks; empty without base or such tasks."""
+        return self.metric.forgetting(self.others)
+
+    def measures(self) -> dict[str, dict[str, float]]:
+        """Row -> every measure, its mean over the held-in tasks that have it."""
+        found: dict[str, dict[str, float]] = {}
+        for row, scores in self.rows.items():
+            own = [scores[task].measures for task in self.held_in if task in scores]
+            names = {name: None for measures in own for name in measures}
+            having = {name: [m[name] for m in own if name in m] for name in names}
+            found[row] = {name: sum(values) / len(values) for name, values in having.items()}
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """A row an entry: its score on every held-in task, summaries, and beside these all measures."""
+        normalised, forgetting, means = self.normalised(), self.forgetting(), self.means()
+        content: dict[str, Any] = {}
+        for row, scores in self.scores.items():
+            content[row] = {**scores, "mean": means[row]}
+            content[row] |= {"normalised": normalised[row]} if row in normalised else {}
+            content[row] |= {"held_out": self.others[row]} if row in self.others else {}
+            content[row] |= {"forgetting": forgetting[row]} if row in forgetting else {}
+            content[row]["measures"] = {task: dict(s.measures) for task, s in self.rows[row].items()}
+            if row in self.harness:
+                content[row]["harness"] = {task: s._asdict() for task, s in self.harness[row].items()}
+        return content
+
+    def write(self, path: Path) -> None:
+        """All of `to_json`."""
+        write_whole(path, json.dumps(self.to_json(), indent=2))
+
+    def write_scores(self, path: Path) -> None:
+        """Scores of the held-in tasks only, with mean and normalised mean a row."""
+        keys = {*self.held_in, "mean", "normalised"}
+        short = {row: {k: v for k, v in all_.items() if k in keys} for row, all_ in self.to_json().items()}
+        write_whole(path, json.dumps(short, indent=2))

@@ -1,0 +1,72 @@
+"""Tasks of the lm-evaluation-harness (EleutherAI), through its own API, where it is installed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from torch import nn
+
+from trainmerge.tokenizer import Tokenizer
+
+HarnessTask = str | Mapping[str, Any]  # a task's name, the path of its YAML file, or its contents
+
+
+class HarnessScore(NamedTuple):
+    """What the harness found; `better` is 1 where more is better and -1 where less is."""
+
+    metrics: Mapping[str, float]
+    better: Mapping[str, int]
+
+
+def run_harness(
+    module: nn.Module, base: str, tasks: Sequence[HarnessTask], limit: int = 0, batch_size: int = 4
+) -> dict[str, HarnessScore]:
+    """Task -> its metrics, as the harness names them ("acc,none").
+
+    `base` is the folder of the tokenizer. A process of several runs everything; that is right, if wasteful.
+
+    Raises:
+        ValueError: the harness is not installed, or knows no such task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ValueError(
+            f"harness tasks need lm-eval ({error}): pip install 'trainmerge[harness]'"
+        ) from error
+    tokenizer = Tokenizer(base, 1)
+    wrapped: Any = HFLM(
+        pretrained=module,
+        tokenizer=tokenizer.transformers,
+        batch_size=batch_size,
+        prefix_token_id=tokenizer.beginning,
+    )
+    try:
+        found = simple_evaluate(
+            model=wrapped, tasks=[_task(task) for task in tasks], limit=limit or None, bootstrap_iters=0
+        )
+    except KeyError as error:
+        raise ValueError(f"the harness has no task {error}") from error
+    assert found is not None  # it is on processes other than the first of its own launcher
+    return {task: _score(found, task) for task in found["results"]}
+
+
+def _task(task: HarnessTask) -> Any:
+    """As the harness takes it: a name, or a mapping."""
+    if isinstance(task, str) and Path(task).suffix in (".yaml", ".yml"):
+        return yaml.safe_load(Path(task).read_text())
+    return dict(task) if isinstance(task, Mapping) else task
+
+
+def _score(found: Mapping[str, Any], task: str) -> HarnessScore:
+    results = found["results"][task]
+    metrics = {
+        key: float(value)
+        for key, value in results.items()
+        if isinstance(value, int | float) and "stderr" not in key and "," in key
+    }
+    higher = found["higher_is_better"].get(task, {})
+    better = {key: 1 if higher.get(key.partition(",")[0], True) else -1 for key in metrics}
+    return HarnessScore(metrics, better)

@@ -1,0 +1,66 @@
+"""Is a difference between two models more than noise of the test examples? The paired bootstrap.
+
+Both models answered the same examples, so examples are drawn anew together, task by task (Efron and
+Tibshirani, 1993, chapter 16; Koehn, EMNLP 2004).
+
+Legend: `N` examples of a task, `R` rows (models), `D` draws.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DRAWS = 2000
+BLOCK = 100  # draws at a time: what is held is this many times the examples
+
+
+class Difference(NamedTuple):
+    """How much worse a row is than the best: accuracy, or log-perplexity; and where 95% of the draws lie."""
+
+    worse_by: float
+    low: float
+    high: float
+
+    @property
+    def noise(self) -> bool:
+        """Whether 0 is in the interval: these examples do not tell the two apart."""
+        return self.low <= 0 <= self.high
+
+
+def differences(
+    outcomes: Mapping[str, Sequence[Tensor]], best: int, sign: int, draws: int = DRAWS, seed: int = 0
+) -> list[Difference]:
+    """Every row's difference from row `best` in the mean over tasks.
+
+    Args:
+        outcomes: Task -> R tensors [N, 2]: what each example adds to the sum and the count whose ratio is
+            the score.
+        best: The row to compare with.
+        sign: 1 where a higher ratio is better, -1 where a lower one is.
+        draws: Bootstrap draws.
+        seed: Of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    told = torch.stack([torch.stack([_ratio(rows.sum(0)) for rows in task]) for task in outcomes.values()])
+    drawn = torch.stack([_draw(torch.stack(list(task)), draws, generator) for task in outcomes.values()])
+    mean, means = sign * told.mean(0), sign * drawn.mean(0)  # [R], [R, D]
+    worse, spread = mean[best] - mean, means[best] - means
+    low, high = spread.quantile(0.025, dim=1), spread.quantile(0.975, dim=1)
+    return [Difference(*row) for row in torch.stack([worse, low, high], dim=1).tolist()]
+
+
+def _draw(rows: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Ratios [R, D] of outcomes [R, N, 2] over examples drawn with replacement, for all rows the same."""
+    count, ratios = rows.shape[1], []
+    for first in range(0, draws, BLOCK):
+        chosen = torch.randint(count, (min(BLOCK, draws - first), count), generator=generator)
+        times = torch.zeros(chosen.shape, dtype=torch.float64)
+        times.scatter_add_(1, chosen, torch.ones_like(times))
+        ratios.append(_ratio(torch.einsum("dn,rnx->rdx", times, rows)))
+    return torch.cat(ratios, dim=1)
+
+
+def _ratio(sums: Tensor) -> Tensor:
+    return sums[..., 0] / sums[..., 1]

@@ -1,0 +1,81 @@
+"""What a model is scored on: test examples, labelled under a head, and prompts to answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from trainmerge.examples import load_examples
+from trainmerge.heads import Head
+from trainmerge.metrics import ACCURACY, PERPLEXITY, Metric
+from trainmerge.recipe import Recipe
+
+Split = Literal["test", "validation"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task's examples. Labels are there if it has a head; prompts if its file has them."""
+
+    name: str
+    texts: Sequence[str]
+    labels: Sequence[int] = ()
+    prompts: Sequence[str] = ()
+    head: Head | None = None
+
+
+class HasTest(Protocol):
+    """What a task is made from: an expert of a recipe, or a task held out."""
+
+    @property
+    def test(self) -> str | None:
+        """Labelled examples, or texts."""
+
+    @property
+    def head(self) -> Head | None:
+        """The task's classifier."""
+
+
+def metric_of(recipe: Recipe) -> Metric:
+    """What its tasks are scored by.
+
+    Raises:
+        ValueError: some have a head and some have none.
+    """
+    tasks: list[HasTest] = [*recipe.experts.values(), *recipe.held_out.values()]
+    heads = {task.head is not None for task in tasks}
+    if len(heads) > 1:
+        raise ValueError("some tasks have a head and some have none: score them in two recipes")
+    return ACCURACY if heads == {True} else PERPLEXITY
+
+
+def load_tasks(recipe: Recipe, limit: int = 0, split: Split = "test") -> tuple[list[Task], list[Task]]:
+    """The experts' tasks (held in) and the held-out ones, the first `limit` examples of each (0: all).
+
+    Raises:
+        ValueError: a task has no such file, or the file lacks `text` or, under a head, `label`; a held-out
+            task has an expert's name; heads for some tasks only.
+    """
+    metric_of(recipe)
+    if twice := recipe.experts.keys() & recipe.held_out.keys():
+        raise ValueError(f"recipe.held_out: {sorted(twice)} are experts' names; name these tasks otherwise")
+    files = {name: getattr(expert, split) for name, expert in recipe.experts.items()}
+    held_in = [_load(name, files[name], e.head, limit, split) for name, e in recipe.experts.items()]
+    if split != "test":
+        return held_in, []
+    return held_in, [
+        _load(name, task.test, task.head, limit, split) for name, task in recipe.held_out.items()
+    ]
+
+
+def _load(name: str, file: str | None, head: Head | None, limit: int, split: Split) -> Task:
+    if not file:
+        raise ValueError(
+            f"{name}: scoring needs `{split}`, a file with a column text, and label under a `head`"
+        )
+    data = load_examples(file, ["text", "label"] if head else ["text"], optional=["prompt"])
+    count = min(limit, len(data)) if limit else len(data)
+    labels = list(data["label"][:count]) if head else []
+    if wrong := [label for label in labels if not isinstance(label, int) or label < 0]:
+        raise ValueError(f"{file}: label {wrong[0]!r} is no class number (0, 1, ...)")
+    prompts = list(data["prompt"][:count]) if "prompt" in data.column_names else []
+    return Task(name, list(data["text"][:count]), labels, prompts, head)

@@ -1,0 +1,86 @@
+"""Frank-Wolfe: merges in the hull of the experts, a step towards one expert at a time.
+
+A linear function over a simplex is least at a vertex, so the linear minimisation oracle is an argmin over the
+coefficient gradients: no projection is needed, and the duality gap bounds what is left to gain (Jaggi, ICML
+2013). FW-Merging (ICCV 2025, arXiv 2503.12649) takes such steps in weight space, its oracle a cosine.
+
+Legend: `K` experts, `V` vertices (K, and the base where it is one), `G` coefficient groups.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+
+class FrankWolfe(Optimizer):
+    """Moves coefficients [K, G] within a simplex; use it with `constraint: trainmerge.Simplex`.
+
+    Args:
+        params: The coefficients; they must start in the set.
+        total: What the coefficients of a group sum to: the constraint's `total`.
+        base: The base is a vertex too, so that they may sum to less: the constraint's `base`.
+        shared: One vertex a step for all groups, as the paper's task-wise oracle; else one a group.
+        search: Go as far as a secant of the slope says, exact for a quadratic, which takes a second loss a
+            step. Without it, 2 / (t + 2) of the way in step t = 0, 1, ...
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        total: float = 1.0,
+        base: bool = False,
+        shared: bool = False,
+        search: bool = False,
+    ) -> None:
+        if total <= 0:
+            raise ValueError(f"total must be positive, not {total}")
+        super().__init__(params, {"total": total, "base": base, "shared": shared, "search": search})
+        if len(self.param_groups) != 1 or len(self.param_groups[0]["params"]) != 1:
+            raise ValueError("FrankWolfe moves one tensor of coefficients")
+
+    @property
+    def _coefficients(self) -> Tensor:
+        parameter: Tensor = self.param_groups[0]["params"][0]
+        return parameter
+
+    def gap(self) -> float:
+        """The duality gap where the last step began: a convex loss is at most so far above its least."""
+        return float(self.state[self._coefficients]["gap"])
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. The closure takes loss and gradient; with `search` it is called twice."""
+        assert closure is not None
+        with torch.enable_grad():
+            loss = closure()
+        here, options = self._coefficients, self.param_groups[0]
+        assert here.grad is not None
+        state, gradient, start = self.state[here], here.grad.clone(), here.clone()
+        state["step"] = state.get("step", torch.zeros(())) + 1
+        way = oracle(gradient, options["total"], options["base"], options["shared"]) - start
+        slope = torch.sum(gradient * way)
+        state["gap"] = -slope
+        if not options["search"]:
+            here.add_(2 / (float(state["step"]) + 1) * way)
+            return loss
+        here.copy_(start + way)
+        with torch.enable_grad():
+            closure()
+        bend = torch.sum(here.grad * way) - slope
+        share = (-slope / bend).clamp(0, 1) if bend > 0 else torch.ones_like(slope)
+        here.copy_(start + share * way)
+        return loss
+
+
+def oracle(gradient: Tensor, total: float = 1.0, base: bool = False, shared: bool = False) -> Tensor:
+    """The vertex of the simplex at which <gradient, vertex> is least, both [K, G]; the base is all zeros."""
+    if shared:
+        gradient = gradient.sum(dim=1, keepdim=True).expand_as(gradient)
+    vertices = torch.cat([gradient, torch.zeros_like(gradient[:1])]) if base else gradient  # [V, G]
+    best = torch.nn.functional.one_hot(vertices.argmin(dim=0), len(vertices)).T
+    return total * best[: len(gradient)].to(gradient)

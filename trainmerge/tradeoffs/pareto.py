@@ -1,0 +1,145 @@
+"""`trainmerge pareto`: a run -> the front of its tasks' losses, to look at, and the merge of any point on it.
+
+Coordinates are one scale an expert on the run's coefficients (1 is the run itself), so that what was learned
+block by block stays, and a front over five tasks has five coordinates.
+
+Legend: `K` experts, `T` tasks (one an expert), `P` points.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from trainmerge.coefficients import Coefficients, load_coefficients
+from trainmerge.export import export_run
+from trainmerge.folders import write_whole
+from trainmerge.module import MergeModule
+from trainmerge.reopen import reopen
+from trainmerge.run_folder import RunFolder
+from trainmerge.storage import sha256
+from trainmerge.tradeoffs.front import front, spread
+from trainmerge.tradeoffs.scales import losses_at, named, scaled
+from trainmerge.tradeoffs.surrogate import Quadratics, fit_quadratics, rank_correlation
+
+FILE = "pareto.json"
+
+
+def pareto_run(
+    run: str | Path,
+    points: int = 12,
+    checks: int = 8,
+    radius: float = 0.5,
+    examples: int = 64,
+    count: int = 40,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Fit quadratics to the tasks' losses around a run, and write their front as RUN/pareto.json.
+
+    Args:
+        run: A finished run with calibration examples.
+        points: Merges that the quadratics are fitted to; each is a forward and backward an example.
+        checks: Further merges that they are compared with.
+        radius: Scales go from 1 - radius to 1 + radius.
+        examples: Calibration examples an expert; 0 is all that the fit used.
+        count: Points on the front, about.
+        seed: Of the merges' places.
+
+    Raises:
+        ValueError: too few points for a quadratic, or a radius that is not positive.
+    """
+    if radius <= 0 or checks < 2:
+        raise ValueError("a front needs a positive radius and two checks or more")
+    folder = RunFolder(Path(run))
+    module, data = reopen(folder, examples=examples)
+    if len(data.examples) < 2:
+        raise ValueError(f"{run}: there is nothing to trade off with one expert")
+    module.load(data)
+    start = module.start
+    at = places(len(start), points + checks, seed)
+    found = [
+        losses_at(module, data, start, 1 + radius * u) for u in track(at, description="measuring merges")
+    ]
+    losses, slopes = (torch.stack(part) for part in zip(*found, strict=True))
+    quadratics = fit_quadratics(at[:points], losses[:points], radius * slopes[:points])
+    content = _content(module, quadratics, at, losses, points, radius, count)
+    content["coefficients"] = sha256(folder.coefficients)
+    write_whole(folder.path / FILE, json.dumps(content, indent=1))
+    return content
+
+
+def places(n: int, count: int, seed: int) -> Tensor:
+    """The centre, then points spread over [-1, 1]^n, [count, n]."""
+    return torch.cat([torch.zeros(1, n, dtype=torch.float64), spread(n, count - 1, seed)])
+
+
+def _content(
+    module: MergeModule,
+    quadratics: Quadratics,
+    at: Tensor,
+    losses: Tensor,
+    points: int,
+    radius: float,
+    count: int,
+) -> dict[str, Any]:
+    """Everything that a picture or a table of it needs."""
+    names = tuple(module.recipe.experts)
+    found, told = front(quadratics, count), quadratics(at)
+    order = quadratics(found)[:, 0].argsort()
+    fit = {
+        name: {
+            "rank_correlation": rank_correlation(told[points:, t], losses[points:, t]),
+            "r2": _explained(told[points:, t], losses[points:, t]),
+        }
+        for t, name in enumerate(names)
+    }
+
+    def entry(u: Tensor, **more: Any) -> dict[str, Any]:
+        return {"scales": named(names, 1 + radius * u), **more}
+
+    return {
+        "tasks": list(names),
+        "radius": radius,
+        "run": named(names, losses[0]),  # the losses of the run itself
+        "checks": fit,
+        "front": [entry(u, point=i, losses=named(names, quadratics(u))) for i, u in enumerate(found[order])],
+        "measured": [
+            entry(u, losses=named(names, losses[i]), predicted=named(names, told[i]), check=i >= points)
+            for i, u in enumerate(at)
+        ],
+        "surrogate": {
+            "constant": quadratics.constant.tolist(),
+            "linear": quadratics.linear.tolist(),
+            "curvature": quadratics.curvature.tolist(),
+        },
+    }
+
+
+def _explained(told: Tensor, true: Tensor) -> float:
+    """The share of the variance that is predicted."""
+    return float(1 - ((told - true) ** 2).sum() / ((true - true.mean()) ** 2).sum())
+
+
+def export_point(run: str | Path, point: int, out: str | Path, overwrite: bool = False) -> Path:
+    """Write the merge of one point of RUN/pareto.json as a checkpoint folder.
+
+    Raises:
+        ValueError: no front, no such point, or the run's coefficients changed since.
+    """
+    folder = RunFolder(Path(run))
+    file = folder.path / FILE
+    if not file.is_file():
+        raise ValueError(f"{file}: no front yet; `trainmerge pareto {run}` makes it")
+    content = json.loads(file.read_text())
+    if content["coefficients"] != sha256(folder.coefficients):
+        raise ValueError(f"{file} is of coefficients that the run has no more; make it again")
+    points = {entry["point"]: entry["scales"] for entry in content["front"]}
+    if point not in points:
+        raise ValueError(f"{file} has the points 0 to {max(points)}, not {point}")
+    saved = load_coefficients(folder.coefficients)
+    scales = torch.tensor([points[point][name] for name in saved.experts])
+    values = scaled(saved().detach(), scales)
+    return export_run(run, out, overwrite, Coefficients(saved.experts, saved.layout, values))

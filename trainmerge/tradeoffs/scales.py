@@ -1,0 +1,44 @@
+"""A few coordinates for many coefficients: how much of each expert.
+
+Legend: `K` experts, `G` coefficient groups, `T` tasks (one an expert).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from trainmerge.calibration import Calibration
+from trainmerge.module import MergeModule
+from trainmerge.safeguard import batches
+
+
+def scaled(coefficients: Tensor, scales: Tensor) -> Tensor:
+    """Coefficients [K, G], each expert's times its scale [K]."""
+    return coefficients * scales.to(coefficients)[:, None]
+
+
+def losses_at(
+    module: MergeModule, data: Calibration, coefficients: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Every task's loss over its calibration examples, [T], and its slopes in the scales, [T, K]; float64.
+
+    One forward and backward an example: the slopes come from the coefficient gradient, by the chain rule.
+    """
+    merged = module.resident.merged
+    module.coefficients.reset_(scaled(coefficients, scales))
+    merged.materialise()
+    losses = torch.zeros(len(data.examples), dtype=torch.float64)
+    slopes = torch.zeros(len(data.examples), len(coefficients), dtype=torch.float64)
+    for batch in batches(module, data):
+        loss = module.loss(batch) * len(batch.ids) / len(data.examples[batch.expert])
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses[batch.expert] += loss.detach().cpu().double()
+        gradient = merged.gradient().cpu().double()
+        slopes[batch.expert] += (gradient * coefficients.cpu().double()).sum(dim=1)
+    return losses, slopes
+
+
+def named(names: tuple[str, ...], values: Tensor) -> Mapping[str, float]:
+    """One number a name."""
+    return dict(zip(names, values.tolist(), strict=True))
