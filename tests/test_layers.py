@@ -46,6 +46,8 @@ FLOORS = {
     "callbacks": 8,
     "provenance": 8,
     "safeguard": 8,
+    "preflight": 8,
+    "trainer_arguments": 8,
     "importance": 9,
     "allocation": 10,
     "inspection": 8,
@@ -59,7 +61,7 @@ FOLDERS = {"checkpoints", "kernels", "objectives", "preprocess"}
 
 # Large dependencies stay in the rooms that are about them.
 ONLY_IN = {
-    "pytorch_lightning": {"module", "calibration", "callbacks", "run", "fit_cli", "cli"},
+    "pytorch_lightning": {"module", "calibration", "callbacks", "run", "trainer_arguments", "fit_cli", "cli"},
     "lightning": set(),  # the same under another name
     "transformers": {"checkpoints", "tokenizer"},
     "peft": {"checkpoints"},

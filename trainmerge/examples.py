@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import CRITICAL
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -125,7 +126,7 @@ def _read(source: Path) -> datasets.Dataset:
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
     if source.is_dir():
-        return datasets.load_from_disk(str(source))
+        return _saved(source)
     if source.suffix not in FORMATS:
         raise ValueError(
             f"{source}: unknown format; use one of {', '.join(FORMATS)}, or a saved dataset's folder"
@@ -140,17 +141,34 @@ def _read(source: Path) -> datasets.Dataset:
         ):  # the texts end up in memory; a cache would outlive its use
             return reader(str(source), keep_in_memory=True, cache_dir=cache)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"{source}: cannot be read as {FORMATS[source.suffix]} ({error})") from error
+        if "corresponds to no data" in str(error):  # a header without rows, blank lines
+            raise ValueError(f"{source}: no examples in it") from error
+        reason = error.__cause__ or error  # what the reader said, before it was wrapped
+        raise ValueError(
+            f"{source}: cannot be read as {FORMATS[source.suffix]} in UTF-8: {reason}"
+        ) from error
+
+
+def _saved(folder: Path) -> datasets.Dataset:
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no dataset that `save_to_disk` wrote: {error}") from error
+    if isinstance(data, datasets.DatasetDict):
+        raise ValueError(f"{folder}: holds the splits {list(data)}; name the folder of one, {folder}/SPLIT")
+    return data
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar for what takes a second."""
-    shown = datasets.is_progress_bar_enabled()
+    """No progress bar for what takes a second, and no log line of what becomes our error."""
+    shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()
 

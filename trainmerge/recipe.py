@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +34,10 @@ class Expert:
     head: Head | None = None
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"{self.path}: the weight of a task must be 0 or more, not {self.weight}")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -60,6 +65,19 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.experts:
             raise ValueError("recipe.experts is empty: name at least one expert")
+        if unnamed := [name for name in self.experts if name in ("", "base")]:
+            raise ValueError(f"recipe.experts: {unnamed} cannot be names of experts")
+        if not any(expert.weight for expert in self.experts.values()):
+            raise ValueError("recipe.experts: every weight is 0, so there is nothing to learn from")
+        owners: dict[Path, str] = {Path(self.base).resolve(): "the base"}
+        for name, expert in self.experts.items():
+            folder = Path(expert.path).resolve()
+            if (other := owners.setdefault(folder, name)) != name:
+                raise ValueError(
+                    f"recipe.experts.{name}: {expert.path} is {other} already, so there is nothing that a "
+                    "coefficient of its own would mean. Name each folder once; two tasks of one expert can "
+                    "share a file of examples"
+                )
 
     def open(self, workspace: Path | None = None) -> "Opened":
         """Check every header and map the files; no weight is read.
