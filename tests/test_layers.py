@@ -33,6 +33,7 @@ FLOORS = {
     "functional": 3,
     "merged_model": 3,
     "preprocess": 3,
+    "initial": 3,
     "presets": 3,
     "recipe": 4,
     "card": 5,
