@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from trainmerge.checkpoints import Checkpoint, fingerprint, open_checkpoint, open_task_vectors
+from trainmerge.checkpoints import Checkpoint, fingerprint, open_checkpoint, open_task_vectors, verify
 from trainmerge.coefficients import Grouping, Layout
 from trainmerge.heads import Head
 from trainmerge.preprocess import Preprocess
@@ -120,6 +120,10 @@ class Opened:
     def checksums(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every weight file of base and experts: reads each file once."""
         return {name: fingerprint(folder) for name, folder in self.folders.items()}
+
+    def verify(self) -> None:
+        """Take the checksums, and raise ValueError with every NaN and infinity: both from one reading."""
+        vars(self)["checksums"] = verify(self.base, self.task_vectors, self.folders)  # the cached property's
 
     def identity(self) -> str:
         """One digest of base and experts, by their contents and order."""

@@ -10,7 +10,6 @@ import torch
 
 from trainmerge.calibration import Calibration
 from trainmerge.callbacks import JsonLines, Snapshots, progress_bar
-from trainmerge.checkpoints import check_finite
 from trainmerge.coefficients import save_coefficients
 from trainmerge.config import write_config
 from trainmerge.folders import write_whole
@@ -80,12 +79,12 @@ def fit(
     check_settings(module, data, trainer)
     folder = RunFolder(Path(run))
     checkpoint = folder.resume_from(resume) if trainer.is_global_zero or resume != "never" else None
+    module.opened.verify()
     description = describe(module, data)
     folder.check(description)
     snapshot = load_snapshot(checkpoint) if checkpoint else None
     if snapshot and (different := differences(json.loads(snapshot["trainmerge"]), description)):
         raise ValueError(f"{checkpoint} was made from other things:\n{different}")
-    check_finite(module.opened.base, module.opened.task_vectors, experts=module.opened.folders)
     module.description = json.dumps(description)
     step = int(snapshot["global_step"]) if snapshot else 0
     if trainer.is_global_zero:
