@@ -60,6 +60,7 @@ def _fine(folder: RunFolder) -> tuple[MergeModule, Calibration]:
         replace(recipe, grouping=grouping),
         build(Objective, manifest["objective"]),  # type: ignore[type-abstract]
         initial=str(folder.coefficients),
+        weights=manifest["weights"],
         teacher_budget=manifest["teacher_budget"],
         workspace=str(folder.workspace),
     )
