@@ -116,7 +116,11 @@ def load_examples(path: str, columns: Sequence[str]) -> datasets.Dataset:
         raise ValueError(f"{path}: no column {absent}; it has {data.column_names}")
     if not len(data):
         raise ValueError(f"{path}: no examples in it")
-    for i, value in enumerate(data[columns[0]]):
+    try:
+        values = list(data[columns[0]])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not in UTF-8: {error}") from error
+    for i, value in enumerate(values):
         if value is None:
             raise ValueError(f"{path}: example {i} has nothing for {columns[0]!r}, which is not a text")
     return data.select_columns(list(columns))

@@ -21,6 +21,9 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
     """Experts that need a head and have none, or one of another model."""
     experts, base = module.recipe.experts, module.recipe.base
     headless = [name for name, expert in experts.items() if expert.head is None]
+    for expert in experts.values():
+        if expert.head is not None:
+            expert.head.identity()  # reads its files, and says what is wrong with them
     problems = [
         f"recipe.experts.{name}.head is for a hidden size of {width}, {base} has {output.hidden}: name the "
         "head that was trained with this expert"
