@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import datasets
 
+from trainmerge.folders import seen_from
+
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -128,7 +130,7 @@ def load_examples(path: str, columns: Sequence[str]) -> datasets.Dataset:
 
 def _read(source: Path) -> datasets.Dataset:
     if not source.exists():
-        raise ValueError(f"{source}: no such file or folder")
+        raise ValueError(f"{source}: no such file or folder{seen_from(source)}")
     if source.is_dir():
         return _saved(source)
     if source.suffix not in FORMATS:

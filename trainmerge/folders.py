@@ -72,6 +72,11 @@ def _alive(process: int) -> bool:
     return True
 
 
+def seen_from(path: str | Path) -> str:
+    """Where a relative path is looked for: a run's recipe keeps paths as they were given."""
+    return "" if Path(path).is_absolute() else f" in {Path.cwd()}, which relative paths are from"
+
+
 def sync(path: Path) -> None:
     """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trainmerge.checkpoints.skeleton import tied_names
+from trainmerge.folders import seen_from
 from trainmerge.storage import MappedFile, TensorInfo
 
 SAFETENSORS = "model.safetensors"
@@ -100,7 +101,9 @@ def open_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: not a folder. Name a checkpoint folder on disk; download it first.")
+        raise FileNotFoundError(
+            f"{path}: not a folder{seen_from(path)}. Name a checkpoint folder on disk; download it first."
+        )
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ValueError(f"{path}: a peft adapter, not a whole model. Name the model that it was trained on.")
     config = read_json(path / "config.json")
