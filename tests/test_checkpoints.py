@@ -27,11 +27,11 @@ from transformers import (
 )
 
 from trainmerge.checkpoints import (
-    check_finite,
     fingerprint,
     load_model,
     open_checkpoint,
     open_task_vectors,
+    verify,
 )
 from trainmerge.checkpoints.skeleton import quiet
 from trainmerge.kernels import ExpertWeight
@@ -458,11 +458,10 @@ def test_fingerprints_are_of_every_file(sharded: Path) -> None:
 
 def test_every_number_that_is_not_finite_is_named(base: Path, tmp_path: Path) -> None:
     good, bad = save(llama(1), tmp_path / "good"), save(llama(2), tmp_path / "bad")
-    seen: list[tuple[int, int]] = []
     checkpoint = open_checkpoint(base)
     opened = open_task_vectors(checkpoint, {"good": good})
-    check_finite(checkpoint, opened, progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1][0] == seen[-1][1] > 0
+    folders = {"base": base, "good": good}
+    assert verify(checkpoint, opened, folders) == {side: fingerprint(folders[side]) for side in folders}
     broken = llama(2).get_parameter(QUERY).data.clone()
     broken[3, 3] = float("nan")
     rewrite(bad, **{QUERY: broken, "model.norm.weight": torch.eye(1, 16)[0].log()})
@@ -470,7 +469,7 @@ def test_every_number_that_is_not_finite_is_named(base: Path, tmp_path: Path) ->
     checkpoint = open_checkpoint(base)
     opened = open_task_vectors(checkpoint, {"good": good, "bad": bad})
     with pytest.raises(ValueError, match="3 tensors are not finite") as error:
-        check_finite(checkpoint, opened, experts={"good": good, "bad": bad})
+        verify(checkpoint, opened, folders | {"bad": bad})
     message = str(error.value)
     assert f"base: lm_head.weight of {base / 'model.safetensors'}" in message
     assert f"bad: {QUERY} of {bad}" in message

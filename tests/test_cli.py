@@ -160,6 +160,27 @@ def set_in_expert_config(**values: object) -> Callable[[Path], None]:
     return spoil
 
 
+def write_calibration(text: bytes) -> Callable[[Path], None]:
+    def spoil(world: Path) -> None:
+        (world / "mood" / "calibration.jsonl").write_bytes(text)
+
+    return spoil
+
+
+def lose_the_labels(world: Path) -> None:
+    (world / "mood" / "labels.json").unlink()
+
+
+def list_an_expert_twice(world: Path) -> None:
+    """The copy would win in silence: YAML keeps the last one."""
+    config = write_config(world)
+    config.write_text(config.read_text().replace("    mood:\n", "    mood: {path: x}\n    mood:\n"))
+
+
+def run_is_a_file(world: Path) -> None:
+    (world / "run").write_text("")
+
+
 def empty_calibration(world: Path) -> None:
     (world / "colour" / "calibration.jsonl").write_text("")
 
@@ -177,15 +198,25 @@ def empty_calibration(world: Path) -> None:
         (set_in_expert_config(model_type="roberta"), ["mood", "roberta"]),
         (set_in_expert_config(vocab_size=77), ["mood", "77"]),
         (empty_calibration, ["calibration.jsonl", "empty"]),
+        (
+            write_calibration(b'{"text": "red"}\n{"text": " "}\n'),
+            ["mood/calibration.jsonl", "1 of 2", "number 1"],
+        ),
+        (write_calibration(b'{"text": "red"}\n{"text": "r\n'), ["mood/calibration.jsonl", "row 1"]),
+        (write_calibration(b'{"text": "\xe9"}\n'), ["mood/calibration.jsonl", "UTF-8"]),
+        (lose_the_labels, ["mood/labels.json", "No such file"]),
+        (list_an_expert_twice, ["config.yaml", "'mood' again", "line"]),
+        (run_is_a_file, ["run is no folder", "--run"]),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_bad_files(
     world: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], words: list[str]
 ) -> None:
+    config = write_config(world)
     spoil(world)
     capsys.readouterr()  # transformers' own bars
-    assert main(["fit", "--config", str(write_config(world)), "--run", str(world / "run")]) == 1
+    assert main(["fit", "--config", str(config), "--run", str(world / "run")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("trainmerge fit: ")
     assert all(word in error for word in words), error
@@ -203,23 +234,23 @@ def test_bad_files(
             ["densty"],
         ),
         ({"model__objective": {"class_path": "trainmerge.Entropi"}}, ["Entropi"]),
-        ({"recipe__base": "nowhere"}, ["nowhere"]),
+        ({"recipe__base": "nowhere"}, ["nowhere: not a folder in ", "relative paths"]),
         ({"recipe__grouping": {"exclude": ["embedings.*"]}}, ["embedings.*"]),
         ({"model__initial": [0.1, 0.2]}, ["2 values for 3 experts"]),
+        ({"trainer__fast_dev_run": True}, ["trainer.fast_dev_run", "max_steps"]),
+        ({"trainer__limit_train_batches": 2}, ["trainer.limit_train_batches", "data.max_examples"]),
+        ({"trainer__accelerator": "gpu"}, ["gpu"]),
     ],
 )
 def test_bad_configurations(
     world: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], words: list[str]
 ) -> None:
     config = write_config(world, **changes)
-    try:
-        code = main(["fit", "--config", str(config), "--run", str(world / "run")])
-    except SystemExit as stop:  # jsonargparse's own way out for what it cannot parse
-        code = stop.code
-    assert code in (1, 2)
+    capsys.readouterr()
+    assert main(["fit", "--config", str(config), "--run", str(world / "run")]) == 1
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
-    assert "Traceback" not in error
+    assert error.startswith("trainmerge fit: ")  # no list of every option before it
     assert not (world / "run").exists()
 
 

@@ -18,10 +18,10 @@ from trainmerge.coefficients import (
     Layout,
     block_of,
     load_coefficients,
-    read_initial,
     save_coefficients,
 )
 from trainmerge.constraints import Box, Free, Sigmoid, Simplex
+from trainmerge.initial import read_initial
 from trainmerge.kernels import chunk_bounds
 
 SHAPES = {

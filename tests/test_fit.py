@@ -196,6 +196,33 @@ def test_nan_weights_are_found_before_the_first_step(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "coefficients.safetensors").exists()
 
 
+def test_a_loss_that_is_not_finite_stops_the_fit_and_does_not_keep_its_folder(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    module, data = build(world, run)
+    module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=1e30)
+    trainer = tm.make_trainer(run, save_every=1, max_steps=5, accelerator="cpu", enable_progress_bar=False)
+    with pytest.raises(ValueError, match="step 2: the loss of mood, colour, animal is not finite"):
+        tm.fit(module, data, trainer, run)
+    assert bool(learned(run).isfinite().all())  # of step 1
+    for file in ("coefficients.safetensors", "checkpoints/step-1.ckpt"):
+        (run / file).unlink()  # as if step 1 had failed: nothing was saved, so other settings may begin here
+    fit_world(world, run)
+    assert torch.equal(learned(run), learned(finished))
+
+
+def test_a_fit_that_is_stopped_early_keeps_its_steps(world: Path, finished: Path, tmp_path: Path) -> None:
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+            trainer.should_stop = trainer.global_step == 6
+
+    fit_world(world, tmp_path / "run", callbacks=[Stop()])
+    assert RunFolder(tmp_path / "run").latest() == tmp_path / "run" / "checkpoints" / "step-6.ckpt"
+    fit_world(world, tmp_path / "run")
+    assert torch.equal(learned(tmp_path / "run"), learned(finished))
+
+
 def test_a_fit_that_moves_nothing_says_so(world: Path, tmp_path: Path) -> None:
     module, data = build(world, tmp_path / "run")
     module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=1e-9)
@@ -288,6 +315,7 @@ def test_mixed_precision_with_low_rank_experts(world: Path, tmp_path: Path) -> N
         ({"max_steps": -1}, "set trainer.max_steps"),
         ({"save_every": 0}, "save_every"),
         ({"default_root_dir": "elsewhere"}, "run folder"),
+        ({"gradient_clip_val": 1.0, "accumulate_grad_batches": 2}, "model.clip"),
     ],
 )
 def test_settings_that_cannot_work(world: Path, tmp_path: Path, settings: dict, message: str) -> None:

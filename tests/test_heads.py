@@ -146,3 +146,28 @@ def test_to_moves_weight_and_bias(hidden):
     assert (moved.pooling, moved.normalise) == ("first", True)
     assert head.weight.device.type == "cpu"
     assert head._replace(bias=None).to(torch.device("meta")).bias is None
+
+
+@pytest.mark.parametrize("labels", [[], ["good"], ["good", "good"], ["good", " "]])
+def test_labels_that_are_no_classes(labels):
+    with pytest.raises(ValueError, match=r"LabelHead\.labels: "):
+        LabelHead(labels).identity()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"classifier.weight": (3, 8)}, "no tensor"),
+        ({"classifier.weight": (3, 8), "classifier.bias": (2,)}, "a linear layer has"),
+        ({"classifier.weight": (3,), "classifier.bias": (3,)}, "a linear layer has"),
+    ],
+)
+def test_a_file_that_holds_no_linear_layer_is_refused_before_it_is_used(tmp_path, shapes, message):
+    path = tmp_path / "head.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+    with pytest.raises(ValueError, match=message) as error:
+        LinearHead(str(path)).identity()
+    assert str(path) in str(error.value)
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        LinearHead(str(path)).identity()

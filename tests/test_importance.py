@@ -9,9 +9,10 @@ import torch
 import trainmerge as tm
 from tests.test_fit import build, fit_world, learned
 from tests.world import recipe, write_world
+from trainmerge.allocation import allocate_run
 from trainmerge.batch import Outputs
-from trainmerge.coefficients import carried
 from trainmerge.importance import allocate, energy, magnitude
+from trainmerge.initial import carried
 from trainmerge.run_folder import RunFolder
 from trainmerge.safeguard import batches
 
@@ -142,3 +143,12 @@ def test_patterns_name_chunks(tmp_path: Path) -> None:
         tm.Grouping("chunk", {"*": 0}).layout(shapes)
     with pytest.raises(ValueError, match="no allocation of chunks"):
         tm.Grouping("chunk", str(tmp_path / "absent.json")).layout(shapes)
+
+
+def test_energy_uses_what_the_fit_recorded_of_the_experts(tmp_path: Path) -> None:
+    """In the fit's own precision of weights: in another one the experts would say other things."""
+    used = recipe(tmp_path, grouping=tm.Grouping(exclude=["pooler.*"]))
+    write_world(tmp_path)
+    fit_world(tmp_path, tmp_path / "run", 1, recipe=used, objective=tm.Alignment(), weights="bfloat16")
+    allocate_run(tmp_path / "run", tmp_path / "made" / "chunks.json", budget=1.0, kappa=1.0, by="energy")
+    assert len(list(RunFolder(tmp_path / "run").workspace.glob("teachers-*"))) == 1

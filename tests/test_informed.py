@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, BertModel, LlamaForCausalLM
 import trainmerge as tm
 from tests.methods import SoftmaxLayer, random, vectors
 from tests.world import languages_recipe, recipe, write_languages, write_world
+from trainmerge import resident
+from trainmerge.checkpoints import load_model
 from trainmerge.measure import Measure
 from trainmerge.preprocess import regmean
 from trainmerge.recipe import calibration_files
@@ -275,3 +277,33 @@ def test_a_bert_without_padding_has_the_same_moments(world: Path, tmp_path: Path
     for name, gram in made.grams(0, list(vectors.deltas), {}).items():
         if "pooler" not in name:  # reads the first position only
             torch.testing.assert_close(gram.double(), plain.moment(name), rtol=1e-4, atol=1e-6)
+
+
+def test_task_vectors_are_made_before_the_model_takes_the_memory(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = []
+
+    def loading(*given: object) -> object:
+        ready.append(len(list((tmp_path / "workspace").glob("task_vectors-*"))))
+        return load_model(*given)
+
+    monkeypatch.setattr(resident, "load_model", loading)
+    measure(recipe(world, preprocess=[tm.Ties(0.3), tm.RegMean()]), tmp_path)
+    assert ready == [1]  # RegMean needs the model
+    assert len(list((tmp_path / "workspace").glob("task_vectors-*"))) == 2
+
+
+def test_divergences_are_the_same_however_many_texts_wait(
+    languages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = languages_recipe(languages)
+    made, _ = measure(replace(merge, experts={"a": merge.experts["a"]}), tmp_path)
+    texts, merged, became = made.examples[0], made.resident.merged, []
+    teacher = merged.teacher
+    monkeypatch.setattr(merged, "teacher", lambda expert: (became.append(expert), teacher(expert))[1])
+    together = made.divergences(0, texts)
+    assert became == [0]
+    monkeypatch.setattr("trainmerge.measure.HELD", 0)
+    assert torch.equal(made.divergences(0, texts), together)
+    assert became == [0] * (1 + len(texts))

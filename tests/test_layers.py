@@ -34,6 +34,7 @@ FLOORS = {
     "functional": 3,
     "merged_model": 3,
     "preprocess": 3,
+    "initial": 3,
     "presets": 3,
     "recipe": 4,
     "card": 5,
@@ -47,6 +48,8 @@ FLOORS = {
     "callbacks": 8,
     "provenance": 8,
     "safeguard": 8,
+    "preflight": 8,
+    "trainer_arguments": 8,
     "importance": 9,
     "reopen": 8,
     "allocation": 10,
@@ -63,7 +66,7 @@ FOLDERS = {"checkpoints", "evaluate", "kernels", "objectives", "preprocess", "tr
 
 # Large dependencies stay in the rooms that are about them.
 ONLY_IN = {
-    "pytorch_lightning": {"module", "calibration", "callbacks", "run", "fit_cli", "cli"},
+    "pytorch_lightning": {"module", "calibration", "callbacks", "run", "trainer_arguments", "fit_cli", "cli"},
     "lightning": set(),  # the same under another name
     "transformers": {"checkpoints", "tokenizer"},
     "peft": {"checkpoints"},

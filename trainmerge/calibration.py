@@ -113,14 +113,14 @@ class Calibration(pl.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or (max_examples is not None and max_examples < 1):
-            raise ValueError("data.batch_size and data.max_examples must be at least 1")
+        if min(batch_size, max_length, 1 if max_examples is None else max_examples) < 1:
+            raise ValueError("data.batch_size, data.max_length and data.max_examples must be at least 1")
         self.files, self.test_files = dict(files), dict(test_files or {})
         self.batch_size, self.columns = batch_size, columns
         self.seed, self.num_workers = seed, num_workers
         self.tokenizer, self.max_length, self.max_examples = tokenizer, max_length, max_examples
         self.examples = [
-            read_examples(file, columns, self.tokenize.render, max_examples) for file in self.files.values()
+            read_examples(file, columns, self._render, max_examples) for file in self.files.values()
         ]
         for name, examples in zip(self.files, self.examples, strict=True):
             if len(examples) == 1:
@@ -132,8 +132,11 @@ class Calibration(pl.LightningDataModule):
 
     @cached_property
     def tokenize(self) -> Tokenizer:
-        """The base's tokenizer, read when the first file asks for it: without files none is needed."""
+        """The base's tokenizer, read when it is first needed: not without files."""
         return Tokenizer(self.tokenizer, self.max_length)
+
+    def _render(self, chat: Sequence[Mapping[str, str]]) -> Example:
+        return self.tokenize.render(chat)
 
     def identities(self) -> dict[str, str]:
         """Expert -> SHA-256 of its examples."""

@@ -1,6 +1,7 @@
 """What a run does beside learning: snapshots, metrics on disk, progress."""
 
 import json
+import math
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from typing_extensions import override
 
 from trainmerge.coefficients import save_coefficients
-from trainmerge.folders import sync, write_whole
+from trainmerge.folders import naming, sync, write_whole
 from trainmerge.module import MergeModule
 from trainmerge.run_folder import RunFolder
 
@@ -35,6 +36,7 @@ class Snapshots(Callback):
     def __init__(self, folder: RunFolder, every: int) -> None:
         self.folder, self.every = folder, every
         self._stop = False
+        self._saved = -1  # the last step that was
         self._handlers: dict[int, Any] = {}
 
     @override
@@ -47,12 +49,20 @@ class Snapshots(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
+        check_finite(trainer, pl_module)
         # All processes stop if any was asked to: a save is a meeting of all of them.
         self._stop = trainer.strategy.reduce_boolean_decision(self._stop, all=False)
         if self._stop or step % self.every == 0 or step == trainer.max_steps:
             self._save(trainer, pl_module)
         if self._stop:
             raise Preempted(f"stopped after step {step}; go on with --resume auto")
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._saved != trainer.global_step < trainer.max_steps:  # ended early: by `max_time`, say
+            self._save(trainer, pl_module)
+            if trainer.is_global_zero:
+                print(f"stopped after step {trainer.global_step} of {trainer.max_steps}")
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -68,7 +78,9 @@ class Snapshots(Callback):
         assert isinstance(module, MergeModule)
         path = self.folder.checkpoints / f"step-{trainer.global_step}.ckpt"
         aside = path.with_suffix(".saving")
-        trainer.save_checkpoint(aside)
+        with naming(path):
+            trainer.save_checkpoint(aside)
+        self._saved = trainer.global_step
         if trainer.is_global_zero:
             save_coefficients(module.coefficients, self.folder.coefficients)
             sync(aside)
@@ -76,6 +88,18 @@ class Snapshots(Callback):
             for earlier, snapshot in self.folder.snapshots().items():
                 if earlier < trainer.global_step:
                     snapshot.unlink()
+
+
+def check_finite(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Raise ValueError if the step's losses, or what it made of the coefficients, are NaN or infinite."""
+    losses = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("loss/")}
+    bad = [key.removeprefix("loss/") for key, loss in losses.items() if not math.isfinite(loss)]
+    if bad or not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
+        what = f"the loss of {', '.join(bad)} is" if bad else "the coefficients are"
+        raise ValueError(
+            f"step {trainer.global_step}: {what} not finite; nothing of it was saved. Lower the learning "
+            "rate, or look for examples without a token that counts"
+        )
 
 
 class JsonLines(Logger):

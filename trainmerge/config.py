@@ -13,6 +13,23 @@ from trainmerge.folders import write_whole
 T = TypeVar("T")
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """Plain data; a key that comes twice is an error, where YAML would keep the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node.
+
+        Raises:
+            yaml.YAMLError: a key is there twice.
+        """
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        words = [key.value for key in keys]
+        for place, key in enumerate(keys):
+            if key.value in words[:place]:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} again", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def to_config(value: Any) -> Any:
     """A frozen dataclass as plain YAML data; a plug-in (one with a base class) with its class path."""
     if is_dataclass(value) and not isinstance(value, type):
@@ -47,16 +64,25 @@ def write_config(value: Any, key: str, path: Path) -> None:
     write_whole(path, yaml.safe_dump({key: to_config(value)}, sort_keys=False, width=110))
 
 
+def read_yaml(path: Path) -> Any:
+    """A file's plain data.
+
+    Raises:
+        ValueError: not YAML in UTF-8, or a key that comes twice.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not usable YAML: {error}") from error
+
+
 def read_config(cls: type[T], key: str, path: Path) -> T:
     """Undo `write_config`; other keys of the file are left alone.
 
     Raises:
         ValueError: the file lacks `key`, or holds a key or value that the class does not take.
     """
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({error})") from error
+    data = read_yaml(path)
     if not isinstance(data, dict) or key not in data:
         raise ValueError(f"{path}: no section {key!r} in it")
     parser = ArgumentParser(exit_on_error=False)

@@ -4,11 +4,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import CRITICAL
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import datasets
+
+from trainmerge.folders import seen_from
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
@@ -117,7 +120,11 @@ def load_examples(path: str, columns: Sequence[str], optional: Sequence[str] = (
         raise ValueError(f"{path}: no column {absent}; it has {data.column_names}")
     if not len(data):
         raise ValueError(f"{path}: no examples in it")
-    for i, value in enumerate(data[columns[0]]):
+    try:
+        values = list(data[columns[0]])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not in UTF-8: {error}") from error
+    for i, value in enumerate(values):
         if value is None:
             raise ValueError(f"{path}: example {i} has nothing for {columns[0]!r}, which is not a text")
     return data.select_columns([*columns, *(name for name in optional if name in data.column_names)])
@@ -125,9 +132,9 @@ def load_examples(path: str, columns: Sequence[str], optional: Sequence[str] = (
 
 def _read(source: Path) -> datasets.Dataset:
     if not source.exists():
-        raise ValueError(f"{source}: no such file or folder")
+        raise ValueError(f"{source}: no such file or folder{seen_from(source)}")
     if source.is_dir():
-        return datasets.load_from_disk(str(source))
+        return _saved(source)
     if source.suffix not in FORMATS:
         raise ValueError(
             f"{source}: unknown format; use one of {', '.join(FORMATS)}, or a saved dataset's folder"
@@ -142,17 +149,34 @@ def _read(source: Path) -> datasets.Dataset:
         ):  # the texts end up in memory; a cache would outlive its use
             return reader(str(source), keep_in_memory=True, cache_dir=cache)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"{source}: cannot be read as {FORMATS[source.suffix]} ({error})") from error
+        if "corresponds to no data" in str(error):  # a header without rows, blank lines
+            raise ValueError(f"{source}: no examples in it") from error
+        reason = error.__cause__ or error  # what the reader said, before it was wrapped
+        raise ValueError(
+            f"{source}: cannot be read as {FORMATS[source.suffix]} in UTF-8: {reason}"
+        ) from error
+
+
+def _saved(folder: Path) -> datasets.Dataset:
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no dataset that `save_to_disk` wrote: {error}") from error
+    if isinstance(data, datasets.DatasetDict):
+        raise ValueError(f"{folder}: holds the splits {list(data)}; name the folder of one, {folder}/SPLIT")
+    return data
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar for what takes a second."""
-    shown = datasets.is_progress_bar_enabled()
+    """No progress bar for what takes a second, and no log line of what becomes our error."""
+    shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from jsonargparse import ArgumentError
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from trainmerge.calibration import Calibration
 from trainmerge.callbacks import EXIT_PREEMPTED, Preempted
+from trainmerge.config import read_yaml
 from trainmerge.module import MergeModule
 from trainmerge.recipe import Recipe, calibration_files
 from trainmerge.run import fit, make_trainer
@@ -36,6 +38,12 @@ class FitCLI(LightningCLI):
         parser.link_arguments("run", "model.workspace", lambda run: str(RunFolder(Path(run)).workspace))
         parser.link_arguments("seed_everything", "data.seed", int)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse configuration files that say a thing twice, an expert above all."""
+        super().parse_arguments(parser, args)
+        for file in self.config.get("config") or []:
+            read_yaml(Path(file.absolute))
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer of `run.make_trainer`, with the configuration's arguments."""
         arguments = {**self._get(self.config_init, "trainer", default={}), **kwargs}
@@ -45,7 +53,12 @@ class FitCLI(LightningCLI):
 def fit_command(arguments: list[str]) -> int:
     """Parse, build everything (headers are checked here), and fit."""
     warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec")  # Lightning 2.6 on torch 2.13
-    cli = parse(arguments)
+    try:
+        cli = parse(arguments)
+    except ArgumentError as error:
+        raise ValueError(f"{error}\nEvery option: trainmerge fit --help") from error
+    except MisconfigurationException as error:  # Lightning's word for settings that do not go together
+        raise ValueError(error) from error
     folder = RunFolder(Path(cli.config["run"]))
     text = cli.parser.dump(cli.config, skip_validation=True)
     try:
@@ -53,7 +66,7 @@ def fit_command(arguments: list[str]) -> int:
     except Preempted as stop:
         print(stop)
         return EXIT_PREEMPTED
-    except MisconfigurationException as error:  # Lightning's word for settings that do not go together
+    except MisconfigurationException as error:
         raise ValueError(error) from error
     print(f"coefficients: {folder.coefficients}\nnext: trainmerge export {folder.path} OUT")
     return 0
@@ -75,7 +88,7 @@ def parse(arguments: list[str]) -> FitCLI:
             seed_everything_default=0,
             auto_configure_optimizers=False,  # `model.optimizer` is the one place
             load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "trainmerge fit"},
+            parser_kwargs={"prog": "trainmerge fit", "exit_on_error": False},
         )
 
 

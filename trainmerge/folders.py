@@ -1,5 +1,6 @@
 """Output folders and texts that appear whole or not at all, and room for them."""
 
+import errno
 import os
 import shutil
 import socket
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FREE_SPACE_MARGIN = 1.05
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -70,6 +72,11 @@ def _alive(process: int) -> bool:
     return True
 
 
+def seen_from(path: str | Path) -> str:
+    """Where a relative path is looked for: a run's recipe keeps paths as they were given."""
+    return "" if Path(path).is_absolute() else f" in {Path.cwd()}, which relative paths are from"
+
+
 def sync(path: Path) -> None:
     """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -82,8 +89,25 @@ def sync(path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file through a temporary one: whoever reads it, or is killed, has the old or the new."""
     aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(text)
-    aside.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with naming(path):
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file names this one: the system only says that the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        remedy = ": free some space, or write elsewhere" if error.errno in FULL else ""
+        raise OSError(error.errno, f"{error.strerror}{remedy}", str(path)) from error
 
 
 def check_free_space(folder: str | Path, bytes_needed: int) -> None:

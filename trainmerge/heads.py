@@ -8,14 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.storage import sha256
+from trainmerge.storage import MappedFile, sha256
 
 Pooling = Literal["mean", "first"]
 Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # texts -> hidden states [B, T, D], mask [B, T]
@@ -65,6 +64,10 @@ class Head(ABC):
     def identity(self) -> str:
         """Its settings and a digest of what it reads: another head, another identity."""
 
+    def width(self) -> int | None:
+        """The hidden size that it was made for; None fits any."""
+        return None
+
 
 @dataclass(frozen=True)
 class LabelHead(Head):
@@ -91,11 +94,11 @@ class LabelHead(Head):
         """The label texts, in class order.
 
         Raises:
-            ValueError: the file is not a JSON list of at least two texts.
+            ValueError: not a list of at least two different texts, or a file that holds none.
         """
-        if not isinstance(self.labels, str):
-            return list(self.labels)
-        return read_labels(Path(self.labels))
+        if isinstance(self.labels, str):
+            return read_labels(Path(self.labels))
+        return _checked("LabelHead.labels", list(self.labels))
 
 
 @dataclass(frozen=True)
@@ -109,26 +112,59 @@ class LinearHead(Head):
 
     @override
     def build(self, encode: Encode) -> Classifier:
-        with safe_open(self.file, framework="pt") as tensors:
-            absent = {name for name in (self.weight, self.bias) if name} - set(tensors.keys())
-            if absent:
-                raise ValueError(
-                    f"{self.file}: no tensor {sorted(absent)}; it holds {sorted(tensors.keys())[:5]} ..."
-                )
-            bias = tensors.get_tensor(self.bias) if self.bias else None
-            return Classifier(tensors.get_tensor(self.weight), bias, self.pooling, normalise=False)
+        file = self._checked_file()
+        bias = file.read(self.bias).clone() if self.bias else None
+        return Classifier(file.read(self.weight).clone(), bias, self.pooling, normalise=False)
 
     @override
     def identity(self) -> str:
-        return f"{self!r} {sha256(Path(self.file))}"
+        return f"{self!r} {sha256(self._checked_file().path)}"
+
+    @override
+    def width(self) -> int:
+        return self._checked_file().tensors[self.weight].shape[1]
+
+    def _checked_file(self) -> MappedFile:
+        """The file, if its header has what this head needs.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a damaged file, or one without these tensors in shapes [V, D] and [V].
+        """
+        file = MappedFile(self.file)
+        absent = {name for name in (self.weight, self.bias) if name} - file.tensors.keys()
+        if absent:
+            raise ValueError(
+                f"{self.file}: no tensor {sorted(absent)}; it holds {sorted(file.tensors)[:5]} ..."
+            )
+        weight = file.tensors[self.weight].shape
+        bias = file.tensors[self.bias].shape if self.bias else weight[:1]
+        if len(weight) != 2 or bias != weight[:1]:
+            raise ValueError(
+                f"{self.file}: {self.weight} is {tuple(weight)} and {self.bias} {tuple(bias)}; a linear "
+                "layer has a weight [classes, hidden] and a bias [classes]"
+            )
+        return file
 
 
 def read_labels(path: Path) -> list[str]:
-    """A JSON list of label texts."""
+    """A JSON list of label texts.
+
+    Raises:
+        ValueError: the file is something else, or not there.
+    """
     try:
-        labels = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        return _checked(str(path), json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{path}: the label texts cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON in UTF-8: {error}") from error
+
+
+def _checked(where: str, labels: Any) -> list[str]:
+    """These label texts; raises ValueError, naming `where` they are from, if they can be no classes."""
     if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{path}: a JSON list of at least two label texts is needed")
+        raise ValueError(f"{where}: a list of at least two label texts is needed")
+    if unusable := [label for label in labels if not label.strip() or labels.count(label) > 1]:
+        raise ValueError(f"{where}: label texts must differ and say something, not {sorted(set(unusable))}")
     return labels

@@ -25,6 +25,7 @@ from trainmerge.storage import MappedFile, write_safetensors
 from trainmerge.tokenizer import Tokenizer
 
 TOGETHER = 8  # examples a forward pass
+HELD = 256 << 20  # bytes of the base's predictions that wait for the expert's
 
 
 @dataclass(frozen=True)
@@ -113,19 +114,29 @@ class Measure:
 
     @torch.no_grad()
     def divergences(self, expert: int, texts: Sequence[Example]) -> Tensor:
-        """Mean Jensen-Shannon divergence of base and expert on each text, [N] float64, in nats."""
+        """Mean Jensen-Shannon divergence of base and expert on each text, [N] float64, in nats.
+
+        Holds the base's predictions of so many texts that they take HELD bytes, or of one.
+        """
         merged = self.resident.merged
-        found = []
-        for example in texts:
-            batch = self.resident.batch(expert, [example], self.tokenizer)
+        found: list[Tensor] = []
+        while left := texts[len(found) :]:
             with merged.uniform(torch.zeros(len(merged.task_vectors.experts)), everywhere=True):
-                base, _ = self._log_p(batch)
+                bases = self._predictions(expert, left)
             with merged.teacher(expert):
-                own, _ = self._log_p(batch)
-            middle = torch.logaddexp(base, own) - log(2)
-            both = torch.stack([(log_p.exp() * (log_p - middle)).sum(-1) for log_p in (base, own)])
-            found.append(both.mean(dim=0).double().mean())
+                for example, base in zip(left, bases, strict=False):
+                    own, _ = self._log_p(self.resident.batch(expert, [example], self.tokenizer))
+                    found.append(_jensen_shannon(base, own))
         return torch.stack(found).cpu()
+
+    def _predictions(self, expert: int, texts: Sequence[Example]) -> list[Tensor]:
+        """Log-probabilities [R, V] of the first texts, until they take HELD bytes."""
+        held: list[Tensor] = []
+        for example in texts:
+            held.append(self._log_p(self.resident.batch(expert, [example], self.tokenizer))[0])
+            if sum(log_p.nbytes for log_p in held) > HELD:
+                break
+        return held
 
     def _log_p(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Predictions [R, V] and what came: next tokens [R]; under a head, predictions and nothing [R]."""
@@ -143,6 +154,13 @@ class Measure:
         own = self.examples[expert]
         for first in track(range(0, len(own), together), description=f"{doing} of expert {expert + 1}"):
             yield self.resident.batch(expert, own[first : first + together], self.tokenizer, first)
+
+
+def _jensen_shannon(one: Tensor, other: Tensor) -> Tensor:
+    """Mean over rows of the divergence of two log-probabilities [R, V]; float64."""
+    middle = torch.logaddexp(one, other) - log(2)
+    both = torch.stack([(log_p.exp() * (log_p - middle)).sum(-1) for log_p in (one, other)])
+    return both.mean(dim=0).double().mean()
 
 
 class _Moment:

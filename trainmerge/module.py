@@ -22,10 +22,11 @@ from typing_extensions import override
 from trainmerge.anchor import Anchor
 from trainmerge.batch import Asks, Batch, Step
 from trainmerge.calibration import Calibration
-from trainmerge.coefficients import Coefficients, read_initial
+from trainmerge.coefficients import Coefficients
 from trainmerge.constraints import Constraint, Free
 from trainmerge.frank_wolfe import FrankWolfe
 from trainmerge.gradients import combined
+from trainmerge.initial import read_initial
 from trainmerge.measure import Measure
 from trainmerge.objectives import Entropy, Objective
 from trainmerge.preprocess import Informed

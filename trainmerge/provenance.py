@@ -59,5 +59,8 @@ def load_snapshot(path: Path) -> dict[str, Any]:
         snapshot: dict[str, Any] = torch.load(path, weights_only=True)
         snapshot["global_step"], snapshot["trainmerge"], snapshot["state_dict"]["coefficients.raw"]
     except (RuntimeError, KeyError, TypeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: not a checkpoint that a fit can go on from ({error})") from error
+        raise ValueError(
+            f"{path}: not a checkpoint that a fit can go on from ({type(error).__name__}). It is damaged, or "
+            "something else: go on from another, or remove it to begin again"
+        ) from error
     return snapshot

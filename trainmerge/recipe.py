@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from trainmerge.checkpoints import Checkpoint, fingerprint, open_checkpoint, open_task_vectors
+from trainmerge.checkpoints import Checkpoint, fingerprint, open_checkpoint, open_task_vectors, verify
 from trainmerge.coefficients import Grouping, Layout
 from trainmerge.heads import Head
 from trainmerge.preprocess import Preprocess
@@ -48,6 +49,10 @@ class HeldOut:
     test: str
     head: Head | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"{self.path}: the weight of a task must be 0 or more, not {self.weight}")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -77,6 +82,19 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.experts:
             raise ValueError("recipe.experts is empty: name at least one expert")
+        if unnamed := [name for name in self.experts if name in ("", "base")]:
+            raise ValueError(f"recipe.experts: {unnamed} cannot be names of experts")
+        if not any(expert.weight for expert in self.experts.values()):
+            raise ValueError("recipe.experts: every weight is 0, so there is nothing to learn from")
+        owners: dict[Path, str] = {Path(self.base).resolve(): "the base"}
+        for name, expert in self.experts.items():
+            folder = Path(expert.path).resolve()
+            if (other := owners.setdefault(folder, name)) != name:
+                raise ValueError(
+                    f"recipe.experts.{name}: {expert.path} is {other} already, so there is nothing that a "
+                    "coefficient of its own would mean. Name each folder once; two tasks of one expert can "
+                    "share a file of examples"
+                )
 
     def open(self, workspace: Path | None = None) -> "Opened":
         """Check every header and map the files; no weight is read.
@@ -119,6 +137,10 @@ class Opened:
     def checksums(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every weight file of base and experts: reads each file once."""
         return {name: fingerprint(folder) for name, folder in self.folders.items()}
+
+    def verify(self) -> None:
+        """Take the checksums, and raise ValueError with every NaN and infinity: both from one reading."""
+        vars(self)["checksums"] = verify(self.base, self.task_vectors, self.folders)  # the cached property's
 
     def identity(self) -> str:
         """One digest of base and experts, by their contents and order."""

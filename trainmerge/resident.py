@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from trainmerge.examples import Example
 from trainmerge.forward import Tokenize, build_classifier, forward
 from trainmerge.heads import Classifier
 from trainmerge.merged_model import MergedModel
-from trainmerge.preprocess import Calibrator, apply
+from trainmerge.preprocess import Calibrator, Informed, apply
 from trainmerge.recipe import Opened, Recipe
 from trainmerge.tokenizer import Tokenizer
 
@@ -62,6 +63,9 @@ def load_resident(
     and so do heads. `examples` identifies the calibration examples and `calibrator` runs the experts on them,
     for preprocessors that ask.
     """
+    first = list(takewhile(lambda method: not isinstance(method, Informed), recipe.preprocess))
+    if first:  # in the memory that the model will need; found again below
+        apply(opened.task_vectors, first, workspace, opened.identity())
     loaded = load_model(opened.base, recipe.ignore)
     module = loaded.module.to(device)
     classifiers = [build_classifier(expert.head, module, tokenize) for expert in recipe.experts.values()]

@@ -10,47 +10,39 @@ import torch
 
 from trainmerge.calibration import Calibration
 from trainmerge.callbacks import JsonLines, Snapshots, progress_bar
-from trainmerge.checkpoints import check_finite
 from trainmerge.coefficients import save_coefficients
 from trainmerge.config import write_config
 from trainmerge.folders import write_whole
 from trainmerge.module import MergeModule
+from trainmerge.preflight import check_tasks
 from trainmerge.provenance import describe, load_snapshot
 from trainmerge.run_folder import RunFolder, differences
 from trainmerge.safeguard import keep_the_better, warn_if_it_never_fell
-
-SETTINGS: dict[str, Any] = {
-    "max_epochs": -1,  # steps count; an epoch is what is left of them
-    "use_distributed_sampler": False,  # it slices each step's examples itself
-    "enable_checkpointing": False,  # Snapshots does it
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-    "log_every_n_steps": 1,
-}
+from trainmerge.trainer_arguments import trainer_arguments
 
 
 def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.Trainer:
     """A Lightning Trainer that writes into a run folder; `arguments` are the Trainer's own.
 
     Raises:
-        ValueError: `save_every` is not positive, or an argument that the run folder decides.
+        ValueError: `save_every` is not positive, an argument that a fit decides itself, or a folder that
+            cannot be.
     """
     if save_every < 1:
         raise ValueError(f"save_every must be at least 1, not {save_every}")
-    if arguments.pop("default_root_dir", None):
-        raise ValueError("trainer.default_root_dir is the run folder: set --run instead")
     folder = RunFolder(Path(run))
+    folder.check_place()
     callbacks = [*(arguments.pop("callbacks", None) or []), Snapshots(folder, save_every)]
     if arguments.pop("enable_progress_bar", None) is not False:
         callbacks.append(progress_bar())
     bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
-    given = {key: value for key, value in arguments.items() if value is not None}
+    given = trainer_arguments(arguments)
     loggers = given.pop("logger", None)
     more = (
         loggers if isinstance(loggers, list) else [loggers] if isinstance(loggers, pl.loggers.Logger) else []
     )
     return pl.Trainer(
-        **{**SETTINGS, **given},
+        **given,
         callbacks=callbacks,
         logger=[JsonLines(folder.metrics), *more],
         enable_progress_bar=bar,
@@ -87,12 +79,12 @@ def fit(
     check_settings(module, data, trainer)
     folder = RunFolder(Path(run))
     checkpoint = folder.resume_from(resume) if trainer.is_global_zero or resume != "never" else None
+    module.opened.verify()
     description = describe(module, data)
     folder.check(description)
     snapshot = load_snapshot(checkpoint) if checkpoint else None
     if snapshot and (different := differences(json.loads(snapshot["trainmerge"]), description)):
         raise ValueError(f"{checkpoint} was made from other things:\n{different}")
-    check_finite(module.opened.base, module.opened.task_vectors, experts=module.opened.folders)
     module.description = json.dumps(description)
     step = int(snapshot["global_step"]) if snapshot else 0
     if trainer.is_global_zero:
@@ -109,6 +101,8 @@ def fit(
             # The data module resumes by itself, mid-epoch too; Lightning looks at the loader only.
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        if trainer.is_global_zero and not folder.coefficients.exists():
+            raise ValueError("no step was made: raise trainer.max_time")
         warn_if_unmoved(module)
     if module.keep_better:
         keep_the_better(module, data, folder)
@@ -131,6 +125,7 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
         )
     if trainer.max_steps or module.looks_at_data:
         module.check_data(data)
+        check_tasks(module, data)
 
 
 def prepare(

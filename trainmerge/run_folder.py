@@ -1,6 +1,7 @@
 """A run folder: where every file of a run is, and whether a run may go on in it."""
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -87,6 +88,23 @@ class RunFolder:
         snapshots = self.snapshots()
         return snapshots[max(snapshots)] if snapshots else None
 
+    @property
+    def began(self) -> bool:
+        """Whether something was saved that must not be lost: until then a run may begin with other things."""
+        return self.latest() is not None or self.coefficients.exists()
+
+    def check_place(self) -> None:
+        """Raise ValueError if the folder cannot be made or written."""
+        place = self.path.absolute()
+        while not place.exists() and not place.is_symlink():
+            place = place.parent
+        if not place.is_dir():
+            raise ValueError(
+                f"{place} is no folder, so {self.path} cannot hold a run: name another --run folder"
+            )
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"{place}: no permission to write there: name another --run folder")
+
     def resume_from(self, resume: str) -> Path | None:
         """The checkpoint that `resume` (auto, never, or a path) means; none for a new run.
 
@@ -96,7 +114,7 @@ class RunFolder:
         if resume == "auto":
             return self.latest()
         if resume == "never":
-            if self.manifest.exists():
+            if self.began:
                 raise ValueError(
                     f"{self.path} holds a run already: use --resume auto, or another --run folder"
                 )
@@ -113,7 +131,7 @@ class RunFolder:
         Raises:
             ValueError: listing what differs.
         """
-        if not self.manifest.exists():
+        if not self.began or not self.manifest.exists():
             return
         different = differences(json.loads(self.manifest.read_text()), description)
         if different:
@@ -123,9 +141,9 @@ class RunFolder:
             )
 
     def create(self, description: Mapping[str, Any]) -> None:
-        """Make the folder and its manifest, unless they are there."""
+        """Make the folder and its manifest, unless a run that began has them."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        if self.manifest.exists():
+        if self.began and self.manifest.exists():
             return
         (self.path / "README.md").write_text(README)
         started = {"command": shlex.join(sys.argv), "folder": str(Path.cwd())}

@@ -67,6 +67,8 @@ def _loss_at(module: MergeModule, data: Calibration, values: Tensor) -> float:
 
 def warn_if_it_never_fell(folder: RunFolder) -> None:
     """Say so when no step had a lower loss than the first one."""
+    if not folder.metrics.exists():
+        return  # stopped before a step
     losses = [
         row["loss"] for line in folder.metrics.read_text().splitlines() if "loss" in (row := json.loads(line))
     ]

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainmerge.folders import sync
+from trainmerge.folders import naming, sync
 
 Specs = Mapping[str, tuple[torch.dtype, torch.Size | tuple[int, ...]]]
 HEADER_LIMIT = 100_000_000  # bytes; safetensors refuses to read a longer one
@@ -143,7 +143,7 @@ def write_safetensors(
     missing = {name: math.prod(shape) for name, (_, shape) in specs.items()}  # elements
     given: set[str] = set()
     try:
-        with temporary.open("xb") as file:  # open(), so that the mode follows the umask
+        with naming(path), temporary.open("xb") as file:  # open(), so that the mode follows the umask
             file.write(header)
             for name, tensor in tensors:
                 _check_piece(path, specs, name, tensor, missing.get(name, 0), name in given)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer
 
 from trainmerge.examples import Example
+from trainmerge.folders import seen_from
 
 
 class Encoded(NamedTuple):
@@ -41,7 +42,7 @@ class Tokenizer:
         folder = Path(path)
         if not folder.is_dir():
             raise ValueError(
-                f"{path}: not a folder. Name the base's checkpoint folder; its tokenizer is used."
+                f"{path}: not a folder{seen_from(path)}. Name the base's folder: its tokenizer is used."
             )
         self.path, self.max_length = path, max_length
         try:

@@ -3,14 +3,17 @@
 from trainmerge.checkpoints.align import open_task_vectors
 from trainmerge.checkpoints.model import LoadedModel, load_model
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
-from trainmerge.checkpoints.verify import check_finite, fingerprint
+from trainmerge.checkpoints.skeleton import Output, output_of
+from trainmerge.checkpoints.verify import fingerprint, verify
 
 __all__ = [
     "Checkpoint",
     "LoadedModel",
-    "check_finite",
+    "Output",
     "fingerprint",
     "load_model",
     "open_checkpoint",
     "open_task_vectors",
+    "output_of",
+    "verify",
 ]

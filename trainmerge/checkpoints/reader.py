@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trainmerge.checkpoints.skeleton import tied_names
+from trainmerge.folders import seen_from
 from trainmerge.storage import MappedFile, TensorInfo
 
 SAFETENSORS = "model.safetensors"
@@ -100,7 +101,11 @@ def open_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: not a folder. Name a checkpoint folder on disk; download it first.")
+        raise FileNotFoundError(
+            f"{path}: not a folder{seen_from(path)}. Name a checkpoint folder on disk; download it first."
+        )
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ValueError(f"{path}: a peft adapter, not a whole model. Name the model that it was trained on.")
     config = read_json(path / "config.json")
     files, index = find_weights(path, SAFETENSORS, PICKLE, allow_pickle)
     sources: dict[Path, WeightFile] = {
@@ -151,7 +156,12 @@ def find_weights(
         if index.is_file():
             names = _weight_map(index, Path(single).suffix)
             return [path / file for file in sorted(set(names.values()))], names
-    raise FileNotFoundError(f"{path}: no weights: neither {safe} nor {safe}.index.json is there.")
+    dangling = [path / single for single in (safe, pickled) if (path / single).is_symlink()]
+    gone = [f"; {link.name} is a link to {link.readlink()}, which is not there" for link in dangling]
+    raise FileNotFoundError(
+        f"{path}: no weights: neither {safe} nor {safe}.index.json is there{''.join(gone)}. Check the path, "
+        "or download them again."
+    )
 
 
 def _has(path: Path, name: str) -> bool:

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from logging import CRITICAL
 from pathlib import Path
 from re import search
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -27,6 +27,14 @@ RENAMED = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm in files of the f
 SHOWN = 8  # tensors of one kind that an error lists by name
 
 
+class Output(NamedTuple):
+    """What a model puts out."""
+
+    logits: bool  # of its own, without a head of a recipe
+    classes: bool  # one row of them an example, not one a token
+    hidden: int | None  # hidden size, if config.json names it
+
+
 def build_skeleton(path: Path) -> PreTrainedModel:
     """The model's modules without storage (on the meta device), dropout 0.
 
@@ -36,17 +44,34 @@ def build_skeleton(path: Path) -> PreTrainedModel:
         with quiet(), torch.device("meta"):
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             _for_learning(config)
-            architecture = (config.architectures or [""])[0]
-            kind: Any = getattr(transformers, architecture, None)
-            if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-                kind = transformers.MODEL_MAPPING[type(config)]
-            skeleton: PreTrainedModel = kind(config)
+            skeleton: PreTrainedModel = _architecture(config)(config)
             return skeleton
     except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
         raise ValueError(
             f"{path / 'config.json'}: transformers {transformers.__version__} cannot build this "
             f"model: {error}. Code from checkpoints is never run."
         ) from error
+
+
+def output_of(path: Path) -> Output:
+    """What a checkpoint's model puts out, from config.json alone. Raises as `build_skeleton`."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    kind = _architecture(config)
+    headless = transformers.MODEL_MAPPING.get(type(config), None)
+    text = config.get_text_config()
+    return Output(
+        logits=kind is not headless,
+        classes=kind.__name__.endswith("ForSequenceClassification"),
+        hidden=getattr(text, "hidden_size", None),
+    )
+
+
+def _architecture(config: PreTrainedConfig) -> Any:
+    """The class that the checkpoint was saved from, or the one without a head."""
+    kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+        return kind
+    return transformers.MODEL_MAPPING[type(config)]
 
 
 def locate(

@@ -1,7 +1,7 @@
 """Whether the files are what they were, and their numbers finite."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,57 +32,66 @@ def fingerprint(path: str | Path) -> dict[str, str]:
         return dict(zip([file.name for file in files], pool.map(sha256, files), strict=True))
 
 
-def check_finite(
-    base: Checkpoint,
-    task_vectors: TaskVectors,
-    *,
-    experts: Mapping[str, str | Path] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Read every floating tensor of base and experts once, in place.
+def verify(
+    base: Checkpoint, task_vectors: TaskVectors, folders: Mapping[str, Path]
+) -> dict[str, dict[str, str]]:
+    """Fingerprints of all folders, and a look at every floating tensor of base and experts.
+
+    One folder after another, so that where memory holds one model, its files are read from disk once.
 
     Args:
-        base: Its tensors are all read, those that no expert changed too.
-        task_vectors: Their terms are read as they lie in the files.
-        experts: Expert -> its folder, for the error to name.
-        progress: Called with the bytes read so far and in all.
+        base: Its tensors are all looked at, those that no expert changed too.
+        task_vectors: Their terms are looked at as they lie in the files.
+        folders: "base" and every expert.
 
     Raises:
         ValueError: every NaN or infinity, by expert, tensor and file.
     """
-    tensors = [
-        (f"base: {name} of {info.file}", base.read(name))
-        for name, info in base.tensors.items()
-        if info.dtype.is_floating_point
-    ]
-    folders = {expert: f" of {folder}" for expert, folder in (experts or {}).items()}
-    for name, delta in task_vectors.deltas.items():
-        for expert, term in zip(task_vectors.experts, delta.terms, strict=True):
-            tensors += [(f"{expert}: {name}{folders.get(expert, '')}", tensor) for tensor in _tensors(term)]
-    total, done = sum(tensor.nbytes for _, tensor in tensors), 0
-    problems = []
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for (what, tensor), finite in zip(tensors, pool.map(_finite, [t for _, t in tensors]), strict=True):
-            done += tensor.nbytes
-            if progress is not None:
-                progress(done, total)
-            if not finite:
-                problems.append(f"  {what} has NaN or infinite values")
+    found: dict[str, dict[str, str]] = {}
+    problems: list[str] = []
+    for side, folder in folders.items():
+        found[side] = fingerprint(folder)
+        own = _of_base(base) if side == "base" else _of_expert(task_vectors, side, folder)
+        problems += [f"  {what} has NaN or infinite values" for what in _not_finite(own)]
     if problems:
         lines = "\n".join(problems)
         raise ValueError(f"{len(problems)} tensors are not finite; download or train them again:\n{lines}")
+    return found
 
 
-def _tensors(term: Term) -> tuple[Tensor, ...]:
+def _of_base(base: Checkpoint) -> dict[str, Tensor]:
+    return {
+        f"base: {name} of {info.file}": base.read(name)
+        for name, info in base.tensors.items()
+        if info.dtype.is_floating_point
+    }
+
+
+def _of_expert(task_vectors: TaskVectors, expert: str, folder: Path) -> dict[str, Tensor]:
+    k = task_vectors.experts.index(expert)
+    return {
+        f"{expert}: {name}{part} of {folder}": tensor
+        for name, delta in task_vectors.deltas.items()
+        for part, tensor in _tensors(delta.terms[k]).items()
+    }
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    with ThreadPoolExecutor(WORKERS) as pool:
+        finite = pool.map(_finite, tensors.values())
+        return [what for what, sound in zip(tensors, finite, strict=True) if not sound]
+
+
+def _tensors(term: Term) -> dict[str, Tensor]:
     match term:
         case ExpertWeight(weight):
-            return (weight,)
+            return {"": weight}
         case Difference(tau):
-            return (tau,)
+            return {"": tau}
         case LowRank(up, down, _):
-            return (up, down)
+            return {" (B)": up, " (A)": down}
         case _:
-            return ()
+            return {}
 
 
 def _finite(tensor: Tensor) -> bool:

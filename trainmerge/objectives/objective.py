@@ -20,6 +20,11 @@ class Objective(ABC):
         """What `batch.teacher` is to hold: recorded once, before the fit. Nothing by default."""
         return Asks()
 
+    @property
+    def needs_classes(self) -> bool:
+        """Whether it is for classification only: one row of logits an example."""
+        return False
+
     @abstractmethod
     def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Loss per example, [B] float32. The module averages, weighs the tasks and sums them."""
