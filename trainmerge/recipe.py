@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from trainmerge import processes
 from trainmerge.checkpoints import Checkpoint, fingerprint, open_checkpoint, open_task_vectors
 from trainmerge.coefficients import Grouping, Layout
 from trainmerge.heads import Head
@@ -102,6 +103,12 @@ class Opened:
     def checksums(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every weight file of base and experts: reads each file once."""
         return {name: fingerprint(folder) for name, folder in self.folders.items()}
+
+    def share_checksums(self) -> None:
+        """Take process 0's checksums: not every process has to read every file."""
+        if processes.count() > 1:
+            first = self.checksums if processes.rank() == 0 else {}
+            vars(self)["checksums"] = processes.from_first(first)  # where `cached_property` keeps it
 
     def identity(self) -> str:
         """One digest of base and experts, by their contents and order."""

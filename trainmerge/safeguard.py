@@ -9,6 +9,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from trainmerge import processes
 from trainmerge.batch import Batch
 from trainmerge.calibration import Calibration
 from trainmerge.coefficients import save_coefficients
@@ -21,20 +22,34 @@ ENOUGH = 5  # later steps, before their losses say anything: batches differ
 
 @torch.no_grad()
 def calibration_loss(module: MergeModule, data: Calibration) -> float:
-    """The weighted loss over all calibration examples at the present coefficients, summed over experts."""
+    """The weighted loss over all calibration examples at the present coefficients, summed over experts.
+
+    Several processes deal the batches out in turn.
+    """
     module.resident.merged.materialise()
-    return sum(
-        float(module.loss(batch)) * len(batch.ids) / len(data.examples[batch.expert])
-        for batch in batches(module, data)
+    losses = (
+        module.loss(batch).double() * counts * len(batch.ids) / len(data.examples[batch.expert])
+        for batch, counts in batches(module, data)
     )
+    mine = torch.stack(list(losses)).sum()
+    return float(processes.total(mine))
 
 
-def batches(module: MergeModule, data: Calibration) -> Iterator[Batch]:
-    """All calibration examples, expert after expert, on the model's device."""
-    for expert, examples in enumerate(data.examples):
-        for first in range(0, len(examples), data.batch_size):
-            own = examples[first : first + data.batch_size]
-            yield module.resident.batch(expert, own, data.tokenize, first)
+def batches(module: MergeModule, data: Calibration) -> Iterator[tuple[Batch, float]]:
+    """This process's part of all calibration examples, on the model's device, and how much each batch counts.
+
+    All processes have as many batches, since they may share the model: the last may come twice, to count 0.
+    """
+    places = [
+        (expert, first)
+        for expert, examples in enumerate(data.examples)
+        for first in range(0, len(examples), data.batch_size)
+    ]
+    for turn in range(0, len(places), processes.count()):
+        mine = turn + processes.rank()
+        expert, first = places[min(mine, len(places) - 1)]
+        own = data.examples[expert][first : first + data.batch_size]
+        yield module.resident.batch(expert, own, data.tokenize, first), float(mine < len(places))
 
 
 def keep_the_better(module: MergeModule, data: Calibration, folder: RunFolder) -> None:
@@ -43,14 +58,20 @@ def keep_the_better(module: MergeModule, data: Calibration, folder: RunFolder) -
     module.load(data)
     points = {"start": module.start, "end": end}
     losses = {}
-    for point in track(points, description="comparing start and end"):
+    quiet = processes.rank() > 0
+    for point in track(points, description="comparing start and end", disable=quiet):
         losses[point] = _loss_at(module, data, points[point])
+    better = "end" if losses["end"] < losses["start"] else "start"
+    module.coefficients.reset_(points[better])
+    if processes.rank() == 0:
+        _leave(module, folder, losses, better)
+
+
+def _leave(module: MergeModule, folder: RunFolder, losses: dict[str, float], better: str) -> None:
     write_whole(folder.path / "calibration_loss.json", json.dumps(losses, indent=2))
     print(f"loss over all calibration examples: {losses['start']:.4f} -> {losses['end']:.4f}")
-    if losses["end"] < losses["start"]:
-        module.coefficients.reset_(end)
+    if better == "end":
         return
-    module.coefficients.reset_(module.start)
     save_coefficients(module.coefficients, folder.coefficients)
     warnings.warn(
         f"the loss over the calibration examples did not fall ({losses['start']:.4f} -> "
