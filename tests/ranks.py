@@ -1,6 +1,6 @@
-"""Real processes over gloo, forked from a server that has imported everything once: a rank costs milliseconds.
+"""Real processes over gloo, forked from a server that has imported everything once: a rank costs little.
 
-A rank that hangs is killed when the time is up; a rank's result, or its traceback, comes back in a file.
+A rank that hangs is killed when the time is up; its result, or its traceback, comes back in a file.
 """
 
 import multiprocessing
@@ -53,19 +53,27 @@ class Ranks:
         for process in self.processes:
             process.join()
         if hanging:
-            raise TimeoutError(f"ranks {hanging} did not end within {timeout} s")
-        return [
+            said = "\n".join(path.with_suffix(".log").read_text()[-2000:] for path in self.results)
+            self._folder.cleanup()
+            raise TimeoutError(f"ranks {hanging} did not end within {timeout} s:\n{said}")
+        results = [
             pickle.loads(path.read_bytes()) if path.exists() else process.exitcode
             for path, process in zip(self.results, self.processes, strict=True)
         ]
+        self._folder.cleanup()
+        return results
 
 
 def run(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Each rank's result; raises if one failed."""
-    results = Ranks(count, function, *arguments).join()
+    return sound(Ranks(count, function, *arguments).join())
+
+
+def sound(results: list[Any]) -> list[Any]:
+    """The same; raises if a rank failed."""
     for rank, result in enumerate(results):
         if isinstance(result, Failed):
-            raise AssertionError(f"rank {rank} of {count}:\n{result.traceback}")
+            raise AssertionError(f"rank {rank} of {len(results)}:\n{result.traceback}")
     return results
 
 
@@ -81,6 +89,9 @@ def _work(rank: int, count: int, port: int, place: Path, function: Callable, arg
     import torch
 
     torch.set_num_threads(1)
+    log = os.open(place.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0",
@@ -93,7 +104,6 @@ def _work(rank: int, count: int, port: int, place: Path, function: Callable, arg
     aside = place.with_suffix(".tmp")
     aside.write_bytes(pickle.dumps(result))
     aside.rename(place)
-    os._exit(0)  # gloo's threads now and then abort an interpreter that takes its leave
 
 
 def join_group() -> None:

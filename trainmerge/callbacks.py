@@ -71,7 +71,7 @@ class Snapshots(Callback):
         if self._stop or step % self.every == 0 or step == trainer.max_steps:
             self._save(trainer, pl_module)
         if self._stop:
-            trainer.strategy.barrier()  # none leaves, and has its launcher end the others, before all is saved
+            trainer.strategy.barrier()  # a process that left would have its launcher end the others
             raise Preempted(f"stopped after step {step}; go on with --resume auto")
 
     def _ask_to_stop(self, *_: int | FrameType | None) -> None:

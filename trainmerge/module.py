@@ -96,9 +96,8 @@ class MergeModule(pl.LightningModule):
         self.workspace, self.sharded = Path(workspace), sharded
         if sharded and (subspace or self._measures(recipe, initial)):
             raise ValueError(
-                "model.sharded: preprocessors and presets that look at examples, and model.subspace, need the "
-                "whole model on one device; make them in a fit of trainer.max_steps 0 without it, and start "
-                "from its coefficients, or leave them out"
+                "model.sharded: preprocessors and presets that look at examples, and model.subspace, need "
+                "the whole model on one device; leave them out, or run without it"
             )
         self.opened = recipe.open(self.workspace)
         self.initial, layout = initial, self.opened.layout
@@ -305,9 +304,7 @@ class MergeModule(pl.LightningModule):
         losses = self.objective(self.resident(batch, self.objective.asks.layers), batch)
         return expert.weight * batch.share * losses.mean()
 
-    def _averaged(
-        self, losses: dict[str, Tensor], gradient: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _averaged(self, losses: dict[str, Tensor], gradient: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Means over processes: K losses and the K x G numbers (of each row), all that has to be reduced."""
         mine = torch.cat([torch.stack(list(losses.values())).to(gradient), gradient.flatten()])
         mean: Tensor = self.trainer.strategy.reduce(mine, reduce_op="mean")

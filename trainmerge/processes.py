@@ -20,7 +20,7 @@ def count() -> int:
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """The number of this process, from 0."""
     return dist.get_rank() if count() > 1 else 0
 
 

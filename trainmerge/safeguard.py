@@ -36,7 +36,7 @@ def calibration_loss(module: MergeModule, data: Calibration) -> float:
 
 
 def batches(module: MergeModule, data: Calibration) -> Iterator[tuple[Batch, float]]:
-    """This process's part of all calibration examples, on the model's device, and how much each batch counts.
+    """The part of all calibration examples that falls to this process, and how much each batch counts.
 
     All processes have as many batches, since they may share the model: the last may come twice, to count 0.
     """
