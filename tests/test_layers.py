@@ -32,7 +32,7 @@ FLOORS = {
     "checkpoints": 3,
     "forward": 3,
     "functional": 3,
-    "shards": 3,
+    "held": 3,
     "sharded": 4,
     "merged_model": 4,
     "preprocess": 3,

@@ -6,7 +6,7 @@ The merge is linear in the coefficients, so it never enters the autograd graph:
     dL/dc_k = <dL/dW, tau_k>            taken as soon as a weight's gradient is complete, which then is freed
 
 Memory holds one model and one weight's gradient, whatever K is. Where FSDP2 shards the module, every process
-merges the rows that it holds and multiplies the rows of the reduced gradient with them (`shards`).
+merges the rows that it holds and multiplies the rows of the reduced gradient with them (`held`).
 
 Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trainmerge.coefficients import Coefficients
-from trainmerge.shards import held, local
+from trainmerge.held import held, local
 from trainmerge.task_vectors import TaskVectors, outside
 
 

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from trainmerge import processes
 from trainmerge.checkpoints import Checkpoint, LoadedModel
-from trainmerge.shards import held_rows, local, rows_of
+from trainmerge.held import local, rows_of
 
 
 class Root(nn.Module):
@@ -147,27 +147,26 @@ def _to_device(root: Root, device: torch.device) -> None:
         owner._buffers[name] = buffer.to(device)
 
 
-def held_bytes(module: nn.Module, processes: int, process: int = 0) -> int:
-    """Bytes of the parameters that one of N processes holds; process 0 holds the most."""
-    return sum(_held(parameter, process, processes) for parameter in module.parameters())
+def held_bytes(module: nn.Module, processes: int) -> int:
+    """Bytes of parameters that each of N processes holds: 1/N, padded to whole rows; scalars whole."""
+    return sum(_share(p, processes) * p.element_size() for p in module.parameters())
 
 
 def pass_bytes(module: nn.Module, processes: int) -> dict[str, int]:
     """Bytes that enter the collectives of one forward and backward on each of N processes.
 
-    Parameters are padded to N equal shards. `gathered`: a process's shards, forward and backward;
-    `reduced`: whole gradients of what is learned, in float32 or wider.
+    `gathered`: its own shards, once forward and once backward; `reduced`: whole gradients of what is learned,
+    in float32 or wider.
     """
-    padded = {p: -(-p.shape[0] // processes) * p[0].numel() for p in module.parameters() if p.dim()}
-    gathered = sum(2 * numbers * p.element_size() for p, numbers in padded.items())
+    sharded = {p: _share(p, processes) for p in module.parameters() if p.dim()}
+    gathered = sum(2 * numbers * p.element_size() for p, numbers in sharded.items())
     reduced = sum(
-        processes * numbers * max(4, p.element_size()) for p, numbers in padded.items() if p.requires_grad
+        processes * numbers * max(4, p.element_size()) for p, numbers in sharded.items() if p.requires_grad
     )
     return {"gathered": gathered, "reduced": reduced}
 
 
-def _held(parameter: Tensor, process: int, processes: int) -> int:
-    if not parameter.dim():
-        return parameter.element_size()
-    rows = held_rows(parameter.shape[0], process, processes)
-    return (rows.stop - rows.start) * parameter.shape[1:].numel() * parameter.element_size()
+def _share(parameter: Tensor, processes: int) -> int:
+    """Numbers of a parameter that each process holds."""
+    rows = -(-parameter.shape[0] // processes) if parameter.dim() else 1
+    return rows * parameter.shape[1:].numel()

@@ -98,8 +98,9 @@ def _parameters_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def hollow(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        kept = parameter if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, kept)
+        if parameter is not None and not parameter.is_meta:  # one that is there already is being tied
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
 
     nn.Module.register_parameter = hollow  # type: ignore[method-assign]
     try:
