@@ -33,6 +33,7 @@ FLOORS = {
     "forward": 3,
     "functional": 3,
     "held": 3,
+    "together": 1,
     "sharded": 4,
     "merged_model": 4,
     "preprocess": 3,

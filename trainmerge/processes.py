@@ -1,6 +1,6 @@
 """The processes of a fit, over torch.distributed: one where no process group was made.
 
-Lightning's strategy, or torchrun and `export`, make the group; nothing here does.
+Lightning's strategy makes the group of a fit, `together.joined` that of an export under torchrun.
 """
 
 from collections.abc import Iterator

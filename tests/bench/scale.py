@@ -18,6 +18,7 @@ from tests.ranks import free_port
 
 LAYERS, HIDDEN, MIDDLE = 24, 512, 2048
 STEPS, BATCH = 2, 4
+OPERATORS = {"gathered": "_allgather_base_", "reduced": "_reduce_scatter_base_"}
 
 
 def write_models(root: Path, experts: int) -> None:
@@ -26,7 +27,7 @@ def write_models(root: Path, experts: int) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tests.world import WORDS, nudge, write_texts, write_tokenizer
+    from tests.world import WORDS, write_texts, write_tokenizer
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -39,7 +40,9 @@ def write_models(root: Path, experts: int) -> None:
     for k in range(experts):
         write_texts(root / f"t{k}", "mood", k, 8)
         adapter = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
-        nudge(adapter.base_model, k + 1, 0.0)
+        for name, parameter in adapter.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
         adapter.save_pretrained(root / f"e{k}")
         model = adapter.unload()
 
@@ -120,8 +123,9 @@ def main() -> None:
             figure(f"sharded_held_{processes}", found["computed"]["held"] / 2**20, "MiB, computed", "")
             if processes > 1:
                 sent = found["sent"]
-                figure(f"sharded_gathered_{processes}", sent["_allgather_base_"], "bytes a step, sent", "")
-                figure(f"sharded_reduced_{processes}", sent["_reduce_scatter_base_"], "bytes a step, sent", "")
+                for name, operator in OPERATORS.items():
+                    share = sent[operator] / found["computed"][name]
+                    figure(f"sharded_{name}_{processes}_over_computed", share, "ratio", "1")
         figure("sharded_memory_4_over_1", peaks[4] / peaks[1], "ratio", "0.4")
         more = measured(root, 4, 2, True)["sent"]["_reduce_scatter_base_"] / 4
         less = measured(root, 2, 2, True)["sent"]["_reduce_scatter_base_"] / 2
