@@ -38,7 +38,7 @@ class Snapshots(Callback):
 
     def __init__(self, folder: RunFolder, every: int) -> None:
         self.folder, self.every = folder, every
-        self._stop = False
+        self._stop = self._stopping = False  # asked to, here; agreed, and saved
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -62,17 +62,22 @@ class Snapshots(Callback):
             raise Preempted(f"stopped before step {trainer.global_step + 1}; go on with --resume auto")
 
     @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._stopping:  # now that the step's metrics are logged too
+            trainer.strategy.barrier()  # a process that left would have its launcher end the others
+            raise Preempted(f"stopped after step {trainer.global_step}; go on with --resume auto")
+
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
         # All processes stop if any was asked to: a save is a meeting of all of them.
-        self._stop = trainer.strategy.reduce_boolean_decision(self._stop, all=False)
-        if self._stop or step % self.every == 0 or step == trainer.max_steps:
+        self._stopping = trainer.strategy.reduce_boolean_decision(self._stop, all=False)
+        if self._stopping or step % self.every == 0 or step == trainer.max_steps:
             self._save(trainer, pl_module)
-        if self._stop:
-            trainer.strategy.barrier()  # a process that left would have its launcher end the others
-            raise Preempted(f"stopped after step {step}; go on with --resume auto")
 
     def _ask_to_stop(self, *_: int | FrameType | None) -> None:
         self._stop = True

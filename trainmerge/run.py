@@ -27,7 +27,6 @@ from trainmerge.safeguard import keep_the_better, warn_if_it_never_fell
 
 SETTINGS: dict[str, Any] = {
     "max_epochs": -1,  # steps count; an epoch is what is left of them
-    "use_distributed_sampler": False,  # it slices each step's examples itself
     "enable_checkpointing": False,  # Snapshots does it
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
@@ -50,6 +49,7 @@ def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.
     if arguments.pop("enable_progress_bar", None) is not False:
         callbacks.append(progress_bar())
     bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
+    arguments.pop("use_distributed_sampler", None)
     given = {key: value for key, value in arguments.items() if value is not None}
     loggers = given.pop("logger", None)
     more = (
@@ -61,6 +61,7 @@ def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.
         logger=[JsonLines(folder.metrics), *more],
         enable_progress_bar=bar,
         default_root_dir=str(folder.path),
+        use_distributed_sampler=False,  # an item is a step, which all processes share
     )
 
 
