@@ -1,8 +1,8 @@
 """Kill and resume at random, for SOAK_MINUTES (20 by default): `make soak`.
 
 A run on two processes is hit again and again, by SIGKILL, SIGTERM or SIGUSR1 on a random rank at a random
-moment (loading, recording, amid a step or a save), and started again, until it is finished. It has to end with
-the bits of a run that was left alone, no checkpoint that it leaves may fail to load, and no process may hang.
+moment (loading, recording, amid a step or a save), and started again, until it is finished. It has to end
+with the bits of a run that was left alone, no checkpoint that it leaves may fail to load, and no process may hang.
 Every other run is on one, or sharded on two, of the processes after each hit, and is held to 1e-6.
 """
 
@@ -109,12 +109,8 @@ def main() -> None:
             soak.run(number, mixed=number % 2 == 1)
             number += 1
             print(dict(soak.seen), flush=True)
-    report = {
-        "minutes": minutes,
-        "seed": seed,
-        "versions": versions(),
-        "seen": dict(sorted(soak.seen.items())),
-    }
+    seen = dict(sorted(soak.seen.items()))
+    report = {"minutes": minutes, "seed": seed, "versions": versions(), "seen": seen}
     write_whole(FOLDER / "soak.json", json.dumps(report, indent=1) + "\n")
 
 

@@ -54,7 +54,7 @@ class Snapshots(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning's own handlers, which it would register now, broadcast from inside a handler, where they
         # meet another collective and hang (pytorch-lightning #20806), and requeue Slurm jobs amid a step.
-        trainer._signal_connector.register_signal_handlers = lambda: None
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

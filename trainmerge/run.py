@@ -129,7 +129,8 @@ def learn(module: MergeModule, data: Calibration, trainer: pl.Trainer, checkpoin
         Preempted: asked to stop by a signal; everything is saved.
         ConnectionError: another process of the fit is gone.
     """
-    (snapshots,) = [callback for callback in trainer.callbacks if isinstance(callback, Snapshots)]
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    (snapshots,) = [callback for callback in callbacks if isinstance(callback, Snapshots)]
     with warnings.catch_warnings(), snapshots.listening():
         # The data module resumes by itself, mid-epoch too; Lightning looks at the loader only.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")

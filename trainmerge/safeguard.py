@@ -28,17 +28,17 @@ def calibration_loss(module: MergeModule, data: Calibration) -> float:
     """
     module.resident.merged.materialise()
     losses = (
-        module.loss(batch).double() * counts * len(batch.ids) / len(data.examples[batch.expert])
-        for batch, counts in batches(module, data)
+        module.loss(batch).double() * len(batch.ids) / len(data.examples[batch.expert])
+        for batch in batches(module, data)
     )
     mine = torch.stack(list(losses)).sum()
     return float(processes.total(mine))
 
 
-def batches(module: MergeModule, data: Calibration) -> Iterator[tuple[Batch, float]]:
-    """The part of all calibration examples that falls to this process, and how much each batch counts.
+def batches(module: MergeModule, data: Calibration) -> Iterator[Batch]:
+    """The part of all calibration examples that falls to this process, on the model's device.
 
-    All processes have as many batches, since they may share the model: the last may come twice, to count 0.
+    All processes have as many batches, since they may share the model: the last may come again, of share 0.
     """
     places = [
         (expert, first)
@@ -49,7 +49,8 @@ def batches(module: MergeModule, data: Calibration) -> Iterator[tuple[Batch, flo
         mine = turn + processes.rank()
         expert, first = places[min(mine, len(places) - 1)]
         own = data.examples[expert][first : first + data.batch_size]
-        yield module.resident.batch(expert, own, data.tokenize, first), float(mine < len(places))
+        batch = module.resident.batch(expert, own, data.tokenize, first)
+        yield batch._replace(share=float(mine < len(places)))
 
 
 def keep_the_better(module: MergeModule, data: Calibration, folder: RunFolder) -> None:

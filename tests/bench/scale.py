@@ -16,13 +16,13 @@ from tests.bench.fit_memory import Peak
 from tests.collectives import CountStep
 from tests.ranks import free_port
 
-LAYERS, HIDDEN, MIDDLE = 24, 512, 2048
+LAYERS, HIDDEN, MIDDLE = 48, 512, 1024
 STEPS, BATCH = 2, 4
 OPERATORS = {"gathered": "_allgather_base_", "reduced": "_reduce_scatter_base_"}
 
 
 def write_models(root: Path, experts: int) -> None:
-    """A base of 100 M parameters in float32, LoRA experts, texts."""
+    """A base of 126 M parameters in float32, LoRA experts, texts."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
