@@ -1,9 +1,9 @@
 """Kill and resume at random, for SOAK_MINUTES (20 by default): `make soak`.
 
 A run on two processes is hit again and again, by SIGKILL, SIGTERM or SIGUSR1 on a random rank at a random
-moment (loading, recording, amid a step or a save), and started again, until it is finished. It has to end
-with the bits of a run that was left alone, no checkpoint that it leaves may fail to load, and no process may hang.
-Every other run is on one, or sharded on two, of the processes after each hit, and is held to 1e-6.
+moment (loading, recording, amid a step or a save), and started again until it is finished. It has to end with
+the bits of a run that was left alone, every checkpoint that it leaves has to load, and no process may hang.
+Every other run goes on after each hit on one process or two, sharded or not, and is held to 1e-6.
 """
 
 import json

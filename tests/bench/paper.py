@@ -3,7 +3,8 @@
 P is in bytes of bfloat16; activations are counted as one stored input a block (they are recomputed).
 """
 
-FLOPS, SENT, HOST = 400e12, 50e9, 25e9  # a device and second: bfloat16 in practice, network, PCIe
+FLOPS, HOST = 400e12, 25e9  # a device and second: bfloat16 in practice, PCIe
+INSIDE, BETWEEN = 300e9, 50e9  # bytes a device and second, inside a machine of eight and between machines
 MODELS = {"7B": (7e9, 32, 4096), "70B": (70e9, 80, 8192), "405B": (405e9, 126, 16384)}
 EXAMPLES, TOKENS = 4, 512
 
@@ -18,7 +19,7 @@ def step(model: str, experts: int, devices: int) -> tuple[float, float]:
     work = 6 * parameters * experts * local * TOKENS
     sent = experts * 4 * size * (devices - 1) / devices
     read = (experts + 1) * (1 + experts) * size / devices
-    return memory / 1e9, max(work / FLOPS, sent / SENT) + read / HOST
+    return memory / 1e9, max(work / FLOPS, sent / (INSIDE if devices <= 8 else BETWEEN)) + read / HOST
 
 
 def main() -> None:
