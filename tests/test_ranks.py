@@ -65,7 +65,12 @@ def cases(root: Path) -> dict[str, dict[str, Any]]:
             "objective": tm.Entropy(agreement=2.0),
             "recipe": recipe(heads, grouping=chunks),
         },
-        "diversity": {"root": heads, "objective": tm.Entropy(diversity=1.0), "batch_size": 7},
+        "diversity": {
+            "root": heads,
+            "objective": tm.Entropy(diversity=1.0),
+            "batch_size": 7,
+            "keep_better": True,
+        },
         "rule": {
             "root": heads,
             "combine": PCGrad(),

@@ -14,6 +14,7 @@ from trainmerge.batch import Batch
 from trainmerge.calibration import Calibration
 from trainmerge.coefficients import save_coefficients
 from trainmerge.folders import write_whole
+from trainmerge.held import held_rows
 from trainmerge.module import MergeModule
 from trainmerge.run_folder import RunFolder
 
@@ -24,33 +25,36 @@ ENOUGH = 5  # later steps, before their losses say anything: batches differ
 def calibration_loss(module: MergeModule, data: Calibration) -> float:
     """The weighted loss over all calibration examples at the present coefficients, summed over experts.
 
-    Several processes deal the batches out in turn.
+    Several processes take their parts of every batch.
     """
     module.resident.merged.materialise()
-    losses = (
-        module.loss(batch).double() * len(batch.ids) / len(data.examples[batch.expert])
+    mine = sum(
+        float(module.loss(batch)) * _count(batch) / len(data.examples[batch.expert])
         for batch in batches(module, data)
     )
-    mine = torch.stack(list(losses)).sum()
-    return float(processes.total(mine))
+    return float(processes.total(torch.tensor(mine, dtype=torch.float64, device=module.resident.device)))
 
 
 def batches(module: MergeModule, data: Calibration) -> Iterator[Batch]:
-    """The part of all calibration examples that falls to this process, on the model's device.
+    """All calibration examples, expert after expert, on the model's device: this process's part.
 
-    All processes have as many batches, since they may share the model: the last may come again, of share 0.
+    All processes take part in every batch, in which they may meet: with an example of share 0, where there
+    are fewer than processes.
     """
-    places = [
-        (expert, first)
-        for expert, examples in enumerate(data.examples)
-        for first in range(0, len(examples), data.batch_size)
-    ]
-    for turn in range(0, len(places), processes.count()):
-        mine = turn + processes.rank()
-        expert, first = places[min(mine, len(places) - 1)]
-        own = data.examples[expert][first : first + data.batch_size]
-        batch = module.resident.batch(expert, own, data.tokenize, first)
-        yield batch._replace(share=float(mine < len(places)))
+    for expert, examples in enumerate(data.examples):
+        for first in range(0, len(examples), data.batch_size):
+            own = examples[first : first + data.batch_size]
+            part = held_rows(len(own), processes.rank(), processes.count())
+            share = (part.stop - part.start) * processes.count() / len(own)
+            if not share:
+                part = slice(0, 1)
+            batch = module.resident.batch(expert, own[part], data.tokenize, first + part.start)
+            yield batch._replace(share=share)
+
+
+def _count(batch: Batch) -> float:
+    """How many examples a loss that was multiplied by the batch's share stands for."""
+    return len(batch.ids) / batch.share if batch.share else 0.0
 
 
 def keep_the_better(module: MergeModule, data: Calibration, folder: RunFolder) -> None:
