@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm demo test lower-bounds lint suite suite-lm suite-closed bench docs clean
+.PHONY: help setup data data-suite data-lm demo test lower-bounds lint suite suite-lm suite-closed bench docs soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -70,6 +70,9 @@ bench: data ## measure; ONLY=fit_memory, fit_step, ... for one group
 
 docs: $(READY) ## build the pages of notebooks/docs into build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file notebooks/mkdocs.yml
+
+soak: $(READY) ## kill and resume at random for SOAK_MINUTES (20 by default), on two processes
+	@$(BIN)/python -m tests.soak
 
 clean: ## remove the demo's run and caches of tools; other runs, downloads and .venv stay
 	@rm -rf runs/demo .mypy_cache .ruff_cache .pytest_cache

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "trainmerge"
 # A file imports only from lower floors; inside a folder, files may import one another.
 FLOORS = {
     "folders": 0,
+    "processes": 0,
     "anchor": 1,
     "batch": 1,
     "config": 1,
@@ -32,7 +33,10 @@ FLOORS = {
     "checkpoints": 3,
     "forward": 3,
     "functional": 3,
-    "merged_model": 3,
+    "held": 3,
+    "together": 1,
+    "sharded": 4,
+    "merged_model": 4,
     "preprocess": 3,
     "initial": 3,
     "presets": 3,

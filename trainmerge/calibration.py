@@ -42,7 +42,10 @@ def _permutation(seed: int, expert: int, epoch: int, count: int) -> list[int]:
 
 
 class Steps(Dataset[Step]):
-    """Item t is everything that optimizer step t needs."""
+    """Item t is everything that optimizer step t needs of this process.
+
+    The step's examples do not depend on the number of processes, which deal them out in turn.
+    """
 
     def __init__(
         self,
@@ -64,7 +67,8 @@ class Steps(Dataset[Step]):
         own = self.examples[expert]
         chosen = sample(self.seed, expert, step, self.batch_size, len(own))[self.rank :: self.world_size]
         encoded = self.tokenize.encode([own[i] for i in chosen])
-        return Batch(expert, encoded.inputs, encoded.mask, torch.tensor(chosen))
+        share = len(chosen) * self.world_size / self.batch_size
+        return Batch(expert, encoded.inputs, encoded.mask, torch.tensor(chosen), share=share)
 
 
 def _contents(example: Example) -> list[Any]:

@@ -5,6 +5,8 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +23,7 @@ from trainmerge.module import MergeModule
 from trainmerge.run_folder import RunFolder
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run me again
+STOP = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(Exception):
@@ -30,19 +33,43 @@ class Preempted(Exception):
 class Snapshots(Callback):
     """Save every `every` steps, at the last step, and when asked to stop; keep the latest only.
 
-    A signal handler may interrupt anything, so it only sets a flag; the step's end acts on it.
+    A signal handler may interrupt anything, so it only sets a flag; the step's end acts on it, on all
+    processes if any of them was asked.
     """
 
     def __init__(self, folder: RunFolder, every: int) -> None:
         self.folder, self.every = folder, every
-        self._stop = False
+        self._stop = self._stopping = False  # asked to, here; agreed, and saved
         self._saved = -1  # the last step that was
-        self._handlers: dict[int, Any] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, SIGTERM and SIGUSR1 ask for a stop at the step's end."""
+        before = {number: signal.signal(number, self._ask_to_stop) for number in STOP}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning's own handlers, which it would register now, broadcast from inside a handler, where they
+        # meet another collective and hang (pytorch-lightning #20806), and requeue Slurm jobs amid a step.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self._handlers[number] = signal.signal(number, self._ask_to_stop)
+        if trainer.strategy.reduce_boolean_decision(self._stop, all=False):
+            raise Preempted(f"stopped before step {trainer.global_step + 1}; go on with --resume auto")
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._stopping:  # now that the step's metrics are logged too
+            trainer.strategy.barrier()  # a process that left would have its launcher end the others
+            raise Preempted(f"stopped after step {trainer.global_step}; go on with --resume auto")
 
     @override
     def on_train_batch_end(
@@ -51,11 +78,9 @@ class Snapshots(Callback):
         step = trainer.global_step
         check_finite(trainer, pl_module)
         # All processes stop if any was asked to: a save is a meeting of all of them.
-        self._stop = trainer.strategy.reduce_boolean_decision(self._stop, all=False)
-        if self._stop or step % self.every == 0 or step == trainer.max_steps:
+        self._stopping = trainer.strategy.reduce_boolean_decision(self._stop, all=False)
+        if self._stopping or step % self.every == 0 or step == trainer.max_steps:
             self._save(trainer, pl_module)
-        if self._stop:
-            raise Preempted(f"stopped after step {step}; go on with --resume auto")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -63,12 +88,6 @@ class Snapshots(Callback):
             self._save(trainer, pl_module)
             if trainer.is_global_zero:
                 print(f"stopped after step {trainer.global_step} of {trainer.max_steps}")
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
 
     def _ask_to_stop(self, *_: int | FrameType | None) -> None:
         self._stop = True
@@ -160,6 +179,8 @@ class PlainProgress(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step, total = trainer.global_step, trainer.max_steps
+        if not trainer.is_global_zero:
+            return
         if step % max(1, total // 10) == 0 or step == total:
             pace = (time.monotonic() - self._began) / max(1, step - self._first)
             loss = float(trainer.callback_metrics["loss"])

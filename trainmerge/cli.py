@@ -124,7 +124,8 @@ def _plain(command: Callable[..., None], arguments: list[str]) -> int:
 def export(run: str, out: str, overwrite: bool = False) -> None:
     """Write a run's merge as an ordinary checkpoint folder that transformers loads.
 
-    Example: trainmerge export runs/first merged/
+    Examples: trainmerge export runs/first merged/
+              torchrun --nproc-per-node 8 -m trainmerge.cli export runs/first merged/
 
     Args:
         run: The run folder.

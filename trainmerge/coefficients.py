@@ -201,7 +201,9 @@ class Coefficients(nn.Module):
     def backward(self, gradient: Tensor) -> None:
         """Add d loss / d raw to `raw.grad`, given d loss / d coefficients [K, G]."""
         learned = gradient.to(self.raw).index_fill(1, self._fixed_groups(), 0.0)
-        self().backward(learned)
+        # Not `backward`: DDP's hooks would reduce once more what was reduced already.
+        (found,) = torch.autograd.grad(self(), self.raw, learned)
+        self.raw.grad = found if self.raw.grad is None else self.raw.grad + found
 
     @torch.no_grad()
     def reset_(self, values: Tensor) -> None:

@@ -12,16 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainmerge import processes
 from trainmerge.card import model_card
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.coefficients import Coefficients, load_coefficients, save_coefficients
 from trainmerge.config import read_config, write_config
-from trainmerge.folders import check_free_space, staging
+from trainmerge.folders import check_free_space
 from trainmerge.preprocess import apply
 from trainmerge.recipe import Opened, Recipe
 from trainmerge.run_folder import RunFolder, versions
 from trainmerge.storage import sha256, write_safetensors
 from trainmerge.task_vectors import TaskVectors
+from trainmerge.together import agreed, dealt, joined, staging_together
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
 MANIFEST = "trainmerge_manifest.json"
@@ -43,29 +45,39 @@ def export_merge(
         OSError: the disk has no room for it.
         ValueError: a merged tensor is not finite.
     """
-    with staging(out, overwrite) as folder:
+    with staging_together(out, overwrite) as folder:
         write_checkpoint(base, task_vectors, coefficients, folder)
 
 
 def write_checkpoint(
     base: Checkpoint, task_vectors: TaskVectors, coefficients: Coefficients, folder: Path
 ) -> None:
-    """Write weights and side files into an empty folder."""
-    check_free_space(folder, sum(file.stat().st_size for file in base.files))
-    homes: dict[str, str] = {}
-    for file, names in base.shards.items():
-        specs = {name: (base.tensors[name].dtype, tuple(base.tensors[name].shape)) for name in names}
-        target = Path(file.name.replace("pytorch_model", "model")).with_suffix(".safetensors").name
-        write_safetensors(
-            folder / target, specs, _merged(base, task_vectors, coefficients, names), {"format": "pt"}
-        )
-        homes |= dict.fromkeys(names, target)
+    """Write weights and side files into an empty folder; several processes deal the weight files out."""
+    with agreed():
+        check_free_space(folder, sum(file.stat().st_size for file in base.files))
+        for file in dealt({file: file.stat().st_size for file in base.files}):
+            names = base.shards[file]
+            specs = {name: (base.tensors[name].dtype, tuple(base.tensors[name].shape)) for name in names}
+            write_safetensors(
+                folder / _target(file),
+                specs,
+                _merged(base, task_vectors, coefficients, names),
+                {"format": "pt"},
+            )
+        base.check_unchanged()
+    if processes.rank() > 0:
+        return
     _copy_side_files(base.path, folder)
     if len(base.shards) > 1:
+        homes = {name: _target(file) for file, names in base.shards.items() for name in names}
         size = sum((folder / target).stat().st_size for target in set(homes.values()))
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    base.check_unchanged()
+
+
+def _target(file: Path) -> str:
+    """The name of the base's weight file in the export."""
+    return Path(file.name.replace("pytorch_model", "model")).with_suffix(".safetensors").name
 
 
 @torch.no_grad()
@@ -113,38 +125,47 @@ def export_run(
 ) -> Path:
     """Export a run folder's merge, with a model card and everything needed to make it again.
 
-    `coefficients` replace the run's own: those of a point on its Pareto front, say.
+    `coefficients` replace the run's own: those of a point on its Pareto front, say. Under torchrun, processes
+    write the base's weight files in parallel: each its own, mapped, never gathered.
 
     Raises:
         ValueError: the run has no coefficients yet, or base or experts changed since the fit.
     """
     run_folder, target = RunFolder(Path(run)), Path(out)
-    recipe, learned, opened = open_run(run_folder)
-    coefficients = coefficients or learned
-    check_target(target, [run_folder.path, *opened.folders.values()])
-    task_vectors = apply(
-        opened.task_vectors,
-        recipe.preprocess,
-        run_folder.workspace,
-        opened.identity(),
-        run_folder.examples(),
-    )
-    with staging(target, overwrite) as folder:
-        write_checkpoint(opened.base, task_vectors, coefficients, folder)
-        write_config(recipe, "recipe", folder / "trainmerge_recipe.yaml")
-        save_coefficients(coefficients, folder / "trainmerge_coefficients.safetensors")
-        run_made = json.loads(run_folder.manifest.read_text())
-        if run_folder.config.exists():
-            shutil.copyfile(run_folder.config, folder / "trainmerge_config.yaml")
-        (folder / "README.md").write_text(model_card(target.name, recipe, coefficients, run_made))
-        files = {
-            str(path.relative_to(folder)): sha256(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
-        manifest = {"versions": versions(), "files": files, "run": run_made}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    with joined():
+        recipe, learned, opened = open_run(run_folder)
+        coefficients = coefficients or learned
+        check_target(target, [run_folder.path, *opened.folders.values()])
+        with processes.first_alone():
+            task_vectors = apply(
+                opened.task_vectors,
+                recipe.preprocess,
+                run_folder.workspace,
+                opened.identity(),
+                run_folder.examples(),
+            )
+        with staging_together(target, overwrite) as folder:
+            write_checkpoint(opened.base, task_vectors, coefficients, folder)
+            if processes.rank() == 0:
+                _explain(folder, target.name, run_folder, recipe, coefficients)
     return target
+
+
+def _explain(
+    folder: Path, name: str, run_folder: RunFolder, recipe: Recipe, coefficients: Coefficients
+) -> None:
+    """Everything but the weights that an export says of itself; the manifest last."""
+    write_config(recipe, "recipe", folder / "trainmerge_recipe.yaml")
+    save_coefficients(coefficients, folder / "trainmerge_coefficients.safetensors")
+    run_made = json.loads(run_folder.manifest.read_text())
+    if run_folder.config.exists():
+        shutil.copyfile(run_folder.config, folder / "trainmerge_config.yaml")
+    (folder / "README.md").write_text(model_card(name, recipe, coefficients, run_made))
+    files = {
+        str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    manifest = {"versions": versions(), "files": files, "run": run_made}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
 def open_run(folder: RunFolder) -> tuple[Recipe, Coefficients, Opened]:
@@ -159,6 +180,7 @@ def open_run(folder: RunFolder) -> tuple[Recipe, Coefficients, Opened]:
         raise ValueError(f"{folder.path}: no coefficients yet; go on with `trainmerge fit --resume auto`")
     recipe = read_config(Recipe, "recipe", folder.recipe)
     opened = recipe.open(folder.workspace)
+    opened.share_checksums()
     fitted = json.loads(folder.manifest.read_text())["checksums"]
     changed = [name for name, files in opened.checksums.items() if fitted.get(name) != files]
     if changed:

@@ -64,11 +64,14 @@ def fit_command(arguments: list[str]) -> int:
     try:
         fit(cli.model, cli.datamodule, cli.trainer, folder.path, cli.config["resume"], config=text)
     except Preempted as stop:
+        if not cli.trainer.is_global_zero:
+            return 0  # else Lightning's launcher, which watches it, kills the first process before it says 75
         print(stop)
         return EXIT_PREEMPTED
     except MisconfigurationException as error:
         raise ValueError(error) from error
-    print(f"coefficients: {folder.coefficients}\nnext: trainmerge export {folder.path} OUT")
+    if cli.trainer.is_global_zero:
+        print(f"coefficients: {folder.coefficients}\nnext: trainmerge export {folder.path} OUT")
     return 0
 
 

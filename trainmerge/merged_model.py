@@ -5,7 +5,8 @@ The merge is linear in the coefficients, so it never enters the autograd graph:
     W = base + sum_k c_k tau_k          written into the parameters once a step (`materialise`)
     dL/dc_k = <dL/dW, tau_k>            taken as soon as a weight's gradient is complete, which then is freed
 
-Memory holds one model and one weight's gradient, whatever K is.
+Memory holds one model and one weight's gradient, whatever K is. Where FSDP2 shards the module, every process
+merges the rows that it holds and multiplies the rows of the reduced gradient with them (`held`).
 
 Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trainmerge.coefficients import Coefficients
+from trainmerge.held import held, local
 from trainmerge.task_vectors import TaskVectors, outside
 
 
@@ -29,6 +31,8 @@ class MergedModel:
     `task_vectors` may be replaced by preprocessed ones; `teacher` and `uniform` go on with the experts' own,
     `originals`. `left_alone` are orthonormal columns [m, k] by parameter: what a gradient has in their span
     counts for nothing. The module's weights are overwritten; only merged parameters ask for gradients.
+    Under FSDP2, which has to sum gradients (`sharded`), the coefficient gradients of all processes add up to
+    the sum of what each would have found alone.
 
     Raises ValueError if they are the very tensors that the task vectors have as their base.
     """
@@ -97,8 +101,8 @@ class MergedModel:
             self._gradient = self._zeros()
         groups = list(self.coefficients.layout.groups[name])
         with exact(parameter):
-            slope = self._projected(name, parameter.grad)
-            inner = self.task_vectors.deltas[name].inner(slope, len(groups))
+            slope = self._projected(name, local(parameter.grad))
+            inner = held(self.task_vectors.deltas[name], parameter).inner(slope, len(groups))
         columns = torch.tensor(groups, device=self._gradient.device)
         self._gradient.index_add_(1, columns, inner.to(self._gradient))
         parameter.grad = None
@@ -116,7 +120,7 @@ class MergedModel:
         for name in names:
             parameter = self.parameters[name]
             with exact(parameter):
-                source.deltas[name].merge(parameter, coefficients(name))
+                held(source.deltas[name], parameter).merge(local(parameter), coefficients(name))
         torch.clear_autocast_cache()  # a mixed-precision context keeps its casts of the weights that were
 
     def _zeros(self) -> Tensor:
@@ -124,7 +128,7 @@ class MergedModel:
 
 
 def _shares(parameter: Tensor, base: Tensor) -> bool:
-    return base.numel() > 0 and parameter.data_ptr() == base.data_ptr()
+    return base.numel() > 0 and local(parameter).data_ptr() == base.data_ptr()
 
 
 def exact(parameter: Tensor) -> torch.autocast:

@@ -63,6 +63,8 @@ class MergeModule(pl.LightningModule):
         teacher_budget: Bytes for the experts' recorded probabilities: all of them if they fit, else the
             largest.
         workspace: Folder for preprocessed task vectors, merged adapters and recorded experts.
+        sharded: Share the model among the trainer's processes instead of one whole on each: for models that
+            no single device holds. The trainer's strategy stays `ddp`; coefficients do not depend on this.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class MergeModule(pl.LightningModule):
         tasks_per_backward: int = 1,
         teacher_budget: int = BUDGET,
         workspace: str = "workspace",
+        sharded: bool = False,
     ) -> None:
         super().__init__()
         if subspace < 0:
@@ -92,7 +95,12 @@ class MergeModule(pl.LightningModule):
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
         self.weights, self.subspace = weights, subspace
         self.tasks_per_backward, self.teacher_budget = tasks_per_backward, teacher_budget
-        self.workspace = Path(workspace)
+        self.workspace, self.sharded = Path(workspace), sharded
+        if sharded and (subspace or self._measures(recipe, initial)):
+            raise ValueError(
+                "model.sharded: preprocessors and presets that look at examples, and model.subspace, need "
+                "the whole model on one device; leave them out, or run without it"
+            )
         self.opened = recipe.open(self.workspace)
         self.initial, layout = initial, self.opened.layout
         names = tuple(recipe.experts)
@@ -127,8 +135,12 @@ class MergeModule(pl.LightningModule):
     @property
     def looks_at_data(self) -> bool:
         """Whether merging as it starts needs calibration examples already."""
-        informed = any(isinstance(method, Informed) for method in self.recipe.preprocess)
-        return informed or isinstance(self.initial, MeasuredPreset)
+        return self._measures(self.recipe, self.initial)
+
+    @staticmethod
+    def _measures(recipe: Recipe, initial: object) -> bool:
+        informed = any(isinstance(method, Informed) for method in recipe.preprocess)
+        return informed or isinstance(initial, MeasuredPreset)
 
     def check_data(self, data: Calibration) -> None:
         """Raise ValueError if the data are of other experts or in another order, or longer than the model."""
@@ -163,6 +175,7 @@ class MergeModule(pl.LightningModule):
         self.check_data(data)
         if self._resident is not None:
             return
+        self.opened.share_checksums()
         self._resident = load_resident(
             self.recipe,
             self.opened,
@@ -173,6 +186,7 @@ class MergeModule(pl.LightningModule):
             None if self.weights == "stored" else torch.bfloat16,
             data.identity(),
             partial(Measure, examples=data.examples, tokenizer=data.tokenize, folder=self.workspace),
+            self.sharded,
         )
         if self.subspace:
             self._leave_alone_what_is_shared(data)
@@ -263,7 +277,7 @@ class MergeModule(pl.LightningModule):
     def _gradient_of(self, step: Step) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of all tasks at the merge of the present coefficients, and the gradient [K, G] of the step.
 
-        Rows of several processes are averaged first and combined second.
+        Those of several processes are averaged first and combined second.
         """
         merged = self.resident.merged
         merged.materialise()
@@ -271,12 +285,13 @@ class MergeModule(pl.LightningModule):
         if self.rule is None:
             for first in range(0, len(step), self.tasks_per_backward):
                 losses |= self._backward(step[first : first + self.tasks_per_backward])
-            return losses, self._reduced(merged.gradient())
+            return self._averaged(losses, merged.gradient())
         rows = []
         for batch in step:
             losses |= self._backward([batch])
             rows.append(merged.gradient())
-        return losses, combined(self._reduced(torch.stack(rows)), self.rule, self.global_step)
+        losses, gradients = self._averaged(losses, torch.stack(rows))
+        return losses, combined(gradients, self.rule, self.global_step)
 
     def _backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Forwards of some tasks and one backward; the tasks' weighted losses."""
@@ -290,12 +305,14 @@ class MergeModule(pl.LightningModule):
         expert = list(self.recipe.experts.values())[batch.expert]
         if self.teachers:
             batch = batch._replace(teacher=self.teachers[batch.expert].of(batch.ids, self.resident.device))
-        return expert.weight * self.objective(self.resident(batch, self.objective.asks.layers), batch).mean()
+        losses = self.objective(self.resident(batch, self.objective.asks.layers), batch)
+        return expert.weight * batch.share * losses.mean()
 
-    def _reduced(self, gradient: Tensor) -> Tensor:
-        """The mean over processes of the K x G numbers that are all that has to be reduced."""
-        reduced: Tensor = self.trainer.strategy.reduce(gradient, reduce_op="mean")
-        return reduced
+    def _averaged(self, losses: dict[str, Tensor], gradient: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Means over processes: K losses and the K x G numbers (of each row), all that has to be reduced."""
+        mine = torch.cat([torch.stack(list(losses.values())).to(gradient), gradient.flatten()])
+        mean: Tensor = self.trainer.strategy.reduce(mine, reduce_op="mean")
+        return dict(zip(losses, mean, strict=False)), mean[len(losses) :].view_as(gradient)
 
     def _step_scheduler(self) -> None:
         scheduler = self.lr_schedulers()

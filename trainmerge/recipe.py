@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from trainmerge import processes
 from trainmerge.checkpoints import Checkpoint, fingerprint, open_checkpoint, open_task_vectors, verify
 from trainmerge.coefficients import Grouping, Layout
 from trainmerge.heads import Head
@@ -141,6 +142,12 @@ class Opened:
     def verify(self) -> None:
         """Take the checksums, and raise ValueError with every NaN and infinity: both from one reading."""
         vars(self)["checksums"] = verify(self.base, self.task_vectors, self.folders)  # the cached property's
+
+    def share_checksums(self) -> None:
+        """Take process 0's checksums: not every process has to read every file."""
+        if processes.count() > 1:
+            first = self.checksums if processes.rank() == 0 else {}
+            vars(self)["checksums"] = processes.from_first(first)  # where `cached_property` keeps it
 
     def identity(self) -> str:
         """One digest of base and experts, by their contents and order."""

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
+from trainmerge import processes
 from trainmerge.batch import Batch, Outputs
-from trainmerge.checkpoints import load_model
+from trainmerge.checkpoints import hollow_model, load_model
 from trainmerge.coefficients import Coefficients
 from trainmerge.examples import Example
 from trainmerge.forward import Tokenize, build_classifier, forward
@@ -16,7 +18,10 @@ from trainmerge.heads import Classifier
 from trainmerge.merged_model import MergedModel
 from trainmerge.preprocess import Calibrator, Informed, apply
 from trainmerge.recipe import Opened, Recipe
+from trainmerge.sharded import Root, shard_model
 from trainmerge.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Resident:
 
     merged: MergedModel
     classifiers: Sequence[Classifier | None]  # K
+    root: Root | None = None  # what passes go through, where processes share the model
 
     @property
     def device(self) -> torch.device:
@@ -33,7 +39,8 @@ class Resident:
 
     def __call__(self, batch: Batch, layers: Sequence[int] = ()) -> Outputs:
         """A forward pass of the present weights, through the head of the batch's task."""
-        return forward(self.merged.module, batch, self.classifiers[batch.expert], layers)
+        passage = (forward, self.merged.module, batch, self.classifiers[batch.expert], layers)
+        return within(self.root, *passage)
 
     def batch(self, expert: int, examples: Sequence[Example], tokenizer: Tokenizer, first: int = 0) -> Batch:
         """These examples on the model's device, numbered from `first`."""
@@ -41,6 +48,12 @@ class Resident:
         inputs = {name: tensor.to(self.device) for name, tensor in encoded.inputs.items()}
         ids = torch.arange(first, first + len(examples))
         return Batch(expert, inputs, encoded.mask.to(self.device), ids)
+
+
+def within(root: Root | None, function: Callable[..., T], *arguments: Any) -> T:
+    """function(*arguments), where all processes have the weights that it meets."""
+    found: T = function(*arguments) if root is None else root(function, *arguments)
+    return found
 
 
 MakeCalibrator = Callable[[Resident], Calibrator]
@@ -56,26 +69,36 @@ def load_resident(
     dtype: torch.dtype | None = None,
     examples: str = "",
     calibrator: MakeCalibrator | None = None,
+    sharded: bool = False,
 ) -> Resident:
     """Load the base, build the heads, preprocess the task vectors; no merge is written yet.
 
     The model holds its parameters in `dtype`, or as they are stored. Buffers stay (positions need float32),
     and so do heads. `examples` identifies the calibration examples and `calibrator` runs the experts on them,
-    for preprocessors that ask.
+    for preprocessors that ask. `sharded` shares the model among all processes, where there are several.
     """
     first = list(takewhile(lambda method: not isinstance(method, Informed), recipe.preprocess))
     if first:  # in the memory that the model will need; found again below
-        apply(opened.task_vectors, first, workspace, opened.identity())
-    loaded = load_model(opened.base, recipe.ignore)
+        with processes.first_alone():
+            apply(opened.task_vectors, first, workspace, opened.identity())
+    root = None
+    if sharded and processes.count() > 1:
+        loaded = hollow_model(opened.base, recipe.ignore)
+        root = shard_model(loaded, opened.base, opened.layout.groups, torch.device(device), dtype)
+    else:
+        loaded = load_model(opened.base, recipe.ignore)
     module = loaded.module.to(device)
-    classifiers = [build_classifier(expert.head, module, tokenize) for expert in recipe.experts.values()]
-    for parameter in module.parameters() if dtype else ():
+    classifiers = [
+        within(root, build_classifier, expert.head, module, tokenize) for expert in recipe.experts.values()
+    ]
+    for parameter in module.parameters() if dtype and root is None else ():
         parameter.data = parameter.data.to(dtype)
     merged = MergedModel(module, opened.task_vectors, coefficients, loaded.names)
-    resident = Resident(merged, classifiers)
+    resident = Resident(merged, classifiers, root)
     if recipe.preprocess:
         made = calibrator(resident) if calibrator else None
-        merged.task_vectors = apply(
-            opened.task_vectors, recipe.preprocess, workspace, opened.identity(), examples, made
-        )
+        with processes.first_alone():
+            merged.task_vectors = apply(
+                opened.task_vectors, recipe.preprocess, workspace, opened.identity(), examples, made
+            )
     return resident

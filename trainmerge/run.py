@@ -7,6 +7,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
 
 from trainmerge.calibration import Calibration
 from trainmerge.callbacks import JsonLines, Snapshots, progress_bar
@@ -79,36 +85,68 @@ def fit(
     check_settings(module, data, trainer)
     folder = RunFolder(Path(run))
     checkpoint = folder.resume_from(resume) if trainer.is_global_zero or resume != "never" else None
-    module.opened.verify()
-    description = describe(module, data)
-    folder.check(description)
     snapshot = load_snapshot(checkpoint) if checkpoint else None
-    if snapshot and (different := differences(json.loads(snapshot["trainmerge"]), description)):
-        raise ValueError(f"{checkpoint} was made from other things:\n{different}")
-    module.description = json.dumps(description)
     step = int(snapshot["global_step"]) if snapshot else 0
-    if trainer.is_global_zero:
+    if trainer.is_global_zero:  # the other processes take its word: they meet it when the fit begins
+        module.opened.verify()
+        description = describe(module, data)
+        folder.check(description)
+        if snapshot and (different := differences(json.loads(snapshot["trainmerge"]), description)):
+            raise ValueError(f"{checkpoint} was made from other things:\n{different}")
+        module.description = json.dumps(description)
         prepare(folder, description, module, trainer, step, config)
     if trainer.max_steps == 0:
-        if module.looks_at_data:
-            module.load(data)
-        save_coefficients(module.coefficients, folder.coefficients)
+        if trainer.is_global_zero:
+            if module.looks_at_data:
+                module.load(data)
+            save_coefficients(module.coefficients, folder.coefficients)
         return folder
-    if snapshot and step >= trainer.max_steps:
-        finish(folder, module, snapshot)
+    if snapshot and step >= trainer.max_steps and not module.keep_better:
+        if trainer.is_global_zero:
+            finish(folder, module, snapshot)
     else:
-        with warnings.catch_warnings():
-            # The data module resumes by itself, mid-epoch too; Lightning looks at the loader only.
-            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        learn(module, data, trainer, checkpoint)
         if trainer.is_global_zero and not folder.coefficients.exists():
             raise ValueError("no step was made: raise trainer.max_time")
-        warn_if_unmoved(module)
     if module.keep_better:
         keep_the_better(module, data, folder)
-    else:
+    elif trainer.is_global_zero:
         warn_if_it_never_fell(folder)
     return folder
+
+
+def learn(module: MergeModule, data: Calibration, trainer: pl.Trainer, checkpoint: Path | None) -> None:
+    """Lightning's fit, from a checkpoint if there is one.
+
+    Raises:
+        Preempted: asked to stop by a signal; everything is saved.
+        ConnectionError: another process of the fit is gone.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    (snapshots,) = [callback for callback in callbacks if isinstance(callback, Snapshots)]
+    with warnings.catch_warnings(), snapshots.listening():
+        # The data module resumes by itself, mid-epoch too; Lightning looks at the loader only.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except RuntimeError as error:
+            if trainer.world_size > 1 and is_of_a_collective(error):
+                raise ConnectionError(
+                    f"process {trainer.global_rank} lost another process of the fit, which was killed or "
+                    "failed (see its own output); start the same command again to go on from the last "
+                    f"snapshot. ({str(error).splitlines()[0]})"
+                ) from error
+            raise
+    if trainer.is_global_zero:
+        warn_if_unmoved(module)
+
+
+def is_of_a_collective(error: RuntimeError) -> bool:
+    """Whether a collective failed, rather than what this process did itself."""
+    text = str(error)  # gloo raises plain RuntimeErrors
+    return isinstance(error, torch.distributed.DistError) or any(
+        word in text for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset")
+    )
 
 
 def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:
@@ -119,13 +157,29 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
         raise ValueError(
             f"precision {trainer.precision} would round the coefficients; use bf16-mixed or 16-mixed"
         )
-    if data.batch_size % trainer.world_size:
+    check_strategy(trainer)
+    if data.batch_size < trainer.world_size:
         raise ValueError(
-            f"data.batch_size {data.batch_size} must be a multiple of {trainer.world_size} processes"
+            f"data.batch_size {data.batch_size} leaves some of {trainer.world_size} processes without an "
+            f"example of each expert: set it to {trainer.world_size} or more"
         )
     if trainer.max_steps or module.looks_at_data:
         module.check_data(data)
         check_tasks(module, data)
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Raise ValueError for a strategy under which a fit would be wrong, or end without its results."""
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise ValueError(
+            f"trainer.strategy {type(strategy).__name__} would shard or leave unreduced what is learned: use "
+            "ddp, and model.sharded true for a model that no single device holds"
+        )
+    if isinstance(strategy, DDPStrategy) and strategy._start_method != "popen":
+        raise ValueError("trainer.strategy: use ddp; forked and spawned processes cannot share mapped files")
+    if trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
+        raise ValueError(f"trainer.strategy {type(strategy).__name__}: several processes need ddp")
 
 
 def prepare(

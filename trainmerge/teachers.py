@@ -9,6 +9,7 @@ Legend: `K` experts, `N` examples of one, `P` counted positions of all of them, 
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from trainmerge import processes
 from trainmerge.batch import Asks, Predictions, Signals
 from trainmerge.examples import Example
 from trainmerge.resident import Resident
@@ -81,17 +83,39 @@ def record_teachers(
     """
     digest = hashlib.sha256(repr([depends_on, asks, budget]).encode()).hexdigest()[:16]
     path = folder / f"teachers-{digest}.safetensors"
-    if not path.exists():
+    if not processes.from_first(path.exists()):
+        _make(path, resident, examples, tokenizer, asks, budget)
+    file = MappedFile(path)
+    records = [_open(file, k, starts, asks) for k, starts in enumerate(json.loads(file.metadata["starts"]))]
+    if processes.rank() == 0:
+        _say_what_is_left_out(records)
+    return records
+
+
+def _make(
+    path: Path,
+    resident: Resident,
+    examples: Sequence[Sequence[Example]],
+    tokenizer: Tokenizer,
+    asks: Asks,
+    budget: int,
+) -> None:
+    """Run the experts and write the file. Of several processes the first does, for all.
+
+    Where they share the model, all of them have to run it, and the first writes.
+    """
+    together = resident.root is not None
+    if processes.rank() == 0 or together:
         counts = [_counts(k, own, tokenizer) for k, own in enumerate(examples)]
         sizes = _sizes(resident, tokenizer, asks, examples[0][0])
         recorder = _Recorder(resident, tokenizer, asks, counts, sizes, budget)
         path.parent.mkdir(parents=True, exist_ok=True)
         starts = json.dumps([_cumulated(of_expert) for of_expert in counts])
-        write_safetensors(path, recorder.specs(), recorder.run(examples), {"starts": starts})
-    file = MappedFile(path)
-    records = [_open(file, k, starts, asks) for k, starts in enumerate(json.loads(file.metadata["starts"]))]
-    _say_what_is_left_out(records)
-    return records
+        if processes.rank() == 0:
+            write_safetensors(path, recorder.specs(), recorder.run(examples), {"starts": starts})
+        else:
+            deque(recorder.run(examples), maxlen=0)
+    processes.barrier()
 
 
 def _open(file: MappedFile, k: int, starts: list[int], asks: Asks) -> Record:
@@ -168,7 +192,8 @@ class _Recorder:
     def run(self, examples: Sequence[Sequence[Example]]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of `specs`, in its order."""
         names = list(self.specs())
-        for k in track(range(len(examples)), description="recording the experts"):
+        quiet = processes.rank() > 0
+        for k in track(range(len(examples)), description="recording the experts", disable=quiet):
             with self.resident.merged.teacher(k):
                 parts = self._expert(k, examples[k])
             for name in names:

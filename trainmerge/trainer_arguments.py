@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 
 SETTINGS: dict[str, Any] = {
     "max_epochs": -1,  # steps count; an epoch is what is left of them
-    "use_distributed_sampler": False,  # it slices each step's examples itself
+    "use_distributed_sampler": False,  # an item is a step, which all processes share
     "enable_checkpointing": False,  # Snapshots does it
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,

@@ -14,6 +14,7 @@ GROUPS = (
     "closed_memory",
     "closed_cost",
     "tradeoffs",
+    "scale",
 )
 
 

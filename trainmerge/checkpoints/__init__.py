@@ -1,7 +1,7 @@
 """Disk <-> tensors: base models, full experts and peft adapters, checked before anything is read."""
 
 from trainmerge.checkpoints.align import open_task_vectors
-from trainmerge.checkpoints.model import LoadedModel, load_model
+from trainmerge.checkpoints.model import LoadedModel, hollow_model, load_model
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
 from trainmerge.checkpoints.skeleton import Output, output_of
 from trainmerge.checkpoints.verify import fingerprint, verify
@@ -11,6 +11,7 @@ __all__ = [
     "LoadedModel",
     "Output",
     "fingerprint",
+    "hollow_model",
     "load_model",
     "open_checkpoint",
     "open_task_vectors",

@@ -4,14 +4,17 @@ transformers is asked for the modules and their buffers only. It fills what a fi
 so names and shapes are compared first, and the weights copied here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from trainmerge.checkpoints.reader import Checkpoint
-from trainmerge.checkpoints.skeleton import build_skeleton, locate, matches, quiet, shorten
+from trainmerge.checkpoints.skeleton import build_skeleton, locate, matches, memory_names, quiet, shorten
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,8 @@ def load_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
     Raises ValueError, before a weight is read, if the architecture is unknown, a tensor of the files is no
     parameter or buffer of the model, a shape differs, or a parameter is in no file.
     """
-    skeleton = build_skeleton(base.path)
-    names = locate(skeleton, base.path, base.tensors, ignore)
-    absent = [name for name, _ in skeleton.named_parameters() if name not in names.values()]
-    absent = [name for name in absent if not matches(name, ignore)]
-    if absent:
-        raise ValueError(
-            f"{base.path}: {type(skeleton).__name__} has parameters that the files lack, and would start "
-            f"random: {shorten(absent)}. If its output doesn't use them, name them in `ignore`; otherwise "
-            "save the checkpoint with the class that it was trained with."
-        )
-    first = next(info.dtype for info in base.tensors.values() if info.dtype.is_floating_point)
+    skeleton, names = _checked(base, ignore)
+    first = _first_dtype(base)
     state = {name: base.read(name) for name in base.tensors}
     with quiet():
         module = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=state, dtype=first)
@@ -53,3 +47,63 @@ def load_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
     for buffer in module.buffers():
         buffer.data = buffer.data.clone()
     return LoadedModel(module, names)
+
+
+@torch.no_grad()
+def hollow_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
+    """The same model with parameters on the meta device, in the files' dtypes, and its buffers in memory.
+
+    Nothing larger than one parameter is ever held, and of that no page is touched. Raises as `load_model`.
+    """
+    skeleton, names = _checked(base, ignore)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(_first_dtype(base))  # as transformers does while it builds
+    try:
+        with quiet(), no_init_weights(), _parameters_on_meta():
+            module = type(skeleton)(skeleton.config)
+            module.tie_weights()
+    finally:
+        torch.set_default_dtype(default)
+    module.train(False).requires_grad_(False)
+    buffers, parameters = dict(module.named_buffers()), dict(module.named_parameters())
+    for name, inside in memory_names(module, base.tensors).items():
+        if inside in buffers:
+            buffers[inside].copy_(base.read(name))
+    for name, parameter in names.items():
+        parameters[parameter].data = torch.empty_like(base.read(name), device="meta")
+    return LoadedModel(module, names)
+
+
+def _checked(base: Checkpoint, ignore: Sequence[str]) -> tuple[PreTrainedModel, dict[str, str]]:
+    skeleton = build_skeleton(base.path)
+    names = locate(skeleton, base.path, base.tensors, ignore)
+    absent = [name for name, _ in skeleton.named_parameters() if name not in names.values()]
+    absent = [name for name in absent if not matches(name, ignore)]
+    if absent:
+        raise ValueError(
+            f"{base.path}: {type(skeleton).__name__} has parameters that the files lack, and would start "
+            f"random: {shorten(absent)}. If its output doesn't use them, name them in `ignore`; otherwise "
+            "save the checkpoint with the class that it was trained with."
+        )
+    return skeleton, names
+
+
+def _first_dtype(base: Checkpoint) -> torch.dtype:
+    return next(info.dtype for info in base.tensors.values() if info.dtype.is_floating_point)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters lose their storage as modules register them; buffers, which are computed, keep theirs."""
+    register = nn.Module.register_parameter
+
+    def hollow(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # one that is there already is being tied
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = hollow  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from trainmerge import processes
 from trainmerge.batch import Asks, Batch, Outputs
 from trainmerge.objectives.divergence import divergence
 from trainmerge.objectives.objective import Objective
@@ -25,10 +26,15 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
-def marginal_cross_entropy(logits: Tensor) -> Tensor:
-    """-sum_v p_bv log(mean_b p_bv), [B, V] -> [B]: its mean over the batch is the marginal's entropy."""
+def marginal_cross_entropy(logits: Tensor, share: float = 1.0) -> Tensor:
+    """-sum_v p_bv log(mean_b p_bv), [B, V] -> [B]: its mean over the batch is the marginal's entropy.
+
+    The batch is all processes', of which these are this one's `share` (`Batch.share`).
+    """
     p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
     marginal = p.mean(dim=0)
+    if processes.count() > 1:  # no gradient goes through it: sum_v m_v d log m_v = d sum_v m_v = 0
+        marginal = processes.total(share * marginal.detach()) / processes.count()
     return -(p * marginal.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(dim=-1)
 
 
@@ -76,7 +82,7 @@ class Entropy(Objective):
             raise ValueError("diversity needs a classification head; language models have none")
         loss = _token_entropy(logits, batch.mask) if token_level else entropy(logits)
         if self.diversity:
-            loss = loss - self.diversity * marginal_cross_entropy(logits)
+            loss = loss - self.diversity * marginal_cross_entropy(logits, batch.share)
         if self.agreement:
             loss = loss + self.agreement * _disagreement(logits, batch)
         return loss

@@ -1,0 +1,15 @@
+"""What the server of ranks imports before it forks."""
+
+import peft  # noqa: F401
+import pytorch_lightning  # noqa: F401
+import torch
+import torch.distributed.fsdp
+import torchjd.aggregation  # noqa: F401
+import torchmetrics  # noqa: F401
+import transformers  # noqa: F401
+
+import tests.world  # noqa: F401
+import trainmerge.export
+import trainmerge.fit_cli  # noqa: F401
+
+torch.set_num_threads(1)

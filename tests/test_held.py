@@ -1,0 +1,78 @@
+"""Rows of a delta, process by process, add up to the whole; and the model that is loaded by rows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+from tests.collectives import CountBytes
+from tests.conftest import MakeDelta
+from tests.ranks import join_group, run
+from tests.world import bert, llama
+from trainmerge import processes
+from trainmerge.checkpoints import hollow_model, load_model, open_checkpoint
+from trainmerge.held import HeldDelta, held_rows, local
+from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched
+from trainmerge.sharded import held_bytes, pass_bytes, shard_model, units
+
+FORMS = (ExpertWeight, Difference, LowRank, Untouched)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize(("shape", "chunks"), [((7, 5), 3), ((5, 4), 5), ((1, 6), 1), ((12, 2, 3), 4)])
+def test_rows_of_all_processes_are_the_whole(
+    random_delta: MakeDelta, shape: tuple[int, ...], chunks: int, count: int
+) -> None:
+    delta = random_delta(shape, FORMS, torch.float64)
+    weights = torch.rand(len(FORMS), chunks, dtype=torch.float64)
+    whole, grad = torch.empty(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    delta.merge(whole, weights)
+    parts, inner = torch.full_like(whole, torch.nan), torch.zeros(len(FORMS), chunks, dtype=torch.float64)
+    for process in range(count):
+        rows = held_rows(shape[0], process, count)
+        part = HeldDelta(delta, rows)
+        part.merge(parts[rows], weights)
+        inner += part.inner(grad[rows], chunks)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-15)
+    torch.testing.assert_close(inner, delta.inner(grad, chunks), rtol=1e-12, atol=1e-12)
+
+
+def shards_of(base: Path, inputs: torch.Tensor, learned: bool) -> dict[str, object]:
+    """Shard a checkpoint over the processes; logits, and the bytes of a forward and backward."""
+    join_group()
+    checkpoint = open_checkpoint(base)
+    names = list(checkpoint.tensors) if learned else []
+    loaded = hollow_model(checkpoint)
+    root = shard_model(loaded, checkpoint, names, torch.device("cpu"))
+    wanted = pass_bytes(loaded.module, processes.count())
+    held = sum(local(p).untyped_storage().nbytes() for p in loaded.module.parameters())
+    promised = held_bytes(loaded.module, processes.count())
+    with CountBytes() as counted:
+        output = root(loaded.module, inputs)
+        torch.stack([part.square().mean() for part in output.to_tuple()]).sum().backward()
+    return {
+        "output": output[0].detach(),
+        "gathered": (counted.bytes["_allgather_base_"], wanted["gathered"]),
+        "reduced": (counted.bytes["_reduce_scatter_base_"], wanted["reduced"]),
+        "held": (held, promised),
+        "units": len(units(loaded.module)),
+    }
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("tied", 2), ("untied", 4), ("bert", 6)])
+def test_a_sharded_model_says_what_the_whole_one_says(tmp_path: Path, name: str, blocks: int) -> None:
+    model = bert() if name == "bert" else llama(tied=name == "tied")
+    model.save_pretrained(tmp_path)
+    inputs = torch.arange(12).view(2, 6)
+    kind = AutoModel if name == "bert" else AutoModelForCausalLM
+    with torch.no_grad():
+        whole = kind.from_pretrained(tmp_path).eval()(inputs)[0]
+        ours = load_model(open_checkpoint(tmp_path)).module(inputs)[0]
+    assert torch.equal(whole, ours)
+    for result in run(3, shards_of, tmp_path, inputs, True):
+        assert torch.equal(result["output"], whole)
+        for what in ("gathered", "reduced", "held"):
+            measured, computed = result[what]
+            assert measured == computed, what
+        assert result["units"] == blocks

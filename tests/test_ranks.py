@@ -1,0 +1,149 @@
+"""One fit on 1, 2 and 4 processes: the same coefficients, data parallel and sharded.
+
+`run` spawns the processes; each of them does many fits one after another, so that tests only compare.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchjd.aggregation import PCGrad
+
+import trainmerge as tm
+from tests.ranks import Ranks, sound
+from tests.world import languages_recipe, recipe, write_languages, write_world
+from trainmerge.module import MergeModule
+from trainmerge.recipe import calibration_files
+from trainmerge.run_folder import RunFolder
+
+STEPS = 3
+
+
+def world_fit(root: Path, run_folder: Path, processes: int, **settings: Any) -> torch.Tensor:
+    """One process's part of a fit; the coefficients that it ends with."""
+    settings = dict(settings)
+    merge = settings.pop("recipe", None) or recipe(root)
+    precision, steps = settings.pop("precision", None), settings.pop("steps", STEPS)
+    batch_size = settings.pop("batch_size", 6)
+    callbacks = settings.pop("callbacks", [])
+    module = settings.pop("kind", MergeModule)(
+        merge,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05),
+        workspace=str(RunFolder(run_folder).workspace),
+        **settings,
+    )
+    data = tm.Calibration(calibration_files(merge), merge.base, batch_size=batch_size, max_length=16)
+    trainer = tm.make_trainer(
+        run_folder, save_every=2, max_steps=steps, accelerator="cpu", enable_progress_bar=False,
+        devices=processes, strategy="ddp" if processes > 1 else "auto", precision=precision,
+        callbacks=callbacks,
+    )  # fmt: skip
+    tm.fit(module, data, trainer, run_folder)
+    return module.coefficients().detach().cpu().clone()
+
+
+class Checkpointing(tm.MergeModule):
+    """With activation checkpointing, which transformers does in train mode only; dropout is 0 in any case."""
+
+    def load(self, *arguments: Any, **settings: Any) -> None:
+        super().load(*arguments, **settings)
+        self.resident.merged.module.gradient_checkpointing_enable({"use_reentrant": False})
+        self.resident.merged.module.train()
+
+
+def cases(root: Path) -> dict[str, dict[str, Any]]:
+    """Settings of fits that between them have every objective, rule, kind of expert and precision."""
+    heads, words = root / "heads", languages_recipe(root / "words")
+    chunks = tm.Grouping("chunk", chunks=3, exclude=["pooler.*"])
+    return {
+        "entropy": {"root": heads},
+        "uneven": {"root": heads, "batch_size": 7, "tasks_per_backward": 2},
+        "agreement": {
+            "root": heads,
+            "objective": tm.Entropy(agreement=2.0),
+            "recipe": recipe(heads, grouping=chunks),
+        },
+        "diversity": {
+            "root": heads,
+            "objective": tm.Entropy(diversity=1.0),
+            "batch_size": 7,
+            "keep_better": True,
+        },
+        "rule": {
+            "root": heads,
+            "combine": PCGrad(),
+            "constraint": tm.Box(0.0, 1.0),
+            "clip": 0.05,
+            "anchor": tm.Anchor(0.1),
+        },
+        "alignment": {
+            "root": root / "words",
+            "recipe": words,
+            "objective": tm.Alignment(hidden=0.5, layers=(0, 1, -1)),
+        },
+        "checkpointing": {
+            "root": root / "words",
+            "recipe": words,
+            "kind": Checkpointing,
+            "objective": tm.Alignment(),
+        },
+        "preprocessed": {
+            "root": heads,
+            "recipe": recipe(heads, preprocess=[tm.Ties(0.4)]),
+            "keep_better": True,
+        },
+        "mixed": {"root": heads, "precision": "bf16-mixed"},
+        "bfloat16": {"root": root / "words", "recipe": words, "weights": "bfloat16"},
+    }
+
+
+ROUNDED = {
+    "mixed": 2e-4,
+    "bfloat16": 2e-4,
+}  # weight gradients are rounded to bfloat16 before they are added up
+
+
+def fits(root: Path, processes: int, sharded: bool, names: Sequence[str]) -> dict[str, Any]:
+    """One process's part of all these cases: coefficients of each."""
+    ended = {}
+    for name in names:
+        settings = cases(root)[name]
+        folder = root / f"{processes}{'s' if sharded else ''}" / name
+        ended[name] = world_fit(settings.pop("root"), folder, processes, sharded=sharded, **settings)
+    return ended
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("ranks")
+    write_world(root / "heads")
+    write_languages(root / "words")
+    return root
+
+
+@pytest.fixture(scope="module")
+def ended(worlds: Path) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """Kind of run -> each rank's coefficients of every case."""
+    names = list(cases(worlds))
+    started = {
+        "1": Ranks(1, fits, worlds, 1, False, names),
+        "2": Ranks(2, fits, worlds, 2, False, names),
+        "4": Ranks(4, fits, worlds, 4, False, ["uneven", "diversity"]),
+        "2 sharded": Ranks(2, fits, worlds, 2, True, ["agreement", "alignment"]),
+        "4 sharded": Ranks(4, fits, worlds, 4, True, names),
+    }
+    return {kind: sound(ranks.join()) for kind, ranks in started.items()}
+
+
+@pytest.mark.parametrize("kind", ["2", "4", "2 sharded", "4 sharded"])
+def test_any_number_of_processes_ends_with_the_same_coefficients(
+    ended: dict[str, list[dict[str, torch.Tensor]]], kind: str
+) -> None:
+    alone = ended["1"][0]
+    for results in ended[kind]:
+        for name, coefficients in results.items():
+            assert torch.equal(coefficients, ended[kind][0][name]), name  # of every rank, to the bit
+            apart = (coefficients - alone[name]).abs().max().item()
+            assert apart < ROUNDED.get(name, 1e-6), name

@@ -1,0 +1,79 @@
+"""The rows of a parameter that this process holds, and its task vectors over just these rows.
+
+FSDP2 splits dimension 0 as `torch.chunk` does: ceil(rows / N) rows a process, the last ones fewer or none.
+A merge is linear and row by row, so a process reads and writes only its own rows of base and task vectors,
+views of the mapped files; the inner products of all processes add up to those of the whole.
+
+Legend: `K` experts, `C` chunks of one parameter, `N` processes, `*S` parameter shape, `H` rows held here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from trainmerge.kernels import accumulation_dtype, chunk_bounds
+from trainmerge.task_vectors import Delta
+
+
+def held_rows(rows: int, process: int, processes: int) -> slice:
+    """Which of `rows` a process holds.
+
+    >>> [held_rows(5, process, 4) for process in range(4)]
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None), slice(5, 5, None)]
+    """
+    size = -(-rows // processes)
+    return slice(min(process * size, rows), min((process + 1) * size, rows))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of it: its rows [H, ...] if it is sharded, else all of it. A view."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def rows_of(parameter: Tensor) -> slice:
+    """The rows that `local(parameter)` are of the whole."""
+    if not isinstance(parameter, DTensor):
+        return slice(None)
+    mesh = parameter.device_mesh
+    return held_rows(parameter.shape[0], mesh.get_local_rank(), mesh.size())
+
+
+@dataclass(frozen=True)
+class HeldDelta:
+    """A delta over the rows that this process holds; chunks are those of the whole parameter."""
+
+    delta: Delta
+    held: slice
+
+    def merge(self, out: Tensor, coefficients: Tensor) -> None:
+        """Write the held rows of base + sum_k coefficients[k, chunk] tau_k into `out` [H, ...]."""
+        for chunk, rows in self._pieces(coefficients.shape[1]):
+            own = coefficients[:, chunk : chunk + 1]
+            self.delta.rows(rows).merge(out[self._here(rows)], own)
+
+    def inner(self, grad: Tensor, chunks: int) -> Tensor:
+        """<grad, tau_k> over the held rows of every chunk, `grad` [H, ...] -> [K, C]."""
+        dtype = accumulation_dtype(grad.dtype)
+        found = torch.zeros(len(self.delta.terms), chunks, dtype=dtype, device=grad.device)
+        for chunk, rows in self._pieces(chunks):
+            found[:, chunk] = self.delta.rows(rows).inner(grad[self._here(rows)], 1)[:, 0]
+        return found
+
+    def _pieces(self, chunks: int) -> Iterator[tuple[int, slice]]:
+        """Each chunk that this process holds rows of, and which: bounds of chunks cut at the shard's."""
+        for chunk, (first, last) in enumerate(pairwise(chunk_bounds(self.delta.shape[0], chunks))):
+            rows = slice(max(first, self.held.start), min(last, self.held.stop))
+            if rows.start < rows.stop:
+                yield chunk, rows
+
+    def _here(self, rows: slice) -> slice:
+        return slice(rows.start - self.held.start, rows.stop - self.held.start)
+
+
+def held(delta: Delta, parameter: Tensor) -> Delta | HeldDelta:
+    """The delta of what this process holds of the parameter."""
+    return HeldDelta(delta, rows_of(parameter)) if isinstance(parameter, DTensor) else delta
