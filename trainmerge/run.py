@@ -18,6 +18,8 @@ from trainmerge.module import MergeModule
 from trainmerge.provenance import describe, load_snapshot
 from trainmerge.run_folder import RunFolder, differences
 from trainmerge.safeguard import keep_the_better, warn_if_it_never_fell
+from trainmerge.trajectory import KeepTrajectory
+from trainmerge.usage import KeepUsage
 
 SETTINGS: dict[str, Any] = {
     "max_epochs": -1,  # steps count; an epoch is what is left of them
@@ -40,7 +42,8 @@ def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.
     if arguments.pop("default_root_dir", None):
         raise ValueError("trainer.default_root_dir is the run folder: set --run instead")
     folder = RunFolder(Path(run))
-    callbacks = [*(arguments.pop("callbacks", None) or []), Snapshots(folder, save_every)]
+    given_callbacks = arguments.pop("callbacks", None) or []
+    callbacks = [*given_callbacks, KeepTrajectory(folder), KeepUsage(folder), Snapshots(folder, save_every)]
     if arguments.pop("enable_progress_bar", None) is not False:
         callbacks.append(progress_bar())
     bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
