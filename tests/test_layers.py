@@ -42,6 +42,12 @@ FLOORS = {
     "export": 6,
     "module": 7,
     "report": 7,
+    "kinds": 3,
+    "geometry": 4,
+    "trajectory": 8,
+    "usage": 8,
+    "stopping": 8,
+    "loggers": 8,
     "evaluate": 7,
     "callbacks": 8,
     "provenance": 8,
@@ -55,11 +61,14 @@ FLOORS = {
     "cli": 11,
     "__init__": 12,  # the public names
 }
-FOLDERS = {"checkpoints", "kernels", "objectives", "preprocess"}
+FOLDERS = {"checkpoints", "inspection", "kernels", "objectives", "preprocess", "report"}
+
+CALLBACKS = {"loggers", "stopping", "trajectory", "usage"}
 
 # Large dependencies stay in the rooms that are about them.
 ONLY_IN = {
-    "pytorch_lightning": {"module", "calibration", "callbacks", "run", "fit_cli", "cli"},
+    "pytorch_lightning": {"module", "calibration", "callbacks", "run", "fit_cli", "cli", *CALLBACKS},
+    "matplotlib": {"report", "loggers"},
     "lightning": set(),  # the same under another name
     "transformers": {"checkpoints", "tokenizer"},
     "peft": {"checkpoints"},

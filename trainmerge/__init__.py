@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from trainmerge.export import export_merge, export_run
     from trainmerge.functional import merged_weights
     from trainmerge.heads import LabelHead, LinearHead
+    from trainmerge.inspection import inspect_path
     from trainmerge.merged_model import MergedModel
     from trainmerge.module import MergeModule
     from trainmerge.objectives import Alignment, Entropy, Objective
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
     )
     from trainmerge.presets import T3, DomainPosterior, LayerSwap, MetricsWeighted, Preset
     from trainmerge.recipe import Expert, Recipe
+    from trainmerge.report import write_report
     from trainmerge.run import fit, make_trainer
+    from trainmerge.stopping import StopWhenFlat
     from trainmerge.task_vectors import TaskVectors
 
 _HOMES = {
@@ -53,6 +56,7 @@ _HOMES = {
     "trainmerge.examples": ["Columns"],
     "trainmerge.functional": ["merged_weights"],
     "trainmerge.heads": ["LabelHead", "LinearHead"],
+    "trainmerge.inspection": ["inspect_path"],
     "trainmerge.merged_model": ["MergedModel"],
     "trainmerge.module": ["MergeModule"],
     "trainmerge.objectives": ["Alignment", "Entropy", "Objective"],
@@ -77,7 +81,9 @@ _HOMES = {
     ],
     "trainmerge.presets": ["T3", "DomainPosterior", "LayerSwap", "MetricsWeighted", "Preset"],
     "trainmerge.recipe": ["Expert", "Recipe"],
+    "trainmerge.report": ["write_report"],
     "trainmerge.run": ["fit", "make_trainer"],
+    "trainmerge.stopping": ["StopWhenFlat"],
     "trainmerge.task_vectors": ["TaskVectors"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -120,6 +126,7 @@ __all__ = [
     "Sigmoid",
     "Simplex",
     "Slerp",
+    "StopWhenFlat",
     "TaskVectors",
     "Ties",
     "Tsv",
@@ -129,9 +136,11 @@ __all__ = [
     "export_merge",
     "export_run",
     "fit",
+    "inspect_path",
     "load_coefficients",
     "make_trainer",
     "merged_weights",
+    "write_report",
 ]
 
 

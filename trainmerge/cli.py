@@ -16,8 +16,9 @@ commands:
              for a second fit:    trainmerge fit ... --recipe.grouping.chunks chunks.json
   export     write the model:     trainmerge export runs/first merged/
   evaluate   score it:            trainmerge evaluate runs/first
-  inspect    look before or after: trainmerge inspect runs/first
-             or a config's recipe: trainmerge inspect configs/adamerging.yaml
+  report     draw it:             trainmerge report runs/first
+  inspect    look before or after: trainmerge inspect configs/adamerging.yaml
+             what to begin with:  trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
 
 trainmerge COMMAND --help lists a command's options; fit also takes --print_config.
 """
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         "export": _export,
         "evaluate": _evaluate,
         "inspect": _inspect,
+        "report": _report,
     }
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -81,6 +83,10 @@ def _evaluate(arguments: list[str]) -> int:
 
 def _inspect(arguments: list[str]) -> int:
     return _plain(inspect, arguments)
+
+
+def _report(arguments: list[str]) -> int:
+    return _plain(report, arguments)
 
 
 def _plain(command: Callable[..., None], arguments: list[str]) -> int:
@@ -153,19 +159,46 @@ def evaluate(
     )
 
 
-def inspect(path: str, every: bool = False) -> None:
-    """Show what would be merged, or was: sizes, groups, what is left out and why, coefficients.
+def inspect(
+    path: str,
+    every: bool = False,
+    weights: Literal["auto", "yes", "no"] = "auto",
+    suggest: str = "",
+    output: str = "",
+) -> None:
+    """Show what would be merged, or was: sizes, groups, what is left out and why, and what looks odd.
 
     Examples: trainmerge inspect configs/adamerging.yaml
-              trainmerge inspect runs/first
+              trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
+              trainmerge inspect runs/first --weights no
 
     Args:
         path: A configuration, a run folder, or an exported checkpoint.
         every: List every parameter instead of a summary.
+        weights: Read the weights too, for experts that are alike, outliers and locked attention; `auto` reads
+            up to 2 GiB of them.
+        suggest: Write a suggested configuration, with its reasons, to this YAML file.
+        output: Write everything to this JSON file too.
     """
     from trainmerge.inspection import inspect_path
 
-    inspect_path(Path(path), every)
+    inspect_path(
+        Path(path), every, weights, Path(suggest) if suggest else None, Path(output) if output else None
+    )
+
+
+def report(run: str, out: str = "") -> None:
+    """Draw a run: one page with coefficients, losses, task vectors, scores; a PNG and a CSV a picture.
+
+    Example: trainmerge report runs/first
+
+    Args:
+        run: The run folder.
+        out: The folder to write; `report` in the run by default.
+    """
+    from trainmerge.report import write_report
+
+    print(f"report: {write_report(run, out or None)}")
 
 
 if __name__ == "__main__":

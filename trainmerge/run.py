@@ -14,12 +14,15 @@ from trainmerge.checkpoints import check_finite
 from trainmerge.coefficients import save_coefficients
 from trainmerge.config import write_config
 from trainmerge.folders import write_whole
+from trainmerge.loggers import LogCoefficients, keep_csv
 from trainmerge.module import MergeModule
 from trainmerge.provenance import describe, load_snapshot
 from trainmerge.run_folder import RunFolder, differences
 from trainmerge.safeguard import keep_the_better, warn_if_it_never_fell
 from trainmerge.trajectory import KeepTrajectory
 from trainmerge.usage import KeepUsage
+
+MANY_HELD = 0.25  # share of coefficients at a bound
 
 SETTINGS: dict[str, Any] = {
     "max_epochs": -1,  # steps count; an epoch is what is left of them
@@ -43,6 +46,10 @@ def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.
         raise ValueError("trainer.default_root_dir is the run folder: set --run instead")
     folder = RunFolder(Path(run))
     given_callbacks = arguments.pop("callbacks", None) or []
+    if any(isinstance(callback, pl.callbacks.EarlyStopping) for callback in given_callbacks):
+        raise ValueError(
+            "EarlyStopping looks at the end of epochs, and a fit is one: use trainmerge.StopWhenFlat instead"
+        )
     callbacks = [*given_callbacks, KeepTrajectory(folder), KeepUsage(folder), Snapshots(folder, save_every)]
     if arguments.pop("enable_progress_bar", None) is not False:
         callbacks.append(progress_bar())
@@ -52,6 +59,8 @@ def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.
     more = (
         loggers if isinstance(loggers, list) else [loggers] if isinstance(loggers, pl.loggers.Logger) else []
     )
+    if more:
+        callbacks.insert(0, LogCoefficients(more))
     return pl.Trainer(
         **{**SETTINGS, **given},
         callbacks=callbacks,
@@ -113,6 +122,7 @@ def fit(
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         warn_if_unmoved(module)
+        warn_if_at_bound(module)
     if module.keep_better:
         keep_the_better(module, data, folder)
     else:
@@ -150,6 +160,7 @@ def prepare(
     if config:
         write_whole(folder.config, config)
     folder.drop_snapshots_after(step)
+    keep_csv(trainer.loggers, step)
     for logger in trainer.loggers:
         if isinstance(logger, JsonLines):
             logger.keep_until(step)
@@ -169,5 +180,18 @@ def warn_if_unmoved(module: MergeModule) -> None:
     if moved < 1e-4:
         warnings.warn(
             f"the coefficients moved by {moved:.1e} at most: raise the learning rate or trainer.max_steps",
+            stacklevel=2,
+        )
+
+
+def warn_if_at_bound(module: MergeModule) -> None:
+    """Say so when a bound, rather than the loss, decides many of the coefficients."""
+    coefficients = module.coefficients
+    with torch.no_grad():
+        held = coefficients.constraint.at_bound(coefficients()).float().mean().item()
+    if held >= MANY_HELD:
+        warnings.warn(
+            f"{100 * held:.0f}% of the coefficients sit at a bound of {coefficients.constraint}: widen it, "
+            "lower the learning rate, or leave them free",
             stacklevel=2,
         )

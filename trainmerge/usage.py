@@ -1,7 +1,6 @@
 """What a fit took: wall and CPU seconds, and memory, a line a process that worked on it."""
 
 import json
-
 import resource
 import sys
 import time
@@ -65,7 +64,7 @@ class KeepUsage(Callback):
 
 
 def anonymous_bytes() -> int | None:
-    """This process's memory that no file backs, at present; None where the system does not say."""
+    """Memory of the process that no file backs, at present; None where the system does not say."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return None

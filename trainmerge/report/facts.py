@@ -29,17 +29,12 @@ def headline(numbers: Numbers) -> list[tuple[str, str]]:
     return facts
 
 
-def score_section(scores: Scores, metric: Metric, picture: str) -> Section:
-    """The radar, and the table as `trainmerge evaluate` prints it."""
+def score_table(scores: Scores, metric: Metric) -> str:
+    """The table that `trainmerge evaluate` prints."""
     means = {row: metric.mean(own) for row, own in scores.items()}
     header, rows = score_rows(metric.name, scores, means, metric.normalised(scores))
     names = list(scores)
-    words = (
-        "Each task's own expert is 1: the thick ring. `task arithmetic` is the best of one coefficient for all, "
-        "chosen on these very test examples; the learned merge never saw them."
-    )
-    best = names.index("learned") if "learned" in names else -1
-    return Section("scores", "Scores", words, picture + table(header, rows, best))
+    return table(header, rows, best=names.index("learned") if "learned" in names else -1)
 
 
 def merged_section(numbers: Numbers) -> Section:
@@ -91,8 +86,8 @@ def usage_section(usage: Sequence[Mapping[str, Any]]) -> Section:
     ]
     words = (
         "A row a process that worked on the run, with loading and recording. Resident memory counts mapped "
-        "files, which the kernel takes back when it needs to; `own` is what it cannot. Killed processes leave "
-        "no row."
+        "files, which the kernel takes back when it needs to; `own` is what it cannot. Killed processes "
+        "leave no row."
     )
     return Section("usage", "Time and memory", words, table(header, rows))
 
@@ -136,7 +131,10 @@ def _some(excluded: Mapping[str, str], reason: str) -> list[str]:
 
 
 def _plain(value: Any) -> str:
+    """A plug-in as it would be written in Python; settings as name=value; other texts in one line."""
     if isinstance(value, Mapping) and "class_path" in value:
         settings = ", ".join(f"{k}={v}" for k, v in value.get("init_args", {}).items())
         return f"{str(value['class_path']).rpartition('.')[2]}({settings})"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}={v}" for k, v in value.items())
     return " ".join(str(value).split())

@@ -37,7 +37,7 @@ class Grid:
 
 
 def grid_of(layout: Layout, values: Tensor) -> Grid:
-    """The mean of each block's coefficients, kind by kind; of all kinds, where a block has only one anyway."""
+    """The mean of each block's coefficients, kind by kind, unless a block has but one coefficient."""
     names = list(layout.groups)
     numbers = {name: number for name in names if (number := number_of(name))}
     places = {number: place for place, number in enumerate(sorted(set(numbers.values())))}

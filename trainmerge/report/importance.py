@@ -13,7 +13,7 @@ SHOWN = 24
 def magnitudes(layout: Layout, values: Tensor, geometry: Geometry) -> dict[str, float]:
     """I_l = sum_k |c_kl| ||tau_kl||_1 of each merged parameter, summing to one (arXiv 2509.25712).
 
-    The same as `trainmerge.importance.magnitude`, from sums that are there already; all zero if nothing moves.
+    As `trainmerge.importance.magnitude`, from sums that are there already; all zero if nothing moves.
     """
     places = {name: place for place, name in enumerate(geometry.names)}
     weights = {name: values[:, list(groups)].abs().mean(dim=1) for name, groups in layout.groups.items()}

@@ -24,8 +24,8 @@ header { padding-top: 44px; }
 h1 { font-size: 30px; margin: 0 0 2px; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 0 0 6px; }
 .under { color: var(--quiet); margin: 0 0 20px; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 0 0 18px;
-  padding: 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
+  margin: 0 0 18px; padding: 0; }
 .facts div, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .facts div { padding: 10px 14px; }
 .facts dt { color: var(--quiet); font-size: 12.5px; }
@@ -34,12 +34,13 @@ nav { margin: 0 0 18px; color: var(--quiet); font-size: 13.5px; }
 a { color: var(--mark); text-decoration: none; } a:hover { text-decoration: underline; }
 section { padding: 18px 20px 14px; margin: 0 0 18px; }
 section p { max-width: 76ch; margin: 0 0 12px; color: var(--quiet); }
-figure { margin: 0; overflow-x: auto; } figure svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+figure { margin: 0; overflow-x: auto; }
+figure svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 figcaption { font-size: 12.5px; color: var(--quiet); margin-top: 6px; text-align: right; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 10px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .texts th { text-align: left; }
 td.wide { white-space: normal; overflow-wrap: anywhere; text-align: left; }
 th { color: var(--quiet); font-weight: 600; } tr.best td { font-weight: 700; }
 tbody tr:last-child td { border-bottom: 0; }
@@ -115,4 +116,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], best: int = -1, 
         + "</tr>"
         for i, row in enumerate(rows)
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = ' class="texts"' if wide else ""
+    return (
+        f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )

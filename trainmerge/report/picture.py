@@ -129,8 +129,8 @@ def heat(
             if np.isfinite(value):
                 dark = _lightness(colormaps[colours](scale(value))) > 0.5
                 ax.text(
-                    column + 0.5, row + 0.5, signless(number.format(value)), ha="center", va="center_baseline",
-                    size=size, color=DARK if dark else LIGHT,
+                    column + 0.5, row + 0.5, signless(number.format(value)), ha="center",
+                    va="center_baseline", size=size, color=DARK if dark else LIGHT,
                 )  # fmt: skip
     return mesh
 

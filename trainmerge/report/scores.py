@@ -54,8 +54,9 @@ def score_picture(scores: Scores, metric: Metric) -> Picture | None:
     return Picture(
         "scores",
         "Scores",
-        f"Each task's own expert is 1 (thick ring or line); {what}. The middle of a radar is not 0: look at its "
-        "rings. `task arithmetic` is the best of one coefficient for all, chosen on these very test examples.",
+        f"Each task's own expert is 1, the thick line; what is drawn is {what}. The middle of a radar is "
+        "not 0: look at its rings. `task arithmetic` is the best of one coefficient for all, chosen on these "
+        "very test examples.",
         "Scores relative to the experts, mean over tasks: "
         + ", ".join(f"{row} {mean:.3f}" for row, mean in means.items()),
         figure,

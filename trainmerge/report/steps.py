@@ -37,8 +37,8 @@ def path_picture(experts: Sequence[str], trajectory: Trajectory) -> Picture:
         "path",
         "Their path",
         f"Coefficients after each of {S} kept steps. Thin: single ones"
-        f"{f', {SHOWN} of {G}' if G > SHOWN else ''}; thick: their mean; shaded: eight of ten. The dot and the "
-        "dotted line are the start. Paths that still climb at the end ask for more steps.",
+        f"{f', {SHOWN} of {G}' if G > SHOWN else ''}; thick: their mean; shaded: eight of ten. The dot and "
+        "the dotted line are the start. Paths that still climb at the end ask for more steps.",
         "Lines of coefficients over steps. Mean distance from the start: "
         + ", ".join(f"{name} {far:.3f}" for name, far in zip(experts, moved, strict=True)),
         figure,

@@ -74,8 +74,9 @@ def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     return Picture(
         "similarity",
         "Similarity of the task vectors",
-        "Near 0, two experts changed the weights in directions that do not meet, and both fit into one model; "
-        "near 1 they changed the same, and count double if both are taken whole; below 0 they undo each other.",
+        "Near 0, two experts changed the weights in directions that do not meet, and both fit into one "
+        "model; near 1 they changed the same, and count double if both are taken whole; below 0 they undo "
+        "each other.",
         f"Heat maps of cosines between the experts' task vectors. The most alike: {top}.",
         figure,
         ["block", "expert", "other", "cosine"],
@@ -118,8 +119,8 @@ def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
         "norms",
         "How far the experts went, and where they disagree",
         "Above: ||expert - base|| / ||base|| of each block. An expert that went much further than the others "
-        "outweighs them at the same coefficient. Below: the mean over pairs of experts; a half is what chance "
-        "gives, less means that they agree more often than not.",
+        "outweighs them at the same coefficient. Below: the mean over pairs of experts; a half is what "
+        "chance gives, less means that they agree more often than not.",
         f"A heat map of relative lengths ({far} over all weights) and bars of sign conflicts.",
         figure,
         ["block", *(f"length, {name}" for name in experts), "opposed"],

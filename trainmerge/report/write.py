@@ -11,7 +11,7 @@ from trainmerge.report.facts import (
     headline,
     merged_section,
     origin_section,
-    score_section,
+    score_table,
     usage_section,
 )
 from trainmerge.report.heatmap import heatmap
@@ -80,7 +80,7 @@ def _shown(picture: Picture, folder: Path, numbers: Numbers) -> Section:
         writer.writerows(picture.rows)
     body = drawing(picture.figure, picture.stem, picture.alt, files)
     if picture.stem == "scores":
-        return score_section(numbers.scores, numbers.metric, body)
+        body += score_table(numbers.scores, numbers.metric)
     return Section(picture.stem, picture.title, picture.words, body)
 
 
