@@ -22,6 +22,7 @@ FLOORS = {
     "run_folder": 1,
     "storage": 1,
     "tables": 1,
+    "trajectory": 1,
     "tokenizer": 2,
     "calibration": 3,
     "coefficients": 2,
@@ -44,8 +45,7 @@ FLOORS = {
     "report": 7,
     "kinds": 3,
     "geometry": 4,
-    "trajectory": 8,
-    "usage": 8,
+    "keeping": 8,
     "stopping": 8,
     "loggers": 8,
     "evaluate": 7,
@@ -63,7 +63,7 @@ FLOORS = {
 }
 FOLDERS = {"checkpoints", "inspection", "kernels", "objectives", "preprocess", "report"}
 
-CALLBACKS = {"loggers", "stopping", "trajectory", "usage"}
+CALLBACKS = {"keeping", "loggers", "stopping"}
 
 # Large dependencies stay in the rooms that are about them.
 ONLY_IN = {

@@ -1,6 +1,7 @@
 """What kind of module a parameter belongs to, and which block: by its name alone, for any architecture."""
 
 import re
+from collections.abc import Sequence
 
 from trainmerge.coefficients import block_of
 
@@ -56,3 +57,24 @@ def number_of(name: str) -> tuple[str, int] | None:
     if number.isdigit():
         return stack, int(number)
     return None
+
+
+def block_labels(blocks: Sequence[str]) -> list[str]:
+    """Short names of blocks: their numbers, with the stack's if there are several, or a module's last name.
+
+    >>> block_labels(["model.encoder.layers.0", "model.decoder.layers.0", "model.norm"])
+    ['enc 0', 'dec 0', 'norm']
+    >>> block_labels(["encoder.layer.0", "encoder.layer.1"])
+    ['0', '1']
+    """
+    numbers = [number_of(f"{block}.weight") for block in blocks]
+    stacks = {number[0] for number in numbers if number}
+    labels = []
+    for block, number in zip(blocks, numbers, strict=True):
+        if number is None:
+            labels.append(block.rpartition(".")[2])
+        else:
+            others = [other.split(".") for other in stacks if other != number[0]]
+            own = [part for part in number[0].split(".") if not all(part in other for other in others)]
+            labels.append(f"{own[0][:3]} {number[1]}" if others and own else str(number[1]))
+    return labels

@@ -14,13 +14,12 @@ from trainmerge.checkpoints import check_finite
 from trainmerge.coefficients import save_coefficients
 from trainmerge.config import write_config
 from trainmerge.folders import write_whole
+from trainmerge.keeping import KeepTrajectory, KeepUsage
 from trainmerge.loggers import LogCoefficients, keep_csv
 from trainmerge.module import MergeModule
 from trainmerge.provenance import describe, load_snapshot
 from trainmerge.run_folder import RunFolder, differences
 from trainmerge.safeguard import keep_the_better, warn_if_it_never_fell
-from trainmerge.trajectory import KeepTrajectory
-from trainmerge.usage import KeepUsage
 
 MANY_HELD = 0.25  # share of coefficients at a bound
 

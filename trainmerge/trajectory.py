@@ -9,18 +9,11 @@ Legend: `K` experts, `G` coefficient groups.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
 from torch import Tensor
-from typing_extensions import override
-
-from trainmerge.coefficients import Coefficients
-from trainmerge.module import MergeModule
-from trainmerge.run_folder import RunFolder
 
 FEWEST, MOST = 16, 128  # records
 NUMBERS = 1 << 18  # in all records together, where that leaves `FEWEST` of them
@@ -52,7 +45,7 @@ def stride(step: int, numbers: int) -> int:
 
 def read_trajectory(path: Path, experts: int, groups: int) -> Trajectory | None:
     """The whole records of a file; None if it is not there or has none."""
-    kind = _record(experts, groups)
+    kind = record_of(experts, groups)
     if not path.is_file() or path.stat().st_size < kind.itemsize:
         return None
     records = np.fromfile(path, kind, count=path.stat().st_size // kind.itemsize)
@@ -61,58 +54,38 @@ def read_trajectory(path: Path, experts: int, groups: int) -> Trajectory | None:
     )
 
 
-class KeepTrajectory(Callback):
-    """Append the coefficients after each kept step; a resumed run drops the records it will write again."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.path = folder.trajectory
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        coefficients, step = _coefficients(pl_module), trainer.global_step
-        self._thin(step, coefficients)
-        if step == 0:
-            self._append(0, coefficients)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step, coefficients = trainer.global_step, _coefficients(pl_module)
-        numbers = coefficients.raw.numel()
-        if not trainer.is_global_zero or step % stride(step, numbers):
-            return
-        if stride(step, numbers) > stride(step - 1, numbers):
-            self._thin(step - 1, coefficients, every=stride(step, numbers))
-        self._append(step, coefficients)
-
-    def _append(self, step: int, coefficients: Coefficients) -> None:
-        record = np.zeros(1, _record(*coefficients.raw.shape))
-        record["step"], record["values"] = step, coefficients().detach().float().cpu().numpy()
-        with self.path.open("ab") as file:
-            file.write(record.tobytes())
-
-    def _thin(self, last: int, coefficients: Coefficients, every: int = 0) -> None:
-        """Keep only records that a run of `last` steps has; a half-written one goes too."""
-        kind = _record(*coefficients.raw.shape)
-        if last == 0:
-            self.path.unlink(missing_ok=True)
-        if not self.path.exists():
-            return
-        records = np.fromfile(self.path, kind, count=self.path.stat().st_size // kind.itemsize)
-        every = every or stride(last, coefficients.raw.numel())
-        kept = records[(records["step"] <= last) & (records["step"] % every == 0)]
-        aside = self.path.with_suffix(".tmp")
-        aside.write_bytes(kept.tobytes())
-        aside.replace(self.path)
-
-
-def _coefficients(module: pl.LightningModule) -> Coefficients:
-    assert isinstance(module, MergeModule)
-    return module.coefficients
-
-
-def _record(experts: int, groups: int) -> np.dtype[np.void]:
+def record_of(experts: int, groups: int) -> np.dtype[np.void]:
+    """One step and its coefficients, as they lie in the file."""
     return np.dtype([("step", "<i8"), ("values", "<f4", (experts, groups))])
+
+
+def thin(path: Path, last: int, shape: tuple[int, int], every: int = 0) -> None:
+    """Keep only the records [K, G] that a run of `last` steps has; a half-written one goes too.
+
+    `every` is the stride, that of `last` by default.
+    """
+    if last == 0:
+        path.unlink(missing_ok=True)
+    if not path.exists():
+        return
+    kind = record_of(*shape)
+    records = np.fromfile(path, kind, count=path.stat().st_size // kind.itemsize)
+    every = every or stride(last, shape[0] * shape[1])
+    kept = records[(records["step"] <= last) & (records["step"] % every == 0)]
+    aside = path.with_suffix(".tmp")
+    aside.write_bytes(kept.tobytes())
+    aside.replace(path)
+
+
+def append(path: Path, step: int, values: Tensor) -> None:
+    """Add the coefficients [K, G] after a step, thinning what is there if the run has become too long."""
+    experts, groups = values.shape
+    now, before = stride(step, values.numel()), stride(max(0, step - 1), values.numel())
+    if step % now:
+        return
+    if now > before:
+        thin(path, step - 1, (experts, groups), every=now)
+    record = np.zeros(1, record_of(experts, groups))
+    record["step"], record["values"] = step, values.detach().float().cpu().numpy()
+    with path.open("ab") as file:
+        file.write(record.tobytes())

@@ -25,7 +25,7 @@ def headline(numbers: Numbers) -> list[tuple[str, str]]:
         ]
     relative = numbers.metric.normalised(numbers.scores).get("learned")
     if relative is not None:
-        facts.append(("of the experts' level", f"{100 * relative:.1f}%"))
+        facts.append(("experts' level", f"{100 * relative:.1f}%"))
     return facts
 
 
@@ -104,7 +104,7 @@ def origin_section(manifest: Mapping[str, Any]) -> Section:
         if key in manifest
     ]
     words = "What makes it again; manifest.json has checksums of every file as well."
-    return Section("origin", "Where it comes from", words, table(["", ""], rows, wide=True))
+    return Section("origin", "Where it comes from", words, table(["what", ""], rows, wide=True))
 
 
 def duration(seconds: float) -> str:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from trainmerge.coefficients import Layout, block_of
-from trainmerge.kinds import KINDS, OTHER, kind_of, number_of
+from trainmerge.kinds import KINDS, OTHER, block_labels, kind_of, number_of
 from trainmerge.report.picture import (
     INK,
     QUIET,
@@ -57,7 +57,8 @@ def grid_of(layout: Layout, values: Tensor) -> Grid:
         for place, groups in cells[kind].items():
             inside[kind][:, place] = values[:, groups].mean(dim=1)
     means = {module: values[:, groups].mean(dim=1) for module, groups in outside.items()}
-    return Grid(_block_names(list(places)), inside, means)
+    labels = block_labels([f"{stack}.{number}" for stack, number in places])
+    return Grid(tuple(labels), inside, means)
 
 
 def _one_a_block(layout: Layout) -> bool:
@@ -65,13 +66,6 @@ def _one_a_block(layout: Layout) -> bool:
     for name, groups in layout.groups.items():
         sets.setdefault(block_of(name), set()).add(tuple(groups))
     return all(len(groups) == 1 for groups in sets.values())
-
-
-def _block_names(places: Sequence[tuple[str, int]]) -> tuple[str, ...]:
-    """Bare numbers, unless there are several stacks (an encoder and a decoder)."""
-    stacks = list(dict.fromkeys(stack for stack, _ in places))
-    prefix = {stack: f"{stack.split('.')[0][:3]} " if len(stacks) > 1 else "" for stack in stacks}
-    return tuple(f"{prefix[stack]}{number}" for stack, number in places)
 
 
 def heatmap(

@@ -7,7 +7,7 @@ from trainmerge.coefficients import Layout
 from trainmerge.geometry import Geometry
 from trainmerge.report.picture import COLOURS, INK, Picture, shortened
 
-SHOWN = 24
+SHOWN = 16
 
 
 def magnitudes(layout: Layout, values: Tensor, geometry: Geometry) -> dict[str, float]:

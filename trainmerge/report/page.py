@@ -1,6 +1,7 @@
 """One HTML page that holds everything it shows: no script, and nothing is asked of any network."""
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -65,7 +66,7 @@ def page(title: str, under: str, facts: Sequence[tuple[str, str]], sections: Seq
     boxes = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
     links = " · ".join(f'<a href="#{s.anchor}">{escape(s.title)}</a>' for s in sections)
     bodies = "\n".join(
-        f'<section id="{s.anchor}"><h2>{escape(s.title)}</h2>\n<p>{escape(s.words)}</p>\n{s.body}</section>'
+        f'<section id="{s.anchor}"><h2>{escape(s.title)}</h2>\n<p>{_words(s.words)}</p>\n{s.body}</section>'
         for s in sections
     )
     return f"""<!doctype html>
@@ -94,13 +95,20 @@ def page(title: str, under: str, facts: Sequence[tuple[str, str]], sections: Seq
 """
 
 
+def _words(text: str) -> str:
+    """Prose as HTML; what stands in backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
 def drawing(figure: Figure, name: str, alt: str, files: Sequence[str]) -> str:
     """A figure as inline SVG whose ink is the page's, with links to its files."""
-    with matplotlib.rc_context({"svg.hashsalt": name}):  # ids differ between pictures, not between runs
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # the same ids each time
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    svg = text[text.index("<svg") :].replace(INK, "currentColor")
+    head, _, rest = text[text.index("<svg") :].partition("<metadata>")  # only names of formats in it
+    svg = (head + rest.rpartition("</metadata>")[2]).replace(INK, "currentColor")
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)  # no two pictures share an id
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
     links = " · ".join(f'<a href="{escape(file)}">{escape(file)}</a>' for file in files)
     return f"<figure>\n{svg}\n<figcaption>{links}</figcaption></figure>"

@@ -150,7 +150,7 @@ def ticks(ax: Axes, rows: Sequence[str], columns: Sequence[str], shift: float = 
         ax.set_yticks(np.arange(len(rows)) + shift, [shortened(row, 26) for row in rows])
     long = any(len(name) > 5 for name in columns)
     places = range(0, len(columns), 1 if long or len(columns) <= 24 else 4)
-    slope = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if long else {}
+    slope: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if long else {}
     ax.set_xticks([i + shift for i in places], [shortened(columns[i], 26) for i in places], **slope)
 
 

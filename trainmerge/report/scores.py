@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -113,7 +114,7 @@ def _bars(rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> Figu
     return figure
 
 
-def _line(row: str, k: int) -> dict[str, object]:
+def _line(row: str, k: int) -> dict[str, Any]:
     if row == LEARNED:
         return {**look(0), "linestyle": "-", "linewidth": 2.4, "marker": "o"}
     return {**look(k + 1), "color": ("#7a7a7a", "#d55e00", "#009e73", "#b25c91")[k % 4]}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainmerge.coefficients import block_of
 from trainmerge.geometry import Geometry
-from trainmerge.kinds import number_of
+from trainmerge.kinds import block_labels, number_of
 from trainmerge.report.picture import (
     INK,
     QUIET,
@@ -35,11 +35,6 @@ def blocks_of(geometry: Geometry) -> dict[str, Geometry]:
     for name in sorted(geometry.names, key=lambda name: number_of(name) or ("", -1)):
         members.setdefault(block_of(name), []).append(name)
     return {block: geometry.of(names) for block, names in members.items()}
-
-
-def short_blocks(blocks: Sequence[str]) -> list[str]:
-    """Numbers for numbered blocks, the last names of others."""
-    return [str(number[1]) if (number := number_of(f"{b}.w")) else b.rpartition(".")[2] for b in blocks]
 
 
 def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
@@ -64,7 +59,7 @@ def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     heat(right, lines, scale, cell=0.42 if len(blocks) <= 14 else 0)
     right.set_title("block by block" + (f", {PAIRS} of {len(pairs)} pairs" if len(pairs) > PAIRS else ""))
     names = [f"{shortened(experts[i], 12)} · {shortened(experts[j], 12)}" for i, j in shown]
-    ticks(right, names, short_blocks(list(blocks)))
+    ticks(right, names, block_labels(list(blocks)))
     colour_bar(figure, [left, right], scale, "cosine of two task vectors (0 in the middle)")
     top = (
         f"{experts[pairs[0][0]]} and {experts[pairs[0][1]]}, {float(whole[pairs[0]]):.2f}"
@@ -102,7 +97,7 @@ def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     scale = Normalize(0, max(float(finite.max()) if finite.numel() else 0.0, 1e-6))
     heat(top, 100 * norms, Normalize(0, 100 * scale.vmax), number="{:.1f}", cell=0.42 if L <= 18 else 0)
     top.set_title("length of the task vector, in % of the base's weights")
-    names = short_blocks(list(blocks))
+    names = block_labels(list(blocks))
     ticks(top, experts, names)
     heights = conflicts.nan_to_num(0).tolist()
     bottom.bar(range(L), heights, width=0.7, color=QUIET, edgecolor=INK, hatch="//", linewidth=0.6)

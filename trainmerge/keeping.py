@@ -1,19 +1,47 @@
-"""What a fit took: wall and CPU seconds, and memory, a line a process that worked on it."""
+"""What a fit leaves on disk beside its result: the coefficients' path, and what it took."""
 
 import json
 import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from typing_extensions import override
 
+from trainmerge.module import MergeModule
 from trainmerge.run_folder import RunFolder
+from trainmerge.trajectory import append, thin
 
 UNIT = 1 if sys.platform == "darwin" else 1024  # what getrusage counts resident memory in
+
+
+class KeepTrajectory(Callback):
+    """Append the coefficients after each kept step; a resumed run drops the records it will write again."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.path = folder.trajectory
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, MergeModule)
+        if not trainer.is_global_zero:
+            return
+        experts, groups = pl_module.coefficients.raw.shape
+        thin(self.path, trainer.global_step, (experts, groups))
+        if trainer.global_step == 0:
+            append(self.path, 0, pl_module.coefficients())
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, MergeModule)
+        if trainer.is_global_zero:
+            append(self.path, trainer.global_step, pl_module.coefficients())
 
 
 class KeepUsage(Callback):
