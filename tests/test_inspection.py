@@ -51,25 +51,27 @@ def test_twins_outliers_scratch_and_a_shifted_gauge(world: Path, capsys: pytest.
     experts = world / "experts"
     shutil.copytree(experts / "mood", experts / "twin")
     shutil.copytree(experts / "mood", experts / "far")
+    shutil.copytree(world / "base", experts / "turned")
     shutil.copytree(world / "base", experts / "still")
     base = load_file(world / "base" / "model.safetensors")
     mine = load_file(experts / "far" / "model.safetensors")
     change(experts / "far", **{name: base[name] + 9 * (mine[name] - base[name]) for name in base})
     change(experts / "colour", **{"pooler.dense.weight": torch.randn(32, 32)})
-    change(experts / "twin", **{QUERY: 3.0, KEY: 1 / 3})
+    change(experts / "turned", **{QUERY: 3.0, KEY: 1 / 3})
     merge = recipe(world)
     more = {
-        name: replace(merge.experts["mood"], path=str(experts / name)) for name in ("twin", "far", "still")
+        name: replace(merge.experts["mood"], path=str(experts / name))
+        for name in ("twin", "far", "still", "turned")
     }
     text = found(world, replace(merge, experts={**merge.experts, **more}), output=world / "found.json")
     assert "mood and twin changed the weights almost alike" in text
     assert "far: the length of its task vector" in text
     assert "still is the base, bit for bit" in text
     assert "colour: pooler.dense.weight have nothing of the base's direction" in text
-    assert "twin: attention of encoder.layer.0 (query and key)" in text
+    assert "turned: attention of encoder.layer.0 (query and key)" in text
     assert text.count("attention of") == 1
     content = json.loads((world / "found.json").read_text())
-    assert content["geometry"]["experts"] == ["mood", "colour", "animal", "twin", "far", "still"]
+    assert content["geometry"]["experts"] == ["mood", "colour", "animal", *more]
     assert content["merged_parameters"] == 39
     assert "nothing is said" in found(world, merge, weights="no")
     assert "cos mood" not in capsys.readouterr().out.rpartition("what is merged")[2]

@@ -8,7 +8,6 @@ import subprocess
 from itertools import combinations
 from pathlib import Path
 
-import matplotlib
 import pytest
 import torch
 from PIL import Image
@@ -31,7 +30,7 @@ from trainmerge.preprocess import preprocess
 from trainmerge.report.heatmap import EVERYTHING, grid_of, heatmap
 from trainmerge.report.importance import importance_picture, magnitudes
 from trainmerge.report.numbers import gather
-from trainmerge.report.picture import STYLE
+from trainmerge.report.picture import style
 from trainmerge.report.scores import relative, score_picture
 from trainmerge.report.steps import loss_picture, path_picture
 from trainmerge.report.vectors import norm_picture, similarity_picture
@@ -147,7 +146,7 @@ def test_a_fit_draws_itself_and_outlives_its_report(
     assert "no report was drawn" in told.err
     assert "coefficients: " in told.out
     assert (run / "report" / "mine.txt").read_text() == "not a report"
-    assert main(["report", str(run), str(tmp_path / "out")]) == 0
+    assert main(["report", str(run), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "index.html").stat().st_size > 10_000
 
 
@@ -263,7 +262,7 @@ def test_pictures_of_any_size(tmp_path: Path, experts: int, blocks: int, granula
     path = Trajectory(torch.arange(3), torch.stack([values, values + 0.1, values + 0.3]))
     losses = {name: torch.tensor([[0, 500.0], [1, 0.1], [2, 0.01]]) for name in names}
     scores = {row: dict.fromkeys(names, 0.1 * i) for i, row in enumerate(("base", "learned", "expert"), 1)}
-    with matplotlib.rc_context(dict(STYLE)):
+    with style():
         drawn = [
             heatmap(names, layout, values, 0.3),
             path_picture(names, path),

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pytorch_lightning as pl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,7 +15,7 @@ from typing_extensions import override
 
 from trainmerge.module import MergeModule
 from trainmerge.report.heatmap import heatmap
-from trainmerge.report.picture import STYLE
+from trainmerge.report.picture import style
 
 
 class LogCoefficients(Callback):
@@ -31,7 +30,8 @@ class LogCoefficients(Callback):
     ) -> None:
         assert isinstance(pl_module, MergeModule)
         step = trainer.global_step - 1  # as Lightning counts what is logged
-        if step % trainer.log_every_n_steps or not trainer.is_global_zero:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step % every or not trainer.is_global_zero:
             return
         values = pl_module.coefficients().detach()
         numbers = {
@@ -48,7 +48,7 @@ class LogCoefficients(Callback):
         if not trainer.is_global_zero:
             return
         coefficients = pl_module.coefficients
-        with matplotlib.rc_context(dict(STYLE)):
+        with style():
             picture = heatmap(
                 coefficients.experts,
                 coefficients.layout,
@@ -65,8 +65,8 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
     figure.set_facecolor("white")
     figure.set_dpi(100)
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
 
 
 def show(logger: Logger, image: NDArray[np.uint8], step: int) -> None:

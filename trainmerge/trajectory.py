@@ -81,10 +81,10 @@ def append(path: Path, step: int, values: Tensor) -> None:
     """Add the coefficients [K, G] after a step, thinning what is there if the run has become too long."""
     experts, groups = values.shape
     now, before = stride(step, values.numel()), stride(max(0, step - 1), values.numel())
-    if step % now:
-        return
     if now > before:
         thin(path, step - 1, (experts, groups), every=now)
+    if step % now:
+        return
     record = np.zeros(1, record_of(experts, groups))
     record["step"], record["values"] = step, values.detach().float().cpu().numpy()
     with path.open("ab") as file:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from trainmerge.coefficients import Granularity
 from trainmerge.config import to_config
 from trainmerge.folders import write_whole
 from trainmerge.geometry import Geometry
@@ -36,7 +37,7 @@ def suggest(recipe: Recipe, examples: Mapping[str, int], geometry: Geometry | No
         return _closed(recipe)
     reasons = {}
     fewest = min(examples.values())
-    granularity = "tensor" if fewest >= ENOUGH else "block"
+    granularity: Granularity = "tensor" if fewest >= ENOUGH else "block"
     reasons["recipe.grouping.granularity"] = f"{fewest} examples an expert " + (
         "carry a coefficient a tensor" if fewest >= ENOUGH else "are few: fewer coefficients"
     )

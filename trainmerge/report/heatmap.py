@@ -15,6 +15,7 @@ from trainmerge.kinds import KINDS, OTHER, block_labels, kind_of, number_of
 from trainmerge.report.picture import (
     INK,
     QUIET,
+    WIDTH,
     Picture,
     colour_bar,
     heat,
@@ -54,9 +55,9 @@ def grid_of(layout: Layout, values: Tensor) -> Grid:
     inside = {}
     for kind in (kind for kind in order if kind in cells):
         inside[kind] = torch.full((len(values), len(places)), torch.nan)
-        for place, groups in cells[kind].items():
-            inside[kind][:, place] = values[:, groups].mean(dim=1)
-    means = {module: values[:, groups].mean(dim=1) for module, groups in outside.items()}
+        for place, own in cells[kind].items():
+            inside[kind][:, place] = values[:, own].mean(dim=1)
+    means = {module: values[:, own].mean(dim=1) for module, own in outside.items()}
     labels = block_labels([f"{stack}.{number}" for stack, number in places])
     return Grid(tuple(labels), inside, means)
 
@@ -102,10 +103,10 @@ def _cells(experts: Sequence[str], grid: Grid, middle: float) -> Figure:
         torch.cat([*(cells.flatten() for cells in grid.inside.values()), outside.flatten()]), middle
     )
     longest = max(len(shortened(name)) for name in experts)
-    cell = 0.44 if max(L, outside.shape[1]) <= 14 else max(0.09, min(0.3, 8.0 / max(L, 1)))
+    margin, wide = 0.07 * longest, max(L, outside.shape[1], 1)
+    cell = 0.44 if wide <= 14 else min(0.3, (WIDTH - margin - 0.3) / wide)
     count = len(grid.inside) + bool(grid.outside)
-    width = max(1.7, cell * max(L, outside.shape[1]) + 0.2)
-    figure, axes = panels(count, width, K * 0.25 + 0.42, 0.07 * longest, (False, True))
+    figure, axes = panels(count, max(1.7, cell * wide + 0.2), K * 0.25 + 0.42, margin, (False, True))
     for ax, (kind, cells) in zip(axes, grid.inside.items(), strict=False):
         heat(ax, cells, scale, cell=cell)
         ax.set_title(kind)

@@ -5,9 +5,11 @@ there is room.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import matplotlib
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -48,6 +50,11 @@ class Picture:
     figure: Figure
     header: Sequence[str]
     rows: Sequence[Sequence[str | float]]
+
+
+def style() -> AbstractContextManager[None]:
+    """Draw in the report's style; matplotlib's own settings come back afterwards."""
+    return matplotlib.rc_context(cast(Any, STYLE))
 
 
 def look(k: int) -> dict[str, Any]:

@@ -93,9 +93,9 @@ def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
         figsize=(min(WIDTH, max(5.6, 0.5 * L + 2.2)), 0.27 * len(experts) + 3.6), layout="constrained"
     )
     top, bottom = figure.subplots(2, 1, height_ratios=(0.27 * len(experts) + 0.3, 1.5))
-    finite = norms[norms.isfinite()]
+    finite = 100 * norms[norms.isfinite()]
     scale = Normalize(0, max(float(finite.max()) if finite.numel() else 0.0, 1e-6))
-    heat(top, 100 * norms, Normalize(0, 100 * scale.vmax), number="{:.1f}", cell=0.42 if L <= 18 else 0)
+    heat(top, 100 * norms, scale, number="{:.1f}", cell=0.42 if L <= 18 else 0)
     top.set_title("length of the task vector, in % of the base's weights")
     names = block_labels(list(blocks))
     ticks(top, experts, names)
@@ -128,5 +128,5 @@ def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
 
 def _mean_pair(matrix: Tensor) -> Tensor:
     """Mean over pairs of experts, of what is a number."""
-    pairs = matrix[torch.triu_indices(*matrix.shape, offset=1).unbind()]
+    pairs = matrix[torch.triu_indices(len(matrix), len(matrix), offset=1).unbind()]
     return pairs.nanmean()

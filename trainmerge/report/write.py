@@ -4,8 +4,6 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
-
 from trainmerge.folders import staging
 from trainmerge.report.facts import (
     headline,
@@ -18,7 +16,7 @@ from trainmerge.report.heatmap import heatmap
 from trainmerge.report.importance import importance_picture
 from trainmerge.report.numbers import Numbers, gather
 from trainmerge.report.page import Section, drawing, page
-from trainmerge.report.picture import STYLE, Picture
+from trainmerge.report.picture import Picture, style
 from trainmerge.report.scores import score_picture
 from trainmerge.report.steps import loss_picture, path_picture
 from trainmerge.report.vectors import norm_picture, similarity_picture
@@ -43,7 +41,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     if target.is_dir() and any(target.iterdir()) and not (target / PAGE).exists():
         raise ValueError(f"{target} is a folder that no report wrote: nothing was overwritten. Name another.")
     numbers = gather(run)
-    with staging(target, overwrite=True) as folder, matplotlib.rc_context(dict(STYLE)):
+    with staging(target, overwrite=True) as folder, style():
         sections = [_shown(picture, folder, numbers) for picture in pictures(numbers)]
         sections += [merged_section(numbers)]
         sections += [usage_section(numbers.usage)] if numbers.usage else []
