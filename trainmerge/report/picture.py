@@ -152,11 +152,11 @@ def signless(number: str) -> str:
 
 
 def ticks(ax: Axes, rows: Sequence[str], columns: Sequence[str], shift: float = 0.5) -> None:
-    """Names beside and below the cells; long ones slope, and of many numbers only some are named."""
+    """Names beside and below the cells; long ones slope, and of more than 24 columns only some are named."""
     if rows:
         ax.set_yticks(np.arange(len(rows)) + shift, [shortened(row, 26) for row in rows])
     long = any(len(name) > 5 for name in columns)
-    places = range(0, len(columns), 1 if long or len(columns) <= 24 else 4)
+    places = range(0, len(columns), max(1, -(-len(columns) // 24)))
     slope: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if long else {}
     ax.set_xticks([i + shift for i in places], [shortened(columns[i], 26) for i in places], **slope)
 

@@ -85,7 +85,9 @@ def _radar(rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> Fig
             ax.fill(around, line, color=_line(row, k)["color"], alpha=0.13)
     ax.set(ylim=(low, high))
     ax.set_xticks(angles, [shortened(task, 16) for task in tasks])
-    ax.tick_params(axis="x", pad=9)
+    for angle, label in zip(angles, ax.get_xticklabels(), strict=True):
+        side = np.sin(angle)  # beside the ring, names begin or end at it
+        label.set_horizontalalignment("center" if abs(side) < 0.3 else "left" if side > 0 else "right")
     rings = [ring for ring in np.arange(math.ceil(10 * low) / 10, 1.001, 0.1) if ring > low]
     ax.set_yticks(rings[:: max(1, len(rings) // 5)])
     ax.set_rlabel_position(180 / len(tasks))  # type: ignore[attr-defined]

@@ -47,7 +47,7 @@ def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     lines = torch.stack([each[:, i, j] for i, j in shown]) if shown else torch.empty(0, len(blocks))
     off = whole[~torch.eye(K, dtype=torch.bool)]
     scale = symmetric(torch.cat([off, lines.flatten()]), 0.0)
-    square, wide = max(1.6, 0.42 * K), max(2.4, 0.42 * len(blocks))
+    square, wide = max(1.6, min(3.4, 0.42 * K)), max(2.4, min(4.0, 0.42 * len(blocks)))
     height = max(0.36 * K, 0.27 * len(shown)) + 1.5
     figure = Figure(figsize=(min(WIDTH, square + wide + 3.4), height), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(square, wide))
@@ -58,7 +58,7 @@ def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     ticks(left, experts, experts)
     heat(right, lines, scale, cell=0.42 if len(blocks) <= 14 else 0)
     right.set_title("block by block" + (f", {PAIRS} of {len(pairs)} pairs" if len(pairs) > PAIRS else ""))
-    names = [f"{shortened(experts[i], 12)} · {shortened(experts[j], 12)}" for i, j in shown]
+    names = [f"{shortened(experts[i], 11)} · {shortened(experts[j], 11)}" for i, j in shown]
     ticks(right, names, block_labels(list(blocks)))
     colour_bar(figure, [left, right], scale, "cosine of two task vectors (0 in the middle)")
     top = (
