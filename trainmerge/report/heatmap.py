@@ -106,7 +106,9 @@ def _cells(experts: Sequence[str], grid: Grid, middle: float) -> Figure:
     margin, wide = 0.07 * longest, max(L, outside.shape[1], 1)
     cell = 0.44 if wide <= 14 else min(0.3, (WIDTH - margin - 0.3) / wide)
     count = len(grid.inside) + bool(grid.outside)
-    figure, axes = panels(count, max(1.7, cell * wide + 0.2), K * 0.25 + 0.42, margin, (False, True))
+    below = 0.06 * max((len(shortened(name, 26)) for name in grid.outside), default=0)
+    size = max(1.7, cell * wide + 0.2), K * 0.25 + 0.42
+    figure, axes = panels(count, *size, margin, (False, True), below)
     for ax, (kind, cells) in zip(axes, grid.inside.items(), strict=False):
         heat(ax, cells, scale, cell=cell)
         ax.set_title(kind)

@@ -80,15 +80,20 @@ def shortened(name: str, length: int = 22) -> str:
 
 
 def panels(
-    count: int, width: float, height: float, margin: float = 1.0, share: tuple[bool, bool] = (True, True)
+    count: int,
+    width: float,
+    height: float,
+    margin: float = 1.0,
+    share: tuple[bool, bool] = (True, True),
+    below: float = 0.0,
 ) -> tuple[Figure, list[Axes]]:
     """A figure of `count` axes of this size (inches), as many beside one another as fit on the page.
 
-    `share` says whether all have one horizontal scale, and one vertical.
+    `share` says whether all have one horizontal scale, and one vertical; `below` is room for long names.
     """
     columns = max(1, min(count, 4, int((WIDTH - margin) / width)))
     rows = -(-count // columns)
-    size = (max(4.2, columns * width + margin), rows * height + 0.55)
+    size = (max(4.2, columns * width + margin), rows * height + 0.55 + below)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=share[0], sharey=share[1])
     axes = list(grid.flat)

@@ -67,7 +67,7 @@ def score_picture(scores: Scores, metric: Metric) -> Picture | None:
 
 
 def _radar(rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> Figure:
-    figure = Figure(figsize=(7.4, 4.9), layout="constrained")
+    figure = Figure(figsize=(7.4, 5.4), layout="constrained")
     ax = figure.add_subplot(projection="polar")
     angles = np.linspace(0, 2 * np.pi, len(tasks), endpoint=False)
     around = [*angles, angles[0]]
@@ -94,7 +94,7 @@ def _radar(rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> Fig
     ax.tick_params(axis="y", labelsize=7, labelcolor=INK)
     ax.grid(True)
     ax.spines["polar"].set_color(QUIET)
-    figure.legend(loc="outside right center")
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 

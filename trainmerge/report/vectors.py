@@ -104,7 +104,7 @@ def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     bottom.axhline(0.5, color=INK, linestyle="--", linewidth=1)
     bottom.annotate("chance", (L - 0.5, 0.5), (0, 3), textcoords="offset points", ha="right", size=7.5)
     bottom.set(ylim=(0, max(0.65, 1.1 * max(heights))), xlim=(-0.5, L - 0.5))
-    bottom.set_title("share of entries that two experts change in opposite directions")
+    bottom.set_title("opposite signs, share of entries")
     ticks(bottom, (), names, shift=0)
     whole = geometry.of(geometry.names)
     far = ", ".join(
@@ -114,8 +114,8 @@ def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
         "norms",
         "How far the experts went, and where they disagree",
         "Above: ||expert - base|| / ||base|| of each block. An expert that went much further than the others "
-        "outweighs them at the same coefficient. Below: the mean over pairs of experts; a half is what "
-        "chance gives, less means that they agree more often than not.",
+        "outweighs them at the same coefficient. Below: of the entries that two experts change, the share "
+        "with opposite signs, mean over pairs; a half is what chance gives, less is agreement.",
         f"A heat map of relative lengths ({far} over all weights) and bars of sign conflicts.",
         figure,
         ["block", *(f"length, {name}" for name in experts), "opposed"],
