@@ -37,13 +37,14 @@ data-lm: $(READY) ## fetch SmolLM2 and four domains' documents, train three expe
 	@ln -sfn $(CACHE) data/cache
 	@$(BIN)/python data/train_lm_experts.py
 
-demo: data ## learn a merge of five experts, resume it, export it, score it
+demo: data ## learn a merge of five experts, resume it, export it, score it, draw it
 	@rm -rf runs/demo
-	$(BIN)/trainmerge fit --config configs/demo.yaml --run runs/demo --trainer.max_steps 40
-	$(BIN)/trainmerge fit --config configs/demo.yaml --run runs/demo --resume auto
+	$(BIN)/trainmerge fit --config configs/demo.yaml --run runs/demo --report false --trainer.max_steps 40
+	$(BIN)/trainmerge fit --config configs/demo.yaml --run runs/demo --report false --resume auto
 	$(BIN)/trainmerge export runs/demo runs/demo/merged
 	$(BIN)/python -c "from transformers import AutoModel; AutoModel.from_pretrained('runs/demo/merged')"
 	$(BIN)/trainmerge evaluate runs/demo --limit 200
+	$(BIN)/trainmerge report runs/demo
 
 test: data ## run the tests
 	@$(BIN)/python -m pytest

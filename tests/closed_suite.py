@@ -121,7 +121,9 @@ def result(suite_name: str, name: str) -> dict[str, float]:
     made_by = results.fingerprint(suite.config, *options)
     if (found := results.recall(f"closed/{suite_name}-{name}", made_by)) is not None:
         return found
-    fit = watched("fit", "--config", f"configs/{suite.config}", "--run", str(run), *options)
+    fit = watched(
+        "fit", "--config", f"configs/{suite.config}", "--run", str(run), "--report", "false", *options
+    )
     export = watched("export", str(run), str(run / "merged"), "--overwrite", "true")
     command("evaluate", str(run), "--limit", str(suite.limit), "--compare", "false")
     score = json.loads((run / "scores.json").read_text())["learned"]["mean"]

@@ -38,7 +38,9 @@ def score(name: str, config: str, *options: str, compare: bool = False) -> Measu
     run, made_by = RUNS / name, results.fingerprint(f"{config}.yaml", *options)
     if (found := results.recall(f"lm-suite/{name}", made_by)) is not None:
         return found
-    cost = watched("fit", "--config", f"configs/{config}.yaml", "--run", str(run), *options)
+    cost = watched(
+        "fit", "--config", f"configs/{config}.yaml", "--run", str(run), "--report", "false", *options
+    )
     command("evaluate", str(run), "--limit", str(DOCUMENTS), "--compare", str(compare).lower())
     scores: Scores = json.loads((run / "scores.json").read_text())
     measured = {"scores": scores, "cost": cost, "passes": _passes(run / "metrics.jsonl")}

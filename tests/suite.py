@@ -86,7 +86,7 @@ def score(name: str, seed: int, compare: bool) -> Scores:
     if method.continues and not run.exists():
         ignored = shutil.ignore_patterns("scores.json")
         shutil.copytree(RUNS / f"{method.continues}-{seed}", run, ignore=ignored)
-    command("fit", "--config", f"configs/{method.config}", "--run", str(run), *options)
+    command("fit", "--config", f"configs/{method.config}", "--run", str(run), "--report", "false", *options)
     command("evaluate", str(run), "--compare", str(compare).lower())
     scores: Scores = json.loads((run / "scores.json").read_text())
     results.keep(f"suite/{run.name}", made_by, scores)

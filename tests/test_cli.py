@@ -35,6 +35,7 @@ def write_config(root: Path, **changes: object) -> Path:
         "model": {"optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.02}}},
         "data": {"batch_size": 4, "max_length": 16},
         "trainer": {"accelerator": "cpu", "max_steps": 3},
+        "report": False,
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")

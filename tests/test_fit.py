@@ -113,7 +113,8 @@ def test_killed_runs_end_with_the_same_bits(world: Path, finished: Path, tmp_pat
         assert done.returncode == -signal.SIGKILL
     fit_world(world, run)
     assert torch.equal(learned(run), learned(finished))
-    assert (run / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    for kept in ("metrics.jsonl", "trajectory.bin"):
+        assert (run / kept).read_bytes() == (finished / kept).read_bytes()
 
 
 def test_a_finished_run_goes_on_when_more_steps_are_asked_for(

@@ -24,6 +24,7 @@ FLOORS = {
     "run_folder": 1,
     "storage": 1,
     "tables": 1,
+    "trajectory": 1,
     "tokenizer": 2,
     "calibration": 3,
     "coefficients": 2,
@@ -48,6 +49,11 @@ FLOORS = {
     "export": 6,
     "module": 7,
     "report": 7,
+    "kinds": 3,
+    "geometry": 4,
+    "keeping": 8,
+    "stopping": 8,
+    "loggers": 8,
     "evaluate": 7,
     "callbacks": 8,
     "provenance": 8,
@@ -66,11 +72,23 @@ FLOORS = {
     "cli": 13,
     "__init__": 14,  # the public names
 }
-FOLDERS = {"checkpoints", "evaluate", "kernels", "objectives", "preprocess", "tradeoffs"}
+FOLDERS = {
+    "checkpoints",
+    "evaluate",
+    "inspection",
+    "kernels",
+    "objectives",
+    "preprocess",
+    "report",
+    "tradeoffs",
+}
+
+CALLBACKS = {"callbacks", "keeping", "loggers", "stopping"}
 
 # Large dependencies stay in the rooms that are about them.
 ONLY_IN = {
-    "pytorch_lightning": {"module", "calibration", "callbacks", "run", "trainer_arguments", "fit_cli", "cli"},
+    "pytorch_lightning": {"module", "calibration", "run", "trainer_arguments", "fit_cli", "cli", *CALLBACKS},
+    "matplotlib": {"report", "loggers"},
     "lightning": set(),  # the same under another name
     "transformers": {"checkpoints", "tokenizer"},
     "peft": {"checkpoints"},

@@ -54,6 +54,7 @@ def test_a_second_stage_from_the_command_line(languages: Path, tmp_path: Path) -
                 },
                 "data": {"batch_size": 3, "max_length": 16},
                 "trainer": {"max_steps": 6, "accelerator": "cpu", "enable_progress_bar": False},
+                "report": False,
             }
         )
     )

@@ -56,7 +56,15 @@ def test_the_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     run, out = str(tmp_path / "run"), str(tmp_path / "merged")
     small = ["--data.batch_size=2", "--data.max_examples=4", "--data.max_length=32"]
     for steps in ("1", "2"):
-        fit = ["fit", "--config", "configs/demo.yaml", "--run", run, f"--trainer.max_steps={steps}"]
+        fit = [
+            "fit",
+            "--config",
+            "configs/demo.yaml",
+            "--run",
+            run,
+            "--report=false",
+            f"--trainer.max_steps={steps}",
+        ]
         assert main([*fit, *small]) == 0
     assert main(["export", run, out]) == 0
     assert AutoModel.from_pretrained(out) is not None

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trainmerge.frank_wolfe import FrankWolfe
     from trainmerge.functional import merged_weights
     from trainmerge.heads import LabelHead, LinearHead
+    from trainmerge.inspection import inspect_path
     from trainmerge.merged_model import MergedModel
     from trainmerge.module import MergeModule
     from trainmerge.objectives import Alignment, Entropy, Objective
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
     )
     from trainmerge.presets import T3, DomainPosterior, LayerSwap, MetricsWeighted, Preset
     from trainmerge.recipe import Expert, HeldOut, Recipe
+    from trainmerge.report import write_report
     from trainmerge.run import fit, make_trainer
+    from trainmerge.stopping import StopWhenFlat
     from trainmerge.task_vectors import TaskVectors
     from trainmerge.tradeoffs import export_point, pareto_run, search_config
 
@@ -56,6 +59,7 @@ _HOMES = {
     "trainmerge.frank_wolfe": ["FrankWolfe"],
     "trainmerge.functional": ["merged_weights"],
     "trainmerge.heads": ["LabelHead", "LinearHead"],
+    "trainmerge.inspection": ["inspect_path"],
     "trainmerge.merged_model": ["MergedModel"],
     "trainmerge.module": ["MergeModule"],
     "trainmerge.objectives": ["Alignment", "Entropy", "Objective"],
@@ -80,7 +84,9 @@ _HOMES = {
     ],
     "trainmerge.presets": ["T3", "DomainPosterior", "LayerSwap", "MetricsWeighted", "Preset"],
     "trainmerge.recipe": ["Expert", "HeldOut", "Recipe"],
+    "trainmerge.report": ["write_report"],
     "trainmerge.run": ["fit", "make_trainer"],
+    "trainmerge.stopping": ["StopWhenFlat"],
     "trainmerge.task_vectors": ["TaskVectors"],
     "trainmerge.tradeoffs": ["export_point", "pareto_run", "search_config"],
 }
@@ -126,6 +132,7 @@ __all__ = [
     "Sigmoid",
     "Simplex",
     "Slerp",
+    "StopWhenFlat",
     "TaskVectors",
     "Ties",
     "Tsv",
@@ -138,11 +145,13 @@ __all__ = [
     "export_point",
     "export_run",
     "fit",
+    "inspect_path",
     "load_coefficients",
     "make_trainer",
     "merged_weights",
     "pareto_run",
     "search_config",
+    "write_report",
 ]
 
 

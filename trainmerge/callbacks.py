@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, RichProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from typing_extensions import override
@@ -79,7 +79,8 @@ class Snapshots(Callback):
         check_finite(trainer, pl_module)
         # All processes stop if any was asked to: a save is a meeting of all of them.
         self._stopping = trainer.strategy.reduce_boolean_decision(self._stop, all=False)
-        if self._stopping or step % self.every == 0 or step == trainer.max_steps:
+        last = step == trainer.max_steps or trainer.should_stop
+        if self._stopping or step % self.every == 0 or last:
             self._save(trainer, pl_module)
 
     @override
@@ -188,6 +189,15 @@ class PlainProgress(Callback):
             print(f"step {step}/{total}  loss {loss:.4f}  {left}", flush=True)
 
 
+class StepBar(RichProgressBar):
+    """Rich's bar without the number of an epoch: a fit is one, without an end."""
+
+    def _get_train_description(self, current_epoch: int) -> str:  # noqa: ARG002 - Lightning's signature
+        return "fitting"
+
+
 def progress_bar() -> Callback:
-    """A bar with ETA on a terminal, plain lines elsewhere."""
-    return TQDMProgressBar(refresh_rate=1) if sys.stdout.isatty() else PlainProgress()
+    """Rich's bar on a terminal, tqdm's in a notebook, plain lines elsewhere."""
+    if "ipykernel" in sys.modules:
+        return TQDMProgressBar(refresh_rate=1)
+    return StepBar() if sys.stdout.isatty() else PlainProgress()

@@ -17,11 +17,12 @@ commands:
   export     write the model:     trainmerge export runs/first merged/
   evaluate   score it:            trainmerge evaluate runs/first
   compare    several, one table:  trainmerge compare runs/first merged/ --recipe runs/first
+  report     draw it:             trainmerge report runs/first
   pareto     trade tasks off:     trainmerge pareto runs/first
              a point's model:     trainmerge pareto runs/first --export 3 --out merged/
   search     for black boxes:     trainmerge search configs/adamerging.yaml runs/found --score accuracy
-  inspect    look before or after: trainmerge inspect runs/first
-             or a config's recipe: trainmerge inspect configs/adamerging.yaml
+  inspect    look before or after: trainmerge inspect configs/adamerging.yaml
+             what to begin with:  trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
 
 trainmerge COMMAND --help lists a command's options; fit also takes --print_config.
 """
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         "pareto": _pareto,
         "search": _search,
         "inspect": _inspect,
+        "report": _report,
     }
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -112,6 +114,10 @@ def _search(arguments: list[str]) -> int:
 
 def _inspect(arguments: list[str]) -> int:
     return _plain(inspect, arguments)
+
+
+def _report(arguments: list[str]) -> int:
+    return _plain(report, arguments)
 
 
 def _plain(command: Callable[..., None], arguments: list[str]) -> int:
@@ -218,19 +224,46 @@ def compare(
     compare_paths(paths, recipe, limit, max_length, Path(output) if output else None)
 
 
-def inspect(path: str, every: bool = False) -> None:
-    """Show what would be merged, or was: sizes, groups, what is left out and why, coefficients.
+def inspect(
+    path: str,
+    every: bool = False,
+    weights: Literal["auto", "yes", "no"] = "auto",
+    suggest: str = "",
+    output: str = "",
+) -> None:
+    """Show what would be merged, or was: sizes, groups, what is left out and why, and what looks odd.
 
     Examples: trainmerge inspect configs/adamerging.yaml
-              trainmerge inspect runs/first
+              trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
+              trainmerge inspect runs/first --weights no
 
     Args:
         path: A configuration, a run folder, or an exported checkpoint.
         every: List every parameter instead of a summary.
+        weights: Read the weights too, for experts that are alike, outliers and locked attention; `auto` reads
+            up to 2 GiB of them.
+        suggest: Write a suggested configuration, with its reasons, to this YAML file.
+        output: Write everything to this JSON file too.
     """
     from trainmerge.inspection import inspect_path
 
-    inspect_path(Path(path), every)
+    inspect_path(
+        Path(path), every, weights, Path(suggest) if suggest else None, Path(output) if output else None
+    )
+
+
+def report(run: str, out: str = "") -> None:
+    """Draw a run: one page with coefficients, losses, task vectors, scores; a PNG and a CSV a picture.
+
+    Example: trainmerge report runs/first
+
+    Args:
+        run: The run folder.
+        out: The folder to write; `report` in the run by default.
+    """
+    from trainmerge.report import write_report
+
+    print(f"report: {write_report(run, out or None)}")
 
 
 if __name__ == "__main__":

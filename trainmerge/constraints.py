@@ -34,6 +34,10 @@ class Constraint(ABC):
     def project(self, raw: Tensor) -> Tensor:
         """The nearest point of the set, [K, G]."""
 
+    def at_bound(self, values: Tensor) -> Tensor:
+        """Which coefficients [K, G] the set keeps from going on, as booleans; none unless a set says so."""
+        return torch.zeros_like(values, dtype=torch.bool)
+
 
 @dataclass(frozen=True)
 class Free(Constraint):
@@ -77,6 +81,10 @@ class Box(Constraint):
     def project(self, raw: Tensor) -> Tensor:
         return raw.clamp(self.low, self.high)
 
+    @override
+    def at_bound(self, values: Tensor) -> Tensor:
+        return (values <= self.low) | (values >= self.high)
+
 
 @dataclass(frozen=True)
 class Sigmoid(Constraint):
@@ -95,6 +103,11 @@ class Sigmoid(Constraint):
     @override
     def project(self, raw: Tensor) -> Tensor:
         return raw
+
+    @override
+    def at_bound(self, values: Tensor) -> Tensor:
+        """Where the sigmoid's slope is a twentieth of its largest, or less."""
+        return values * (1 - values) <= 0.0125
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """`trainmerge fit`: LightningCLI over the recipe, the module and the data, in a fixed run folder."""
 
 import logging
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from trainmerge.run_folder import RunFolder
 
 
 class FitCLI(LightningCLI):
-    """Adds `recipe`, `run`, `resume` and `save_every`; the rest is Lightning's own."""
+    """Adds `recipe`, `run`, `resume`, `save_every` and `report`; the rest is Lightning's own."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our keys, and the links that spare a user from saying a thing twice."""
@@ -30,6 +32,7 @@ class FitCLI(LightningCLI):
             help="auto: go on with the folder's run if there is one. never: begin. Or a checkpoint's path.",
         )  # fmt: skip
         parser.add_argument("--save_every", type=int, default=50, help="Steps between snapshots.")
+        parser.add_argument("--report", type=bool, default=True, help="Draw the run when it has ended.")
         parser.add_class_arguments(Recipe, "recipe")
         parser.link_arguments("recipe", "model.recipe", apply_on="instantiate")
         parser.link_arguments("recipe", "data.files", calibration_files, apply_on="instantiate")
@@ -71,8 +74,19 @@ def fit_command(arguments: list[str]) -> int:
     except MisconfigurationException as error:
         raise ValueError(error) from error
     if cli.trainer.is_global_zero:
+        if cli.config["report"]:
+            draw(folder)
         print(f"coefficients: {folder.coefficients}\nnext: trainmerge export {folder.path} OUT")
     return 0
+
+
+def draw(folder: RunFolder) -> None:
+    """`trainmerge report`, in a process of its own: whatever happens to a picture, the fit has ended well."""
+    command = [sys.executable, "-m", "trainmerge.cli", "report", str(folder.path)]
+    if subprocess.run(command, check=False).returncode:
+        print(
+            f"no report was drawn; the run is whole. Again: trainmerge report {folder.path}", file=sys.stderr
+        )
 
 
 def parse(arguments: list[str]) -> FitCLI:

@@ -19,12 +19,16 @@ from trainmerge.callbacks import JsonLines, Snapshots, progress_bar
 from trainmerge.coefficients import save_coefficients
 from trainmerge.config import write_config
 from trainmerge.folders import write_whole
+from trainmerge.keeping import KeepTrajectory, KeepUsage
+from trainmerge.loggers import LogCoefficients, keep_csv
 from trainmerge.module import MergeModule
 from trainmerge.preflight import check_tasks
 from trainmerge.provenance import describe, load_snapshot
 from trainmerge.run_folder import RunFolder, differences
 from trainmerge.safeguard import keep_the_better, warn_if_it_never_fell
 from trainmerge.trainer_arguments import trainer_arguments
+
+MANY_HELD = 0.25  # share of coefficients at a bound
 
 
 def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.Trainer:
@@ -38,7 +42,12 @@ def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.
         raise ValueError(f"save_every must be at least 1, not {save_every}")
     folder = RunFolder(Path(run))
     folder.check_place()
-    callbacks = [*(arguments.pop("callbacks", None) or []), Snapshots(folder, save_every)]
+    given_callbacks = arguments.pop("callbacks", None) or []
+    if any(isinstance(callback, pl.callbacks.EarlyStopping) for callback in given_callbacks):
+        raise ValueError(
+            "EarlyStopping looks at the end of epochs, and a fit is one: use trainmerge.StopWhenFlat instead"
+        )
+    callbacks = [*given_callbacks, KeepTrajectory(folder), KeepUsage(folder), Snapshots(folder, save_every)]
     if arguments.pop("enable_progress_bar", None) is not False:
         callbacks.append(progress_bar())
     bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
@@ -47,6 +56,8 @@ def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.
     more = (
         loggers if isinstance(loggers, list) else [loggers] if isinstance(loggers, pl.loggers.Logger) else []
     )
+    if more:
+        callbacks.insert(0, LogCoefficients(more))
     return pl.Trainer(
         **given,
         callbacks=callbacks,
@@ -139,6 +150,7 @@ def learn(module: MergeModule, data: Calibration, trainer: pl.Trainer, checkpoin
             raise
     if trainer.is_global_zero:
         warn_if_unmoved(module)
+        warn_if_at_bound(module)
 
 
 def is_of_a_collective(error: RuntimeError) -> bool:
@@ -196,6 +208,7 @@ def prepare(
     if config:
         write_whole(folder.config, config)
     folder.drop_snapshots_after(step)
+    keep_csv(trainer.loggers, step)
     for logger in trainer.loggers:
         if isinstance(logger, JsonLines):
             logger.keep_until(step)
@@ -215,5 +228,18 @@ def warn_if_unmoved(module: MergeModule) -> None:
     if moved < 1e-4:
         warnings.warn(
             f"the coefficients moved by {moved:.1e} at most: raise the learning rate or trainer.max_steps",
+            stacklevel=2,
+        )
+
+
+def warn_if_at_bound(module: MergeModule) -> None:
+    """Say so when a bound, rather than the loss, decides many of the coefficients."""
+    coefficients = module.coefficients
+    with torch.no_grad():
+        held = coefficients.constraint.at_bound(coefficients()).float().mean().item()
+    if held >= MANY_HELD:
+        warnings.warn(
+            f"{100 * held:.0f}% of the coefficients sit at a bound of {coefficients.constraint}: widen it, "
+            "lower the learning rate, or leave them free",
             stacklevel=2,
         )

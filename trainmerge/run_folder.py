@@ -24,6 +24,9 @@ README = """# A trainmerge run
 | `manifest.json` | what the run depends on: checksums, data, settings, versions, command |
 | `coefficients.safetensors` | the coefficients after the last saved step, with their layout in the header |
 | `metrics.jsonl` | one line a logged step |
+| `trajectory.bin` | the coefficients' path: at most about a megabyte, thinned as the run gets longer |
+| `usage.jsonl` | seconds and memory, a line a process that ended by itself |
+| `report/` | pictures, their numbers, and one page to look at: `index.html` |
 | `calibration_loss.json` | the loss over all calibration examples at start and end, with `keep_better` |
 | `checkpoints/` | the optimizer's state after the last saved step; `--resume auto` goes on from it |
 | `workspace/` | preprocessed task vectors and recorded experts; made again when deleted |
@@ -63,6 +66,21 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object a logged step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def trajectory(self) -> Path:
+        """The coefficients at some of the steps."""
+        return self.path / "trajectory.bin"
+
+    @property
+    def usage(self) -> Path:
+        """What the run took."""
+        return self.path / "usage.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """Where the pictures are drawn."""
+        return self.path / "report"
 
     @property
     def checkpoints(self) -> Path:

@@ -26,7 +26,7 @@ def trainmerge(*arguments: str) -> None:
 
 def learned(run: str, *options: str) -> float:
     """Fit the demo's recipe with some options, and the merge's mean accuracy."""
-    trainmerge("fit", "--config", "configs/demo.yaml", "--run", run, *options)
+    trainmerge("fit", "--config", "configs/demo.yaml", "--run", run, "--report", "false", *options)
     trainmerge("evaluate", run, "--compare", "false")
     return float(json.loads(Path(run, "scores.json").read_text())["learned"]["mean"])
 
@@ -35,7 +35,7 @@ def main() -> None:
     """Fit, score, go on, score again; then other guards in its place."""
     with tempfile.TemporaryDirectory() as folder:
         run = f"{folder}/demo"
-        trainmerge("fit", "--config", "configs/demo.yaml", "--run", run)
+        trainmerge("fit", "--config", "configs/demo.yaml", "--run", run, "--report", "false")
         trainmerge("evaluate", run)
         scores = json.loads(Path(run, "scores.json").read_text())
         (best,) = (row["mean"] for name, row in scores.items() if name.startswith("task arithmetic"))

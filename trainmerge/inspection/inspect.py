@@ -1,0 +1,144 @@
+"""`trainmerge inspect` on one page: headers and texts first, then the weights, then what to do."""
+
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from trainmerge.coefficients import load_coefficients
+from trainmerge.evaluate import recipe_of
+from trainmerge.folders import write_whole
+from trainmerge.geometry import Geometry, measure
+from trainmerge.inspection.attention import attention_findings
+from trainmerge.inspection.findings import Finding, Texts, header_findings, read_texts
+from trainmerge.inspection.show import (
+    parameter_counts,
+    print_coefficients,
+    print_findings,
+    print_geometry,
+    print_parameters,
+    print_sources,
+    print_suggestion,
+)
+from trainmerge.inspection.suggest import Suggestion, suggest, write_suggestion
+from trainmerge.inspection.weights import weight_findings
+from trainmerge.recipe import Opened, Recipe
+from trainmerge.run_folder import RunFolder
+
+CHEAP = 2 << 30  # bytes of weights that are read without being asked to
+
+Weights = Literal["auto", "yes", "no"]
+
+
+def inspect_path(
+    path: Path,
+    every: bool = False,
+    weights: Weights = "auto",
+    suggestion: Path | None = None,
+    output: Path | None = None,
+) -> list[Finding]:
+    """Print what a configuration, run or exported checkpoint merges, and everything odd about it.
+
+    Args:
+        path: A configuration, a run folder, or an exported checkpoint.
+        every: List every parameter.
+        weights: Whether the weights are read too; `auto` reads up to 2 GiB of them.
+        suggestion: Where to write a suggested configuration.
+        output: Where to write all of it as JSON.
+
+    Raises:
+        ValueError: base and experts do not fit, with every mismatch.
+        FileExistsError: `suggestion` is there already.
+    """
+    recipe = recipe_of(path)
+    with warnings.catch_warnings(record=True) as words:
+        warnings.simplefilter("always")
+        opened = recipe.open(RunFolder(path).workspace if path.is_dir() else None)
+    findings = [Finding("warning", str(word.message)) for word in words]
+    print_sources(recipe, opened)
+    print_parameters(opened, every)
+    findings += header_findings(recipe, opened)
+    texts = read_texts(recipe, _column(path))
+    findings += texts.findings
+    geometry, measured = _measured(opened, weights)
+    findings += measured
+    if geometry is not None:
+        print_geometry(opened.task_vectors.experts, geometry)
+    print_findings(findings)
+    for name in ("coefficients.safetensors", "trainmerge_coefficients.safetensors"):
+        if (path / name).is_file():
+            print_coefficients(load_coefficients(path / name))
+    suggested = suggest(recipe, {name: len(own) for name, own in texts.calibration.items()}, geometry)
+    if suggestion is not None:
+        write_suggestion(suggested, suggestion)
+    if suggestion is not None or path.is_file():
+        print_suggestion(suggested, suggestion)
+    if output is not None:
+        content = _as_json(recipe, opened, texts, findings, geometry, suggested)
+        write_whole(output, json.dumps(content, indent=1))
+    return findings
+
+
+def _measured(opened: Opened, weights: Weights) -> tuple[Geometry | None, list[Finding]]:
+    """The task vectors' geometry and what it says; neither, if reading the weights was not asked for."""
+    needed = weight_bytes(opened)
+    if weights == "no" or (weights == "auto" and needed > CHEAP):
+        what = f"{needed / 2**30:.1f} GiB of weights were not read: nothing is said of what is in them"
+        return None, [Finding("note", what, "--weights yes reads them")]
+    geometry = measure(opened.task_vectors)
+    experts = opened.task_vectors.experts
+    findings = [
+        *weight_findings(experts, geometry),
+        *attention_findings(opened.base, opened.task_vectors),
+    ]
+    return geometry, findings
+
+
+def weight_bytes(opened: Opened) -> int:
+    """Bytes of base and experts that a pass over the task vectors reads."""
+    return sum(
+        delta.base.nbytes
+        + sum(part.nbytes for term in delta.terms for part in term if hasattr(part, "nbytes"))
+        for delta in opened.task_vectors.deltas.values()
+    )
+
+
+def _column(path: Path) -> str:
+    """The column of texts that a configuration, or a run's, names."""
+    for file in (path / "config.yaml", path / "trainmerge_config.yaml", path):
+        if file.is_file():
+            data = (yaml.safe_load(file.read_text()) or {}).get("data") or {}
+            columns = data.get("columns") or {}
+            return str(columns.get("messages") or columns.get("text") or "text")
+    return "text"
+
+
+def _as_json(
+    recipe: Recipe,
+    opened: Opened,
+    texts: Texts,
+    findings: list[Finding],
+    geometry: Geometry | None,
+    suggested: Suggestion,
+) -> dict[str, Any]:
+    experts = list(opened.task_vectors.experts)
+    content: dict[str, Any] = {
+        "base": recipe.base,
+        "experts": {name: expert.path for name, expert in recipe.experts.items()},
+        "examples": {name: len(own) for name, own in texts.calibration.items()},
+        **parameter_counts(opened),
+        "findings": [asdict(finding) for finding in findings],
+        "suggestion": {"settings": suggested.settings, "reasons": suggested.reasons},
+    }
+    if geometry is not None:
+        whole = geometry.of(geometry.names)
+        content["geometry"] = {
+            "experts": experts,
+            "relative_norms": whole.relative_norms()[0].tolist(),
+            "cosines": whole.cosines()[0].tolist(),
+            "opposed": whole.conflicts()[0].tolist(),
+        }
+    return content

@@ -1,0 +1,111 @@
+"""A recipe to begin with, by rules of thumb, each with its reason.
+
+The rules are what the published recipes and this project's own suites came to; none of them is a promise.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainmerge.coefficients import Granularity
+from trainmerge.config import to_config
+from trainmerge.folders import write_whole
+from trainmerge.geometry import Geometry
+from trainmerge.recipe import Recipe
+
+ENOUGH = 4  # examples an expert, for a coefficient a tensor
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Sections of a configuration, and why they are as they are."""
+
+    settings: Mapping[str, Any]
+    reasons: Mapping[str, str]  # key -> why
+
+
+def suggest(recipe: Recipe, examples: Mapping[str, int], geometry: Geometry | None) -> Suggestion:
+    """Objective, grouping, start and steps for a recipe; a closed form where there is nothing to learn from.
+
+    `examples` are how many each expert has; `geometry` of the task vectors says more, where it was measured.
+    """
+    K = len(recipe.experts)
+    if len(examples) < K or not all(examples.values()):
+        return _closed(recipe)
+    reasons = {}
+    fewest = min(examples.values())
+    granularity: Granularity = "tensor" if fewest >= ENOUGH else "block"
+    reasons["recipe.grouping.granularity"] = f"{fewest} examples an expert " + (
+        "carry a coefficient a tensor" if fewest >= ENOUGH else "are few: fewer coefficients"
+    )
+    heads = all(expert.head for expert in recipe.experts.values())
+    if heads:
+        objective = {"class_path": "trainmerge.Entropy", "init_args": {"agreement": 5.0}}
+        reasons["model.objective"] = (
+            "classifiers: low entropy, guarded by agreement with each expert so that it cannot collapse"
+        )
+    else:
+        objective = {"class_path": "trainmerge.Alignment", "init_args": {"logits": 1.0}}
+        reasons["model.objective"] = (
+            "no heads: say what each expert says on its own examples (Expert Merging)"
+        )
+    start, reasons["model.initial"] = _start(K, geometry)
+    steps = 80 if heads else 40
+    reasons["trainer.max_steps"] = f"{steps} steps of Adam at 0.05 were enough in this project's suites"
+    grouping = to_config(replace(recipe.grouping, granularity=granularity, chunks=1))
+    settings = {
+        "recipe": {**to_config(recipe), "grouping": grouping},
+        "model": {
+            "objective": objective,
+            "initial": start,
+            "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.05}},
+        },
+        "data": {"batch_size": min(4 if heads else 1, fewest), "max_examples": 256, "max_length": 256},
+        "trainer": {"max_steps": steps},
+    }
+    return Suggestion(settings, reasons)
+
+
+def _closed(recipe: Recipe) -> Suggestion:
+    """TSV-M at its native coefficient: without learning, without data."""
+    preprocess = [{"class_path": "trainmerge.Tsv"}]
+    settings = {
+        "recipe": {**to_config(recipe), "preprocess": preprocess},
+        "model": {"initial": 1.0},
+        "trainer": {"max_steps": 0},
+    }
+    reasons = {
+        "recipe.preprocess": "not every expert has calibration examples: a closed form needs none",
+        "model.initial": "TSV-M's native coefficient",
+        "trainer.max_steps": "nothing is learned",
+    }
+    return Suggestion(settings, reasons)
+
+
+def _start(K: int, geometry: Geometry | None) -> tuple[float, str]:
+    """Best uniform coefficients fall as experts become many, or alike."""
+    alike = 0.0
+    if geometry is not None and K > 1:
+        cosines = geometry.of(geometry.names).cosines()[0]
+        alike = float((cosines.nan_to_num(0).sum() - K) / (K * (K - 1)))
+    if alike > 0.5:
+        return round(1 / K, 3), f"task vectors are alike (mean cosine {alike:.2f}): their average, 1 / {K}"
+    start = 0.5 if K <= 2 else 0.4 if K <= 5 else 0.3
+    return start, f"{K} experts: near the best of one coefficient for all in most suites"
+
+
+def write_suggestion(suggestion: Suggestion, path: Path) -> None:
+    """A configuration for `trainmerge fit --config`, with the reasons on top.
+
+    Raises:
+        FileExistsError: the file is there already.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} is there already: name another file, or remove it")
+    lines = ["# Suggested by `trainmerge inspect`: rules of thumb, to begin with."]
+    lines += [f"# {key}: {reason}" for key, reason in suggestion.reasons.items()]
+    text = yaml.safe_dump(dict(suggestion.settings), sort_keys=False, width=110)
+    write_whole(path, "\n".join(lines) + "\n" + text)

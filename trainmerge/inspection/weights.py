@@ -1,0 +1,77 @@
+"""What the weights say of a recipe: twins, outliers, tensors that did not change or are no fine-tuning.
+
+Legend: `K` experts.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+from trainmerge.geometry import Geometry
+from trainmerge.inspection.findings import Finding
+from trainmerge.kinds import kind_of
+
+TWINS = 0.95  # cosine of two task vectors, above which they say the same
+FAR = 3.0  # times the median length of the task vectors
+SCRATCH = 0.3  # cosine of base and expert, below which a matrix is no fine-tuning of the base's
+
+
+def weight_findings(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
+    """Everything that the inner products of base and task vectors give away."""
+    yield from _twins(experts, geometry)
+    yield from _lengths(experts, geometry)
+    yield from _scratch(experts, geometry)
+
+
+def _twins(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
+    cosines = geometry.of(geometry.names).cosines()[0]
+    for i, j in combinations(range(len(experts)), 2):
+        cosine = float(cosines[i, j])
+        if cosine > TWINS:
+            yield Finding(
+                "warning",
+                f"{experts[i]} and {experts[j]} changed the weights almost alike (cosine {cosine:.3f})",
+                "leave one out: together they count double",
+            )
+        elif cosine < -TWINS:
+            yield Finding("warning", f"{experts[i]} and {experts[j]} undo each other (cosine {cosine:.3f})")
+
+
+def _lengths(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
+    norms = geometry.of(geometry.names).norms()[0]
+    changed = norms[norms > 0]
+    middle = float(changed.quantile(0.5)) if len(changed) else 0.0
+    for name, norm in zip(experts, norms.tolist(), strict=True):
+        if not norm:
+            yield Finding("warning", f"{name} is the base, bit for bit", "leave it out, or check its path")
+        elif norm > FAR * middle or norm * FAR < middle:
+            relation = f"{norm / middle:.2g} times the experts' median"
+            yield Finding(
+                "warning",
+                f"{name}: the length of its task vector is {relation}",
+                "start it at a coefficient of its own (`model.initial`, one number an expert): one for all "
+                "lets the longest decide",
+            )
+    per_parameter = geometry.norms()
+    for k, name in enumerate(experts):
+        still = int((per_parameter[:, k] == 0).sum())
+        if norms[k] > 0 and still and still < len(geometry.names):
+            yield Finding("note", f"{name}: {still} of {len(geometry.names)} tensors are the base's")
+
+
+def _scratch(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
+    """Matrices only: a bias, or a norm's gains, may turn around in fine-tuning."""
+    directions = geometry.kept_directions()
+    for k, name in enumerate(experts):
+        fresh = [
+            parameter
+            for parameter, cosine in zip(geometry.names, directions[:, k].tolist(), strict=True)
+            if kind_of(parameter) not in ("bias", "norm") and cosine < SCRATCH  # false of NaN
+        ]
+        if fresh:
+            shown = ", ".join(fresh[:3]) + (f" and {len(fresh) - 3} more" if len(fresh) > 3 else "")
+            yield Finding(
+                "warning",
+                f"{name}: {shown} have nothing of the base's direction: trained from scratch, or of another "
+                "model",
+                "leave them out with recipe.ignore or grouping.exclude",
+            )

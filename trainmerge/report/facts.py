@@ -1,0 +1,140 @@
+"""What a run was, in words and tables: what was merged, what it took, what it can be made again from."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainmerge.metrics import Metric, Scores
+from trainmerge.report.numbers import Numbers
+from trainmerge.report.page import Section, table
+from trainmerge.tables import score_rows
+
+
+def headline(numbers: Numbers) -> list[tuple[str, str]]:
+    """The few numbers on top."""
+    steps = int(numbers.trajectory.steps[-1]) if numbers.trajectory else 0
+    facts = [
+        ("experts", str(len(numbers.experts))),
+        ("coefficients", f"{numbers.values.numel():,}"),
+        ("steps", str(max([steps, *(int(line["last_step"]) for line in numbers.usage)]))),
+    ]
+    if numbers.usage:
+        facts += [
+            ("time", duration(sum(line["wall_seconds"] for line in numbers.usage))),
+            ("peak memory", size(max(line["peak_bytes"] for line in numbers.usage))),
+        ]
+    relative = numbers.metric.normalised(numbers.scores).get("learned")
+    if relative is not None:
+        facts.append(("experts' level", f"{100 * relative:.1f}%"))
+    return facts
+
+
+def score_table(scores: Scores, metric: Metric) -> str:
+    """The table that `trainmerge evaluate` prints."""
+    means = {row: metric.mean(own) for row, own in scores.items()}
+    header, rows = score_rows(metric.name, scores, means, metric.normalised(scores))
+    names = list(scores)
+    return table(header, rows, best=names.index("learned") if "learned" in names else -1)
+
+
+def merged_section(numbers: Numbers) -> Section:
+    """Base, experts, and the parameters that are merged or left alone."""
+    layout, recipe = numbers.layout, numbers.recipe
+    rows = [["base", recipe.base, ""]]
+    rows += [[n, e.path, e.calibration or "no calibration data"] for n, e in recipe.experts.items()]
+    body = table(["name", "folder", "calibration"], rows, wide=True)
+    reasons = Counter(layout.excluded.values())
+    kept = [
+        [reason, str(count), ", ".join(_some(layout.excluded, reason))] for reason, count in reasons.items()
+    ]
+    if layout.fixed:
+        kept.append(["merged, but keeps its start (0 chunks)", str(len(layout.fixed)), ""])
+    if kept:
+        body += table(["left as the base has it", "parameters", "such as"], kept, wide=True)
+    preprocess = ", ".join(map(repr, recipe.preprocess)) or "no preprocessing"
+    words = (
+        f"{len(layout.groups)} parameters are merged, with {len(layout.labels)} coefficients an expert "
+        f"({recipe.grouping.granularity}); {preprocess}."
+    )
+    return Section("merged", "What was merged", words, body)
+
+
+def usage_section(usage: Sequence[Mapping[str, Any]]) -> Section:
+    """Seconds and memory, a row a process."""
+    rows = []
+    for line in usage:
+        steps = line["last_step"] - line["first_step"]
+        rows.append(
+            [
+                f"{line['first_step']} to {line['last_step']}",
+                duration(line["wall_seconds"]),
+                duration(line["cpu_seconds"]),
+                f"{line['wall_seconds'] / steps:.2f} s" if steps else "",
+                size(line["peak_bytes"]),
+                size(line["anonymous_bytes"]) if line["anonymous_bytes"] else "",
+                f"{line['processes']} x {line['threads']}",
+            ]
+        )
+    header = [
+        "steps",
+        "wall",
+        "CPU",
+        "a step",
+        "peak resident",
+        "of it own, at the end",
+        "processes x threads",
+    ]
+    words = (
+        "A row a process that worked on the run, with loading and recording. Resident memory counts mapped "
+        "files, which the kernel takes back when it needs to; `own` is what it cannot. Killed processes "
+        "leave no row."
+    )
+    return Section("usage", "Time and memory", words, table(header, rows))
+
+
+def origin_section(manifest: Mapping[str, Any]) -> Section:
+    """Command, seed, settings and versions."""
+    started = manifest.get("started", {})
+    rows = [["command", started.get("command", "")], ["folder", started.get("folder", "")]]
+    rows += [["seed", str(manifest.get("data", {}).get("seed", ""))]]
+    rows += [["versions", ", ".join(f"{n} {v}" for n, v in manifest.get("versions", {}).items())]]
+    rows += [
+        [key, _plain(manifest[key])]
+        for key in ("objective", "constraint", "anchor", "optimizer")
+        if key in manifest
+    ]
+    words = "What makes it again; manifest.json has checksums of every file as well."
+    return Section("origin", "Where it comes from", words, table(["what", ""], rows, wide=True))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them.
+
+    >>> duration(12.3), duration(150), duration(7300)
+    ('12.3 s', '2 min 30 s', '2 h 1 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = int(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(count: int) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{count / 2**20:.0f} MiB" if count < 10 * 2**30 else f"{count / 2**30:.1f} GiB"
+
+
+def _some(excluded: Mapping[str, str], reason: str) -> list[str]:
+    return [name for name, why in excluded.items() if why == reason][:3]
+
+
+def _plain(value: Any) -> str:
+    """A plug-in as it would be written in Python; settings as name=value; other texts in one line."""
+    if isinstance(value, Mapping) and "class_path" in value:
+        settings = ", ".join(f"{k}={v}" for k, v in value.get("init_args", {}).items())
+        return f"{str(value['class_path']).rpartition('.')[2]}({settings})"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}={v}" for k, v in value.items())
+    return " ".join(str(value).split())

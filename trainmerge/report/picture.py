@@ -1,0 +1,182 @@
+"""What a picture is, and how all of them look: on white paper, on a dark screen, and without colour.
+
+Lightness alone carries each scale, lines differ in dash and marker too, and cells say their number where
+there is room.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import matplotlib
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+INK = "#1b1f27"  # text and lines; on the page it follows the reader's theme
+QUIET = "#8b929c"  # grid, frames, what is said aside
+LIGHT, DARK = "#ffffff", "#101418"  # numbers on cells
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b25c91", "#3b9bd6", "#c98a00", "#7a7a7a", "#7b4fb5")
+MARKERS = "osD^vP*X<>hpdH8+"
+DASHES = ("-", "--", "-.", ":")
+STYLE: Mapping[str, Any] = {
+    "font.family": "DejaVu Sans", "font.size": 8.5, "text.color": INK, "axes.labelcolor": INK,
+    "axes.edgecolor": QUIET, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 9.5,
+    "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlecolor": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "grid.color": QUIET,
+    "grid.alpha": 0.35, "grid.linewidth": 0.6, "legend.frameon": False, "figure.facecolor": "none",
+    "axes.facecolor": "none", "savefig.facecolor": "none", "hatch.linewidth": 0.4, "svg.fonttype": "path",
+    "axes.linewidth": 0.7, "xtick.major.width": 0.7, "ytick.major.width": 0.7, "lines.linewidth": 1.6,
+}  # fmt: skip
+WIDTH = 9.6  # inches of the widest picture
+COLOUR_MAP = "viridis"  # lightness rises evenly: it survives a black and white printer
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure with what it says in words, and the numbers behind it."""
+
+    stem: str  # of its files
+    title: str
+    words: str  # how to read it
+    alt: str  # what is to be seen, for whoever does not see it
+    figure: Figure
+    header: Sequence[str]
+    rows: Sequence[Sequence[str | float]]
+
+
+def style() -> AbstractContextManager[None]:
+    """Draw in the report's style; matplotlib's own settings come back afterwards."""
+    return matplotlib.rc_context(cast(Any, STYLE))
+
+
+def look(k: int) -> dict[str, Any]:
+    """Colour, dash and marker of the k-th line."""
+    return {
+        "color": COLOURS[k % len(COLOURS)],
+        "linestyle": DASHES[k % len(DASHES)],
+        "marker": MARKERS[k % len(MARKERS)],
+        "markersize": 4.5,
+    }
+
+
+def shortened(name: str, length: int = 22) -> str:
+    """A long name without its middle.
+
+    >>> shortened("a-very-long-name-of-an-expert", 12)
+    'a-very…xpert'
+    """
+    if len(name) <= length:
+        return name
+    tail = (length - 1) // 2
+    return f"{name[: length - 1 - tail]}…{name[-tail:]}"
+
+
+def panels(
+    count: int,
+    width: float,
+    height: float,
+    margin: float = 1.0,
+    share: tuple[bool, bool] = (True, True),
+    below: float = 0.0,
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` axes of this size (inches), as many beside one another as fit on the page.
+
+    `share` says whether all have one horizontal scale, and one vertical; `below` is room for long names.
+    """
+    columns = max(1, min(count, 4, int((WIDTH - margin) / width)))
+    rows = -(-count // columns)
+    size = (max(4.2, columns * width + margin), rows * height + 0.55 + below)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=share[0], sharey=share[1])
+    axes = list(grid.flat)
+    for ax in axes[count:]:
+        ax.remove()
+    for ax in axes[max(0, count - columns) : count]:  # the last of each column has the scale
+        ax.tick_params(labelbottom=True)
+    return figure, axes[:count]
+
+
+def symmetric(values: Tensor, middle: float) -> Normalize:
+    """A scale with `middle` in its middle that holds all finite values."""
+    finite = values[values.isfinite()]
+    reach = float((finite - middle).abs().max()) if finite.numel() else 0.0
+    reach = max(reach, 1e-3)
+    return Normalize(middle - reach, middle + reach)
+
+
+def heat(
+    ax: Axes,
+    values: Tensor,
+    scale: Normalize,
+    colours: str = COLOUR_MAP,
+    number: str = "{:.2f}",
+    cell: float = 0.5,
+) -> QuadMesh:
+    """Cells of [rows, columns], the first row on top; numbers in them if a cell is `cell` >= 0.34 inches.
+
+    What is not a number is hatched.
+    """
+    data = np.ma.masked_invalid(values.numpy())
+    rows, columns = data.shape
+    if data.mask.any():
+        ax.add_patch(
+            Rectangle((0, 0), columns, rows, facecolor="none", edgecolor=QUIET, hatch="////", linewidth=0)
+        )
+    mesh = ax.pcolormesh(data, cmap=colours, norm=scale, edgecolors="face", linewidth=0.3)
+    ax.set(xlim=(0, columns), ylim=(rows, 0))
+    ax.tick_params(length=0)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_visible(False)
+    if cell >= 0.34:
+        size = 7.0 if cell >= 0.42 else 6.0
+        for (row, column), value in np.ndenumerate(values.numpy()):
+            if np.isfinite(value):
+                dark = _lightness(colormaps[colours](scale(value))) > 0.5
+                ax.text(
+                    column + 0.5, row + 0.5, signless(number.format(value)), ha="center",
+                    va="center_baseline", size=size, color=DARK if dark else LIGHT,
+                )  # fmt: skip
+    return mesh
+
+
+def signless(number: str) -> str:
+    """A zero without its sign.
+
+    >>> signless("-0.00"), signless("-0.01")
+    ('0.00', '-0.01')
+    """
+    return number if float(number) else number.lstrip("-")
+
+
+def ticks(ax: Axes, rows: Sequence[str], columns: Sequence[str], shift: float = 0.5) -> None:
+    """Names beside and below the cells; long ones slope, and of more than 24 columns only some are named."""
+    if rows:
+        ax.set_yticks(np.arange(len(rows)) + shift, [shortened(row, 26) for row in rows])
+    long = any(len(name) > 5 for name in columns)
+    places = range(0, len(columns), max(1, -(-len(columns) // 24)))
+    slope: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if long else {}
+    ax.set_xticks([i + shift for i in places], [shortened(columns[i], 26) for i in places], **slope)
+
+
+def colour_bar(
+    figure: Figure, axes: Sequence[Axes], scale: Normalize, label: str, colours: str = COLOUR_MAP
+) -> None:
+    """The scale, below all axes."""
+    bar = figure.colorbar(
+        ScalarMappable(scale, colours), ax=list(axes), location="bottom", shrink=0.5, aspect=45, pad=0.03
+    )
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+
+
+def _lightness(colour: Sequence[float]) -> float:
+    red, green, blue = (float(part) for part in colour[:3])
+    return 0.3 * red + 0.59 * green + 0.11 * blue

@@ -1,0 +1,88 @@
+"""A run's report on disk: `index.html`, and a PNG and a CSV a picture beside it."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainmerge.folders import staging
+from trainmerge.report.facts import (
+    headline,
+    merged_section,
+    origin_section,
+    score_table,
+    usage_section,
+)
+from trainmerge.report.heatmap import heatmap
+from trainmerge.report.importance import importance_picture
+from trainmerge.report.numbers import Numbers, gather
+from trainmerge.report.page import Section, drawing, page
+from trainmerge.report.picture import Picture, style
+from trainmerge.report.scores import score_picture
+from trainmerge.report.steps import loss_picture, path_picture
+from trainmerge.report.vectors import norm_picture, similarity_picture
+
+RESOLUTION = 144  # dots an inch
+PAGE = "index.html"
+
+
+def write_report(run: str | Path, out: str | Path | None = None) -> Path:
+    """Draw a run and write the page that shows it; returns the page's path.
+
+    An earlier report in the same folder is replaced once the new one is whole.
+
+    Args:
+        run: A run folder with coefficients, finished or not.
+        out: The folder to write; `report` in the run by default.
+
+    Raises:
+        ValueError: no such run, or `out` is a folder that no report wrote.
+    """
+    target = Path(out) if out is not None else Path(run) / "report"
+    if target.is_dir() and any(target.iterdir()) and not (target / PAGE).exists():
+        raise ValueError(f"{target} is a folder that no report wrote: nothing was overwritten. Name another.")
+    numbers = gather(run)
+    with staging(target, overwrite=True) as folder, style():
+        sections = [_shown(picture, folder, numbers) for picture in pictures(numbers)]
+        sections += [merged_section(numbers)]
+        sections += [usage_section(numbers.usage)] if numbers.usage else []
+        sections += [origin_section(numbers.manifest)]
+        text = page(numbers.name, _under(numbers), headline(numbers), sections)
+        (folder / PAGE).write_text(text, encoding="utf-8")
+    return target / PAGE
+
+
+def pictures(numbers: Numbers) -> Iterator[Picture]:
+    """What there is to see of the run, the most important first."""
+    experts, layout, values = numbers.experts, numbers.layout, numbers.values
+    yield heatmap(experts, layout, values, numbers.middle, numbers.start is not None)
+    if (scores := score_picture(numbers.scores, numbers.metric)) is not None:
+        yield scores
+    if numbers.trajectory is not None and len(numbers.trajectory.steps) > 1:
+        yield path_picture(experts, numbers.trajectory)
+    if numbers.losses:
+        yield loss_picture(numbers.losses)
+    if numbers.geometry is not None:
+        if len(experts) > 1:
+            yield similarity_picture(experts, numbers.geometry)
+        yield norm_picture(experts, numbers.geometry)
+        yield importance_picture(layout, values, numbers.geometry)
+
+
+def _shown(picture: Picture, folder: Path, numbers: Numbers) -> Section:
+    """Write a picture's files; its section of the page."""
+    files = [f"{picture.stem}.png", f"{picture.stem}.csv"]
+    picture.figure.savefig(folder / files[0], dpi=RESOLUTION, facecolor="white")
+    with (folder / files[1]).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(picture.header)
+        writer.writerows(picture.rows)
+    body = drawing(picture.figure, picture.stem, picture.alt, files)
+    if picture.stem == "scores":
+        body += score_table(numbers.scores, numbers.metric)
+    return Section(picture.stem, picture.title, picture.words, body)
+
+
+def _under(numbers: Numbers) -> str:
+    names = ", ".join(numbers.experts)
+    note = f" The task vectors could not be measured: {numbers.missing}" if numbers.missing else ""
+    return f"A learned merge of {names} into {Path(numbers.recipe.base).name}.{note}"

@@ -1,0 +1,91 @@
+"""The coefficients' path over the steps of a fit, on disk: at most about a megabyte, however long the fit.
+
+The file is raw records, each a step (int64) and the coefficients after it (K x G float32); the shape comes
+from `coefficients.safetensors`. Step s is kept if it is a multiple of the stride, the smallest power of two
+that leaves few enough records up to the run's last step: so the file depends on how far the run is, never on
+where it was interrupted.
+
+Legend: `K` experts, `G` coefficient groups.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FEWEST, MOST = 16, 128  # records
+NUMBERS = 1 << 18  # in all records together, where that leaves `FEWEST` of them
+
+
+class Trajectory(NamedTuple):
+    """Coefficients at some steps; step 0 is where they start."""
+
+    steps: Tensor  # [S] int64
+    values: Tensor  # [S, K, G] float32
+
+
+def capacity(numbers: int) -> int:
+    """How many records of `numbers` coefficients are kept at most."""
+    return min(MOST, max(FEWEST, NUMBERS // numbers))
+
+
+def stride(step: int, numbers: int) -> int:
+    """Every which step is kept of a run that has come to `step`.
+
+    >>> [stride(step, numbers=1) for step in (0, 127, 128, 1000)]
+    [1, 1, 2, 8]
+    """
+    result = 1
+    while step // result >= capacity(numbers):
+        result *= 2
+    return result
+
+
+def read_trajectory(path: Path, experts: int, groups: int) -> Trajectory | None:
+    """The whole records of a file; None if it is not there or has none."""
+    kind = record_of(experts, groups)
+    if not path.is_file() or path.stat().st_size < kind.itemsize:
+        return None
+    records = np.fromfile(path, kind, count=path.stat().st_size // kind.itemsize)
+    return Trajectory(
+        torch.from_numpy(records["step"].copy()), torch.from_numpy(records["values"].astype("f4"))
+    )
+
+
+def record_of(experts: int, groups: int) -> np.dtype[np.void]:
+    """One step and its coefficients, as they lie in the file."""
+    return np.dtype([("step", "<i8"), ("values", "<f4", (experts, groups))])
+
+
+def thin(path: Path, last: int, shape: tuple[int, int], every: int = 0) -> None:
+    """Keep only the records [K, G] that a run of `last` steps has; a half-written one goes too.
+
+    `every` is the stride, that of `last` by default.
+    """
+    if last == 0:
+        path.unlink(missing_ok=True)
+    if not path.exists():
+        return
+    kind = record_of(*shape)
+    records = np.fromfile(path, kind, count=path.stat().st_size // kind.itemsize)
+    every = every or stride(last, shape[0] * shape[1])
+    kept = records[(records["step"] <= last) & (records["step"] % every == 0)]
+    aside = path.with_suffix(".tmp")
+    aside.write_bytes(kept.tobytes())
+    aside.replace(path)
+
+
+def append(path: Path, step: int, values: Tensor) -> None:
+    """Add the coefficients [K, G] after a step, thinning what is there if the run has become too long."""
+    experts, groups = values.shape
+    now, before = stride(step, values.numel()), stride(max(0, step - 1), values.numel())
+    if now > before:
+        thin(path, step - 1, (experts, groups), every=now)
+    if step % now:
+        return
+    record = np.zeros(1, record_of(experts, groups))
+    record["step"], record["values"] = step, values.detach().float().cpu().numpy()
+    with path.open("ab") as file:
+        file.write(record.tobytes())
