@@ -65,7 +65,7 @@ def test_formats(tmp_path: Path, suffix: str) -> None:
     [
         ("absent.jsonl", None, "no such file"),
         ("empty.jsonl", "", "empty"),
-        ("blank.csv", "text\n", "no data"),
+        ("blank.csv", "text\n", "no examples in it"),
         ("other.jsonl", '{"body": "x"}\n', r"no column \['text'\]; it has \['body'\]"),
         ("data.pdf", "x", "unknown format"),
         ("broken.jsonl", "{not json\n", "cannot be read"),

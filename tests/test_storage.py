@@ -1,5 +1,6 @@
 """Mapped reads, streamed writes, and folders that appear whole or not at all."""
 
+import errno
 import json
 import os
 import signal
@@ -251,3 +252,31 @@ def test_free_space_is_compared_with_both_numbers(tmp_path: Path) -> None:
 def test_sha256_is_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256(tmp_path / "a").startswith("ba7816bf8f01cfea")
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """As large as the file was to be; a living process's, and another machine's, are left alone."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    half, own, other = (
+        tmp_path / f".a.safetensors.new-{host}-{process}-12345678"
+        for host, process in [
+            (os.uname().nodename, dead.pid),
+            (os.uname().nodename, os.getpid()),
+            ("x", dead.pid),
+        ]
+    )
+    for path in (half, own, other):
+        path.touch()
+    write_safetensors(tmp_path / "a.safetensors", {"t": (torch.float32, (1,))}, [("t", torch.ones(1))])
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", own.name, other.name}
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"free some space.*a\.safetensors"):
+        write_safetensors(tmp_path / "a.safetensors", {"t": (torch.float32, (1,))}, [("t", torch.ones(1))])
+    assert list(tmp_path.iterdir()) == []

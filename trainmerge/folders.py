@@ -28,8 +28,7 @@ def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if occupied and (not overwrite or not target.is_dir()):
         raise FileExistsError(f"{target} is not an empty folder; name another, or ask to overwrite it")
-    mark = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    new, old = (target.with_name(f".{target.name}.{kind}-{mark}") for kind in ("new", "old"))
+    new, old = aside(target, "new"), aside(target, "old")
     new.mkdir()
     try:
         yield new
@@ -50,16 +49,30 @@ def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 def _recover(target: Path) -> None:
     """Remove what this machine's dead processes left beside `target`; an old folder moved away comes back."""
-    for kind in ("old", "new"):
-        prefix = f".{target.name}.{kind}-{socket.gethostname()}-"
-        for path in target.parent.iterdir():
-            process = path.name.removeprefix(prefix).partition("-")[0]
-            if not path.name.startswith(prefix) or not process.isdigit() or _alive(int(process)):
-                continue
-            if kind == "old" and not target.exists():
-                path.rename(target)
-            else:
-                shutil.rmtree(path)
+    for path in abandoned(target, "old"):
+        if target.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(target)
+    for path in abandoned(target, "new"):
+        shutil.rmtree(path)
+
+
+def aside(target: Path, kind: str) -> Path:
+    """A hidden name beside `target` that says whose it is, for what is to become or to leave it."""
+    mark = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return target.with_name(f".{target.name}.{kind}-{mark}")
+
+
+def abandoned(target: Path, kind: str) -> list[Path]:
+    """What `aside` named for processes of this machine that are no more: they were killed."""
+    prefix = f".{target.name}.{kind}-{socket.gethostname()}-"
+    owners = {
+        path: path.name.removeprefix(prefix).partition("-")[0]
+        for path in target.parent.iterdir()
+        if path.name.startswith(prefix)
+    }
+    return [path for path, process in owners.items() if process.isdigit() and not _alive(int(process))]
 
 
 def _alive(process: int) -> bool:

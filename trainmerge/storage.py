@@ -9,7 +9,6 @@ import math
 import mmap
 import os
 import sys
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainmerge.folders import naming, sync
+from trainmerge.folders import abandoned, aside, naming, sync
 
 Specs = Mapping[str, tuple[torch.dtype, torch.Size | tuple[int, ...]]]
 HEADER_LIMIT = 100_000_000  # bytes; safetensors refuses to read a longer one
@@ -134,12 +133,15 @@ def write_safetensors(
     """Write `tensors`, which come one at a time and in any order, in constant memory.
 
     A tensor may come in pieces, consecutive rows of it, with others between. The file appears under its name
-    only when it is whole and on disk; the same input gives the same bytes. Raises ValueError if a tensor's
-    name, dtype or shape differs from its spec, or one is missing or too many.
+    only when it is whole and on disk; the same input gives the same bytes. What a killed process left of it
+    is removed first. Raises ValueError if a tensor's name, dtype or shape differs from its spec, or one is
+    missing or too many.
     """
     path = Path(path)
     header, offsets = _layout(path, specs, metadata or {})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    for left in abandoned(path, "new"):
+        left.unlink(missing_ok=True)
+    temporary = aside(path, "new")
     missing = {name: math.prod(shape) for name, (_, shape) in specs.items()}  # elements
     given: set[str] = set()
     try:
