@@ -37,6 +37,10 @@ class Expert:
     weight: float = 1.0
     validation: str | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"{self.path}: the weight of a task must be 0 or more, not {self.weight}")
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -49,10 +53,6 @@ class HeldOut:
 
     test: str
     head: Head | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise ValueError(f"{self.path}: the weight of a task must be 0 or more, not {self.weight}")
 
 
 @dataclass(frozen=True)
