@@ -1,0 +1,84 @@
+"""Who runs the two passes: `eager`, `compiled` or `triton`, by name or by device.
+
+Unless it is named, a CPU's passes are eager. Compiled ones take about two thirds of their time, but importing the
+compiler and compiling cost 20 s and more: what a fit wins by them in some 300 GB of reading, and an export never.
+A GPU's passes are compiled: eager ones launch a kernel for every operation.
+
+The choice is the process's, not the thread's: autograd runs a GPU's gradient hooks in threads of its own.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainmerge.kernels import compiled, eager
+from trainmerge.kernels.terms import Term
+
+
+class Backend(NamedTuple):
+    """The two passes, as `eager` defines them."""
+
+    weighted_sum: Callable[[Tensor, Tensor, Sequence[Term], Tensor], None]
+    inner_products: Callable[[Tensor, Tensor, Sequence[Term], int], Tensor]
+
+
+_BACKENDS = {
+    "eager": Backend(eager.weighted_sum, eager.inner_products),
+    "compiled": Backend(compiled.weighted_sum, compiled.inner_products),
+}
+NAMES = ("auto", *_BACKENDS)
+VARIABLE = "TRAINMERGE_KERNELS"
+
+_chosen = "auto"
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, not {name!r}")
+    return name
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Run the passes by this backend, in the whole process; `auto` chooses by device.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    global _chosen
+    before, _chosen = _chosen, _checked(name, "the kernels")
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def chosen(device: torch.device) -> str:
+    """The backend that runs the passes of tensors on this device.
+
+    Raises:
+        ValueError: TRAINMERGE_KERNELS names none.
+    """
+    name = _chosen
+    if name == "auto":
+        name = _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
+    if name == "auto":
+        name = "compiled" if device.type == "cuda" else "eager"
+    return name
+
+
+def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients: Tensor) -> None:
+    """Write `out` = base + sum_k coefficients[k, chunk] * tau_k. `out`, `base` [*S], coefficients [K, C].
+
+    All-zero coefficients give the base, and a one-hot vector on `ExpertWeight` terms that expert, bit for bit.
+    """
+    _BACKENDS[chosen(out.device)].weighted_sum(out, base, terms, coefficients)
+
+
+def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: int) -> Tensor:
+    """<grad, tau_k> per chunk, all K in one read of `grad` [*S] -> [K, C], float32 (float64 for float64)."""
+    return _BACKENDS[chosen(grad.device)].inner_products(grad, base, terms, chunks)
