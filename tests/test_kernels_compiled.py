@@ -40,16 +40,17 @@ def test_contract_compiled_once_for_all_shapes(random_delta, generator, dtype):
 
 
 def test_dtypes_of_their_own(random_delta, generator):
-    """Mapped float16 base, a bfloat16 expert and a float32 difference, into float32 weights."""
+    """A float16 base and expert and a float32 difference, into float32 weights; bfloat16 beside them is eager's."""
     shape = [300, 400]
     noise = torch.randn(3, *shape, generator=generator)
-    delta = Delta(noise[0].half(), (ExpertWeight(noise[1].bfloat16()), Difference(noise[2])))
     coefficients = torch.rand(2, 2, generator=generator)
     grad = torch.randn(shape, generator=generator)
-    fused_merge, fused_inner = merge(delta, coefficients, torch.float32), delta.inner(grad, 2)
-    with using("eager"):
-        torch.testing.assert_close(fused_merge, merge(delta, coefficients, torch.float32))
-        torch.testing.assert_close(fused_inner, delta.inner(grad, 2))
+    for dtype in (torch.float16, torch.bfloat16):
+        delta = Delta(noise[0].half(), (ExpertWeight(noise[1].to(dtype)), Difference(noise[2])))
+        merged, inner = merge(delta, coefficients, torch.float32), delta.inner(grad, 2)
+        with using("eager"):
+            torch.testing.assert_close(merged, merge(delta, coefficients, torch.float32))
+            torch.testing.assert_close(inner, delta.inner(grad, 2))
 
 
 def test_it_is_the_fused_loop_that_runs(random_delta, generator, monkeypatch):

@@ -52,10 +52,12 @@ def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: in
 
 
 def _is_flat(first: Tensor, base: Tensor, terms: Sequence[Term], chunks: int) -> bool:
-    """All dense, contiguous, on one device, no wider than float32, and large enough."""
+    """All dense, contiguous, on one device, no wider than float32, large enough."""
     if any(isinstance(term, LowRank) for term in terms):
         return False
     tensors = [first, base, *(part for term in terms for part in term if isinstance(part, Tensor))]
+    if {torch.bfloat16, torch.float16} <= {tensor.dtype for tensor in tensors}:
+        return False  # inductor refuses a loop with both
     return first.numel() >= SMALL * chunks and all(
         tensor.is_contiguous() and tensor.dtype in NARROW and tensor.device == first.device
         for tensor in tensors
