@@ -122,7 +122,9 @@ def _products(grad: Tensor, base: Tensor, models: list[Tensor], taus: list[Tenso
     return torch.stack(products)
 
 
-def _run(function: FunctionType, *arguments: Tensor | list[Tensor], whole: int | None = None) -> Tensor | None:
+def _run(
+    function: FunctionType, *arguments: Tensor | list[Tensor], whole: int | None = None
+) -> Tensor | None:
     """The fused function of the first `whole` elements of each tensor, flat; None once compiling has failed."""
     global _failed
     if _failed:
