@@ -113,7 +113,7 @@ def test_choice(monkeypatch):
         monkeypatch.setenv("TRAINMERGE_KERNELS", "compiled")
         assert chosen(torch.device("cpu")) == "compiled"
         monkeypatch.setenv("TRAINMERGE_KERNELS", "fast")
-        with pytest.raises(ValueError, match="TRAINMERGE_KERNELS must be one of auto, eager, compiled"):
+        with pytest.raises(ValueError, match="TRAINMERGE_KERNELS must be one of auto, eager, compiled, triton"):
             chosen(torch.device("cpu"))
     with pytest.raises(ValueError, match="not 'fast'"), using("fast"):
         pass

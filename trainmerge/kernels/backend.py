@@ -1,8 +1,8 @@
 """Who runs the two passes: `eager`, `compiled` or `triton`, by name or by device.
 
-Unless it is named, a CPU's passes are eager. Compiled ones take about two thirds of their time, but importing the
-compiler and compiling cost 20 s and more: what a fit wins by them in some 300 GB of reading, and an export never.
-A GPU's passes are compiled: eager ones launch a kernel for every operation.
+Unless one is named, a CPU's passes are eager. Compiled ones take about half of their time, which is 0.05 s a GB, but
+importing the compiler and compiling cost 20 s and more: a fit wins them back after some 400 GB, an export never.
+A GPU's passes are compiled, since eager ones launch a kernel for every operation: a choice not measured yet.
 
 The choice is the process's, not the thread's: autograd runs a GPU's gradient hooks in threads of its own.
 """
@@ -26,11 +26,7 @@ class Backend(NamedTuple):
     inner_products: Callable[[Tensor, Tensor, Sequence[Term], int], Tensor]
 
 
-_BACKENDS = {
-    "eager": Backend(eager.weighted_sum, eager.inner_products),
-    "compiled": Backend(compiled.weighted_sum, compiled.inner_products),
-}
-NAMES = ("auto", *_BACKENDS)
+NAMES = ("auto", "eager", "compiled", "triton")
 VARIABLE = "TRAINMERGE_KERNELS"
 
 _chosen = "auto"
@@ -71,14 +67,23 @@ def chosen(device: torch.device) -> str:
     return name
 
 
+def _backend(name: str) -> Backend:
+    if name == "triton":
+        from trainmerge.kernels import triton_kernels  # Triton is not everywhere
+
+        return Backend(triton_kernels.weighted_sum, triton_kernels.inner_products)
+    passes = compiled if name == "compiled" else eager
+    return Backend(passes.weighted_sum, passes.inner_products)
+
+
 def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients: Tensor) -> None:
     """Write `out` = base + sum_k coefficients[k, chunk] * tau_k. `out`, `base` [*S], coefficients [K, C].
 
     All-zero coefficients give the base, and a one-hot vector on `ExpertWeight` terms that expert, bit for bit.
     """
-    _BACKENDS[chosen(out.device)].weighted_sum(out, base, terms, coefficients)
+    _backend(chosen(out.device)).weighted_sum(out, base, terms, coefficients)
 
 
 def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: int) -> Tensor:
     """<grad, tau_k> per chunk, all K in one read of `grad` [*S] -> [K, C], float32 (float64 for float64)."""
-    return _BACKENDS[chosen(grad.device)].inner_products(grad, base, terms, chunks)
+    return _backend(chosen(grad.device)).inner_products(grad, base, terms, chunks)
