@@ -1,12 +1,22 @@
-"""The Triton kernels in Triton's interpreter, against eager: `TRITON_INTERPRET=1 python -m tests.interpreted`.
+"""The Triton kernels in Triton's interpreter, against eager.
 
-A process of its own: Triton reads that variable when a kernel is defined.
+`TRITON_INTERPRET=1 python -m tests.interpreted`: a process of its own, since Triton reads that variable when a
+kernel is defined.
 """
 
 import torch
 
 from tests.contracts import assert_delta_contract, assert_inner_is_exact, assert_same_bits, merge
-from trainmerge.kernels import Difference, ExpertWeight, LowRank, Term, Untouched, eager, triton_kernels, using
+from trainmerge.kernels import (
+    Difference,
+    ExpertWeight,
+    LowRank,
+    Term,
+    Untouched,
+    eager,
+    triton_kernels,
+    using,
+)
 from trainmerge.task_vectors import Delta
 
 MIX = [ExpertWeight, Difference, Untouched, ExpertWeight]
@@ -28,7 +38,11 @@ def make(shape: list[int], dtype: torch.dtype, forms: list[type] = MIX) -> Delta
 
 def check_contract() -> None:
     """Aligned and unaligned chunks, whole and partial blocks, float32 and float16."""
-    for shape, chunks, dtype in (([33, 31], 3, torch.float32), ([7], 1, torch.float32), ([40, 31], 3, torch.float16)):
+    for shape, chunks, dtype in (
+        ([33, 31], 3, torch.float32),
+        ([7], 1, torch.float32),
+        ([40, 31], 3, torch.float16),
+    ):
         assert_delta_contract(make(shape, dtype), chunks, GENERATOR)
 
 
@@ -45,7 +59,9 @@ def check_bfloat16() -> None:
 def check_many_at_once() -> None:
     """Parameters of several shapes, dtypes and forms, a low-rank one among them."""
     forms = (MIX, MIX, [ExpertWeight] * 4)
-    deltas = [make(shape, torch.float32, form) for shape, form in zip(([50, 30], [9], [20, 8]), forms, strict=True)]
+    deltas = [
+        make(shape, torch.float32, form) for shape, form in zip(([50, 30], [9], [20, 8]), forms, strict=True)
+    ]
     low = torch.randn(8, 2, generator=GENERATOR), torch.randn(2, 5, generator=GENERATOR)
     deltas.append(Delta(torch.zeros(8, 5), (LowRank(*low, 0.5), *[Untouched()] * 3)))
     coefficients = [torch.randn(4, chunks, generator=GENERATOR) for chunks in (3, 1, 1, 2)]

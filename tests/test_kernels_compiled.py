@@ -29,7 +29,7 @@ def test_contract_compiled_once_for_all_shapes(random_delta, generator, dtype):
     for shape in SHAPES:
         for chunks in (1, 2, 3):
             assert_delta_contract(random_delta(shape, MIX, dtype), chunks, generator)
-    # The contract turns the experts' order around, which is the same kernel. None if a test before compiled it.
+    # The contract turns the experts' order around, which is the same kernel.
     assert counters["stats"]["unique_graphs"] <= 2  # the merge and the inner products
     assert "recompile_limit" not in str(counters["unimplemented"])
     sizes = {100_003, 120_001, 140_011}
@@ -39,8 +39,8 @@ def test_contract_compiled_once_for_all_shapes(random_delta, generator, dtype):
     assert counters["stats"]["unique_graphs"] == before
 
 
-def test_dtypes_of_their_own(random_delta, generator):
-    """A float16 base and expert and a float32 difference, into float32 weights; bfloat16 beside them is eager's."""
+def test_dtypes_of_their_own(generator):
+    """A float16 base and expert and a float32 difference, into float32; bfloat16 beside them is eager's."""
     shape = [300, 400]
     noise = torch.randn(3, *shape, generator=generator)
     coefficients = torch.rand(2, 2, generator=generator)
@@ -113,7 +113,9 @@ def test_choice(monkeypatch):
         monkeypatch.setenv("TRAINMERGE_KERNELS", "compiled")
         assert chosen(torch.device("cpu")) == "compiled"
         monkeypatch.setenv("TRAINMERGE_KERNELS", "fast")
-        with pytest.raises(ValueError, match="TRAINMERGE_KERNELS must be one of auto, eager, compiled, triton"):
+        with pytest.raises(
+            ValueError, match="TRAINMERGE_KERNELS must be one of auto, eager, compiled, triton"
+        ):
             chosen(torch.device("cpu"))
     with pytest.raises(ValueError, match="not 'fast'"), using("fast"):
         pass

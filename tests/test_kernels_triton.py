@@ -43,7 +43,9 @@ def compile_for(name: str, capability: int, constants: dict, warps: int):
         getattr(triton_kernels, f"{name}_kernel"),
         signature={**arguments, **dict.fromkeys(constants, "constexpr")},
         constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i, kind in enumerate(arguments.values()) if kind[0] == "*"},
+        attrs={
+            (i,): [["tt.divisibility", 16]] for i, kind in enumerate(arguments.values()) if kind[0] == "*"
+        },
     )
     options = {"num_warps": warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

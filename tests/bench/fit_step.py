@@ -1,33 +1,36 @@
 """The merge's share of a step: materialise and inner products over plain forward and backward.
 
-Two models: the suite's with 8 experts, and a Llama of 152M parameters with 3 experts, a batch of 2 x 256 tokens each.
+Two models: the suite's with 8 experts, and a Llama of 152M parameters with 3 experts, 2 x 256 tokens each.
 """
 
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
 from tests.bench.__main__ import figure
-from tests.bench.suite_model import many_experts, texts_of
+from tests.bench.suite_model import demo, many_experts, texts_of
 from trainmerge.batch import Batch
 from trainmerge.calibration import Tokenizer
 from trainmerge.coefficients import Coefficients, Grouping
 from trainmerge.kernels import ExpertWeight, using
 from trainmerge.merged_model import MergedModel
 from trainmerge.objectives import Entropy
+from trainmerge.recipe import Recipe
 from trainmerge.resident import Resident, load_resident
 from trainmerge.task_vectors import Delta, TaskVectors
 
 EXPERTS, BATCH, MAX_LENGTH, ROUNDS = 8, 16, 64, 5
+DEMO_BATCH = 4
 TOGETHER = 4  # tasks a backward, as in configs/
 
 
 def clock() -> float:
-    """Of this process where it has one thread, which a busy machine moves little; else the one on the wall."""
+    """Of this process where it has one thread, which a busy machine moves little; else of the wall."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -54,6 +57,7 @@ def backwards(resident: Resident, batches: list[Batch], together: int) -> None:
 
 def main() -> None:
     """Alternate plain and merging steps on the same batches; report medians."""
+    low_rank()
     suite()
     llama()
 
@@ -61,16 +65,39 @@ def main() -> None:
 def suite() -> None:
     """The text suite's model."""
     with many_experts(EXPERTS) as recipe:
-        opened = recipe.open()
-        tokenize = Tokenizer(recipe.base, MAX_LENGTH)
-        coefficients = Coefficients(tuple(recipe.experts), opened.layout)
-        resident = load_resident(recipe, opened, coefficients, tokenize, Path())
-        batches = []
-        for k, name in enumerate(recipe.experts):
-            inputs = tokenize(texts_of(recipe, name, BATCH))
-            batches.append(Batch(k, inputs, inputs["attention_mask"].bool(), torch.arange(BATCH)))
+        resident, batches = prepared(recipe, BATCH)
         for together, suffix in ((1, "_a_task_a_backward"), (TOGETHER, "")):
             measure(resident, batches, together, suffix)
+
+
+def prepared(recipe: Recipe, size: int) -> tuple[Resident, list[Batch]]:
+    """The model, and `size` texts an expert."""
+    opened = recipe.open()
+    tokenize = Tokenizer(recipe.base, MAX_LENGTH)
+    coefficients = Coefficients(tuple(recipe.experts), opened.layout)
+    resident = load_resident(recipe, opened, coefficients, tokenize, Path())
+    batches = []
+    for k, name in enumerate(recipe.experts):
+        inputs = tokenize(texts_of(recipe, name, size))
+        batches.append(Batch(k, inputs, inputs["attention_mask"].bool(), torch.arange(size)))
+    return resident, batches
+
+
+def low_rank() -> None:
+    """The demo's step with and without its layers' weight gradients."""
+    resident, batches = prepared(demo(), DEMO_BATCH)
+    merged = resident.merged
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(2 * ROUNDS + 1):
+        for tapped, found in seconds.items():
+            began = clock()
+            merged.materialise()
+            with merged.tapped() if tapped else nullcontext():
+                backwards(resident, batches, TOGETHER)
+            found.append(clock() - began)
+            merged.gradient()
+    ratio = statistics.median(seconds[True][1:]) / statistics.median(seconds[False][1:])
+    figure("lowrank_gradient_cpu_ratio", ratio, "ratio", "< 1")
 
 
 def llama(experts: int = 3, tokens: int = 256, batch: int = 2) -> None:

@@ -1,8 +1,8 @@
 """The two passes against a plain copy of the same bytes: one tensor of 16M elements, and a model of 150M.
 
-Each figure is a bandwidth over the copy's, from the fastest of rounds that alternate all of them. What counts as
-moved is what has to be: base and K experts read, and the merge written, or the gradient read. With
-one thread the clock is the process's own, so that a busy machine counts less.
+Each figure is a bandwidth over the copy's, from the fastest of rounds that alternate all of them. What counts
+as moved is what has to be: base and K experts read, and the merge written, or the gradient read. With one
+thread the clock is the process's own, so that a busy machine counts less.
 
 Legend: `K` experts.
 """

@@ -20,7 +20,7 @@ class Achieved(NamedTuple):
 
 
 def draw(path: Path, copy: float, passes: Sequence[Achieved]) -> None:
-    """Points below the roof that a copy of `copy` bytes a second sets, and the share of it that each reaches."""
+    """Points below the roof that a copy of `copy` bytes a second sets, and the share that each reaches."""
     import matplotlib as mpl
 
     mpl.use("Agg")

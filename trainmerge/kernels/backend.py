@@ -1,8 +1,9 @@
 """Who runs the two passes: `eager`, `compiled` or `triton`, by name or by device.
 
-Unless one is named, a CPU's passes are eager. Compiled ones take about half of their time, which is 0.05 s a GB, but
-importing the compiler and compiling cost 20 s and more: a fit wins them back after some 400 GB, an export never.
-A GPU's passes are compiled, since eager ones launch a kernel for every operation: a choice not measured yet.
+Unless one is named, a CPU's passes are eager. Compiled ones take about half of their time, which saves 0.05
+s a GB, but importing the compiler and compiling cost 20 s and more: a fit wins them back after some 400 GB,
+an export never. A GPU's passes are compiled, since eager ones launch a kernel for every operation: not
+measured yet.
 
 The choice is the process's, not the thread's: autograd runs a GPU's gradient hooks in threads of its own.
 """
@@ -15,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainmerge.kernels import compiled, eager
+import trainmerge.kernels.compiled as compiled
+import trainmerge.kernels.eager as eager
 from trainmerge.kernels.terms import Term
 
 
@@ -79,7 +81,7 @@ def _backend(name: str) -> Backend:
 def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients: Tensor) -> None:
     """Write `out` = base + sum_k coefficients[k, chunk] * tau_k. `out`, `base` [*S], coefficients [K, C].
 
-    All-zero coefficients give the base, and a one-hot vector on `ExpertWeight` terms that expert, bit for bit.
+    All-zero coefficients give the base, a one-hot vector on `ExpertWeight` terms that expert, bit for bit.
     """
     _backend(chosen(out.device)).weighted_sum(out, base, terms, coefficients)
 

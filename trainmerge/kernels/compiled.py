@@ -1,9 +1,9 @@
 """Both passes as one fused loop each, written by inductor: C++ on a CPU, Triton on a GPU.
 
 One kernel for K, the forms and the dtypes, whatever the shapes: a chunk of rows is a flat, contiguous run of
-elements. Inductor keeps what it compiled on disk (`TORCHINDUCTOR_CACHE_DIR`), so that the next process only looks
-it up. What a flat loop does not fit (low-rank terms, float64, strides, little tensors, coefficients of zero) is
-eager's, and so is everything once compiling has failed.
+elements. Inductor keeps what it compiled on disk (`TORCHINDUCTOR_CACHE_DIR`), so that the next process only
+looks it up. What does not fit a flat loop (low-rank terms, float64, strides, little tensors, coefficients of
+zero) is eager's, and so is everything once compiling has failed.
 
 Legend: `K` experts, `C` chunks of one parameter, `n` elements of a chunk.
 """
@@ -18,7 +18,7 @@ from types import FunctionType
 import torch
 from torch import Tensor
 
-from trainmerge.kernels import eager
+import trainmerge.kernels.eager as eager
 from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, rows_of
 
 SMALL = 1 << 15  # elements of a chunk below which the call costs more than the loop saves (measured: 40 us)
@@ -92,19 +92,31 @@ def _chunk_products(grad: Tensor, base: Tensor, terms: Sequence[Term]) -> Tensor
     dense = _run(_products, grad, base, models, taus, whole=whole) if models or taus else None
     if dense is None:
         return eager.inner_products(grad, base, terms, 1)[:, 0].double()
-    of_models, of_taus = dense.sum(1, dtype=torch.float64).split([len(models), len(taus)])
-    rows, remaining = {ExpertWeight: iter(of_models), Difference: iter(of_taus)}, slice(whole, None)
-    zero = dense.new_zeros((), dtype=torch.float64)
-    sums = torch.stack([next(rows[type(term)]) if type(term) in rows else zero for term in terms])
-    if whole == grad.numel():
-        return sums
-    flat = [type(term)(*(part.view(-1)[remaining] for part in term)) for term in terms]
-    rest = eager.inner_products(grad.view(-1)[remaining], base.view(-1)[remaining], flat, 1)
-    return sums + rest[:, 0]
+    sums = dense.new_zeros(len(terms), dtype=torch.float64)
+    places = [
+        k for form in (ExpertWeight, Difference) for k, term in enumerate(terms) if isinstance(term, form)
+    ]
+    sums[places] = dense.sum(1, dtype=torch.float64)
+    if whole < grad.numel():  # a few elements, each a row now
+        rest = slice(whole, None)
+        flat = [rows_of(_column(term), rest) for term in terms]
+        sums += eager.inner_products(grad.view(-1)[rest], base.view(-1)[rest], flat, 1)[:, 0]
+    return sums
+
+
+def _column(term: Term) -> Term:
+    """The same term of a parameter's elements one after the other."""
+    match term:
+        case Difference(tau):
+            return Difference(tau.view(-1))
+        case ExpertWeight(weight):
+            return ExpertWeight(weight.view(-1))
+        case _:
+            return term
 
 
 def _merge(out: Tensor, origin: Tensor, models: list[Tensor], taus: list[Tensor], scales: Tensor) -> Tensor:
-    """out [n] = origin + sum scales (model - origin) + sum scales tau."""
+    """Out [n] = origin + sum scales (model - origin) + sum scales tau."""
     start = origin.float()
     total = start
     for i, model in enumerate(models):
@@ -123,9 +135,9 @@ def _products(grad: Tensor, base: Tensor, models: list[Tensor], taus: list[Tenso
 
 
 def _run(
-    function: FunctionType, *arguments: Tensor | list[Tensor], whole: int | None = None
+    function: Callable[..., Tensor], *arguments: Tensor | list[Tensor], whole: int | None = None
 ) -> Tensor | None:
-    """The fused function of the first `whole` elements of each tensor, flat; None once compiling has failed."""
+    """The fused function of the first `whole` elements of each tensor; None once compiling has failed."""
     global _failed
     if _failed:
         return None
@@ -143,13 +155,14 @@ def _run(
 
 
 def _flat(tensor: Tensor, size: int | None) -> Tensor:
-    """The first `size` elements. `data`: Dynamo would compile again for every shape that a view is a view of."""
+    """The first `size` elements. `data`: of a view, Dynamo compiles for the shape that it is a view of."""
     return tensor.view(-1)[:size].data
 
 
 @cache
-def _fused(function: FunctionType, dtypes: str) -> Callable[..., Tensor]:
+def _fused(function: Callable[..., Tensor], dtypes: str) -> Callable[..., Tensor]:
     """`function`, to be compiled at its first call: once for these numbers of tensors and their dtypes."""
+    assert isinstance(function, FunctionType)
     # Dynamo counts recompilations by code object: one for all would soon be over its limit.
     code = function.__code__.replace(co_name=f"{function.__name__}_{dtypes}")
     own = FunctionType(code, function.__globals__)

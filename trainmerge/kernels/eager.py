@@ -32,7 +32,7 @@ def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients:
     """Write `out` = base + sum_k coefficients[k, chunk] * tau_k. `out`, `base` [*S], coefficients [K, C].
 
     All-zero coefficients give the base, and a one-hot vector on `ExpertWeight` terms that expert, bit for
-    bit (see `_anchored`).
+    bit (see `_averaged`).
     """
     weights = coefficients.double().tolist()
     dtype = accumulation_dtype(out.dtype)
@@ -43,7 +43,7 @@ def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients:
         buffer = scratch[: target.numel()].view(len(target), -1)
         total = _rows(out, rows) if in_place else torch.empty_like(buffer)
         row_weights = [weight[chunk] for weight in weights]
-        _anchored(total, _rows(base, rows), terms, row_weights, rows, buffer)
+        _averaged(total, _rows(base, rows), terms, row_weights, rows, buffer)
         for term, weight in zip(terms, row_weights, strict=True):
             if weight == 0.0:
                 continue  # not even read; and adding 0 * tau makes 0 of -0 and NaN of an infinity
@@ -83,7 +83,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _anchored(
+def _averaged(
     total: Tensor,
     base: Tensor,
     terms: Sequence[Term],
@@ -93,11 +93,11 @@ def _anchored(
 ) -> None:
     """Write base + sum over `ExpertWeight` terms into `total` [R, W], one model folded in at a time.
 
-    base + sum_k c_k (e_k - base) is an average of base and experts whose weights sum to one. Folding model i in,
-    A <- A + w_i / (w_1 + ... + w_i) (m_i - A), keeps A an average of those before it and reads each model once.
-    In order of weight, the heaviest first, no partial sum is below one once a negative weight comes, so that no
-    error grows by more than its own weight; and a weight of one is that model, bit for bit. (base + (e - base)
-    is off by up to |base| / |e| ulp where an expert's value is much smaller than the base's.)
+    base + sum_k c_k (e_k - base) is an average of base and experts whose weights sum to one. Folding model i
+    in, A <- A + w_i / (w_1 + ... + w_i) (m_i - A), keeps A an average of those before it and reads each model
+    once. In order of weight, the heaviest first, no partial sum is below one once a negative weight comes, so
+    that no error grows by more than that weight; and a weight of one is that model, bit for bit. (base +
+    (e - base) is off by up to |base| / |e| ulp where an expert's value is much smaller than the base's.)
     """
     experts = [
         (weight, _rows(term.weight, rows))

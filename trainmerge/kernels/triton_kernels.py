@@ -1,9 +1,9 @@
 """Both passes for a GPU, by hand: any number of parameters in one launch.
 
-A table holds each segment's addresses (a segment is a chunk of a parameter's rows), and each program takes one block
-of one segment, so that hundreds of parameters, small ones among them, cost one launch. Loads are 16 bytes wide where
-addresses allow. A term without weight is not read. The inner products are summed in two stages of a fixed order,
-without atomics: the same bits in every run.
+A table holds each segment's addresses (a segment is a chunk of a parameter's rows), and each program takes
+one block of one segment, so that hundreds of parameters, small ones among them, cost one launch. Loads are
+16 bytes wide where addresses allow. A term without weight is not read. The inner products are summed in two
+stages of a fixed order, without atomics: the same bits in every run.
 
 Checked in Triton's interpreter against eager, and compiled for sm_80 and sm_90; not measured on a GPU yet.
 
@@ -15,12 +15,12 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainmerge.kernels import eager
+import trainmerge.kernels.eager as eager
 from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, rows_of
+from trainmerge.kernels.triton_device import inner_kernel, merge_kernel, sum_kernel
 
 MERGE_BLOCK, MERGE_WARPS = 1024, 4  # 8 elements a thread: 16 bytes of bfloat16, twice 16 of float32
 INNER_BLOCK, INNER_WARPS = 2048, 8  # 8 elements a thread again: 16 spill registers at K = 8
@@ -29,7 +29,7 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 class Segment(NamedTuple):
-    """A chunk's tensors in the order of the table: first the merge or the gradient, then models, then taus."""
+    """A chunk's tensors in the order of the table: the merge or the gradient, models, taus."""
 
     first: Tensor
     models: list[Tensor]  # the origin of the differences is the first
@@ -38,7 +38,7 @@ class Segment(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Segments of one key share a launch: numbers and dtypes of tensors, and whether 16 bytes divide them."""
+        """Segments of one key share a launch: how many tensors, their dtypes, whether 16 bytes divide all."""
         tensors = [self.first, *self.models, *self.taus]
         aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
         return len(self.models), len(self.taus), *(tensor.dtype for tensor in tensors), aligned
@@ -73,7 +73,9 @@ def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: in
         models = [term.weight[rows] for term in terms if isinstance(term, ExpertWeight)]
         taus = [term.tau[rows] for term in terms if isinstance(term, Difference)]
         segments.append(Segment(grad[rows], [base[rows], *models], taus, []))
-    places = [k for form in (ExpertWeight, Difference) for k, term in enumerate(terms) if isinstance(term, form)]
+    places = [
+        k for form in (ExpertWeight, Difference) for k, term in enumerate(terms) if isinstance(term, form)
+    ]
     result = torch.zeros(len(terms), chunks, device=grad.device)
     if places:
         groups: dict[tuple[Any, ...], list[int]] = {}
@@ -154,7 +156,9 @@ def _launch_merge(segments: Sequence[Segment]) -> None:
     plan = _plan(segments, MERGE_BLOCK)
     if not len(plan.segments):
         return
-    weights = torch.tensor([segment.weights for segment in segments], dtype=torch.float32).to(plan.table.device)
+    weights = torch.tensor([segment.weights for segment in segments], dtype=torch.float32).to(
+        plan.table.device
+    )
     merge_kernel[(len(plan.segments),)](
         *plan[:4], weights, **constants(segments[0]), BLOCK=MERGE_BLOCK, num_warps=MERGE_WARPS
     )
@@ -171,143 +175,3 @@ def _launch_inner(segments: Sequence[Segment]) -> Tensor:
     )
     sum_kernel[(len(segments), experts)](partials, plan.bounds, sums, len(plan.segments), BLOCK=SUM_BLOCK)
     return sums
-
-
-@triton.jit
-def _at(row, i, offsets, DTYPE: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, N803
-    """Pointers to the elements of the row's i-th tensor."""
-    # The hint belongs to the pointer: on the loaded integer, Triton forgets it and loads 4 bytes at a time.
-    return tl.multiple_of(tl.load(row + i).to(tl.pointer_type(DTYPE)), ALIGN) + offsets
-
-
-@triton.jit
-def _load(row, i, offsets, n, DTYPE: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A block of the row's i-th tensor in float32."""
-    pointers = _at(row, i, offsets, DTYPE, ALIGN)
-    if MASKED:  # a mask's length is unknown, so that its loads are narrow: the last block's only
-        return tl.load(pointers, mask=offsets < n, other=0.0).to(tl.float32)
-    else:
-        return tl.load(pointers).to(tl.float32)
-
-
-@triton.jit
-def _merge_block(  # type: ignore[no-untyped-def]
-    row,
-    weights,
-    offsets,
-    n,
-    MODELS: tl.constexpr,
-    TAUS: tl.constexpr,
-    FIRST: tl.constexpr,
-    MODEL: tl.constexpr,
-    TAU: tl.constexpr,
-    ALIGN: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    origin = _load(row, 1, offsets, n, MODEL, ALIGN, MASKED)
-    total = origin
-    for k in tl.static_range(MODELS):
-        weight = tl.load(weights + k)
-        if weight != 0.0:
-            total += weight * (_load(row, 2 + k, offsets, n, MODEL, ALIGN, MASKED) - origin)
-    for k in tl.static_range(TAUS):
-        weight = tl.load(weights + MODELS + k)
-        if weight != 0.0:
-            total += weight * _load(row, 2 + MODELS + k, offsets, n, TAU, ALIGN, MASKED)
-    target = _at(row, 0, offsets, FIRST, ALIGN)
-    if MASKED:
-        tl.store(target, total.to(FIRST), mask=offsets < n)
-    else:
-        tl.store(target, total.to(FIRST))
-
-
-@triton.jit
-def merge_kernel(  # type: ignore[no-untyped-def]
-    table,
-    sizes,
-    segments,
-    blocks,
-    weights,
-    MODELS: tl.constexpr,
-    TAUS: tl.constexpr,
-    FIRST: tl.constexpr,
-    MODEL: tl.constexpr,
-    TAU: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One block of one segment: origin + sum weights (model - origin) + sum weights tau."""
-    program = tl.program_id(0)
-    segment = tl.load(segments + program)
-    row, own = table + segment * (2 + MODELS + TAUS), weights + segment * (MODELS + TAUS)
-    n, first = tl.load(sizes + segment), tl.load(blocks + program) * BLOCK
-    offsets = first + tl.arange(0, BLOCK)
-    if first + BLOCK <= n:
-        _merge_block(row, own, offsets, n, MODELS, TAUS, FIRST, MODEL, TAU, ALIGN, False)
-    else:
-        _merge_block(row, own, offsets, n, MODELS, TAUS, FIRST, MODEL, TAU, ALIGN, True)
-
-
-@triton.jit
-def _inner_block(  # type: ignore[no-untyped-def]
-    row,
-    partials,
-    stride,
-    offsets,
-    n,
-    MODELS: tl.constexpr,
-    TAUS: tl.constexpr,
-    FIRST: tl.constexpr,
-    MODEL: tl.constexpr,
-    TAU: tl.constexpr,
-    ALIGN: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    gradient = _load(row, 0, offsets, n, FIRST, ALIGN, MASKED)
-    if MODELS > 0:
-        base = _load(row, 1, offsets, n, MODEL, ALIGN, MASKED)
-        for k in tl.static_range(MODELS):
-            tau = _load(row, 2 + k, offsets, n, MODEL, ALIGN, MASKED) - base
-            tl.store(partials + k * stride, tl.sum(gradient * tau))
-    for k in tl.static_range(TAUS):
-        tau = _load(row, 2 + MODELS + k, offsets, n, TAU, ALIGN, MASKED)
-        tl.store(partials + (MODELS + k) * stride, tl.sum(gradient * tau))
-
-
-@triton.jit
-def inner_kernel(  # type: ignore[no-untyped-def]
-    table,
-    sizes,
-    segments,
-    blocks,
-    partials,
-    MODELS: tl.constexpr,
-    TAUS: tl.constexpr,
-    FIRST: tl.constexpr,
-    MODEL: tl.constexpr,
-    TAU: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One block of one segment -> partials [K, P]: its part of every inner product, in float32."""
-    program = tl.program_id(0)
-    segment = tl.load(segments + program)
-    row, own, stride = table + segment * (2 + MODELS + TAUS), partials + program, tl.num_programs(0)
-    n, first = tl.load(sizes + segment), tl.load(blocks + program) * BLOCK
-    offsets = first + tl.arange(0, BLOCK)
-    if first + BLOCK <= n:
-        _inner_block(row, own, stride, offsets, n, MODELS, TAUS, FIRST, MODEL, TAU, ALIGN, False)
-    else:
-        _inner_block(row, own, stride, offsets, n, MODELS, TAUS, FIRST, MODEL, TAU, ALIGN, True)
-
-
-@triton.jit
-def sum_kernel(partials, bounds, sums, programs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Partials [K, P] -> sums [K, S]: each segment's blocks in their order, in float64."""
-    segment, k = tl.program_id(0), tl.program_id(1)
-    first, last = tl.load(bounds + segment), tl.load(bounds + segment + 1)
-    total = tl.zeros([BLOCK], dtype=tl.float64)
-    for start in range(first, last, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(partials + k * programs + at, mask=at < last, other=0.0).to(tl.float64)
-    tl.store(sums + k * tl.num_programs(0) + segment, tl.sum(total).to(tl.float32))
