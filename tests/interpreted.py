@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, against eager.
 
-`TRITON_INTERPRET=1 python -m tests.interpreted`: a process of its own, since Triton reads that variable when a
+`TRITON_INTERPRET=1 python -m tests.interpreted`, a process of its own: Triton reads that variable when a
 kernel is defined.
 """
 
