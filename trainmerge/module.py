@@ -282,29 +282,17 @@ class MergeModule(pl.LightningModule):
         merged = self.resident.merged
         merged.materialise()
         losses: dict[str, Tensor] = {}
-<<<<<<< HEAD
-        if self.rule is None:
-            for first in range(0, len(step), self.tasks_per_backward):
-                losses |= self._backward(step[first : first + self.tasks_per_backward])
-            return self._averaged(losses, merged.gradient())
-        rows = []
-        for batch in step:
-            losses |= self._backward([batch])
-            rows.append(merged.gradient())
-        losses, gradients = self._averaged(losses, torch.stack(rows))
-        return losses, combined(gradients, self.rule, self.global_step)
-=======
         with merged.tapped():
             if self.rule is None:
                 for first in range(0, len(step), self.tasks_per_backward):
                     losses |= self._backward(step[first : first + self.tasks_per_backward])
-                return losses, self._reduced(merged.gradient())
+                return self._averaged(losses, merged.gradient())
             rows = []
             for batch in step:
                 losses |= self._backward([batch])
                 rows.append(merged.gradient())
-        return losses, combined(self._reduced(torch.stack(rows)), self.rule, self.global_step)
->>>>>>> bcfc293 (Low-rank experts' gradients at their layers, without the weight's; one GPU file a side)
+        losses, gradients = self._averaged(losses, torch.stack(rows))
+        return losses, combined(gradients, self.rule, self.global_step)
 
     def _backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Forwards of some tasks and one backward; the tasks' weighted losses."""
