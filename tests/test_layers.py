@@ -31,6 +31,7 @@ FLOORS = {
     "heads": 2,
     "objectives": 2,
     "task_vectors": 2,
+    "layer_taps": 3,
     "checkpoints": 3,
     "forward": 3,
     "functional": 3,

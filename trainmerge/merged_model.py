@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from trainmerge.coefficients import Coefficients
 from trainmerge.held import held, local
+from trainmerge.layer_taps import products, tap, tappable
 from trainmerge.task_vectors import TaskVectors, outside
 
 
@@ -95,17 +96,47 @@ class MergedModel:
         self._gradient = None
         return gradient.to(self.coefficients.raw.dtype)
 
+    @contextmanager
+    def tapped(self) -> Iterator[nn.Module]:
+        """The module for forwards and backwards that need no weight gradient but the coefficients'.
+
+        Where all experts of a linear layer are low-rank, `gradient` then comes from what goes into the
+        layer and what comes back, and the weight has none. Not for a model that reads such a weight past
+        its layer's forward, or changes a layer's output in place.
+        """
+        ordinary = {n: p for n, p in self._parameters.items() if n not in self.left_alone}
+        layers = dict(tappable(self.module, ordinary, self.task_vectors.deltas))
+        handles = [tap(layer, partial(self._collect_at_layer, name)) for name, layer in layers.items()]
+        for layer in layers.values():
+            layer.weight.requires_grad_(False)
+        try:
+            yield self.module
+        finally:
+            for handle, layer in zip(handles, layers.values(), strict=True):
+                handle.remove()
+                layer.weight.requires_grad_(True)
+
     def _collect(self, name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        if self._gradient is None:
-            self._gradient = self._zeros()
-        groups = list(self.coefficients.layout.groups[name])
         with exact(parameter):
             slope = self._projected(name, local(parameter.grad))
-            inner = held(self.task_vectors.deltas[name], parameter).inner(slope, len(groups))
-        columns = torch.tensor(groups, device=self._gradient.device)
-        self._gradient.index_add_(1, columns, inner.to(self._gradient))
+            delta = held(self.task_vectors.deltas[name], parameter)
+            self._add(name, delta.inner(slope, self._chunks(name)))
         parameter.grad = None
+
+    def _collect_at_layer(self, name: str, inputs: Tensor, slopes: Tensor) -> None:
+        with exact(slopes):
+            self._add(name, products(inputs, slopes, self.task_vectors.deltas[name], self._chunks(name)))
+
+    def _chunks(self, name: str) -> int:
+        return len(self.coefficients.layout.groups[name])
+
+    def _add(self, name: str, inner: Tensor) -> None:
+        """Sum a parameter's inner products [K, C] into its groups."""
+        if self._gradient is None:
+            self._gradient = self._zeros()
+        columns = torch.tensor(self.coefficients.layout.groups[name], device=self._gradient.device)
+        self._gradient.index_add_(1, columns, inner.to(self._gradient))
 
     def _projected(self, name: str, gradient: Tensor) -> Tensor:
         if name not in self.left_alone:

@@ -282,14 +282,15 @@ class MergeModule(pl.LightningModule):
         merged = self.resident.merged
         merged.materialise()
         losses: dict[str, Tensor] = {}
-        if self.rule is None:
-            for first in range(0, len(step), self.tasks_per_backward):
-                losses |= self._backward(step[first : first + self.tasks_per_backward])
-            return self._averaged(losses, merged.gradient())
-        rows = []
-        for batch in step:
-            losses |= self._backward([batch])
-            rows.append(merged.gradient())
+        with merged.tapped():
+            if self.rule is None:
+                for first in range(0, len(step), self.tasks_per_backward):
+                    losses |= self._backward(step[first : first + self.tasks_per_backward])
+                return self._averaged(losses, merged.gradient())
+            rows = []
+            for batch in step:
+                losses |= self._backward([batch])
+                rows.append(merged.gradient())
         losses, gradients = self._averaged(losses, torch.stack(rows))
         return losses, combined(gradients, self.rule, self.global_step)
 

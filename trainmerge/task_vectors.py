@@ -17,6 +17,7 @@ from trainmerge.kernels import (
     Untouched,
     accumulation_dtype,
     inner_products,
+    rows_of,
     weighted_sum,
 )
 
@@ -47,19 +48,7 @@ class Delta:
 
     def rows(self, part: slice) -> "Delta":
         """The same of these rows of dimension 0: views, nothing is read."""
-        return Delta(self.base[part], tuple(_rows(term, part) for term in self.terms))
-
-
-def _rows(term: Term, part: slice) -> Term:
-    match term:
-        case Difference(tau):
-            return Difference(tau[part])
-        case ExpertWeight(weight):
-            return ExpertWeight(weight[part])
-        case LowRank(up, down, scale):
-            return LowRank(up[part], down, scale)
-        case Untouched():
-            return term
+        return Delta(self.base[part], tuple(rows_of(term, part) for term in self.terms))
 
 
 def dense_term(term: Term, base: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import sys
 
 GROUPS = (
     "exactness",
+    "kernels",
     "fit_memory",
     "fit_step",
     "guard",

@@ -44,6 +44,19 @@ def many_experts(count: int) -> Iterator[Recipe]:
         yield Recipe(str(BASE), experts, grouping=Grouping(exclude=["embeddings.*", "pooler.*"]))
 
 
+def demo() -> Recipe:
+    """The demo's five LoRA experts, as in configs/demo.yaml."""
+    experts = {
+        task: Expert(
+            f"data/experts/{task}",
+            str(CACHE / "text" / task / "calibration.jsonl"),
+            head=LabelHead(str(CACHE / "text" / task / "labels.json")),
+        )
+        for task in TASKS
+    }
+    return Recipe(str(BASE), experts, grouping=Grouping(exclude=["embeddings.*", "pooler.*"]))
+
+
 def texts_of(recipe: Recipe, expert: str, count: int) -> list[str]:
     """The first calibration texts of an expert."""
     file = recipe.experts[expert].calibration

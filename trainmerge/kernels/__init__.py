@@ -1,9 +1,11 @@
-"""The two memory-bound passes of a merge, and the forms of a task vector they take."""
+"""The two memory-bound passes of a merge, the forms of a task vector they take, and who runs them."""
 
-from trainmerge.kernels.eager import accumulation_dtype, chunk_bounds, inner_products, weighted_sum
-from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, Untouched
+from trainmerge.kernels.backend import NAMES, inner_products, using, weighted_sum
+from trainmerge.kernels.eager import accumulation_dtype, chunk_bounds
+from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, Untouched, rows_of
 
 __all__ = [
+    "NAMES",
     "Difference",
     "ExpertWeight",
     "LowRank",
@@ -12,5 +14,7 @@ __all__ = [
     "accumulation_dtype",
     "chunk_bounds",
     "inner_products",
+    "rows_of",
+    "using",
     "weighted_sum",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, Untouched
 
-BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32: smaller ones cost more calls than the cache saves (measured)
+BLOCK_ELEMENTS = 1 << 17  # 512 KiB of float32: three of them fit a core's cache, and calls do not count yet
 
 
 def chunk_bounds(rows: int, chunks: int) -> list[int]:
@@ -32,7 +32,7 @@ def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients:
     """Write `out` = base + sum_k coefficients[k, chunk] * tau_k. `out`, `base` [*S], coefficients [K, C].
 
     All-zero coefficients give the base, and a one-hot vector on `ExpertWeight` terms that expert, bit for
-    bit (see `_anchored`).
+    bit (see `_averaged`).
     """
     weights = coefficients.double().tolist()
     dtype = accumulation_dtype(out.dtype)
@@ -43,7 +43,7 @@ def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients:
         buffer = scratch[: target.numel()].view(len(target), -1)
         total = _rows(out, rows) if in_place else torch.empty_like(buffer)
         row_weights = [weight[chunk] for weight in weights]
-        _anchored(total, _rows(base, rows), terms, row_weights, rows, buffer)
+        _averaged(total, _rows(base, rows), terms, row_weights, rows, buffer)
         for term, weight in zip(terms, row_weights, strict=True):
             if weight == 0.0:
                 continue  # not even read; and adding 0 * tau makes 0 of -0 and NaN of an infinity
@@ -83,7 +83,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _anchored(
+def _averaged(
     total: Tensor,
     base: Tensor,
     terms: Sequence[Term],
@@ -91,28 +91,30 @@ def _anchored(
     rows: slice,
     buffer: Tensor,
 ) -> None:
-    """Write base + sum over `ExpertWeight` terms into `total` [R, W], as differences from the heaviest model.
+    """Write base + sum over `ExpertWeight` terms into `total` [R, W], one model folded in at a time.
 
-    base + sum_k c_k (e_k - base) is an average of base and experts whose weights sum to one, so any
-    of them can be the origin. The heaviest one loses no bits: base + (e - base) is off by up to
-    |base| / |e| ulp where an expert's value is much smaller than the base's.
+    base + sum_k c_k (e_k - base) is an average of base and experts whose weights sum to one. Folding model i
+    in, A <- A + w_i / (w_1 + ... + w_i) (m_i - A), keeps A an average of those before it and reads each model
+    once. In order of weight, the heaviest first, no partial sum is below one once a negative weight comes, so
+    that no error grows by more than that weight; and a weight of one is that model, bit for bit. (base +
+    (e - base) is off by up to |base| / |e| ulp where an expert's value is much smaller than the base's.)
     """
-    models = [
-        (_rows(term.weight, rows), weight)
+    experts = [
+        (weight, _rows(term.weight, rows))
         for term, weight in zip(terms, weights, strict=True)
         if isinstance(term, ExpertWeight)
     ]
-    models.insert(0, (base, 1.0 - sum(weight for _, weight in models)))
-    anchor = max(range(len(models)), key=lambda i: models[i][1])
-    total.copy_(models[anchor][0])
-    origin = (
-        total.clone()
-        if models[anchor][0].dtype != total.dtype or models[anchor][0].device != total.device
-        else models[anchor][0]
-    )
-    for i, (model, weight) in enumerate(models):
-        if i != anchor and weight != 0.0:
-            total.add_(torch.sub(_load(model, buffer), origin, out=buffer), alpha=weight)
+    models = [(1.0 - sum(weight for weight, _ in experts), base), *experts]
+    models = sorted((m for m in models if m[0] != 0.0), key=lambda model: -model[0])
+    (summed, first), *others = models
+    if not others:
+        total.copy_(first)
+        return
+    average = _load(first, total)
+    for weight, model in others:
+        summed += weight
+        torch.lerp(average, _load(model, buffer), weight / summed, out=total)
+        average = total
 
 
 def _block_product(g: Tensor, b: Tensor, term: Term, rows: slice, buffer: Tensor) -> Tensor:

@@ -33,3 +33,16 @@ class Untouched(NamedTuple):
 
 
 Term = Difference | ExpertWeight | LowRank | Untouched
+
+
+def rows_of(term: Term, part: slice) -> Term:
+    """The same term of these rows of dimension 0: views, nothing is read."""
+    match term:
+        case Difference(tau):
+            return Difference(tau[part])
+        case ExpertWeight(weight):
+            return ExpertWeight(weight[part])
+        case LowRank(up, down, scale):
+            return LowRank(up[part], down, scale)
+        case Untouched():
+            return term

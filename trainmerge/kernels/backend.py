@@ -1,0 +1,91 @@
+"""Who runs the two passes: `eager`, `compiled` or `triton`, by name or by device.
+
+Unless one is named, a CPU's passes are eager. Compiled ones take about half of their time, which saves 0.05
+s a GB, but importing the compiler and compiling cost 20 s and more: a fit wins them back after some 400 GB,
+an export never. A GPU's passes are compiled, since eager ones launch a kernel for every operation: not
+measured yet.
+
+The choice is the process's, not the thread's: autograd runs a GPU's gradient hooks in threads of its own.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import trainmerge.kernels.compiled as compiled
+import trainmerge.kernels.eager as eager
+from trainmerge.kernels.terms import Term
+
+
+class Backend(NamedTuple):
+    """The two passes, as `eager` defines them."""
+
+    weighted_sum: Callable[[Tensor, Tensor, Sequence[Term], Tensor], None]
+    inner_products: Callable[[Tensor, Tensor, Sequence[Term], int], Tensor]
+
+
+NAMES = ("auto", "eager", "compiled", "triton")
+VARIABLE = "TRAINMERGE_KERNELS"
+
+_chosen = "auto"
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, not {name!r}")
+    return name
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Run the passes by this backend, in the whole process; `auto` chooses by device.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    global _chosen
+    before, _chosen = _chosen, _checked(name, "the kernels")
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def chosen(device: torch.device) -> str:
+    """The backend that runs the passes of tensors on this device.
+
+    Raises:
+        ValueError: TRAINMERGE_KERNELS names none.
+    """
+    name = _chosen
+    if name == "auto":
+        name = _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
+    if name == "auto":
+        name = "compiled" if device.type == "cuda" else "eager"
+    return name
+
+
+def _backend(name: str) -> Backend:
+    if name == "triton":
+        from trainmerge.kernels import triton_kernels  # Triton is not everywhere
+
+        return Backend(triton_kernels.weighted_sum, triton_kernels.inner_products)
+    passes = compiled if name == "compiled" else eager
+    return Backend(passes.weighted_sum, passes.inner_products)
+
+
+def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients: Tensor) -> None:
+    """Write `out` = base + sum_k coefficients[k, chunk] * tau_k. `out`, `base` [*S], coefficients [K, C].
+
+    All-zero coefficients give the base, a one-hot vector on `ExpertWeight` terms that expert, bit for bit.
+    """
+    _backend(chosen(out.device)).weighted_sum(out, base, terms, coefficients)
+
+
+def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: int) -> Tensor:
+    """<grad, tau_k> per chunk, all K in one read of `grad` [*S] -> [K, C], float32 (float64 for float64)."""
+    return _backend(chosen(grad.device)).inner_products(grad, base, terms, chunks)
