@@ -14,7 +14,7 @@ from torch import Tensor
 import trainmerge as tm
 from tests.world import recipe, write_world
 from trainmerge.kernels import Difference
-from trainmerge.preprocess import preprocess
+from trainmerge.preprocess import Piecewise, apply, in_pieces, piecewise
 from trainmerge.preprocess.consensus import tall_masks
 from trainmerge.preprocess.subspace import shared_subspace
 from trainmerge.recipe import calibration_files
@@ -88,23 +88,25 @@ def test_shapes_order_dtype_and_repetition(method: tm.Preprocess) -> None:
     assert all(t.dtype == torch.float32 and t.isfinite().all() for t in half.values())
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.entrywise])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if isinstance(method, Piecewise)])
 def test_pieces_of_large_parameters_are_the_whole(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taus = {**random(), "more": torch.randn(3, 7, 2, 3, dtype=torch.float64)}
-    monkeypatch.setattr(preprocess, "PIECE", 16)
-    pieces, names = preprocess.in_pieces(vectors(taus))
-    assert list(names)[:2] == ["layer.weight[0:2]", "layer.weight[2:4]"]
-    assert max(delta.shape.numel() for delta in pieces.deltas.values()) <= 16
-    got = preprocess.apply(vectors(taus), [METHODS[name]], tmp_path, "inputs")
+    whole_results = run(METHODS[name], taus)
+    monkeypatch.setattr(piecewise, "PIECE", 16)
+    pieces = [piece for n, delta in vectors(taus).deltas.items() for piece in in_pieces(n, delta)]
+    assert [piece for _, piece, _ in pieces][:2] == ["layer.weight[0:2]", "layer.weight[2:4]"]
+    assert max(part.shape.numel() for *_, part in pieces) <= 16
+    got = apply(vectors(taus), [METHODS[name]], tmp_path, "inputs")
     if name == "dare":  # whose dice know the piece
         whole = {n: t.sum(0) * 0 for n, t in taus.items()}
         assert {n: d.shape for n, d in got.deltas.items()} == {n: t.shape for n, t in whole.items()}
         assert all(set((d.dense() / taus[n]).unique().tolist()) <= {0, 2} for n, d in got.deltas.items())
         return
     for parameter, result in run(METHODS[name], taus).items():
-        assert torch.equal(got.deltas[parameter].dense(), result)
+        assert torch.equal(got.deltas[parameter].dense(), whole_results[parameter])
+        assert torch.equal(result, whole_results[parameter])
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
