@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "trainmerge"
 # A file imports only from lower floors; inside a folder, files may import one another.
 FLOORS = {
     "folders": 0,
+    "ahead": 0,
     "anchor": 1,
     "batch": 1,
     "config": 1,
@@ -36,6 +37,7 @@ FLOORS = {
     "presets": 3,
     "recipe": 4,
     "card": 5,
+    "shards": 5,
     "resident": 5,
     "measure": 6,
     "teachers": 6,

@@ -1,4 +1,4 @@
-"""Coefficients and task vectors -> an ordinary checkpoint folder, a tensor at a time.
+"""Coefficients and task vectors -> an ordinary checkpoint folder, a piece of a tensor at a time.
 
 The base's own files set names, order, dtypes and shards. Nothing appears under the output's name before
 all of it is written.
@@ -6,25 +6,24 @@ all of it is written.
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from trainmerge.card import model_card
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.coefficients import Coefficients, load_coefficients, save_coefficients
 from trainmerge.config import read_config, write_config
 from trainmerge.folders import check_free_space, staging
-from trainmerge.preprocess import apply
+from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.recipe import Opened, Recipe
 from trainmerge.run_folder import RunFolder, versions
-from trainmerge.storage import sha256, write_safetensors
+from trainmerge.shards import Merge, shard_names, write_shards
+from trainmerge.storage import sha256
 from trainmerge.task_vectors import TaskVectors
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
 MANIFEST = "trainmerge_manifest.json"
+INDEX = "model.safetensors.index.json"
 
 
 def export_merge(
@@ -33,10 +32,12 @@ def export_merge(
     coefficients: Coefficients,
     out: Path,
     overwrite: bool = False,
+    workers: int = 1,
 ) -> None:
     """Write the merge as a checkpoint folder like the base's, with its configuration and tokenizer.
 
-    Merged tensors are rounded once, to the base's dtype; all others are the base's, bit for bit.
+    Merged tensors are rounded once, to the base's dtype; all others are the base's, bit for bit. `workers`
+    shards are written at once; their number changes no byte.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is not set.
@@ -44,47 +45,22 @@ def export_merge(
         ValueError: a merged tensor is not finite.
     """
     with staging(out, overwrite) as folder:
-        write_checkpoint(base, task_vectors, coefficients, folder)
+        write_checkpoint(Merge(base, task_vectors, coefficients), folder, workers)
 
 
-def write_checkpoint(
-    base: Checkpoint, task_vectors: TaskVectors, coefficients: Coefficients, folder: Path
-) -> None:
-    """Write weights and side files into an empty folder."""
+def write_checkpoint(merge: Merge, folder: Path, workers: int = 1) -> dict[str, str]:
+    """Write weights and side files into an empty folder; the weight files' SHA-256."""
+    base = merge.base
     check_free_space(folder, sum(file.stat().st_size for file in base.files))
-    homes: dict[str, str] = {}
-    for file, names in base.shards.items():
-        specs = {name: (base.tensors[name].dtype, tuple(base.tensors[name].shape)) for name in names}
-        target = Path(file.name.replace("pytorch_model", "model")).with_suffix(".safetensors").name
-        write_safetensors(
-            folder / target, specs, _merged(base, task_vectors, coefficients, names), {"format": "pt"}
-        )
-        homes |= dict.fromkeys(names, target)
+    made = write_shards(merge, folder, workers)
     _copy_side_files(base.path, folder)
-    if len(base.shards) > 1:
-        size = sum((folder / target).stat().st_size for target in set(homes.values()))
+    if len(made) > 1:
+        size = sum((folder / file).stat().st_size for file in made)
+        homes = {name: file for file, names in shard_names(base).items() for name in names}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
     base.check_unchanged()
-
-
-@torch.no_grad()
-def _merged(
-    base: Checkpoint, task_vectors: TaskVectors, coefficients: Coefficients, names: Iterable[str]
-) -> Iterator[tuple[str, Tensor]]:
-    values = coefficients()
-    for name in names:
-        canonical = base.tied.get(name, name)
-        if canonical not in coefficients.layout.groups:
-            yield name, base.read(name)
-            continue
-        merged = torch.empty_like(base.read(name))
-        task_vectors.deltas[canonical].merge(merged, coefficients.of(canonical, values))
-        if not bool(torch.isfinite(torch.stack(torch.aminmax(merged))).all()):
-            raise ValueError(
-                f"{name}: the merged tensor is not finite; look at its coefficients with `trainmerge inspect`"
-            )
-        yield name, merged
+    return made
 
 
 def _copy_side_files(source: Path, target: Path) -> None:
@@ -108,38 +84,46 @@ def check_target(out: Path, sources: Iterable[Path]) -> None:
         raise ValueError(f"{out} is a folder that no export wrote: nothing was overwritten. Name another.")
 
 
-def export_run(run: str | Path, out: str | Path, overwrite: bool = False) -> Path:
+def export_run(run: str | Path, out: str | Path, overwrite: bool = False, workers: int = 1) -> Path:
     """Export a run folder's merge, with a model card and everything needed to make it again.
+
+    `workers` shards are written at once; their number changes no byte.
 
     Raises:
         ValueError: the run has no coefficients yet, or base or experts changed since the fit.
     """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
     run_folder, target = RunFolder(Path(run)), Path(out)
+    recipe, merge, sources = open_merge(run_folder)
+    check_target(target, sources)
+    with staging(target, overwrite) as folder:
+        files = write_checkpoint(merge, folder, workers)
+        write_config(recipe, "recipe", folder / "trainmerge_recipe.yaml")
+        save_coefficients(merge.coefficients, folder / "trainmerge_coefficients.safetensors")
+        run_made = json.loads(run_folder.manifest.read_text())
+        if run_folder.config.exists():
+            shutil.copyfile(run_folder.config, folder / "trainmerge_config.yaml")
+        (folder / "README.md").write_text(model_card(target.name, recipe, merge.coefficients, run_made))
+        others = [path for path in folder.rglob("*") if path.is_file() and path.name not in files]
+        files |= {str(path.relative_to(folder)): sha256(path) for path in others}
+        manifest = {"versions": versions(), "files": dict(sorted(files.items())), "run": run_made}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    return target
+
+
+def open_merge(run_folder: RunFolder) -> tuple[Recipe, Merge, list[Path]]:
+    """A run's recipe, its merge, and the folders that it is made from."""
     recipe, coefficients, opened = open_run(run_folder)
-    check_target(target, [run_folder.path, *opened.folders.values()])
-    task_vectors = apply(
+    task_vectors, rule = apply_for_one_pass(
         opened.task_vectors,
         recipe.preprocess,
         run_folder.workspace,
         opened.identity(),
         run_folder.examples(),
     )
-    with staging(target, overwrite) as folder:
-        write_checkpoint(opened.base, task_vectors, coefficients, folder)
-        write_config(recipe, "recipe", folder / "trainmerge_recipe.yaml")
-        save_coefficients(coefficients, folder / "trainmerge_coefficients.safetensors")
-        run_made = json.loads(run_folder.manifest.read_text())
-        if run_folder.config.exists():
-            shutil.copyfile(run_folder.config, folder / "trainmerge_config.yaml")
-        (folder / "README.md").write_text(model_card(target.name, recipe, coefficients, run_made))
-        files = {
-            str(path.relative_to(folder)): sha256(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
-        manifest = {"versions": versions(), "files": files, "run": run_made}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    return target
+    merge = Merge(opened.base, task_vectors, coefficients, rule)
+    return recipe, merge, [run_folder.path, *opened.folders.values()]
 
 
 def open_run(folder: RunFolder) -> tuple[Recipe, Coefficients, Opened]:
@@ -153,8 +137,8 @@ def open_run(folder: RunFolder) -> tuple[Recipe, Coefficients, Opened]:
     if not folder.coefficients.exists():
         raise ValueError(f"{folder.path}: no coefficients yet; go on with `trainmerge fit --resume auto`")
     recipe = read_config(Recipe, "recipe", folder.recipe)
-    opened = recipe.open(folder.workspace)
     fitted = json.loads(folder.manifest.read_text())["checksums"]
+    opened = recipe.reopen(folder.sources, fitted) or recipe.open(folder.workspace)
     changed = [name for name, files in opened.checksums.items() if fitted.get(name) != files]
     if changed:
         raise ValueError(
