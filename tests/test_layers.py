@@ -42,6 +42,7 @@ FLOORS = {
     "measure": 6,
     "teachers": 6,
     "export": 6,
+    "verify": 7,
     "module": 7,
     "report": 7,
     "evaluate": 7,

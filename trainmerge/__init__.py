@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from trainmerge.recipe import Expert, Recipe
     from trainmerge.run import fit, make_trainer
     from trainmerge.task_vectors import TaskVectors
+    from trainmerge.verify import verify_export
 
 _HOMES = {
     "trainmerge.anchor": ["Anchor"],
@@ -79,6 +80,7 @@ _HOMES = {
     "trainmerge.recipe": ["Expert", "Recipe"],
     "trainmerge.run": ["fit", "make_trainer"],
     "trainmerge.task_vectors": ["TaskVectors"],
+    "trainmerge.verify": ["verify_export"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -132,6 +134,7 @@ __all__ = [
     "load_coefficients",
     "make_trainer",
     "merged_weights",
+    "verify_export",
 ]
 
 

@@ -95,16 +95,17 @@ def export_run(run: str | Path, out: str | Path, overwrite: bool = False, worker
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
     run_folder, target = RunFolder(Path(run)), Path(out)
-    recipe, merge, sources = open_merge(run_folder)
-    check_target(target, sources)
+    recipe, coefficients, opened = open_run(run_folder)
+    check_target(target, [run_folder.path, *opened.folders.values()])
     with staging(target, overwrite) as folder:
+        merge = merge_of(run_folder, recipe, coefficients, opened)
         files = write_checkpoint(merge, folder, workers)
         write_config(recipe, "recipe", folder / "trainmerge_recipe.yaml")
-        save_coefficients(merge.coefficients, folder / "trainmerge_coefficients.safetensors")
+        save_coefficients(coefficients, folder / "trainmerge_coefficients.safetensors")
         run_made = json.loads(run_folder.manifest.read_text())
         if run_folder.config.exists():
             shutil.copyfile(run_folder.config, folder / "trainmerge_config.yaml")
-        (folder / "README.md").write_text(model_card(target.name, recipe, merge.coefficients, run_made))
+        (folder / "README.md").write_text(model_card(target.name, recipe, coefficients, run_made))
         others = [path for path in folder.rglob("*") if path.is_file() and path.name not in files]
         files |= {str(path.relative_to(folder)): sha256(path) for path in others}
         manifest = {"versions": versions(), "files": dict(sorted(files.items())), "run": run_made}
@@ -112,9 +113,8 @@ def export_run(run: str | Path, out: str | Path, overwrite: bool = False, worker
     return target
 
 
-def open_merge(run_folder: RunFolder) -> tuple[Recipe, Merge, list[Path]]:
-    """A run's recipe, its merge, and the folders that it is made from."""
-    recipe, coefficients, opened = open_run(run_folder)
+def merge_of(run_folder: RunFolder, recipe: Recipe, coefficients: Coefficients, opened: Opened) -> Merge:
+    """What `open_run` gave as tensors: preprocessors do their work here, as far as none did it before."""
     task_vectors, rule = apply_for_one_pass(
         opened.task_vectors,
         recipe.preprocess,
@@ -122,8 +122,7 @@ def open_merge(run_folder: RunFolder) -> tuple[Recipe, Merge, list[Path]]:
         opened.identity(),
         run_folder.examples(),
     )
-    merge = Merge(opened.base, task_vectors, coefficients, rule)
-    return recipe, merge, [run_folder.path, *opened.folders.values()]
+    return Merge(opened.base, task_vectors, coefficients, rule)
 
 
 def open_run(folder: RunFolder) -> tuple[Recipe, Coefficients, Opened]:

@@ -47,7 +47,7 @@ class Delta:
         taus = torch.empty(len(self.terms), *base.shape, dtype=base.dtype, device=base.device)
         for tau, term in zip(taus, self.terms, strict=True):
             if isinstance(term, ExpertWeight):
-                torch.sub(term.weight.to(base.dtype), base, out=tau)
+                tau.copy_(term.weight).sub_(base)
             else:
                 tau.copy_(dense_term(term, base))
         return taus

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from trainmerge.checkpoints.align import find_sources, open_task_vectors
     from trainmerge.checkpoints.model import LoadedModel, load_model
 
-_HEAVY = {"find_sources": "align", "open_task_vectors": "align", "LoadedModel": "model", "load_model": "model"}
+_HEAVY = {
+    "find_sources": "align",
+    "open_task_vectors": "align",
+    "LoadedModel": "model",
+    "load_model": "model",
+}
 
 __all__ = [
     "Checkpoint",

@@ -61,9 +61,7 @@ class LowRankAdapter:
 
     def _source(self, factor: Factor) -> Source:
         file, keys = self.adapter.info(factor.up).file, self.adapter.keys
-        return LowRankSource(
-            str(file), keys[factor.up], keys[factor.down], factor.transposed, factor.scale
-        )
+        return LowRankSource(str(file), keys[factor.up], keys[factor.down], factor.transposed, factor.scale)
 
 
 def plan_adapter(

@@ -17,7 +17,7 @@ from typing_extensions import override
 from trainmerge.preprocess.preprocess import Preprocess
 from trainmerge.task_vectors import Delta, TaskVectors
 
-PIECE = 1 << 18  # entries: 1 MiB of float32, as in `kernels`: K of them stay in the cache
+PIECE = 1 << 17  # entries: 512 KiB of float32, so that what is done to K of them stays in the cache
 Rule = Callable[[str, Delta], Tensor]  # a piece's name and differences -> its K new differences, [K, *S]
 
 

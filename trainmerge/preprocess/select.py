@@ -1,7 +1,7 @@
 """The largest of many numbers that are never held at once: exact, with no sort and no copy.
 
 Numbers are non-negative float32; the integers that their bits are have the same order, so two passes that
-count the upper and the lower 16 bits find the k-th largest.
+count the upper and the lower 16 bits find the k-th largest. A sample spares the first of them.
 
 Legend: `K` rows, each with its own order; `n` numbers of one piece.
 """
@@ -48,7 +48,7 @@ class Cut:
 
     def limit(self, tau: Tensor) -> Limit:
         """What passes of `tau`, the piece that comes next."""
-        equal = np.count_nonzero(_bits(tau) == self.bits) if self.ties else 0
+        equal = int(np.count_nonzero(_bits(tau) == self.bits)) if self.ties else 0
         admitted = min(self.ties, equal)
         self.ties -= admitted
         return Limit(self.bits, None if 0 < equal == admitted else admitted)
@@ -79,33 +79,69 @@ def count(size: int, share: float) -> int:
     return max(1, int(share * size + 1e-6))
 
 
-def cuts(pieces: Pieces, wanted: int) -> list[Cut]:
-    """K cuts, each keeping the `wanted` largest magnitudes of its row."""
-    high = [_bucket(counts, wanted) for counts in _histograms(pieces, UPPER, lambda bits, _: bits >> 16)]
-    inside = _histograms(pieces, LOWER, lambda bits, k: _within(bits, high[k][0] << 16))
-    low = [_bucket(counts, wanted - above) for counts, (_, above) in zip(inside, high, strict=True)]
+def cuts(pieces: Pieces, wanted: int, sample: Pieces | None = None, of_sample: int = 1) -> list[Cut]:
+    """K cuts, each keeping the `wanted` largest magnitudes of its row.
+
+    A `sample`, and about how many of it are wanted, say where to look, so that one pass over all pieces is
+    enough; should they mislead, two more follow. They change nothing else.
+    """
+    if sample is not None:
+        found = _ranked(pieces, [range(max(b - 1, 0), b + 2) for b in _buckets(sample, of_sample)], wanted)
+        if found is not None:
+            return found
+    found = _ranked(pieces, [range(b, b + 1) for b in _buckets(pieces, wanted)], wanted)
+    assert found is not None
+    return found
+
+
+def _ranked(pieces: Pieces, buckets: Sequence[range], wanted: int) -> list[Cut] | None:
+    """The cuts, if each lies in its row's `buckets` of the upper 16 bits."""
+    above = [0] * len(buckets)
+    inside = [_Counter(len(own) * LOWER) for own in buckets]
+    for piece in pieces():
+        for k, (row, own) in enumerate(zip(piece, buckets, strict=True)):
+            bits = _bits(row)
+            above[k] += int(np.count_nonzero(bits >= own.stop * LOWER))
+            beyond = np.subtract(bits, own.start * LOWER, out=bits).view(np.uint32)  # what is below wraps
+            inside[k].add(beyond[beyond < len(own) * LOWER].view(np.int32))
+    if any(not over < wanted <= over + own.size for over, own in zip(above, inside, strict=True)):
+        return None
+    places = [_bucket(own.counts(), wanted - over) for own, over in zip(inside, above, strict=True)]
     return [
-        Cut((upper << 16) | lower, wanted - above - above_low)
-        for (upper, above), (lower, above_low) in zip(high, low, strict=True)
+        Cut(own.start * LOWER + place, wanted - over - more)
+        for own, over, (place, more) in zip(buckets, above, places, strict=True)
     ]
 
 
-def _within(bits: NDArray[np.int32], first: int) -> NDArray[np.int32]:
-    """Of the numbers in [first, first + 2^16) by how much they are above `first`."""
-    above = np.subtract(bits, first, out=bits).view(np.uint32)
-    return above[above < LOWER].view(np.int32)
+class _Counter:
+    """Counts of small numbers, many of them at once: a histogram costs its length each time."""
+
+    def __init__(self, length: int) -> None:
+        self.size, self._new = 0, list[NDArray[np.int32]]()
+        self._waiting, self._counts = 0, np.zeros(length, np.int64)
+
+    def add(self, numbers: NDArray[np.int32]) -> None:
+        self._new.append(numbers)
+        self._waiting += len(numbers)
+        self.size += len(numbers)
+        if self._waiting > len(self._counts):
+            self.counts()
+
+    def counts(self) -> Tensor:
+        if self._new:
+            self._counts += np.bincount(np.concatenate(self._new), minlength=len(self._counts))
+            self._new, self._waiting = [], 0
+        return torch.from_numpy(self._counts)
 
 
-def _histograms(
-    pieces: Pieces, size: int, digits: Callable[[NDArray[np.int32], int], NDArray[np.int32]]
-) -> list[Tensor]:
-    """One histogram a row."""
-    counts: list[Tensor] = []
+def _buckets(pieces: Pieces, wanted: int) -> list[int]:
+    """The upper 16 bits of each row's `wanted`-th largest magnitude."""
+    counters: list[_Counter] = []
     for piece in pieces():
-        counts = counts or [torch.zeros(size, dtype=torch.int64) for _ in piece]
-        for k, row in enumerate(piece):
-            counts[k] += torch.bincount(torch.from_numpy(digits(_bits(row), k)), minlength=size)
-    return counts
+        counters = counters or [_Counter(UPPER) for _ in piece]
+        for counter, row in zip(counters, piece, strict=True):
+            counter.add(_bits(row) >> 16)
+    return [_bucket(counter.counts(), wanted)[0] for counter in counters]
 
 
 def _bucket(counts: Tensor, wanted: int) -> tuple[int, int]:
