@@ -1,7 +1,7 @@
 """A merge as the tensors of a checkpoint: piece by piece, a shard at a time.
 
-Reads, arithmetic and writes overlap: the kernel reads the next tensor's pages, one thread merges this one's, and
-another hashes and writes what is done. Memory is a few pieces of rows, whatever a model's size is.
+Reads, arithmetic and writes overlap: the kernel reads the next tensor's pages, one thread merges this one's,
+and another hashes and writes what is done. Memory is a few pieces of rows, whatever a model's size is.
 
 Legend: `K` experts, `C` chunks of one parameter, `*S` shape of a parameter or of some rows of it.
 """

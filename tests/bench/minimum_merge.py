@@ -1,4 +1,4 @@
-"""The least that any exporter does: read base and experts, one pass in float32 a cache-sized block, write the shards.
+"""The least that any exporter does: read base and experts, one float32 pass in the cache, write the shards.
 
     python tests/bench/minimum_merge.py OUT WEIGHT BASE EXPERT...
 

@@ -91,7 +91,7 @@ def canonical_names(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def tied_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Tensor of the files -> the tensor that it must equal, where the files hold both; from `locate`'s map."""
+    """Tensor of the files -> the one that it must equal, where the files hold both; from `locate`'s map."""
     files = canonical_names(names)
     return {name: files[parameter] for name, parameter in names.items() if files[parameter] != name}
 
