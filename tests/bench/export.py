@@ -1,9 +1,9 @@
 """CPU time and memory of an export of three experts of 498 M bfloat16 parameters, over the bare minimum's.
 
 The minimum is `minimum_merge`: read, one pass, write the same files. Each run is a process of its own, timed
-from its start to its end, import of torch included, one thread; all are run in turn (`REPEATS`, 3), the files in
-the page cache, and the median counts. With `MK=VENV/bin`, an environment with mergekit==0.1.5, that is run
-between them too.
+from its start to its end, import of torch included, one thread; all are run in turn, `REPEATS` (3) times, the
+files in the page cache, and the median counts. With `MK=VENV/bin`, an environment with mergekit==0.1.5, that
+is run between them too.
 """
 
 import os

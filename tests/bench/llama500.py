@@ -1,7 +1,7 @@
 """A random Llama of 498 M bfloat16 parameters and three experts of it, made once and kept in the cache.
 
-Base and experts lie in shards of 300 MB, as `save_pretrained` would leave them; 4 GB in all. Delete the folder
-to have the room back.
+Base and experts lie in shards of 300 MB, as `save_pretrained` would leave them; 4 GB in all. Delete the
+folder to have the room back.
 """
 
 import json
