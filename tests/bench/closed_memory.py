@@ -1,6 +1,6 @@
 """Peak memory of merging three experts of 498 M bfloat16 parameters without learning, tensor by tensor.
 
-Task arithmetic, TIES, DARE and TSV-M (`METHODS` names some of them), each by a fit of no steps and its export, in
+Task arithmetic, TIES, DARE and TSV-M (`METHODS` names some), each by a fit of no steps and its export, in
 a process of its own. The checkpoints are those of `export`; memory is counted as in `fit_memory`.
 """
 
