@@ -1,8 +1,11 @@
 """An exported checkpoint is the merge in memory, loads in transformers, and appears whole or not at all."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,20 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import trainmerge as tm
 from tests.test_fit import fit_world
-from tests.world import llama, nudge, recipe, write_tokenizer, write_world
+from tests.world import (
+    languages_recipe,
+    llama,
+    nudge,
+    recipe,
+    write_languages,
+    write_tokenizer,
+    write_world,
+)
 from trainmerge.checkpoints import load_model, open_checkpoint, open_task_vectors
+from trainmerge.cli import main
 from trainmerge.coefficients import Coefficients, Grouping
+from trainmerge.preprocess import apply, piecewise
+from trainmerge.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +136,114 @@ def test_a_disk_that_fills_leaves_nothing(world: Path, tmp_path: Path) -> None:
     assert done.stderr.startswith("trainmerge export: ")
     assert "Traceback" not in done.stderr
     assert not any(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+from trainmerge import shards
+def write_shard(*arguments, original=shards.write_shard):
+    original(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)  # all but the rest of the folder is written
+shards.write_shard = write_shard
+from trainmerge.cli import main
+main(["export", *sys.argv[1:]])
+"""
+
+
+def test_a_killed_export_leaves_no_output_and_the_next_one_clears_up(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(world / "run"), str(out)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert len(list(tmp_path.iterdir())) == 1  # the folder aside
+    tm.export_run(world / "run", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert tm.verify_export(world / "run", out) == len(tensors(out))
+
+
+LIGHT = """
+import sys
+from trainmerge.cli import main
+assert main(["export", *sys.argv[1:]]) == 0
+print([name for name in ("transformers", "pytorch_lightning", "peft") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("change", ["nothing", "copied"])
+def test_export_needs_no_transformers_unless_files_were_touched(
+    world: Path, tmp_path: Path, change: str
+) -> None:
+    if (
+        change == "copied"
+    ):  # the same contents under other inodes: they are hashed, the headers compared again
+        for file in world.glob("experts/mood/*"):
+            copy = file.with_suffix(".copy")
+            shutil.copyfile(file, copy)
+            copy.replace(file)
+    command = [sys.executable, "-c", LIGHT, str(world / "run"), str(tmp_path / "out")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == str([] if change == "nothing" else ["transformers", "peft"])
+    assert tm.verify_export(world / "run", tmp_path / "out")
+
+
+def flip_a_bit(out: Path) -> None:
+    file = out / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def rename_a_tensor(out: Path) -> None:
+    content = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(content.replace(b"pooler.dense.bias", b"pooler.dense.bits"))
+
+
+def add_weights(out: Path) -> None:
+    (out / "pytorch_model.bin").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (flip_a_bit, "differs in 1 of"),
+        (rename_a_tensor, "pooler.dense.bias is missing"),
+        (add_weights, "pytorch_model.bin belongs to no export"),
+        (lambda out: (out / "model.safetensors").unlink(), "model.safetensors is missing"),
+    ],
+)
+def test_verify_names_what_differs(
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], object],
+    words: str,
+) -> None:
+    command = ["export", str(world / "run"), str(tmp_path / "out"), "--verify", "true"]
+    assert main(command) == 0
+    assert "bit for bit" in capsys.readouterr().out
+    spoil(tmp_path / "out")
+    assert main(command) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "method", [tm.Ties(0.4), tm.Ties(0.4, "parameter", "mean"), tm.Dare(0.5), tm.Pcb(0.3)]
+)
+def test_a_rule_inside_the_pass_writes_what_kept_task_vectors_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: tm.Preprocess
+) -> None:
+    monkeypatch.setattr(piecewise, "PIECE", 100)
+    merge = languages_recipe(write_languages(tmp_path), preprocess=[method], grouping=Grouping("chunk", 3))
+    fit_world(tmp_path, tmp_path / "run", steps=0, recipe=merge)
+    run = RunFolder(tmp_path / "run")
+    tm.export_run(run.path, tmp_path / "by-rule", workers=3)
+    assert not list(run.workspace.glob("*"))
+    opened = merge.open()
+    apply(opened.task_vectors, [method], run.workspace, opened.identity(), run.examples())
+    tm.export_run(run.path, tmp_path / "kept")
+    for file in sorted((tmp_path / "kept").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "by-rule" / file.name).read_bytes()
+    assert tm.verify_export(run.path, tmp_path / "by-rule")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -15,7 +15,7 @@ from tests.contracts import assert_same_bits, relative_error, tensors_of
 from tests.methods import METHODS, PAIRS, applied, bases, count_for, random, run, vectors
 from tests.world import languages_recipe, write_languages
 from trainmerge.kernels import ExpertWeight
-from trainmerge.preprocess import Informed, doge, preprocess
+from trainmerge.preprocess import Informed, Piecewise, apply, doge, in_pieces, piecewise
 from trainmerge.task_vectors import Delta, TaskVectors
 
 every = pytest.mark.parametrize("name", METHODS)
@@ -73,23 +73,25 @@ def test_narrow_weights_give_what_float64_gives(name: str, dtype: torch.dtype) -
             assert not result.any()
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.entrywise])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if isinstance(method, Piecewise)])
 def test_pieces_of_large_parameters_are_the_whole(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taus = {**random(), "more": torch.randn(3, 7, 2, 3, dtype=torch.float64)}
-    monkeypatch.setattr(preprocess, "PIECE", 16)
-    pieces, names = preprocess.in_pieces(vectors(taus))
-    assert list(names)[:2] == ["layer.weight[0:2]", "layer.weight[2:4]"]
-    assert max(delta.shape.numel() for delta in pieces.deltas.values()) <= 16
-    got = preprocess.apply(vectors(taus), [METHODS[name]], tmp_path, "inputs")
+    whole_results = run(METHODS[name], taus)
+    monkeypatch.setattr(piecewise, "PIECE", 16)
+    pieces = [piece for n, delta in vectors(taus).deltas.items() for piece in in_pieces(n, delta)]
+    assert [piece for _, piece, _ in pieces][:2] == ["layer.weight[0:2]", "layer.weight[2:4]"]
+    assert max(part.shape.numel() for *_, part in pieces) <= 16
+    got = apply(vectors(taus), [METHODS[name]], tmp_path, "inputs")
     if name == "dare":  # whose dice know the piece
         whole = {n: t.sum(0) * 0 for n, t in taus.items()}
         assert {n: d.shape for n, d in got.deltas.items()} == {n: t.shape for n, t in whole.items()}
         assert all(set((d.dense() / taus[n]).unique().tolist()) <= {0, 2} for n, d in got.deltas.items())
         return
     for parameter, result in run(METHODS[name], taus).items():
-        assert torch.equal(got.deltas[parameter].dense(), result)
+        assert torch.equal(got.deltas[parameter].dense(), whole_results[parameter])
+        assert torch.equal(result, whole_results[parameter])
 
 
 @every
@@ -200,7 +202,7 @@ def tied(languages: Path) -> TaskVectors:
 def test_tied_weights_come_once(name: str, tied: TaskVectors, tmp_path: Path) -> None:
     assert "model.embed_tokens.weight" in tied.deltas
     assert "lm_head.weight" not in tied.deltas
-    mapped = preprocess.apply(tied, [METHODS[name]], tmp_path, "inputs")
+    mapped = apply(tied, [METHODS[name]], tmp_path, "inputs")
     assert list(mapped.deltas) == list(tied.deltas)
     for parameter, taus in METHODS[name](tied):
         assert torch.equal(mapped.deltas[parameter].dense(), taus)

@@ -26,7 +26,7 @@ from trainmerge.geometry import Geometry, load_geometry, measure, save_geometry
 from trainmerge.importance import magnitude
 from trainmerge.kernels import ExpertWeight, LowRank, Untouched
 from trainmerge.metrics import ACCURACY, PERPLEXITY
-from trainmerge.preprocess import preprocess
+from trainmerge.preprocess import piecewise
 from trainmerge.report.heatmap import EVERYTHING, grid_of, heatmap
 from trainmerge.report.importance import importance_picture, magnitudes
 from trainmerge.report.numbers import gather
@@ -153,7 +153,7 @@ def test_a_fit_draws_itself_and_outlives_its_report(
 def test_geometry_is_the_dense_one(
     random_task_vectors: MakeTaskVectors, tiny_mlp: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preprocess, "PIECE", 16)  # parameters in pieces
+    monkeypatch.setattr(piecewise, "PIECE", 16)  # parameters in pieces
     vectors = random_task_vectors(tiny_mlp, [ExpertWeight, LowRank, ExpertWeight])
     save_geometry(measure(vectors), tmp_path / "kept.safetensors")
     geometry = load_geometry(tmp_path / "kept.safetensors")

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from trainmerge.stopping import StopWhenFlat
     from trainmerge.task_vectors import TaskVectors
     from trainmerge.tradeoffs import export_point, pareto_run, search_config
+    from trainmerge.verify import verify_export
 
 _HOMES = {
     "trainmerge.anchor": ["Anchor"],
@@ -89,6 +90,7 @@ _HOMES = {
     "trainmerge.stopping": ["StopWhenFlat"],
     "trainmerge.task_vectors": ["TaskVectors"],
     "trainmerge.tradeoffs": ["export_point", "pareto_run", "search_config"],
+    "trainmerge.verify": ["verify_export"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -151,6 +153,7 @@ __all__ = [
     "merged_weights",
     "pareto_run",
     "search_config",
+    "verify_export",
     "write_report",
 ]
 

@@ -15,6 +15,7 @@ commands:
   allocate   share chunks:        trainmerge allocate runs/first chunks.json --budget 1.0
              for a second fit:    trainmerge fit ... --recipe.grouping.chunks chunks.json
   export     write the model:     trainmerge export runs/first merged/
+             and read it again:   trainmerge export runs/first merged/ --verify true
   evaluate   score it:            trainmerge evaluate runs/first
   compare    several, one table:  trainmerge compare runs/first merged/ --recipe runs/first
   report     draw it:             trainmerge report runs/first
@@ -127,20 +128,42 @@ def _plain(command: Callable[..., None], arguments: list[str]) -> int:
     return 0
 
 
-def export(run: str, out: str, overwrite: bool = False) -> None:
+def export(run: str, out: str, overwrite: bool = False, workers: int = 1, verify: bool = False) -> None:
     """Write a run's merge as an ordinary checkpoint folder that transformers loads.
 
     Examples: trainmerge export runs/first merged/
               torchrun --nproc-per-node 8 -m trainmerge.cli export runs/first merged/
+              trainmerge export runs/first merged/ --verify true
 
     Args:
         run: The run folder.
         out: The folder to make.
         overwrite: Replace the folder if it exists; the old one stays until the new one is complete.
+        workers: Shards that are written at once; their number changes no byte.
+        verify: Read the result again and compare every bit with the run's merge. A folder that is there
+            already, without `overwrite`, is compared and not written.
     """
+    keep_freed_memory()
     from trainmerge.export import export_run
 
-    print(f"merged checkpoint: {export_run(run, out, overwrite)}")
+    if not (verify and not overwrite and Path(out).is_dir() and any(Path(out).iterdir())):
+        print(f"merged checkpoint: {export_run(run, out, overwrite, workers)}")
+    if verify:
+        from trainmerge.verify import verify_export
+
+        print(f"{out}: {verify_export(run, out)} tensors are the merge of {run}, bit for bit")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: a pass asks for the same few buffers again and again.
+
+    It would give each of them back to the kernel, which then has to zero its pages the next time.
+    """
+    import ctypes
+
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # musl has none
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 1 << 28)
 
 
 def allocate(

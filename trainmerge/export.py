@@ -1,4 +1,4 @@
-"""Coefficients and task vectors -> an ordinary checkpoint folder, a tensor at a time.
+"""Coefficients and task vectors -> an ordinary checkpoint folder, a piece of a tensor at a time.
 
 The base's own files set names, order, dtypes and shards. Nothing appears under the output's name before
 all of it is written.
@@ -6,11 +6,8 @@ all of it is written.
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from trainmerge import processes
 from trainmerge.card import model_card
@@ -18,15 +15,17 @@ from trainmerge.checkpoints import Checkpoint
 from trainmerge.coefficients import Coefficients, load_coefficients, save_coefficients
 from trainmerge.config import read_config, write_config
 from trainmerge.folders import check_free_space
-from trainmerge.preprocess import apply
+from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.recipe import Opened, Recipe
 from trainmerge.run_folder import RunFolder, versions
-from trainmerge.storage import sha256, write_safetensors
+from trainmerge.shards import Merge, shard_names, write_shards
+from trainmerge.storage import sha256
 from trainmerge.task_vectors import TaskVectors
 from trainmerge.together import agreed, dealt, joined, staging_together
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
 MANIFEST = "trainmerge_manifest.json"
+INDEX = "model.safetensors.index.json"
 
 
 def export_merge(
@@ -35,10 +34,12 @@ def export_merge(
     coefficients: Coefficients,
     out: Path,
     overwrite: bool = False,
+    workers: int = 1,
 ) -> None:
     """Write the merge as a checkpoint folder like the base's, with its configuration and tokenizer.
 
-    Merged tensors are rounded once, to the base's dtype; all others are the base's, bit for bit.
+    Merged tensors are rounded once, to the base's dtype; all others are the base's, bit for bit. `workers`
+    shards are written at once; their number changes no byte.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is not set.
@@ -46,57 +47,31 @@ def export_merge(
         ValueError: a merged tensor is not finite.
     """
     with staging_together(out, overwrite) as folder:
-        write_checkpoint(base, task_vectors, coefficients, folder)
+        write_checkpoint(Merge(base, task_vectors, coefficients), folder, workers)
 
 
-def write_checkpoint(
-    base: Checkpoint, task_vectors: TaskVectors, coefficients: Coefficients, folder: Path
-) -> None:
-    """Write weights and side files into an empty folder; several processes deal the weight files out."""
+def write_checkpoint(merge: Merge, folder: Path, workers: int = 1) -> dict[str, str]:
+    """Write weights and side files into an empty folder; the weight files' SHA-256.
+
+    Several processes deal the weight files out; the first writes the rest.
+    """
+    base = merge.base
     with agreed():
         check_free_space(folder, sum(file.stat().st_size for file in base.files))
-        for file in dealt({file: file.stat().st_size for file in base.files}):
-            names = base.shards[file]
-            specs = {name: (base.tensors[name].dtype, tuple(base.tensors[name].shape)) for name in names}
-            write_safetensors(
-                folder / _target(file),
-                specs,
-                _merged(base, task_vectors, coefficients, names),
-                {"format": "pt"},
-            )
+        shards = shard_names(base)
+        sizes = dict(zip(shards, (file.stat().st_size for file in base.shards), strict=True))
+        mine = write_shards(merge, folder, dealt(sizes), workers)
         base.check_unchanged()
+    made = {file: digest for part in processes.from_all(mine) for file, digest in part.items()}
     if processes.rank() > 0:
-        return
+        return made
     _copy_side_files(base.path, folder)
-    if len(base.shards) > 1:
-        homes = {name: _target(file) for file, names in base.shards.items() for name in names}
-        size = sum((folder / target).stat().st_size for target in set(homes.values()))
+    if len(made) > 1:
+        size = sum((folder / file).stat().st_size for file in made)
+        homes = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _target(file: Path) -> str:
-    """The name of the base's weight file in the export."""
-    return Path(file.name.replace("pytorch_model", "model")).with_suffix(".safetensors").name
-
-
-@torch.no_grad()
-def _merged(
-    base: Checkpoint, task_vectors: TaskVectors, coefficients: Coefficients, names: Iterable[str]
-) -> Iterator[tuple[str, Tensor]]:
-    values = coefficients()
-    for name in names:
-        canonical = base.tied.get(name, name)
-        if canonical not in coefficients.layout.groups:
-            yield name, base.read(name)
-            continue
-        merged = torch.empty_like(base.read(name))
-        task_vectors.deltas[canonical].merge(merged, coefficients.of(canonical, values))
-        if not bool(torch.isfinite(torch.stack(torch.aminmax(merged))).all()):
-            raise ValueError(
-                f"{name}: the merged tensor is not finite; look at its coefficients with `trainmerge inspect`"
-            )
-        yield name, merged
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+    return made
 
 
 def _copy_side_files(source: Path, target: Path) -> None:
@@ -121,51 +96,68 @@ def check_target(out: Path, sources: Iterable[Path]) -> None:
 
 
 def export_run(
-    run: str | Path, out: str | Path, overwrite: bool = False, coefficients: Coefficients | None = None
+    run: str | Path,
+    out: str | Path,
+    overwrite: bool = False,
+    workers: int = 1,
+    coefficients: Coefficients | None = None,
 ) -> Path:
     """Export a run folder's merge, with a model card and everything needed to make it again.
 
-    `coefficients` replace the run's own: those of a point on its Pareto front, say. Under torchrun, processes
-    write the base's weight files in parallel: each its own, mapped, never gathered.
+    `workers` shards are written at once; their number changes no byte. `coefficients` replace the run's own:
+    those of a point on its Pareto front, say. Under torchrun, processes write the base's weight files in
+    parallel: each its own, mapped, never gathered.
 
     Raises:
         ValueError: the run has no coefficients yet, or base or experts changed since the fit.
     """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
     run_folder, target = RunFolder(Path(run)), Path(out)
     with joined():
         recipe, learned, opened = open_run(run_folder)
         coefficients = coefficients or learned
         check_target(target, [run_folder.path, *opened.folders.values()])
-        with processes.first_alone():
-            task_vectors = apply(
-                opened.task_vectors,
-                recipe.preprocess,
-                run_folder.workspace,
-                opened.identity(),
-                run_folder.examples(),
-            )
         with staging_together(target, overwrite) as folder:
-            write_checkpoint(opened.base, task_vectors, coefficients, folder)
+            with agreed(), processes.first_alone():
+                merge = merge_of(run_folder, recipe, coefficients, opened)
+            made = write_checkpoint(merge, folder, workers)
             if processes.rank() == 0:
-                _explain(folder, target.name, run_folder, recipe, coefficients)
+                _explain(folder, target.name, run_folder, recipe, coefficients, made)
     return target
 
 
 def _explain(
-    folder: Path, name: str, run_folder: RunFolder, recipe: Recipe, coefficients: Coefficients
+    folder: Path,
+    name: str,
+    run_folder: RunFolder,
+    recipe: Recipe,
+    coefficients: Coefficients,
+    made: Mapping[str, str],
 ) -> None:
-    """Everything but the weights that an export says of itself; the manifest last."""
+    """Everything but the weights, `made`, that an export says of itself; the manifest last."""
     write_config(recipe, "recipe", folder / "trainmerge_recipe.yaml")
     save_coefficients(coefficients, folder / "trainmerge_coefficients.safetensors")
     run_made = json.loads(run_folder.manifest.read_text())
     if run_folder.config.exists():
         shutil.copyfile(run_folder.config, folder / "trainmerge_config.yaml")
     (folder / "README.md").write_text(model_card(name, recipe, coefficients, run_made))
-    files = {
-        str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-    manifest = {"versions": versions(), "files": files, "run": run_made}
+    others = [path for path in folder.rglob("*") if path.is_file() and path.name not in made]
+    files = {**made, **{str(path.relative_to(folder)): sha256(path) for path in others}}
+    manifest = {"versions": versions(), "files": dict(sorted(files.items())), "run": run_made}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+
+
+def merge_of(run_folder: RunFolder, recipe: Recipe, coefficients: Coefficients, opened: Opened) -> Merge:
+    """What `open_run` gave as tensors: preprocessors do their work here, as far as none did it before."""
+    task_vectors, rule = apply_for_one_pass(
+        opened.task_vectors,
+        recipe.preprocess,
+        run_folder.workspace,
+        opened.identity(),
+        run_folder.examples(),
+    )
+    return Merge(opened.base, task_vectors, coefficients, rule)
 
 
 def open_run(folder: RunFolder) -> tuple[Recipe, Coefficients, Opened]:
@@ -179,9 +171,9 @@ def open_run(folder: RunFolder) -> tuple[Recipe, Coefficients, Opened]:
     if not folder.coefficients.exists():
         raise ValueError(f"{folder.path}: no coefficients yet; go on with `trainmerge fit --resume auto`")
     recipe = read_config(Recipe, "recipe", folder.recipe)
-    opened = recipe.open(folder.workspace)
-    opened.share_checksums()
     fitted = json.loads(folder.manifest.read_text())["checksums"]
+    opened = recipe.reopen(folder.sources, fitted) or recipe.open(folder.workspace)
+    opened.share_checksums()
     changed = [name for name, files in opened.checksums.items() if fitted.get(name) != files]
     if changed:
         raise ValueError(

@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import Tensor
 
 from trainmerge.kernels import Untouched
-from trainmerge.preprocess.preprocess import in_pieces
+from trainmerge.preprocess import in_pieces
 from trainmerge.storage import MappedFile, write_safetensors
 from trainmerge.task_vectors import Delta, TaskVectors, dense_term
 
@@ -83,13 +83,13 @@ class Geometry:
 @torch.no_grad()
 def measure(task_vectors: TaskVectors) -> Geometry:
     """Read every task vector once; a few MiB an expert are held."""
-    pieces, owners = in_pieces(task_vectors)
     names = tuple(task_vectors.deltas)
     K = len(task_vectors.experts)
     sums = {name: [torch.zeros(shape, dtype=torch.float64) for shape in _shapes(K)] for name in names}
-    for piece, delta in track(pieces.deltas.items(), description="measuring task vectors"):
-        for total, part in zip(sums[owners.get(piece, piece)], _sums(delta), strict=True):
-            total += part
+    for name, whole in track(task_vectors.deltas.items(), description="measuring task vectors"):
+        for _, _, delta in in_pieces(name, whole):
+            for total, part in zip(sums[name], _sums(delta), strict=True):
+                total += part
     columns = zip(*sums.values(), strict=True)
     return Geometry(names, *(torch.stack(column) for column in columns))
 
@@ -105,7 +105,7 @@ def _sums(delta: Delta) -> list[Tensor]:
     base = delta.base.flatten().float()
     taus = torch.stack([dense_term(delta.terms[k], delta.base).flatten().float() for k in active])
     signs = taus.sign()
-    own = signs.abs()  # sums of at most a piece's 2^22 ones: exact in float32
+    own = signs.abs()  # sums of at most a piece's 2^17 ones: exact in float32
     both, agreed = own @ own.T, signs @ signs.T
 
     def spread(small: Tensor) -> Tensor:

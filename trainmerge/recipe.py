@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from trainmerge import processes
-from trainmerge.checkpoints import Checkpoint, fingerprint, open_checkpoint, open_task_vectors, verify
+from trainmerge.checkpoints import Checkpoint, Sources, Stamp, fingerprint, open_checkpoint, stamps, verify
 from trainmerge.coefficients import Grouping, Layout
+from trainmerge.folders import write_whole
 from trainmerge.heads import Head
 from trainmerge.preprocess import Preprocess
 from trainmerge.task_vectors import TaskVectors
@@ -103,20 +104,55 @@ class Recipe:
         Raises:
             ValueError: with every mismatch between base and experts, or a pattern that matches nothing.
         """
+        from trainmerge.checkpoints import find_sources  # transformers and peft: not needed to reopen
+
         base = open_checkpoint(self.base, allow_pickle=self.allow_pickle)
-        paths = {name: expert.path for name, expert in self.experts.items()}
-        task_vectors = open_task_vectors(
+        sources = find_sources(
             base,
-            paths,
+            {name: expert.path for name, expert in self.experts.items()},
             ignore=self.ignore,
             allow_pickle=self.allow_pickle,
             workspace=workspace,
             shared_vocabulary=self.vocabulary == "shared",
         )
-        folders = {"base": Path(self.base)} | {name: Path(path) for name, path in paths.items()}
-        return Opened(
-            base, task_vectors, self.grouping.layout(task_vectors.shapes, base.tensors), folders, self.ignore
-        )
+        return self._opened(base, sources, self.stamps())
+
+    def reopen(self, saved: Path, checksums: Mapping[str, Mapping[str, str]]) -> "Opened | None":
+        """The same from what `Opened.save` wrote, if no file was touched since: transformers is not needed.
+
+        `checksums` are those of the files as they were then.
+        """
+        if not saved.is_file():
+            return None
+        content = json.loads(saved.read_text())
+        try:
+            if (made := self.stamps()) != content["stamps"]:
+                return None
+            sources = Sources.from_json(content["sources"])
+            base = open_checkpoint(self.base, self.allow_pickle, sources.tied)
+            return self._opened(base, sources, made, checksums)
+        except FileNotFoundError:  # a merged adapter of the workspace
+            return None
+
+    def _opened(
+        self,
+        base: Checkpoint,
+        sources: Sources,
+        made: Mapping[str, Mapping[str, Stamp]],
+        checksums: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> "Opened":
+        task_vectors = sources.open(base)
+        layout = self.grouping.layout(task_vectors.shapes, base.tensors)
+        return Opened(base, task_vectors, layout, self.folders, self.ignore, sources, made, checksums)
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """`base`, and every expert."""
+        return {"base": Path(self.base)} | {name: Path(e.path) for name, e in self.experts.items()}
+
+    def stamps(self) -> dict[str, dict[str, Stamp]]:
+        """What the file system says of all files of base and experts."""
+        return {name: stamps(folder) for name, folder in self.folders.items()}
 
 
 def calibration_files(recipe: Recipe) -> dict[str, str]:
@@ -133,10 +169,15 @@ class Opened:
     layout: Layout
     folders: Mapping[str, Path]  # "base" and every expert
     ignore: Sequence[str]
+    sources: Sources  # where the task vectors lie
+    stamps: Mapping[str, Mapping[str, Stamp]]  # of the files, before they were read
+    known_checksums: Mapping[str, Mapping[str, str]] | None = None
 
     @cached_property
     def checksums(self) -> dict[str, dict[str, str]]:
-        """SHA-256 of every weight file of base and experts: reads each file once."""
+        """SHA-256 of every weight file of base and experts: reads each file once, unless they are known."""
+        if self.known_checksums is not None:
+            return {name: dict(files) for name, files in self.known_checksums.items()}
         return {name: fingerprint(folder) for name, folder in self.folders.items()}
 
     def verify(self) -> None:
@@ -148,6 +189,10 @@ class Opened:
         if processes.count() > 1:
             first = self.checksums if processes.rank() == 0 else {}
             vars(self)["checksums"] = processes.from_first(first)  # where `cached_property` keeps it
+
+    def save(self, path: Path) -> None:
+        """Write what `Recipe.reopen` needs."""
+        write_whole(path, json.dumps({"stamps": self.stamps, "sources": self.sources.to_json()}))
 
     def identity(self) -> str:
         """One digest of base and experts, by their contents and order."""

@@ -205,6 +205,7 @@ def prepare(
     """Write what explains the run, and drop what is later than `step`: it will be made again."""
     folder.create(description)
     write_config(module.recipe, "recipe", folder.recipe)
+    module.opened.save(folder.sources)
     if config:
         write_whole(folder.config, config)
     folder.drop_snapshots_after(step)

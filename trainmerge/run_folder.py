@@ -22,6 +22,7 @@ README = """# A trainmerge run
 | `recipe.yaml` | what is merged: base, experts, preprocessing, grouping |
 | `config.yaml` | the whole resolved configuration, where the run was started from the command line |
 | `manifest.json` | what the run depends on: checksums, data, settings, versions, command |
+| `sources.json` | where each number of base and experts lies, and their files' times: an export reads it |
 | `coefficients.safetensors` | the coefficients after the last saved step, with their layout in the header |
 | `metrics.jsonl` | one line a logged step |
 | `trajectory.bin` | the coefficients' path: at most about a megabyte, thinned as the run gets longer |
@@ -56,6 +57,11 @@ class RunFolder:
     def manifest(self) -> Path:
         """What the run was made from."""
         return self.path / "manifest.json"
+
+    @property
+    def sources(self) -> Path:
+        """Where base and experts have their tensors."""
+        return self.path / "sources.json"
 
     @property
     def coefficients(self) -> Path:

@@ -3,6 +3,7 @@
 A safetensors file: 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
 """
 
+import ctypes
 import hashlib
 import json
 import math
@@ -12,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,16 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAPPING: dict[str, int] = {"access": mmap.ACCESS_COPY}
 if sys.platform == "linux":
     MAPPING = {"flags": mmap.MAP_PRIVATE | 0x4000, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+# mmap's own method wants the mapping, of which a tensor knows the address only.
+MADVISE = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+
+
+class Hasher(Protocol):
+    """One of `hashlib`'s objects."""
+
+    def update(self, data: Any, /) -> None:
+        """Go on with these bytes."""
+        ...
 
 
 class TensorInfo(NamedTuple):
@@ -129,12 +140,14 @@ def write_safetensors(
     specs: Specs,
     tensors: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str] | None = None,
+    hasher: Hasher | None = None,
 ) -> None:
     """Write `tensors`, which come one at a time and in any order, in constant memory.
 
     A tensor may come in pieces, consecutive rows of it, with others between. The file appears under its name
     only when it is whole and on disk; the same input gives the same bytes. What a killed process left of it
-    is removed first. Raises ValueError if a tensor's name, dtype or shape differs from its spec, or one is
+    is removed first. `hasher` is fed the file's bytes on their way; the tensors must then come in
+    `file_order`. Raises ValueError if a tensor's name, dtype or shape differs from its spec, or one is
     missing or too many.
     """
     path = Path(path)
@@ -146,12 +159,15 @@ def write_safetensors(
     given: set[str] = set()
     try:
         with naming(path), temporary.open("xb") as file:  # open(), so that the mode follows the umask
-            file.write(header)
+            _write_bytes(file, memoryview(header), hasher)
             for name, tensor in tensors:
                 _check_piece(path, specs, name, tensor, missing.get(name, 0), name in given)
                 written = math.prod(specs[name][1]) - missing[name]
-                file.seek(len(header) + offsets[name] + written * tensor.dtype.itemsize)
-                _write_bytes(file, tensor)
+                place = len(header) + offsets[name] + written * tensor.dtype.itemsize
+                if hasher is not None and place != file.tell():
+                    raise ValueError(f"{path}: {name} is out of the file's order, in which it is hashed")
+                file.seek(place)
+                _write_bytes(file, _bytes_of(tensor), hasher)
                 missing[name] -= tensor.numel()
                 given.add(name)
             if absent := [name for name in specs if missing[name] or name not in given]:
@@ -162,6 +178,11 @@ def write_safetensors(
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_order(specs: Specs) -> list[str]:
+    """The order of the tensors in a file: widest dtypes first, so that all are aligned."""
+    return sorted(specs, key=lambda name: -specs[name][0].itemsize)
 
 
 def _check_piece(path: Path, specs: Specs, name: str, tensor: Tensor, missing: int, begun: bool) -> None:
@@ -177,11 +198,11 @@ def _check_piece(path: Path, specs: Specs, name: str, tensor: Tensor, missing: i
 
 
 def _layout(path: Path, specs: Specs, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The header's bytes, and each tensor's place after them: widest dtypes first, so all are aligned."""
+    """The header's bytes, and each tensor's place after them."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets: dict[str, int] = {}
     end = 0
-    for name in sorted(specs, key=lambda name: -specs[name][0].itemsize):
+    for name in file_order(specs):
         dtype, shape = specs[name]
         offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
         place = [offsets[name], end]
@@ -193,10 +214,24 @@ def _layout(path: Path, specs: Specs, metadata: Mapping[str, str]) -> tuple[byte
     return len(text).to_bytes(8, "little") + text, offsets
 
 
-def _write_bytes(file: BinaryIO, tensor: Tensor) -> None:
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_bytes(file: BinaryIO, values: memoryview, hasher: Hasher | None) -> None:
     for begin in range(0, len(values), WRITE_BLOCK):
-        file.write(values[begin : begin + WRITE_BLOCK].data)
+        block = values[begin : begin + WRITE_BLOCK]
+        file.write(block)
+        if hasher is not None:
+            hasher.update(block)
+
+
+def read_ahead(tensor: Tensor) -> None:
+    """Have the kernel read a mapped tensor's pages, without waiting; nothing happens to other tensors."""
+    if MADVISE is not None:
+        begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        size = tensor.data_ptr() - begin + tensor.nbytes
+        MADVISE(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_WILLNEED)
 
 
 def sha256(path: str | Path) -> str:

@@ -44,7 +44,14 @@ class Delta:
 
     def dense(self) -> Tensor:
         """The K differences themselves, [K, *S] in float32 or wider: for preprocessing and tests."""
-        return torch.stack([dense_term(term, self.base) for term in self.terms])
+        base = self.base.to(accumulation_dtype(self.base.dtype))  # once for all of them
+        taus = torch.empty(len(self.terms), *base.shape, dtype=base.dtype, device=base.device)
+        for tau, term in zip(taus, self.terms, strict=True):
+            if isinstance(term, ExpertWeight):
+                tau.copy_(term.weight).sub_(base)
+            else:
+                tau.copy_(dense_term(term, base))
+        return taus
 
     def rows(self, part: slice) -> "Delta":
         """The same of these rows of dimension 0: views, nothing is read."""

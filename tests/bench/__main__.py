@@ -16,6 +16,7 @@ GROUPS = (
     "closed_cost",
     "tradeoffs",
     "scale",
+    "export",
 )
 
 

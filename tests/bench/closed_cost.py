@@ -22,7 +22,7 @@ def cost(name: str) -> None:
     import torch
 
     from trainmerge.kernels import ExpertWeight
-    from trainmerge.preprocess.preprocess import in_pieces
+    from trainmerge.preprocess import Piecewise
     from trainmerge.task_vectors import Delta, TaskVectors
 
     torch.set_num_threads(1)
@@ -31,11 +31,10 @@ def cost(name: str) -> None:
     experts = "ab" if name in PAIRS else "abc"
     terms = tuple(ExpertWeight(base + 0.05 * torch.randn(SHAPE, dtype=torch.bfloat16)) for _ in experts)
     given, method = TaskVectors(tuple(experts), {"embeddings": Delta(base, terms)}), METHODS[name]
-    if method.entrywise:
-        given, _ = in_pieces(given)
+    results = method.in_pieces if isinstance(method, Piecewise) else method
     with Peak() as peak:
         start = time.process_time()
-        for _, taus in method(given):
+        for _, taus in results(given):
             del taus
         seconds = time.process_time() - start
     figure(f"closed_cost_{name}", seconds, "s", "60")

@@ -1,7 +1,7 @@
-"""Peak memory of merging three experts of 500 M bfloat16 parameters without learning, tensor by tensor.
+"""Peak memory of merging three experts of 498 M bfloat16 parameters without learning, tensor by tensor.
 
-Task arithmetic, TIES, DARE and TSV-M, each by a fit of no steps and its export, in a process of its own. The
-checkpoints are random numbers with the names and shapes of a Llama; memory is counted as in `fit_memory`.
+Task arithmetic, TIES, DARE and TSV-M (`METHODS` names some), each by a fit of no steps and its export, in
+a process of its own. The checkpoints are those of `export`; memory is counted as in `fit_memory`.
 """
 
 import json
@@ -10,42 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from tests.bench.__main__ import figure
 from tests.bench.fit_memory import Peak
+from tests.bench.llama500 import FOLDER, experts
 
-LAYERS, HIDDEN, MIDDLE, VOCABULARY, EXPERTS = 28, 1024, 4096, 32000, 3
-METHODS = ("linear", "ties", "dare", "tsv")
-
-
-def write_checkpoint(folder: Path, seed: int, scale: float) -> None:
-    """A Llama's configuration and random weights, written as they are drawn; experts are near the base."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from trainmerge.storage import write_safetensors
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=MIDDLE, num_hidden_layers=LAYERS,
-        num_attention_heads=16, tie_word_embeddings=True, dtype="bfloat16",
-    )  # fmt: skip
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
-
-    def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        base, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
-        for name, shape in shapes.items():
-            value = 0.02 * torch.randn(shape, generator=base)
-            if seed:
-                value += scale * torch.randn(shape, generator=own)
-            yield name, value.bfloat16()
-
-    specs = {name: (torch.bfloat16, tuple(shape)) for name, shape in shapes.items()}
-    write_safetensors(folder / "model.safetensors", specs, weights(), {"format": "pt"})
+METHODS = os.environ.get("METHODS", "linear ties dare tsv").split()
 
 
 def merge(method: str, folder: Path) -> dict[str, float]:
@@ -53,8 +24,8 @@ def merge(method: str, folder: Path) -> dict[str, float]:
     import trainmerge as tm
 
     steps = {"linear": [], "ties": [tm.Ties()], "dare": [tm.Dare()], "tsv": [tm.Tsv()]}[method]
-    experts = {f"e{k}": tm.Expert(str(folder / f"e{k}")) for k in range(1, EXPERTS + 1)}
-    recipe = tm.Recipe(str(folder / "base"), experts, preprocess=steps)
+    merged = {name: tm.Expert(str(path)) for name, path in experts().items()}
+    recipe = tm.Recipe(str(FOLDER / "base"), merged, preprocess=steps)
     run = folder / f"run-{method}"
     with Peak() as peak:
         start = time.process_time()
@@ -67,19 +38,16 @@ def merge(method: str, folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Write the checkpoints, then one process a method."""
+    """One process a method."""
+    experts()
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
-    with tempfile.TemporaryDirectory() as place:
-        for k in range(EXPERTS + 1):
-            folder = Path(place) / (f"e{k}" if k else "base")
-            folder.mkdir()
-            write_checkpoint(folder, k, 1e-3)
-        for method in METHODS:
+    for method in METHODS:
+        with tempfile.TemporaryDirectory(dir=FOLDER.parent) as place:  # TSV-M keeps 6 GB there
             command = [sys.executable, "-m", "tests.bench.closed_memory", method, place]
             done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-            got = json.loads(done.stdout.splitlines()[-1])
-            figure(f"closed_peak_{method}", got["bytes"] / 1e9, "GB", "1.5")
-            figure(f"closed_cpu_seconds_{method}", got["seconds"], "s", "")
+        got = json.loads(done.stdout.splitlines()[-1])
+        figure(f"closed_peak_{method}", got["bytes"] / 1e9, "GB", "1.5")
+        figure(f"closed_cpu_seconds_{method}", got["seconds"], "s", "")
 
 
 if __name__ == "__main__":

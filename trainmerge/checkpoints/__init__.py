@@ -1,20 +1,49 @@
-"""Disk <-> tensors: base models, full experts and peft adapters, checked before anything is read."""
+"""Disk <-> tensors: base models, full experts and peft adapters, checked before anything is read.
 
-from trainmerge.checkpoints.align import open_task_vectors
-from trainmerge.checkpoints.model import LoadedModel, hollow_model, load_model
+What needs transformers or peft is imported when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
-from trainmerge.checkpoints.skeleton import Output, output_of
-from trainmerge.checkpoints.verify import fingerprint, verify
+from trainmerge.checkpoints.sources import Sources
+from trainmerge.checkpoints.verify import Stamp, fingerprint, stamps, verify
+
+if TYPE_CHECKING:
+    from trainmerge.checkpoints.align import find_sources, open_task_vectors
+    from trainmerge.checkpoints.model import LoadedModel, hollow_model, load_model
+    from trainmerge.checkpoints.skeleton import Output, output_of
+
+_HEAVY = {
+    "find_sources": "align",
+    "open_task_vectors": "align",
+    "LoadedModel": "model",
+    "hollow_model": "model",
+    "load_model": "model",
+    "Output": "skeleton",
+    "output_of": "skeleton",
+}
 
 __all__ = [
     "Checkpoint",
     "LoadedModel",
     "Output",
+    "Sources",
+    "Stamp",
+    "find_sources",
     "fingerprint",
     "hollow_model",
     "load_model",
     "open_checkpoint",
     "open_task_vectors",
     "output_of",
+    "stamps",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HEAVY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"trainmerge.checkpoints.{_HEAVY[name]}"), name)

@@ -7,24 +7,23 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from trainmerge.checkpoints.lora import plan_adapter
 from trainmerge.checkpoints.parameters import Parameters, fit_prefix, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
 from trainmerge.checkpoints.skeleton import shorten
+from trainmerge.checkpoints.sources import FullSource, Source, Sources
 from trainmerge.checkpoints.vocabulary import tokenizer_mismatches
-from trainmerge.kernels import ExpertWeight, Term, Untouched
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.task_vectors import TaskVectors
 
 RESIZED = "resize both to one vocabulary, or set vocabulary=shared to merge the tokens that both have"
 
 
 class Plan(Protocol):
-    """One expert that fits the base: its terms, when they are asked for."""
+    """One expert that fits the base: where its numbers are, when that is asked for."""
 
-    def terms(self) -> dict[str, Term]:
-        """The base's tensor name -> what the expert adds. Absent names are untouched."""
+    def sources(self) -> dict[str, Source]:
+        """The base's tensor name -> where what the expert adds lies. Absent names are untouched."""
         ...
 
 
@@ -38,6 +37,30 @@ def open_task_vectors(
     shared_vocabulary: bool = False,
 ) -> TaskVectors:
     """Open full experts and peft adapters, mixed as they come, against one base. Tensors stay on disk.
+
+    Arguments and errors are those of `find_sources`.
+    """
+    found = find_sources(
+        base,
+        experts,
+        ignore=ignore,
+        allow_pickle=allow_pickle,
+        workspace=workspace,
+        shared_vocabulary=shared_vocabulary,
+    )
+    return found.open(base)
+
+
+def find_sources(
+    base: Checkpoint,
+    experts: Mapping[str, str | Path],
+    *,
+    ignore: Sequence[str] = (),
+    allow_pickle: bool = False,
+    workspace: Path | None = None,
+    shared_vocabulary: bool = False,
+) -> Sources:
+    """Compare full experts and peft adapters, mixed as they come, with one base.
 
     Args:
         base: The checkpoint that every expert was fine-tuned from.
@@ -66,13 +89,8 @@ def open_task_vectors(
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
     _raise(base, problems)
     _check_ties(frame, plans)
-    terms = [plan.terms() for plan in plans.values()]
-    deltas = {}
-    for name in frame.files.values():
-        row = tuple(of_expert.get(name, Untouched()) for of_expert in terms)
-        if not all(isinstance(term, Untouched) for term in row):
-            deltas[name] = Delta(base.read(name), row)
-    return TaskVectors(tuple(plans), deltas)
+    sources = {expert: plan.sources() for expert, plan in plans.items()}
+    return Sources(tuple(frame.files.values()), frame.tied, sources)
 
 
 def _check_ties(frame: Parameters, plans: Mapping[str, Plan]) -> None:
@@ -104,23 +122,10 @@ def _untied(parameters: Parameters) -> list[str]:
 class _Full:
     parameters: Parameters
     names: Mapping[str, str]  # the base's tensor -> the expert's
-    base: Checkpoint
 
-    def terms(self) -> dict[str, Term]:
-        read = self.parameters.checkpoint.read
-        return {name: ExpertWeight(self._rows(name, read(own))) for name, own in self.names.items()}
-
-    def _rows(self, name: str, weight: Tensor) -> Tensor:
-        """As many rows as the base has: tokens that the expert lacks keep the base's embedding.
-
-        Only where the vocabulary was resized; a shorter one costs a copy of the tensor.
-        """
-        rows = self.base.tensors[name].shape[:1]
-        if weight.shape[:1] == rows:
-            return weight
-        if len(weight) > rows[0]:
-            return weight[: rows[0]]
-        return torch.cat([weight, self.base.read(name)[len(weight) :].to(weight.dtype)])
+    def sources(self) -> dict[str, Source]:
+        tensors = self.parameters.checkpoint.tensors
+        return {name: FullSource(str(tensors[own].file), own) for name, own in self.names.items()}
 
 
 def _plan_full(
@@ -165,7 +170,7 @@ def _plan_full(
     if problems:
         raise ValueError("\n".join(problems))
     _warn_of_dtypes(expert, checkpoint, base, names)
-    return _Full(own, names, base)
+    return _Full(own, names)
 
 
 def _setting(checkpoint: Checkpoint, key: str) -> object:

@@ -1,4 +1,4 @@
-"""peft adapters as terms: low-rank where the update is `scale * up @ down`, merged weights elsewhere.
+"""peft adapters as sources: low-rank where the update is `scale * up @ down`, merged weights elsewhere.
 
 LoRA (Hu et al., 2021): W + s B A, with s = alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski, 2023).
 Names, transposes and s are peft's own: the adapter is injected into the base's modules without storage.
@@ -17,7 +17,7 @@ from trainmerge.checkpoints.adapter import Adapter, open_adapter
 from trainmerge.checkpoints.merged_adapter import MergedAdapter
 from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.skeleton import build_skeleton, quiet, shorten
-from trainmerge.kernels import LowRank, Term
+from trainmerge.checkpoints.sources import LowRankSource, Source
 
 # Whatever these say, the update stays scale * up @ down. A field that is not here must have its default.
 LINEAR_FIELDS = {
@@ -50,24 +50,24 @@ class LowRankAdapter:
     factors: Mapping[str, Factor]  # the base's tensor -> its factors
     dense: MergedAdapter
 
-    def terms(self) -> dict[str, Term]:
-        """The base's tensor name -> its low-rank update."""
+    def sources(self) -> dict[str, Source]:
+        """The base's tensor name -> where its update's factors are."""
         for key in self.adapter.keys:
             if key.endswith(BASE_LAYER):
                 name = self.base.file_of(key.removesuffix(BASE_LAYER) + ".weight")
                 if name and not torch.equal(self.adapter.read(key), self.base.checkpoint.read(name)):
-                    return self.dense.terms()
-        return {name: self._term(factor) for name, factor in self.factors.items()}
+                    return self.dense.sources()
+        return {name: self._source(factor) for name, factor in self.factors.items()}
 
-    def _term(self, factor: Factor) -> Term:
-        up, down = self.adapter.read(factor.up), self.adapter.read(factor.down)
-        return LowRank(up.T, down.T, factor.scale) if factor.transposed else LowRank(up, down, factor.scale)
+    def _source(self, factor: Factor) -> Source:
+        file, keys = self.adapter.info(factor.up).file, self.adapter.keys
+        return LowRankSource(str(file), keys[factor.up], keys[factor.down], factor.transposed, factor.scale)
 
 
 def plan_adapter(
     base: Parameters, path: Path, ignore: Sequence[str], allow_pickle: bool, workspace: Path | None
 ) -> LowRankAdapter | MergedAdapter:
-    """How the adapter at `path` becomes terms, from headers alone.
+    """How the adapter at `path` becomes sources, from headers alone.
 
     Raises ValueError, one line a mismatch, if it is of another base, if peft does not know it, or if it needs
     `workspace` and that is None.

@@ -19,8 +19,8 @@ from trainmerge.checkpoints.adapter import ROOT, Adapter
 from trainmerge.checkpoints.model import load_model
 from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.skeleton import quiet, shorten
+from trainmerge.checkpoints.sources import FullSource, Source
 from trainmerge.folders import check_free_space
-from trainmerge.kernels import ExpertWeight, Term
 from trainmerge.storage import MappedFile, sha256, write_safetensors
 
 
@@ -33,7 +33,7 @@ class MergedAdapter:
     ignore: Sequence[str]
     workspace: Path | None
 
-    def terms(self) -> dict[str, Term]:
+    def sources(self) -> dict[str, Source]:
         """The base's tensor name -> the merged weight, where merging changed it.
 
         Raises ValueError if there is no workspace, or peft cannot merge this adapter into this base.
@@ -47,8 +47,7 @@ class MergedAdapter:
         file = self.workspace / f"adapter-{self._digest()[:24]}.safetensors"
         if not file.is_file():
             self._write(file, self._merged(self.workspace))
-        mapped = MappedFile(file)
-        return {name: ExpertWeight(mapped.read(name)) for name in mapped.tensors}
+        return {name: FullSource(str(file), name) for name in MappedFile(file).tensors}
 
     def _digest(self) -> str:
         """Adapter by content, base by its files' sizes and times: what the merged weights depend on."""

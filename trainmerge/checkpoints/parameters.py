@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trainmerge.checkpoints.reader import Checkpoint
-from trainmerge.checkpoints.skeleton import build_skeleton, canonical_names, locate, matches
+from trainmerge.checkpoints.skeleton import build_skeleton, canonical_names, locate, matches, tied_names
 
 MERGED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -23,6 +23,11 @@ class Parameters:
     skeleton: PreTrainedModel
     names: Mapping[str, str]  # every tensor of the files -> parameter; tied ones share one
     files: Mapping[str, str]  # parameter -> its canonical tensor of the files, `ignore`d ones left out
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Tensor of the files -> the tensor that config.json ties it to, where the files hold both."""
+        return tied_names(self.names)
 
     def file_of(self, name: str) -> str | None:
         """The canonical tensor of a parameter by any of its names in memory; None if it is ignored."""

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints.skeleton import tied_names
 from trainmerge.folders import seen_from
 from trainmerge.storage import MappedFile, TensorInfo
 
@@ -72,6 +71,7 @@ class Checkpoint:
     config: dict[str, Any]  # config.json
     shards: Mapping[Path, tuple[str, ...]]  # file -> its tensors, in file order
     sources: Mapping[Path, WeightFile]
+    known_ties: Mapping[str, str] | None = None  # `tied`, where it was found out before
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, mapped: no memory of its own. Raises KeyError for an unknown name."""
@@ -83,7 +83,11 @@ class Checkpoint:
 
         Raises ValueError if transformers does not know the architecture.
         """
-        return tied_names(self.path, self.tensors)
+        if self.known_ties is not None:
+            return dict(self.known_ties)
+        from trainmerge.checkpoints.skeleton import ties_of  # transformers: only where it has to be asked
+
+        return ties_of(self.path, self.tensors)
 
     def check_unchanged(self) -> None:
         """Raise ValueError if a safetensors file was written to since it was opened."""
@@ -92,8 +96,10 @@ class Checkpoint:
                 source.check_unchanged()
 
 
-def open_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
-    """Open a checkpoint folder; read its headers only.
+def open_checkpoint(
+    path: str | Path, allow_pickle: bool = False, known_ties: Mapping[str, str] | None = None
+) -> Checkpoint:
+    """Open a checkpoint folder; read its headers only. `known_ties` spare `tied` from asking transformers.
 
     Raises:
         FileNotFoundError: the folder, config.json, the weights, or a shard that the index names.
@@ -121,6 +127,7 @@ def open_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
         config,
         MappingProxyType(shards),
         MappingProxyType(sources),
+        known_ties,
     )
 
 

@@ -115,15 +115,18 @@ def canonical_names(names: Mapping[str, str]) -> dict[str, str]:
     return files
 
 
-def tied_names(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Tensor of the files -> the tensor that config.json ties it to, where the files hold both."""
-    module = build_skeleton(path)
-    owners = _owners(module)
-    names = {
-        name: owners[inside] for name, inside in memory_names(module, tensors).items() if inside in owners
-    }
+def tied_names(names: Mapping[str, str]) -> dict[str, str]:
+    """Tensor of the files -> the one that it must equal, where the files hold both; from `locate`'s map."""
     files = canonical_names(names)
     return {name: files[parameter] for name, parameter in names.items() if files[parameter] != name}
+
+
+def ties_of(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """`tied_names` of a checkpoint's files."""
+    module = build_skeleton(path)
+    owners = _owners(module)
+    names = memory_names(module, tensors)
+    return tied_names({name: owners[inside] for name, inside in names.items() if inside in owners})
 
 
 def _owners(module: PreTrainedModel) -> dict[str, str]:

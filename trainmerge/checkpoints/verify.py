@@ -15,6 +15,7 @@ from trainmerge.task_vectors import TaskVectors
 
 WEIGHTS = (".safetensors", ".bin", ".json")
 WORKERS = min(8, os.cpu_count() or 1)
+Stamp = list[int]  # device, inode, size, and the times of the last change of contents and of all else
 
 
 def fingerprint(path: str | Path) -> dict[str, str]:
@@ -22,14 +23,30 @@ def fingerprint(path: str | Path) -> dict[str, str]:
 
     Raises FileNotFoundError if there is none.
     """
-    folder = Path(path)
+    files = _files(Path(path))
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return dict(zip([file.name for file in files], pool.map(sha256, files), strict=True))
+
+
+def stamps(path: str | Path) -> dict[str, Stamp]:
+    """What the file system says of the files that `fingerprint` reads: another stamp after every change.
+
+    The converse does not hold: a copied folder has other stamps and the same fingerprint.
+    """
+    return {file.name: list(_stamp(file.stat())) for file in _files(Path(path))}
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _files(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.glob("*") if file.suffix in WEIGHTS and file.is_file())
     if not files:
         raise FileNotFoundError(
             f"{folder}: no weights or configs there. Name a checkpoint or adapter folder."
         )
-    with ThreadPoolExecutor(WORKERS) as pool:
-        return dict(zip([file.name for file in files], pool.map(sha256, files), strict=True))
+    return files
 
 
 def verify(

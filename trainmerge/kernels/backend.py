@@ -71,7 +71,7 @@ def chosen(device: torch.device) -> str:
 
 def _backend(name: str) -> Backend:
     if name == "triton":
-        from trainmerge.kernels import triton_kernels  # Triton is not everywhere
+        import trainmerge.kernels.triton_kernels as triton_kernels  # Triton is not everywhere
 
         return Backend(triton_kernels.weighted_sum, triton_kernels.inner_products)
     passes = compiled if name == "compiled" else eager

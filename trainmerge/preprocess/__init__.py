@@ -6,10 +6,12 @@ from trainmerge.preprocess.consensus import Consensus
 from trainmerge.preprocess.dare import Dare
 from trainmerge.preprocess.doge import Doge
 from trainmerge.preprocess.fisher import Fisher
+from trainmerge.preprocess.kept import apply, apply_for_one_pass
 from trainmerge.preprocess.opcm import Opcm
 from trainmerge.preprocess.optmerge import OptMerge
 from trainmerge.preprocess.pcb import Pcb
-from trainmerge.preprocess.preprocess import Calibrator, Informed, Preprocess, apply
+from trainmerge.preprocess.piecewise import Piecewise, Rule, in_pieces
+from trainmerge.preprocess.preprocess import Calibrator, Informed, Preprocess
 from trainmerge.preprocess.rcp import Rcp
 from trainmerge.preprocess.regmean import RegMean
 from trainmerge.preprocess.ties import Ties
@@ -29,13 +31,17 @@ __all__ = [
     "Opcm",
     "OptMerge",
     "Pcb",
+    "Piecewise",
     "Preprocess",
     "Rcp",
     "RegMean",
+    "Rule",
     "Slerp",
     "Ties",
     "Tsv",
     "Widen",
     "Wudi",
     "apply",
+    "apply_for_one_pass",
+    "in_pieces",
 ]

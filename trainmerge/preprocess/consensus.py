@@ -5,19 +5,20 @@ Wang et al., ICML 2024 (arXiv 2405.07813), with its TALL masks.
 Legend: `K` experts, `*S` parameter shape.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.preprocess.preprocess import Preprocess
-from trainmerge.task_vectors import TaskVectors
+from trainmerge.preprocess.piecewise import Piecewise, Rule
+from trainmerge.task_vectors import Delta, TaskVectors
 
 
 @dataclass(frozen=True)
-class Consensus(Preprocess):
+class Consensus(Piecewise):
     """Keep an entry if at least `agree` experts have |tau_k| > threshold |sum - tau_k| there (TALL masks).
 
     Its merge is base + coefficient x sum of the results. The paper chooses one threshold a task on labelled
@@ -35,18 +36,14 @@ class Consensus(Preprocess):
         if self.agree < 0:
             raise ValueError(f"agree must not be negative, not {self.agree}")
 
-    @property
     @override
-    def entrywise(self) -> bool:
-        return True
+    def rule(self, task_vectors: TaskVectors) -> Rule:
+        return partial(self._needed, self._thresholds(len(task_vectors.experts)))
 
-    @override
-    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
-        thresholds = self._thresholds(len(task_vectors.experts))
-        for name, delta in task_vectors.deltas.items():
-            taus = delta.dense()
-            masks = tall_masks(taus, thresholds)
-            yield name, taus * (masks.sum(dim=0) >= self.agree)
+    def _needed(self, thresholds: Tensor, _: str, delta: Delta) -> Tensor:
+        taus = delta.dense()
+        masks = tall_masks(taus, thresholds)
+        return taus * (masks.sum(dim=0) >= self.agree)
 
     def _thresholds(self, experts: int) -> Tensor:
         given = torch.as_tensor(self.threshold, dtype=torch.float64).flatten()

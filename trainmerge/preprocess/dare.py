@@ -2,23 +2,24 @@
 
 Yu et al., ICML 2024 (arXiv 2311.03099).
 
-Legend: `K` experts, `*S` parameter shape.
+Legend: `K` experts, `*S` shape of a parameter or of some rows of it.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.preprocess.preprocess import Preprocess
-from trainmerge.task_vectors import TaskVectors, dense_term
+from trainmerge.preprocess.piecewise import Piecewise, Rule
+from trainmerge.task_vectors import Delta, TaskVectors
 
 
 @dataclass(frozen=True)
-class Dare(Preprocess):
+class Dare(Piecewise):
     """Keep each entry with probability 1 - drop, and divide it by that: unbiased, but noisy.
 
     Then average (coefficients 1 / K), task arithmetic, or `Ties` after it. The dice depend on seed, expert
@@ -37,20 +38,16 @@ class Dare(Preprocess):
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must be in [0, 1), not {self.drop}")
 
-    @property
     @override
-    def entrywise(self) -> bool:
-        return True
+    def rule(self, task_vectors: TaskVectors) -> Rule:
+        return partial(self._dropped, task_vectors.experts)
 
-    @override
-    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
-        for name, delta in task_vectors.deltas.items():
-            taus = [dense_term(term, delta.base) for term in delta.terms]
-            kept = [
-                tau * self._mask(tau, expert, name) / (1 - self.drop)
-                for tau, expert in zip(taus, task_vectors.experts, strict=True)
-            ]
-            yield name, torch.stack(kept)
+    def _dropped(self, experts: Sequence[str], name: str, delta: Delta) -> Tensor:
+        kept = [
+            tau * self._mask(tau, expert, name) / (1 - self.drop)
+            for tau, expert in zip(delta.dense(), experts, strict=True)
+        ]
+        return torch.stack(kept)
 
     def _mask(self, tau: Tensor, expert: str, name: str) -> Tensor:
         digest = hashlib.sha256(f"{self.seed}/{expert}/{name}".encode()).digest()

@@ -7,12 +7,13 @@ Legend: `K` experts, `n` entries of one parameter.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.preprocess.preprocess import Preprocess
+from trainmerge.preprocess.piecewise import Piecewise, Rule, in_pieces
 from trainmerge.preprocess.select import Pieces, count, cuts
 from trainmerge.task_vectors import Delta, TaskVectors
 
@@ -20,7 +21,7 @@ CLIPPED = 0.01  # magnitudes below this quantile, and above one minus it, are mo
 
 
 @dataclass(frozen=True)
-class Pcb(Preprocess):
+class Pcb(Piecewise):
     """Weigh each entry by a score, and share a place out over the experts in proportion.
 
         score_k = exp(K z_k^2) * sum_j tanh(z_k z_j),    result_k = s_k tau_k / sum_j s_j
@@ -40,31 +41,30 @@ class Pcb(Preprocess):
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], not {self.density}")
 
-    @property
     @override
-    def entrywise(self) -> bool:
-        return True
-
-    @override
-    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
-        deltas = task_vectors.deltas
-        size = sum(delta.shape.numel() for delta in deltas.values())
+    def rule(self, task_vectors: TaskVectors) -> Rule:
+        pieces = [part for name, d in task_vectors.deltas.items() for _, _, part in in_pieces(name, d)]
+        size = sum(piece.shape.numel() for piece in pieces)
         outliers = int(CLIPPED * size)
 
         def magnitudes() -> Iterator[Tensor]:
-            return (_flat(delta) for delta in deltas.values())
+            return (_flat(piece) for piece in pieces)
 
         def scores() -> Iterator[Tensor]:
             return (_scores(taus, low, high) for taus in magnitudes())
 
         low, high = _kth(magnitudes, size - outliers), _kth(magnitudes, outliers + 1)
         last, best = _kth(scores, min(size, count(size, self.density) + 1)), _kth(scores, 1)
-        for name, delta in deltas.items():
-            taus = _flat(delta)
-            shares = _ranged(_scores(taus, low, high), last, best)
-            clipped = taus.sign() * taus.abs().clamp(low, high)
-            shared = shares * clipped / shares.sum(dim=0).clamp_min(1e-12)
-            yield name, shared.view(len(taus), *delta.shape)
+        return partial(_shared, low, high, last, best)
+
+
+def _shared(low: Tensor, high: Tensor, last: Tensor, best: Tensor, _: str, delta: Delta) -> Tensor:
+    """A piece's results, by the ranges [K, 1] of magnitudes and scores."""
+    taus = _flat(delta)
+    shares = _ranged(_scores(taus, low, high), last, best)
+    clipped = taus.sign() * taus.abs().clamp(low, high)
+    shared = shares * clipped / shares.sum(dim=0).clamp_min(1e-12)
+    return shared.view(len(taus), *delta.shape)
 
 
 def _flat(delta: Delta) -> Tensor:

@@ -2,25 +2,28 @@
 
 Yadav et al., NeurIPS 2023 (arXiv 2306.01708).
 
-Legend: `K` experts, `*S` parameter shape.
+Legend: `K` experts, `*S` shape of a parameter or of some rows of it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
+from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.preprocess.preprocess import Preprocess
-from trainmerge.preprocess.select import cut_at
-from trainmerge.task_vectors import TaskVectors, dense_term
+from trainmerge.preprocess.piecewise import Piecewise, Rule, in_pieces
+from trainmerge.preprocess.select import Limit, count, cuts
+from trainmerge.task_vectors import Delta, TaskVectors
+
+SAMPLE = 1 << 22  # entries of an expert that say where its cut is, to a tenth of a per cent
 
 
 @dataclass(frozen=True)
-class Ties(Preprocess):
+class Ties(Piecewise):
     """Trim, elect, and keep the agreeing entries of each expert.
 
     The paper's merge is base + coefficient x sum of the results: coefficient 1 for `mean`, which
@@ -42,40 +45,77 @@ class Ties(Preprocess):
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], not {self.density}")
 
-    @property
     @override
-    def entrywise(self) -> bool:
-        return self.scope == "global"
-
-    @override
-    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
-        majority = cache(lambda: self._majority(task_vectors))
-        for name, trimmed in self._trimmed(task_vectors):
-            yield name, disjoint(trimmed, majority, self.merge)
-
-    def _trimmed(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's K trimmed differences, [K, *S]."""
-        experts = range(len(task_vectors.experts))
-        if self.scope == "global":
-            every = task_vectors.deltas.values()
-            cuts = [cut_at([(d.terms[k], d.base) for d in every], self.density) for k in experts]
-        for name, delta in task_vectors.deltas.items():
-            if self.scope == "parameter":
-                cuts = [cut_at([(term, delta.base)], self.density) for term in delta.terms]
-            rows = [cut(dense_term(term, delta.base)) for cut, term in zip(cuts, delta.terms, strict=True)]
-            yield name, torch.stack(rows)
-
-    def _majority(self, task_vectors: TaskVectors) -> Tensor:
-        """The sign that most elected entries have: it decides where the sum of all experts is zero."""
-        return torch.stack([t.sum(dim=0).sign().sum() for _, t in self._trimmed(task_vectors)]).sum().sign()
+    def rule(self, task_vectors: TaskVectors) -> Rule:
+        parameters = [list(_pieces(name, delta)) for name, delta in task_vectors.deltas.items()]
+        ranked = [list(chain(*parameters))] if self.scope == "global" else parameters
+        limits: dict[str, tuple[Limit, ...]] = {}
+        balance = 0.0
+        for pieces in ranked:
+            for name, row, trimmed in _trimmed(pieces, self.density):
+                limits[name] = row
+                balance += float(total(trimmed).sign_().sum(dtype=torch.float64))
+        majority = float(balance > 0) - float(balance < 0)
+        return Elected(limits, majority, self.merge)
 
 
-def disjoint(trimmed: Tensor, majority: Callable[[], Tensor], merge: Literal["sum", "mean"]) -> Tensor:
-    """Keep the entries of `trimmed` [K, *S] that have the elected sign; for `mean`, share them out."""
-    sign = trimmed.sum(dim=0).sign()
-    if bool(((sign == 0) & (trimmed != 0).any(dim=0)).any()):
-        sign = torch.where(sign == 0, majority().to(sign), sign)
-    agreeing = trimmed * (trimmed.sign() == sign)
-    if merge == "sum":
-        return agreeing
-    return agreeing / (agreeing != 0).sum(dim=0).clamp(min=1)
+@dataclass(frozen=True)
+class Elected:
+    """What TIES knows once it has read everything: each piece's limits, and the sign most entries have."""
+
+    limits: Mapping[str, tuple[Limit, ...]]
+    majority: float  # decides where the sum of all experts is zero
+    merge: Literal["sum", "mean"]
+
+    def __call__(self, name: str, delta: Delta) -> Tensor:
+        """A piece's new differences, [K, *S]."""
+        return disjoint(_trim(delta.dense(), self.limits[name]), self.majority, self.merge)
+
+
+def _pieces(name: str, delta: Delta) -> Iterator[tuple[str, Delta]]:
+    return ((piece, part) for _, piece, part in in_pieces(name, delta))
+
+
+def _trimmed(
+    pieces: Sequence[tuple[str, Delta]], density: float
+) -> Iterator[tuple[str, tuple[Limit, ...], Tensor]]:
+    """Every piece's limits, ranked over all `pieces`, and its trimmed differences [K, *S]."""
+    deltas = [delta for _, delta in pieces]
+    size, experts = sum(delta.shape.numel() for delta in deltas), len(deltas[0].terms)
+    every = max(1, size // SAMPLE)
+    thin = [delta.rows(slice(None, None, every)) if delta.shape else delta for delta in deltas]
+
+    def flat(deltas: Sequence[Delta]) -> Iterator[Tensor]:
+        return (delta.dense().view(experts, -1) for delta in deltas)
+
+    of_sample = count(sum(delta.shape.numel() for delta in thin), density)
+    found = cuts(partial(flat, deltas), count(size, density), partial(flat, thin), of_sample)
+    for name, delta in pieces:
+        taus = delta.dense()
+        limits = tuple(cut.limit(tau) for cut, tau in zip(found, taus, strict=True))
+        yield name, limits, _trim(taus, limits)
+
+
+def _trim(taus: Tensor, limits: Iterable[Limit]) -> Tensor:
+    """`taus` [K, *S], trimmed in place."""
+    for tau, limit in zip(taus, limits, strict=True):
+        limit.trim_(tau)
+    return taus
+
+
+def disjoint(trimmed: Tensor, majority: float, merge: Literal["sum", "mean"]) -> Tensor:
+    """Keep, in place, the entries of `trimmed` [K, *S] with the elected sign; for `mean`, share them out."""
+    sign = total(trimmed).sign_()
+    sign.sub_(sign.abs().sub_(1), alpha=majority)  # where it is 0
+    agreeing = trimmed.mul_(sign).clamp_min_(0)  # their magnitudes
+    if merge == "mean":
+        agreeing /= total(agreeing.sign()).clamp_min_(1)
+    return agreeing.mul_(sign)
+
+
+def total(taus: Tensor) -> Tensor:
+    """The sum over K, in order; a few long rows are added faster than torch reduces them."""
+    summed = taus[0].clone()
+    for tau in taus[1:]:
+        summed += tau
+    return summed
