@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from trainmerge.merged_model import MergedModel
     from trainmerge.module import MergeModule
     from trainmerge.objectives import Alignment, Entropy, Objective
+    from trainmerge.plan import Plan
+    from trainmerge.planning import plan_fit, plan_model
     from trainmerge.preprocess import (
         Breadcrumbs,
         Consensus,
@@ -56,6 +58,8 @@ _HOMES = {
     "trainmerge.merged_model": ["MergedModel"],
     "trainmerge.module": ["MergeModule"],
     "trainmerge.objectives": ["Alignment", "Entropy", "Objective"],
+    "trainmerge.plan": ["Plan"],
+    "trainmerge.planning": ["plan_fit", "plan_model"],
     "trainmerge.preprocess": [
         "Breadcrumbs",
         "Consensus",
@@ -112,6 +116,7 @@ __all__ = [
     "Opcm",
     "OptMerge",
     "Pcb",
+    "Plan",
     "Preprocess",
     "Preset",
     "Rcp",
@@ -132,6 +137,8 @@ __all__ = [
     "load_coefficients",
     "make_trainer",
     "merged_weights",
+    "plan_fit",
+    "plan_model",
 ]
 
 

@@ -16,6 +16,8 @@ commands:
              for a second fit:    trainmerge fit ... --recipe.grouping.chunks chunks.json
   export     write the model:     trainmerge export runs/first merged/
   evaluate   score it:            trainmerge evaluate runs/first
+  plan       memory and time: trainmerge plan MODEL --experts 8 --devices 8 --device h100
+             of a fit:            trainmerge fit ... --dry_run true, and --memory 8GiB keeps to it
   inspect    look before or after: trainmerge inspect runs/first
              or a config's recipe: trainmerge inspect configs/adamerging.yaml
 
@@ -32,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         "export": _export,
         "evaluate": _evaluate,
         "inspect": _inspect,
+        "plan": _plan,
     }
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -81,6 +84,10 @@ def _evaluate(arguments: list[str]) -> int:
 
 def _inspect(arguments: list[str]) -> int:
     return _plain(inspect, arguments)
+
+
+def _plan(arguments: list[str]) -> int:
+    return _plain(plan, arguments)
 
 
 def _plain(command: Callable[..., None], arguments: list[str]) -> int:
@@ -166,6 +173,37 @@ def inspect(path: str, every: bool = False) -> None:
     from trainmerge.inspection import inspect_path
 
     inspect_path(Path(path), every)
+
+
+def plan(
+    model: str,
+    experts: int,
+    batch: int = 1,
+    length: int = 1024,
+    devices: int = 1,
+    device: str = "here",
+    recompute: bool = False,
+) -> None:
+    """Show what merging a model would hold and take, from its config.json alone.
+
+    Examples: trainmerge plan path/to/llama-70b --experts 4 --devices 8 --device h100 --recompute true
+              trainmerge plan path/to/model --experts 8 --length 256
+
+    Args:
+        model: A folder with config.json; no weights are needed.
+        experts: How many full experts.
+        batch: Examples of each expert a step, over all devices.
+        length: Tokens of each example.
+        devices: How many devices share the model and the examples.
+        device: Whose speeds: `here` is measured, `a100`, `h100`, `h200`, `l4` are as their maker states.
+        recompute: Keep only the inputs of blocks, and run blocks again in the backward.
+    """
+    from trainmerge.devices import device_named
+    from trainmerge.economy import Economy
+    from trainmerge.planning import plan_model, print_plan
+
+    economy = Economy(recompute=recompute)
+    print_plan(plan_model(model, experts, batch, length, device_named(device), devices, economy))
 
 
 if __name__ == "__main__":

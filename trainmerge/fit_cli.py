@@ -12,8 +12,9 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from trainmerge.calibration import Calibration
 from trainmerge.callbacks import EXIT_PREEMPTED, Preempted
 from trainmerge.module import MergeModule
+from trainmerge.planning import plan_fit, print_plan
 from trainmerge.recipe import Recipe, calibration_files
-from trainmerge.run import fit, make_trainer
+from trainmerge.run import fit, make_trainer, precision_of
 from trainmerge.run_folder import RunFolder
 
 
@@ -28,6 +29,13 @@ class FitCLI(LightningCLI):
             help="auto: go on with the folder's run if there is one. never: begin. Or a checkpoint's path.",
         )  # fmt: skip
         parser.add_argument("--save_every", type=int, default=50, help="Steps between snapshots.")
+        parser.add_argument(
+            "--memory", type=str, default="",
+            help="What the fit may hold, as 8GiB: it is cut to fit or refused. Mapped files are not counted.",
+        )  # fmt: skip
+        parser.add_argument(
+            "--dry_run", type=bool, default=False, help="Print what the fit will hold and take, and stop."
+        )
         parser.add_class_arguments(Recipe, "recipe")
         parser.link_arguments("recipe", "model.recipe", apply_on="instantiate")
         parser.link_arguments("recipe", "data.files", calibration_files, apply_on="instantiate")
@@ -48,8 +56,19 @@ def fit_command(arguments: list[str]) -> int:
     cli = parse(arguments)
     folder = RunFolder(Path(cli.config["run"]))
     text = cli.parser.dump(cli.config, skip_validation=True)
+    if cli.config["dry_run"]:
+        print_plan(plan_fit(cli.model, cli.datamodule, precision_of(cli.trainer)))
+        return 0
     try:
-        fit(cli.model, cli.datamodule, cli.trainer, folder.path, cli.config["resume"], config=text)
+        fit(
+            cli.model,
+            cli.datamodule,
+            cli.trainer,
+            folder.path,
+            cli.config["resume"],
+            config=text,
+            memory=cli.config["memory"],
+        )
     except Preempted as stop:
         print(stop)
         return EXIT_PREEMPTED

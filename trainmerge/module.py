@@ -22,8 +22,10 @@ from typing_extensions import override
 from trainmerge.anchor import Anchor
 from trainmerge.batch import Asks, Batch, Step
 from trainmerge.calibration import Calibration
+from trainmerge.checkpoints import recompute_blocks
 from trainmerge.coefficients import Coefficients, read_initial
 from trainmerge.constraints import Constraint, Free
+from trainmerge.economy import Economy, Part, rounds
 from trainmerge.gradients import combined
 from trainmerge.measure import Measure
 from trainmerge.objectives import Entropy, Objective
@@ -89,7 +91,7 @@ class MergeModule(pl.LightningModule):
         self.automatic_optimization = False
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
         self.weights, self.subspace = weights, subspace
-        self.tasks_per_backward, self.teacher_budget = tasks_per_backward, teacher_budget
+        self.economy, self.teacher_budget = Economy(tasks_per_backward), teacher_budget
         self.workspace = Path(workspace)
         self.opened = recipe.open(self.workspace)
         self.initial, layout = initial, self.opened.layout
@@ -172,6 +174,8 @@ class MergeModule(pl.LightningModule):
             data.identity(),
             partial(Measure, examples=data.examples, tokenizer=data.tokenize, folder=self.workspace),
         )
+        if self.economy.recompute:
+            recompute_blocks(self._resident.merged.module)
         if self.subspace:
             self._leave_alone_what_is_shared(data)
         if isinstance(self.initial, MeasuredPreset):
@@ -265,19 +269,20 @@ class MergeModule(pl.LightningModule):
         merged.materialise()
         losses: dict[str, Tensor] = {}
         if self.rule is None:
-            for first in range(0, len(step), self.tasks_per_backward):
-                losses |= self._backward(step[first : first + self.tasks_per_backward])
+            for parts in rounds(step, self.economy):
+                for name, loss in self._backward(parts).items():
+                    losses[name] = losses[name] + loss if name in losses else loss
             return losses, self._reduced(merged.gradient())
         rows = []
         for batch in step:
-            losses |= self._backward([batch])
+            losses |= self._backward([Part(batch, 1.0)])
             rows.append(merged.gradient())
         return losses, combined(self._reduced(torch.stack(rows)), self.rule, self.global_step)
 
-    def _backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def _backward(self, parts: Sequence[Part]) -> dict[str, Tensor]:
         """Forwards of some tasks and one backward; the tasks' weighted losses."""
         names = list(self.recipe.experts)
-        losses = {names[batch.expert]: self.loss(batch) for batch in batches}
+        losses = {names[batch.expert]: share * self.loss(batch) for batch, share in parts}
         self.manual_backward(torch.stack(list(losses.values())).sum())
         return {name: loss.detach() for name, loss in losses.items()}
 

@@ -8,13 +8,16 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from trainmerge.budget import affordable, within
 from trainmerge.calibration import Calibration
 from trainmerge.callbacks import JsonLines, Snapshots, progress_bar
 from trainmerge.checkpoints import check_finite
 from trainmerge.coefficients import save_coefficients
 from trainmerge.config import write_config
 from trainmerge.folders import write_whole
+from trainmerge.memory import parse_size
 from trainmerge.module import MergeModule
+from trainmerge.planning import Precision
 from trainmerge.provenance import describe, load_snapshot
 from trainmerge.run_folder import RunFolder, differences
 from trainmerge.safeguard import keep_the_better, warn_if_it_never_fell
@@ -65,6 +68,7 @@ def fit(
     run: str | Path,
     resume: str = "auto",
     config: str = "",
+    memory: str = "",
 ) -> RunFolder:
     """Learn the coefficients in a run folder, from its last snapshot if `resume` says so.
 
@@ -79,12 +83,17 @@ def fit(
         run: The run folder; made if it is not there.
         resume: `auto` goes on with the folder's run if there is one, `never` begins, a path begins from it.
         config: A text to keep as the run's `config.yaml`.
+        memory: What the process may hold, as `8GiB`: a step is cut until its plan fits, or the fit is
+            refused. Mapped files are not counted.
 
     Raises:
         ValueError: the run, or the checkpoint, was made from other experts, data or settings; non-finite
             weights; settings that cannot work.
     """
     check_settings(module, data, trainer)
+    limit = parse_size(memory) if memory else 0
+    if limit and trainer.max_steps:
+        module.economy = affordable(module, data, precision_of(trainer), limit)
     folder = RunFolder(Path(run))
     checkpoint = folder.resume_from(resume) if trainer.is_global_zero or resume != "never" else None
     description = describe(module, data)
@@ -105,7 +114,7 @@ def fit(
     if snapshot and step >= trainer.max_steps:
         finish(folder, module, snapshot)
     else:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), within(limit):
             # The data module resumes by itself, mid-epoch too; Lightning looks at the loader only.
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -115,6 +124,11 @@ def fit(
     else:
         warn_if_it_never_fell(folder)
     return folder
+
+
+def precision_of(trainer: pl.Trainer) -> Precision:
+    """The autocast of the trainer's steps."""
+    return trainer.strategy.precision_plugin.forward_context
 
 
 def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:

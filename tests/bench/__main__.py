@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 
-GROUPS = ("exactness", "fit_memory", "fit_step", "guard", "fit_lm", "closed_memory")
+GROUPS = ("exactness", "fit_memory", "fit_step", "guard", "fit_lm", "closed_memory", "large_fit")
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.bench.__main__ import figure
-from tests.bench.fit_memory import Peak
+from trainmerge.memory import Peak
 
 LAYERS, HIDDEN, MIDDLE, VOCABULARY, EXPERTS = 28, 1024, 4096, 32000, 3
 METHODS = ("linear", "ties", "dare", "tsv")

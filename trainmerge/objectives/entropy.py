@@ -58,6 +58,11 @@ class Entropy(Objective):
     def asks(self) -> Asks:
         return Asks(temperature=1.0) if self.agreement else Asks()
 
+    @property
+    @override
+    def couples(self) -> bool:
+        return bool(self.diversity)
+
     @override
     def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Loss per example, [B].

@@ -20,6 +20,11 @@ class Objective(ABC):
         """What `batch.teacher` is to hold: recorded once, before the fit. Nothing by default."""
         return Asks()
 
+    @property
+    def couples(self) -> bool:
+        """Whether an example's loss depends on the others of its batch, which then may not be cut."""
+        return False
+
     @abstractmethod
     def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Loss per example, [B] float32. The module averages, weighs the tasks and sums them."""
