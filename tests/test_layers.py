@@ -38,6 +38,7 @@ FLOORS = {
     "preprocess": 3,
     "presets": 3,
     "recipe": 4,
+    "quantise": 4,
     "rehearsal": 4,
     "plan": 5,
     "card": 5,

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Wudi,
     )
     from trainmerge.presets import T3, DomainPosterior, LayerSwap, MetricsWeighted, Preset
+    from trainmerge.quantise import Int8, Ternary
     from trainmerge.recipe import Expert, Recipe
     from trainmerge.run import fit, make_trainer
     from trainmerge.task_vectors import TaskVectors
@@ -80,6 +81,7 @@ _HOMES = {
         "Wudi",
     ],
     "trainmerge.presets": ["T3", "DomainPosterior", "LayerSwap", "MetricsWeighted", "Preset"],
+    "trainmerge.quantise": ["Int8", "Ternary"],
     "trainmerge.recipe": ["Expert", "Recipe"],
     "trainmerge.run": ["fit", "make_trainer"],
     "trainmerge.task_vectors": ["TaskVectors"],
@@ -104,6 +106,7 @@ __all__ = [
     "Fisher",
     "Free",
     "Grouping",
+    "Int8",
     "LabelHead",
     "LayerSwap",
     "Layout",
@@ -126,6 +129,7 @@ __all__ = [
     "Simplex",
     "Slerp",
     "TaskVectors",
+    "Ternary",
     "Ties",
     "Tsv",
     "Widen",

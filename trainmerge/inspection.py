@@ -5,13 +5,19 @@ from pathlib import Path
 
 from trainmerge.coefficients import Coefficients, load_coefficients
 from trainmerge.evaluate import recipe_of
-from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched
+from trainmerge.kernels import Difference, ExpertWeight, LowRank, Quantised, Untouched
 from trainmerge.recipe import Opened, Recipe
 from trainmerge.run_folder import RunFolder
 from trainmerge.tables import print_table
 from trainmerge.task_vectors import Delta
 
-FORMS = {Difference: "given", ExpertWeight: "full", LowRank: "low-rank", Untouched: "none"}
+FORMS = {
+    Difference: "given",
+    ExpertWeight: "full",
+    LowRank: "low-rank",
+    Quantised: "quantised",
+    Untouched: "none",
+}
 
 
 def inspect_path(path: Path, every: bool = False) -> None:

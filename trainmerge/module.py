@@ -32,6 +32,7 @@ from trainmerge.objectives import Entropy, Objective
 from trainmerge.preprocess import Informed
 from trainmerge.preprocess.subspace import shared_subspaces
 from trainmerge.presets import MeasuredPreset, Preset
+from trainmerge.quantise import Quantise
 from trainmerge.recipe import Recipe
 from trainmerge.resident import Resident, load_resident
 from trainmerge.teachers import BUDGET, Record, record_teachers
@@ -62,6 +63,7 @@ class MergeModule(pl.LightningModule):
             once, and holds these tasks' activations.
         teacher_budget: Bytes for the experts' recorded probabilities: all of them if they fit, else the
             largest.
+        quantise: Learn on smaller task vectors, `Int8` or `Ternary`; the export is from the exact ones.
         workspace: Folder for preprocessed task vectors, merged adapters and recorded experts.
     """
 
@@ -81,6 +83,7 @@ class MergeModule(pl.LightningModule):
         weights: Literal["stored", "bfloat16"] = "stored",
         tasks_per_backward: int = 1,
         teacher_budget: int = BUDGET,
+        quantise: Quantise | None = None,
         workspace: str = "workspace",
     ) -> None:
         super().__init__()
@@ -92,7 +95,7 @@ class MergeModule(pl.LightningModule):
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
         self.weights, self.subspace = weights, subspace
         self.economy, self.teacher_budget = Economy(tasks_per_backward), teacher_budget
-        self.workspace = Path(workspace)
+        self.quantise, self.workspace = quantise, Path(workspace)
         self.opened = recipe.open(self.workspace)
         self.initial, layout = initial, self.opened.layout
         names = tuple(recipe.experts)
@@ -173,6 +176,7 @@ class MergeModule(pl.LightningModule):
             None if self.weights == "stored" else torch.bfloat16,
             data.identity(),
             partial(Measure, examples=data.examples, tokenizer=data.tokenize, folder=self.workspace),
+            self.quantise,
         )
         if self.economy.recompute:
             recompute_blocks(self._resident.merged.module)

@@ -160,9 +160,10 @@ def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Mo
 
 def _read(module: MergeModule, delta: Delta) -> int:
     """Bytes of one parameter's base and task vectors, as the passes read them."""
+    if delta.base.dim() > 1 and module.quantise is not None:
+        return delta.base.nbytes + len(delta.terms) * int(module.quantise.bytes_a_weight * delta.base.numel())
     if module.recipe.preprocess:
-        count = module.recipe.preprocess[-1].bytes_a_weight * delta.base.numel()
-        return delta.base.nbytes + len(delta.terms) * int(count)
+        return delta.base.nbytes + len(delta.terms) * 4 * delta.base.numel()
     parts = (part for term in delta.terms for part in term if isinstance(part, Tensor))
     return delta.base.nbytes + sum(part.nbytes for part in parts)
 

@@ -14,6 +14,7 @@ from trainmerge.forward import Tokenize, build_classifier, forward
 from trainmerge.heads import Classifier
 from trainmerge.merged_model import MergedModel
 from trainmerge.preprocess import Calibrator, apply
+from trainmerge.quantise import Quantise, quantised
 from trainmerge.recipe import Opened, Recipe
 from trainmerge.tokenizer import Tokenizer
 
@@ -55,12 +56,13 @@ def load_resident(
     dtype: torch.dtype | None = None,
     examples: str = "",
     calibrator: MakeCalibrator | None = None,
+    quantise: Quantise | None = None,
 ) -> Resident:
     """Load the base, build the heads, preprocess the task vectors; no merge is written yet.
 
     The model holds its parameters in `dtype`, or as they are stored. Buffers stay (positions need float32),
     and so do heads. `examples` identifies the calibration examples and `calibrator` runs the experts on them,
-    for preprocessors that ask.
+    for preprocessors that ask. `quantise` makes the task vectors smaller; teachers stay the experts.
     """
     loaded = load_model(opened.base, recipe.ignore)
     module = loaded.module.to(device)
@@ -74,4 +76,7 @@ def load_resident(
         merged.task_vectors = apply(
             opened.task_vectors, recipe.preprocess, workspace, opened.identity(), examples, made
         )
+    if quantise is not None:
+        inputs = repr([opened.identity(), recipe.preprocess, examples])
+        merged.task_vectors = quantised(merged.task_vectors, quantise, workspace, inputs)
     return resident

@@ -13,12 +13,14 @@ from trainmerge.kernels import (
     Difference,
     ExpertWeight,
     LowRank,
+    Quantised,
     Term,
     Untouched,
     accumulation_dtype,
     inner_products,
     weighted_sum,
 )
+from trainmerge.kernels.quantised import decode
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def _rows(term: Term, part: slice) -> Term:
             return ExpertWeight(weight[part])
         case LowRank(up, down, scale):
             return LowRank(up[part], down, scale)
+        case Quantised(codes, scale):
+            return Quantised(codes[part], scale if len(scale) == 1 else scale[part])
         case Untouched():
             return term
 
@@ -72,6 +76,9 @@ def dense_term(term: Term, base: Tensor) -> Tensor:
             return weight.to(dtype) - base.to(dtype)
         case LowRank(up, down, scale):
             return (scale * up.to(dtype) @ down.to(dtype)).view(base.shape)
+        case Quantised():
+            wide = torch.empty(len(base), base[0].numel(), dtype=dtype, device=base.device)
+            return decode(term, slice(None), wide).view(base.shape)
         case Untouched():
             return torch.zeros_like(base, dtype=dtype)
 

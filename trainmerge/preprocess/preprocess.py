@@ -32,11 +32,6 @@ class Preprocess(ABC):
         """
         return False
 
-    @property
-    def bytes_a_weight(self) -> float:
-        """What an entry of a result takes on disk."""
-        return 4.0
-
     @abstractmethod
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
         """Every parameter's name and its K new differences [K, *S], in the order of `task_vectors.deltas`."""
