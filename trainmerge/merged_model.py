@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from trainmerge.coefficients import Coefficients
-from trainmerge.task_vectors import TaskVectors, outside
+from trainmerge.streaming import Prefetch, prefetch_to
+from trainmerge.task_vectors import Delta, TaskVectors, outside
 
 
 class MergedModel:
@@ -51,6 +52,8 @@ class MergedModel:
             raise ValueError(
                 f"the model's own weights are the base of {aliased[:3]}: give the task vectors a copy"
             )
+        device = next(module.parameters()).device
+        self._to_write, self._to_collect = prefetch_to(device), prefetch_to(device)  # each pass has its order
         self._gradient: Tensor | None = None  # [K, G], float64: many small sums meet here
         module.requires_grad_(False)
         for name, parameter in self._parameters.items():
@@ -98,7 +101,7 @@ class MergedModel:
         groups = list(self.coefficients.layout.groups[name])
         with exact(parameter):
             slope = self._projected(name, parameter.grad)
-            inner = self.task_vectors.deltas[name].inner(slope, len(groups))
+            inner = _taken(self._to_collect, self.task_vectors, name).inner(slope, len(groups))
         columns = torch.tensor(groups, device=self._gradient.device)
         self._gradient.index_add_(1, columns, inner.to(self._gradient))
         parameter.grad = None
@@ -116,11 +119,15 @@ class MergedModel:
         for name in names:
             parameter = self.parameters[name]
             with exact(parameter):
-                source.deltas[name].merge(parameter, coefficients(name))
+                _taken(self._to_write, source, name).merge(parameter, coefficients(name))
         torch.clear_autocast_cache()  # a mixed-precision context keeps its casts of the weights that were
 
     def _zeros(self) -> Tensor:
         return torch.zeros_like(self.coefficients.raw, dtype=torch.float64)
+
+
+def _taken(prefetch: Prefetch | None, source: TaskVectors, name: str) -> Delta:
+    return source.deltas[name] if prefetch is None else prefetch.take(source.deltas, name)
 
 
 def _shares(parameter: Tensor, base: Tensor) -> bool:

@@ -5,7 +5,17 @@ import json
 import subprocess
 import sys
 
-GROUPS = ("exactness", "fit_memory", "fit_step", "guard", "fit_lm", "closed_memory", "large_fit")
+GROUPS = (
+    "exactness",
+    "fit_memory",
+    "fit_step",
+    "guard",
+    "fit_lm",
+    "closed_memory",
+    "large_fit",
+    "peer_fit",
+    "quantised",
+)
 
 
 def main() -> None:
