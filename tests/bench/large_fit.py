@@ -1,7 +1,7 @@
 """One step of a fit on a model of 1.5 billion bfloat16 weights with three full experts, within 6 GB.
 
-Names and shapes are Qwen2-1.5B's, numbers are random: neither time nor memory depends on them. What counts is
-the process's whole anonymous memory, libraries included; the 12 GB of files are mapped. Needs 13 GB of disk.
+A Llama of Qwen2-1.5B's sizes with random numbers: neither time nor memory depends on them. What counts is the
+process's whole anonymous memory, libraries included; the 12 GB of files are mapped. Needs 13 GB of disk.
 """
 
 import json
@@ -13,19 +13,19 @@ from pathlib import Path
 
 from tests.bench.__main__ import figure
 
-EXPERTS, TOKENS, LIMIT = 3, 128, "6GB"
+EXPERTS, TOKENS, LIMIT = 3, 64, "6GB"
 
 
 def write(folder: Path) -> None:
     """Base and experts."""
-    from transformers import Qwen2Config
+    from transformers import LlamaConfig
 
     from tests.bench.random_model import write_family
 
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
         num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=2048,
-        tie_word_embeddings=True, dtype="bfloat16", architectures=["Qwen2ForCausalLM"],
+        tie_word_embeddings=True, dtype="bfloat16", architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     write_family(folder, config, EXPERTS, TOKENS)
 
