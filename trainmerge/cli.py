@@ -16,7 +16,7 @@ commands:
              for a second fit:    trainmerge fit ... --recipe.grouping.chunks chunks.json
   export     write the model:     trainmerge export runs/first merged/
   evaluate   score it:            trainmerge evaluate runs/first
-  plan       memory and time: trainmerge plan MODEL --experts 8 --devices 8 --device h100
+  plan       memory and time: trainmerge plan path/to/model 8 --devices 8 --device h100
              of a fit:            trainmerge fit ... --dry_run true, and --memory 8GiB keeps to it
   inspect    look before or after: trainmerge inspect runs/first
              or a config's recipe: trainmerge inspect configs/adamerging.yaml
@@ -186,8 +186,8 @@ def plan(
 ) -> None:
     """Show what merging a model would hold and take, from its config.json alone.
 
-    Examples: trainmerge plan path/to/llama-70b --experts 4 --devices 8 --device h100 --recompute true
-              trainmerge plan path/to/model --experts 8 --length 256
+    Examples: trainmerge plan path/to/llama-70b 4 --batch 8 --devices 8 --device h100 --recompute true
+              trainmerge plan path/to/model 8 --length 256
 
     Args:
         model: A folder with config.json; no weights are needed.

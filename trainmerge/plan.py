@@ -30,7 +30,7 @@ class Sizes:
     vectors: int  # base and task vectors of what is merged: what one pass reads
     widest: int  # of these, the parameter's with the most
     files: int  # all that is mapped: base, experts, recorded experts
-    recording: int = 0  # what recording an expert holds beside the model
+    beforehand: int = 0  # what loading, or recording an expert, holds beside the model
 
     @property
     def merged(self) -> int:
@@ -72,7 +72,7 @@ class Plan:
         beside = self.rehearsal.peak - self.rehearsal.held
         rows["largest gradient"] = min(sizes.gradient, beside)
         rows["between operators"] = beside - min(sizes.gradient, beside)
-        rows["recording the experts, more than a step"] = max(0, sizes.recording - self.rehearsal.peak)
+        rows["loading and recording, above a step"] = max(0, sizes.beforehand - self.rehearsal.peak)
         if self.device.link:
             rows["task vectors on their way, two parameters"] = 2 * -(-sizes.widest // shards)
         rows["scratch of the passes"] = SCRATCH

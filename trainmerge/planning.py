@@ -98,6 +98,7 @@ def plan_fit(
     narrow = None if module.weights == "stored" else torch.bfloat16
     dtypes = {inside: narrow or opened.base.tensors[name].dtype for name, inside in names.items()}
     own = {name: p.numel() * dtypes.get(name, p.dtype).itemsize for name, p in skeleton.named_parameters()}
+    stored = sum({names[n]: opened.base.tensors[n].nbytes for n in names}.values())
     read = {name: _read(module, opened.task_vectors.deltas[name]) for name in opened.layout.groups}
     step = [_longest(data, k, -(-data.batch_size // devices)) for k in range(len(data.examples))]
     records = _records(module, data, step, skeleton)
@@ -109,7 +110,7 @@ def plan_fit(
         len(module.recipe.experts),
         module.coefficients.raw.numel(),
         sum(file.stat().st_size for file in files) + records.files,
-        records.memory,
+        max(records.memory, stored - sum(own.values())),  # a model is loaded as stored, then narrowed
     )
     if economy.recompute:
         recompute_blocks(skeleton)
@@ -175,7 +176,7 @@ def _sizes(
     experts: int,
     coefficients: int,
     files: int,
-    recording: int = 0,
+    beforehand: int = 0,
 ) -> Sizes:
     """`own` are the bytes of every parameter, `read` those of a pass over the merged ones."""
     return Sizes(
@@ -188,7 +189,7 @@ def _sizes(
         vectors=sum(read.values()),
         widest=max(read.values()),
         files=files,
-        recording=recording,
+        beforehand=beforehand,
     )
 
 

@@ -13,14 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
 from trainmerge.batch import Asks, Batch, Outputs, Predictions, Signals
-from trainmerge.forward import Tokenize, build_classifier, forward
+from trainmerge.forward import build_classifier, forward
 from trainmerge.heads import Classifier, Head
 from trainmerge.objectives import Objective
 
@@ -64,14 +68,35 @@ def rehearse(
         dtypes: Of the parameters, by name, or one for all.
         precision: The fit's autocast.
         recorded: Probabilities a row that an expert's record keeps; 0 is all of them.
+
+    Raises:
+        ValueError: the model's forward looks at numbers, which there are none of.
     """
+    try:
+        return _rehearsed(module, trained, rounds, objective, heads or {}, dtypes, precision, recorded)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"{type(module).__name__} can't be rehearsed: what it does depends on numbers ({error})"
+        ) from error
+
+
+def _rehearsed(
+    module: nn.Module,
+    trained: Collection[str],
+    rounds: Sequence[Sequence[Batch]],
+    objective: Objective,
+    heads: Mapping[int, Head],
+    dtypes: Mapping[str, torch.dtype] | torch.dtype,
+    precision: Callable[[], AbstractContextManager[Any]],
+    recorded: int,
+) -> Rehearsal:
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(module, dtypes)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
             if name in trained:
                 parameter.register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
-        classifiers = {k: _classifier(head, module) for k, head in (heads or {}).items()}
+        classifiers = {k: _classifier(head, module) for k, head in heads.items()}
         ledger = _Ledger([*module.parameters(), *module.buffers()])
         held = 0
         for batches in rounds:
@@ -112,15 +137,12 @@ def _signals(asks: Asks, outputs: Outputs, recorded: int) -> Signals:
 
 def _classifier(head: Head, module: nn.Module) -> Classifier | None:
     with torch.no_grad():
-        return build_classifier(head, module, _SHORT)
+        return build_classifier(head, module, _short)
 
 
 def _short(texts: Sequence[str]) -> Mapping[str, Tensor]:
     """Label texts as a few tokens: only their number shapes a head."""
     return dict.fromkeys(("input_ids", "attention_mask"), torch.zeros(len(texts), 4, dtype=torch.int64))
-
-
-_SHORT: Tokenize = _short
 
 
 def _make_fake(module: nn.Module, dtypes: Mapping[str, torch.dtype] | torch.dtype) -> None:
@@ -146,11 +168,11 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-class _Ledger(TorchDispatchMode):
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes that live tensors would have, and the operations that made them."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.flops = 0
         self._sizes: dict[int, int] = {weight.untyped_storage()._cdata: 0 for weight in weights}
 

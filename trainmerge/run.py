@@ -92,6 +92,8 @@ def fit(
     """
     check_settings(module, data, trainer)
     limit = parse_size(memory) if memory else 0
+    if limit and trainer.strategy.root_device.type != "cpu":
+        raise ValueError("memory is what a processor holds: on a device, look at `--dry_run true` instead")
     if limit and trainer.max_steps:
         module.economy = affordable(module, data, precision_of(trainer), limit)
     folder = RunFolder(Path(run))

@@ -9,6 +9,7 @@ On a CPU nothing is copied: the passes read the mapped files themselves.
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +38,8 @@ class Prefetch:
         """One parameter's delta, moved; the one that is expected next sets off."""
         delta = self._arrived(deltas, name)
         self._next[self._last], self._last = name, name
-        following = self._next.get(name)
-        if following in deltas and following != name:
+        following = self._next.get(name, name)
+        if following != name and following in deltas:
             self._coming = (deltas, following, self._thread.submit(self._move, deltas[following]))
         self._arrive(delta)
         return delta
@@ -57,7 +58,7 @@ def prefetch_to(device: torch.device) -> Prefetch | None:
     """For a GPU, through pinned memory and a stream of its own; none for a CPU."""
     if device.type != "cuda":
         return None
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def move(delta: Delta) -> Delta:
         with torch.cuda.stream(stream):
@@ -67,14 +68,17 @@ def prefetch_to(device: torch.device) -> Prefetch | None:
 
     def arrive(delta: Delta) -> None:
         user = torch.cuda.current_stream(device)
-        _each(delta, lambda part: part.record_stream(user) or part)
+        for part in (delta.base, *(part for term in delta.terms for part in term)):
+            if isinstance(part, Tensor):
+                part.record_stream(user)
 
     return Prefetch(move, arrive)
 
 
 def _each(delta: Delta, do: Callable[[Tensor], Tensor]) -> Delta:
     """The same delta with each of its tensors replaced."""
-    terms = (
-        type(term)(*(do(part) if isinstance(part, Tensor) else part for part in term)) for term in delta.terms
-    )
+    terms: list[Any] = [
+        type(term)._make(do(part) if isinstance(part, Tensor) else part for part in term)
+        for term in delta.terms
+    ]
     return Delta(do(delta.base), tuple(terms))
