@@ -6,6 +6,7 @@ Legend: `K` experts, `B` examples of one expert and step, `T` tokens, `V` vocabu
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +94,8 @@ def plan_fit(
         economy: How a step is cut; as the module says by default.
     """
     economy, opened = economy or module.economy, module.opened
+    if module.rule is not None:
+        economy = replace(economy, tasks=1)  # each expert's gradient is wanted by itself
     skeleton = build_skeleton(opened.base.path)
     names = locate(skeleton, opened.base.path, opened.base.tensors, opened.ignore)
     narrow = None if module.weights == "stored" else torch.bfloat16

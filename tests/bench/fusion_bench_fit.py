@@ -38,6 +38,16 @@ class Pool:
         return CLIPVisionModel.from_pretrained(self.folder / own)
 
 
+class LayerWise(LayerWiseAdaMergingAlgorithm):
+    """Its construction of the merged model; data and heads are given in the loop below instead."""
+
+    def compute_logits(self, *_: object) -> torch.Tensor:
+        raise NotImplementedError
+
+    def get_shuffled_test_loader_iter(self, *_: object) -> None:
+        raise NotImplementedError
+
+
 def main(folder: Path) -> dict[str, object]:
     torch.set_num_threads(1)
     data = safe_open(folder / "data.safetensors", "pt")
@@ -45,7 +55,7 @@ def main(folder: Path) -> dict[str, object]:
     heads = [data.get_tensor(f"head.t{k}") for k in range(EXPERTS)]
     images = [data.get_slice(f"images.t{k}")[: STEPS * IMAGES] for k in range(EXPERTS)]
     with contextlib.redirect_stdout(io.StringIO()):
-        algorithm = LayerWiseAdaMergingAlgorithm(OmegaConf.create(SETTINGS))
+        algorithm = LayerWise(OmegaConf.create(SETTINGS))
         module = algorithm.construct_layer_wise_merged_model(Pool(folder))
     loaded = highest = anonymous()
     optimizer = torch.optim.Adam([module.merge_weight], lr=1e-3)

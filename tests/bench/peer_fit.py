@@ -75,11 +75,7 @@ def ours(folder: Path) -> dict[str, object]:
         model = CLIPVisionModel.from_pretrained(folder / "base").train()
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-        names = {name: name.removeprefix("vision_model.") for name in vectors.deltas}
-        own = dict(model.named_parameters())
-        merged = tm.MergedModel(
-            model, vectors, coefficients, {n: n if n in own else names[n] for n in vectors.deltas}
-        )
+        merged = tm.MergedModel(model, vectors, coefficients)
         optimizer = torch.optim.Adam(coefficients.parameters(), lr=1e-3)
         for step in range(STEPS):
             began = time.process_time()
