@@ -11,7 +11,7 @@ import trainmerge as tm
 from tests.test_fit import build, learned
 from tests.world import languages_recipe, write_languages, write_world
 from trainmerge.batch import Batch
-from trainmerge.budget import affordable
+from trainmerge.budget import MARGIN, affordable
 from trainmerge.checkpoints import recompute_blocks
 from trainmerge.devices import STATED, Device, device_named
 from trainmerge.economy import Economy, cheaper, rounds
@@ -189,7 +189,7 @@ def test_a_budget_is_kept_or_refused(
     assert not run.exists()
     monkeypatch.setattr("trainmerge.planning.anonymous", lambda: 0)  # else megabytes hide the difference
     plan, tighter = (plan_fit(module, data, economy=e) for e in (Economy(2), Economy(1)))
-    limit = (plan.total + tighter.total) // 2
+    limit = int(MARGIN * (plan.total + tighter.total) / 2)
     assert affordable(module, data, precision_of(trainer), limit) == Economy(1)
     assert "planned, of" in capsys.readouterr().out
 
