@@ -17,7 +17,7 @@ MARGIN = 1.05  # libraries' own memory and what an allocator rounds up to: 3% ov
 
 
 def affordable(module: MergeModule, data: Calibration, precision: Precision, limit: int) -> Economy:
-    """The first economy whose plan, and a margin, is within `limit` bytes; none of them changes what is learned.
+    """The first economy whose plan, with a margin, is within `limit` bytes; none changes what is learned.
 
     In order: as asked, one task a backward, blocks recomputed, fewer examples at a time.
 
