@@ -9,11 +9,20 @@ from torch import Tensor
 
 from trainmerge.batch import Batch, Outputs
 from trainmerge.constraints import Constraint
-from trainmerge.kernels import Difference, ExpertWeight, LowRank, Term, Untouched, accumulation_dtype
+from trainmerge.kernels import (
+    Difference,
+    ExpertWeight,
+    LowRank,
+    Quantised,
+    Term,
+    Untouched,
+    accumulation_dtype,
+)
+from trainmerge.kernels.quantised import unpack
 from trainmerge.objectives import Objective
 from trainmerge.task_vectors import Delta
 
-BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 def assert_same_bits(got: Tensor, want: Tensor) -> None:
@@ -41,6 +50,9 @@ def true_tau(term: Term, base: Tensor) -> Tensor:
             return weight.double() - base.double()
         case LowRank(up, down, scale):
             return (scale * (up.double() @ down.double())).reshape(base.shape)
+        case Quantised(codes, scale):
+            whole = codes if codes.dtype == torch.int8 else unpack(codes, base[0].numel())
+            return (scale.double()[:, None] * whole.double()).view(base.shape)
         case Untouched():
             return torch.zeros_like(base, dtype=torch.float64)
 

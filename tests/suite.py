@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean, pstdev
 
 from tests import results
-from tests.bench.fit_memory import anonymous
+from trainmerge.memory import anonymous
 
 RUNS = Path("runs/suite")
 README = Path("README.md")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from trainmerge.merged_model import MergedModel
     from trainmerge.module import MergeModule
     from trainmerge.objectives import Alignment, Entropy, Objective
+    from trainmerge.plan import Plan
+    from trainmerge.planning import plan_fit, plan_model
     from trainmerge.preprocess import (
         Breadcrumbs,
         Consensus,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
         Wudi,
     )
     from trainmerge.presets import T3, DomainPosterior, LayerSwap, MetricsWeighted, Preset
+    from trainmerge.quantise import Int8, Ternary
     from trainmerge.recipe import Expert, HeldOut, Recipe
     from trainmerge.report import write_report
     from trainmerge.run import fit, make_trainer
@@ -64,6 +67,8 @@ _HOMES = {
     "trainmerge.merged_model": ["MergedModel"],
     "trainmerge.module": ["MergeModule"],
     "trainmerge.objectives": ["Alignment", "Entropy", "Objective"],
+    "trainmerge.plan": ["Plan"],
+    "trainmerge.planning": ["plan_fit", "plan_model"],
     "trainmerge.preprocess": [
         "Breadcrumbs",
         "Consensus",
@@ -84,6 +89,7 @@ _HOMES = {
         "Wudi",
     ],
     "trainmerge.presets": ["T3", "DomainPosterior", "LayerSwap", "MetricsWeighted", "Preset"],
+    "trainmerge.quantise": ["Int8", "Ternary"],
     "trainmerge.recipe": ["Expert", "HeldOut", "Recipe"],
     "trainmerge.report": ["write_report"],
     "trainmerge.run": ["fit", "make_trainer"],
@@ -114,6 +120,7 @@ __all__ = [
     "Free",
     "Grouping",
     "HeldOut",
+    "Int8",
     "LabelHead",
     "LayerSwap",
     "Layout",
@@ -126,6 +133,7 @@ __all__ = [
     "Opcm",
     "OptMerge",
     "Pcb",
+    "Plan",
     "Preprocess",
     "Preset",
     "Rcp",
@@ -136,6 +144,7 @@ __all__ = [
     "Slerp",
     "StopWhenFlat",
     "TaskVectors",
+    "Ternary",
     "Ties",
     "Tsv",
     "Widen",
@@ -152,6 +161,8 @@ __all__ = [
     "make_trainer",
     "merged_weights",
     "pareto_run",
+    "plan_fit",
+    "plan_model",
     "search_config",
     "verify_export",
     "write_report",

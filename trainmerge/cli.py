@@ -24,6 +24,8 @@ commands:
   search     for black boxes:     trainmerge search configs/adamerging.yaml runs/found --score accuracy
   inspect    look before or after: trainmerge inspect configs/adamerging.yaml
              what to begin with:  trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
+  plan       memory and time:     trainmerge plan path/to/model 8 --devices 8 --device h100
+             of a fit:            trainmerge fit ... --dry_run true, and --memory 8GiB keeps to it
 
 trainmerge COMMAND --help lists a command's options; fit also takes --print_config.
 """
@@ -42,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         "search": _search,
         "inspect": _inspect,
         "report": _report,
+        "plan": _plan,
     }
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -119,6 +122,10 @@ def _inspect(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     return _plain(report, arguments)
+
+
+def _plan(arguments: list[str]) -> int:
+    return _plain(plan, arguments)
 
 
 def _plain(command: Callable[..., None], arguments: list[str]) -> int:
@@ -287,6 +294,37 @@ def report(run: str, out: str = "") -> None:
     from trainmerge.report import write_report
 
     print(f"report: {write_report(run, out or None)}")
+
+
+def plan(
+    model: str,
+    experts: int,
+    batch: int = 1,
+    length: int = 1024,
+    devices: int = 1,
+    device: str = "here",
+    recompute: bool = False,
+) -> None:
+    """Show what merging a model would hold and take, from its config.json alone.
+
+    Examples: trainmerge plan path/to/llama-70b 4 --batch 8 --devices 8 --device h100 --recompute true
+              trainmerge plan path/to/model 8 --length 256
+
+    Args:
+        model: A folder with config.json; no weights are needed.
+        experts: How many full experts.
+        batch: Examples of each expert a step, over all devices.
+        length: Tokens of each example.
+        devices: How many devices share the model and the examples.
+        device: Whose speeds: `here` is measured, `a100`, `h100`, `h200`, `l4` are as their maker states.
+        recompute: Keep only the inputs of blocks, and run blocks again in the backward.
+    """
+    from trainmerge.devices import device_named
+    from trainmerge.economy import Economy
+    from trainmerge.planning import plan_model, print_plan
+
+    economy = Economy(recompute=recompute)
+    print_plan(plan_model(model, experts, batch, length, device_named(device), devices, economy))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from trainmerge.calibration import Calibration
 from trainmerge.callbacks import EXIT_PREEMPTED, Preempted
 from trainmerge.config import read_yaml
 from trainmerge.module import MergeModule
+from trainmerge.planning import plan_fit, print_plan
 from trainmerge.recipe import Recipe, calibration_files
-from trainmerge.run import fit, make_trainer
+from trainmerge.run import fit, make_trainer, precision_of
 from trainmerge.run_folder import RunFolder
 
 
@@ -33,6 +34,13 @@ class FitCLI(LightningCLI):
         )  # fmt: skip
         parser.add_argument("--save_every", type=int, default=50, help="Steps between snapshots.")
         parser.add_argument("--report", type=bool, default=True, help="Draw the run when it has ended.")
+        parser.add_argument(
+            "--memory", type=str, default="",
+            help="What the fit may hold, as 8GiB: it is cut to fit or refused. Mapped files are not counted.",
+        )  # fmt: skip
+        parser.add_argument(
+            "--dry_run", type=bool, default=False, help="Print what the fit will hold and take, and stop."
+        )
         parser.add_class_arguments(Recipe, "recipe")
         parser.link_arguments("recipe", "model.recipe", apply_on="instantiate")
         parser.link_arguments("recipe", "data.files", calibration_files, apply_on="instantiate")
@@ -64,8 +72,19 @@ def fit_command(arguments: list[str]) -> int:
         raise ValueError(error) from error
     folder = RunFolder(Path(cli.config["run"]))
     text = cli.parser.dump(cli.config, skip_validation=True)
+    if cli.config["dry_run"]:
+        print_plan(plan_fit(cli.model, cli.datamodule, precision_of(cli.trainer)))
+        return 0
     try:
-        fit(cli.model, cli.datamodule, cli.trainer, folder.path, cli.config["resume"], config=text)
+        fit(
+            cli.model,
+            cli.datamodule,
+            cli.trainer,
+            folder.path,
+            cli.config["resume"],
+            config=text,
+            memory=cli.config["memory"],
+        )
     except Preempted as stop:
         if not cli.trainer.is_global_zero:
             return 0  # else Lightning's launcher, which watches it, kills the first process before it says 75

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from trainmerge.coefficients import Coefficients
-from trainmerge.held import held, local
+from trainmerge.held import HeldDelta, held, local
 from trainmerge.layer_taps import products, tap, tappable
-from trainmerge.task_vectors import TaskVectors, outside
+from trainmerge.streaming import Prefetch, prefetch_to
+from trainmerge.task_vectors import Delta, TaskVectors, outside
 
 
 class MergedModel:
@@ -56,6 +57,8 @@ class MergedModel:
             raise ValueError(
                 f"the model's own weights are the base of {aliased[:3]}: give the task vectors a copy"
             )
+        device = next(module.parameters()).device
+        self._to_write, self._to_collect = prefetch_to(device), prefetch_to(device)  # each pass has its order
         self._gradient: Tensor | None = None  # [K, G], float64: many small sums meet here
         module.requires_grad_(False)
         for name, parameter in self._parameters.items():
@@ -120,7 +123,7 @@ class MergedModel:
         assert parameter.grad is not None
         with exact(parameter):
             slope = self._projected(name, local(parameter.grad))
-            delta = held(self.task_vectors.deltas[name], parameter)
+            delta = self._delta(self._to_collect, self.task_vectors, name)
             self._add(name, delta.inner(slope, self._chunks(name)))
         parameter.grad = None
 
@@ -151,8 +154,17 @@ class MergedModel:
         for name in names:
             parameter = self.parameters[name]
             with exact(parameter):
-                held(source.deltas[name], parameter).merge(local(parameter), coefficients(name))
+                delta = self._delta(self._to_write, source, name)
+                delta.merge(local(parameter), coefficients(name))
         torch.clear_autocast_cache()  # a mixed-precision context keeps its casts of the weights that were
+
+    def _delta(self, prefetch: Prefetch | None, source: TaskVectors, name: str) -> Delta | HeldDelta:
+        """What a pass over one parameter reads: on its way already, or the rows that this process holds."""
+        parameter = self.parameters[name]
+        whole = local(parameter) is parameter
+        if prefetch is not None and whole:
+            return prefetch.take(source.deltas, name)
+        return held(source.deltas[name], parameter)
 
     def _zeros(self) -> Tensor:
         return torch.zeros_like(self.coefficients.raw, dtype=torch.float64)

@@ -22,8 +22,10 @@ from typing_extensions import override
 from trainmerge.anchor import Anchor
 from trainmerge.batch import Asks, Batch, Step
 from trainmerge.calibration import Calibration
+from trainmerge.checkpoints import recompute_blocks
 from trainmerge.coefficients import Coefficients
 from trainmerge.constraints import Constraint, Free
+from trainmerge.economy import Economy, Part, rounds
 from trainmerge.frank_wolfe import FrankWolfe
 from trainmerge.gradients import combined
 from trainmerge.initial import read_initial
@@ -32,6 +34,7 @@ from trainmerge.objectives import Entropy, Objective
 from trainmerge.preprocess import Informed
 from trainmerge.preprocess.subspace import shared_subspaces
 from trainmerge.presets import MeasuredPreset, Preset
+from trainmerge.quantise import Quantise
 from trainmerge.recipe import Recipe
 from trainmerge.resident import Resident, load_resident
 from trainmerge.teachers import BUDGET, Record, record_teachers
@@ -62,6 +65,7 @@ class MergeModule(pl.LightningModule):
             once, and holds these tasks' activations.
         teacher_budget: Bytes for the experts' recorded probabilities: all of them if they fit, else the
             largest.
+        quantise: Learn on smaller task vectors, `Int8` or `Ternary`; the export is from the exact ones.
         workspace: Folder for preprocessed task vectors, merged adapters and recorded experts.
         sharded: Share the model among the trainer's processes instead of one whole on each: for models that
             no single device holds. The trainer's strategy stays `ddp`; coefficients do not depend on this.
@@ -83,6 +87,7 @@ class MergeModule(pl.LightningModule):
         weights: Literal["stored", "bfloat16"] = "stored",
         tasks_per_backward: int = 1,
         teacher_budget: int = BUDGET,
+        quantise: Quantise | None = None,
         workspace: str = "workspace",
         sharded: bool = False,
     ) -> None:
@@ -94,8 +99,8 @@ class MergeModule(pl.LightningModule):
         self.automatic_optimization = False
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
         self.weights, self.subspace = weights, subspace
-        self.tasks_per_backward, self.teacher_budget = tasks_per_backward, teacher_budget
-        self.workspace, self.sharded = Path(workspace), sharded
+        self.economy, self.teacher_budget = Economy(tasks_per_backward), teacher_budget
+        self.quantise, self.workspace, self.sharded = quantise, Path(workspace), sharded
         if sharded and (subspace or self._measures(recipe, initial)):
             raise ValueError(
                 "model.sharded: preprocessors and presets that look at examples, and model.subspace, need "
@@ -187,7 +192,10 @@ class MergeModule(pl.LightningModule):
             data.identity(),
             partial(Measure, examples=data.examples, tokenizer=data.tokenize, folder=self.workspace),
             self.sharded,
+            self.quantise,
         )
+        if self.economy.recompute:
+            recompute_blocks(self._resident.merged.module)
         if self.subspace:
             self._leave_alone_what_is_shared(data)
         if isinstance(self.initial, MeasuredPreset):
@@ -284,20 +292,21 @@ class MergeModule(pl.LightningModule):
         losses: dict[str, Tensor] = {}
         with merged.tapped():
             if self.rule is None:
-                for first in range(0, len(step), self.tasks_per_backward):
-                    losses |= self._backward(step[first : first + self.tasks_per_backward])
+                for parts in rounds(step, self.economy):
+                    for name, loss in self._backward(parts).items():
+                        losses[name] = losses[name] + loss if name in losses else loss
                 return self._averaged(losses, merged.gradient())
             rows = []
             for batch in step:
-                losses |= self._backward([batch])
+                losses |= self._backward([Part(batch, 1.0)])
                 rows.append(merged.gradient())
         losses, gradients = self._averaged(losses, torch.stack(rows))
         return losses, combined(gradients, self.rule, self.global_step)
 
-    def _backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def _backward(self, parts: Sequence[Part]) -> dict[str, Tensor]:
         """Forwards of some tasks and one backward; the tasks' weighted losses."""
         names = list(self.recipe.experts)
-        losses = {names[batch.expert]: self.loss(batch) for batch in batches}
+        losses = {names[batch.expert]: share * self.loss(batch) for batch, share in parts}
         self.manual_backward(torch.stack(list(losses.values())).sum())
         return {name: loss.detach() for name, loss in losses.items()}
 

@@ -33,6 +33,7 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
         "weights": module.weights,
         "subspace": module.subspace,
         "teacher_budget": module.teacher_budget,
+        **({"quantise": to_config(module.quantise)} if module.quantise else {}),
         **({"initial": to_config(module.initial)} if isinstance(module.initial, Preset) else {}),
         "start": hashlib.sha256(module.start.numpy().tobytes()).hexdigest(),
         **_optimisation(module),

@@ -17,6 +17,7 @@ from trainmerge.forward import Tokenize, build_classifier, forward
 from trainmerge.heads import Classifier
 from trainmerge.merged_model import MergedModel
 from trainmerge.preprocess import Calibrator, Informed, apply
+from trainmerge.quantise import Quantise, quantised
 from trainmerge.recipe import Opened, Recipe
 from trainmerge.sharded import Root, shard_model
 from trainmerge.tokenizer import Tokenizer
@@ -70,12 +71,14 @@ def load_resident(
     examples: str = "",
     calibrator: MakeCalibrator | None = None,
     sharded: bool = False,
+    quantise: Quantise | None = None,
 ) -> Resident:
     """Load the base, build the heads, preprocess the task vectors; no merge is written yet.
 
     The model holds its parameters in `dtype`, or as they are stored. Buffers stay (positions need float32),
     and so do heads. `examples` identifies the calibration examples and `calibrator` runs the experts on them,
     for preprocessors that ask. `sharded` shares the model among all processes, where there are several.
+    `quantise` makes the task vectors smaller; teachers stay the experts.
     """
     first = list(takewhile(lambda method: not isinstance(method, Informed), recipe.preprocess))
     if first:  # in the memory that the model will need; found again below
@@ -101,4 +104,8 @@ def load_resident(
             merged.task_vectors = apply(
                 opened.task_vectors, recipe.preprocess, workspace, opened.identity(), examples, made
             )
+    if quantise is not None:
+        inputs = repr([opened.identity(), recipe.preprocess, examples])
+        with processes.first_alone():
+            merged.task_vectors = quantised(merged.task_vectors, quantise, workspace, inputs)
     return resident

@@ -14,6 +14,7 @@ from pytorch_lightning.strategies import (
     ModelParallelStrategy,
 )
 
+from trainmerge.budget import affordable, within
 from trainmerge.calibration import Calibration
 from trainmerge.callbacks import JsonLines, Snapshots, progress_bar
 from trainmerge.coefficients import save_coefficients
@@ -21,7 +22,9 @@ from trainmerge.config import write_config
 from trainmerge.folders import write_whole
 from trainmerge.keeping import KeepTrajectory, KeepUsage
 from trainmerge.loggers import LogCoefficients, keep_csv
+from trainmerge.memory import parse_size
 from trainmerge.module import MergeModule
+from trainmerge.planning import Precision
 from trainmerge.preflight import check_tasks
 from trainmerge.provenance import describe, load_snapshot
 from trainmerge.run_folder import RunFolder, differences
@@ -74,6 +77,7 @@ def fit(
     run: str | Path,
     resume: str = "auto",
     config: str = "",
+    memory: str = "",
 ) -> RunFolder:
     """Learn the coefficients in a run folder, from its last snapshot if `resume` says so.
 
@@ -88,12 +92,23 @@ def fit(
         run: The run folder; made if it is not there.
         resume: `auto` goes on with the folder's run if there is one, `never` begins, a path begins from it.
         config: A text to keep as the run's `config.yaml`.
+        memory: What the process may hold, as `8GiB`: a step is cut until its plan fits, or the fit is
+            refused. Mapped files are not counted.
 
     Raises:
         ValueError: the run, or the checkpoint, was made from other experts, data or settings; non-finite
             weights; settings that cannot work.
     """
     check_settings(module, data, trainer)
+    limit = parse_size(memory) if memory else 0
+    if limit and trainer.strategy.root_device.type != "cpu":
+        raise ValueError("memory is what a processor holds: on a device, look at `--dry_run true` instead")
+    if limit and module.sharded and trainer.world_size > 1:
+        raise ValueError(
+            "memory cuts each process's batch by itself, and shards meet in every pass: leave it out"
+        )
+    if limit and trainer.max_steps:
+        module.economy = affordable(module, data, precision_of(trainer), limit)
     folder = RunFolder(Path(run))
     checkpoint = folder.resume_from(resume) if trainer.is_global_zero or resume != "never" else None
     snapshot = load_snapshot(checkpoint) if checkpoint else None
@@ -116,7 +131,8 @@ def fit(
         if trainer.is_global_zero:
             finish(folder, module, snapshot)
     else:
-        learn(module, data, trainer, checkpoint)
+        with within(limit):
+            learn(module, data, trainer, checkpoint)
         if trainer.is_global_zero and not folder.coefficients.exists():
             raise ValueError("no step was made: raise trainer.max_time")
     if module.keep_better:
@@ -159,6 +175,11 @@ def is_of_a_collective(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or any(
         word in text for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset")
     )
+
+
+def precision_of(trainer: pl.Trainer) -> Precision:
+    """The autocast of the trainer's steps."""
+    return trainer.strategy.precision_plugin.forward_context
 
 
 def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:

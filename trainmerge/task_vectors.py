@@ -13,6 +13,7 @@ from trainmerge.kernels import (
     Difference,
     ExpertWeight,
     LowRank,
+    Quantised,
     Term,
     Untouched,
     accumulation_dtype,
@@ -20,6 +21,7 @@ from trainmerge.kernels import (
     rows_of,
     weighted_sum,
 )
+from trainmerge.kernels.quantised import decode
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ def dense_term(term: Term, base: Tensor) -> Tensor:
             return weight.to(dtype) - base.to(dtype)
         case LowRank(up, down, scale):
             return (scale * up.to(dtype) @ down.to(dtype)).view(base.shape)
+        case Quantised():
+            wide = torch.empty(len(base), base[0].numel(), dtype=dtype, device=base.device)
+            return decode(term, slice(None), wide).view(base.shape)
         case Untouched():
             return torch.zeros_like(base, dtype=dtype)
 

@@ -17,6 +17,9 @@ GROUPS = (
     "tradeoffs",
     "scale",
     "export",
+    "large_fit",
+    "peer_fit",
+    "quantised",
 )
 
 

@@ -10,8 +10,8 @@ import sys
 import time
 
 from tests.bench.__main__ import figure
-from tests.bench.fit_memory import Peak
 from tests.methods import METHODS, PAIRS
+from trainmerge.memory import Peak
 
 SHAPE = (32000, 1024)
 LEFT_OUT = {"doge-adam", "doge-am", "fisher", "optmerge-mean", "rcp", "regmean", "regmean++", "swudi"}

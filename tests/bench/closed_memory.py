@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from tests.bench.__main__ import figure
-from tests.bench.fit_memory import Peak
 from tests.bench.llama500 import FOLDER, experts
+from trainmerge.memory import Peak
 
 METHODS = os.environ.get("METHODS", "linear ties dare tsv").split()
 

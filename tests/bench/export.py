@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.bench.__main__ import figure
-from tests.bench.fit_memory import anonymous
 from tests.bench.llama500 import FOLDER, experts
+from trainmerge.memory import anonymous
 
 REPEATS = int(os.environ.get("REPEATS", "3"))
 DENSITY = 0.5  # of TIES on both sides

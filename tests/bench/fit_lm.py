@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from tests.bench.__main__ import figure
-from tests.bench.fit_memory import Peak
+from trainmerge.memory import Peak
 
 CONFIG = "configs/expert-merging-fast.yaml"
 EXAMPLES, LENGTH, STEPS = 10, 256, 40

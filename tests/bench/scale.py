@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 from tests.bench.__main__ import figure
-from tests.bench.fit_memory import Peak
 from tests.collectives import CountStep
 from tests.ranks import free_port
+from trainmerge.memory import Peak
 
 LAYERS, HIDDEN, MIDDLE = 48, 512, 1024
 STEPS, BATCH = 2, 4

@@ -13,7 +13,8 @@ from trainmerge.checkpoints.verify import Stamp, fingerprint, stamps, verify
 if TYPE_CHECKING:
     from trainmerge.checkpoints.align import find_sources, open_task_vectors
     from trainmerge.checkpoints.model import LoadedModel, hollow_model, load_model
-    from trainmerge.checkpoints.skeleton import Output, output_of
+    from trainmerge.checkpoints.recompute import recompute_blocks
+    from trainmerge.checkpoints.skeleton import Output, build_skeleton, locate, output_of
 
 _HEAVY = {
     "find_sources": "align",
@@ -21,7 +22,10 @@ _HEAVY = {
     "LoadedModel": "model",
     "hollow_model": "model",
     "load_model": "model",
+    "recompute_blocks": "recompute",
     "Output": "skeleton",
+    "build_skeleton": "skeleton",
+    "locate": "skeleton",
     "output_of": "skeleton",
 }
 
@@ -31,13 +35,16 @@ __all__ = [
     "Output",
     "Sources",
     "Stamp",
+    "build_skeleton",
     "find_sources",
     "fingerprint",
     "hollow_model",
     "load_model",
+    "locate",
     "open_checkpoint",
     "open_task_vectors",
     "output_of",
+    "recompute_blocks",
     "stamps",
     "verify",
 ]

@@ -9,12 +9,18 @@ from trainmerge.coefficients import Coefficients
 from trainmerge.geometry import Geometry
 from trainmerge.inspection.findings import Finding
 from trainmerge.inspection.suggest import Suggestion
-from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched
+from trainmerge.kernels import Difference, ExpertWeight, LowRank, Quantised, Untouched
 from trainmerge.recipe import Opened, Recipe
 from trainmerge.tables import print_table
 from trainmerge.task_vectors import Delta
 
-FORMS = {Difference: "given", ExpertWeight: "full", LowRank: "low-rank", Untouched: "none"}
+FORMS = {
+    Difference: "given",
+    ExpertWeight: "full",
+    LowRank: "low-rank",
+    Quantised: "quantised",
+    Untouched: "none",
+}
 
 
 def print_sources(recipe: Recipe, opened: Opened) -> None:

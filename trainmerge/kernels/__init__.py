@@ -2,6 +2,7 @@
 
 from trainmerge.kernels.backend import NAMES, inner_products, using, weighted_sum
 from trainmerge.kernels.eager import accumulation_dtype, chunk_bounds
+from trainmerge.kernels.quantised import Quantised
 from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, Untouched, rows_of
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Difference",
     "ExpertWeight",
     "LowRank",
+    "Quantised",
     "Term",
     "Untouched",
     "accumulation_dtype",

@@ -2,8 +2,8 @@
 
 One kernel for K, the forms and the dtypes, whatever the shapes: a chunk of rows is a flat, contiguous run of
 elements. Inductor keeps what it compiled on disk (`TORCHINDUCTOR_CACHE_DIR`), so that the next process only
-looks it up. What does not fit a flat loop (low-rank terms, float64, strides, little tensors, coefficients of
-zero) is eager's, and so is everything once compiling has failed.
+looks it up. What does not fit a flat loop (low-rank and quantised terms, float64, strides, little tensors,
+coefficients of zero) is eager's, and so is everything once compiling has failed.
 
 Legend: `K` experts, `C` chunks of one parameter, `n` elements of a chunk.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import trainmerge.kernels.eager as eager
+from trainmerge.kernels.quantised import Quantised
 from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, rows_of
 
 SMALL = 1 << 15  # elements of a chunk below which the call costs more than the loop saves (measured: 40 us)
@@ -53,7 +54,7 @@ def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: in
 
 def _is_flat(first: Tensor, base: Tensor, terms: Sequence[Term], chunks: int) -> bool:
     """All dense, contiguous, on one device, no wider than float32, large enough."""
-    if any(isinstance(term, LowRank) for term in terms):
+    if any(isinstance(term, LowRank | Quantised) for term in terms):
         return False
     tensors = [first, base, *(part for term in terms for part in term if isinstance(part, Tensor))]
     if {torch.bfloat16, torch.float16} <= {tensor.dtype for tensor in tensors}:

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from trainmerge.kernels.quantised import Quantised, decode
 from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, Untouched
 
 BLOCK_ELEMENTS = 1 << 17  # 512 KiB of float32: three of them fit a core's cache, and calls do not count yet
@@ -52,6 +53,8 @@ def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients:
                 total.addmm_(up, down, alpha=weight * term.scale)
             elif isinstance(term, Difference):
                 total.add_(_load(_rows(term.tau, rows), buffer), alpha=weight)
+            elif isinstance(term, Quantised):
+                total.add_(decode(term, rows, buffer), alpha=weight)
         if not in_place:
             target.copy_(total.view(target.shape))
 
@@ -127,6 +130,8 @@ def _block_product(g: Tensor, b: Tensor, term: Term, rows: slice, buffer: Tensor
             tau = torch.sub(_load(_rows(term.weight, rows), buffer), b, out=buffer)
         case Difference():
             tau = _load(_rows(term.tau, rows), buffer)
+        case Quantised():
+            tau = decode(term, rows, buffer)
     return torch.dot(g.flatten(), tau.flatten())
 
 

@@ -1,4 +1,4 @@
-"""What one expert adds to one parameter: the four forms a difference can have.
+"""What one expert adds to one parameter: the five forms a difference can have.
 
 Legend: `*S` parameter shape, `out`/`in` rows and columns of a matrix, `r` rank.
 """
@@ -6,6 +6,8 @@ Legend: `*S` parameter shape, `out`/`in` rows and columns of a matrix, `r` rank.
 from typing import NamedTuple
 
 from torch import Tensor
+
+from trainmerge.kernels.quantised import Quantised
 
 
 class Difference(NamedTuple):
@@ -32,7 +34,7 @@ class Untouched(NamedTuple):
     """The expert did not change this parameter: tau = 0."""
 
 
-Term = Difference | ExpertWeight | LowRank | Untouched
+Term = Difference | ExpertWeight | LowRank | Quantised | Untouched
 
 
 def rows_of(term: Term, part: slice) -> Term:
@@ -44,5 +46,7 @@ def rows_of(term: Term, part: slice) -> Term:
             return ExpertWeight(weight[part])
         case LowRank(up, down, scale):
             return LowRank(up[part], down, scale)
+        case Quantised(codes, scale):
+            return Quantised(codes[part], scale if len(scale) == 1 else scale[part])
         case Untouched():
             return term

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 import trainmerge.kernels.eager as eager
+from trainmerge.kernels.quantised import Quantised
 from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, rows_of
 from trainmerge.kernels.triton_device import inner_kernel, merge_kernel, sum_kernel
 
@@ -93,7 +94,7 @@ def is_dense(first: Tensor, base: Tensor, terms: Sequence[Term]) -> bool:
     taus = [term.tau for term in terms if isinstance(term, Difference)]
     return (
         first.dim() > 0
-        and not any(isinstance(term, LowRank) for term in terms)
+        and not any(isinstance(term, LowRank | Quantised) for term in terms)
         and len({tensor.dtype for tensor in models}) == 1
         and len({tensor.dtype for tensor in taus}) <= 1
         and all(

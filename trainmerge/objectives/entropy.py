@@ -69,6 +69,11 @@ class Entropy(Objective):
     def needs_classes(self) -> bool:
         return self.diversity != 0
 
+    @property
+    @override
+    def couples(self) -> bool:
+        return bool(self.diversity)
+
     @override
     def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Loss per example, [B].

@@ -25,6 +25,11 @@ class Objective(ABC):
         """Whether it is for classification only: one row of logits an example."""
         return False
 
+    @property
+    def couples(self) -> bool:
+        """Whether an example's loss depends on the others of its batch, which then may not be cut."""
+        return False
+
     @abstractmethod
     def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Loss per example, [B] float32. The module averages, weighs the tasks and sums them."""

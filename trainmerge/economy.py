@@ -1,0 +1,76 @@
+"""How a step is cut into backwards: less memory at a time for more passes. The gradient is the same.
+
+Legend: `B` examples of one expert and step.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from trainmerge.batch import Batch
+
+
+@dataclass(frozen=True)
+class Economy:
+    """What a step holds at a time.
+
+    Args:
+        tasks: Tasks whose forwards share one backward; each backward reads the task vectors once.
+        examples: Examples of a task in one forward; 0 is all. With fewer, a task has several backwards.
+        recompute: Keep only the inputs of the network's blocks, and run each block again in the backward.
+    """
+
+    tasks: int = 1
+    examples: int = 0
+    recompute: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"{self.tasks} task{'s' * (self.tasks > 1)} a backward"]
+        parts += [f"{self.examples} example{'s' * (self.examples > 1)} a forward"] if self.examples else []
+        return ", ".join(parts + ["blocks recomputed"] * self.recompute)
+
+
+class Part(NamedTuple):
+    """Some examples of a task's batch, and their share of it."""
+
+    batch: Batch
+    share: float
+
+
+def rounds(step: Sequence[Batch], economy: Economy) -> Iterator[list[Part]]:
+    """The parts whose forwards share a backward, in order; parts of one task never do."""
+    if economy.examples:
+        for batch in step:
+            for part in _parts(batch, economy.examples):
+                yield [part]
+    else:
+        for first in range(0, len(step), economy.tasks):
+            yield [Part(batch, 1.0) for batch in step[first : first + economy.tasks]]
+
+
+def _parts(batch: Batch, size: int) -> Iterator[Part]:
+    count = len(batch.ids)
+    for first in range(0, count, size):
+        rows = slice(first, first + size)
+        inputs = {name: tensor[rows] for name, tensor in batch.inputs.items()}
+        part = batch._replace(inputs=inputs, mask=batch.mask[rows], ids=batch.ids[rows])
+        yield Part(part, len(part.ids) / count)
+
+
+def cheaper(economy: Economy, examples: int, separable: bool) -> Iterator[Economy]:
+    """`economy`, and others that hold less and less: one task a backward, blocks recomputed, fewer examples.
+
+    Args:
+        economy: What was asked for.
+        examples: B.
+        separable: Whether an example's loss is its own, so that a batch may be cut.
+    """
+    yield economy
+    if economy.tasks > 1:
+        yield Economy(1, economy.examples, economy.recompute)
+    if not economy.recompute:
+        yield Economy(1, economy.examples, recompute=True)
+    size = (economy.examples or examples) // 2 if separable else 0
+    while size:
+        yield Economy(1, size, recompute=True)
+        size //= 2

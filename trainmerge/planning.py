@@ -1,0 +1,208 @@
+"""Plans of fits, and of models that need not be on disk.
+
+Legend: `K` experts, `B` examples of one expert and step, `T` tokens, `V` vocabulary or classes.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trainmerge.batch import Asks, Batch, Step
+from trainmerge.calibration import Calibration
+from trainmerge.checkpoints import build_skeleton, locate, recompute_blocks
+from trainmerge.coefficients import block_of
+from trainmerge.devices import Device, measured
+from trainmerge.economy import Economy, rounds
+from trainmerge.memory import anonymous
+from trainmerge.module import MergeModule
+from trainmerge.objectives import Entropy
+from trainmerge.plan import Plan, Sizes
+from trainmerge.rehearsal import rehearse
+from trainmerge.tables import print_table
+from trainmerge.task_vectors import Delta
+
+Precision = Callable[[], AbstractContextManager[Any]]
+
+
+def plan_model(
+    folder: str | Path,
+    experts: int,
+    batch: int = 1,
+    length: int = 1024,
+    device: Device | None = None,
+    devices: int = 1,
+    economy: Economy = Economy(),  # noqa: B008 - frozen
+) -> Plan:
+    """The plan of merging full experts of a model of which only config.json has to be there.
+
+    One coefficient a tensor and expert, token entropy as the loss, weights in the configuration's dtype.
+
+    Args:
+        folder: Holds config.json.
+        experts: K.
+        batch: Examples of each expert a step, over all devices.
+        length: Tokens of each.
+        device: Whose speeds the times are made of; this processor's, measured, by default.
+        devices: How many share model and examples.
+        economy: How a step is cut.
+
+    Raises:
+        ValueError: transformers does not know the architecture, or a number is not positive.
+    """
+    if min(experts, batch, length, devices) < 1:
+        raise ValueError("experts, batch, length and devices must be at least 1")
+    skeleton = build_skeleton(Path(folder))
+    dtype = getattr(skeleton.config, "dtype", None) or torch.float32
+    own = {name: p.numel() * dtype.itemsize for name, p in skeleton.named_parameters()}
+    read = {name: (experts + 1) * count for name, count in own.items()}
+    sizes = _sizes(skeleton, own, read, experts, experts * len(own), sum(read.values()))
+    tokens = torch.zeros(-(-batch // devices), length, dtype=torch.int64)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    step = [Batch(k, inputs, tokens == 0, torch.arange(len(tokens))) for k in range(experts)]
+    if economy.recompute:
+        recompute_blocks(skeleton)
+    parts = _batches(step, economy)
+    rehearsal = rehearse(skeleton, own, parts[:1], Entropy(), dtypes=dtype)
+    rehearsal = rehearsal._replace(flops=rehearsal.flops * len(parts))  # every round is like the first
+    device = device or measured(dtype)
+    return Plan(sizes, economy, rehearsal, len(parts), device, devices)
+
+
+def plan_fit(
+    module: MergeModule,
+    data: Calibration,
+    precision: Precision = nullcontext,
+    device: Device | None = None,
+    devices: int = 1,
+    economy: Economy | None = None,
+) -> Plan:
+    """The plan of `tm.fit(module, data, ...)`: headers and the longest examples are read, no weight is.
+
+    Args:
+        module: What is learned.
+        data: What from; each expert's longest examples are rehearsed.
+        precision: The fit's autocast.
+        device: Whose speeds the times are made of; this processor's, measured, by default.
+        devices: How many share model and examples.
+        economy: How a step is cut; as the module says by default.
+    """
+    economy, opened = economy or module.economy, module.opened
+    if module.rule is not None:
+        economy = replace(economy, tasks=1)  # each expert's gradient is wanted by itself
+    skeleton = build_skeleton(opened.base.path)
+    names = locate(skeleton, opened.base.path, opened.base.tensors, opened.ignore)
+    narrow = None if module.weights == "stored" else torch.bfloat16
+    dtypes = {inside: narrow or opened.base.tensors[name].dtype for name, inside in names.items()}
+    own = {name: p.numel() * dtypes.get(name, p.dtype).itemsize for name, p in skeleton.named_parameters()}
+    stored = sum({names[n]: opened.base.tensors[n].nbytes for n in names}.values())
+    read = {name: _read(module, opened.task_vectors.deltas[name]) for name in opened.layout.groups}
+    step = [_longest(data, k, -(-data.batch_size // devices)) for k in range(len(data.examples))]
+    records = _records(module, data, step, skeleton)
+    files = [file for folder in opened.folders.values() for file in Path(folder).glob("*.safetensors")]
+    sizes = _sizes(
+        skeleton,
+        own,
+        {names[name]: count for name, count in read.items()},
+        len(module.recipe.experts),
+        module.coefficients.raw.numel(),
+        sum(file.stat().st_size for file in files) + records.files,
+        max(records.memory, stored - sum(own.values())),  # a model is loaded as stored, then narrowed
+    )
+    if economy.recompute:
+        recompute_blocks(skeleton)
+    parts = _batches(step, economy)
+    heads = {k: e.head for k, e in enumerate(module.recipe.experts.values()) if e.head is not None}
+    merged = {names[name] for name in read}
+    rehearsal = rehearse(skeleton, merged, parts, module.objective, heads, dtypes, precision, records.width)
+    device = device or measured(narrow or next(iter(dtypes.values())))
+    before = anonymous() if sys.platform == "linux" and not device.link else 0
+    return Plan(sizes, economy, rehearsal, len(parts), device, devices, before)
+
+
+def print_plan(plan: Plan) -> None:
+    """Print a plan as a table."""
+    print_table(plan.title(), ["what", "how much", ""], plan.rows())
+
+
+class _Records(NamedTuple):
+    """What recorded experts take."""
+
+    width: int = 0  # probabilities a row; 0 for all
+    memory: int = 0  # bytes, of the largest one while it is recorded
+    files: int = 0
+
+
+def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Module) -> _Records:
+    """As `teachers` will decide, at the length of the longest example."""
+    asks = module.objective.asks
+    if asks == Asks():
+        return _Records()
+    config: Any = skeleton.config
+    config = getattr(config, "text_config", None) or config
+    positions = [len(own) * batch.mask.shape[1] for own, batch in zip(data.examples, step, strict=True)]
+    hidden = [2 * config.hidden_size * len(asks.layers) * count for count in positions]
+    experts = list(module.recipe.experts.values())
+    rows = [
+        len(own) if e.head else count for own, e, count in zip(data.examples, experts, positions, strict=True)
+    ]
+    width, probabilities = 0, [4 * config.vocab_size * count for count in rows]
+    if asks.temperature is None or all(e.head for e in experts):
+        probabilities = [0] * len(rows)  # of a few classes: nothing beside the rest
+    elif sum(probabilities) > module.teacher_budget:
+        width = max(1, module.teacher_budget // (8 * sum(rows)))
+        probabilities = [8 * width * count for count in rows]
+    each = [a + b for a, b in zip(hidden, probabilities, strict=True)]
+    return _Records(width, max(each), sum(each))
+
+
+def _read(module: MergeModule, delta: Delta) -> int:
+    """Bytes of one parameter's base and task vectors, as the passes read them."""
+    if delta.base.dim() > 1 and module.quantise is not None:
+        return delta.base.nbytes + len(delta.terms) * int(module.quantise.bytes_a_weight * delta.base.numel())
+    if module.recipe.preprocess:
+        return delta.base.nbytes + len(delta.terms) * 4 * delta.base.numel()
+    parts = (part for term in delta.terms for part in term if isinstance(part, Tensor))
+    return delta.base.nbytes + sum(part.nbytes for part in parts)
+
+
+def _sizes(
+    skeleton: nn.Module,
+    own: Mapping[str, int],
+    read: Mapping[str, int],
+    experts: int,
+    coefficients: int,
+    files: int,
+    beforehand: int = 0,
+) -> Sizes:
+    """`own` are the bytes of every parameter, `read` those of a pass over the merged ones."""
+    return Sizes(
+        parameters=sum(p.numel() for p in skeleton.parameters()),
+        experts=experts,
+        coefficients=coefficients,
+        weights=sum(own.values()) + sum(buffer.nbytes for buffer in skeleton.buffers()),
+        gradient=max(own[name] for name in read),
+        block=max(sum(own[name] for name in block) for _, block in groupby(own, block_of)),
+        vectors=sum(read.values()),
+        widest=max(read.values()),
+        files=files,
+        beforehand=beforehand,
+    )
+
+
+def _batches(step: Step, economy: Economy) -> list[list[Batch]]:
+    return [[part.batch for part in together] for together in rounds(step, economy)]
+
+
+def _longest(data: Calibration, expert: int, count: int) -> Batch:
+    """The batch of an expert's longest examples, by their characters."""
+    own = sorted(data.examples[expert], key=lambda example: -len(example.text))
+    chosen = (own * count)[:count] if len(own) < count else own[:count]
+    encoded = data.tokenize.encode(chosen)
+    return Batch(expert, encoded.inputs, encoded.mask, torch.arange(count))
