@@ -51,3 +51,14 @@ def test_every_page_says_when_it_helps_what_it_costs_and_where_it_is_from(page):
     text = page.read_text()
     for heading in ("## When it helps", "## Cost", "## Source", "## Reference"):
         assert text.count(heading) == 1
+
+
+def test_every_public_name_is_in_the_documentation():
+    text = "".join(page.read_text() for page in DOCS.rglob("*.md"))
+    modules = {line.removeprefix("::: ") for line in text.splitlines() if line.startswith("::: ")}
+    missing = [
+        name
+        for name in tm.__all__
+        if not {f"{getattr(tm, name).__module__}.{name}", getattr(tm, name).__module__} & modules
+    ]
+    assert missing == []

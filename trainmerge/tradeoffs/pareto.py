@@ -142,4 +142,5 @@ def export_point(run: str | Path, point: int, out: str | Path, overwrite: bool =
     saved = load_coefficients(folder.coefficients)
     scales = torch.tensor([points[point][name] for name in saved.experts])
     values = scaled(saved().detach(), scales)
-    return export_run(run, out, overwrite, Coefficients(saved.experts, saved.layout, values))
+    point_of = Coefficients(saved.experts, saved.layout, values)
+    return export_run(run, out, overwrite, coefficients=point_of)
