@@ -11,7 +11,7 @@ from transformers import AutoModel
 import trainmerge as tm
 from tests.ranks import Failed, Ranks, run
 from tests.world import bert, recipe, write_world
-from trainmerge import export
+from trainmerge import export, shards
 from trainmerge.calibration import Calibration
 from trainmerge.cli import main
 
@@ -34,7 +34,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def part_of_an_export(root: Path, out: str, broken: int = -1) -> list[str]:
     """Which weight files this process wrote."""
     written = []
-    write = export.write_safetensors
+    write = shards.write_safetensors
 
     def watched(path: Path, *arguments: object) -> None:
         if os.environ["RANK"] == str(broken):
@@ -42,7 +42,7 @@ def part_of_an_export(root: Path, out: str, broken: int = -1) -> list[str]:
         written.append(path.name)
         write(path, *arguments)
 
-    export.write_safetensors = watched
+    shards.write_safetensors = watched
     assert main(["export", str(root / "run"), str(root / out)]) == 0
     return written
 

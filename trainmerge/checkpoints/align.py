@@ -230,4 +230,4 @@ def _warn_of_dtypes(expert: str, checkpoint: Checkpoint, base: Checkpoint, names
         message = (
             f"expert {expert} ({checkpoint.path}) and the base differ in dtype: {mixed}; differences are"
         )
-        warnings.warn(f"{message} taken in float32", stacklevel=4)
+        warnings.warn(f"{message} taken in float32", stacklevel=5)

@@ -9,6 +9,7 @@ Legend: `K` experts, `C` chunks of one parameter, `R` rows of a block, `W` eleme
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from math import ulp
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ def _averaged(
         return
     average = _load(first, total)
     for weight, model in others:
-        summed += weight
+        summed = summed + weight or ulp(0.0)  # zero of weights that are beyond all rounding: then not finite
         torch.lerp(average, _load(model, buffer), weight / summed, out=total)
         average = total
 
