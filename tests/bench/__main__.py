@@ -18,6 +18,7 @@ GROUPS = (
     "scale",
     "export",
     "large_fit",
+    "plan_memory",
     "peer_fit",
     "quantised",
 )

@@ -37,8 +37,8 @@ def clock() -> float:
 class Clock:
     """A method that adds up the seconds spent in it."""
 
-    def __init__(self, method: Callable[..., object], now: Callable[[], float] = time.perf_counter) -> None:
-        self.method, self.now, self.seconds = method, now, 0.0
+    def __init__(self, method: Callable[..., object]) -> None:
+        self.method, self.seconds = method, 0.0
 
     def of(self, instance: object, *arguments: object) -> object:
         """Call the method on an instance."""
