@@ -3,6 +3,7 @@
 Legend: `B` examples, `T` tokens, `n` inputs of a linear layer.
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def test_regmean_is_the_least_squares_answer(world: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("sequential", [False, True])
 def test_equal_experts_are_what_regmean_answers(languages: Path, tmp_path: Path, sequential: bool) -> None:
     merge = languages_recipe(languages)
-    twice = {"a": merge.experts["a"], "b": replace(merge.experts["b"], path=str(languages / "a"))}
+    copy = shutil.copytree(languages / "a", tmp_path / "a")
+    twice = {"a": merge.experts["a"], "b": replace(merge.experts["b"], path=str(copy))}
     made, vectors = measure(replace(merge, experts=twice), tmp_path)
     for name, taus in informed(tm.RegMean(sequential=sequential), made, vectors).items():
         # an input direction that nobody reads keeps the base: up to the ridge
