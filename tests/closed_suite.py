@@ -109,18 +109,26 @@ METHODS = {
 }
 
 
-def result(suite_name: str, name: str) -> dict[str, float]:
-    """Score, seconds and memory of one method, unless they are there."""
-    suite, method, run = SUITES[suite_name], METHODS[name], RUNS / suite_name / name
+def options_of(method: Method) -> tuple[str, ...]:
+    """What a fit of it is given beside the suite's configuration."""
     steps = [{"class_path": f"trainmerge.{c}", "init_args": given} for c, given in method.steps]
-    options = (
+    return (
         f"--recipe.preprocess={json.dumps(steps)}",
         f"--model.initial={method.coefficient}",
         *method.options,
     )
-    made_by = results.fingerprint(suite.config, *options)
-    if (found := results.recall(f"closed/{suite_name}-{name}", made_by)) is not None:
-        return found
+
+
+def known(suite_name: str, name: str) -> dict[str, float] | None:
+    """What was measured of one method."""
+    made_by = results.fingerprint(SUITES[suite_name].config, *options_of(METHODS[name]))
+    return results.recall(f"closed/{suite_name}-{name}", made_by)
+
+
+def measure(suite_name: str, name: str) -> None:
+    """Keep score, seconds and memory of one method."""
+    suite, method, run = SUITES[suite_name], METHODS[name], RUNS / suite_name / name
+    options = options_of(method)
     fit = watched(
         "fit", "--config", f"configs/{suite.config}", "--run", str(run), "--report", "false", *options
     )
@@ -129,22 +137,21 @@ def result(suite_name: str, name: str) -> dict[str, float]:
     score = json.loads((run / "scores.json").read_text())["learned"]["mean"]
     seconds, memory = fit["seconds"] + export["seconds"], max(fit["bytes"], export["bytes"])
     measured = {"score": score, "seconds": seconds, "bytes": memory}
-    results.keep(f"closed/{suite_name}-{name}", made_by, measured)
+    results.keep(f"closed/{suite_name}-{name}", results.fingerprint(suite.config, *options), measured)
     for heavy in [*run.glob("merged/*.safetensors"), *run.glob("workspace/*.safetensors")]:
         heavy.unlink()
     print(f"{suite_name} {name}: {score:.4f}", file=sys.stderr, flush=True)
-    return measured
 
 
-def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Markdown: methods down; score, gap, seconds and memory of each suite across."""
+def table() -> str:
+    """Markdown: methods down; score, gap, seconds and memory of each suite across; empty if not measured."""
     head = "| method | accuracy | gap | CPU s | GB | perplexity | gap | CPU s | GB |"
     baselines = {name: suite.baselines() for name, suite in SUITES.items()}
 
     def cells(suite: str, name: str) -> list[str]:
-        if name not in rows[suite]:
+        if (found := known(suite, name)) is None:
             return [""] * 4
-        found, digits = rows[suite][name], 3 if suite == "text" else 2
+        digits = 3 if suite == "text" else 2
         gap = SUITES[suite].gap(found["score"], baselines[suite])
         cost = [f"{found['seconds']:.0f}", f"{found['bytes'] / 1e9:.2f}"]
         return [f"{found['score']:.{digits}f}", f"{gap:.0%}", *cost]
@@ -152,6 +159,7 @@ def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
     lines = [
         f"| {' | '.join([method.title, *cells('text', name), *cells('lm', name)])} |"
         for name, method in METHODS.items()
+        if any(known(suite, name) for suite in SUITES)
     ]
     return "\n".join([head, "|---" * 9 + "|", *lines])
 
@@ -162,12 +170,11 @@ def main() -> None:
     parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     given = parser.parse_args()
-    rows = {
-        suite: {n: result(suite, n) for n in given.methods if suite in METHODS[n].suites}
-        for suite in given.suites
-    }
-    if len(rows) == len(SUITES):
-        write_between("closed-forms", table(rows))
+    for suite in given.suites:
+        for name in given.methods:
+            if suite in METHODS[name].suites and known(suite, name) is None:
+                measure(suite, name)
+    write_between("closed-forms", table())
 
 
 if __name__ == "__main__":
