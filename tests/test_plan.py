@@ -140,12 +140,12 @@ def test_a_size_needs_a_number_and_a_unit(text: str) -> None:
 def test_rounds_cover_every_example_once() -> None:
     inputs = {"input_ids": torch.arange(10).view(5, 2)}
     step = [Batch(k, inputs, inputs["input_ids"] >= 0, torch.arange(5)) for k in range(3)]
-    whole = [[part.batch.expert for part in parts] for parts in rounds(step, Economy(2))]
+    whole = [[batch.expert for batch in batches] for batches in rounds(step, Economy(2))]
     assert whole == [[0, 1], [2]]
     cut = [part for parts in rounds(step, Economy(1, 2)) for part in parts]
-    assert [len(part.batch.ids) for part in cut] == [2, 2, 1] * 3
+    assert [len(part.ids) for part in cut] == [2, 2, 1] * 3
     assert sum(part.share for part in cut) == pytest.approx(3)
-    assert torch.equal(torch.cat([part.batch.inputs["input_ids"] for part in cut[:3]]), inputs["input_ids"])
+    assert torch.equal(torch.cat([part.inputs["input_ids"] for part in cut[:3]]), inputs["input_ids"])
     assert [str(e) for e in cheaper(Economy(4), 4, separable=True)] == [
         "4 tasks a backward",
         "1 task a backward",

@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     mask: Tensor  # [B, T] bool: positions that count
     ids: Tensor  # [B] int64: which of the expert's calibration examples these are
     teacher: Signals | None = None  # if the objective asks for it
-    share: float = 1.0  # these examples over an even part of the step's: 1 where processes divide them evenly
+    share: float = 1.0  # these examples over an even part of the step's: other than 1 where they are divided
 
 
 class Outputs(NamedTuple):

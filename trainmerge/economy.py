@@ -5,7 +5,6 @@ Legend: `B` examples of one expert and step.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from trainmerge.batch import Batch
 
@@ -30,31 +29,25 @@ class Economy:
         return ", ".join(parts + ["blocks recomputed"] * self.recompute)
 
 
-class Part(NamedTuple):
-    """Some examples of a task's batch, and their share of it."""
-
-    batch: Batch
-    share: float
-
-
-def rounds(step: Sequence[Batch], economy: Economy) -> Iterator[list[Part]]:
-    """The parts whose forwards share a backward, in order; parts of one task never do."""
+def rounds(step: Sequence[Batch], economy: Economy) -> Iterator[list[Batch]]:
+    """The batches, or parts of them, whose forwards share a backward; two parts of one task never do."""
     if economy.examples:
         for batch in step:
             for part in _parts(batch, economy.examples):
                 yield [part]
     else:
         for first in range(0, len(step), economy.tasks):
-            yield [Part(batch, 1.0) for batch in step[first : first + economy.tasks]]
+            yield list(step[first : first + economy.tasks])
 
 
-def _parts(batch: Batch, size: int) -> Iterator[Part]:
+def _parts(batch: Batch, size: int) -> Iterator[Batch]:
     count = len(batch.ids)
     for first in range(0, count, size):
         rows = slice(first, first + size)
         inputs = {name: tensor[rows] for name, tensor in batch.inputs.items()}
-        part = batch._replace(inputs=inputs, mask=batch.mask[rows], ids=batch.ids[rows])
-        yield Part(part, len(part.ids) / count)
+        ids = batch.ids[rows]
+        share = batch.share * len(ids) / count
+        yield batch._replace(inputs=inputs, mask=batch.mask[rows], ids=ids, share=share)
 
 
 def cheaper(economy: Economy, examples: int, separable: bool) -> Iterator[Economy]:

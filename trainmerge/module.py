@@ -25,7 +25,7 @@ from trainmerge.calibration import Calibration
 from trainmerge.checkpoints import recompute_blocks
 from trainmerge.coefficients import Coefficients
 from trainmerge.constraints import Constraint, Free
-from trainmerge.economy import Economy, Part, rounds
+from trainmerge.economy import Economy, rounds
 from trainmerge.frank_wolfe import FrankWolfe
 from trainmerge.gradients import combined
 from trainmerge.initial import read_initial
@@ -292,21 +292,21 @@ class MergeModule(pl.LightningModule):
         losses: dict[str, Tensor] = {}
         with merged.tapped():
             if self.rule is None:
-                for parts in rounds(step, self.economy):
-                    for name, loss in self._backward(parts).items():
+                for batches in rounds(step, self.economy):
+                    for name, loss in self._backward(batches).items():
                         losses[name] = losses[name] + loss if name in losses else loss
                 return self._averaged(losses, merged.gradient())
             rows = []
             for batch in step:
-                losses |= self._backward([Part(batch, 1.0)])
+                losses |= self._backward([batch])
                 rows.append(merged.gradient())
         losses, gradients = self._averaged(losses, torch.stack(rows))
         return losses, combined(gradients, self.rule, self.global_step)
 
-    def _backward(self, parts: Sequence[Part]) -> dict[str, Tensor]:
+    def _backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Forwards of some tasks and one backward; the tasks' weighted losses."""
         names = list(self.recipe.experts)
-        losses = {names[batch.expert]: share * self.loss(batch) for batch, share in parts}
+        losses = {names[batch.expert]: self.loss(batch) for batch in batches}
         self.manual_backward(torch.stack(list(losses.values())).sum())
         return {name: loss.detach() for name, loss in losses.items()}
 

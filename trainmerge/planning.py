@@ -68,7 +68,7 @@ def plan_model(
     step = [Batch(k, inputs, tokens == 0, torch.arange(len(tokens))) for k in range(experts)]
     if economy.recompute:
         recompute_blocks(skeleton)
-    parts = _batches(step, economy)
+    parts = list(rounds(step, economy))
     rehearsal = rehearse(skeleton, own, parts[:1], Entropy(), dtypes=dtype)
     rehearsal = rehearsal._replace(flops=rehearsal.flops * len(parts))  # every round is like the first
     device = device or measured(dtype)
@@ -117,7 +117,7 @@ def plan_fit(
     )
     if economy.recompute:
         recompute_blocks(skeleton)
-    parts = _batches(step, economy)
+    parts = list(rounds(step, economy))
     heads = {k: e.head for k, e in enumerate(module.recipe.experts.values()) if e.head is not None}
     merged = {names[name] for name in read}
     rehearsal = rehearse(skeleton, merged, parts, module.objective, heads, dtypes, precision, records.width)
@@ -194,10 +194,6 @@ def _sizes(
         files=files,
         beforehand=beforehand,
     )
-
-
-def _batches(step: Step, economy: Economy) -> list[list[Batch]]:
-    return [[part.batch for part in together] for together in rounds(step, economy)]
 
 
 def _longest(data: Calibration, expert: int, count: int) -> Batch:
