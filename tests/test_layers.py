@@ -71,7 +71,7 @@ FLOORS = {
     "provenance": 8,
     "safeguard": 8,
     "preflight": 8,
-    "trainer_arguments": 8,
+    "trainer": 9,
     "importance": 9,
     "reopen": 8,
     "allocation": 10,
@@ -100,7 +100,7 @@ CALLBACKS = {"callbacks", "keeping", "loggers", "stopping"}
 
 # Large dependencies stay in the rooms that are about them.
 ONLY_IN = {
-    "pytorch_lightning": {"module", "calibration", "run", "trainer_arguments", "fit_cli", "cli", *CALLBACKS},
+    "pytorch_lightning": {"module", "calibration", "run", "trainer", "fit_cli", "cli", *CALLBACKS},
     "matplotlib": {"report", "loggers"},
     "lightning": set(),  # the same under another name
     "transformers": {"checkpoints", "tokenizer"},

@@ -46,10 +46,11 @@ if TYPE_CHECKING:
     from trainmerge.quantise import Int8, Ternary
     from trainmerge.recipe import Expert, HeldOut, Recipe
     from trainmerge.report import write_report
-    from trainmerge.run import fit, make_trainer
+    from trainmerge.run import fit
     from trainmerge.stopping import StopWhenFlat
     from trainmerge.task_vectors import TaskVectors
     from trainmerge.tradeoffs import export_point, pareto_run, search_config
+    from trainmerge.trainer import make_trainer
     from trainmerge.verify import verify_export
 
 _HOMES = {
@@ -92,9 +93,10 @@ _HOMES = {
     "trainmerge.quantise": ["Int8", "Ternary"],
     "trainmerge.recipe": ["Expert", "HeldOut", "Recipe"],
     "trainmerge.report": ["write_report"],
-    "trainmerge.run": ["fit", "make_trainer"],
+    "trainmerge.run": ["fit"],
     "trainmerge.stopping": ["StopWhenFlat"],
     "trainmerge.task_vectors": ["TaskVectors"],
+    "trainmerge.trainer": ["make_trainer"],
     "trainmerge.tradeoffs": ["export_point", "pareto_run", "search_config"],
     "trainmerge.verify": ["verify_export"],
 }

@@ -18,8 +18,9 @@ from trainmerge.config import read_yaml
 from trainmerge.module import MergeModule
 from trainmerge.planning import plan_fit, print_plan
 from trainmerge.recipe import Recipe, calibration_files
-from trainmerge.run import fit, make_trainer, precision_of
+from trainmerge.run import fit, precision_of
 from trainmerge.run_folder import RunFolder
+from trainmerge.trainer import make_trainer
 
 
 class FitCLI(LightningCLI):
@@ -56,7 +57,7 @@ class FitCLI(LightningCLI):
             read_yaml(Path(file.absolute))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The trainer of `run.make_trainer`, with the configuration's arguments."""
+        """The trainer of `trainer.make_trainer`, with the configuration's arguments."""
         arguments = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         return make_trainer(self.config["run"], self.config["save_every"], **arguments)
 

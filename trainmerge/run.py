@@ -7,21 +7,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-)
 
 from trainmerge.budget import affordable, within
 from trainmerge.calibration import Calibration
-from trainmerge.callbacks import JsonLines, Snapshots, progress_bar
+from trainmerge.callbacks import JsonLines, Snapshots
 from trainmerge.coefficients import save_coefficients
 from trainmerge.config import write_config
 from trainmerge.folders import write_whole
-from trainmerge.keeping import KeepTrajectory, KeepUsage
-from trainmerge.loggers import LogCoefficients, keep_csv
+from trainmerge.loggers import keep_csv
 from trainmerge.memory import parse_size
 from trainmerge.module import MergeModule
 from trainmerge.planning import Precision
@@ -29,45 +22,9 @@ from trainmerge.preflight import check_tasks
 from trainmerge.provenance import describe, load_snapshot
 from trainmerge.run_folder import RunFolder, differences
 from trainmerge.safeguard import keep_the_better, warn_if_it_never_fell
-from trainmerge.trainer_arguments import trainer_arguments
+from trainmerge.trainer import check_strategy
 
 MANY_HELD = 0.25  # share of coefficients at a bound
-
-
-def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.Trainer:
-    """A Lightning Trainer that writes into a run folder; `arguments` are the Trainer's own.
-
-    Raises:
-        ValueError: `save_every` is not positive, an argument that a fit decides itself, or a folder that
-            cannot be.
-    """
-    if save_every < 1:
-        raise ValueError(f"save_every must be at least 1, not {save_every}")
-    folder = RunFolder(Path(run))
-    folder.check_place()
-    given_callbacks = arguments.pop("callbacks", None) or []
-    if any(isinstance(callback, pl.callbacks.EarlyStopping) for callback in given_callbacks):
-        raise ValueError(
-            "EarlyStopping looks at the end of epochs, and a fit is one: use trainmerge.StopWhenFlat instead"
-        )
-    callbacks = [*given_callbacks, KeepTrajectory(folder), KeepUsage(folder), Snapshots(folder, save_every)]
-    if arguments.pop("enable_progress_bar", None) is not False:
-        callbacks.append(progress_bar())
-    bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
-    given = trainer_arguments(arguments)
-    loggers = given.pop("logger", None)
-    more = (
-        loggers if isinstance(loggers, list) else [loggers] if isinstance(loggers, pl.loggers.Logger) else []
-    )
-    if more:
-        callbacks.insert(0, LogCoefficients(more))
-    return pl.Trainer(
-        **given,
-        callbacks=callbacks,
-        logger=[JsonLines(folder.metrics), *more],
-        enable_progress_bar=bar,
-        default_root_dir=str(folder.path),
-    )
 
 
 def fit(
@@ -101,14 +58,8 @@ def fit(
     """
     check_settings(module, data, trainer)
     limit = parse_size(memory) if memory else 0
-    if limit and trainer.strategy.root_device.type != "cpu":
-        raise ValueError("memory is what a processor holds: on a device, look at `--dry_run true` instead")
-    if limit and module.sharded and trainer.world_size > 1:
-        raise ValueError(
-            "memory cuts each process's batch by itself, and shards meet in every pass: leave it out"
-        )
-    if limit and trainer.max_steps:
-        module.economy = affordable(module, data, precision_of(trainer), limit)
+    if limit:
+        economise(module, data, trainer, limit)
     folder = RunFolder(Path(run))
     checkpoint = folder.resume_from(resume) if trainer.is_global_zero or resume != "never" else None
     snapshot = load_snapshot(checkpoint) if checkpoint else None
@@ -140,6 +91,22 @@ def fit(
     elif trainer.is_global_zero:
         warn_if_it_never_fell(folder)
     return folder
+
+
+def economise(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit: int) -> None:
+    """Cut the module's step until its plan fits into `limit` bytes.
+
+    Raises:
+        ValueError: nothing fits, or the fit is on a device or sharded.
+    """
+    if trainer.strategy.root_device.type != "cpu":
+        raise ValueError("memory is what a processor holds: on a device, look at `--dry_run true` instead")
+    if module.sharded and trainer.world_size > 1:
+        raise ValueError(
+            "memory cuts each process's batch by itself, and shards meet in every pass: leave it out"
+        )
+    if trainer.max_steps:
+        module.economy = affordable(module, data, precision_of(trainer), limit)
 
 
 def learn(module: MergeModule, data: Calibration, trainer: pl.Trainer, checkpoint: Path | None) -> None:
@@ -199,20 +166,6 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
     if trainer.max_steps or module.looks_at_data:
         module.check_data(data)
         check_tasks(module, data)
-
-
-def check_strategy(trainer: pl.Trainer) -> None:
-    """Raise ValueError for a strategy under which a fit would be wrong, or end without its results."""
-    strategy = trainer.strategy
-    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
-        raise ValueError(
-            f"trainer.strategy {type(strategy).__name__} would shard or leave unreduced what is learned: use "
-            "ddp, and model.sharded true for a model that no single device holds"
-        )
-    if isinstance(strategy, DDPStrategy) and strategy._start_method != "popen":
-        raise ValueError("trainer.strategy: use ddp; forked and spawned processes cannot share mapped files")
-    if trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
-        raise ValueError(f"trainer.strategy {type(strategy).__name__}: several processes need ddp")
 
 
 def prepare(
