@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,17 +35,13 @@ trainmerge COMMAND --help lists a command's options; fit also takes --print_conf
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the process's exit code."""
     given = sys.argv[1:] if arguments is None else arguments
+    plain = (allocate, export, evaluate, inspect, report, plan)
     commands: dict[str, Callable[[list[str]], int]] = {
         "fit": _fit,
-        "allocate": _allocate,
-        "export": _export,
-        "evaluate": _evaluate,
         "compare": _compare,
         "pareto": _pareto,
         "search": _search,
-        "inspect": _inspect,
-        "report": _report,
-        "plan": _plan,
+        **{command.__name__: partial(_plain, command) for command in plain},
     }
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -80,18 +77,6 @@ def _fit(arguments: list[str]) -> int:
     return fit_command(arguments)
 
 
-def _allocate(arguments: list[str]) -> int:
-    return _plain(allocate, arguments)
-
-
-def _export(arguments: list[str]) -> int:
-    return _plain(export, arguments)
-
-
-def _evaluate(arguments: list[str]) -> int:
-    return _plain(evaluate, arguments)
-
-
 def _compare(arguments: list[str]) -> int:
     flags = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     return _plain(compare, [*_as_list(arguments[:flags]), *arguments[flags:]])
@@ -114,18 +99,6 @@ def _search(arguments: list[str]) -> int:
     from trainmerge.tradeoff_cli import search
 
     return _plain(search, arguments)
-
-
-def _inspect(arguments: list[str]) -> int:
-    return _plain(inspect, arguments)
-
-
-def _report(arguments: list[str]) -> int:
-    return _plain(report, arguments)
-
-
-def _plan(arguments: list[str]) -> int:
-    return _plain(plan, arguments)
 
 
 def _plain(command: Callable[..., None], arguments: list[str]) -> int:
