@@ -46,13 +46,16 @@ class Piecewise(Preprocess):
                 yield name, rule(piece, part)
 
 
-def in_pieces(name: str, delta: Delta) -> Iterator[tuple[slice, str, Delta]]:
-    """A parameter's rows, in order, a piece's name, and its differences; a small parameter is one piece."""
+def in_pieces(name: str, delta: Delta, entries: int = PIECE) -> Iterator[tuple[slice, str, Delta]]:
+    """A parameter's rows, in order, a piece's name, and its differences; a small parameter is one piece.
+
+    Pieces have about `entries` entries. A rule's results may depend on that: they keep the default.
+    """
     size = delta.shape.numel()
-    if size <= PIECE:
+    if size <= entries:
         yield slice(None), name, delta
         return
-    rows = max(1, PIECE * delta.shape[0] // size)
+    rows = max(1, entries * delta.shape[0] // size)
     for first in range(0, delta.shape[0], rows):
         part = slice(first, min(first + rows, delta.shape[0]))
         yield part, f"{name}[{part.start}:{part.stop}]", delta.rows(part)
