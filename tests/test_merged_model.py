@@ -16,7 +16,7 @@ from trainmerge.constraints import Sigmoid
 from trainmerge.functional import merged_weight, merged_weights
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched
 from trainmerge.merged_model import MergedModel
-from trainmerge.task_vectors import TaskVectors
+from trainmerge.task_vectors import Delta, TaskVectors
 
 FORMS = {
     "dense": [ExpertWeight, Difference, ExpertWeight],
@@ -166,6 +166,19 @@ def test_gradient_goes_through_the_constraint(tiny_bert, random_task_vectors):
 def test_backwards_accumulate_within_a_step(model, random_task_vectors):
     merged, plain = make(model, random_task_vectors(model, FORMS["mixed"]), Grouping("tensor"))
     assert_gradients_equal(merged, plain, seeds=(0, 1, 2))
+
+
+@pytest.mark.parametrize("forms", FORMS)
+def test_gradients_kept_cost_one_pass(model, random_task_vectors, monkeypatch, forms):
+    merged, plain = make(model, random_task_vectors(model, FORMS[forms]), Grouping("chunk", chunks=2))
+    merged.keep_gradients = True
+    passes = []
+    inner = Delta.inner
+    monkeypatch.setattr(Delta, "inner", lambda self, *given: passes.append(self) or inner(self, *given))
+    assert_gradients_equal(merged, plain, seeds=(0, 1, 2))
+    assert len(passes) == len(merged.task_vectors.deltas)
+    assert all(parameter.grad is None for parameter in merged.module.parameters())
+    assert merged.gradient().abs().sum() == 0
 
 
 def test_two_steps_do_not_leak(tiny_llama, random_task_vectors):

@@ -146,7 +146,8 @@ def test_rounds_cover_every_example_once() -> None:
     assert [len(part.ids) for part in cut] == [2, 2, 1] * 3
     assert sum(part.share for part in cut) == pytest.approx(3)
     assert torch.equal(torch.cat([part.inputs["input_ids"] for part in cut[:3]]), inputs["input_ids"])
-    assert [str(e) for e in cheaper(Economy(4), 4, separable=True)] == [
+    assert [str(e) for e in cheaper(Economy(4, keep=True), 4, separable=True)] == [
+        "4 tasks a backward, gradients kept",
         "4 tasks a backward",
         "1 task a backward",
         "1 task a backward, blocks recomputed",
@@ -159,7 +160,8 @@ def test_rounds_cover_every_example_once() -> None:
 def test_economies_learn_the_same(tmp_path: Path) -> None:
     write_world(tmp_path)
     found, losses = {}, {}
-    for economy in (Economy(1), Economy(3), Economy(1, recompute=True), Economy(1, 2, recompute=True)):
+    cut = Economy(1, 2, recompute=True)
+    for economy in (Economy(1), Economy(3), Economy(1, recompute=True), cut, Economy(1, 2, keep=True)):
         run = tmp_path / f"run{len(found)}"
         module, data = build(tmp_path, run, objective=Entropy(agreement=1.0))
         module.economy = economy
@@ -172,6 +174,18 @@ def test_economies_learn_the_same(tmp_path: Path) -> None:
         assert losses[economy] == pytest.approx(losses[Economy(1)], rel=1e-5), economy
         difference = (values - found[Economy(1)]).abs()
         assert difference.median() < 1e-6, economy  # Adam's first steps make 0.02 of a gradient of rounding
+
+
+def test_gradients_kept_are_planned(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    module, data = build(tmp_path, tmp_path / "run", keep_gradients=True)
+    kept, plain = (plan_fit(module, data, economy=e) for e in (None, Economy(1)))
+    merged = sum(module.opened.base.tensors[name].nbytes for name in module.opened.layout.groups)
+    assert kept.held["gradients kept"] == merged
+    assert kept.read == 2 * kept.sizes.vectors
+    assert plain.read == (1 + plain.backwards) * plain.sizes.vectors
+    with pytest.raises(ValueError, match="set one of them"):
+        build(tmp_path, tmp_path / "rule", keep_gradients=True, combine=torch.nn.Identity())
 
 
 def test_a_budget_is_kept_or_refused(

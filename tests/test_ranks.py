@@ -60,6 +60,7 @@ def cases(root: Path) -> dict[str, dict[str, Any]]:
     return {
         "entropy": {"root": heads},
         "uneven": {"root": heads, "batch_size": 7, "tasks_per_backward": 2},
+        "kept": {"root": heads, "keep_gradients": True},
         "agreement": {
             "root": heads,
             "objective": tm.Entropy(agreement=2.0),

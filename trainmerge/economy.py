@@ -4,7 +4,7 @@ Legend: `B` examples of one expert and step.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainmerge.batch import Batch
 
@@ -17,16 +17,20 @@ class Economy:
         tasks: Tasks whose forwards share one backward; each backward reads the task vectors once.
         examples: Examples of a task in one forward; 0 is all. With fewer, a task has several backwards.
         recompute: Keep only the inputs of the network's blocks, and run each block again in the backward.
+        keep: Sum the weights' gradients over a step's backwards, so that the task vectors are read once for
+            all of them: one more model is held.
     """
 
     tasks: int = 1
     examples: int = 0
     recompute: bool = False
+    keep: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.tasks} task{'s' * (self.tasks > 1)} a backward"]
         parts += [f"{self.examples} example{'s' * (self.examples > 1)} a forward"] if self.examples else []
-        return ", ".join(parts + ["blocks recomputed"] * self.recompute)
+        parts += ["blocks recomputed"] * self.recompute + ["gradients kept"] * self.keep
+        return ", ".join(parts)
 
 
 def rounds(step: Sequence[Batch], economy: Economy) -> Iterator[list[Batch]]:
@@ -51,7 +55,9 @@ def _parts(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 def cheaper(economy: Economy, examples: int, separable: bool) -> Iterator[Economy]:
-    """`economy`, and others that hold less and less: one task a backward, blocks recomputed, fewer examples.
+    """`economy`, and others that hold less and less.
+
+    No gradients kept, one task a backward, blocks recomputed, fewer examples.
 
     Args:
         economy: What was asked for.
@@ -59,6 +65,8 @@ def cheaper(economy: Economy, examples: int, separable: bool) -> Iterator[Econom
         separable: Whether an example's loss is its own, so that a batch may be cut.
     """
     yield economy
+    if economy.keep:
+        yield replace(economy, keep=False)
     if economy.tasks > 1:
         yield Economy(1, economy.examples, economy.recompute)
     if not economy.recompute:

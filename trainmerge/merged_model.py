@@ -33,6 +33,8 @@ class MergedModel:
     `task_vectors` may be replaced by preprocessed ones; `teacher` and `uniform` go on with the experts' own,
     `originals`. `left_alone` are orthonormal columns [m, k] by parameter: what a gradient has in their span
     counts for nothing. The module's weights are overwritten; only merged parameters ask for gradients.
+    With `keep_gradients` weight gradients stay and add up until `gradient` takes them all in one pass over
+    the task vectors: one more model is held, and several backwards cost one pass.
     Under FSDP2, which has to sum gradients (`sharded`), the coefficient gradients of all processes add up to
     the sum of what each would have found alone.
 
@@ -49,6 +51,7 @@ class MergedModel:
         self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
         self.originals = task_vectors
         self.left_alone: Mapping[str, Tensor] = {}
+        self.keep_gradients = False
         own = dict(module.named_parameters())
         self.parameters = {name: own[(names or {}).get(name, name)] for name in task_vectors.deltas}
         self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
@@ -63,7 +66,7 @@ class MergedModel:
         module.requires_grad_(False)
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(True)
-            parameter.register_post_accumulate_grad_hook(partial(self._collect, name))  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def materialise(self) -> None:
@@ -95,6 +98,9 @@ class MergedModel:
 
     def gradient(self) -> Tensor:
         """The coefficient gradient [K, G] of all backwards since the last call; starts over at zero."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                self._collect(name, parameter)
         gradient = self._gradient if self._gradient is not None else self._zeros()
         self._gradient = None
         return gradient.to(self.coefficients.raw.dtype)
@@ -118,6 +124,10 @@ class MergedModel:
             for handle, layer in zip(handles, layers.values(), strict=True):
                 handle.remove()
                 layer.weight.requires_grad_(True)
+
+    def _arrived(self, name: str, parameter: Tensor) -> None:
+        if not self.keep_gradients:
+            self._collect(name, parameter)
 
     def _collect(self, name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None

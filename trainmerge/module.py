@@ -63,6 +63,8 @@ class MergeModule(pl.LightningModule):
             it, which halves a float32 model. Coefficients and reductions are float32 in any case.
         tasks_per_backward: Tasks whose forwards share one backward: each backward reads the task vectors
             once, and holds these tasks' activations.
+        keep_gradients: Sum the weights' gradients over a step's backwards and read the task vectors once for
+            all of them, for the memory of one more model.
         teacher_budget: Bytes for the experts' recorded probabilities: all of them if they fit, else the
             largest.
         quantise: Learn on smaller task vectors, `Int8` or `Ternary`; the export is from the exact ones.
@@ -86,6 +88,7 @@ class MergeModule(pl.LightningModule):
         clip: float = 0.0,
         weights: Literal["stored", "bfloat16"] = "stored",
         tasks_per_backward: int = 1,
+        keep_gradients: bool = False,
         teacher_budget: int = BUDGET,
         quantise: Quantise | None = None,
         workspace: str = "workspace",
@@ -96,10 +99,13 @@ class MergeModule(pl.LightningModule):
             raise ValueError(f"subspace must be 0 or more, not {subspace}")
         if tasks_per_backward < 1:
             raise ValueError(f"tasks_per_backward must be at least 1, not {tasks_per_backward}")
+        if keep_gradients and combine is not None:
+            raise ValueError("keep_gradients sums what `combine` wants apart: set one of them")
         self.automatic_optimization = False
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
         self.weights, self.subspace = weights, subspace
-        self.economy, self.teacher_budget = Economy(tasks_per_backward), teacher_budget
+        self.economy = Economy(tasks_per_backward, keep=keep_gradients)
+        self.teacher_budget = teacher_budget
         self.quantise, self.workspace, self.sharded = quantise, Path(workspace), sharded
         if sharded and (subspace or self._measures(recipe, initial)):
             raise ValueError(
@@ -194,6 +200,7 @@ class MergeModule(pl.LightningModule):
             self.sharded,
             self.quantise,
         )
+        self._resident.merged.keep_gradients = self.economy.keep
         if self.economy.recompute:
             recompute_blocks(self._resident.merged.module)
         if self.subspace:

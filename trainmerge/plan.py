@@ -26,6 +26,7 @@ class Sizes:
     coefficients: int  # a count
     weights: int  # the resident model, buffers included
     gradient: int  # the largest merged weight's gradient
+    gradients: int  # those of all of them
     block: int  # the largest block of the network: what a sharded model gathers at a time
     vectors: int  # base and task vectors of what is merged: what one pass reads
     widest: int  # of these, the parameter's with the most
@@ -70,6 +71,8 @@ class Plan:
             rows["gradients of a block"] = sizes.block
         rows["activations"] = self.rehearsal.held
         beside = self.rehearsal.peak - self.rehearsal.held
+        if self.economy.keep:
+            rows["gradients kept"] = -(-sizes.gradients // shards)
         rows["largest gradient"] = min(sizes.gradient, beside)
         rows["between operators"] = beside - min(sizes.gradient, beside)
         rows["loading and recording, above a step"] = max(0, sizes.beforehand - self.rehearsal.peak)
@@ -91,8 +94,9 @@ class Plan:
 
     @property
     def read(self) -> int:
-        """Bytes of base and task vectors that a device reads a step: one merge, one pass a backward."""
-        return -(-self.sizes.vectors * (1 + self.backwards) // self.devices)
+        """Bytes of base and task vectors that a device reads a step, to merge and for its backwards."""
+        passes = 1 if self.economy.keep else self.backwards
+        return -(-self.sizes.vectors * (1 + passes) // self.devices)
 
     @property
     def exchanged(self) -> int:

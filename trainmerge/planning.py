@@ -188,6 +188,7 @@ def _sizes(
         coefficients=coefficients,
         weights=sum(own.values()) + sum(buffer.nbytes for buffer in skeleton.buffers()),
         gradient=max(own[name] for name in read),
+        gradients=sum(own[name] for name in read),
         block=max(sum(own[name] for name in block) for _, block in groupby(own, block_of)),
         vectors=sum(read.values()),
         widest=max(read.values()),

@@ -1,5 +1,8 @@
 """The merge's share of a step: materialise and inner products over plain forward and backward.
 
+`merge_share` is with `keep_gradients`, one task a backward; beside it the shares without, and the limit: the
+two passes' bytes at the speed of a plain copy.
+
 Two models: the suite's with 8 experts, and a Llama of 152M parameters with 3 experts, 2 x 256 tokens each.
 """
 
@@ -66,8 +69,9 @@ def suite() -> None:
     """The text suite's model."""
     with many_experts(EXPERTS) as recipe:
         resident, batches = prepared(recipe, BATCH)
-        for together, suffix in ((1, "_a_task_a_backward"), (TOGETHER, "")):
-            measure(resident, batches, together, suffix)
+        measure(resident, batches, 1, "_a_task_a_backward", keep=False)
+        measure(resident, batches, TOGETHER, "_four_tasks_a_backward", keep=False)
+        measure(resident, batches, 1, "")
 
 
 def prepared(recipe: Recipe, size: int) -> tuple[Resident, list[Batch]]:
@@ -127,26 +131,52 @@ def llama(experts: int = 3, tokens: int = 256, batch: int = 2) -> None:
         )
         for k in range(experts)
     ]
-    measure(resident, batches, experts, "_llama_150M")
+    measure(resident, batches, 1, "_llama_150M")
 
 
-def measure(resident: Resident, batches: list[Batch], together: int, suffix: str) -> None:
-    """One setting of `tasks_per_backward`: the merge's seconds over the rest's, median of the rounds."""
-    shares: dict[str, list[float]] = {"eager": [], "compiled": []}
+def measure(resident: Resident, batches: list[Batch], together: int, suffix: str, keep: bool = True) -> None:
+    """One way to cut a step: the merge's seconds over the rest's, median of the rounds."""
+    resident.merged.keep_gradients = keep
+    steps: dict[str, list[tuple[float, float]]] = {"eager": [], "compiled": []}
     for _ in range(ROUNDS + 1):
-        for backend, found in shares.items():
+        for backend, found in steps.items():
             with using(backend):
-                found.append(share(resident, batches, together))
-    for backend, found in shares.items():
+                found.append(seconds(resident, batches, together))
+    for backend, found in steps.items():
         name = f"merge_share{suffix}" + "_compiled" * (backend == "compiled")
-        barred = suffix != "_a_task_a_backward" and backend == "compiled"
-        figure(
-            name, statistics.median(found[1:]), "ratio", "< 0.02" if barred else ""
-        )  # the first one compiled
+        bar = "" if not keep else "0.02" if backend == "compiled" or suffix else "0.05"
+        timed = found[1:]  # the first one compiled
+        figure(name, statistics.median(merging / rest for merging, rest in timed), "ratio", bar)
+    if keep:
+        rest = statistics.median(rest for found in steps.values() for _, rest in found[1:])
+        figure(f"merge_share_limit{suffix}", limit(resident) / rest, "ratio", "")
 
 
-def share(resident: Resident, batches: list[Batch], together: int) -> float:
-    """Of one step."""
+def limit(resident: Resident) -> float:
+    """Seconds of both passes if their bytes went at the speed of a copy."""
+    merged = resident.merged
+    count = 0
+    for name in merged.coefficients.layout.groups:
+        delta = merged.task_vectors.deltas[name]
+        read = sum(part.nbytes for term in delta.terms for part in term if isinstance(part, torch.Tensor))
+        count += 2 * (read + delta.base.nbytes + merged.parameters[name].nbytes)
+    return count / copy_bandwidth()
+
+
+def copy_bandwidth(rounds: int = 10) -> float:
+    """Bytes read and written a second by a plain copy, the fastest of some."""
+    source = torch.randn(1 << 26)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(rounds):
+        began = clock()
+        target.copy_(source)
+        best = min(best, clock() - began)
+    return 2 * source.nbytes / best
+
+
+def seconds(resident: Resident, batches: list[Batch], together: int) -> tuple[float, float]:
+    """Of one step: merging, and the rest."""
     merge, inner = Clock(Delta.merge), Clock(Delta.inner)
     with (
         patch.object(Delta, "merge", lambda *given: merge.of(*given)),
@@ -155,10 +185,10 @@ def share(resident: Resident, batches: list[Batch], together: int) -> float:
         began = clock()
         resident.merged.materialise()
         backwards(resident, batches, together)
+        resident.merged.gradient()
         whole = clock() - began
-    resident.merged.gradient()
     merging = merge.seconds + inner.seconds
-    return merging / (whole - merging)
+    return merging, whole - merging
 
 
 if __name__ == "__main__":

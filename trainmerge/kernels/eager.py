@@ -17,6 +17,7 @@ from torch import Tensor
 from trainmerge.kernels.quantised import Quantised, decode
 from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, Untouched
 
+TOGETHER = 1 << 15  # elements of K blocks so small (a bias's) that one call for all of them is faster than K
 BLOCK_ELEMENTS = 1 << 17  # 512 KiB of float32: three of them fit a core's cache, and calls do not count yet
 
 
@@ -72,6 +73,11 @@ def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: in
         g = _load(g, grad_scratch[:size].view(shape))
         b = _load(_rows(base, rows), base_scratch[:size].view(shape))
         buffer = scratch[:size].view(shape)
+        if len(terms) * size <= TOGETHER and all(isinstance(term, ExpertWeight) for term in terms):
+            weights = torch.stack([_rows(term.weight, rows) for term in terms])  # type: ignore[union-attr]
+            products += (weights.to(b).sub_(b).flatten(1) @ g.flatten()).unbind()
+            places += range(chunk, len(terms) * chunks, chunks)
+            continue
         for k, term in enumerate(terms):
             if not isinstance(term, Untouched):
                 products.append(_block_product(g, b, term, rows, buffer))
