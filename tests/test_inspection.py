@@ -104,7 +104,9 @@ def test_the_suggestion_can_be_fitted(world: Path, capsys: pytest.CaptureFixture
     wanted = world / "suggested.yaml"
     ask = ["inspect", str(write_config(world)), "--suggest", str(wanted)]
     assert main(ask) == 0
-    assert "suggested" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "suggested" in printed
+    assert "held at most, a device" in printed  # the plan
     text = wanted.read_text()
     assert "# model.initial: 3 experts" in text
     assert main(ask) == 1

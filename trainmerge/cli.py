@@ -236,6 +236,8 @@ def inspect(
 ) -> None:
     """Show what would be merged, or was: sizes, groups, what is left out and why, and what looks odd.
 
+    Of a configuration, also what its fit would hold and take.
+
     Examples: trainmerge inspect configs/adamerging.yaml
               trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
               trainmerge inspect runs/first --weights no
@@ -253,6 +255,10 @@ def inspect(
     inspect_path(
         Path(path), every, weights, Path(suggest) if suggest else None, Path(output) if output else None
     )
+    if Path(path).is_file():
+        from trainmerge.fit_cli import show_plan
+
+        show_plan(Path(path))
 
 
 def report(run: str, out: str = "") -> None:

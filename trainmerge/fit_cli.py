@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,18 @@ def fit_command(arguments: list[str]) -> int:
             draw(folder)
         print(f"coefficients: {folder.coefficients}\nnext: trainmerge export {folder.path} OUT")
     return 0
+
+
+def show_plan(config: Path) -> None:
+    """Print what a fit of this configuration would hold and take, or why there is no telling."""
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            cli = parse(["--config", str(config), "--run", f"{place}/run"])
+            plan = plan_fit(cli.model, cli.datamodule, precision_of(cli.trainer))
+        except (ArgumentError, ValueError, MisconfigurationException) as error:
+            print(f"no plan of memory and time: {error}")
+            return
+    print_plan(plan)
 
 
 def draw(folder: RunFolder) -> None:
