@@ -26,19 +26,26 @@ from trainmerge.task_vectors import TaskVectors
 
 
 def test_dare_is_unbiased_and_its_dice_know_only_names() -> None:
-    tau = torch.ones(1, 200, 500, dtype=torch.float64)
+    tau = torch.full((1, 200, 500), 2.0**-8, dtype=torch.float64)
     (kept,) = one(tm.Dare(0.9), tau[0])
     share = (kept != 0).double().mean().item()
     assert share == pytest.approx(0.1, abs=0.004)
-    assert kept.unique().tolist() == pytest.approx([0.0, 10.0])
+    assert kept.unique().tolist() == pytest.approx([0.0, 10 * 2.0**-8])
     alone, beside = run(tm.Dare(0.5), {"w": tau}), run(tm.Dare(0.5), {"v": tau, "w": tau})
     assert torch.equal(alone["w"], beside["w"])
     assert not torch.equal(beside["v"], beside["w"])
     assert not torch.equal(one(tm.Dare(0.5, seed=1), tau[0]), alone["w"])
 
 
+def test_dare_speaks_up_for_large_differences() -> None:
+    taus = {"w": torch.stack([torch.full((9000, 3), size, dtype=torch.float64) for size in (0.004, 0.2)])}
+    with pytest.warns(UserWarning, match=r"\{'b': '0\.2'\}.*10 times"):
+        run(tm.Dare(0.9), taus)
+    run(tm.Dare(0.5), taus)  # not under -W error
+
+
 def test_dare_has_its_variance_and_a_layer_its_output_on_average() -> None:
-    tau, x = matrices(0, shape=(4, 6))[0], matrices(1, shape=(6, 1))[0]
+    tau, x = 1e-3 * matrices(0, shape=(4, 6))[0], matrices(1, shape=(6, 1))[0]
     kept = torch.stack([one(tm.Dare(0.9, seed=s), tau)[0] for s in range(600)])
     variance = (kept - tau).square().mean(0) / tau.square()
     assert variance.mean().item() == pytest.approx(9.0, rel=0.1)  # p / (1 - p)

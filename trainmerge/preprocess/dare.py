@@ -6,6 +6,7 @@ Legend: `K` experts, `*S` shape of a parameter or of some rows of it.
 """
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,9 @@ from typing_extensions import override
 from trainmerge.preprocess.piecewise import Piecewise, Rule
 from trainmerge.task_vectors import Delta, TaskVectors
 
+LARGE = 0.005  # mean |difference|: the paper's experts, which bear dropping nine tenths, are below it
+SAMPLE = 1 << 12  # entries of a parameter that are looked at
+
 
 @dataclass(frozen=True)
 class Dare(Piecewise):
@@ -24,7 +28,7 @@ class Dare(Piecewise):
 
     Then average (coefficients 1 / K), task arithmetic, or `Ties` after it. The dice depend on seed, expert
     and parameter name (and rows, where it is large) only, so the result is the same in any order and on any
-    number of processes.
+    number of processes. Experts whose differences are too large for so much noise are named in a warning.
 
     Args:
         drop: Probability of dropping, in [0, 1). The paper's 0.9 needs small differences.
@@ -40,7 +44,26 @@ class Dare(Piecewise):
 
     @override
     def rule(self, task_vectors: TaskVectors) -> Rule:
+        if self.drop > 0.5:
+            self._warn_of_large(task_vectors)
         return partial(self._dropped, task_vectors.experts)
+
+    def _warn_of_large(self, task_vectors: TaskVectors) -> None:
+        """By the first rows of every parameter."""
+        sums, count = torch.zeros(len(task_vectors.experts), dtype=torch.float64), 0
+        for delta in task_vectors.deltas.values():
+            rows = slice(0, max(1, SAMPLE // max(1, delta.shape[1:].numel())))
+            taus = (delta.rows(rows) if delta.shape else delta).dense()
+            sums += taus.abs().flatten(1).sum(dim=1, dtype=torch.float64).cpu()
+            count += taus[0].numel()
+        means = (sums / max(1, count)).tolist()
+        large = {e: f"{m:.2g}" for e, m in zip(task_vectors.experts, means, strict=True) if m > LARGE}
+        if large:
+            warnings.warn(
+                f"Dare: mean |difference| is {large}, and with drop {self.drop} what is kept grows "
+                f"{1 / (1 - self.drop):.3g} times; above {LARGE} that hurts (arXiv 2311.03099): drop less",
+                stacklevel=2,
+            )
 
     def _dropped(self, experts: Sequence[str], name: str, delta: Delta) -> Tensor:
         kept = [
