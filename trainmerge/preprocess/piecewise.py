@@ -46,11 +46,12 @@ class Piecewise(Preprocess):
                 yield name, rule(piece, part)
 
 
-def in_pieces(name: str, delta: Delta, entries: int = PIECE) -> Iterator[tuple[slice, str, Delta]]:
+def in_pieces(name: str, delta: Delta, entries: int | None = None) -> Iterator[tuple[slice, str, Delta]]:
     """A parameter's rows, in order, a piece's name, and its differences; a small parameter is one piece.
 
-    Pieces have about `entries` entries. A rule's results may depend on that: they keep the default.
+    Pieces have about `entries` entries. A rule's results may depend on that: they keep to `PIECE`, the default.
     """
+    entries = entries or PIECE
     size = delta.shape.numel()
     if size <= entries:
         yield slice(None), name, delta
