@@ -49,7 +49,7 @@ class Piecewise(Preprocess):
 def in_pieces(name: str, delta: Delta, entries: int | None = None) -> Iterator[tuple[slice, str, Delta]]:
     """A parameter's rows, in order, a piece's name, and its differences; a small parameter is one piece.
 
-    Pieces have about `entries` entries. A rule's results may depend on that: they keep to `PIECE`, the default.
+    Pieces have about `entries` entries. A rule's results may depend on that; the default is `PIECE`.
     """
     entries = entries or PIECE
     size = delta.shape.numel()
