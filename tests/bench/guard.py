@@ -15,6 +15,10 @@ OTHERS = {
     "diversity": ("--model.objective.init_args.diversity=1",),
     "box": ("--model.constraint=trainmerge.Box",),
     "anchor": ("--model.anchor.weight=1", "--model.anchor.power=2"),
+    "scaled": (
+        "--model.optimizer=tests.bench.scaled_steps.ScaledAdam",
+        "--model.optimizer.init_args.lr=0.05",
+    ),
     "slow": ("--model.optimizer.init_args.lr=0.005",),
 }
 
