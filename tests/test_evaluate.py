@@ -113,6 +113,8 @@ def test_a_run_with_a_task_held_out(run: Path) -> None:
     kept = Recipe(**{**vars(recipe(run.parent)), "held_out": {"mood": out}})
     with pytest.raises(ValueError, match=r"\['mood'\] are experts' names"):
         load_tasks(kept)
+    with pytest.raises(ValueError, match="limit must be a number"):
+        load_tasks(recipe(run.parent), -1)
 
 
 def test_a_checkpoint_is_cut_as_the_run_was(run: Path, tmp_path: Path) -> None:

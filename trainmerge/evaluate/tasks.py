@@ -52,10 +52,12 @@ def load_tasks(recipe: Recipe, limit: int = 0, split: Split = "test") -> tuple[l
     """The experts' tasks (held in) and the held-out ones, the first `limit` examples of each (0: all).
 
     Raises:
-        ValueError: a task has no such file, or the file lacks `text` or, under a head, `label`; a held-out
-            task has an expert's name; heads for some tasks only.
+        ValueError: `limit` is negative; a task has no such file, or the file lacks `text` or, under a head,
+            `label`; a held-out task has an expert's name; heads for some tasks only.
     """
     metric_of(recipe)
+    if limit < 0:
+        raise ValueError(f"limit must be a number of examples, or 0 for all, not {limit}")
     if twice := recipe.experts.keys() & recipe.held_out.keys():
         raise ValueError(f"recipe.held_out: {sorted(twice)} are experts' names; name these tasks otherwise")
     files = {name: getattr(expert, split) for name, expert in recipe.experts.items()}
