@@ -14,10 +14,12 @@ import signal
 import tempfile
 import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 
 import trainmerge as tm
 from tests.ranks import Failed, Ranks, sound
@@ -30,13 +32,20 @@ from trainmerge.run_folder import RunFolder, versions
 
 STEPS = 12
 HANG = 120  # seconds
+MEET = timedelta(seconds=60)  # what a rank waits for one that was killed before they met, as a launcher would
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 EXPECTED = {"Preempted", "ConnectionError"}
 
 
 def part(root: Path, folder: Path, processes: int, sharded: bool) -> torch.Tensor:
     return world_fit(
-        root, folder, processes, sharded=sharded, steps=STEPS, objective=tm.Entropy(agreement=1.0)
+        root,
+        folder,
+        processes,
+        sharded=sharded,
+        steps=STEPS,
+        objective=tm.Entropy(agreement=1.0),
+        strategy=DDPStrategy(timeout=MEET),
     )
 
 

@@ -27,7 +27,7 @@ def world_fit(root: Path, run_folder: Path, processes: int, **settings: Any) -> 
     merge = settings.pop("recipe", None) or recipe(root)
     precision, steps = settings.pop("precision", None), settings.pop("steps", STEPS)
     batch_size = settings.pop("batch_size", 6)
-    callbacks = settings.pop("callbacks", [])
+    callbacks, strategy = settings.pop("callbacks", []), settings.pop("strategy", "ddp")
     module = settings.pop("kind", MergeModule)(
         merge,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05),
@@ -37,7 +37,7 @@ def world_fit(root: Path, run_folder: Path, processes: int, **settings: Any) -> 
     data = tm.Calibration(calibration_files(merge), merge.base, batch_size=batch_size, max_length=16)
     trainer = tm.make_trainer(
         run_folder, save_every=2, max_steps=steps, accelerator="cpu", enable_progress_bar=False,
-        devices=processes, strategy="ddp" if processes > 1 else "auto", precision=precision,
+        devices=processes, strategy=strategy if processes > 1 else "auto", precision=precision,
         callbacks=callbacks,
     )  # fmt: skip
     tm.fit(module, data, trainer, run_folder)

@@ -70,7 +70,10 @@ class Tsv(Preprocess):
         if self.orthogonal:
             left = torch.split(polar(torch.cat(left, dim=1)), sizes, dim=1)
             right = torch.split(polar(torch.cat(right, dim=1)), sizes, dim=1)
-        return torch.stack([(u * s) @ v.T for u, s, v in zip(left, values, right, strict=True)])
+        taus = left[0].new_empty(len(left), len(left[0]), len(right[0]))  # written once, never stacked
+        for tau, u, s, v in zip(taus, left, values, right, strict=True):
+            torch.mm(u * s, v.T, out=tau)
+        return taus
 
 
 def _inner_products(triples: Sequence[Triples]) -> Tensor:
