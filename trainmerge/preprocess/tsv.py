@@ -70,7 +70,7 @@ class Tsv(Preprocess):
         if self.orthogonal:
             left = torch.split(polar(torch.cat(left, dim=1)), sizes, dim=1)
             right = torch.split(polar(torch.cat(right, dim=1)), sizes, dim=1)
-        taus: Tensor = left[0].new_empty(len(left), len(left[0]), len(right[0]))  # written once, never stacked
+        taus: Tensor = left[0].new_empty(len(left), len(left[0]), len(right[0]))  # never stacked
         for tau, u, s, v in zip(taus, left, values, right, strict=True):
             torch.mm(u * s, v.T, out=tau)
         return taus
