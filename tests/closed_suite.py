@@ -154,7 +154,7 @@ def table() -> str:
         digits = 3 if suite == "text" else 2
         gap = SUITES[suite].gap(found["score"], baselines[suite])
         cost = [f"{found['seconds']:.0f}", f"{found['bytes'] / 1e9:.2f}"]
-        return [f"{found['score']:.{digits}f}", f"{gap:.0%}", *cost]
+        return [f"{found['score']:.{digits}f}", f"{gap:z.0%}", *cost]
 
     lines = [
         f"| {' | '.join([method.title, *cells('text', name), *cells('lm', name)])} |"
