@@ -32,7 +32,7 @@ from trainmerge.run_folder import RunFolder, versions
 
 STEPS = 12
 HANG = 120  # seconds
-MEET = timedelta(seconds=60)  # what a rank waits for one that was killed before they met, as a launcher would
+MEET = timedelta(seconds=20)  # what a rank waits for one that was killed before they met, as a launcher would
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 EXPECTED = {"Preempted", "ConnectionError"}
 
