@@ -17,6 +17,7 @@ from trainmerge.calibration import Calibration
 from trainmerge.callbacks import EXIT_PREEMPTED, Preempted
 from trainmerge.config import read_yaml
 from trainmerge.module import MergeModule
+from trainmerge.plan import Plan
 from trainmerge.planning import plan_fit, print_plan
 from trainmerge.recipe import Recipe, calibration_files
 from trainmerge.run import fit, precision_of
@@ -75,7 +76,7 @@ def fit_command(arguments: list[str]) -> int:
     folder = RunFolder(Path(cli.config["run"]))
     text = cli.parser.dump(cli.config, skip_validation=True)
     if cli.config["dry_run"]:
-        print_plan(plan_fit(cli.model, cli.datamodule, precision_of(cli.trainer)))
+        print_plan(plan_of(cli))
         return 0
     try:
         fit(
@@ -101,12 +102,16 @@ def fit_command(arguments: list[str]) -> int:
     return 0
 
 
+def plan_of(cli: FitCLI) -> Plan:
+    """What the fit would hold and take."""
+    return plan_fit(cli.model, cli.datamodule, precision_of(cli.trainer))
+
+
 def show_plan(config: Path) -> None:
     """Print what a fit of this configuration would hold and take, or why there is no telling."""
     with tempfile.TemporaryDirectory() as place:
         try:
-            cli = parse(["--config", str(config), "--run", f"{place}/run"])
-            plan = plan_fit(cli.model, cli.datamodule, precision_of(cli.trainer))
+            plan = plan_of(parse(["--config", str(config), "--run", f"{place}/run"]))
         except (ArgumentError, ValueError, MisconfigurationException) as error:
             print(f"no plan of memory and time: {error}")
             return

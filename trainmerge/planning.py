@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainmerge.batch import Asks, Batch, Step
 from trainmerge.calibration import Calibration
@@ -168,8 +168,7 @@ def _read(module: MergeModule, delta: Delta) -> int:
         return delta.base.nbytes + len(delta.terms) * int(module.quantise.bytes_a_weight * delta.base.numel())
     if module.recipe.preprocess:
         return delta.base.nbytes + len(delta.terms) * 4 * delta.base.numel()
-    parts = (part for term in delta.terms for part in term if isinstance(part, Tensor))
-    return delta.base.nbytes + sum(part.nbytes for part in parts)
+    return delta.nbytes
 
 
 def _sizes(

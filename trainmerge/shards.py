@@ -25,9 +25,8 @@ from trainmerge.storage import file_order, read_ahead, write_safetensors
 from trainmerge.task_vectors import Delta, TaskVectors
 
 READY = 8  # pieces that wait to be written
-PIECE = (
-    1 << 19
-)  # entries of a piece where no rule works on it: calls count less, and malloc still keeps its pages
+# Entries of a piece where no rule works on it: calls count less, and malloc still keeps its pages.
+PIECE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,13 @@ class Merge:
     def _deltas(self, parameter: str) -> Iterator[tuple[slice, Delta]]:
         """Pieces of a parameter with the differences that are merged."""
         delta = self.task_vectors.deltas[parameter]
-        if self.rule is None and any(isinstance(term, LowRank) for term in delta.terms):
+        if self.rule is not None:
+            for part, piece, some in in_pieces(parameter, delta):
+                yield part, Delta(some.base, tuple(Difference(tau) for tau in self.rule(piece, some)))
+        elif any(isinstance(term, LowRank) for term in delta.terms):
             yield slice(None), delta  # a product of factors in other blocks is rounded otherwise
-            return
-        if self.rule is None:
+        else:
             yield from ((part, some) for part, _, some in in_pieces(parameter, delta, PIECE))
-            return
-        for part, piece, some in in_pieces(parameter, delta):
-            yield part, Delta(some.base, tuple(Difference(tau) for tau in self.rule(piece, some)))
 
     def announce(self, name: str) -> None:
         """Have the kernel read what `pieces` will, from now on."""

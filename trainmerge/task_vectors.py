@@ -36,6 +36,12 @@ class Delta:
         """The parameter's shape, [*S]."""
         return self.base.shape
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a pass reads: base and terms."""
+        parts = (part for term in self.terms for part in term if isinstance(part, Tensor))
+        return self.base.nbytes + sum(part.nbytes for part in parts)
+
     def merge(self, out: Tensor, coefficients: Tensor) -> None:
         """Write base + sum_k coefficients[k, chunk] tau_k into `out` [*S]. Coefficients [K, C]."""
         weighted_sum(out, self.base, self.terms, coefficients)

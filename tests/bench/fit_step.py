@@ -155,12 +155,9 @@ def measure(resident: Resident, batches: list[Batch], together: int, suffix: str
 def limit(resident: Resident) -> float:
     """Seconds of both passes if their bytes went at the speed of a copy."""
     merged = resident.merged
-    count = 0
-    for name in merged.coefficients.layout.groups:
-        delta = merged.task_vectors.deltas[name]
-        read = sum(part.nbytes for term in delta.terms for part in term if isinstance(part, torch.Tensor))
-        count += 2 * (read + delta.base.nbytes + merged.parameters[name].nbytes)
-    return count / copy_bandwidth()
+    groups = merged.coefficients.layout.groups
+    count = sum(merged.task_vectors.deltas[name].nbytes + merged.parameters[name].nbytes for name in groups)
+    return 2 * count / copy_bandwidth()
 
 
 def copy_bandwidth(rounds: int = 10) -> float:

@@ -99,11 +99,7 @@ def _measured(opened: Opened, weights: Weights) -> tuple[Geometry | None, list[F
 
 def weight_bytes(opened: Opened) -> int:
     """Bytes of base and experts that a pass over the task vectors reads."""
-    return sum(
-        delta.base.nbytes
-        + sum(part.nbytes for term in delta.terms for part in term if hasattr(part, "nbytes"))
-        for delta in opened.task_vectors.deltas.values()
-    )
+    return sum(delta.nbytes for delta in opened.task_vectors.deltas.values())
 
 
 def _column(path: Path) -> str:
