@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboardX.proto.event_pb2 import Event
 
 import trainmerge as tm
@@ -31,6 +31,11 @@ def fit(world: Path, run: Path, steps: int, **trainer: object) -> None:
         run, save_every=3, max_steps=steps, accelerator="cpu", enable_progress_bar=False, **trainer
     )
     tm.fit(module, data, made, run)
+
+
+def ours(run: Path) -> list[dict[str, float]]:
+    """The lines of our own log."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def events(folder: Path) -> list[Event]:
@@ -58,18 +63,43 @@ def test_csv_and_tensorboard_beside_our_own_over_a_resume(world: Path, tmp_path:
     for name in ("metrics-until-3.csv", "metrics.csv"):
         with (tables / name).open() as file:
             rows += [row for row in csv.DictReader(file) if row["loss"]]
-    ours = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [int(row["step"]) for row in rows] == [line["step"] for line in ours] == [0, 1, 2, 3, 4]
-    assert [float(row["loss"]) for row in rows] == pytest.approx([line["loss"] for line in ours])
-    assert not any(key.startswith("coefficients") for line in ours for key in line)
+    lines = ours(run)
+    assert [int(row["step"]) for row in rows] == [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert [float(row["loss"]) for row in rows] == pytest.approx([line["loss"] for line in lines])
+    assert not any(key.startswith("coefficients") for line in lines for key in line)
     values = [value for event in events(side / "board" / "version_0") for value in event.summary.value]
     tags = {value.tag for value in values}
-    assert {"loss", "loss/mood", "coefficients/mood/mean", "coefficients/animal/max"} <= tags
+    assert {"loss", "losses/mood", "coefficients/mood/mean", "coefficients/animal/max"} <= tags
     pictures = [value.image for value in values if value.tag == "coefficients"]
     assert len(pictures) == 2
     assert pictures[-1].encoded_image_string.startswith(b"\x89PNG")
     means = [value.simple_value for value in values if value.tag == "coefficients/mood/mean"]
     assert means[-1] == pytest.approx(learned(run)[0].mean().item(), rel=1e-5)
+
+
+def test_weights_and_biases_offline(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="pip install wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger("merge", save_dir=tmp_path, offline=True, project="trainmerge")
+    fit(world, tmp_path / "run", 3, logger=logger)
+    logged = dict(wandb.run.summary)
+    wandb.finish()
+    assert logged["coefficients/mood/mean"] == pytest.approx(learned(tmp_path / "run")[0].mean().item())
+    assert logged["loss"] == pytest.approx(ours(tmp_path / "run")[-1]["loss"])
+    assert len(list(tmp_path.rglob("media/images/coefficients_*.png"))) == 1
+
+
+def test_mlflow_in_files(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow", reason="pip install mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow-skinny has no other store on a disk
+    logger = MLFlowLogger("merges", tracking_uri=(tmp_path / "mlflow").as_uri())
+    fit(world, tmp_path / "run", 3, logger=logger)
+    client, run = logger.experiment, logger.run_id
+    assert run is not None
+    means = client.get_metric_history(run, "coefficients/mood/mean")
+    assert [metric.step for metric in means] == [0, 1, 2]
+    assert means[-1].value == pytest.approx(learned(tmp_path / "run")[0].mean().item())
+    assert [file.path for file in client.list_artifacts(run)] == ["coefficients-3.png"]
 
 
 def test_a_flat_loss_stops_at_the_same_step_after_an_interruption(world: Path, tmp_path: Path) -> None:

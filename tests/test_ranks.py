@@ -12,8 +12,9 @@ import torch
 from torchjd.aggregation import PCGrad
 
 import trainmerge as tm
-from tests.ranks import Ranks, sound
+from tests.ranks import Ranks, run, sound
 from tests.world import languages_recipe, recipe, write_languages, write_world
+from trainmerge import teachers
 from trainmerge.module import MergeModule
 from trainmerge.recipe import calibration_files
 from trainmerge.run_folder import RunFolder
@@ -148,3 +149,33 @@ def test_any_number_of_processes_ends_with_the_same_coefficients(
             assert torch.equal(coefficients, ended[kind][0][name]), name  # of every rank, to the bit
             apart = (coefficients - alone[name]).abs().max().item()
             assert apart < ROUNDED.get(name, 1e-6), name
+
+
+def recording(root: Path, folder: Path, processes: int, sharded: bool) -> tuple[int, bytes]:
+    """One process's part of recording the experts: its forward passes, and what all of them wrote."""
+    teachers.TOKENS = 16  # three batches of each of two experts
+    passes: list[int] = []
+    signals = teachers._Recorder._signals
+
+    def counted(recorder: Any, k: int, examples: Any) -> Any:
+        passes.append(len(examples))
+        return signals(recorder, k, examples)
+
+    teachers._Recorder._signals = counted  # type: ignore[method-assign]
+    objective = tm.Alignment(hidden=0.5, layers=(1,))
+    world_fit(
+        root, folder, processes, sharded=sharded, steps=1, recipe=languages_recipe(root), objective=objective
+    )
+    (file,) = RunFolder(folder).workspace.glob("teachers-*")
+    return len(passes), file.read_bytes()
+
+
+def test_recording_the_experts_is_shared_by_the_processes(tmp_path: Path) -> None:
+    write_languages(tmp_path)
+    ((alone, wanted),) = run(1, recording, tmp_path, tmp_path / "1", 1, False)
+    assert alone == 6
+    for sharded in (False, True):
+        results = run(2, recording, tmp_path, tmp_path / f"2{sharded}", 2, sharded)
+        for passes, written in results:
+            assert passes == 4  # two rounds an expert
+            assert written == wanted

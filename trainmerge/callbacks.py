@@ -112,8 +112,10 @@ class Snapshots(Callback):
 
 def check_finite(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Raise ValueError if the step's losses, or what it made of the coefficients, are NaN or infinite."""
-    losses = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("loss/")}
-    bad = [key.removeprefix("loss/") for key, loss in losses.items() if not math.isfinite(loss)]
+    losses = {
+        key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("losses/")
+    }
+    bad = [key.removeprefix("losses/") for key, loss in losses.items() if not math.isfinite(loss)]
     if bad or not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
         what = f"the loss of {', '.join(bad)} is" if bad else "the coefficients are"
         raise ValueError(

@@ -287,7 +287,8 @@ class MergeModule(pl.LightningModule):
             self.log("gap", optimizer.optimizer.gap())
         losses = reports[0]  # at the coefficients that the step began with
         self.log("loss", torch.stack(list(losses.values())).sum(), prog_bar=True)
-        self.log_dict({f"loss/{name}": loss for name, loss in losses.items()})
+        # Not loss/NAME: beside `loss`, a store that keeps metrics in files would need a folder of that name.
+        self.log_dict({f"losses/{name}": loss for name, loss in losses.items()})
 
     def _gradient_of(self, step: Step) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of all tasks at the merge of the present coefficients, and the gradient [K, G] of the step.

@@ -48,6 +48,15 @@ def from_all(value: T) -> list[T]:
     return values
 
 
+def at_first(value: T) -> list[T]:
+    """Every process's value, in the order of ranks, on process 0; nothing on the others."""
+    if count() == 1:
+        return [value]
+    values: list[T] | None = [value] * count() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 @torch.no_grad()
 def total(tensor: Tensor) -> Tensor:
     """The sum over processes; the argument stays as it is."""

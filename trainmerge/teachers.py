@@ -100,21 +100,16 @@ def _make(
     asks: Asks,
     budget: int,
 ) -> None:
-    """Run the experts and write the file. Of several processes the first does, for all.
-
-    Where they share the model, all of them have to run it, and the first writes.
-    """
-    together = resident.root is not None
-    if processes.rank() == 0 or together:
-        counts = [_counts(k, own, tokenizer) for k, own in enumerate(examples)]
-        sizes = _sizes(resident, tokenizer, asks, examples[0][0])
-        recorder = _Recorder(resident, tokenizer, asks, counts, sizes, budget)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        starts = json.dumps([_cumulated(of_expert) for of_expert in counts])
-        if processes.rank() == 0:
-            write_safetensors(path, recorder.specs(), recorder.run(examples), {"starts": starts})
-        else:
-            deque(recorder.run(examples), maxlen=0)
+    """Run the experts on all processes, and write the file on the first."""
+    counts = [_counts(k, own, tokenizer) for k, own in enumerate(examples)]
+    sizes = _sizes(resident, tokenizer, asks, examples[0][0])
+    recorder = _Recorder(resident, tokenizer, asks, counts, sizes, budget)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    starts = json.dumps([_cumulated(of_expert) for of_expert in counts])
+    if processes.rank() == 0:
+        write_safetensors(path, recorder.specs(), recorder.run(examples), {"starts": starts})
+    else:
+        deque(recorder.run(examples), maxlen=0)
     processes.barrier()
 
 
@@ -202,7 +197,11 @@ class _Recorder:
 
     @torch.no_grad()
     def _expert(self, k: int, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """One expert's parts, its rows in the order of `examples`."""
+        """One expert's parts, its rows in the order of `examples`: whole on the first process.
+
+        Each process runs a batch of a round; one that is left without repeats another's: where they share
+        the model, the others need it.
+        """
         starts = _cumulated(self.counts[k])
         row_starts = list(range(len(examples) + 1)) if self._under_head(k) else starts
         parts: dict[str, Tensor] = {
@@ -210,10 +209,15 @@ class _Recorder:
             for name, (dtype, shape) in self.specs().items()
             if name.startswith(f"{k}.")
         }
-        for ids in self._batches(k):
-            for name, rows in self._signals(k, [examples[i] for i in ids]).items():
-                places = _spans(starts if name.startswith("hidden.") else row_starts, torch.tensor(ids))
-                parts[name][places] = rows.to(parts[name])
+        batches = list(self._batches(k))
+        for begin in range(0, len(batches), processes.count()):
+            together = batches[begin : begin + processes.count()]
+            mine = [examples[i] for i in together[processes.rank() % len(together)]]
+            signals = {name: rows.to(parts[name]) for name, rows in self._signals(k, mine).items()}
+            for ids, of_batch in zip(together, processes.at_first(signals), strict=False):
+                for name, rows in of_batch.items():
+                    places = _spans(starts if name.startswith("hidden.") else row_starts, torch.tensor(ids))
+                    parts[name][places] = rows
         return parts
 
     def _batches(self, k: int) -> Iterator[list[int]]:

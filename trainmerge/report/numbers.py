@@ -103,8 +103,8 @@ def read_losses(path: Path) -> dict[str, Tensor]:
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for key, value in row.items():
-            if key == "loss" or key.startswith("loss/"):
-                found.setdefault(key.removeprefix("loss/") if key != "loss" else "all", []).append(
+            if key == "loss" or key.startswith("losses/"):
+                found.setdefault(key.removeprefix("losses/") if key != "loss" else "all", []).append(
                     (row["step"], value)
                 )
     return {name: Tensor(points) for name, points in found.items()}
