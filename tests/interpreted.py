@@ -5,19 +5,26 @@ kernel is defined.
 """
 
 import torch
+from torch import nn
 
 from tests.contracts import assert_delta_contract, assert_inner_is_exact, assert_same_bits, merge
+from trainmerge.coefficients import Coefficients, Grouping
 from trainmerge.kernels import (
     Difference,
     ExpertWeight,
     LowRank,
+    Merge,
+    Product,
     Term,
     Untouched,
     eager,
+    run_merges,
+    run_products,
     triton_kernels,
     using,
 )
-from trainmerge.task_vectors import Delta
+from trainmerge.merged_model import MergedModel
+from trainmerge.task_vectors import Delta, TaskVectors
 
 MIX = [ExpertWeight, Difference, Untouched, ExpertWeight]
 GENERATOR = torch.Generator().manual_seed(0)
@@ -66,20 +73,57 @@ def check_many_at_once() -> None:
     deltas.append(Delta(torch.zeros(8, 5), (LowRank(*low, 0.5), *[Untouched()] * 3)))
     coefficients = [torch.randn(4, chunks, generator=GENERATOR) for chunks in (3, 1, 1, 2)]
     outs = [torch.empty(delta.shape) for delta in deltas]
-    given = [(o, d.base, d.terms, c) for o, d, c in zip(outs, deltas, coefficients, strict=True)]
-    triton_kernels.weighted_sums(given)
-    for out, base, terms, c in given:
+    merges = [Merge(o, d.base, d.terms, c) for o, d, c in zip(outs, deltas, coefficients, strict=True)]
+    run_merges(merges)
+    for out, base, terms, c in merges:
         want = torch.empty_like(out)
         eager.weighted_sum(want, base, terms, c)
         torch.testing.assert_close(out, want)
+    products = [Product(torch.randn(m.out.shape), m.base, m.terms, m.coefficients.shape[1]) for m in merges]
+    for product, found in zip(products, run_products(products), strict=True):
+        torch.testing.assert_close(found, eager.inner_products(*product), rtol=1e-5, atol=1e-5)
+
+
+def check_a_fit_launches_few(launched: list[int]) -> None:
+    """A model's parameters share launches, in the merge and in the gradient, whether kept or not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(9)])
+    deltas = {name: make(list(p.shape), p.dtype, [ExpertWeight] * 2) for name, p in model.named_parameters()}
+    vectors = TaskVectors(("a", "b"), deltas)
+    coefficients = Coefficients(vectors.experts, Grouping("tensor").layout(vectors.shapes), 0.3)
+    merged = MergedModel(model, vectors, coefficients)
+
+    def gradient() -> torch.Tensor:
+        merged.materialise()
+        for _ in range(2):
+            merged.module(torch.ones(3, 6)).square().sum().backward()
+        return merged.gradient()
+
+    with using("eager"):
+        want = gradient()
+    for merged.keep_gradients, segments in ((False, 36), (True, 18)):
+        launched.clear()
+        torch.testing.assert_close(gradient(), want, rtol=1e-4, atol=1e-5)
+        assert launched == [18, segments], launched  # one launch a pass
+
+
+def counted(*names: str) -> list[int]:
+    """How many segments each later launch had."""
+    launched: list[int] = []
+    for name in names:
+        launch = getattr(triton_kernels, name)
+        setattr(triton_kernels, name, lambda s, run=launch: (launched.append(len(s)), run(s))[1])
+    return launched
 
 
 def main() -> None:
     """All of it; raises AssertionError."""
+    launched = counted("_launch_merge", "_launch_inner")
     with using("triton"):
         check_contract()
         check_bfloat16()
         check_many_at_once()
+        check_a_fit_launches_few(launched)
     print("interpreted as eager")
 
 

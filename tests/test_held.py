@@ -13,7 +13,7 @@ from tests.world import bert, llama
 from trainmerge import processes
 from trainmerge.checkpoints import hollow_model, load_model, open_checkpoint
 from trainmerge.held import HeldDelta, held_rows, local
-from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched
+from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched, inner_products, run_merges
 from trainmerge.sharded import held_bytes, pass_bytes, shard_model, units
 
 FORMS = (ExpertWeight, Difference, LowRank, Untouched)
@@ -32,8 +32,9 @@ def test_rows_of_all_processes_are_the_whole(
     for process in range(count):
         rows = held_rows(shape[0], process, count)
         part = HeldDelta(delta, rows)
-        part.merge(parts[rows], weights)
-        inner += part.inner(grad[rows], chunks)
+        run_merges(list(part.merges(parts[rows], weights)))
+        for columns, product in part.products(grad[rows], chunks):
+            inner[:, columns] += inner_products(*product)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-15)
     torch.testing.assert_close(inner, delta.inner(grad, chunks), rtol=1e-12, atol=1e-12)
 

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from trainmerge.kernels import accumulation_dtype, chunk_bounds
+from trainmerge.kernels import Merge, Product, chunk_bounds
 from trainmerge.task_vectors import Delta
 
 
@@ -49,19 +48,16 @@ class HeldDelta:
     delta: Delta
     held: slice
 
-    def merge(self, out: Tensor, coefficients: Tensor) -> None:
-        """Write the held rows of base + sum_k coefficients[k, chunk] tau_k into `out` [H, ...]."""
+    def merges(self, out: Tensor, coefficients: Tensor) -> Iterator[Merge]:
+        """The calls that write the held rows of base + sum_k coefficients[k, chunk] tau_k, `out` [H, ...]."""
         for chunk, rows in self._pieces(coefficients.shape[1]):
-            own = coefficients[:, chunk : chunk + 1]
-            self.delta.rows(rows).merge(out[self._here(rows)], own)
+            yield from self.delta.rows(rows).merges(out[self._here(rows)], coefficients[:, chunk : chunk + 1])
 
-    def inner(self, grad: Tensor, chunks: int) -> Tensor:
-        """<grad, tau_k> over the held rows of every chunk, `grad` [H, ...] -> [K, C]."""
-        dtype = accumulation_dtype(grad.dtype)
-        found = torch.zeros(len(self.delta.terms), chunks, dtype=dtype, device=grad.device)
+    def products(self, grad: Tensor, chunks: int) -> Iterator[tuple[slice, Product]]:
+        """The calls of <grad, tau_k> over the held rows, `grad` [H, ...], and which chunk each is about."""
         for chunk, rows in self._pieces(chunks):
-            found[:, chunk] = self.delta.rows(rows).inner(grad[self._here(rows)], 1)[:, 0]
-        return found
+            ((_, product),) = self.delta.rows(rows).products(grad[self._here(rows)], 1)
+            yield slice(chunk, chunk + 1), product
 
     def _pieces(self, chunks: int) -> Iterator[tuple[int, slice]]:
         """Each chunk that this process holds rows of, and which: bounds of chunks cut at the shard's."""

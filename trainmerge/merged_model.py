@@ -11,7 +11,7 @@ merges the rows that it holds and multiplies the rows of the reduced gradient wi
 Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from trainmerge.coefficients import Coefficients
 from trainmerge.held import HeldDelta, held, local
+from trainmerge.kernels import Gathered, Product, gathers, run_merges, run_products, touched
 from trainmerge.layer_taps import products, tap, tappable
 from trainmerge.streaming import Prefetch, prefetch_to
 from trainmerge.task_vectors import Delta, TaskVectors, outside
@@ -62,6 +63,7 @@ class MergedModel:
             )
         device = next(module.parameters()).device
         self._to_write, self._to_collect = prefetch_to(device), prefetch_to(device)  # each pass has its order
+        self._merges, self._products = Gathered(run_merges), Gathered(self._run_products)
         self._gradient: Tensor | None = None  # [K, G], float64: many small sums meet here
         module.requires_grad_(False)
         for name, parameter in self._parameters.items():
@@ -71,7 +73,7 @@ class MergedModel:
     @torch.no_grad()
     def materialise(self) -> None:
         """Write the merge of the present coefficients into the module: one pass over the task vectors."""
-        values = self.coefficients()
+        values = self.coefficients().cpu()  # at once: the passes read single numbers of it
         self._write(self.task_vectors, self._parameters, lambda name: self.coefficients.of(name, values))
 
     @contextmanager
@@ -101,6 +103,7 @@ class MergedModel:
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
                 self._collect(name, parameter)
+        self._products.flush()
         gradient = self._gradient if self._gradient is not None else self._zeros()
         self._gradient = None
         return gradient.to(self.coefficients.raw.dtype)
@@ -134,22 +137,26 @@ class MergedModel:
         with exact(parameter):
             slope = self._projected(name, local(parameter.grad))
             delta = self._delta(self._to_collect, self.task_vectors, name)
-            self._add(name, delta.inner(slope, self._chunks(name)))
+            columns, wait = self.coefficients.layout.groups[name], gathers(slope.device)
+            for chunks, product in delta.products(slope, len(columns)):
+                self._products.add((columns[chunks], product), touched(product), wait)
         parameter.grad = None
+
+    def _run_products(self, calls: Sequence[tuple[Sequence[int], Product]]) -> None:
+        found = run_products([product for _, product in calls])
+        self._add([column for columns, _ in calls for column in columns], torch.cat(found, 1))
 
     def _collect_at_layer(self, name: str, inputs: Tensor, slopes: Tensor) -> None:
         with exact(slopes):
-            self._add(name, products(inputs, slopes, self.task_vectors.deltas[name], self._chunks(name)))
+            columns = self.coefficients.layout.groups[name]
+            self._add(columns, products(inputs, slopes, self.task_vectors.deltas[name], len(columns)))
 
-    def _chunks(self, name: str) -> int:
-        return len(self.coefficients.layout.groups[name])
-
-    def _add(self, name: str, inner: Tensor) -> None:
-        """Sum a parameter's inner products [K, C] into its groups."""
+    def _add(self, columns: Sequence[int], inner: Tensor) -> None:
+        """Sum inner products [K, len(columns)] into their groups."""
         if self._gradient is None:
             self._gradient = self._zeros()
-        columns = torch.tensor(self.coefficients.layout.groups[name], device=self._gradient.device)
-        self._gradient.index_add_(1, columns, inner.to(self._gradient))
+        places = torch.tensor(columns, device=self._gradient.device)
+        self._gradient.index_add_(1, places, inner.to(self._gradient))
 
     def _projected(self, name: str, gradient: Tensor) -> Tensor:
         if name not in self.left_alone:
@@ -161,11 +168,13 @@ class MergedModel:
     def _write(
         self, source: TaskVectors, names: Iterable[str], coefficients: Callable[[str], Tensor]
     ) -> None:
-        for name in names:
-            parameter = self.parameters[name]
-            with exact(parameter):
-                delta = self._delta(self._to_write, source, name)
-                delta.merge(local(parameter), coefficients(name))
+        with exact(next(self.module.parameters())):
+            for name in names:
+                out = local(self.parameters[name])
+                delta, wait = self._delta(self._to_write, source, name), gathers(out.device)
+                for merge in delta.merges(out, coefficients(name)):
+                    self._merges.add(merge, touched(merge), wait)
+            self._merges.flush()
         torch.clear_autocast_cache()  # a mixed-precision context keeps its casts of the weights that were
 
     def _delta(self, prefetch: Prefetch | None, source: TaskVectors, name: str) -> Delta | HeldDelta:

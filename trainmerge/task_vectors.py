@@ -3,7 +3,7 @@
 Legend: `K` experts, `C` chunks of one parameter, `*S` parameter shape.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from trainmerge.kernels import (
     Difference,
     ExpertWeight,
     LowRank,
+    Merge,
+    Product,
     Quantised,
     Term,
     Untouched,
@@ -49,6 +51,14 @@ class Delta:
     def inner(self, grad: Tensor, chunks: int) -> Tensor:
         """<grad, tau_k> per chunk of rows -> [K, C], float32 or wider."""
         return inner_products(grad, self.base, self.terms, chunks)
+
+    def merges(self, out: Tensor, coefficients: Tensor) -> Iterator[Merge]:
+        """The calls that are `merge`."""
+        yield Merge(out, self.base, self.terms, coefficients)
+
+    def products(self, grad: Tensor, chunks: int) -> Iterator[tuple[slice, Product]]:
+        """The calls that are `inner`, and which chunks each is about."""
+        yield slice(0, chunks), Product(grad, self.base, self.terms, chunks)
 
     def dense(self) -> Tensor:
         """The K differences themselves, [K, *S] in float32 or wider: for preprocessing and tests."""

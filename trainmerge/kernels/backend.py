@@ -18,14 +18,15 @@ from torch import Tensor
 
 import trainmerge.kernels.compiled as compiled
 import trainmerge.kernels.eager as eager
+from trainmerge.kernels.calls import Merge, Product
 from trainmerge.kernels.terms import Term
 
 
 class Backend(NamedTuple):
-    """The two passes, as `eager` defines them."""
+    """Both passes over any number of parameters."""
 
-    weighted_sum: Callable[[Tensor, Tensor, Sequence[Term], Tensor], None]
-    inner_products: Callable[[Tensor, Tensor, Sequence[Term], int], Tensor]
+    run_merges: Callable[[Sequence[Merge]], None]
+    run_products: Callable[[Sequence[Product]], list[Tensor]]
 
 
 NAMES = ("auto", "eager", "compiled", "triton")
@@ -69,13 +70,34 @@ def chosen(device: torch.device) -> str:
     return name
 
 
+def gathers(device: torch.device) -> bool:
+    """Whether the backend runs many calls in one launch, so that they had better wait for each other."""
+    return chosen(device) == "triton"
+
+
 def _backend(name: str) -> Backend:
     if name == "triton":
         import trainmerge.kernels.triton_kernels as triton_kernels  # Triton is not everywhere
 
-        return Backend(triton_kernels.weighted_sum, triton_kernels.inner_products)
+        return Backend(triton_kernels.run_merges, triton_kernels.run_products)
     passes = compiled if name == "compiled" else eager
-    return Backend(passes.weighted_sum, passes.inner_products)
+
+    def run_merges(merges: Sequence[Merge]) -> None:
+        for merge in merges:
+            passes.weighted_sum(*merge)
+
+    return Backend(run_merges, lambda products: [passes.inner_products(*product) for product in products])
+
+
+def run_merges(merges: Sequence[Merge]) -> None:
+    """`weighted_sum` of each, all on one device."""
+    if merges:
+        _backend(chosen(merges[0].out.device)).run_merges(merges)
+
+
+def run_products(products: Sequence[Product]) -> list[Tensor]:
+    """`inner_products` of each, all on one device."""
+    return _backend(chosen(products[0].grad.device)).run_products(products) if products else []
 
 
 def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients: Tensor) -> None:
@@ -83,9 +105,10 @@ def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients:
 
     All-zero coefficients give the base, a one-hot vector on `ExpertWeight` terms that expert, bit for bit.
     """
-    _backend(chosen(out.device)).weighted_sum(out, base, terms, coefficients)
+    run_merges([Merge(out, base, terms, coefficients)])
 
 
 def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: int) -> Tensor:
     """<grad, tau_k> per chunk, all K in one read of `grad` [*S] -> [K, C], float32 (float64 for float64)."""
-    return _backend(chosen(grad.device)).inner_products(grad, base, terms, chunks)
+    (products,) = run_products([Product(grad, base, terms, chunks)])
+    return products

@@ -10,8 +10,8 @@ Checked in Triton's interpreter against eager, and compiled for sm_80 and sm_90;
 Legend: `K` experts, `C` chunks of one parameter, `S` segments, `P` programs (blocks of segments).
 """
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 import trainmerge.kernels.eager as eager
+from trainmerge.kernels.calls import Merge, Product
 from trainmerge.kernels.quantised import Quantised
 from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, rows_of
 from trainmerge.kernels.triton_device import inner_kernel, merge_kernel, sum_kernel
@@ -45,13 +46,8 @@ class Segment(NamedTuple):
         return len(self.models), len(self.taus), *(tensor.dtype for tensor in tensors), aligned
 
 
-def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients: Tensor) -> None:
-    """`eager.weighted_sum`, one launch."""
-    weighted_sums([(out, base, terms, coefficients)])
-
-
-def weighted_sums(merges: Sequence[tuple[Tensor, Tensor, Sequence[Term], Tensor]]) -> None:
-    """`eager.weighted_sum` of each (out, base, terms, coefficients), in a launch for each mix of dtypes."""
+def run_merges(merges: Sequence[Merge]) -> None:
+    """`eager.weighted_sum` of each, in a launch for each mix of dtypes."""
     groups: dict[tuple[Any, ...], list[Segment]] = {}
     for out, base, terms, coefficients in merges:
         if not is_dense(out, base, terms):
@@ -65,27 +61,44 @@ def weighted_sums(merges: Sequence[tuple[Tensor, Tensor, Sequence[Term], Tensor]
         _launch_merge(segments)
 
 
-def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: int) -> Tensor:
-    """`eager.inner_products`, in two launches."""
-    if not is_dense(grad, base, terms) or not grad.numel():
-        return eager.inner_products(grad, base, terms, chunks)
-    segments = []
+def run_products(products: Sequence[Product]) -> list[Tensor]:
+    """`eager.inner_products` of each, in two launches for each mix of dtypes."""
+    ours = [is_dense(p.grad, p.base, p.terms) and p.grad.numel() > 0 for p in products]
+    sizes = [len(p.terms) * p.chunks if own else 0 for p, own in zip(products, ours, strict=True)]
+    sums = torch.zeros(sum(sizes), device=products[0].grad.device)  # every result, one after the other
+    results = []
+    groups: dict[tuple[Any, ...], list[tuple[Segment, list[int]]]] = {}
+    for product, own, begin, size in zip(products, ours, _starts(sizes), sizes, strict=True):
+        if not own:
+            results.append(eager.inner_products(*product))
+            continue
+        results.append(sums[begin : begin + size].view(len(product.terms), product.chunks))
+        experts = _dense_experts(product.terms)
+        for chunk, segment in enumerate(_segments(product) if experts else []):
+            places = [begin + k * product.chunks + chunk for k in experts]
+            groups.setdefault(segment.key, []).append((segment, places))
+    for members in groups.values():
+        found = _launch_inner([segment for segment, _ in members])
+        sums[torch.tensor([places for _, places in members], device=sums.device)] = found.T
+    return results
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    return [0, *accumulate(sizes)][:-1]
+
+
+def _dense_experts(terms: Sequence[Term]) -> list[int]:
+    """Experts in the order of a segment's tensors: models, then differences."""
+    forms = (ExpertWeight, Difference)
+    return [k for form in forms for k, term in enumerate(terms) if isinstance(term, form)]
+
+
+def _segments(product: Product) -> Iterator[Segment]:
+    grad, base, terms, chunks = product
     for rows in _chunks(grad, chunks):
         models = [term.weight[rows] for term in terms if isinstance(term, ExpertWeight)]
         taus = [term.tau[rows] for term in terms if isinstance(term, Difference)]
-        segments.append(Segment(grad[rows], [base[rows], *models], taus, []))
-    places = [
-        k for form in (ExpertWeight, Difference) for k, term in enumerate(terms) if isinstance(term, form)
-    ]
-    result = torch.zeros(len(terms), chunks, device=grad.device)
-    if places:
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        for chunk, segment in enumerate(segments):
-            groups.setdefault(segment.key, []).append(chunk)
-        for columns in groups.values():
-            sums = _launch_inner([segments[chunk] for chunk in columns])
-            result[torch.tensor(places)[:, None], torch.tensor(columns)] = sums
-    return result
+        yield Segment(grad[rows], [base[rows], *models], taus, [])
 
 
 def is_dense(first: Tensor, base: Tensor, terms: Sequence[Term]) -> bool:

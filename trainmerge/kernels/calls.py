@@ -1,0 +1,66 @@
+"""Calls of the two passes, and their gathering where a launch takes any number of them.
+
+Legend: `K` experts, `C` chunks of one parameter, `*S` parameter shape.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from trainmerge.kernels.terms import Term
+
+LAUNCH = 256 << 20  # bytes: reading so many takes a GPU ten times as long as launching it
+
+
+class Merge(NamedTuple):
+    """Write `out` = base + sum_k coefficients[k, chunk] * tau_k."""
+
+    out: Tensor  # [*S]
+    base: Tensor  # [*S]
+    terms: Sequence[Term]  # K
+    coefficients: Tensor  # [K, C]
+
+
+class Product(NamedTuple):
+    """Find <grad, tau_k> per chunk, [K, C]."""
+
+    grad: Tensor  # [*S]
+    base: Tensor  # [*S]
+    terms: Sequence[Term]  # K
+    chunks: int
+
+
+def touched(call: Merge | Product) -> int:
+    """Bytes that a call reads and writes."""
+    parts = (part for term in call.terms for part in term if isinstance(part, Tensor))
+    return call[0].nbytes + call.base.nbytes + sum(part.nbytes for part in parts)
+
+
+Call = TypeVar("Call")
+
+
+class Gathered(Generic[Call]):
+    """Calls that wait for others until they are `LAUNCH` bytes together; what they use is held until then.
+
+    Args:
+        run: Runs a list of them.
+    """
+
+    def __init__(self, run: Callable[[Sequence[Call]], None]) -> None:
+        self._run = run
+        self._waiting: list[Call] = []
+        self._bytes = 0
+
+    def add(self, call: Call, size: int, wait: bool) -> None:
+        """One more call, of `size` bytes; it runs at once, with those before it, unless it may `wait`."""
+        self._waiting.append(call)
+        self._bytes += size
+        if not wait or self._bytes >= LAUNCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Run what waits."""
+        calls, self._waiting, self._bytes = self._waiting, [], 0
+        if calls:
+            self._run(calls)
