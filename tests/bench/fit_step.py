@@ -174,10 +174,10 @@ def copy_bandwidth(rounds: int = 10) -> float:
 
 def seconds(resident: Resident, batches: list[Batch], together: int) -> tuple[float, float]:
     """Of one step: merging, and the rest."""
-    merge, inner = Clock(Delta.merge), Clock(Delta.inner)
+    merge, inner = Clock(MergedModel._write), Clock(MergedModel._collect)
     with (
-        patch.object(Delta, "merge", lambda *given: merge.of(*given)),
-        patch.object(Delta, "inner", lambda *given: inner.of(*given)),
+        patch.object(MergedModel, "_write", lambda *given: merge.of(*given)),
+        patch.object(MergedModel, "_collect", lambda *given: inner.of(*given)),
     ):
         began = clock()
         resident.merged.materialise()

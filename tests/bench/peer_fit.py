@@ -56,7 +56,6 @@ def ours(folder: Path) -> dict[str, object]:
     from trainmerge.checkpoints import open_checkpoint, open_task_vectors
     from trainmerge.memory import Peak, give_back_at_once
     from trainmerge.objectives.entropy import entropy
-    from trainmerge.task_vectors import Delta
 
     torch.set_num_threads(1)
     give_back_at_once()
@@ -64,9 +63,9 @@ def ours(folder: Path) -> dict[str, object]:
     projection, scale = data.get_tensor("visual_projection"), data.get_tensor("logit_scale")
     heads = [data.get_tensor(f"head.t{k}") for k in range(EXPERTS)]
     images = [data.get_slice(f"images.t{k}")[: STEPS * IMAGES] for k in range(EXPERTS)]
-    merge, inner = Clock(Delta.merge), Clock(Delta.inner)
-    Delta.merge = lambda *given: merge.of(*given)  # type: ignore[method-assign, assignment, return-value]
-    Delta.inner = lambda *given: inner.of(*given)  # type: ignore[method-assign, assignment, return-value]
+    merge, inner = Clock(tm.MergedModel._write), Clock(tm.MergedModel._collect)
+    tm.MergedModel._write = lambda *given: merge.of(*given)  # type: ignore[method-assign, assignment, return-value]
+    tm.MergedModel._collect = lambda *given: inner.of(*given)  # type: ignore[method-assign, assignment, return-value]
     seconds = []
     with Peak() as peak:
         base = open_checkpoint(folder / "base")
