@@ -1,4 +1,4 @@
-"""Print the table of notebooks/docs/scaling.md: memory and time of a step on paper, from stated rates. Nothing is measured here.
+"""Print the table of notebooks/docs/scaling.md: memory and time of a step on paper, nothing is measured here.
 
 P is in bytes of bfloat16; activations are counted as one stored input a block (they are recomputed).
 """
