@@ -1,5 +1,9 @@
 """What the server of ranks imports before it forks."""
 
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # in a rank, Triton's kernels run in its interpreter
+
 import peft  # noqa: F401
 import pytorch_lightning  # noqa: F401
 import torch

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torchjd.aggregation import PCGrad
+from torchjd.aggregation import MGDA, CAGrad, Mean, PCGrad
 
 import trainmerge as tm
 from tests.ranks import Ranks, run, sound
@@ -54,6 +54,11 @@ class Checkpointing(tm.MergeModule):
         self.resident.merged.module.train()
 
 
+def rules() -> dict[str, Any]:
+    """Ways to combine the experts' gradients, beside PCGrad and their sum."""
+    return {"mean": Mean(), "MGDA": MGDA(), "CAGrad": CAGrad(0.5)}
+
+
 def cases(root: Path) -> dict[str, dict[str, Any]]:
     """Settings of fits that between them have every objective, rule, kind of expert and precision."""
     heads, words = root / "heads", languages_recipe(root / "words")
@@ -80,6 +85,7 @@ def cases(root: Path) -> dict[str, dict[str, Any]]:
             "clip": 0.05,
             "anchor": tm.Anchor(0.1),
         },
+        **{name: {"root": heads, "combine": rule} for name, rule in rules().items()},
         "alignment": {
             "root": root / "words",
             "recipe": words,
@@ -179,3 +185,21 @@ def test_recording_the_experts_is_shared_by_the_processes(tmp_path: Path) -> Non
         for passes, written in results:
             assert passes == 4  # two rounds an expert
             assert written == wanted
+
+
+def fit_with(root: Path, folder: Path, processes: int, sharded: bool, backend: str) -> torch.Tensor:
+    """One process's part of a fit by other kernels than eager ones."""
+    from trainmerge.kernels import compiled, using
+
+    compiled.SMALL = 1  # or the world's parameters are eager's
+    with using(backend):
+        return world_fit(root, folder, processes, sharded=sharded)
+
+
+@pytest.mark.parametrize("backend", ["compiled", "triton"])
+def test_so_do_all_kernels(worlds: Path, ended: dict[str, Any], backend: str) -> None:
+    wanted = ended["1"][0]["entropy"]
+    for processes, sharded in ((1, False), (2, False), (2, True)):
+        folder = worlds / f"{backend}{processes}{sharded}"
+        for coefficients in run(processes, fit_with, worlds / "heads", folder, processes, sharded, backend):
+            assert (coefficients - wanted).abs().max() < 1e-6
