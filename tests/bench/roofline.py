@@ -36,6 +36,8 @@ def draw(path: Path, copy: float, passes: Sequence[Achieved]) -> None:
             roof.plot(*points, marker, color=colour, label=f"{form}, {backend}", alpha=0.8)
     roof.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="10⁹ operations a second")
     roof.set_xticks([0.5, 0.6, 1.0, 1.2, 2.0], ["0.5", "0.6", "1.0", "1.2", "2.0"], minor=False)
+    heights = [2, 5, 10, 20, 50]
+    roof.set_yticks(heights, [str(height) for height in heights], minor=False)
     roof.minorticks_off()
     roof.legend(fontsize=8, loc="upper left")
     names = [one.name for one in passes]
