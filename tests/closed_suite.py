@@ -96,6 +96,10 @@ METHODS = {
     "alignment-ties": Method("alignment from TIES", TIES, 0.3, LEARN),
     "alignment-tsv": Method("alignment from TSV-M", TSV, 1.0, LEARN),
     "alignment-aswudi": Method("alignment from ASWUDI", ASWUDI, 1.0, LEARN),
+    "alignment-optmerge": Method("alignment from OptMerge", (("OptMerge", {}),), 1.0, LEARN),
+    "alignment-regmean++": Method(
+        "alignment from RegMean++", (("RegMean", {"sequential": True}),), 1.0, LEARN, ("lm",)
+    ),
     "alignment-doge-am": Method(
         "alignment from DOGE-AM", (("Doge", {"solver": "adam", "separate": True}),), 0.3, LEARN
     ),
