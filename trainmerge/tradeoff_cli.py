@@ -8,7 +8,7 @@ def pareto(
     export: int = -1,
     out: str = "",
     overwrite: bool = False,
-    points: int = 12,
+    points: int = 16,
     checks: int = 8,
     radius: float = 0.5,
     examples: int = 64,

@@ -66,7 +66,7 @@ def ours(folder: Path) -> dict[str, object]:
     merge, inner = Clock(tm.MergedModel._write), Clock(tm.MergedModel._collect)
     tm.MergedModel._write = lambda *given: merge.of(*given)  # type: ignore[method-assign, assignment, return-value]
     tm.MergedModel._collect = lambda *given: inner.of(*given)  # type: ignore[method-assign, assignment, return-value]
-    seconds = []
+    seconds, merging = [], []
     with Peak() as peak:
         base = open_checkpoint(folder / "base")
         vectors = open_task_vectors(base, {f"t{k}": folder / f"expert{k}" for k in range(EXPERTS)})
@@ -75,9 +75,10 @@ def ours(folder: Path) -> dict[str, object]:
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
         merged = tm.MergedModel(model, vectors, coefficients)
+        merged.keep_gradients = True
         optimizer = torch.optim.Adam(coefficients.parameters(), lr=1e-3)
         for step in range(STEPS):
-            began = time.process_time()
+            began, before = time.process_time(), merge.seconds + inner.seconds
             merged.materialise()
             for k in range(EXPERTS):
                 pixels = images[k][step * IMAGES : (step + 1) * IMAGES]
@@ -87,16 +88,18 @@ def ours(folder: Path) -> dict[str, object]:
             coefficients.backward(merged.gradient())
             optimizer.step()
             seconds.append(time.process_time() - began)
-    merging = (merge.seconds + inner.seconds) / STEPS
+            merging.append(merge.seconds + inner.seconds - before)
     return {
-        "seconds": statistics.median(seconds), "merging": merging, "bytes": peak.grown,
+        "seconds": statistics.median(seconds), "merging": statistics.median(merging), "bytes": peak.grown,
         "names": list(coefficients.layout.groups), "coefficients": coefficients().tolist(),
     }  # fmt: skip
 
 
-def run(python: str, script: list[str], folder: Path) -> dict:
+def run(python: str, script: list[str], folder: Path, kernels: str = "eager") -> dict:
     """What a process prints last."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRAINMERGE_KERNELS": kernels
+    }  # fmt: skip
     done = subprocess.run(
         [python, *script, str(folder)], env=environment, check=True, stdout=subprocess.PIPE, text=True
     )
@@ -106,14 +109,20 @@ def run(python: str, script: list[str], folder: Path) -> dict:
 def compare(folder: Path, theirs: str) -> None:
     """Both, one after the other."""
     write_models(folder)
-    own = run(sys.executable, ["-m", "tests.bench.peer_fit"], folder)
-    peer = run(theirs, ["tests/bench/fusion_bench_fit.py"], folder)
+    own, fused = (
+        run(sys.executable, ["-m", "tests.bench.peer_fit"], folder, by) for by in ("eager", "compiled")
+    )
+    # -P: beside that script lies a kernels.py, which transformers would take for the package of that name
+    peer = run(theirs, ["-P", "tests/bench/fusion_bench_fit.py"], folder)
     order = [own["names"].index(name) for name in peer["names"]]
     pairs = zip(own["coefficients"], peer["coefficients"], strict=True)
     apart = max(abs(a[i] - b[j]) for a, b in pairs for j, i in enumerate(order))
-    figure("fusion_bench_over_ours_cpu_one_image", peer["seconds"] / own["seconds"], "ratio", "1.7")
-    merging = peer["merging"] / own["merging"]
-    figure("fusion_bench_over_ours_merge_and_gradient", merging, "ratio", "10")
+    for suffix, one in (("", own), ("_compiled", fused)):
+        figure(
+            f"fusion_bench_over_ours_cpu_one_image{suffix}", peer["seconds"] / one["seconds"], "ratio", "1.7"
+        )
+        ratio = peer["merging"] / one["merging"]
+        figure(f"fusion_bench_over_ours_merge_and_gradient{suffix}", ratio, "ratio", "10")
     figure("ours_over_fusion_bench_memory_above_experts", own["bytes"] / peer["bytes"], "ratio", "0.5")
     figure("fusion_bench_coefficients_apart", apart, f"after {STEPS} steps", "1e-5")
 

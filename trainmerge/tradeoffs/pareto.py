@@ -30,7 +30,7 @@ FILE = "pareto.json"
 
 def pareto_run(
     run: str | Path,
-    points: int = 12,
+    points: int = 16,
     checks: int = 8,
     radius: float = 0.5,
     examples: int = 64,
