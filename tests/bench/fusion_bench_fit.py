@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import statistics
 import sys
 import time
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from transformers import CLIPVisionModel
 
-EXPERTS, STEPS, IMAGES = 8, 3, 1
+EXPERTS, STEPS, IMAGES = 8, 3, int(os.environ.get("IMAGES", "1"))  # a task and step
 SETTINGS = {
     "weights": None, "init_values": 0.3, "clamp_weights": False, "tie_weights": True, "strict": False,
     "optimizer": "adam", "lr": 1e-3, "max_steps": STEPS,

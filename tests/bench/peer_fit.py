@@ -1,9 +1,10 @@
 """A fit's step beside fusion_bench's layer-wise AdaMerging: the same models, images, heads and loss.
 
-CLIP ViT-B/32's vision tower with eight experts, every parameter merged, one image a task, one thread: where
-merging weighs most. `FB` names the folder of a Python that has fusion-bench 0.2.33 (`pip install torch
-fusion-bench==0.2.33` in an environment of its own); `PEER_MODELS` a folder to keep or find the models in.
-CPU seconds count; memory is anonymous memory, theirs above the loaded experts, ours above the imports.
+CLIP ViT-B/32's vision tower with eight experts, every parameter merged, one image a task (or `IMAGES`), one
+thread: where merging weighs most. `FB` names the folder of a Python that has fusion-bench 0.2.33 (`pip
+install torch fusion-bench==0.2.33` in an environment of its own); `PEER_MODELS` a folder to keep or find the
+models in. CPU seconds count; memory is anonymous memory, theirs above the loaded experts, ours above the
+imports.
 """
 
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from tests.bench.__main__ import figure
 
-EXPERTS, STEPS, IMAGES = 8, 3, 1
+EXPERTS, STEPS, IMAGES = 8, 3, int(os.environ.get("IMAGES", "1"))  # a task and step
 CLASSES = (397, 196, 45, 10, 10, 43, 10, 47)  # of SUN397, Cars, RESISC45, EuroSAT, SVHN, GTSRB, MNIST, DTD
 
 
@@ -117,10 +118,10 @@ def compare(folder: Path, theirs: str) -> None:
     order = [own["names"].index(name) for name in peer["names"]]
     pairs = zip(own["coefficients"], peer["coefficients"], strict=True)
     apart = max(abs(a[i] - b[j]) for a, b in pairs for j, i in enumerate(order))
+    images, bar = ("one_image", "1.7") if IMAGES == 1 else (f"{IMAGES}_images", "1")
     for suffix, one in (("", own), ("_compiled", fused)):
-        figure(
-            f"fusion_bench_over_ours_cpu_one_image{suffix}", peer["seconds"] / one["seconds"], "ratio", "1.7"
-        )
+        ratio = peer["seconds"] / one["seconds"]
+        figure(f"fusion_bench_over_ours_cpu_{images}{suffix}", ratio, "ratio", bar)
         ratio = peer["merging"] / one["merging"]
         figure(f"fusion_bench_over_ours_merge_and_gradient{suffix}", ratio, "ratio", "10")
     figure("ours_over_fusion_bench_memory_above_experts", own["bytes"] / peer["bytes"], "ratio", "0.5")
