@@ -16,6 +16,9 @@ from tests.world import write_world
 from trainmerge.cli import main
 from trainmerge.coefficients import load_coefficients
 from trainmerge.reopen import reopen
+from trainmerge.report import write_report
+from trainmerge.report.front import BALANCED, front_picture, notable
+from trainmerge.report.numbers import gather
 from trainmerge.run_folder import RunFolder
 from trainmerge.tradeoffs.evolution import Search, maximise
 from trainmerge.tradeoffs.front import front, lattice, nondominated
@@ -178,6 +181,33 @@ def test_a_front_and_the_model_of_a_point_on_it(world: Path, capsys: pytest.Capt
     assert main(["evaluate", str(out), "--limit", "5"]) == 0
     assert main(["pareto", run, "--export", "999", "--out", str(out), "--overwrite", "true"]) == 1
     assert main(["pareto", run, "--out", str(out)]) == 1
+    folder = write_report(run).parent
+    lines = (folder / "front.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(found["front"])
+    assert "What one task costs another" in (folder / "index.html").read_text()
+    RunFolder(Path(run)).front.write_text(json.dumps({**found, "coefficients": "of another fit"}))
+    assert gather(run).front is None
+
+
+@pytest.mark.parametrize("tasks", [["a", "b"], ["a", "b", "c"]])
+def test_the_picture_of_a_front_names_the_best_points(tasks: list[str]) -> None:
+    losses = [[1.0, 4.0, 2.0], [2.0, 2.0, 2.5], [4.0, 1.0, 1.0]]
+    scales = dict.fromkeys(tasks, 1.0)
+    front = [
+        {"point": i, "losses": dict(zip(tasks, row, strict=False)), "scales": scales}
+        for i, row in enumerate(losses)
+    ]
+    run = dict.fromkeys(tasks, 2.0)
+    best = {what: point["point"] for what, point in notable(tasks, run, front).items()}
+    assert best[BALANCED] == 1
+    assert [best[f"least of {task}"] for task in tasks] == [0, 2, 2][: len(tasks)]
+    checks = {task: {"rank_correlation": 0.9} for task in tasks}
+    picture = front_picture({"tasks": tasks, "run": run, "front": front, "checks": checks})
+    assert [text.get_text() for text in picture.figure.legends[0].get_texts()] == [
+        "the run",
+        *(f"point {point}: {what}" for what, point in best.items()),
+    ]
+    assert picture.rows[0] == [0, *losses[0][: len(tasks)], *[1.0] * len(tasks)]
 
 
 class NearZero:

@@ -28,6 +28,7 @@ README = """# A trainmerge run
 | `trajectory.bin` | the coefficients' path: at most about a megabyte, thinned as the run gets longer |
 | `usage.jsonl` | seconds and memory, a line a process that ended by itself |
 | `report/` | pictures, their numbers, and one page to look at: `index.html` |
+| `pareto.json` | what one task costs another, once `trainmerge pareto` has run |
 | `calibration_loss.json` | the loss over all calibration examples at start and end, with `keep_better` |
 | `checkpoints/` | the optimizer's state after the last saved step; `--resume auto` goes on from it |
 | `workspace/` | preprocessed task vectors and recorded experts; made again when deleted |
@@ -87,6 +88,11 @@ class RunFolder:
     def report(self) -> Path:
         """Where the pictures are drawn."""
         return self.path / "report"
+
+    @property
+    def front(self) -> Path:
+        """What `trainmerge pareto` found around the coefficients."""
+        return self.path / "pareto.json"
 
     @property
     def checkpoints(self) -> Path:

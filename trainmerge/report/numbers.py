@@ -18,6 +18,7 @@ from trainmerge.geometry import Geometry, geometry_path, kept_geometry, load_geo
 from trainmerge.metrics import ACCURACY, PERPLEXITY, Metric, Scores
 from trainmerge.recipe import Recipe
 from trainmerge.run_folder import RunFolder
+from trainmerge.storage import sha256
 from trainmerge.trajectory import Trajectory, read_trajectory
 
 SUMMARIES = {"mean", "normalised"}  # of a row of scores; all else is a task
@@ -41,6 +42,7 @@ class Numbers:
     manifest: Mapping[str, Any]
     geometry: Geometry | None
     missing: str  # why there is no geometry
+    front: Mapping[str, Any] | None  # what `trainmerge pareto` found around these coefficients
 
     @property
     def middle(self) -> float:
@@ -83,7 +85,13 @@ def gather(run: str | Path) -> Numbers:
         manifest=manifest,
         geometry=geometry,
         missing=missing,
+        front=_front(folder),
     )
+
+
+def _front(folder: RunFolder) -> Mapping[str, Any] | None:
+    found: dict[str, Any] = json.loads(folder.front.read_text()) if folder.front.exists() else {}
+    return found if found.get("coefficients") == sha256(folder.coefficients) else None
 
 
 def _geometry(folder: RunFolder, manifest: Mapping[str, Any]) -> tuple[Geometry | None, str]:

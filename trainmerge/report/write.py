@@ -12,6 +12,7 @@ from trainmerge.report.facts import (
     score_table,
     usage_section,
 )
+from trainmerge.report.front import front_picture
 from trainmerge.report.heatmap import heatmap
 from trainmerge.report.importance import importance_picture
 from trainmerge.report.numbers import Numbers, gather
@@ -66,6 +67,8 @@ def pictures(numbers: Numbers) -> Iterator[Picture]:
             yield similarity_picture(experts, numbers.geometry)
         yield norm_picture(experts, numbers.geometry)
         yield importance_picture(layout, values, numbers.geometry)
+    if numbers.front is not None:
+        yield front_picture(numbers.front)
 
 
 def _shown(picture: Picture, folder: Path, numbers: Numbers) -> Section:

@@ -25,8 +25,6 @@ from trainmerge.tradeoffs.front import front, spread
 from trainmerge.tradeoffs.scales import losses_at, named, scaled
 from trainmerge.tradeoffs.surrogate import Quadratics, fit_quadratics, rank_correlation
 
-FILE = "pareto.json"
-
 
 def pareto_run(
     run: str | Path,
@@ -67,7 +65,7 @@ def pareto_run(
     quadratics = fit_quadratics(at[:points], losses[:points], radius * slopes[:points])
     content = _content(module, quadratics, at, losses, points, radius, count)
     content["coefficients"] = sha256(folder.coefficients)
-    write_whole(folder.path / FILE, json.dumps(content, indent=1))
+    write_whole(folder.front, json.dumps(content, indent=1))
     return content
 
 
@@ -130,7 +128,7 @@ def export_point(run: str | Path, point: int, out: str | Path, overwrite: bool =
         ValueError: no front, no such point, or the run's coefficients changed since.
     """
     folder = RunFolder(Path(run))
-    file = folder.path / FILE
+    file = folder.front
     if not file.is_file():
         raise ValueError(f"{file}: no front yet; `trainmerge pareto {run}` makes it")
     content = json.loads(file.read_text())

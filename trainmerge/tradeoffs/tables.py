@@ -24,4 +24,5 @@ def print_front(run: str, *settings: Any) -> None:
     checks = content["checks"]
     fit = [[task, *(f"{checks[task][name]:.3f}" for name in ("rank_correlation", "r2"))] for task in tasks]
     print_table("unseen merges: predicted against measured", ["task", "rank correlation", "R2"], fit)
-    print(f"next: trainmerge pareto {run} --export POINT --out OUT")
+    print(f"next: trainmerge report {run}   draws the front")
+    print(f"      trainmerge pareto {run} --export POINT --out OUT")
