@@ -18,6 +18,7 @@ import trainmerge as tm
 from tests.contracts import relative_error
 from tests.methods import matrices, one, random, run, vectors
 from tests.world import recipe, write_world
+from trainmerge.preprocess import doge
 from trainmerge.preprocess.consensus import tall_masks
 from trainmerge.preprocess.spectrum import input_directions, polar, truncated
 from trainmerge.preprocess.subspace import shared_subspace
@@ -437,6 +438,48 @@ def test_the_papers_solver_of_doge_goes_the_same_way_and_leaves_the_complement()
     outside, inside = ((basis.T @ m).norm() / m.norm() for m in moved)
     assert outside < 1e-9
     assert inside > 0.01
+
+
+def by_adam(taus: Tensor, eta: float, directions: int, steps: int, separate: bool) -> Tensor:
+    """The paper's solver, written out: dense projector, slopes by hand, Adam's own recursion."""
+    K = len(taus)
+    weights = eta / taus.flatten(1).norm(dim=1)
+    rank = min(taus.shape[1:]) // K
+    leading = torch.cat([torch.linalg.svd(tau)[0][:, :rank] for tau in taus], dim=1)
+    basis = torch.linalg.svd(leading)[0][:, :directions]
+    away = torch.eye(len(basis), dtype=torch.float64) - basis @ basis.T
+    moves = torch.zeros_like(taus) if separate else torch.zeros_like(taus[:1])
+    shares = weights if separate else weights.sum()[None]
+    first, second = torch.zeros_like(moves), torch.zeros_like(moves)
+    for step in range(1, steps + 1):
+        merged = sum(weights[j] * taus[j] for j in range(K)) + sum(
+            share * move for share, move in zip(shares, moves, strict=True)
+        )
+        slope = torch.zeros_like(taus[0])  # of the gap with respect to the merged matrix
+        for tau in taus:
+            for row in range(len(tau)):
+                slope[row] -= 2 * (tau[row] @ (tau[row] - merged[row])) * tau[row]
+        for s, share in enumerate(shares):
+            projected = away @ (share * slope)
+            first[s] = 0.9 * first[s] + 0.1 * projected
+            second[s] = 0.999 * second[s] + 0.001 * projected**2
+        unbiased = first / (1 - 0.9**step), second / (1 - 0.999**step)
+        moves = moves - doge.PAPER_RATE * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+    return moves.expand_as(taus)
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["DOGE-TA", "DOGE-AM"])
+def test_the_papers_solver_of_doge_is_its_own_steps(separate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doge, "PAPER_STEPS", 12)
+    taus = torch.stack(matrices(0, 1, 2, shape=(12, 16)))
+    changes = by_adam(taus, 0.07, 4, 12, separate)
+    count = int(0.3 * taus[0].numel())
+    masks = taus.abs() >= taus.abs().flatten(1).sort(descending=True).values[:, count - 1, None, None]
+    scales = torch.ones(3, dtype=torch.float64) if separate else 0.07 / taus.flatten(1).norm(dim=1)
+    want = scales[:, None, None] * masks * (taus + changes)
+    got = one(tm.Doge(solver="adam", separate=separate, subspace=3), *taus)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    assert (changes.abs().amax(dim=(1, 2)) > 5e-4).all()
 
 
 def test_doge_masks_by_the_original_and_leaves_the_rest_to_the_base() -> None:
