@@ -55,11 +55,10 @@ def ours(folder: Path) -> dict[str, object]:
     import trainmerge as tm
     from tests.bench.fit_step import Clock
     from trainmerge.checkpoints import open_checkpoint, open_task_vectors
-    from trainmerge.memory import Peak, give_back_at_once
+    from trainmerge.memory import Peak
     from trainmerge.objectives.entropy import entropy
 
     torch.set_num_threads(1)
-    give_back_at_once()
     data = safe_open(folder / "data.safetensors", "pt")
     projection, scale = data.get_tensor("visual_projection"), data.get_tensor("logit_scale")
     heads = [data.get_tensor(f"head.t{k}") for k in range(EXPERTS)]
