@@ -4,6 +4,8 @@
 kernel is defined.
 """
 
+from unittest.mock import patch
+
 import torch
 from torch import nn
 
@@ -17,6 +19,7 @@ from trainmerge.kernels import (
     Product,
     Term,
     Untouched,
+    calls,
     eager,
     run_merges,
     run_products,
@@ -105,6 +108,10 @@ def check_a_fit_launches_few(launched: list[int]) -> None:
         launched.clear()
         torch.testing.assert_close(gradient(), want, rtol=1e-4, atol=1e-5)
         assert launched == [18, segments], launched  # one launch a pass
+    launched.clear()
+    with patch.object(calls, "LAUNCH", 600):  # bytes: a weight's 6 x 6 x 4 of each of four, and its bias's
+        merged.materialise()
+    assert launched == [2] * 9, launched
 
 
 def counted(*names: str) -> list[int]:

@@ -31,7 +31,7 @@ def test_rows_of_all_processes_are_the_whole(
     parts, inner = torch.full_like(whole, torch.nan), torch.zeros(len(FORMS), chunks, dtype=torch.float64)
     for process in range(count):
         rows = held_rows(shape[0], process, count)
-        part = HeldDelta(delta, rows)
+        part = HeldDelta(delta.rows(rows), rows, shape[0])
         run_merges(list(part.merges(parts[rows], weights)))
         for columns, product in part.products(grad[rows], chunks):
             inner[:, columns] += inner_products(*product)

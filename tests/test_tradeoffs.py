@@ -197,12 +197,13 @@ def test_the_picture_of_a_front_names_the_best_points(tasks: list[str]) -> None:
         {"point": i, "losses": dict(zip(tasks, row, strict=False)), "scales": scales}
         for i, row in enumerate(losses)
     ]
-    run = dict.fromkeys(tasks, 2.0)
+    run = dict(zip(tasks, (1.0, 1.5, 2.0), strict=False))  # not the point whose largest loss is smallest
     best = {what: point["point"] for what, point in notable(tasks, run, front).items()}
     assert best[BALANCED] == 1
     assert [best[f"least of {task}"] for task in tasks] == [0, 2, 2][: len(tasks)]
     checks = {task: {"rank_correlation": 0.9} for task in tasks}
-    picture = front_picture({"tasks": tasks, "run": run, "front": front, "checks": checks})
+    found = {"tasks": tasks, "front": front, "checks": checks, "measured": [{"predicted": run}]}
+    picture = front_picture(found)
     assert [text.get_text() for text in picture.figure.legends[0].get_texts()] == [
         "the run",
         *(f"point {point}: {what}" for what, point in best.items()),

@@ -7,7 +7,7 @@ views of the mapped files; the inner products of all processes add up to those o
 Legend: `K` experts, `C` chunks of one parameter, `N` processes, `*S` parameter shape, `H` rows held here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -43,33 +43,41 @@ def rows_of(parameter: Tensor) -> slice:
 
 @dataclass(frozen=True)
 class HeldDelta:
-    """A delta over the rows that this process holds; chunks are those of the whole parameter."""
+    """A delta of the rows that this process holds; chunks are those of the whole parameter."""
 
-    delta: Delta
-    held: slice
+    delta: Delta  # of these rows only
+    held: slice  # which they are
+    rows: int  # of the whole
 
     def merges(self, out: Tensor, coefficients: Tensor) -> Iterator[Merge]:
         """The calls that write the held rows of base + sum_k coefficients[k, chunk] tau_k, `out` [H, ...]."""
-        for chunk, rows in self._pieces(coefficients.shape[1]):
-            yield from self.delta.rows(rows).merges(out[self._here(rows)], coefficients[:, chunk : chunk + 1])
+        for chunk, here in self._pieces(coefficients.shape[1]):
+            yield from self.delta.rows(here).merges(out[here], coefficients[:, chunk : chunk + 1])
 
     def products(self, grad: Tensor, chunks: int) -> Iterator[tuple[slice, Product]]:
         """The calls of <grad, tau_k> over the held rows, `grad` [H, ...], and which chunk each is about."""
-        for chunk, rows in self._pieces(chunks):
-            ((_, product),) = self.delta.rows(rows).products(grad[self._here(rows)], 1)
+        for chunk, here in self._pieces(chunks):
+            ((_, product),) = self.delta.rows(here).products(grad[here], 1)
             yield slice(chunk, chunk + 1), product
 
     def _pieces(self, chunks: int) -> Iterator[tuple[int, slice]]:
-        """Each chunk that this process holds rows of, and which: bounds of chunks cut at the shard's."""
-        for chunk, (first, last) in enumerate(pairwise(chunk_bounds(self.delta.shape[0], chunks))):
-            rows = slice(max(first, self.held.start), min(last, self.held.stop))
-            if rows.start < rows.stop:
-                yield chunk, rows
-
-    def _here(self, rows: slice) -> slice:
-        return slice(rows.start - self.held.start, rows.stop - self.held.start)
+        """Each chunk that this process holds rows of, and which of the held ones they are."""
+        for chunk, (first, last) in enumerate(pairwise(chunk_bounds(self.rows, chunks))):
+            begin, end = max(first, self.held.start), min(last, self.held.stop)
+            if begin < end:
+                yield chunk, slice(begin - self.held.start, end - self.held.start)
 
 
-def held(delta: Delta, parameter: Tensor) -> Delta | HeldDelta:
-    """The delta of what this process holds of the parameter."""
-    return HeldDelta(delta, rows_of(parameter)) if isinstance(parameter, DTensor) else delta
+def held_deltas(deltas: Mapping[str, Delta], parameters: Mapping[str, Tensor]) -> Mapping[str, Delta]:
+    """Of each delta the rows that this process holds of the parameter: views, nothing is read."""
+    return {
+        name: delta.rows(rows_of(parameters[name])) if isinstance(parameters[name], DTensor) else delta
+        for name, delta in deltas.items()
+    }
+
+
+def placed(mine: Delta, parameter: Tensor) -> Delta | HeldDelta:
+    """A delta of the held rows, with its place in the whole parameter."""
+    if not isinstance(parameter, DTensor):
+        return mine
+    return HeldDelta(mine, rows_of(parameter), parameter.shape[0])

@@ -5,7 +5,8 @@ The merge is linear in the coefficients, so it never enters the autograd graph:
     W = base + sum_k c_k tau_k          written into the parameters once a step (`materialise`)
     dL/dc_k = <dL/dW, tau_k>            taken as soon as a weight's gradient is complete, which then is freed
 
-Memory holds one model and one weight's gradient, whatever K is. Where FSDP2 shards the module, every process
+Memory holds one model and one weight's gradient, whatever K is (and with Triton's kernels what waits for a
+launch, `kernels.calls`). Where FSDP2 shards the module, every process
 merges the rows that it holds and multiplies the rows of the reduced gradient with them (`held`).
 
 Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trainmerge.coefficients import Coefficients
-from trainmerge.held import HeldDelta, held, local
+from trainmerge.held import HeldDelta, held_deltas, local, placed
 from trainmerge.kernels import Gathered, Product, gathers, run_merges, run_products, touched
 from trainmerge.layer_taps import products, tap, tappable
 from trainmerge.streaming import Prefetch, prefetch_to
@@ -63,8 +64,9 @@ class MergedModel:
             )
         device = next(module.parameters()).device
         self._to_write, self._to_collect = prefetch_to(device), prefetch_to(device)  # each pass has its order
-        self._merges, self._products = Gathered(run_merges), Gathered(self._run_products)
-        self._gradient: Tensor | None = None  # [K, G], float64: many small sums meet here
+        self._mine: tuple[TaskVectors, Mapping[str, Delta]] | None = None  # this process's rows of them
+        self._products = Gathered(self._run_products)
+        self._found: list[tuple[Sequence[int], Tensor]] = []  # groups, and what is to be added to each
         module.requires_grad_(False)
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(True)
@@ -89,12 +91,12 @@ class MergedModel:
 
         `everywhere` moves the parameters that the layout excludes too.
         """
-        touched = self.parameters if everywhere else self._parameters
+        moved = self.parameters if everywhere else self._parameters
         try:
-            self._write(self.originals, touched, lambda _: weights[:, None])
+            self._write(self.originals, moved, lambda _: weights[:, None])
             yield self.module
         finally:
-            excluded = touched.keys() - self._parameters.keys()
+            excluded = moved.keys() - self._parameters.keys()
             self._write(self.originals, excluded, lambda _: torch.zeros(len(weights), 1))
             self.materialise()
 
@@ -104,9 +106,12 @@ class MergedModel:
             if parameter.grad is not None:
                 self._collect(name, parameter)
         self._products.flush()
-        gradient = self._gradient if self._gradient is not None else self._zeros()
-        self._gradient = None
-        return gradient.to(self.coefficients.raw.dtype)
+        found, self._found = self._found, []
+        total = torch.zeros(self.coefficients.raw.shape, dtype=torch.float64)  # many small sums meet here
+        if found:  # added up on the CPU, in one order: a GPU's index_add_ has none
+            columns = torch.tensor([column for columns, _ in found for column in columns])
+            total.index_add_(1, columns, torch.cat([inner for _, inner in found], 1).cpu().double())
+        return total.to(self.coefficients.raw)
 
     @contextmanager
     def tapped(self) -> Iterator[nn.Module]:
@@ -137,26 +142,20 @@ class MergedModel:
         with exact(parameter):
             slope = self._projected(name, local(parameter.grad))
             delta = self._delta(self._to_collect, self.task_vectors, name)
-            columns, wait = self.coefficients.layout.groups[name], gathers(slope.device)
+            columns = self.coefficients.layout.groups[name]
             for chunks, product in delta.products(slope, len(columns)):
-                self._products.add((columns[chunks], product), touched(product), wait)
+                self._products.add((columns[chunks], product), touched(product), gathers(product))
         parameter.grad = None
 
     def _run_products(self, calls: Sequence[tuple[Sequence[int], Product]]) -> None:
-        found = run_products([product for _, product in calls])
-        self._add([column for columns, _ in calls for column in columns], torch.cat(found, 1))
+        with exact(calls[0][1].grad):
+            found = run_products([product for _, product in calls])
+        self._found += zip((columns for columns, _ in calls), found, strict=True)
 
     def _collect_at_layer(self, name: str, inputs: Tensor, slopes: Tensor) -> None:
+        columns, delta = self.coefficients.layout.groups[name], self.task_vectors.deltas[name]
         with exact(slopes):
-            columns = self.coefficients.layout.groups[name]
-            self._add(columns, products(inputs, slopes, self.task_vectors.deltas[name], len(columns)))
-
-    def _add(self, columns: Sequence[int], inner: Tensor) -> None:
-        """Sum inner products [K, len(columns)] into their groups."""
-        if self._gradient is None:
-            self._gradient = self._zeros()
-        places = torch.tensor(columns, device=self._gradient.device)
-        self._gradient.index_add_(1, places, inner.to(self._gradient))
+            self._found.append((columns, products(inputs, slopes, delta, len(columns))))
 
     def _projected(self, name: str, gradient: Tensor) -> Tensor:
         if name not in self.left_alone:
@@ -168,25 +167,21 @@ class MergedModel:
     def _write(
         self, source: TaskVectors, names: Iterable[str], coefficients: Callable[[str], Tensor]
     ) -> None:
+        merges = Gathered(run_merges)
         with exact(next(self.module.parameters())):
             for name in names:
-                out = local(self.parameters[name])
-                delta, wait = self._delta(self._to_write, source, name), gathers(out.device)
-                for merge in delta.merges(out, coefficients(name)):
-                    self._merges.add(merge, touched(merge), wait)
-            self._merges.flush()
+                delta = self._delta(self._to_write, source, name)
+                for merge in delta.merges(local(self.parameters[name]), coefficients(name)):
+                    merges.add(merge, touched(merge), gathers(merge))
+            merges.flush()
         torch.clear_autocast_cache()  # a mixed-precision context keeps its casts of the weights that were
 
     def _delta(self, prefetch: Prefetch | None, source: TaskVectors, name: str) -> Delta | HeldDelta:
-        """What a pass over one parameter reads: on its way already, or the rows that this process holds."""
-        parameter = self.parameters[name]
-        whole = local(parameter) is parameter
-        if prefetch is not None and whole:
-            return prefetch.take(source.deltas, name)
-        return held(source.deltas[name], parameter)
-
-    def _zeros(self) -> Tensor:
-        return torch.zeros_like(self.coefficients.raw, dtype=torch.float64)
+        """What a pass over one parameter reads: the rows that this process holds, on their way already."""
+        if self._mine is None or self._mine[0] is not source:
+            self._mine = source, held_deltas(source.deltas, self.parameters)
+        mine = self._mine[1]
+        return placed(prefetch.take(mine, name) if prefetch else mine[name], self.parameters[name])
 
 
 def _shares(parameter: Tensor, base: Tensor) -> bool:

@@ -8,8 +8,11 @@ Of N devices each holds 1/N of the weights and a gathered block, and exchanges w
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from trainmerge.devices import Device
 from trainmerge.economy import Economy
+from trainmerge.kernels import waiting
 from trainmerge.memory import format_size
 from trainmerge.rehearsal import Rehearsal
 
@@ -78,6 +81,8 @@ class Plan:
         rows["loading and recording, above a step"] = max(0, sizes.beforehand - self.rehearsal.peak)
         if self.device.link:
             rows["task vectors on their way, two parameters"] = 2 * -(-sizes.widest // shards)
+        kind = torch.device("cuda" if self.device.link else "cpu")
+        rows["waiting for a launch of Triton's kernels"] = min(waiting(kind), sizes.vectors + sizes.weights)
         rows["scratch of the passes"] = SCRATCH
         rows["coefficients and optimizer"] = STATE * sizes.coefficients
         return {name: count for name, count in rows.items() if count}

@@ -1,8 +1,9 @@
 """Base and task vectors for a device that does not hold them: one parameter's at a time, the next on its way.
 
 They stay in mapped files. A thread copies the next parameter's to pinned memory and on to the device, on a
-stream of its own, while the present one's are used; so the device holds two parameters' at most. Which one is
-next is what came next in the last pass: a backward's order is known only by having seen it.
+stream of its own, while the present one's are used; so the device holds two parameters' at most (and with
+Triton's kernels those that wait for a launch, `kernels.calls`). Which one is next is what came next in the
+last pass: a backward's order is known only by having seen it.
 
 On a CPU nothing is copied: the passes read the mapped files themselves.
 """
@@ -62,7 +63,7 @@ def prefetch_to(device: torch.device) -> Prefetch | None:
 
     def move(delta: Delta) -> Delta:
         with torch.cuda.stream(stream):
-            moved = _each(delta, lambda part: part.pin_memory().to(device, non_blocking=True))
+            moved = each_tensor(delta, lambda part: part.pin_memory().to(device, non_blocking=True))
             stream.synchronize()  # in the thread: the pinned copies may go, and the next pass may read
         return moved
 
@@ -75,7 +76,7 @@ def prefetch_to(device: torch.device) -> Prefetch | None:
     return Prefetch(move, arrive)
 
 
-def _each(delta: Delta, do: Callable[[Tensor], Tensor]) -> Delta:
+def each_tensor(delta: Delta, do: Callable[[Tensor], Tensor]) -> Delta:
     """The same delta with each of its tensors replaced."""
     terms: list[Any] = [
         type(term)._make(do(part) if isinstance(part, Tensor) else part for part in term)

@@ -214,7 +214,8 @@ class _Recorder:
             together = batches[begin : begin + processes.count()]
             mine = [examples[i] for i in together[processes.rank() % len(together)]]
             signals = {name: rows.to(parts[name]) for name, rows in self._signals(k, mine).items()}
-            for ids, of_batch in zip(together, processes.at_first(signals), strict=False):
+            spare = processes.rank() >= len(together)
+            for ids, of_batch in zip(together, processes.at_first({} if spare else signals), strict=False):
                 for name, rows in of_batch.items():
                     places = _spans(starts if name.startswith("hidden.") else row_starts, torch.tensor(ids))
                     parts[name][places] = rows

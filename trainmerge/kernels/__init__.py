@@ -7,6 +7,7 @@ from trainmerge.kernels.backend import (
     run_merges,
     run_products,
     using,
+    waiting,
     weighted_sum,
 )
 from trainmerge.kernels.calls import Gathered, Merge, Product, touched
@@ -34,5 +35,6 @@ __all__ = [
     "run_products",
     "touched",
     "using",
+    "waiting",
     "weighted_sum",
 ]

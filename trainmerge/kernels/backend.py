@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import trainmerge.kernels.calls as calls
 import trainmerge.kernels.compiled as compiled
 import trainmerge.kernels.eager as eager
 from trainmerge.kernels.calls import Merge, Product
@@ -70,9 +71,18 @@ def chosen(device: torch.device) -> str:
     return name
 
 
-def gathers(device: torch.device) -> bool:
-    """Whether the backend runs many calls in one launch, so that they had better wait for each other."""
-    return chosen(device) == "triton"
+def gathers(call: Merge | Product) -> bool:
+    """Whether a launch takes many of these, so that they had better wait for each other."""
+    if chosen(call[0].device) != "triton":
+        return False
+    from trainmerge.kernels.triton_kernels import is_dense
+
+    return is_dense(call[0], call.base, call.terms)
+
+
+def waiting(device: torch.device) -> int:
+    """Bytes that calls may hold while they wait for a launch."""
+    return calls.LAUNCH if chosen(device) == "triton" else 0
 
 
 def _backend(name: str) -> Backend:

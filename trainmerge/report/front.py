@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 
 from trainmerge.report.picture import INK, QUIET, Picture, look, shortened
 
-BALANCED = "least loss of the worst task"
+BALANCED = "least rise of the worst task"
 
 
 def front_picture(found: Mapping[str, Any]) -> Picture:
@@ -22,10 +22,11 @@ def front_picture(found: Mapping[str, Any]) -> Picture:
         found: What RUN/pareto.json holds.
     """
     tasks: list[str] = found["tasks"]
-    chosen = notable(tasks, found["run"], found["front"])
+    run = found["measured"][0]["predicted"]  # like with like: the points' losses are predicted too
+    chosen = notable(tasks, run, found["front"])
     figure = Figure(figsize=(max(5.6, 1.3 * len(tasks) + 2.2), 4.4), layout="constrained")
     ax = figure.add_subplot()
-    (_plane if len(tasks) == 2 else _lines)(ax, tasks, found, chosen)
+    (_plane if len(tasks) == 2 else _lines)(ax, tasks, run, found["front"], chosen)
     figure.legend(loc="outside lower center", ncols=2 if len(tasks) > 2 else 1)
     checks = [found["checks"][task]["rank_correlation"] for task in tasks]
     return Picture(
@@ -33,7 +34,7 @@ def front_picture(found: Mapping[str, Any]) -> Picture:
         "What one task costs another",
         "Merges around the run of which none is better than another in every task, as surrogates of the "
         "unlabeled losses have them (less is better; 0% is the run). Named are those that are best for one "
-        "task, and the one whose worst task is best: `trainmerge pareto RUN --export POINT --out OUT` "
+        "task, and the one whose worst task rises least: `trainmerge pareto RUN --export POINT --out OUT` "
         f"writes a point's model. Unseen merges were ranked with a correlation of {min(checks):.2f} or more.",
         f"A front of {len(found['front'])} points. "
         + "; ".join(f"{what}: point {point['point']}" for what, point in chosen.items()),
@@ -64,14 +65,19 @@ def notable(
 
 
 def _lines(
-    ax: Axes, tasks: Sequence[str], found: Mapping[str, Any], chosen: Mapping[str, Mapping[str, Any]]
+    ax: Axes,
+    tasks: Sequence[str],
+    run: Mapping[str, float],
+    front: Sequence[Mapping[str, Any]],
+    chosen: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    for point in found["front"]:
-        ax.plot(range(len(tasks)), _heights(tasks, found, point), color=QUIET, linewidth=0.6, alpha=0.6)
+    for point in front:
+        heights = change(run, point["losses"]).values()
+        ax.plot(range(len(tasks)), list(heights), color=QUIET, linewidth=0.6, alpha=0.6)
     ax.axhline(0.0, color=INK, linewidth=2.0, label="the run")
     for k, (what, point) in enumerate(chosen.items()):
-        label = f"point {point['point']}: {what}"
-        ax.plot(range(len(tasks)), _heights(tasks, found, point), label=label, **look(k))
+        heights = change(run, point["losses"]).values()
+        ax.plot(range(len(tasks)), list(heights), label=f"point {point['point']}: {what}", **look(k))
     ax.set_xticks(range(len(tasks)), [shortened(task, 16) for task in tasks])
     ax.set_ylabel("loss, more than the run's")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -79,21 +85,20 @@ def _lines(
 
 
 def _plane(
-    ax: Axes, tasks: Sequence[str], found: Mapping[str, Any], chosen: Mapping[str, Mapping[str, Any]]
+    ax: Axes,
+    tasks: Sequence[str],
+    run: Mapping[str, float],
+    front: Sequence[Mapping[str, Any]],
+    chosen: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    points = sorted(_heights(tasks, found, point) for point in found["front"])
+    points = sorted(tuple(change(run, point["losses"]).values()) for point in front)
     ax.plot(*zip(*points, strict=True), ".-", color=QUIET, linewidth=0.8)
     ax.plot([0.0], [0.0], "X", color=INK, markersize=9, label="the run")
     for k, (what, point) in enumerate(chosen.items()):
-        place = _heights(tasks, found, point)
+        across, up = change(run, point["losses"]).values()
         style = {**look(k), "linestyle": "", "markersize": 8}
-        ax.plot([place[0]], [place[1]], label=f"point {point['point']}: {what}", **style)
+        ax.plot([across], [up], label=f"point {point['point']}: {what}", **style)
     ax.set(xlabel=f"loss of {tasks[0]}, more than the run's", ylabel=f"loss of {tasks[1]}")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
     ax.grid(True)
-
-
-def _heights(tasks: Sequence[str], found: Mapping[str, Any], point: Mapping[str, Any]) -> list[float]:
-    changes = change(found["run"], point["losses"])
-    return [changes[task] for task in tasks]

@@ -55,6 +55,11 @@ def pareto_run(
     module, data = reopen(folder, examples=examples)
     if len(data.examples) < 2:
         raise ValueError(f"{run}: there is nothing to trade off with one expert")
+    if points <= len(data.examples):
+        raise ValueError(
+            f"points: {points} merges are too few for quadratics in {len(data.examples)} scales: set "
+            f"{len(data.examples) + 1} or more"
+        )
     module.load(data)
     start = module.start
     at = places(len(start), points + checks, seed)
