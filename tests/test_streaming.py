@@ -9,7 +9,7 @@ from tests.contracts import assert_same_bits
 from trainmerge.coefficients import Coefficients, Grouping
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched
 from trainmerge.merged_model import MergedModel
-from trainmerge.streaming import Prefetch, _each, prefetch_to
+from trainmerge.streaming import Prefetch, each_tensor, prefetch_to
 from trainmerge.task_vectors import Delta
 
 FORMS = [Difference, ExpertWeight, LowRank, Untouched]
@@ -25,7 +25,7 @@ class Courier:
     def __call__(self, delta: Delta) -> Delta:
         self.moved.append(delta.shape)
         self.threads.add(threading.current_thread().name)
-        return _each(delta, torch.clone)
+        return each_tensor(delta, torch.clone)
 
 
 def test_what_is_next_is_learned_from_the_pass_before(random_delta) -> None:
