@@ -63,22 +63,14 @@ def fit(
     folder = RunFolder(Path(run))
     checkpoint = folder.resume_from(resume) if trainer.is_global_zero or resume != "never" else None
     snapshot = load_snapshot(checkpoint) if checkpoint else None
-    step = int(snapshot["global_step"]) if snapshot else 0
     if trainer.is_global_zero:  # the other processes take its word: they meet it when the fit begins
-        module.opened.verify()
-        description = describe(module, data)
-        folder.check(description)
-        if snapshot and (different := differences(json.loads(snapshot["trainmerge"]), description)):
-            raise ValueError(f"{checkpoint} was made from other things:\n{different}")
-        module.description = json.dumps(description)
-        prepare(folder, description, module, trainer, step, config)
+        begin(folder, module, data, trainer, checkpoint, snapshot, config)
     if trainer.max_steps == 0:
         if trainer.is_global_zero:
-            if module.looks_at_data:
-                module.load(data)
-            save_coefficients(module.coefficients, folder.coefficients)
+            leave_the_start(folder, module, data)
         return folder
-    if snapshot and step >= trainer.max_steps and not module.keep_better:
+    done = snapshot is not None and int(snapshot["global_step"]) >= trainer.max_steps
+    if snapshot and done and not module.keep_better:
         if trainer.is_global_zero:
             finish(folder, module, snapshot)
     else:
@@ -168,25 +160,44 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
         check_tasks(module, data)
 
 
-def prepare(
+def begin(
     folder: RunFolder,
-    description: dict[str, Any],
     module: MergeModule,
+    data: Calibration,
     trainer: pl.Trainer,
-    step: int,
+    checkpoint: Path | None,
+    snapshot: dict[str, Any] | None,
     config: str,
 ) -> None:
-    """Write what explains the run, and drop what is later than `step`: it will be made again."""
+    """Write what explains the run, and drop what is later than `snapshot`, `checkpoint`'s content.
+
+    Raises:
+        ValueError: non-finite weights; the folder's run, or the snapshot, was made from other things.
+    """
+    module.opened.verify()
+    description = describe(module, data)
+    folder.check(description)
+    if snapshot and (different := differences(json.loads(snapshot["trainmerge"]), description)):
+        raise ValueError(f"{checkpoint} was made from other things:\n{different}")
+    module.description = json.dumps(description)
     folder.create(description)
     write_config(module.recipe, "recipe", folder.recipe)
     module.opened.save(folder.sources)
     if config:
         write_whole(folder.config, config)
+    step = int(snapshot["global_step"]) if snapshot else 0
     folder.drop_snapshots_after(step)
     keep_csv(trainer.loggers, step)
     for logger in trainer.loggers:
         if isinstance(logger, JsonLines):
             logger.keep_until(step)
+
+
+def leave_the_start(folder: RunFolder, module: MergeModule, data: Calibration) -> None:
+    """A run that learns nothing: its coefficients are those that it starts with."""
+    if module.looks_at_data:
+        module.load(data)
+    save_coefficients(module.coefficients, folder.coefficients)
 
 
 def finish(folder: RunFolder, module: MergeModule, snapshot: dict[str, Any]) -> None:
