@@ -13,6 +13,7 @@ from matplotlib.ticker import PercentFormatter
 from trainmerge.report.picture import INK, QUIET, Picture, look, shortened
 
 BALANCED = "least rise of the worst task"
+Rises = Sequence[list[float]]  # P of T
 
 
 def front_picture(found: Mapping[str, Any]) -> Picture:
@@ -26,7 +27,9 @@ def front_picture(found: Mapping[str, Any]) -> Picture:
     chosen = notable(tasks, run, found["front"])
     figure = Figure(figsize=(max(5.6, 1.3 * len(tasks) + 2.2), 4.4), layout="constrained")
     ax = figure.add_subplot()
-    (_plane if len(tasks) == 2 else _lines)(ax, tasks, run, found["front"], chosen)
+    points = [list(change(run, point["losses"]).values()) for point in found["front"]]
+    named = {f"point {p['point']}: {what}": points[found["front"].index(p)] for what, p in chosen.items()}
+    (_plane if len(tasks) == 2 else _lines)(ax, tasks, points, named)
     figure.legend(loc="outside lower center", ncols=2 if len(tasks) > 2 else 1)
     checks = [found["checks"][task]["rank_correlation"] for task in tasks]
     return Picture(
@@ -64,40 +67,24 @@ def notable(
     return {BALANCED: min(front, key=lambda p: max(change(run, p["losses"]).values())), **best}
 
 
-def _lines(
-    ax: Axes,
-    tasks: Sequence[str],
-    run: Mapping[str, float],
-    front: Sequence[Mapping[str, Any]],
-    chosen: Mapping[str, Mapping[str, Any]],
-) -> None:
-    for point in front:
-        heights = change(run, point["losses"]).values()
-        ax.plot(range(len(tasks)), list(heights), color=QUIET, linewidth=0.6, alpha=0.6)
+def _lines(ax: Axes, tasks: Sequence[str], points: Rises, named: Mapping[str, list[float]]) -> None:
+    places = range(len(tasks))
+    for rises in points:
+        ax.plot(places, rises, color=QUIET, linewidth=0.6, alpha=0.6)
     ax.axhline(0.0, color=INK, linewidth=2.0, label="the run")
-    for k, (what, point) in enumerate(chosen.items()):
-        heights = change(run, point["losses"]).values()
-        ax.plot(range(len(tasks)), list(heights), label=f"point {point['point']}: {what}", **look(k))
-    ax.set_xticks(range(len(tasks)), [shortened(task, 16) for task in tasks])
+    for k, (label, rises) in enumerate(named.items()):
+        ax.plot(places, rises, label=label, **look(k))
+    ax.set_xticks(places, [shortened(task, 16) for task in tasks])
     ax.set_ylabel("loss, more than the run's")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.grid(True)
 
 
-def _plane(
-    ax: Axes,
-    tasks: Sequence[str],
-    run: Mapping[str, float],
-    front: Sequence[Mapping[str, Any]],
-    chosen: Mapping[str, Mapping[str, Any]],
-) -> None:
-    points = sorted(tuple(change(run, point["losses"]).values()) for point in front)
-    ax.plot(*zip(*points, strict=True), ".-", color=QUIET, linewidth=0.8)
+def _plane(ax: Axes, tasks: Sequence[str], points: Rises, named: Mapping[str, list[float]]) -> None:
+    ax.plot(*zip(*sorted(points), strict=True), ".-", color=QUIET, linewidth=0.8)
     ax.plot([0.0], [0.0], "X", color=INK, markersize=9, label="the run")
-    for k, (what, point) in enumerate(chosen.items()):
-        across, up = change(run, point["losses"]).values()
-        style = {**look(k), "linestyle": "", "markersize": 8}
-        ax.plot([across], [up], label=f"point {point['point']}: {what}", **style)
+    for k, (label, (across, up)) in enumerate(named.items()):
+        ax.plot([across], [up], label=label, **{**look(k), "linestyle": "", "markersize": 8})
     ax.set(xlabel=f"loss of {tasks[0]}, more than the run's", ylabel=f"loss of {tasks[1]}")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
