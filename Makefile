@@ -43,7 +43,7 @@ demo: data ## learn a merge of five experts, resume it, export it, score it, dra
 	$(BIN)/trainmerge fit --config configs/demo.yaml --run runs/demo --report false --resume auto
 	$(BIN)/trainmerge export runs/demo runs/demo/merged
 	$(BIN)/python -c "from transformers import AutoModel; AutoModel.from_pretrained('runs/demo/merged')"
-	$(BIN)/trainmerge evaluate runs/demo --limit 200
+	$(BIN)/trainmerge evaluate runs/demo
 	$(BIN)/trainmerge report runs/demo
 
 test: data ## run the tests
