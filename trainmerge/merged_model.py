@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trainmerge.coefficients import Coefficients
 from trainmerge.held import HeldDelta, held_deltas, local, placed
-from trainmerge.kernels import Gathered, Product, gathers, run_merges, run_products, touched
+from trainmerge.kernels import Gathered, Product, run_merges, run_products, shareable
 from trainmerge.layer_taps import products, tap, tappable
 from trainmerge.streaming import Prefetch, prefetch_to
 from trainmerge.task_vectors import Delta, TaskVectors, outside
@@ -144,7 +144,7 @@ class MergedModel:
             delta = self._delta(self._to_collect, self.task_vectors, name)
             columns = self.coefficients.layout.groups[name]
             for chunks, product in delta.products(slope, len(columns)):
-                self._products.add((columns[chunks], product), touched(product), gathers(product))
+                self._products.add((columns[chunks], product), shareable(product))
         parameter.grad = None
 
     def _run_products(self, calls: Sequence[tuple[Sequence[int], Product]]) -> None:
@@ -172,7 +172,7 @@ class MergedModel:
             for name in names:
                 delta = self._delta(self._to_write, source, name)
                 for merge in delta.merges(local(self.parameters[name]), coefficients(name)):
-                    merges.add(merge, touched(merge), gathers(merge))
+                    merges.add(merge, shareable(merge))
             merges.flush()
         torch.clear_autocast_cache()  # a mixed-precision context keeps its casts of the weights that were
 

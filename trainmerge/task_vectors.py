@@ -20,6 +20,7 @@ from trainmerge.kernels import (
     Untouched,
     accumulation_dtype,
     inner_products,
+    read_bytes,
     rows_of,
     weighted_sum,
 )
@@ -41,8 +42,7 @@ class Delta:
     @property
     def nbytes(self) -> int:
         """Bytes that a pass reads: base and terms."""
-        parts = (part for term in self.terms for part in term if isinstance(part, Tensor))
-        return self.base.nbytes + sum(part.nbytes for part in parts)
+        return read_bytes(self.base, self.terms)
 
     def merge(self, out: Tensor, coefficients: Tensor) -> None:
         """Write base + sum_k coefficients[k, chunk] tau_k into `out` [*S]. Coefficients [K, C]."""

@@ -2,18 +2,18 @@
 
 from trainmerge.kernels.backend import (
     NAMES,
-    gathers,
     inner_products,
     run_merges,
     run_products,
+    shareable,
     using,
     waiting,
     weighted_sum,
 )
-from trainmerge.kernels.calls import Gathered, Merge, Product, touched
+from trainmerge.kernels.calls import Gathered, Merge, Product
 from trainmerge.kernels.eager import accumulation_dtype, chunk_bounds
 from trainmerge.kernels.quantised import Quantised
-from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, Untouched, rows_of
+from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, Untouched, read_bytes, rows_of
 
 __all__ = [
     "NAMES",
@@ -28,12 +28,12 @@ __all__ = [
     "Untouched",
     "accumulation_dtype",
     "chunk_bounds",
-    "gathers",
     "inner_products",
+    "read_bytes",
     "rows_of",
     "run_merges",
     "run_products",
-    "touched",
+    "shareable",
     "using",
     "waiting",
     "weighted_sum",

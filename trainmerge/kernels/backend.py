@@ -20,7 +20,7 @@ import trainmerge.kernels.calls as calls
 import trainmerge.kernels.compiled as compiled
 import trainmerge.kernels.eager as eager
 from trainmerge.kernels.calls import Merge, Product
-from trainmerge.kernels.terms import Term
+from trainmerge.kernels.terms import Term, read_bytes
 
 
 class Backend(NamedTuple):
@@ -71,13 +71,14 @@ def chosen(device: torch.device) -> str:
     return name
 
 
-def gathers(call: Merge | Product) -> bool:
-    """Whether a launch takes many of these, so that they had better wait for each other."""
+def shareable(call: Merge | Product) -> int:
+    """Bytes of a call that had better wait for others to share a launch; 0 if it runs by itself."""
     if chosen(call[0].device) != "triton":
-        return False
+        return 0
     from trainmerge.kernels.triton_kernels import is_dense
 
-    return is_dense(call[0], call.base, call.terms)
+    dense = is_dense(call[0], call.base, call.terms)
+    return call[0].nbytes + read_bytes(call.base, call.terms) if dense else 0
 
 
 def waiting(device: torch.device) -> int:

@@ -31,12 +31,6 @@ class Product(NamedTuple):
     chunks: int
 
 
-def touched(call: Merge | Product) -> int:
-    """Bytes that a call reads and writes."""
-    parts = (part for term in call.terms for part in term if isinstance(part, Tensor))
-    return call[0].nbytes + call.base.nbytes + sum(part.nbytes for part in parts)
-
-
 Call = TypeVar("Call")
 
 
@@ -52,11 +46,11 @@ class Gathered(Generic[Call]):
         self._waiting: list[Call] = []
         self._bytes = 0
 
-    def add(self, call: Call, size: int, wait: bool) -> None:
-        """One more call, of `size` bytes; it runs at once, with those before it, unless it may `wait`."""
+    def add(self, call: Call, size: int) -> None:
+        """One more call, of `size` bytes; one of 0 runs at once, with those before it."""
         self._waiting.append(call)
         self._bytes += size
-        if not wait or self._bytes >= LAUNCH:
+        if not size or self._bytes >= LAUNCH:
             self.flush()
 
     def flush(self) -> None:

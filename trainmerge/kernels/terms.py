@@ -3,6 +3,7 @@
 Legend: `*S` parameter shape, `out`/`in` rows and columns of a matrix, `r` rank.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,6 +36,11 @@ class Untouched(NamedTuple):
 
 
 Term = Difference | ExpertWeight | LowRank | Quantised | Untouched
+
+
+def read_bytes(base: Tensor, terms: Sequence[Term]) -> int:
+    """Bytes that a pass reads of one parameter's base and terms."""
+    return base.nbytes + sum(part.nbytes for term in terms for part in term if isinstance(part, Tensor))
 
 
 def rows_of(term: Term, part: slice) -> Term:

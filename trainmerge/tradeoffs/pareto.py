@@ -23,7 +23,7 @@ from trainmerge.run_folder import RunFolder
 from trainmerge.storage import sha256
 from trainmerge.tradeoffs.front import front, spread
 from trainmerge.tradeoffs.scales import losses_at, named, scaled
-from trainmerge.tradeoffs.surrogate import Quadratics, fit_quadratics, rank_correlation
+from trainmerge.tradeoffs.surrogate import Quadratics, check_points, fit_quadratics, rank_correlation
 
 
 def pareto_run(
@@ -55,11 +55,7 @@ def pareto_run(
     module, data = reopen(folder, examples=examples)
     if len(data.examples) < 2:
         raise ValueError(f"{run}: there is nothing to trade off with one expert")
-    if points <= len(data.examples):
-        raise ValueError(
-            f"points: {points} merges are too few for quadratics in {len(data.examples)} scales: set "
-            f"{len(data.examples) + 1} or more"
-        )
+    check_points(points, len(data.examples))
     module.load(data)
     start = module.start
     at = places(len(start), points + checks, seed)

@@ -27,6 +27,12 @@ class Quadratics:
         return self.constant + u @ self.linear.T + bent / 2
 
 
+def check_points(P: int, n: int) -> None:
+    """Raise ValueError if P points do not make a quadratic in n coordinates."""
+    if n + 1 > P:
+        raise ValueError(f"{P} points are too few for a quadratic in {n} coordinates: it takes {n + 1}")
+
+
 def fit_quadratics(points: Tensor, losses: Tensor, slopes: Tensor) -> Quadratics:
     """The least-squares quadratics of losses [P, T] and slopes [P, T, n] at points [P, n].
 
@@ -37,8 +43,7 @@ def fit_quadratics(points: Tensor, losses: Tensor, slopes: Tensor) -> Quadratics
     """
     P, n = points.shape
     pairs = torch.triu_indices(n, n)
-    if n + 1 > P:
-        raise ValueError(f"{P} points are too few for a quadratic in {n} coordinates: it takes {n + 1}")
+    check_points(P, n)
     rows = torch.cat([_values(points, pairs)[:, None], _slopes(points, pairs)], dim=1)  # [P, 1 + n, unknowns]
     told = torch.cat([losses[:, None], slopes.transpose(1, 2)], dim=1)  # [P, 1 + n, T]
     solved = torch.linalg.lstsq(rows.flatten(0, 1), told.flatten(0, 1), driver="gelsd").solution.T
