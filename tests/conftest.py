@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Term, Untouched
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 MakeDelta = Callable[..., Delta]
 MakeTaskVectors = Callable[..., TaskVectors]

@@ -7,8 +7,8 @@ Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter, `*S` p
 import torch
 from torch import Tensor
 
-from trainmerge.batch import Batch, Outputs
-from trainmerge.constraints import Constraint
+from trainmerge.coefficients.constraints import Constraint
+from trainmerge.data.batch import Batch, Outputs
 from trainmerge.kernels import (
     Difference,
     ExpertWeight,
@@ -20,7 +20,7 @@ from trainmerge.kernels import (
 )
 from trainmerge.kernels.quantised import unpack
 from trainmerge.objectives import Objective
-from trainmerge.task_vectors import Delta
+from trainmerge.task_vectors.delta import Delta
 
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from tests.contracts import assert_delta_contract, assert_inner_is_exact, assert_same_bits, merge
-from trainmerge.coefficients import Coefficients, Grouping
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.coefficients.layout import Grouping
 from trainmerge.kernels import (
     Difference,
     ExpertWeight,
@@ -26,8 +27,8 @@ from trainmerge.kernels import (
     triton_kernels,
     using,
 )
-from trainmerge.merged_model import MergedModel
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.model.merged_model import MergedModel
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 MIX = [ExpertWeight, Difference, Untouched, ExpertWeight]
 GENERATOR = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ from torch import Tensor
 import trainmerge as tm
 from trainmerge.kernels import Difference
 from trainmerge.preprocess import Informed
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 METHODS: dict[str, tm.Preprocess] = {
     "breadcrumbs": tm.Breadcrumbs(0.5, 0.1),

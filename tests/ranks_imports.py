@@ -13,7 +13,5 @@ import torchmetrics  # noqa: F401
 import transformers  # noqa: F401
 
 import tests.world  # noqa: F401
-import trainmerge.export
-import trainmerge.fit_cli  # noqa: F401
 
 torch.set_num_threads(1)

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainmerge.folders import write_whole
-from trainmerge.run_folder import versions
+from trainmerge.run.folder import versions
+from trainmerge.system.atomic import write_whole
 
 FOLDER = Path("tests/results")
 

@@ -26,9 +26,9 @@ from tests.ranks import Failed, Ranks, sound
 from tests.results import FOLDER
 from tests.test_ranks import world_fit
 from tests.world import write_world
-from trainmerge.folders import write_whole
-from trainmerge.provenance import load_snapshot
-from trainmerge.run_folder import RunFolder, versions
+from trainmerge.fitting.provenance import load_snapshot
+from trainmerge.run.folder import RunFolder, versions
+from trainmerge.system.atomic import write_whole
 
 STEPS = 12
 HANG = 120  # seconds

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean, pstdev
 
 from tests import results
-from trainmerge.memory import anonymous
+from trainmerge.system.memory import anonymous
 
 RUNS = Path("runs/suite")
 README = Path("README.md")

@@ -12,11 +12,11 @@ from torch import Tensor
 
 import trainmerge as tm
 from tests.world import WORDS, languages_recipe, llama, nudge, write_languages
-from trainmerge.batch import Asks, Batch, Outputs, Predictions, Signals
+from trainmerge.data.batch import Asks, Batch, Outputs, Predictions, Signals
 from trainmerge.kernels import ExpertWeight
-from trainmerge.merged_model import MergedModel
-from trainmerge.recipe import calibration_files
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.model.merged_model import MergedModel
+from trainmerge.run.recipe import calibration_files
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 B, T, V, D = 2, 4, 9, 6
 MASK = torch.tensor([[True, True, True, False], [True, False, False, False]])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainmerge.anchor import Anchor
+from trainmerge.coefficients.anchor import Anchor
 
 START = torch.full((3, 4), 0.3)
 

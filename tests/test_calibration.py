@@ -9,9 +9,9 @@ import datasets
 import pytest
 
 from tests.world import write_tokenizer
-from trainmerge.calibration import Steps, sample
-from trainmerge.examples import Example, load_examples, warn_of_overlap
-from trainmerge.tokenizer import Tokenizer
+from trainmerge.data.calibration import Steps, sample
+from trainmerge.data.examples import Example, load_examples, warn_of_overlap
+from trainmerge.data.tokenizer import Tokenizer
 
 
 def test_every_example_is_seen_once_before_any_is_seen_again() -> None:

@@ -26,16 +26,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from trainmerge.checkpoints import (
-    fingerprint,
-    load_model,
-    open_checkpoint,
-    open_task_vectors,
-    verify,
-)
-from trainmerge.checkpoints.skeleton import quiet
+from trainmerge.checkpoints import fingerprint, load_model, open_checkpoint, open_task_vectors, verify
+from trainmerge.checkpoints.meta_model import quiet
 from trainmerge.kernels import ExpertWeight
-from trainmerge.storage import sha256
+from trainmerge.system.safetensors_file import sha256
 
 SIZES = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 24}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from tests.world import LABELS, write_world
-from trainmerge.cli import main
+from trainmerge.cli.main import main
 
 
 def write_config(root: Path, **changes: object) -> Path:

@@ -12,17 +12,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.contracts import assert_same_bits
-from trainmerge.coefficients import (
-    Coefficients,
-    Grouping,
-    Layout,
-    block_of,
-    load_coefficients,
-    save_coefficients,
-)
-from trainmerge.constraints import Box, Free, Sigmoid, Simplex
-from trainmerge.initial import read_initial
+from trainmerge.coefficients.coefficients import Coefficients, load_coefficients, save_coefficients
+from trainmerge.coefficients.constraints import Box, Free, Sigmoid, Simplex
+from trainmerge.coefficients.initial import read_initial
+from trainmerge.coefficients.layout import Grouping, Layout
 from trainmerge.kernels import chunk_bounds
+from trainmerge.task_vectors.parameter_names import block_of
 
 SHAPES = {
     name: torch.Size(shape)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.contracts import assert_constraint_contract, assert_same_bits
-from trainmerge.coefficients import Coefficients, Layout
-from trainmerge.constraints import Box, Free, Sigmoid, Simplex
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.coefficients.constraints import Box, Free, Sigmoid, Simplex
+from trainmerge.coefficients.layout import Layout
 
 INSIDE = torch.tensor([[0.2, 0.5, 0.1], [0.5, 0.25, 0.8], [0.3, 0.25, 0.1]])  # every column sums to one
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainmerge.batch import Batch, Outputs, Predictions, Signals
+from trainmerge.data.batch import Batch, Outputs, Predictions, Signals
 from trainmerge.objectives import Entropy
 from trainmerge.objectives import divergence as module
 from trainmerge.objectives.divergence import divergence

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import trainmerge as tm
+from trainmerge.coefficients.presets import MeasuredPreset, Preset
 from trainmerge.objectives import Objective
 from trainmerge.preprocess import Informed, Preprocess
-from trainmerge.presets import MeasuredPreset, Preset
 
 DOCS = Path("notebooks/docs")
 KINDS = (Objective, Preprocess, Preset)

@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from tests.contracts import assert_objective_contract
-from trainmerge.batch import Batch, Outputs, Predictions, Signals
+from trainmerge.data.batch import Batch, Outputs, Predictions, Signals
 from trainmerge.objectives import Entropy
 from trainmerge.objectives.divergence import divergence
 from trainmerge.objectives.entropy import entropy, marginal_cross_entropy

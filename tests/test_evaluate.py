@@ -16,16 +16,17 @@ import yaml
 import trainmerge as tm
 from tests.test_alignment import languages  # noqa: F401 - a fixture
 from tests.world import LABELS, languages_recipe, llama, recipe, write_world
-from trainmerge.cli import main
-from trainmerge.config import to_config
-from trainmerge.evaluate import evaluate_run, text_length
+from trainmerge.cli.main import main
+from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.evaluate import evaluate_run
+from trainmerge.evaluate.bootstrap import differences
 from trainmerge.evaluate.harness import run_harness
-from trainmerge.evaluate.measures import TokenLosses, class_measures
-from trainmerge.evaluate.paired import differences
-from trainmerge.evaluate.scores import Subject, score_task, token_losses
+from trainmerge.evaluate.score_task import Subject, score_task, token_losses
 from trainmerge.evaluate.tasks import Task, load_tasks
-from trainmerge.recipe import HeldOut, Recipe, calibration_files
-from trainmerge.tokenizer import Tokenizer
+from trainmerge.evaluate.torchmetrics_states import TokenLosses, class_measures
+from trainmerge.run.config import to_config
+from trainmerge.run.recipe import HeldOut, Recipe, calibration_files
+from trainmerge.run.sources import text_length
 
 LENGTH = 5  # tokens: most texts are longer
 

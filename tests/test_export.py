@@ -26,10 +26,11 @@ from tests.world import (
     write_world,
 )
 from trainmerge.checkpoints import load_model, open_checkpoint, open_task_vectors
-from trainmerge.cli import main
-from trainmerge.coefficients import Coefficients, Grouping
+from trainmerge.cli.main import main
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.coefficients.layout import Grouping
 from trainmerge.preprocess import apply, piecewise
-from trainmerge.run_folder import RunFolder
+from trainmerge.run.folder import RunFolder
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import trainmerge as tm
 from tests.world import WORDS, nudge, write_tokenizer
-from trainmerge import tokenizer as tokenizers_of_ours
-from trainmerge.batch import Batch
-from trainmerge.recipe import calibration_files
+from trainmerge.data import tokenizer as tokenizers_of_ours
+from trainmerge.data.batch import Batch
+from trainmerge.run.recipe import calibration_files
 
 SMALL = {
     "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -14,10 +14,10 @@ from datasets import Dataset
 
 import trainmerge as tm
 from tests.world import bert, nudge, recipe, write_world
-from trainmerge.calibration import Calibration
-from trainmerge.module import MergeModule
-from trainmerge.recipe import calibration_files
-from trainmerge.run_folder import RunFolder
+from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.module import MergeModule
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.recipe import calibration_files
 
 STEPS = 11  # of 4 examples from 40: past the first pass over the data
 
@@ -131,7 +131,7 @@ def test_sigterm_saves_at_the_end_of_the_step(world: Path, finished: Path, tmp_p
             if trainer.global_step == 6:
                 signal.raise_signal(signal.SIGTERM)
 
-    from trainmerge.callbacks import Preempted
+    from trainmerge.fitting.snapshots import Preempted
 
     with pytest.raises(Preempted, match="after step 7"):
         fit_world(world, tmp_path / "run", callbacks=[Terminate()])

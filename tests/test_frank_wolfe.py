@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import trainmerge as tm
 from tests.world import recipe, write_world
-from trainmerge.constraints import Simplex
-from trainmerge.frank_wolfe import FrankWolfe, oracle
-from trainmerge.recipe import calibration_files
+from trainmerge.coefficients.constraints import Simplex
+from trainmerge.coefficients.frank_wolfe import FrankWolfe, oracle
+from trainmerge.run.recipe import calibration_files
 
 
 def distance(target: Tensor):

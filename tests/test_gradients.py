@@ -11,13 +11,14 @@ from torchjd.aggregation import MGDA, CAGrad, Mean, PCGrad, Sum
 import trainmerge as tm
 from tests.test_fit import fit_world
 from tests.world import languages_recipe, write_languages, write_world
-from trainmerge.batch import Batch
-from trainmerge.coefficients import Coefficients, Grouping
-from trainmerge.gradients import combined
+from trainmerge.coefficients.aggregation import combined
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.coefficients.layout import Grouping
+from trainmerge.data.batch import Batch
 from trainmerge.kernels import Difference, ExpertWeight, LowRank
-from trainmerge.merged_model import MergedModel
+from trainmerge.model.merged_model import MergedModel
 from trainmerge.preprocess.subspace import shared_subspace
-from trainmerge.recipe import calibration_files
+from trainmerge.run.recipe import calibration_files
 
 ROWS = torch.tensor([[[1.0, 0.0]], [[-0.5, 1.0]]])  # m = 2, K = 1, G = 2
 

@@ -10,11 +10,11 @@ from tests.collectives import CountBytes
 from tests.conftest import MakeDelta
 from tests.ranks import join_group, run
 from tests.world import bert, llama
-from trainmerge import processes
 from trainmerge.checkpoints import hollow_model, load_model, open_checkpoint
-from trainmerge.held import HeldDelta, held_rows, local
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched, inner_products, run_merges
-from trainmerge.sharded import held_bytes, pass_bytes, shard_model, units
+from trainmerge.model.fsdp import held_bytes, pass_bytes, shard_model, units
+from trainmerge.model.row_shards import HeldDelta, held_rows, local
+from trainmerge.system import distributed
 
 FORMS = (ExpertWeight, Difference, LowRank, Untouched)
 
@@ -46,9 +46,9 @@ def shards_of(base: Path, inputs: torch.Tensor, learned: bool) -> dict[str, obje
     names = list(checkpoint.tensors) if learned else []
     loaded = hollow_model(checkpoint)
     root = shard_model(loaded, checkpoint, names, torch.device("cpu"))
-    wanted = pass_bytes(loaded.module, processes.count())
+    wanted = pass_bytes(loaded.module, distributed.world_size())
     held = sum(local(p).untyped_storage().nbytes() for p in loaded.module.parameters())
-    promised = held_bytes(loaded.module, processes.count())
+    promised = held_bytes(loaded.module, distributed.world_size())
     with CountBytes() as counted:
         output = root(loaded.module, inputs)
         torch.stack([part.square().mean() for part in output.to_tuple()]).sum().backward()

@@ -9,12 +9,12 @@ import torch
 import trainmerge as tm
 from tests.test_fit import build, fit_world, learned
 from tests.world import recipe, write_world
-from trainmerge.allocation import allocate_run
-from trainmerge.batch import Outputs
-from trainmerge.importance import allocate, energy, magnitude
-from trainmerge.initial import carried
-from trainmerge.run_folder import RunFolder
-from trainmerge.safeguard import batches
+from trainmerge.coefficients.chunk_allocation import allocate, magnitude
+from trainmerge.coefficients.initial import carried
+from trainmerge.data.batch import Outputs
+from trainmerge.fitting.allocate_chunks import allocate_run, energy
+from trainmerge.fitting.calibration_loss import batches
+from trainmerge.run.folder import RunFolder
 
 SCORES = {"a": 0.5, "b": 0.3, "c": 0.15, "d": 0.05}
 ROWS = dict.fromkeys(SCORES, 64)

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, BertModel, LlamaForCausalLM
 import trainmerge as tm
 from tests.methods import SoftmaxLayer, random, vectors
 from tests.world import languages_recipe, recipe, write_languages, write_world
-from trainmerge import resident
 from trainmerge.checkpoints import load_model
-from trainmerge.measure import Measure
+from trainmerge.model import resident
+from trainmerge.model.expert_statistics import Measure
 from trainmerge.preprocess import regmean
-from trainmerge.recipe import calibration_files
-from trainmerge.task_vectors import TaskVectors
+from trainmerge.run.recipe import calibration_files
+from trainmerge.task_vectors.delta import TaskVectors
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +306,6 @@ def test_divergences_are_the_same_however_many_texts_wait(
     monkeypatch.setattr(merged, "teacher", lambda expert: (became.append(expert), teacher(expert))[1])
     together = made.divergences(0, texts)
     assert became == [0]
-    monkeypatch.setattr("trainmerge.measure.HELD", 0)
+    monkeypatch.setattr("trainmerge.model.expert_statistics.HELD", 0)
     assert torch.equal(made.divergences(0, texts), together)
     assert became == [0] * (1 + len(texts))

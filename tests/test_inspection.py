@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.test_cli import write_config
 from tests.world import languages_recipe, recipe, write_languages, write_world
-from trainmerge.cli import main
-from trainmerge.config import write_config as write_recipe
+from trainmerge.cli.main import main
 from trainmerge.inspection import inspect_path
 from trainmerge.inspection.attention import changes
 from trainmerge.inspection.suggest import suggest
-from trainmerge.recipe import Recipe
+from trainmerge.run.config import write_config as write_recipe
+from trainmerge.run.recipe import Recipe
 
 
 def change(folder: Path, **tensors: torch.Tensor | float) -> None:

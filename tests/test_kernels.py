@@ -27,7 +27,7 @@ from trainmerge.kernels import (
     inner_products,
     weighted_sum,
 )
-from trainmerge.task_vectors import Delta
+from trainmerge.task_vectors.delta import Delta
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [[], [1], [7], [5, 3], [64, 33], [130, 2000], [6, 4, 5], [1, 9]]

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from tests.contracts import assert_delta_contract, assert_same_bits, merge
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched, compiled, eager, using
 from trainmerge.kernels.backend import chosen
-from trainmerge.task_vectors import Delta
+from trainmerge.task_vectors.delta import Delta
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, inside the compiler
 MIX = [ExpertWeight, Difference, Untouched, ExpertWeight]

@@ -20,11 +20,12 @@ from tests.test_merged_model import (
     make,
     resident_gradient,
 )
-from trainmerge.coefficients import Coefficients, Grouping
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.coefficients.layout import Grouping
 from trainmerge.kernels import ExpertWeight, LowRank, Untouched
-from trainmerge.layer_taps import products, tappable
-from trainmerge.merged_model import MergedModel
-from trainmerge.task_vectors import TaskVectors
+from trainmerge.model.low_rank_gradient import products, tappable
+from trainmerge.model.merged_model import MergedModel
+from trainmerge.task_vectors.delta import TaskVectors
 
 FORMS = {
     "low-rank": [LowRank, LowRank],

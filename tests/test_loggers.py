@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 import trainmerge as tm
 from tests.test_fit import build, learned
 from tests.world import write_world
-from trainmerge.run_folder import RunFolder
+from trainmerge.run.folder import RunFolder
 
 
 @pytest.fixture(scope="module")

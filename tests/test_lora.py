@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from trainmerge.checkpoints import open_checkpoint, open_task_vectors
-from trainmerge.checkpoints.skeleton import quiet
+from trainmerge.checkpoints.meta_model import quiet
 from trainmerge.kernels import ExpertWeight, LowRank
-from trainmerge.task_vectors import TaskVectors, dense_term
+from trainmerge.task_vectors.delta import TaskVectors, dense_term
 
 SIZES = {
     "vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -1,4 +1,4 @@
-"""The resident merge against the same merge inside the autograd graph (`trainmerge.functional`).
+"""The resident merge against the same merge inside the autograd graph (`trainmerge.model.functional`).
 
 Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 """
@@ -11,12 +11,13 @@ from torch import nn
 from torch.func import functional_call
 
 from tests.contracts import assert_same_bits, merge, relative_error, true_inner, true_merge
-from trainmerge.coefficients import Coefficients, Grouping, Layout
-from trainmerge.constraints import Sigmoid
-from trainmerge.functional import merged_weight, merged_weights
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.coefficients.constraints import Sigmoid
+from trainmerge.coefficients.layout import Grouping, Layout
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched
-from trainmerge.merged_model import MergedModel
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.model.functional import merged_weight, merged_weights
+from trainmerge.model.merged_model import MergedModel
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 FORMS = {
     "dense": [ExpertWeight, Difference, ExpertWeight],

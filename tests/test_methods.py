@@ -15,8 +15,9 @@ from tests.contracts import assert_same_bits, relative_error, tensors_of
 from tests.methods import METHODS, PAIRS, applied, bases, count_for, random, run, vectors
 from tests.world import languages_recipe, write_languages
 from trainmerge.kernels import ExpertWeight
-from trainmerge.preprocess import Informed, Piecewise, apply, doge, in_pieces, piecewise
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.preprocess import Informed, Piecewise, apply, doge, piecewise
+from trainmerge.task_vectors.delta import Delta, TaskVectors
+from trainmerge.task_vectors.pieces import in_pieces
 
 every = pytest.mark.parametrize("name", METHODS)
 

@@ -8,9 +8,9 @@ import pytest
 
 from tests.test_alignment import languages  # noqa: F401 - a fixture
 from tests.world import languages_recipe
-from trainmerge.cli import main
+from trainmerge.cli.main import main
 from trainmerge.evaluate import metric_of
-from trainmerge.metrics import ACCURACY, PERPLEXITY
+from trainmerge.run.scores import ACCURACY, PERPLEXITY
 
 
 def test_accuracy() -> None:
@@ -39,7 +39,7 @@ def test_forgetting_is_how_much_worse_than_the_base() -> None:
 def test_a_second_stage_from_the_command_line(languages: Path, tmp_path: Path) -> None:  # noqa: F811
     import yaml
 
-    from trainmerge.config import to_config
+    from trainmerge.run.config import to_config
 
     assert metric_of(languages_recipe(languages)) == PERPLEXITY
     config = tmp_path / "config.yaml"

@@ -10,17 +10,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 import trainmerge as tm
 from tests.test_fit import build, learned
 from tests.world import languages_recipe, write_languages, write_world
-from trainmerge.batch import Batch
-from trainmerge.budget import MARGIN, affordable
-from trainmerge.checkpoints import recompute_blocks
-from trainmerge.devices import STATED, Device, device_named
-from trainmerge.economy import Economy, cheaper, rounds
-from trainmerge.forward import forward
-from trainmerge.memory import parse_size
+from trainmerge.data.batch import Batch
+from trainmerge.fitting.fit import precision_of
+from trainmerge.fitting.memory_budget import MARGIN, affordable
+from trainmerge.fitting.plan_fit import plan_fit
+from trainmerge.model.activation_checkpointing import recompute_blocks
+from trainmerge.model.forward import forward
 from trainmerge.objectives import Alignment, Entropy, Objective
-from trainmerge.planning import plan_fit, plan_model
-from trainmerge.rehearsal import Rehearsal, _Ledger, rehearse
-from trainmerge.run import precision_of
+from trainmerge.plan.devices import STATED, Device, device_named
+from trainmerge.plan.dry_run import Rehearsal, _Ledger, rehearse
+from trainmerge.plan.micro_batches import Economy, cheaper, rounds
+from trainmerge.plan.plan_model import plan_model
+from trainmerge.system.memory import parse_size
 
 H100 = STATED["h100"]
 
@@ -201,7 +202,9 @@ def test_a_budget_is_kept_or_refused(
     with pytest.raises(ValueError, match=r"more than the 100\.0 MiB.*\n(.*\n)+.*data.max_length"):
         tm.fit(module, data, trainer, run, memory="100MiB")
     assert not run.exists()
-    monkeypatch.setattr("trainmerge.planning.anonymous", lambda: 0)  # else megabytes hide the difference
+    monkeypatch.setattr(
+        "trainmerge.fitting.plan_fit.anonymous", lambda: 0
+    )  # else megabytes hide the difference
     plan, tighter = (plan_fit(module, data, economy=e) for e in (Economy(2), Economy(1)))
     limit = int(MARGIN * (plan.total + tighter.total) / 2)
     assert affordable(module, data, precision_of(trainer), limit) == Economy(1)

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 
 import trainmerge as tm
 from tests.world import languages_recipe, recipe, write_languages, write_world
-from trainmerge.calibration import Calibration
-from trainmerge.heads import Head
-from trainmerge.preflight import check_tasks
-from trainmerge.recipe import Recipe, calibration_files
+from trainmerge.data.calibration import Calibration
+from trainmerge.data.heads import Head
+from trainmerge.fitting.preflight import check_tasks
+from trainmerge.run.recipe import Recipe, calibration_files
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from trainmerge.preprocess import doge
 from trainmerge.preprocess.consensus import tall_masks
 from trainmerge.preprocess.spectrum import input_directions, polar, truncated
 from trainmerge.preprocess.subspace import shared_subspace
-from trainmerge.recipe import calibration_files
-from trainmerge.task_vectors import TaskVectors
+from trainmerge.run.recipe import calibration_files
+from trainmerge.task_vectors.delta import TaskVectors
 
 
 def test_dare_is_unbiased_and_its_dice_know_only_names() -> None:

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import trainmerge as tm
 from tests.world import languages_recipe, write_languages
-from trainmerge.cli import main
-from trainmerge.presets import posterior, t3_coefficients
-from trainmerge.recipe import calibration_files
+from trainmerge.cli.main import main
+from trainmerge.coefficients.presets import posterior, t3_coefficients
+from trainmerge.run.recipe import calibration_files
 
 
 @pytest.fixture(scope="module")

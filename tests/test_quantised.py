@@ -11,11 +11,11 @@ import trainmerge as tm
 from tests.contracts import assert_delta_contract, assert_same_bits, true_tau
 from tests.test_fit import fit_world, learned
 from tests.world import write_world
+from trainmerge.fitting.provenance import describe
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Quantised, Untouched
 from trainmerge.kernels.quantised import pack, unpack
-from trainmerge.provenance import describe
-from trainmerge.quantise import Quantise, quantised
-from trainmerge.task_vectors import Delta, TaskVectors, dense_term
+from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
+from trainmerge.task_vectors.quantise import Quantise, quantised
 
 METHODS = [tm.Int8(), tm.Ternary(0.3)]
 IDS = ["int8", "ternary"]

@@ -14,12 +14,12 @@ from torchjd.aggregation import MGDA, CAGrad, Mean, PCGrad
 import trainmerge as tm
 from tests.ranks import Ranks, run, sound
 from tests.world import languages_recipe, recipe, write_languages, write_world
-from trainmerge import teachers
-from trainmerge.module import MergeModule
-from trainmerge.recipe import calibration_files
-from trainmerge.run_folder import RunFolder
-from trainmerge.streaming import Prefetch, each_tensor
-from trainmerge.task_vectors import Delta
+from trainmerge.fitting.module import MergeModule
+from trainmerge.model import teachers
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.recipe import calibration_files
+from trainmerge.task_vectors.delta import Delta
+from trainmerge.task_vectors.prefetch import Prefetch, each_tensor
 
 STEPS = 3
 

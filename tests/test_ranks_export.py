@@ -11,9 +11,9 @@ from transformers import AutoModel
 import trainmerge as tm
 from tests.ranks import Failed, Ranks, run
 from tests.world import bert, recipe, write_world
-from trainmerge import export, shards
-from trainmerge.calibration import Calibration
-from trainmerge.cli import main
+from trainmerge.cli.main import main
+from trainmerge.data.calibration import Calibration
+from trainmerge.export import export, shards
 
 
 @pytest.fixture(scope="module")

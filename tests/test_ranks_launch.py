@@ -16,8 +16,8 @@ from tests.ranks import free_port, run
 from tests.test_cli import write_config
 from tests.test_ranks import world_fit
 from tests.world import recipe, write_world
-from trainmerge.run_folder import RunFolder
-from trainmerge.trainer import check_strategy
+from trainmerge.fitting.trainer import check_strategy
+from trainmerge.run.folder import RunFolder
 
 TIMEOUT = 300  # seconds; each process imports everything anew
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -15,8 +15,8 @@ import trainmerge as tm
 from tests.ranks import Failed, Ranks, run
 from tests.test_ranks import world_fit
 from tests.world import write_world
-from trainmerge.batch import Step
-from trainmerge.run_folder import RunFolder
+from trainmerge.data.batch import Step
+from trainmerge.run.folder import RunFolder
 
 STEPS = 6
 ENDS_WITHIN = 60  # seconds for the processes that are left after one was killed; they take two

@@ -10,9 +10,10 @@ from peft import PeftModel
 from transformers import AutoModel, AutoTokenizer
 
 from trainmerge.checkpoints import load_model, open_checkpoint, open_task_vectors
-from trainmerge.cli import main
-from trainmerge.coefficients import Coefficients, Grouping
-from trainmerge.merged_model import MergedModel
+from trainmerge.cli.main import main
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.coefficients.layout import Grouping
+from trainmerge.model.merged_model import MergedModel
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[1]

@@ -17,25 +17,27 @@ from tests.conftest import MakeTaskVectors
 from tests.test_cli import write_config
 from tests.test_fit import fit_world
 from tests.world import write_world
-from trainmerge import trajectory, write_report
-from trainmerge.cli import main
-from trainmerge.coefficients import Grouping, load_coefficients
-from trainmerge.constraints import Box, Free, Sigmoid
-from trainmerge.export import open_run
-from trainmerge.geometry import Geometry, load_geometry, measure, save_geometry
-from trainmerge.importance import magnitude
+from trainmerge import write_report
+from trainmerge.cli.main import main
+from trainmerge.coefficients.chunk_allocation import magnitude
+from trainmerge.coefficients.coefficients import load_coefficients
+from trainmerge.coefficients.constraints import Box, Free, Sigmoid
+from trainmerge.coefficients.layout import Grouping
 from trainmerge.kernels import ExpertWeight, LowRank, Untouched
-from trainmerge.metrics import ACCURACY, PERPLEXITY
 from trainmerge.preprocess import piecewise
 from trainmerge.report.heatmap import EVERYTHING, grid_of, heatmap
 from trainmerge.report.importance import importance_picture, magnitudes
-from trainmerge.report.numbers import gather
 from trainmerge.report.picture import style
+from trainmerge.report.read_run import gather
 from trainmerge.report.scores import relative, score_picture
 from trainmerge.report.steps import loss_picture, path_picture
-from trainmerge.report.vectors import norm_picture, similarity_picture
-from trainmerge.run_folder import RunFolder
-from trainmerge.trajectory import Trajectory, capacity, read_trajectory, stride
+from trainmerge.report.task_vectors import norm_picture, similarity_picture
+from trainmerge.run import trajectory
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.open_run import open_run
+from trainmerge.run.scores import ACCURACY, PERPLEXITY
+from trainmerge.run.trajectory import Trajectory, capacity, read_trajectory, stride
+from trainmerge.task_vectors.geometry import Geometry, load_geometry, measure, save_geometry
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [

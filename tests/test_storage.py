@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainmerge.folders import check_free_space, staging
-from trainmerge.storage import MappedFile, sha256, write_safetensors
+from trainmerge.system.atomic import check_free_space, staging
+from trainmerge.system.safetensors_file import MappedFile, sha256, write_safetensors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8, torch.float64]
 

@@ -6,11 +6,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tests.contracts import assert_same_bits
-from trainmerge.coefficients import Coefficients, Grouping
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.coefficients.layout import Grouping
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched
-from trainmerge.merged_model import MergedModel
-from trainmerge.streaming import Prefetch, each_tensor, prefetch_to
-from trainmerge.task_vectors import Delta
+from trainmerge.model.merged_model import MergedModel
+from trainmerge.task_vectors.delta import Delta
+from trainmerge.task_vectors.prefetch import Prefetch, each_tensor, prefetch_to
 
 FORMS = [Difference, ExpertWeight, LowRank, Untouched]
 

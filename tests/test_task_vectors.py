@@ -5,7 +5,7 @@ import torch
 
 from tests.contracts import assert_same_bits, tensors_of, true_tau
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched, accumulation_dtype
-from trainmerge.task_vectors import TaskVectors, dense_term
+from trainmerge.task_vectors.delta import TaskVectors, dense_term
 
 FORMS = [Difference, ExpertWeight, LowRank, Untouched]
 

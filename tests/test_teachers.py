@@ -7,8 +7,8 @@ import torch
 import trainmerge as tm
 from tests.test_fit import build, fit_world, learned
 from tests.world import bert, nudge, recipe, write_world
-from trainmerge.batch import Batch
-from trainmerge.teachers import Record
+from trainmerge.data.batch import Batch
+from trainmerge.model.teachers import Record
 
 
 def same(a: Record, b: Record) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainmerge.kernels import Difference, LowRank
 from trainmerge.preprocess import Ties, apply
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 
 def task_vectors(*parameters: Tensor) -> TaskVectors:

@@ -9,8 +9,8 @@ from PIL import Image
 from transformers import AutoTokenizer, T5Config
 
 from tests.world import write_tokenizer
-from trainmerge.examples import Columns, Example, read_examples
-from trainmerge.tokenizer import Tokenizer
+from trainmerge.data.examples import Columns, Example, read_examples
+from trainmerge.data.tokenizer import Tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from tests.test_cli import write_config
 from tests.world import write_world
-from trainmerge.cli import main
-from trainmerge.coefficients import load_coefficients
-from trainmerge.reopen import reopen
+from trainmerge.cli.main import main
+from trainmerge.coefficients.coefficients import load_coefficients
+from trainmerge.fitting.reopen import reopen
 from trainmerge.report import write_report
 from trainmerge.report.front import BALANCED, front_picture, notable
-from trainmerge.report.numbers import gather
-from trainmerge.run_folder import RunFolder
-from trainmerge.tradeoffs.evolution import Search, maximise
+from trainmerge.report.read_run import gather
+from trainmerge.run.folder import RunFolder
+from trainmerge.tradeoffs.cma_es import Search, maximise
 from trainmerge.tradeoffs.front import front, lattice, nondominated
 from trainmerge.tradeoffs.pareto import places
 from trainmerge.tradeoffs.scales import losses_at

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trainmerge.heads import LabelHead
-from trainmerge.recipe import Expert, Recipe
+from trainmerge.data.heads import LabelHead
+from trainmerge.run.recipe import Expert, Recipe
 
 TEXT = "good bad happy sad great awful red blue green yellow one two three four cat dog bird fish"
 WORDS = TEXT.split()

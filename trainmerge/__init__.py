@@ -7,22 +7,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainmerge.anchor import Anchor
-    from trainmerge.calibration import Calibration
-    from trainmerge.coefficients import Coefficients, Grouping, Layout, load_coefficients
-    from trainmerge.constraints import Box, Free, Sigmoid, Simplex
+    from trainmerge.coefficients.anchor import Anchor
+    from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
+    from trainmerge.coefficients.constraints import Box, Free, Sigmoid, Simplex
+    from trainmerge.coefficients.frank_wolfe import FrankWolfe
+    from trainmerge.coefficients.layout import Grouping, Layout
+    from trainmerge.coefficients.presets import T3, DomainPosterior, LayerSwap, MetricsWeighted, Preset
+    from trainmerge.data.calibration import Calibration
+    from trainmerge.data.examples import Columns
+    from trainmerge.data.heads import LabelHead, LinearHead
     from trainmerge.evaluate import compare, evaluate_checkpoint, evaluate_run
-    from trainmerge.examples import Columns
-    from trainmerge.export import export_merge, export_run
-    from trainmerge.frank_wolfe import FrankWolfe
-    from trainmerge.functional import merged_weights
-    from trainmerge.heads import LabelHead, LinearHead
+    from trainmerge.export.export import export_merge, export_run
+    from trainmerge.export.verify import verify_export
+    from trainmerge.fitting.early_stopping import StopWhenFlat
+    from trainmerge.fitting.fit import fit
+    from trainmerge.fitting.module import MergeModule
+    from trainmerge.fitting.plan_fit import plan_fit
+    from trainmerge.fitting.trainer import make_trainer
     from trainmerge.inspection import inspect_path
-    from trainmerge.merged_model import MergedModel
-    from trainmerge.module import MergeModule
+    from trainmerge.model.functional import merged_weights
+    from trainmerge.model.merged_model import MergedModel
     from trainmerge.objectives import Alignment, Entropy, Objective
-    from trainmerge.plan import Plan
-    from trainmerge.planning import plan_fit, plan_model
+    from trainmerge.plan.plan import Plan
+    from trainmerge.plan.plan_model import plan_model
     from trainmerge.preprocess import (
         Breadcrumbs,
         Consensus,
@@ -42,34 +49,36 @@ if TYPE_CHECKING:
         Widen,
         Wudi,
     )
-    from trainmerge.presets import T3, DomainPosterior, LayerSwap, MetricsWeighted, Preset
-    from trainmerge.quantise import Int8, Ternary
-    from trainmerge.recipe import Expert, HeldOut, Recipe
     from trainmerge.report import write_report
-    from trainmerge.run import fit
-    from trainmerge.stopping import StopWhenFlat
-    from trainmerge.task_vectors import TaskVectors
+    from trainmerge.run.recipe import Expert, HeldOut, Recipe
+    from trainmerge.task_vectors.delta import TaskVectors
+    from trainmerge.task_vectors.quantise import Int8, Ternary
     from trainmerge.tradeoffs import export_point, pareto_run, search_config
-    from trainmerge.trainer import make_trainer
-    from trainmerge.verify import verify_export
 
 _HOMES = {
-    "trainmerge.anchor": ["Anchor"],
-    "trainmerge.calibration": ["Calibration"],
-    "trainmerge.coefficients": ["Coefficients", "Grouping", "Layout", "load_coefficients"],
-    "trainmerge.constraints": ["Box", "Free", "Sigmoid", "Simplex"],
+    "trainmerge.coefficients.anchor": ["Anchor"],
+    "trainmerge.coefficients.coefficients": ["Coefficients", "load_coefficients"],
+    "trainmerge.coefficients.constraints": ["Box", "Free", "Sigmoid", "Simplex"],
+    "trainmerge.coefficients.frank_wolfe": ["FrankWolfe"],
+    "trainmerge.coefficients.layout": ["Grouping", "Layout"],
+    "trainmerge.coefficients.presets": ["T3", "DomainPosterior", "LayerSwap", "MetricsWeighted", "Preset"],
+    "trainmerge.data.calibration": ["Calibration"],
+    "trainmerge.data.examples": ["Columns"],
+    "trainmerge.data.heads": ["LabelHead", "LinearHead"],
     "trainmerge.evaluate": ["compare", "evaluate_checkpoint", "evaluate_run"],
-    "trainmerge.export": ["export_merge", "export_run"],
-    "trainmerge.examples": ["Columns"],
-    "trainmerge.frank_wolfe": ["FrankWolfe"],
-    "trainmerge.functional": ["merged_weights"],
-    "trainmerge.heads": ["LabelHead", "LinearHead"],
+    "trainmerge.export.export": ["export_merge", "export_run"],
+    "trainmerge.export.verify": ["verify_export"],
+    "trainmerge.fitting.early_stopping": ["StopWhenFlat"],
+    "trainmerge.fitting.fit": ["fit"],
+    "trainmerge.fitting.module": ["MergeModule"],
+    "trainmerge.fitting.plan_fit": ["plan_fit"],
+    "trainmerge.fitting.trainer": ["make_trainer"],
     "trainmerge.inspection": ["inspect_path"],
-    "trainmerge.merged_model": ["MergedModel"],
-    "trainmerge.module": ["MergeModule"],
+    "trainmerge.model.functional": ["merged_weights"],
+    "trainmerge.model.merged_model": ["MergedModel"],
     "trainmerge.objectives": ["Alignment", "Entropy", "Objective"],
-    "trainmerge.plan": ["Plan"],
-    "trainmerge.planning": ["plan_fit", "plan_model"],
+    "trainmerge.plan.plan": ["Plan"],
+    "trainmerge.plan.plan_model": ["plan_model"],
     "trainmerge.preprocess": [
         "Breadcrumbs",
         "Consensus",
@@ -89,16 +98,11 @@ _HOMES = {
         "Widen",
         "Wudi",
     ],
-    "trainmerge.presets": ["T3", "DomainPosterior", "LayerSwap", "MetricsWeighted", "Preset"],
-    "trainmerge.quantise": ["Int8", "Ternary"],
-    "trainmerge.recipe": ["Expert", "HeldOut", "Recipe"],
     "trainmerge.report": ["write_report"],
-    "trainmerge.run": ["fit"],
-    "trainmerge.stopping": ["StopWhenFlat"],
-    "trainmerge.task_vectors": ["TaskVectors"],
-    "trainmerge.trainer": ["make_trainer"],
+    "trainmerge.run.recipe": ["Expert", "HeldOut", "Recipe"],
+    "trainmerge.task_vectors.delta": ["TaskVectors"],
+    "trainmerge.task_vectors.quantise": ["Int8", "Ternary"],
     "trainmerge.tradeoffs": ["export_point", "pareto_run", "search_config"],
-    "trainmerge.verify": ["verify_export"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

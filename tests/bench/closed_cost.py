@@ -11,7 +11,7 @@ import time
 
 from tests.bench.__main__ import figure
 from tests.methods import METHODS, PAIRS
-from trainmerge.memory import Peak
+from trainmerge.system.memory import Peak
 
 SHAPE = (32000, 1024)
 LEFT_OUT = {"doge-adam", "doge-am", "fisher", "optmerge-mean", "rcp", "regmean", "regmean++", "swudi"}
@@ -23,7 +23,7 @@ def cost(name: str) -> None:
 
     from trainmerge.kernels import ExpertWeight
     from trainmerge.preprocess import Piecewise
-    from trainmerge.task_vectors import Delta, TaskVectors
+    from trainmerge.task_vectors.delta import Delta, TaskVectors
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

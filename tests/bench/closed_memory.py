@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.bench.__main__ import figure
 from tests.bench.llama500 import FOLDER, experts
-from trainmerge.memory import Peak
+from trainmerge.system.memory import Peak
 
 METHODS = os.environ.get("METHODS", "linear ties dare tsv").split()
 

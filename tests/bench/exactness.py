@@ -5,12 +5,13 @@ from torch import nn
 from torch.func import functional_call
 
 from tests.bench.__main__ import figure
-from trainmerge.coefficients import Coefficients, Grouping, Layout
-from trainmerge.functional import merged_weights
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.coefficients.layout import Grouping, Layout
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Term, Untouched
-from trainmerge.merged_model import MergedModel
+from trainmerge.model.functional import merged_weights
+from trainmerge.model.merged_model import MergedModel
 from trainmerge.objectives.entropy import entropy
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 EXPERTS = ("full", "given", "low-rank", "untouched")
 

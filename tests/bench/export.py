@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from tests.bench.__main__ import figure
 from tests.bench.llama500 import FOLDER, experts
-from trainmerge.memory import anonymous
+from trainmerge.system.memory import anonymous
 
 REPEATS = int(os.environ.get("REPEATS", "3"))
 DENSITY = 0.5  # of TIES on both sides
@@ -58,7 +58,7 @@ def prepare(place: Path) -> None:
     import torch
 
     import trainmerge as tm
-    from trainmerge.coefficients import save_coefficients
+    from trainmerge.coefficients.coefficients import save_coefficients
 
     for kind in OURS:
         steps = {"ties": [tm.Ties(DENSITY)], "ties_parameter": [tm.Ties(DENSITY, "parameter")]}.get(kind, [])

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from tests.bench.__main__ import figure
-from trainmerge.memory import Peak
+from trainmerge.system.memory import Peak
 
 CONFIG = "configs/expert-merging-fast.yaml"
 EXAMPLES, LENGTH, STEPS = 10, 256, 40
@@ -26,7 +26,7 @@ def ours(steps: int) -> dict[str, float]:
     import torch
 
     import trainmerge as tm
-    from trainmerge.recipe import calibration_files
+    from trainmerge.run.recipe import calibration_files
 
     recipe = _recipe()
     with tempfile.TemporaryDirectory() as run, Peak() as peak:
@@ -114,8 +114,8 @@ def plain(steps: int) -> dict[str, float]:
 
 def _inputs():
     """Model inputs, [expert][example]."""
-    from trainmerge.examples import load_examples
-    from trainmerge.tokenizer import Tokenizer
+    from trainmerge.data.examples import load_examples
+    from trainmerge.data.tokenizer import Tokenizer
 
     recipe = _recipe()
     tokenize = Tokenizer(recipe.base, LENGTH)
@@ -124,8 +124,8 @@ def _inputs():
 
 
 def _recipe():
-    from trainmerge.config import read_config
-    from trainmerge.recipe import Recipe
+    from trainmerge.run.config import read_config
+    from trainmerge.run.recipe import Recipe
 
     return read_config(Recipe, "recipe", Path(CONFIG))
 

@@ -11,7 +11,7 @@ import tempfile
 
 from tests.bench.__main__ import figure
 from tests.bench.suite_model import many_experts
-from trainmerge.memory import Peak
+from trainmerge.system.memory import Peak
 
 BATCH, STEPS, MAX_LENGTH = 4, 3, 64
 
@@ -19,7 +19,7 @@ BATCH, STEPS, MAX_LENGTH = 4, 3, 64
 def fit_peak(experts: int) -> None:
     """Print by how much a fit grows a process that has built everything but the model."""
     import trainmerge as tm
-    from trainmerge.recipe import calibration_files
+    from trainmerge.run.recipe import calibration_files
 
     with many_experts(experts) as recipe, tempfile.TemporaryDirectory() as run:
         module = tm.MergeModule(recipe, workspace=f"{run}/workspace")
@@ -37,8 +37,8 @@ def budget() -> None:
     """
     import trainmerge as tm
     from trainmerge.checkpoints import load_model
-    from trainmerge.forward import backbone
-    from trainmerge.recipe import calibration_files
+    from trainmerge.model.forward import backbone
+    from trainmerge.run.recipe import calibration_files
 
     with many_experts(1) as recipe:
         opened = recipe.open()

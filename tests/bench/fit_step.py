@@ -17,15 +17,16 @@ import torch
 
 from tests.bench.__main__ import figure
 from tests.bench.suite_model import demo, many_experts, texts_of
-from trainmerge.batch import Batch
-from trainmerge.calibration import Tokenizer
-from trainmerge.coefficients import Coefficients, Grouping
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.coefficients.layout import Grouping
+from trainmerge.data.batch import Batch
+from trainmerge.data.calibration import Tokenizer
 from trainmerge.kernels import ExpertWeight, using
-from trainmerge.merged_model import MergedModel
+from trainmerge.model.merged_model import MergedModel
+from trainmerge.model.resident import Resident, load_resident
 from trainmerge.objectives import Entropy
-from trainmerge.recipe import Recipe
-from trainmerge.resident import Resident, load_resident
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.run.recipe import Recipe
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 EXPERTS, BATCH, MAX_LENGTH, ROUNDS = 8, 16, 64, 5
 DEMO_BATCH = 4

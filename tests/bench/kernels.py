@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.bench.__main__ import figure
 from tests.bench.roofline import Achieved, draw
 from trainmerge.kernels import Difference, ExpertWeight, using
-from trainmerge.task_vectors import Delta
+from trainmerge.task_vectors.delta import Delta
 
 EXPERTS, ELEMENTS, ROUNDS = 8, 1 << 24, 7
 BARS = {"compiled": 0.70, "eager": 0.40}

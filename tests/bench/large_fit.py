@@ -33,8 +33,8 @@ def write(folder: Path) -> None:
 def step(folder: Path) -> dict[str, float]:
     """One step of the fit, in this process."""
     import trainmerge as tm
-    from trainmerge.memory import Peak
-    from trainmerge.recipe import calibration_files
+    from trainmerge.run.recipe import calibration_files
+    from trainmerge.system.memory import Peak
 
     began = time.process_time()
     with Peak() as peak:

@@ -30,7 +30,7 @@ def write_checkpoint(folder: Path, seed: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from trainmerge.storage import write_safetensors
+    from trainmerge.system.safetensors_file import write_safetensors
 
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=MIDDLE, num_hidden_layers=LAYERS,

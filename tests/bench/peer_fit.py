@@ -55,8 +55,8 @@ def ours(folder: Path) -> dict[str, object]:
     import trainmerge as tm
     from tests.bench.fit_step import Clock
     from trainmerge.checkpoints import open_checkpoint, open_task_vectors
-    from trainmerge.memory import Peak
     from trainmerge.objectives.entropy import entropy
+    from trainmerge.system.memory import Peak
 
     torch.set_num_threads(1)
     data = safe_open(folder / "data.safetensors", "pt")

@@ -32,8 +32,8 @@ def write(folder: Path) -> None:
 def fitted(folder: Path) -> dict[str, int]:
     """By how much the process grows in a fit, and by how much its plan says."""
     import trainmerge as tm
-    from trainmerge.memory import Peak
-    from trainmerge.recipe import calibration_files
+    from trainmerge.run.recipe import calibration_files
+    from trainmerge.system.memory import Peak
 
     texts = str(folder / "texts.jsonl")
     experts = {f"e{k}": tm.Expert(str(folder / f"e{k}"), texts) for k in range(1, EXPERTS + 1)}
@@ -52,9 +52,9 @@ def bare(folder: Path) -> dict[str, int]:
     import torch
 
     from trainmerge.checkpoints import load_model, open_checkpoint
-    from trainmerge.memory import Peak
+    from trainmerge.data.tokenizer import Tokenizer
     from trainmerge.objectives.entropy import entropy
-    from trainmerge.tokenizer import Tokenizer
+    from trainmerge.system.memory import Peak
 
     module = load_model(open_checkpoint(folder / "base")).module
     texts = [json.loads(line)["text"] for line in (folder / "texts.jsonl").read_text().splitlines()]

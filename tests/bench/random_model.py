@@ -9,7 +9,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from tests.world import WORDS, write_tokenizer
-from trainmerge.storage import write_safetensors
+from trainmerge.system.safetensors_file import write_safetensors
 
 POOL = 1 << 24  # random numbers that every weight is cut from
 

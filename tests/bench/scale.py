@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.bench.__main__ import figure
 from tests.collectives import CountStep
 from tests.ranks import free_port
-from trainmerge.memory import Peak
+from trainmerge.system.memory import Peak
 
 LAYERS, HIDDEN, MIDDLE = 48, 512, 1024
 STEPS, BATCH = 2, 4
@@ -52,8 +52,8 @@ def one_rank(root: str, run: str, experts: int, processes: int, sharded: bool) -
     import torch
 
     import trainmerge as tm
-    from trainmerge.recipe import calibration_files
-    from trainmerge.sharded import held_bytes, pass_bytes
+    from trainmerge.model.fsdp import held_bytes, pass_bytes
+    from trainmerge.run.recipe import calibration_files
 
     torch.set_num_threads(1)
     place = Path(root)

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainmerge.coefficients import Grouping
-from trainmerge.heads import LabelHead
-from trainmerge.recipe import Expert, Recipe
+from trainmerge.coefficients.layout import Grouping
+from trainmerge.data.heads import LabelHead
+from trainmerge.run.recipe import Expert, Recipe
 
 CACHE = Path(os.environ.get("TRAINMERGE_CACHE", Path.home() / ".cache" / "trainmerge"))
 BASE = CACHE / "models" / "minilm-l6"

@@ -6,27 +6,25 @@ What needs transformers or peft is imported when first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trainmerge.checkpoints.integrity import Stamp, fingerprint, stamps, verify
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
 from trainmerge.checkpoints.sources import Sources
-from trainmerge.checkpoints.verify import Stamp, fingerprint, stamps, verify
 
 if TYPE_CHECKING:
-    from trainmerge.checkpoints.align import find_sources, open_task_vectors
+    from trainmerge.checkpoints.compatibility import find_sources, open_task_vectors
+    from trainmerge.checkpoints.meta_model import Output, build_skeleton, locate, output_of
     from trainmerge.checkpoints.model import LoadedModel, hollow_model, load_model
-    from trainmerge.checkpoints.recompute import recompute_blocks
-    from trainmerge.checkpoints.skeleton import Output, build_skeleton, locate, output_of
 
 _HEAVY = {
-    "find_sources": "align",
-    "open_task_vectors": "align",
+    "find_sources": "compatibility",
+    "open_task_vectors": "compatibility",
     "LoadedModel": "model",
     "hollow_model": "model",
     "load_model": "model",
-    "recompute_blocks": "recompute",
-    "Output": "skeleton",
-    "build_skeleton": "skeleton",
-    "locate": "skeleton",
-    "output_of": "skeleton",
+    "Output": "meta_model",
+    "build_skeleton": "meta_model",
+    "locate": "meta_model",
+    "output_of": "meta_model",
 }
 
 __all__ = [
@@ -44,7 +42,6 @@ __all__ = [
     "open_checkpoint",
     "open_task_vectors",
     "output_of",
-    "recompute_blocks",
     "stamps",
     "verify",
 ]

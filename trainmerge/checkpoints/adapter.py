@@ -9,10 +9,10 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 
+from trainmerge.checkpoints.meta_model import matches, quiet, shorten
 from trainmerge.checkpoints.parameters import Parameters, fit_prefix
 from trainmerge.checkpoints.reader import PickleFile, WeightFile, find_weights, read_json
-from trainmerge.checkpoints.skeleton import matches, quiet, shorten
-from trainmerge.storage import MappedFile, TensorInfo
+from trainmerge.system.safetensors_file import MappedFile, TensorInfo
 
 ROOT = "base_model.model."  # peft's name for the model that it wraps
 MARKS = {

@@ -16,12 +16,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from trainmerge.checkpoints.adapter import ROOT, Adapter
+from trainmerge.checkpoints.meta_model import quiet, shorten
 from trainmerge.checkpoints.model import load_model
 from trainmerge.checkpoints.parameters import Parameters
-from trainmerge.checkpoints.skeleton import quiet, shorten
 from trainmerge.checkpoints.sources import FullSource, Source
-from trainmerge.folders import check_free_space
-from trainmerge.storage import MappedFile, sha256, write_safetensors
+from trainmerge.system.atomic import check_free_space
+from trainmerge.system.safetensors_file import MappedFile, sha256, write_safetensors
 
 
 @dataclass(frozen=True)

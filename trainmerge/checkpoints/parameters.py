@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from trainmerge.checkpoints.meta_model import build_skeleton, canonical_names, locate, matches, tied_names
 from trainmerge.checkpoints.reader import Checkpoint
-from trainmerge.checkpoints.skeleton import build_skeleton, canonical_names, locate, matches, tied_names
 
 MERGED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trainmerge.folders import seen_from
-from trainmerge.storage import MappedFile, TensorInfo
+from trainmerge.system.atomic import seen_from
+from trainmerge.system.safetensors_file import MappedFile, TensorInfo
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
@@ -85,7 +85,7 @@ class Checkpoint:
         """
         if self.known_ties is not None:
             return dict(self.known_ties)
-        from trainmerge.checkpoints.skeleton import ties_of  # transformers: only where it has to be asked
+        from trainmerge.checkpoints.meta_model import ties_of  # transformers: only where it has to be asked
 
         return ties_of(self.path, self.tensors)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from trainmerge.checkpoints.reader import Checkpoint, PickleFile, WeightFile
 from trainmerge.kernels import ExpertWeight, LowRank, Term, Untouched
-from trainmerge.storage import MappedFile
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.system.safetensors_file import MappedFile
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 
 @dataclass(frozen=True)

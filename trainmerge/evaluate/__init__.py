@@ -4,8 +4,8 @@ from trainmerge.evaluate.checkpoints import evaluate_checkpoint
 from trainmerge.evaluate.comparison import Comparison, compare
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.runs import evaluate_run
-from trainmerge.evaluate.sources import recipe_of, text_length
 from trainmerge.evaluate.tasks import load_tasks, metric_of
+from trainmerge.run.sources import recipe_of, text_length
 
 __all__ = [
     "Comparison",

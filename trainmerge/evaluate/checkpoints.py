@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainmerge.checkpoints import load_model, open_checkpoint
+from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessTask, run_harness
 from trainmerge.evaluate.runs import DEVICE, Heads, build_heads
-from trainmerge.evaluate.scores import Subject, TaskScore, score_task
-from trainmerge.evaluate.sources import DEFAULT_LENGTH
+from trainmerge.evaluate.score_task import Subject, TaskScore, score_task
 from trainmerge.evaluate.tasks import Task, load_tasks, metric_of
-from trainmerge.recipe import Recipe
-from trainmerge.tokenizer import Tokenizer
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.sources import DEFAULT_LENGTH
 
 
 def evaluate_checkpoint(

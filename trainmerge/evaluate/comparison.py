@@ -8,19 +8,19 @@ from typing import Any
 
 from rich.progress import track
 
+from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.evaluate.bootstrap import Difference, differences
 from trainmerge.evaluate.checkpoints import heads_of, load_checkpoint, score_tasks
 from trainmerge.evaluate.evaluation import Evaluation
-from trainmerge.evaluate.paired import Difference, differences
-from trainmerge.evaluate.ranks import rank
 from trainmerge.evaluate.runs import Heads, load_subject
-from trainmerge.evaluate.scores import TaskScore
-from trainmerge.evaluate.sources import recipe_of, text_length
+from trainmerge.evaluate.score_task import TaskScore
 from trainmerge.evaluate.tasks import Task, load_tasks, metric_of
-from trainmerge.export import open_run
-from trainmerge.folders import write_whole
-from trainmerge.recipe import Recipe
-from trainmerge.run_folder import RunFolder
-from trainmerge.tokenizer import Tokenizer
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.open_run import open_run
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.sources import recipe_of, text_length
+from trainmerge.system import distributed
+from trainmerge.system.atomic import write_whole
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def compare(
     folders = {name: Path(name) for name in names}
     if held_out:
         folders = {"base": Path(tasks_of.base), **folders}
-    bar = track(folders.items(), description="comparing", disable=rank() > 0)
+    bar = track(folders.items(), description="comparing", disable=distributed.rank() > 0)
     rows = {name: _score(folder, tasks_of, heads, tasks, tokenize) for name, folder in bar}
     held = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
     return _compared(Evaluation(metric_of(tasks_of), *held, rows))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from trainmerge.evaluate.harness import HarnessScore
-from trainmerge.evaluate.scores import TaskScore
-from trainmerge.folders import write_whole
-from trainmerge.metrics import Metric, Scores
+from trainmerge.evaluate.score_task import TaskScore
+from trainmerge.run.scores import Metric, Scores
+from trainmerge.system.atomic import write_whole
 
 Rows = Mapping[str, Mapping[str, TaskScore]]  # row -> task -> its score
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 from torch import nn
 
-from trainmerge.tokenizer import Tokenizer
+from trainmerge.data.tokenizer import Tokenizer
 
 HarnessTask = str | Mapping[str, Any]  # a task's name, the path of its YAML file, or its contents
 

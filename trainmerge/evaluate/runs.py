@@ -10,21 +10,21 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from trainmerge.coefficients import Coefficients
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.data.heads import Classifier
+from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessScore, HarnessTask, run_harness
-from trainmerge.evaluate.ranks import rank
-from trainmerge.evaluate.scores import Subject, TaskScore, score_task
-from trainmerge.evaluate.sources import text_length
+from trainmerge.evaluate.score_task import Subject, TaskScore, score_task
 from trainmerge.evaluate.tasks import Task, load_tasks, metric_of
-from trainmerge.export import open_run
-from trainmerge.forward import build_classifier
-from trainmerge.heads import Classifier
-from trainmerge.metrics import Metric, Scores
-from trainmerge.recipe import Opened, Recipe
-from trainmerge.resident import Resident, load_resident
-from trainmerge.run_folder import RunFolder
-from trainmerge.tokenizer import Tokenizer
+from trainmerge.model.forward import build_classifier
+from trainmerge.model.resident import Resident, load_resident
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.open_run import open_run
+from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.scores import Metric, Scores
+from trainmerge.run.sources import text_length
+from trainmerge.system import distributed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -79,7 +79,7 @@ def evaluate_run(
     } | rows
     if compare:
         rows["expert"] = lambda: _experts(resident, subject, held_in)
-    bar = {"description": "scoring", "disable": rank() > 0}
+    bar = {"description": "scoring", "disable": distributed.rank() > 0}
     scored = {row: scoring() for row, scoring in track(rows.items(), **bar)}  # type: ignore[arg-type]
     names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
     return _with_best_arithmetic(Evaluation(metric_of(recipe), *names, scored, found))

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from trainmerge.examples import load_examples
-from trainmerge.heads import Head
-from trainmerge.metrics import ACCURACY, PERPLEXITY, Metric
-from trainmerge.recipe import Recipe
+from trainmerge.data.examples import load_examples
+from trainmerge.data.heads import Head
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.scores import ACCURACY, PERPLEXITY, Metric
 
 Split = Literal["test", "validation"]
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from trainmerge.checkpoints import Checkpoint
-from trainmerge.coefficients import block_of
 from trainmerge.inspection.findings import Finding
-from trainmerge.kinds import kind_of
-from trainmerge.task_vectors import TaskVectors, dense_term
+from trainmerge.task_vectors.delta import TaskVectors, dense_term
+from trainmerge.task_vectors.parameter_names import block_of, kind_of
 
 MOVED = 0.05  # relative change of the factors, below which nothing is said
 LOCKED = 0.2  # change of the product over that of the factors; fine-tuning has about 1

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from trainmerge.checkpoints import open_checkpoint
-from trainmerge.examples import load_examples
-from trainmerge.recipe import Opened, Recipe
+from trainmerge.data.examples import load_examples
+from trainmerge.run.recipe import Opened, Recipe
 
 FEW = 8  # examples
 

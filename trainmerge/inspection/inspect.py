@@ -8,13 +8,9 @@ from typing import Any, Literal
 
 import yaml
 
-from trainmerge.coefficients import load_coefficients
-from trainmerge.evaluate import recipe_of
-from trainmerge.folders import write_whole
-from trainmerge.geometry import Geometry, measure
+from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.inspection.attention import attention_findings
-from trainmerge.inspection.findings import Finding, Texts, header_findings, read_texts
-from trainmerge.inspection.show import (
+from trainmerge.inspection.console import (
     parameter_counts,
     print_coefficients,
     print_findings,
@@ -23,10 +19,14 @@ from trainmerge.inspection.show import (
     print_sources,
     print_suggestion,
 )
+from trainmerge.inspection.findings import Finding, Texts, header_findings, read_texts
 from trainmerge.inspection.suggest import Suggestion, suggest, write_suggestion
 from trainmerge.inspection.weights import weight_findings
-from trainmerge.recipe import Opened, Recipe
-from trainmerge.run_folder import RunFolder
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.sources import recipe_of
+from trainmerge.system.atomic import write_whole
+from trainmerge.task_vectors.geometry import Geometry, measure
 
 CHEAP = 2 << 30  # bytes of weights that are read without being asked to
 

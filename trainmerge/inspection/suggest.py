@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from trainmerge.coefficients import Granularity
-from trainmerge.config import to_config
-from trainmerge.folders import write_whole
-from trainmerge.geometry import Geometry
-from trainmerge.recipe import Recipe
+from trainmerge.coefficients.layout import Granularity
+from trainmerge.run.config import to_config
+from trainmerge.run.recipe import Recipe
+from trainmerge.system.atomic import write_whole
+from trainmerge.task_vectors.geometry import Geometry
 
 ENOUGH = 4  # examples an expert, for a coefficient a tensor
 

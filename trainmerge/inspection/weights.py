@@ -6,9 +6,9 @@ Legend: `K` experts.
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
-from trainmerge.geometry import Geometry
 from trainmerge.inspection.findings import Finding
-from trainmerge.kinds import kind_of
+from trainmerge.task_vectors.geometry import Geometry
+from trainmerge.task_vectors.parameter_names import kind_of
 
 TWINS = 0.95  # cosine of two task vectors, above which they say the same
 FAR = 3.0  # times the median length of the task vectors

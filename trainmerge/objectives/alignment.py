@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.batch import Asks, Batch, Outputs
+from trainmerge.data.batch import Asks, Batch, Outputs
+from trainmerge.objectives.base import Objective
 from trainmerge.objectives.divergence import divergence
-from trainmerge.objectives.objective import Objective
 from trainmerge.objectives.rows import counted, example_mean, recorded
 
 Distance = Literal["squared", "mse", "normalised", "cosine"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.batch import Predictions
+from trainmerge.data.batch import Predictions
 
 CHUNK_ELEMENTS = 1 << 18  # of the logits at a time: 1 MiB in float32 stays in a core's cache, a third faster
 LAUNCHED = 64  # times as many where a call costs a kernel launch

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge import processes
-from trainmerge.batch import Asks, Batch, Outputs
+from trainmerge.data.batch import Asks, Batch, Outputs
+from trainmerge.objectives.base import Objective
 from trainmerge.objectives.divergence import divergence
-from trainmerge.objectives.objective import Objective
 from trainmerge.objectives.rows import counted, example_mean, recorded
+from trainmerge.system import distributed
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -33,8 +33,8 @@ def marginal_cross_entropy(logits: Tensor, share: float = 1.0) -> Tensor:
     """
     p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
     marginal = p.mean(dim=0)
-    if processes.count() > 1:  # no gradient goes through it: sum_v m_v d log m_v = d sum_v m_v = 0
-        marginal = processes.total(share * marginal.detach()) / processes.count()
+    if distributed.world_size() > 1:  # no gradient goes through it: sum_v m_v d log m_v = d sum_v m_v = 0
+        marginal = distributed.all_reduce(share * marginal.detach()) / distributed.world_size()
     return -(p * marginal.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(dim=-1)
 
 

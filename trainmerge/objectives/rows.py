@@ -6,7 +6,7 @@ Legend: `B` examples, `T` tokens, `P` counted positions of a batch, row-major ov
 import torch
 from torch import Tensor
 
-from trainmerge.batch import Batch, Predictions
+from trainmerge.data.batch import Batch, Predictions
 
 
 def recorded(batch: Batch) -> Predictions:

@@ -1,23 +1,24 @@
 """Task vectors -> task vectors, one method a file. The experts stay apart, so coefficients can weigh them."""
 
-from trainmerge.preprocess.angles import ModelStock, Slerp
+from trainmerge.preprocess.base import Calibrator, Informed, Preprocess
 from trainmerge.preprocess.breadcrumbs import Breadcrumbs
+from trainmerge.preprocess.cache import apply, apply_for_one_pass
 from trainmerge.preprocess.consensus import Consensus
 from trainmerge.preprocess.dare import Dare
 from trainmerge.preprocess.doge import Doge
 from trainmerge.preprocess.fisher import Fisher
-from trainmerge.preprocess.kept import apply, apply_for_one_pass
 from trainmerge.preprocess.opcm import Opcm
 from trainmerge.preprocess.optmerge import OptMerge
 from trainmerge.preprocess.pcb import Pcb
-from trainmerge.preprocess.piecewise import Piecewise, Rule, in_pieces
-from trainmerge.preprocess.preprocess import Calibrator, Informed, Preprocess
+from trainmerge.preprocess.piecewise import Piecewise, Rule
 from trainmerge.preprocess.rcp import Rcp
 from trainmerge.preprocess.regmean import RegMean
+from trainmerge.preprocess.slerp import ModelStock, Slerp
 from trainmerge.preprocess.ties import Ties
 from trainmerge.preprocess.tsv import Tsv
 from trainmerge.preprocess.widen import Widen
 from trainmerge.preprocess.wudi import Wudi
+from trainmerge.task_vectors.pieces import in_pieces
 
 __all__ = [
     "Breadcrumbs",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.preprocess.preprocess import Preprocess
-from trainmerge.task_vectors import TaskVectors, dense_term
+from trainmerge.preprocess.base import Preprocess
+from trainmerge.task_vectors.delta import TaskVectors, dense_term
 
 
 @dataclass(frozen=True)

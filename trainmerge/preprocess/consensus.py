@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.piecewise import Piecewise, Rule
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.piecewise import Piecewise, Rule
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 LARGE = 0.005  # mean |difference|: the paper's experts, which bear dropping nine tenths, are below it
 SAMPLE = 1 << 12  # entries of a parameter that are looked at

@@ -17,11 +17,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.kernels import accumulation_dtype
+from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.least_squares import closest
-from trainmerge.preprocess.preprocess import Preprocess
-from trainmerge.preprocess.select import cut_at
 from trainmerge.preprocess.subspace import shared_subspace
-from trainmerge.task_vectors import TaskVectors, outside
+from trainmerge.task_vectors.delta import TaskVectors, outside
+from trainmerge.task_vectors.top_k import cut_at
 
 PAPER_STEPS, PAPER_RATE = 400, 1e-4
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.preprocess.preprocess import Calibrator, Informed
-from trainmerge.task_vectors import TaskVectors
+from trainmerge.preprocess.base import Calibrator, Informed
+from trainmerge.task_vectors.delta import TaskVectors
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainmerge.preprocess.spectrum import EPSILON
-from trainmerge.task_vectors import outside
+from trainmerge.task_vectors.delta import outside
 
 STEPS = 200  # a few are enough; many, where rows are of very different sizes
 

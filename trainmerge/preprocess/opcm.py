@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.preprocess.preprocess import Preprocess
+from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.spectrum import truncated
-from trainmerge.task_vectors import Delta, TaskVectors, dense_term
+from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.preprocess.piecewise import Piecewise, Rule, in_pieces
-from trainmerge.preprocess.select import Pieces, count, cuts
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.preprocess.piecewise import Piecewise, Rule
+from trainmerge.task_vectors.delta import Delta, TaskVectors
+from trainmerge.task_vectors.pieces import in_pieces
+from trainmerge.task_vectors.top_k import Pieces, count, cuts
 
 CLIPPED = 0.01  # magnitudes below this quantile, and above one minus it, are moved there
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.preprocess.preprocess import Preprocess
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.preprocess.base import Preprocess
+from trainmerge.task_vectors.delta import Delta, TaskVectors
+from trainmerge.task_vectors.pieces import in_pieces
 
-PIECE = 1 << 17  # entries: 512 KiB of float32, so that what is done to K of them stays in the cache
 Rule = Callable[[str, Delta], Tensor]  # a piece's name and differences -> its K new differences, [K, *S]
 
 
@@ -44,19 +44,3 @@ class Piecewise(Preprocess):
         for name, delta in task_vectors.deltas.items():
             for _, piece, part in in_pieces(name, delta):
                 yield name, rule(piece, part)
-
-
-def in_pieces(name: str, delta: Delta, entries: int | None = None) -> Iterator[tuple[slice, str, Delta]]:
-    """A parameter's rows, in order, a piece's name, and its differences; a small parameter is one piece.
-
-    Pieces have about `entries` entries. A rule's results may depend on that; the default is `PIECE`.
-    """
-    entries = entries or PIECE
-    size = delta.shape.numel()
-    if size <= entries:
-        yield slice(None), name, delta
-        return
-    rows = max(1, entries * delta.shape[0] // size)
-    for first in range(0, delta.shape[0], rows):
-        part = slice(first, min(first + rows, delta.shape[0]))
-        yield part, f"{name}[{part.start}:{part.stop}]", delta.rows(part)

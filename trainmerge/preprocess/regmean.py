@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.coefficients import block_of
-from trainmerge.preprocess.preprocess import Calibrator, Informed
+from trainmerge.preprocess.base import Calibrator, Informed
 from trainmerge.preprocess.spectrum import wide_rows
-from trainmerge.task_vectors import TaskVectors
+from trainmerge.task_vectors.delta import TaskVectors
+from trainmerge.task_vectors.parameter_names import block_of
 
 MOMENTS = 1 << 30  # bytes that are measured in one pass of each expert; more take another pass
 RIDGE = 1e-6  # of the mean diagonal: a direction that no expert reads keeps the base

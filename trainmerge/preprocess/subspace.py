@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from trainmerge.preprocess.spectrum import truncated
-from trainmerge.storage import MappedFile, write_safetensors
-from trainmerge.task_vectors import TaskVectors
+from trainmerge.system.safetensors_file import MappedFile, write_safetensors
+from trainmerge.task_vectors.delta import TaskVectors
 
 
 def shared_subspace(taus: Tensor, directions: int) -> Tensor:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.preprocess.piecewise import Piecewise, Rule, in_pieces
-from trainmerge.preprocess.select import Limit, count, cuts
-from trainmerge.task_vectors import Delta, TaskVectors
+from trainmerge.preprocess.piecewise import Piecewise, Rule
+from trainmerge.task_vectors.delta import Delta, TaskVectors
+from trainmerge.task_vectors.pieces import in_pieces
+from trainmerge.task_vectors.top_k import Limit, count, cuts
 
 SAMPLE = 1 << 22  # entries of an expert that say where its cut is, to a tenth of a per cent
 

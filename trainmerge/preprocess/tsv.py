@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.preprocess.preprocess import Preprocess
+from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.spectrum import polar, truncated
-from trainmerge.task_vectors import Delta, TaskVectors, dense_term
+from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 
 Triples = tuple[Tensor, Tensor, Tensor]  # U [m, r], S [r], V [n, r]
 TWINS = 0.95  # a cosine that experts of different tasks are far from

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.preprocess.preprocess import Preprocess
+from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.spectrum import input_directions, moment_times, square_norm, wide_rows
-from trainmerge.task_vectors import TaskVectors
+from trainmerge.task_vectors.delta import TaskVectors
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainmerge.metrics import Metric, Scores
-from trainmerge.report.numbers import Numbers
 from trainmerge.report.page import Section, table
-from trainmerge.tables import score_rows
+from trainmerge.report.read_run import Numbers
+from trainmerge.run.scores import Metric, Scores, score_rows
 
 
 def headline(numbers: Numbers) -> list[tuple[str, str]]:

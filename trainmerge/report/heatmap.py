@@ -10,8 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from trainmerge.coefficients import Layout, block_of
-from trainmerge.kinds import KINDS, OTHER, block_labels, kind_of, number_of
+from trainmerge.coefficients.layout import Layout
 from trainmerge.report.picture import (
     INK,
     QUIET,
@@ -24,6 +23,7 @@ from trainmerge.report.picture import (
     symmetric,
     ticks,
 )
+from trainmerge.task_vectors.parameter_names import KINDS, OTHER, block_labels, block_of, kind_of, number_of
 
 EVERYTHING = "all parameters of a block"
 

@@ -3,9 +3,9 @@
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from trainmerge.coefficients import Layout
-from trainmerge.geometry import Geometry
+from trainmerge.coefficients.layout import Layout
 from trainmerge.report.picture import COLOURS, INK, Picture, shortened
+from trainmerge.task_vectors.geometry import Geometry
 
 SHOWN = 16
 
@@ -13,7 +13,8 @@ SHOWN = 16
 def magnitudes(layout: Layout, values: Tensor, geometry: Geometry) -> dict[str, float]:
     """I_l = sum_k |c_kl| ||tau_kl||_1 of each merged parameter, summing to one (arXiv 2509.25712).
 
-    As `trainmerge.importance.magnitude`, from sums that are there already; all zero if nothing moves.
+    As `coefficients.chunk_allocation.magnitude`, from sums that are there already; all zero if nothing
+    moves.
     """
     places = {name: place for place, name in enumerate(geometry.names)}
     weights = {name: values[:, list(groups)].abs().mean(dim=1) for name, groups in layout.groups.items()}

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from trainmerge.metrics import Metric, Scores
 from trainmerge.report.picture import INK, QUIET, Picture, look, shortened
+from trainmerge.run.scores import Metric, Scores
 
 LEARNED = "learned"
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from trainmerge.report.picture import COLOURS, INK, QUIET, Picture, look, panels, shortened
-from trainmerge.trajectory import Trajectory
+from trainmerge.run.trajectory import Trajectory
 
 SHOWN = 120  # single coefficients an expert
 HALF_LIFE = 0.04  # of the smoothed loss, as a share of the steps

@@ -4,23 +4,17 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainmerge.folders import staging
-from trainmerge.report.facts import (
-    headline,
-    merged_section,
-    origin_section,
-    score_table,
-    usage_section,
-)
+from trainmerge.report.facts import headline, merged_section, origin_section, score_table, usage_section
 from trainmerge.report.front import front_picture
 from trainmerge.report.heatmap import heatmap
 from trainmerge.report.importance import importance_picture
-from trainmerge.report.numbers import Numbers, gather
 from trainmerge.report.page import Section, drawing, page
 from trainmerge.report.picture import Picture, style
+from trainmerge.report.read_run import Numbers, gather
 from trainmerge.report.scores import score_picture
 from trainmerge.report.steps import loss_picture, path_picture
-from trainmerge.report.vectors import norm_picture, similarity_picture
+from trainmerge.report.task_vectors import norm_picture, similarity_picture
+from trainmerge.system.atomic import staging
 
 RESOLUTION = 144  # dots an inch
 PAGE = "index.html"

@@ -14,13 +14,13 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from trainmerge.coefficients import Coefficients, load_coefficients
-from trainmerge.export import export_run
-from trainmerge.folders import write_whole
-from trainmerge.module import MergeModule
-from trainmerge.reopen import reopen
-from trainmerge.run_folder import RunFolder
-from trainmerge.storage import sha256
+from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
+from trainmerge.export.export import export_run
+from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.reopen import reopen
+from trainmerge.run.folder import RunFolder
+from trainmerge.system.atomic import write_whole
+from trainmerge.system.safetensors_file import sha256
 from trainmerge.tradeoffs.front import front, spread
 from trainmerge.tradeoffs.scales import losses_at, named, scaled
 from trainmerge.tradeoffs.surrogate import Quadratics, check_points, fit_quadratics, rank_correlation

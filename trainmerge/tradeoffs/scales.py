@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from trainmerge.calibration import Calibration
-from trainmerge.module import MergeModule
-from trainmerge.safeguard import batches
+from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.calibration_loss import batches
+from trainmerge.fitting.module import MergeModule
 
 
 def scaled(coefficients: Tensor, scales: Tensor) -> Tensor:

@@ -1,0 +1,118 @@
+"""Whether the files are what they were, and their numbers finite."""
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainmerge.checkpoints.reader import Checkpoint
+from trainmerge.kernels import Difference, ExpertWeight, LowRank, Term
+from trainmerge.system.safetensors_file import sha256
+from trainmerge.task_vectors.delta import TaskVectors
+
+WEIGHTS = (".safetensors", ".bin", ".json")
+WORKERS = min(8, os.cpu_count() or 1)
+Stamp = list[int]  # device, inode, size, and the times of the last change of contents and of all else
+
+
+def fingerprint(path: str | Path) -> dict[str, str]:
+    """SHA-256 of every weight and config file of a checkpoint or adapter folder, by file name.
+
+    Raises FileNotFoundError if there is none.
+    """
+    files = _files(Path(path))
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return dict(zip([file.name for file in files], pool.map(sha256, files), strict=True))
+
+
+def stamps(path: str | Path) -> dict[str, Stamp]:
+    """What the file system says of the files that `fingerprint` reads: another stamp after every change.
+
+    The converse does not hold: a copied folder has other stamps and the same fingerprint.
+    """
+    return {file.name: list(_stamp(file.stat())) for file in _files(Path(path))}
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.glob("*") if file.suffix in WEIGHTS and file.is_file())
+    if not files:
+        raise FileNotFoundError(
+            f"{folder}: no weights or configs there. Name a checkpoint or adapter folder."
+        )
+    return files
+
+
+def verify(
+    base: Checkpoint, task_vectors: TaskVectors, folders: Mapping[str, Path]
+) -> dict[str, dict[str, str]]:
+    """Fingerprints of all folders, and a look at every floating tensor of base and experts.
+
+    One folder after another, so that where memory holds one model, its files are read from disk once.
+
+    Args:
+        base: Its tensors are all looked at, those that no expert changed too.
+        task_vectors: Their terms are looked at as they lie in the files.
+        folders: "base" and every expert.
+
+    Raises:
+        ValueError: every NaN or infinity, by expert, tensor and file.
+    """
+    found: dict[str, dict[str, str]] = {}
+    problems: list[str] = []
+    for side, folder in folders.items():
+        found[side] = fingerprint(folder)
+        own = _of_base(base) if side == "base" else _of_expert(task_vectors, side, folder)
+        problems += [f"  {what} has NaN or infinite values" for what in _not_finite(own)]
+    if problems:
+        lines = "\n".join(problems)
+        raise ValueError(f"{len(problems)} tensors are not finite; download or train them again:\n{lines}")
+    return found
+
+
+def _of_base(base: Checkpoint) -> dict[str, Tensor]:
+    return {
+        f"base: {name} of {info.file}": base.read(name)
+        for name, info in base.tensors.items()
+        if info.dtype.is_floating_point
+    }
+
+
+def _of_expert(task_vectors: TaskVectors, expert: str, folder: Path) -> dict[str, Tensor]:
+    k = task_vectors.experts.index(expert)
+    return {
+        f"{expert}: {name}{part} of {folder}": tensor
+        for name, delta in task_vectors.deltas.items()
+        for part, tensor in _tensors(delta.terms[k]).items()
+    }
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    with ThreadPoolExecutor(WORKERS) as pool:
+        finite = pool.map(_finite, tensors.values())
+        return [what for what, sound in zip(tensors, finite, strict=True) if not sound]
+
+
+def _tensors(term: Term) -> dict[str, Tensor]:
+    match term:
+        case ExpertWeight(weight):
+            return {"": weight}
+        case Difference(tau):
+            return {"": tau}
+        case LowRank(up, down, _):
+            return {" (B)": up, " (A)": down}
+        case _:
+            return {}
+
+
+def _finite(tensor: Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)  # no temporaries; NaN spreads, infinities are extremes
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -1,0 +1,161 @@
+"""peft adapters as sources: low-rank where the update is `scale * up @ down`, merged weights elsewhere.
+
+LoRA (Hu et al., 2021): W + s B A, with s = alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski, 2023).
+Names, transposes and s are peft's own: the adapter is injected into the base's modules without storage.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
+from torch import Tensor
+
+from trainmerge.checkpoints.adapter import Adapter, open_adapter
+from trainmerge.checkpoints.merged_adapter import MergedAdapter
+from trainmerge.checkpoints.meta_model import build_skeleton, quiet, shorten
+from trainmerge.checkpoints.parameters import Parameters
+from trainmerge.checkpoints.sources import LowRankSource, Source
+
+# Whatever these say, the update stays scale * up @ down. A field that is not here must have its default.
+LINEAR_FIELDS = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout",
+    "fan_in_fan_out", "use_rslora", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "modules_to_save",  # its tensors, unless ignored, are seen in the file
+    "init_lora_weights",
+}  # fmt: skip
+LINEAR_STARTS = (True, False, "gaussian")  # the others change the base's weights, or may
+BASE_LAYER = ".base_layer.weight"  # peft saves a copy of an embedding that it adapts
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One adapted parameter: where its two factors are, and how they make the update."""
+
+    up: str  # key of B, or of A where the update is transposed
+    down: str
+    transposed: bool
+    scale: float
+
+
+@dataclass(frozen=True)
+class LowRankAdapter:
+    """An adapter that stays low-rank, unless the embedding it was trained on is not the base's."""
+
+    base: Parameters
+    adapter: Adapter
+    factors: Mapping[str, Factor]  # the base's tensor -> its factors
+    dense: MergedAdapter
+
+    def sources(self) -> dict[str, Source]:
+        """The base's tensor name -> where its update's factors are."""
+        for key in self.adapter.keys:
+            if key.endswith(BASE_LAYER):
+                name = self.base.file_of(key.removesuffix(BASE_LAYER) + ".weight")
+                if name and not torch.equal(self.adapter.read(key), self.base.checkpoint.read(name)):
+                    return self.dense.sources()
+        return {name: self._source(factor) for name, factor in self.factors.items()}
+
+    def _source(self, factor: Factor) -> Source:
+        file, keys = self.adapter.info(factor.up).file, self.adapter.keys
+        return LowRankSource(str(file), keys[factor.up], keys[factor.down], factor.transposed, factor.scale)
+
+
+def plan_adapter(
+    base: Parameters, path: Path, ignore: Sequence[str], allow_pickle: bool, workspace: Path | None
+) -> LowRankAdapter | MergedAdapter:
+    """How the adapter at `path` becomes sources, from headers alone.
+
+    Raises ValueError, one line a mismatch, if it is of another base, if peft does not know it, or if it needs
+    `workspace` and that is None.
+    """
+    adapter = open_adapter(base, path, ignore, allow_pickle)
+    dense = MergedAdapter(base, adapter, ignore, workspace)
+    reason = _not_linear(adapter)
+    if reason is None:
+        factors, reason = _factors(base, adapter)
+    if reason is None:
+        return LowRankAdapter(base, adapter, factors, dense)
+    if workspace is None:
+        raise ValueError(
+            f"{path}: {reason}, so its update is not a plain low-rank one; give a workspace folder, where "
+            "the merged weights are written"
+        )
+    return dense
+
+
+def _not_linear(adapter: Adapter) -> str | None:
+    """What, in the config or the tensors, is more than scale * up @ down."""
+    config = adapter.peft_config()
+    if type(config) is not LoraConfig:
+        return f"peft_type is {adapter.config['peft_type']}"
+    defaults = asdict(LoraConfig())
+    for name, value in asdict(config).items():
+        if name not in LINEAR_FIELDS and value != defaults[name]:
+            return f"{name} is {value!r}"
+    if config.init_lora_weights not in LINEAR_STARTS:
+        return f"init_lora_weights is {config.init_lora_weights!r}"
+    ends = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", BASE_LAYER)
+    whole = [key for key in adapter.keys if not key.endswith(ends)]
+    return f"it holds {shorten(whole)}" if whole else None
+
+
+def _factors(base: Parameters, adapter: Adapter) -> tuple[dict[str, Factor], str | None]:
+    """Each adapted tensor's factors, by peft's own layers; or what keeps the update from being low-rank."""
+    skeleton = build_skeleton(base.checkpoint.path)
+    owners = {id(parameter): name for name, parameter in skeleton.named_parameters()}
+    try:
+        with quiet(), torch.device("meta"):
+            config = adapter.peft_config(modules_to_save=None, task_type=None, init_lora_weights=True)
+            get_peft_model(skeleton, config)  # puts its layers into `skeleton`
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{adapter.path}: does not fit the base: {error}".replace("\n", " ")) from error
+    factors: dict[str, Factor] = {}
+    expected: dict[str, torch.Size] = {}
+    for name, layer in skeleton.named_modules():
+        if not isinstance(layer, lora.LoraLayer):
+            continue
+        if not isinstance(layer, lora.Linear | lora.Embedding) or layer.lora_variant:
+            return {}, f"{name} is adapted as {type(layer).__name__}"
+        parts = _parts(name, layer)
+        expected |= {key: tensor.shape for key, tensor in parts.items()}
+        file = base.files.get(owners[id(layer.get_base_layer().weight)])
+        if file in factors:
+            return {}, f"two adapted modules share {file}"
+        if file is not None:  # None: excluded by `ignore`
+            down, up = parts
+            flip = isinstance(layer, lora.Embedding) or bool(layer.fan_in_fan_out)
+            scale = float(layer.scaling["default"])
+            factors[file] = Factor(down, up, True, scale) if flip else Factor(up, down, False, scale)
+    _check_tensors(adapter, expected)
+    return factors, None
+
+
+def _parts(name: str, layer: lora.Linear | lora.Embedding) -> dict[str, Tensor]:
+    """Key -> tensor of A [r, in], then of B [out, r]."""
+    ends = ["lora_embedding_A", "lora_embedding_B"]
+    if not isinstance(layer, lora.Embedding):
+        ends = ["lora_A.weight", "lora_B.weight"]
+    tensors = {key.replace(".default", ""): tensor for key, tensor in layer.named_parameters()}
+    return {f"{name}.{end}": tensors[end] for end in ends}
+
+
+def _check_tensors(adapter: Adapter, expected: Mapping[str, torch.Size]) -> None:
+    file = adapter.path
+    copies = {key for key in adapter.keys if key.endswith(BASE_LAYER)}
+    problems = [
+        f"{file}: {key} {tuple(shape)} is missing"
+        for key, shape in expected.items()
+        if key not in adapter.keys
+    ]
+    for key in adapter.keys:
+        got = tuple(adapter.info(key).shape)
+        if key not in expected and key not in copies:
+            problems.append(f"{file}: {key} {got} belongs to no module that its config adapts")
+        elif key in expected and got != tuple(expected[key]):
+            problems.append(f"{file}: {key} is {got}, this base needs {tuple(expected[key])}: another base?")
+    if problems:
+        raise ValueError("\n".join(problems))

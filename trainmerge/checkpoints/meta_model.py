@@ -1,0 +1,206 @@
+"""A checkpoint's modules without storage, and which parameter each tensor of its files is.
+
+transformers renames, fuses and ties what it loads. So names, shapes and ties are compared with modules on
+the meta device, which hold no numbers, before a weight is read.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from logging import CRITICAL
+from pathlib import Path
+from re import search
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.utils import logging
+
+from trainmerge.system.safetensors_file import TensorInfo
+
+RENAMED = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm in files of the first BERTs
+SHOWN = 8  # tensors of one kind that an error lists by name
+
+
+class Output(NamedTuple):
+    """What a model puts out."""
+
+    logits: bool  # of its own, without a head of a recipe
+    classes: bool  # one row of them an example, not one a token
+    hidden: int | None  # hidden size, if config.json names it
+
+
+def build_skeleton(path: Path) -> PreTrainedModel:
+    """The model's modules without storage (on the meta device), dropout 0.
+
+    Raises ValueError if transformers does not know the architecture or refuses config.json.
+    """
+    try:
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            _for_learning(config)
+            skeleton: PreTrainedModel = _architecture(config)(config)
+            return skeleton
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
+        raise ValueError(
+            f"{path / 'config.json'}: transformers {transformers.__version__} cannot build this "
+            f"model: {error}. Code from checkpoints is never run."
+        ) from error
+
+
+def output_of(path: Path) -> Output:
+    """What a checkpoint's model puts out, from config.json alone. Raises as `build_skeleton`."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    kind = _architecture(config)
+    headless = transformers.MODEL_MAPPING.get(type(config), None)
+    text = config.get_text_config()
+    return Output(
+        logits=kind is not headless,
+        classes=kind.__name__.endswith("ForSequenceClassification"),
+        hidden=getattr(text, "hidden_size", None),
+    )
+
+
+def _architecture(config: PreTrainedConfig) -> Any:
+    """The class that the checkpoint was saved from, or the one without a head."""
+    kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+        return kind
+    return transformers.MODEL_MAPPING[type(config)]
+
+
+def locate(
+    module: PreTrainedModel, path: Path, tensors: Mapping[str, TensorInfo], ignore: Sequence[str] = ()
+) -> dict[str, str]:
+    """Tensor of the files -> parameter that it is. Tied ones name the same parameter; buffers are left out.
+
+    Raises ValueError for floating tensors that are neither parameter nor buffer, and for other shapes.
+    """
+    memory = memory_names(module, tensors)
+    owners = _owners(module)
+    held = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
+    obsolete = sorted(module._keys_to_ignore_on_load_unexpected or ())  # old buffers, transformers' own list
+    unknown, shapes = [], []
+    for name, inside in memory.items():
+        if inside not in held:
+            if not matches(name, ignore) and not any(search(pattern, name) for pattern in obsolete):
+                unknown.append(name)
+        elif held[inside].shape != tensors[name].shape:
+            want, got = tuple(held[inside].shape), tuple(tensors[name].shape)
+            shapes.append(f"{name} is {got}, config.json makes it {want}")
+    if unknown or shapes:
+        lines = [f"{len(unknown)} tensors under other names in memory: {shorten(unknown)}"] if unknown else []
+        raise ValueError(
+            f"{path}: the files do not fit {type(module).__name__}: {'; '.join(lines + shapes)}. "
+            "Architectures that transformers renames or fuses on loading (mixtures of experts) are not "
+            "supported yet; tensors that the model doesn't have can be named in `ignore`."
+        )
+    return {name: owners[inside] for name, inside in memory.items() if inside in owners}
+
+
+def canonical_names(names: Mapping[str, str]) -> dict[str, str]:
+    """Parameter -> its one tensor of the files, from `locate`'s map.
+
+    Of tied tensors it is the one that transformers names as the source; files may leave that one out.
+    """
+    files: dict[str, str] = {}
+    for name, parameter in names.items():
+        if parameter not in files or f".{parameter}".endswith(f".{name}"):
+            files[parameter] = name
+    return files
+
+
+def tied_names(names: Mapping[str, str]) -> dict[str, str]:
+    """Tensor of the files -> the one that it must equal, where the files hold both; from `locate`'s map."""
+    files = canonical_names(names)
+    return {name: files[parameter] for name, parameter in names.items() if files[parameter] != name}
+
+
+def ties_of(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """`tied_names` of a checkpoint's files."""
+    module = build_skeleton(path)
+    owners = _owners(module)
+    names = memory_names(module, tensors)
+    return tied_names({name: owners[inside] for name, inside in names.items() if inside in owners})
+
+
+def _owners(module: PreTrainedModel) -> dict[str, str]:
+    """Every name of a parameter in memory -> its first one, by identity: tied parameters are one object."""
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {name: first[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
+
+
+def memory_names(module: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Each floating tensor's name in memory.
+
+    That is with the model's own prefix (`bert.`) added to all, taken off all, or as it is, or as
+    transformers renames it on loading (vision-language models): what fits most.
+    """
+    names = [name for name, info in tensors.items() if info.dtype.is_floating_point]
+    known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in module.named_buffers()}
+    prefix = module.base_model_prefix
+    ways = [
+        {name: _modern(name, known) for name in names},
+        {name: _modern(f"{prefix}.{name}", known) for name in names},
+        {name: _modern(name.removeprefix(f"{prefix}."), known) for name in names},
+        _renamed(module, names),
+    ]
+    return max(ways, key=lambda way: sum(name in known for name in way.values()))
+
+
+def _renamed(module: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
+    """Names as transformers' own renamings for this model have them; tensors that it fuses are left alone."""
+    steps = [step for step in get_model_conversion_mapping(module) if isinstance(step, WeightRenaming)]
+    held = module.state_dict()
+    return {name: rename_source_key(name, steps, [], module.base_model_prefix, held)[0] for name in names}
+
+
+def _modern(name: str, known: set[str]) -> str:
+    for old, new in RENAMED.items():
+        if name not in known and name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def _for_learning(config: PreTrainedConfig) -> None:
+    """No dropout: a loss must not depend on a dice. No cache of keys and values. In sub-configs too."""
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    for key, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            _for_learning(value)
+        elif "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Neither transformers nor peft prints, warns or draws a bar inside; their settings come back."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(CRITICAL)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether `name` fits one of the fnmatch patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def shorten(names: Sequence[str]) -> str:
+    """The names, or the first few and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,112 @@
+"""`trainmerge pareto` and `trainmerge search`; heavy imports inside, as in `cli`."""
+
+from typing import Any, Literal
+
+from trainmerge.system.console import print_table
+from trainmerge.tradeoffs.pareto import pareto_run
+
+
+def pareto(
+    run: str,
+    export: int = -1,
+    out: str = "",
+    overwrite: bool = False,
+    points: int = 16,
+    checks: int = 8,
+    radius: float = 0.5,
+    examples: int = 64,
+    count: int = 40,
+    seed: int = 0,
+) -> None:
+    """Show what one task costs another around a run's merge, and write the model of any point you choose.
+
+    Losses of the tasks' unlabeled examples are fitted by quadratics in one scale an expert; RUN/pareto.json
+    holds their front, the merges that were measured, and how well unseen ones were ranked.
+
+    Examples: trainmerge pareto runs/first
+              trainmerge pareto runs/first --export 3 --out merged/
+
+    Args:
+        run: A finished run.
+        export: Write the merge of this point of the front that was made before, and do nothing else.
+        out: The folder to make, with `export`.
+        overwrite: Replace the folder if it exists.
+        points: Merges that the quadratics are fitted to.
+        checks: Further merges, to compare them with.
+        radius: Experts' coefficients are scaled by 1 - radius to 1 + radius.
+        examples: Calibration examples an expert; 0 is all that the fit used.
+        count: Points on the front, about.
+        seed: Of the merges' places.
+    """
+    if (export >= 0) != bool(out):
+        raise ValueError("to write a model, give both: --export POINT --out FOLDER")
+    if export >= 0:
+        from trainmerge.tradeoffs import export_point
+
+        print(f"merged checkpoint: {export_point(run, export, out, overwrite)}")
+        return
+
+    print_front(run, points, checks, radius, examples, count, seed)
+
+
+def search(
+    configuration: str,
+    run: str,
+    score: str = "accuracy",
+    score_args: dict[str, Any] | None = None,
+    over: Literal["experts", "coefficients"] = "experts",
+    evaluations: int = 100,
+    spread: float = 0.2,
+    population: int = 0,
+    seed: int = 0,
+    initial: str = "",
+    limit: int = 0,
+) -> None:
+    """Search coefficients by any score, without gradients (CMA-ES); again the same command goes on.
+
+    Examples: trainmerge search configs/demo.yaml runs/found --score loss --evaluations 50
+              trainmerge search configs/demo.yaml runs/found --score my.Judge --score_args '{"n": 5}'
+              trainmerge export runs/found merged/
+
+    Args:
+        configuration: As of `trainmerge fit`: recipe, start, constraint, data.
+        run: The run folder to make, or to go on with.
+        score: accuracy, macro_f1, calibration_error, perplexity or bits_per_byte of the experts' `validation`
+            files; loss, the objective on unlabeled examples; or a callable's import path: model -> float.
+        score_args: Arguments of a score that is a class.
+        over: What is searched: a scale for each expert, or every coefficient.
+        evaluations: Merges to score.
+        spread: Standard deviation of the first steps.
+        population: Merges a generation; 0 leaves it to the method.
+        seed: Of the draws.
+        initial: A coefficients file to start from.
+        limit: The first so many validation examples of each task; 0 is all.
+    """
+    from trainmerge.tradeoffs import search_config
+    from trainmerge.tradeoffs.cma_es import Search
+
+    how = Search(evaluations, spread, population, seed)
+    best = search_config(configuration, run, score, score_args, over, how, initial, limit)
+    print(f"best score: {best.score:.4f}\nnext: trainmerge export {run} OUT")
+
+
+def print_front(run: str, *settings: Any) -> None:
+    """Make the front, and print its points and how far it can be trusted."""
+    content = pareto_run(run, *settings)
+    tasks = content["tasks"]
+    rows = [["run", *(f"{content['run'][task]:.4f}" for task in tasks), *["1.00"] * len(tasks)]]
+    rows += [
+        [
+            str(entry["point"]),
+            *(f"{entry['losses'][task]:.4f}" for task in tasks),
+            *(f"{entry['scales'][task]:.2f}" for task in tasks),
+        ]
+        for entry in content["front"]
+    ]
+    scales = [f"x {task}" for task in tasks]
+    print_table("losses on the front, and the experts' scales", ["point", *tasks, *scales], rows)
+    checks = content["checks"]
+    fit = [[task, *(f"{checks[task][name]:.3f}" for name in ("rank_correlation", "r2"))] for task in tasks]
+    print_table("unseen merges: predicted against measured", ["task", "rank correlation", "R2"], fit)
+    print(f"next: trainmerge report {run}   draws the front")
+    print(f"      trainmerge pareto {run} --export POINT --out OUT")

@@ -1,0 +1,1 @@
+"""Which parameters share a coefficient, the coefficients, their constraints and where they start."""

@@ -1,0 +1,86 @@
+"""Which parameters deserve more coefficients, and how many each gets (Expert Merging++).
+
+Legend: `K` experts, `L` parameters, `C` chunks of one parameter.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from rich.progress import track
+
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.task_vectors.delta import TaskVectors, dense_term
+
+
+@torch.no_grad()
+def magnitude(task_vectors: TaskVectors, coefficients: Coefficients) -> dict[str, float]:
+    """I_l = sum_k |c_kl| * mean|tau_kl| * n_l, normalised to sum to one over the merged parameters.
+
+    Expert Merging++ (arXiv 2509.25712). mean|tau| * n is the 1-norm, so a parameter counts by how far the
+    merge moves it. Where a parameter has several coefficients, their mean |c| stands for it. Reads every
+    task vector once, one at a time.
+
+    Raises:
+        ValueError: no coefficient moves anything.
+    """
+    values = coefficients().abs()
+    scores = {}
+    for name in track(list(coefficients.layout.groups), description="measuring task vectors"):
+        delta = task_vectors.deltas[name]
+        weights = coefficients.of(name, values).mean(dim=1).tolist()
+        scores[name] = sum(
+            weight * dense_term(term, delta.base).abs().sum(dtype=torch.float64).item()
+            for weight, term in zip(weights, delta.terms, strict=True)
+        )
+    return normalised(scores)
+
+
+def normalised(scores: Mapping[str, float]) -> dict[str, float]:
+    """Scores that sum to one.
+
+    Raises:
+        ValueError: they are all zero.
+    """
+    total = sum(scores.values())
+    if not total > 0:
+        raise ValueError("the importance of every parameter is 0: there is nothing to share a budget by")
+    return {name: score / total for name, score in scores.items()}
+
+
+def allocate(
+    importance: Mapping[str, float], rows: Mapping[str, int], budget: float, kappa: float = 1.0
+) -> dict[str, int]:
+    """Chunks a parameter: budget * L of them, shared in proportion to importance^kappa.
+
+    Largest remainder, so that they sum to the budget (the paper's floor drops a quarter to a half of it);
+    no parameter gets more chunks than it has rows, and what it cannot take goes to the others. kappa 0 is
+    uniform. A parameter with 0 chunks is to keep the coefficient that it has.
+
+    Raises:
+        ValueError: a budget that is not positive, a negative kappa, or more chunks than rows altogether.
+    """
+    if budget <= 0 or kappa < 0:
+        raise ValueError(f"allocation needs a budget above 0 and kappa of at least 0, not {budget}, {kappa}")
+    total = round(budget * len(importance))
+    if total > sum(rows[name] for name in importance):
+        raise ValueError(f"{total} chunks are more than the parameters have rows; use a smaller budget")
+    weights = {name: float(score > 0 or kappa == 0) * score**kappa for name, score in importance.items()}
+    chunks = dict.fromkeys(importance, 0)
+    while left := total - sum(chunks.values()):
+        chunks = _shared(chunks, left, weights, rows)
+    return chunks
+
+
+def _shared(
+    chunks: dict[str, int], left: int, weights: Mapping[str, float], rows: Mapping[str, int]
+) -> dict[str, int]:
+    """`left` more chunks, by largest remainder, among the parameters that have rows left."""
+    open_ = [name for name, count in chunks.items() if count < rows[name]]
+    total = sum(weights[name] for name in open_)
+    # Where nothing with a weight is left, the rest is shared evenly.
+    shares = {name: left * (weights[name] / total if total else 1 / len(open_)) for name in open_}
+    whole = {name: int(share) for name, share in shares.items()}
+    by_remainder = sorted(open_, key=lambda name: whole[name] - shares[name])  # stable: ties in their order
+    for name in by_remainder[: left - sum(whole.values())]:
+        whole[name] += 1
+    return {name: min(rows[name], count + whole.get(name, 0)) for name, count in chunks.items()}

@@ -1,0 +1,92 @@
+"""Which coefficient a parameter uses, and the coefficients themselves: all that is ever trained.
+
+Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trainmerge.coefficients.constraints import Constraint, Free
+from trainmerge.coefficients.layout import Layout
+from trainmerge.kernels import accumulation_dtype
+from trainmerge.system.safetensors_file import MappedFile, write_safetensors
+
+
+class Coefficients(nn.Module):
+    """The K x G coefficients of a merge. `raw` is what the optimizer moves; the constraint maps it."""
+
+    raw: nn.Parameter  # [K, G] float32
+
+    def __init__(
+        self,
+        experts: Sequence[str],
+        layout: Layout,
+        initial: Tensor | float = 0.3,  # [K, G], [K, 1], or one number for all
+        constraint: Constraint | None = None,
+    ) -> None:
+        super().__init__()
+        self.experts, self.layout = tuple(experts), layout
+        self.constraint = constraint or Free()
+        # float32 whatever the default is (Lightning's bf16-true changes it); float64 for gradient checks
+        start = torch.as_tensor(initial, dtype=accumulation_dtype(torch.get_default_dtype()))
+        start = start.expand(len(self.experts), len(layout.labels)).clone()
+        self.raw = nn.Parameter(self.constraint.start(start))
+        self._fixed = self.raw.detach()[:, list(layout.fixed)].clone()  # [K, fixed groups]
+
+    def forward(self) -> Tensor:
+        """The coefficients, [K, G], differentiable in `raw`."""
+        return self.constraint.values(self.raw)
+
+    def of(self, name: str, values: Tensor) -> Tensor:
+        """One parameter's columns of `values` [K, G] -> [K, C]."""
+        return values[:, list(self.layout.groups[name])]
+
+    def backward(self, gradient: Tensor) -> None:
+        """Add d loss / d raw to `raw.grad`, given d loss / d coefficients [K, G]."""
+        learned = gradient.to(self.raw).index_fill(1, self._fixed_groups(), 0.0)
+        # Not `backward`: DDP's hooks would reduce once more what was reduced already.
+        (found,) = torch.autograd.grad(self(), self.raw, learned)
+        self.raw.grad = found if self.raw.grad is None else self.raw.grad + found
+
+    @torch.no_grad()
+    def reset_(self, values: Tensor) -> None:
+        """Be these coefficients, [K, G]; fixed ones too."""
+        self.raw.copy_(self.constraint.start(values.to(self.raw)))
+        self._fixed = self.raw.detach()[:, list(self.layout.fixed)].clone()
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Move `raw` back into the constraint's set; called after every optimizer step.
+
+        Fixed ones go back to where they were: weight decay moves what has no gradient too.
+        """
+        projected = self.constraint.project(self.raw)
+        self.raw.copy_(projected.index_copy(1, self._fixed_groups(), self._fixed.to(self.raw)))
+
+    def _fixed_groups(self) -> Tensor:
+        return torch.tensor(self.layout.fixed, dtype=torch.int64, device=self.raw.device)
+
+
+def save_coefficients(coefficients: Coefficients, path: Path) -> None:
+    """Write the values [K, G] in float32, with experts and layout, as safetensors; renamed into place."""
+    metadata = {"experts": json.dumps(coefficients.experts), "layout": coefficients.layout.to_json()}
+    values = coefficients().detach().float().cpu()
+    specs = {"coefficients": (values.dtype, tuple(values.shape))}
+    write_safetensors(path, specs, [("coefficients", values)], metadata)
+
+
+def load_coefficients(path: Path) -> Coefficients:
+    """Read `save_coefficients`'s file, as unconstrained coefficients.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    file = MappedFile(path)
+    if not {"experts", "layout"} <= file.metadata.keys():
+        raise ValueError(f"{path}: not a coefficients file of trainmerge (no layout in its header)")
+    layout = Layout.from_json(file.metadata["layout"])
+    return Coefficients(json.loads(file.metadata["experts"]), layout, file.read("coefficients").clone())

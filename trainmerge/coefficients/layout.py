@@ -1,0 +1,153 @@
+"""Which parameters share a coefficient: the user's grouping, and the explicit map it gives.
+
+Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from trainmerge.task_vectors.parameter_names import block_of
+
+Granularity = Literal["task", "block", "tensor", "chunk"]
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How parameters share coefficients: the part of a layout that a user chooses.
+
+    `task`: one coefficient an expert. `block`: one for each numbered block of the network (and one
+    for each module outside them). `tensor`: one a parameter, which is what the papers call
+    layer-wise. `chunk`: `chunks` contiguous blocks of rows a parameter. `chunks` is one number for
+    all; or numbers by fnmatch pattern, of which the last that matches counts (1 without a match); or
+    a file of `trainmerge allocate`. A parameter with 0 chunks keeps the coefficient that it starts
+    with: it is merged, not learned.
+
+    `include` and `exclude` are fnmatch patterns over parameter names; what is not included, or is
+    excluded, keeps the base's value.
+    """
+
+    granularity: Granularity = "tensor"
+    chunks: int | Mapping[str, int] | str = 1
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.chunks, int) and self.chunks < 1:
+            raise ValueError(f"chunks must be at least 1, not {self.chunks}")
+        if self.chunks != 1 and self.granularity != "chunk":
+            raise ValueError(f"chunks={self.chunks} needs granularity=chunk, not {self.granularity}")
+
+    def layout(self, shapes: Mapping[str, torch.Size], unchanged: Iterable[str] = ()) -> "Layout":
+        """Assign every parameter's chunks to groups, in the order of `shapes`.
+
+        `unchanged` are parameters that no expert changes: there is nothing to merge in them, but patterns
+        may name them.
+
+        Raises:
+            ValueError: a pattern matches no parameter, or nothing is left to merge.
+        """
+        excluded = {name: reason for name in shapes if (reason := self._reason(name))}
+        self._check_patterns([*shapes, *unchanged])
+        if len(excluded) == len(shapes):
+            raise ValueError("nothing is left to merge: include/exclude leave out every parameter")
+        counts = self._counts([*shapes, *unchanged])
+        labels: dict[str, int] = {}
+        groups = {
+            name: tuple(
+                labels.setdefault(label, len(labels)) for label in self._labels(name, shape, counts[name])
+            )
+            for name, shape in shapes.items()
+            if name not in excluded
+        }
+        fixed = tuple(group for name, chunks in groups.items() if not counts[name] for group in chunks)
+        if len(fixed) == len(labels):
+            raise ValueError("nothing is left to learn: every parameter has 0 chunks")
+        return Layout(tuple(labels), groups, excluded, fixed)
+
+    def _reason(self, name: str) -> str:
+        if not _matching(name, self.include):
+            return "matches no include pattern"
+        hit = _matching(name, self.exclude)
+        return f"excluded by {hit!r}" if hit else ""
+
+    def _check_patterns(self, names: Sequence[str]) -> None:
+        idle = [
+            pattern
+            for pattern in (*self.include, *self.exclude)
+            if not any(fnmatchcase(name, pattern) for name in names)
+        ]
+        if idle:
+            raise ValueError(
+                f"patterns that match no parameter: {idle}. "
+                f"Parameters are named like {names[:3]}; `trainmerge inspect` lists them all."
+            )
+
+    def _counts(self, names: Sequence[str]) -> dict[str, int]:
+        """Chunks that were asked for, a parameter."""
+        if isinstance(self.chunks, int):
+            return dict.fromkeys(names, self.chunks)
+        wanted = read_chunks(Path(self.chunks)) if isinstance(self.chunks, str) else self.chunks
+        if idle := [pattern for pattern in wanted if not any(fnmatchcase(name, pattern) for name in names)]:
+            raise ValueError(f"chunks: patterns that match no parameter: {idle[:5]}")
+        if any(count < 0 for count in wanted.values()):
+            raise ValueError("chunks: numbers must not be negative")
+        counts = dict.fromkeys(names, 1)
+        for pattern, count in wanted.items():
+            counts |= {name: count for name in names if fnmatchcase(name, pattern)}
+        return counts
+
+    def _labels(self, name: str, shape: torch.Size, chunks: int) -> list[str]:
+        match self.granularity:
+            case "task":
+                return ["all"]
+            case "block":
+                return [block_of(name)]
+            case "tensor":
+                return [name]
+            case "chunk":
+                rows = shape[0] if shape else 1
+                return [f"{name}[{i}]" for i in range(max(1, min(chunks, rows)))]
+
+
+def read_chunks(path: Path) -> dict[str, int]:
+    """Chunks a parameter, from a file of `trainmerge allocate`.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    try:
+        chunks = json.loads(path.read_text())["chunks"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no allocation of chunks (see `trainmerge allocate --help`)") from error
+    return {name: int(count) for name, count in chunks.items()}
+
+
+def _matching(name: str, patterns: Sequence[str]) -> str:
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), "")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The explicit map from (parameter, chunk) to coefficient group, saved with the coefficients."""
+
+    labels: tuple[str, ...]  # G names
+    groups: Mapping[str, tuple[int, ...]]  # parameter -> the group of each of its C chunks
+    excluded: Mapping[str, str] = field(default_factory=dict)  # parameter -> why it keeps the base's value
+    fixed: tuple[int, ...] = ()  # groups that keep the coefficient they start with
+
+    def to_json(self) -> str:
+        """A text that `from_json` reads back."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Layout":
+        """Undo `to_json`."""
+        data = json.loads(text)
+        groups = {name: tuple(chunks) for name, chunks in data["groups"].items()}
+        return Layout(tuple(data["labels"]), groups, data["excluded"], tuple(data.get("fixed", ())))

@@ -1,0 +1,1 @@
+"""Examples, tokens and batches; the frozen heads of the tasks."""

@@ -1,0 +1,187 @@
+"""Unlabeled examples -> one batch per expert and step.
+
+The data order is a pure function of (seed, step): nothing but the step number has to be saved to
+resume, mid-epoch too, with other workers or another number of processes.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property, lru_cache
+from hashlib import sha256
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from trainmerge.data.batch import Batch, Step
+from trainmerge.data.examples import (
+    Columns,
+    Example,
+    examples_identity,
+    load_examples,
+    read_examples,
+    warn_of_overlap,
+)
+from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.system.safetensors_file import sha256 as file_sha256
+
+
+def sample(seed: int, expert: int, step: int, size: int, count: int) -> list[int]:
+    """The `size` example numbers that step `step` takes of an expert with `count` examples.
+
+    Consecutive steps walk through one permutation after another: every example is seen once before
+    any is seen again, and batches run on across the seam.
+    """
+    positions = range(step * size, (step + 1) * size)
+    return [_permutation(seed, expert, p // count, count)[p % count] for p in positions]
+
+
+@lru_cache(maxsize=64)
+def _permutation(seed: int, expert: int, epoch: int, count: int) -> list[int]:
+    mixed = (seed * 1_000_003 + expert) * 1_000_003 + epoch
+    generator = torch.Generator().manual_seed(mixed % 2**63)
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    return order
+
+
+class Steps(Dataset[Step]):
+    """Item t is everything that optimizer step t needs of this process.
+
+    The step's examples do not depend on the number of processes, which deal them out in turn.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Sequence[Example]],  # one list an expert
+        tokenize: Tokenizer,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.examples, self.tokenize = examples, tokenize
+        self.batch_size, self.seed = batch_size, seed
+        self.rank, self.world_size = rank, world_size
+
+    def __getitem__(self, step: int) -> Step:
+        return [self._batch(expert, step) for expert in range(len(self.examples))]
+
+    def _batch(self, expert: int, step: int) -> Batch:
+        own = self.examples[expert]
+        chosen = sample(self.seed, expert, step, self.batch_size, len(own))[self.rank :: self.world_size]
+        encoded = self.tokenize.encode([own[i] for i in chosen])
+        share = len(chosen) * self.world_size / self.batch_size
+        return Batch(expert, encoded.inputs, encoded.mask, torch.tensor(chosen), share=share)
+
+
+def _contents(example: Example) -> list[Any]:
+    """The example, its picture by its contents."""
+    return [*example._replace(image=None), file_sha256(example.image) if example.image else None]
+
+
+class _FromStep(Sampler[int]):
+    """Steps first .. last; its length is the whole run's, which is how Lightning counts."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.first, self.last))
+
+    def __len__(self) -> int:
+        return self.last
+
+
+class Calibration(pl.LightningDataModule):
+    """One stream of unlabeled examples an expert; a batch holds `batch_size` of each.
+
+    Args:
+        files: Expert -> file of its unlabeled examples.
+        tokenizer: Folder of the base's tokenizer.
+        test_files: Expert -> file of its test examples, to warn when the two overlap.
+        batch_size: Examples an expert and step, over all processes.
+        max_length: Texts are cut at this many tokens.
+        columns: Which columns hold text, chat, spans that count, decoder's target, picture.
+        max_examples: Use the first so many examples of each expert; all of them by default.
+        seed: The data order is a function of this and the step.
+        num_workers: Processes that tokenize ahead.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, str],
+        tokenizer: str,
+        test_files: Mapping[str, str] | None = None,
+        batch_size: int = 16,
+        max_length: int = 256,
+        columns: Columns = Columns(),  # noqa: B008 - frozen
+        max_examples: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if min(batch_size, max_length, 1 if max_examples is None else max_examples) < 1:
+            raise ValueError("data.batch_size, data.max_length and data.max_examples must be at least 1")
+        self.files, self.test_files = dict(files), dict(test_files or {})
+        self.batch_size, self.columns = batch_size, columns
+        self.seed, self.num_workers = seed, num_workers
+        self.tokenizer, self.max_length, self.max_examples = tokenizer, max_length, max_examples
+        self.examples = [
+            read_examples(file, columns, self._render, max_examples) for file in self.files.values()
+        ]
+        for name, examples in zip(self.files, self.examples, strict=True):
+            if len(examples) == 1:
+                warnings.warn(f"{name}: one example to learn from; the merge will fit that one", stacklevel=2)
+            if name in self.test_files:
+                test = load_examples(self.test_files[name], [columns.text])[columns.text]
+                warn_of_overlap(name, [example.text for example in examples], test)
+        self._consumed = 0
+
+    @cached_property
+    def tokenize(self) -> Tokenizer:
+        """The base's tokenizer, read when it is first needed: not without files."""
+        return Tokenizer(self.tokenizer, self.max_length)
+
+    def _render(self, chat: Sequence[Mapping[str, str]]) -> Example:
+        return self.tokenize.render(chat)
+
+    def identities(self) -> dict[str, str]:
+        """Expert -> SHA-256 of its examples."""
+        texts = (json.dumps([_contents(e) for e in own]).encode() for own in self.examples)
+        return {name: sha256(text).hexdigest() for name, text in zip(self.files, texts, strict=True)}
+
+    def settings(self) -> dict[str, Any]:
+        """What the batches depend on beside the files: a resumed run must have the same."""
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "tokenizer": self.tokenizer,
+            "max_length": self.max_length,
+            "columns": asdict(self.columns),
+            "max_examples": self.max_examples,
+        }
+
+    def identity(self) -> str:
+        """One text for examples and settings."""
+        return examples_identity(self.identities(), self.settings())
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the run is: one number, the same on every process."""
+        return {"consumed": self.trainer.global_step if self.trainer else self._consumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the last consumed step."""
+        self._consumed = state["consumed"]
+
+    def train_dataloader(self) -> DataLoader[Step]:
+        """The remaining steps of the run, one item each."""
+        trainer = self.trainer
+        assert trainer is not None
+        steps = Steps(
+            self.examples, self.tokenize, self.batch_size, self.seed, trainer.global_rank, trainer.world_size
+        )
+        sampler = _FromStep(self._consumed, trainer.max_steps)
+        return DataLoader(steps, batch_size=None, sampler=sampler, num_workers=self.num_workers)

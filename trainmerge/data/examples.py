@@ -1,0 +1,198 @@
+"""Files of examples -> examples: what a calibration or a test file holds."""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from logging import CRITICAL
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import datasets
+
+from trainmerge.system.atomic import seen_from
+
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+class Example(NamedTuple):
+    """One unlabeled example. `spans` are the characters of `text` that count; None is all of them."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...] | None = None
+    target: str | None = None  # what the decoder of a sequence-to-sequence model is given
+    image: str | None = None  # path of the picture that the text is about
+    templated: bool = False  # `text` has its special tokens already
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a calibration file holds what; None is not there.
+
+    Args:
+        text: The text. Not read if `messages` is given.
+        messages: A chat, a list of {"role", "content"}: rendered by the tokenizer's chat template; what the
+            assistant says counts.
+        spans: Lists of [begin, end): the characters of the text that count. A position counts if the token
+            that it predicts is among them.
+        target: The text for the decoder of a sequence-to-sequence model; its positions count.
+        image: Path of a picture, absolute or beside the file. The text has the model's placeholder for it
+            (`<|vision_start|><|image_pad|><|vision_end|>`, say). All positions count, the picture's too.
+    """
+
+    text: str = "text"
+    messages: str | None = None
+    spans: str | None = None
+    target: str | None = None
+    image: str | None = None
+
+    def names(self) -> list[str]:
+        """The columns that a file must have."""
+        chosen = [self.messages or self.text, self.spans, self.target, self.image]
+        return [name for name in chosen if name]
+
+
+Render = Callable[[Sequence[Mapping[str, str]]], Example]  # a chat -> its text and what counts of it
+
+
+def read_examples(path: str, columns: Columns, render: Render, count: int | None = None) -> list[Example]:
+    """The first `count` examples of a file.
+
+    Raises:
+        ValueError: as `load_examples`; or a row that holds something else than its columns promise.
+    """
+    data = load_examples(path, columns.names())
+    rows = data.select(range(min(count or len(data), len(data))))
+    return [_example(row, columns, render, Path(path), f"{path}: example {i}") for i, row in enumerate(rows)]
+
+
+def _example(row: Mapping[str, Any], columns: Columns, render: Render, path: Path, where: str) -> Example:
+    if columns.messages:
+        try:
+            example = render(row[columns.messages])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{where} has no chat in {columns.messages!r}: {error}") from error
+    else:
+        example = Example(_text(row, columns.text, where))
+    if columns.image and columns.spans:
+        raise ValueError("columns.spans with columns.image: where pictures are, all positions count")
+    if columns.spans:
+        example = example._replace(spans=_spans(row[columns.spans], len(example.text), where))
+    if columns.target:
+        example = example._replace(target=_text(row, columns.target, where))
+    if columns.image:
+        image = path.parent / _text(row, columns.image, where)
+        if not image.is_file():
+            raise ValueError(f"{where}: no picture {image}")
+        example = example._replace(image=str(image), spans=None)
+    return example
+
+
+def _text(row: Mapping[str, Any], column: str, where: str) -> str:
+    if not isinstance(row[column], str):
+        raise ValueError(f"{where} has {row[column]!r} for {column!r}, which is not a text")
+    return str(row[column])
+
+
+def _spans(given: Any, length: int, where: str) -> tuple[tuple[int, int], ...]:
+    try:
+        spans = tuple((int(begin), int(end)) for begin, end in given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: spans are lists of [begin, end), not {given!r}") from error
+    if not spans or any(not 0 <= begin < end <= length for begin, end in spans):
+        raise ValueError(f"{where}: spans {given!r} are no part of its {length} characters")
+    return spans
+
+
+def load_examples(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -> datasets.Dataset:
+    """A JSONL, CSV, parquet or text file, or a dataset saved with `save_to_disk`, as these columns.
+
+    Columns that are `optional` come along where they are there.
+
+    Raises:
+        ValueError: no such file, unknown format, unreadable, no examples, a column that is not there, or
+            an example without its first column.
+    """
+    data = _read(Path(path))
+    absent = [column for column in columns if column not in data.column_names]
+    if absent:
+        raise ValueError(f"{path}: no column {absent}; it has {data.column_names}")
+    if not len(data):
+        raise ValueError(f"{path}: no examples in it")
+    try:
+        values = list(data[columns[0]])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not in UTF-8: {error}") from error
+    for i, value in enumerate(values):
+        if value is None:
+            raise ValueError(f"{path}: example {i} has nothing for {columns[0]!r}, which is not a text")
+    return data.select_columns([*columns, *(name for name in optional if name in data.column_names)])
+
+
+def _read(source: Path) -> datasets.Dataset:
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder{seen_from(source)}")
+    if source.is_dir():
+        return _saved(source)
+    if source.suffix not in FORMATS:
+        raise ValueError(
+            f"{source}: unknown format; use one of {', '.join(FORMATS)}, or a saved dataset's folder"
+        )
+    if not source.stat().st_size:
+        raise ValueError(f"{source}: the file is empty")
+    reader = getattr(datasets.Dataset, f"from_{FORMATS[source.suffix]}")
+    try:
+        with (
+            TemporaryDirectory() as cache,
+            _quiet(),
+        ):  # the texts end up in memory; a cache would outlive its use
+            return reader(str(source), keep_in_memory=True, cache_dir=cache)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        if "corresponds to no data" in str(error):  # a header without rows, blank lines
+            raise ValueError(f"{source}: no examples in it") from error
+        reason = error.__cause__ or error  # what the reader said, before it was wrapped
+        raise ValueError(
+            f"{source}: cannot be read as {FORMATS[source.suffix]} in UTF-8: {reason}"
+        ) from error
+
+
+def _saved(folder: Path) -> datasets.Dataset:
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no dataset that `save_to_disk` wrote: {error}") from error
+    if isinstance(data, datasets.DatasetDict):
+        raise ValueError(f"{folder}: holds the splits {list(data)}; name the folder of one, {folder}/SPLIT")
+    return data
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for what takes a second, and no log line of what becomes our error."""
+    shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def warn_of_overlap(name: str, calibration: Sequence[str], test: Sequence[str]) -> None:
+    """Warn when test examples are among the calibration examples: scores on them would be transductive."""
+    shared = len(set(calibration) & set(test))
+    if shared:
+        warnings.warn(
+            f"{name}: {shared} of {len(set(test))} test examples are calibration examples too; "
+            "scores on them say how well they were memorised. Use a separate split.",
+            stacklevel=2,
+        )
+
+
+def examples_identity(identities: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    """One text for calibration examples and how they are read."""
+    return json.dumps([identities, settings], sort_keys=True)

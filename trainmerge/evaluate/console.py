@@ -1,0 +1,114 @@
+"""What `trainmerge evaluate` and `trainmerge compare` print and write."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trainmerge.evaluate import Comparison, Evaluation, compare, evaluate_checkpoint, evaluate_run
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.scores import score_rows
+from trainmerge.run.sources import recipe_of, text_length
+from trainmerge.system.console import print_table
+from trainmerge.system.distributed import joined, rank
+
+
+def evaluate_path(
+    path: Path,
+    recipe: Path,
+    limit: int = 0,
+    max_length: int = 0,
+    compare: bool = True,
+    output: Path | None = None,
+    answers: int = 0,
+    harness: Sequence[str] = (),
+) -> Evaluation:
+    """Score a run folder with everything to compare it with, or a checkpoint on `recipe`'s tasks."""
+    is_run = RunFolder(path).manifest.exists()
+    with joined():
+        if is_run:
+            found = evaluate_run(path, limit, max_length, compare=compare, answers=answers, harness=harness)
+        else:
+            length = text_length(recipe, max_length)
+            found = evaluate_checkpoint(path, recipe_of(recipe), limit, length, answers, harness)
+        if rank() == 0:
+            print_evaluation(str(path), found)
+            if is_run:
+                found.write_scores(path / "scores.json")
+                found.write(path / "evaluation.json")
+            if output is not None:
+                found.write(output)
+    return found
+
+
+def compare_paths(
+    paths: Sequence[str], recipe: str, limit: int, max_length: int, output: Path | None
+) -> Comparison:
+    """Score several runs and checkpoints, and print one table."""
+    with joined():
+        found = compare(paths, recipe, limit, max_length)
+        if rank() == 0:
+            print_comparison(found)
+            if output is not None:
+                found.write(output)
+    return found
+
+
+def print_evaluation(title: str, found: Evaluation) -> None:
+    """Scores a task; all measures, where there are others than the score; the harness's."""
+    header, cells = score_rows(found.metric.name, found.scores, found.means(), found.normalised())
+    _add_held_out(found, header, cells)
+    print_table(title, header, cells)
+    _print_measures(found)
+    for row, scores in found.harness.items():
+        print_table(
+            f"harness, {row}",
+            ["task", "metric", "value"],
+            [[task, name, f"{v:.4f}"] for task, s in scores.items() for name, v in s.metrics.items()],
+        )
+
+
+def _print_measures(found: Evaluation) -> None:
+    measures = found.measures()
+    names = list(dict.fromkeys(name for row in measures.values() for name in row))
+    rows = [
+        [row, *(f"{own[name]:.3f}" if name in own else "" for name in names)] for row, own in measures.items()
+    ]
+    print_table(
+        "means over the experts' tasks", ["measure", *(name.replace("_", " ") for name in names)], rows
+    )
+
+
+def _add_held_out(found: Evaluation, header: list[str], cells: list[list[str]]) -> None:
+    """Columns for the held-out tasks, and what was forgotten of them."""
+    others, forgetting = found.others, found.forgetting()
+    if not others:
+        return
+    header += [f"{task} (held out)" for task in found.held_out] + ["forgetting"]
+    for row, scores in zip(found.scores, cells, strict=True):
+        scores += [_number(others.get(row, {}), task) for task in found.held_out]
+        scores += [_number(forgetting, row)]
+
+
+def _number(numbers: Mapping[str, float], key: str) -> str:
+    return f"{numbers[key]:.3f}" if key in numbers else ""
+
+
+def print_comparison(found: Comparison) -> None:
+    """One row a model, the best of each column marked, and how far each is from the best mean."""
+    evaluation = found.evaluation
+    means, sign = evaluation.means(), evaluation.metric.sign
+    header = [evaluation.metric.name, *evaluation.held_in, "mean", "worse by", "95% of draws", ""]
+    columns = {task: {row: s[task] for row, s in evaluation.scores.items()} for task in evaluation.held_in}
+    columns["mean"] = means
+    best = {name: max(sign * value for value in column.values()) for name, column in columns.items()}
+    cells = []
+    for row, gap in found.differences.items():
+        marked = [
+            f"{column[row]:.3f}{'*' if sign * column[row] == best[name] else ' '}"
+            for name, column in columns.items()
+        ]
+        apart = "best" if row == found.best else "not told apart" if gap.noise else "worse"
+        cells.append([row, *marked, f"{gap.worse_by:.3f}", f"{gap.low:.3f} to {gap.high:.3f}", apart])
+    _add_held_out(evaluation, header, cells)
+    print_table("* best; differences in the mean, paired bootstrap over the test examples", header, cells)
+    if sign < 0:
+        print("differences are of log-perplexity, in nats a token")

@@ -1,0 +1,1 @@
+"""Coefficients and task vectors -> an ordinary checkpoint folder."""

@@ -1,0 +1,162 @@
+"""Coefficients and task vectors -> an ordinary checkpoint folder, a piece of a tensor at a time.
+
+The base's own files set names, order, dtypes and shards. Nothing appears under the output's name before
+all of it is written.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from trainmerge.checkpoints import Checkpoint
+from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
+from trainmerge.export.model_card import model_card
+from trainmerge.export.shards import Merge, shard_names, write_shards
+from trainmerge.preprocess import apply_for_one_pass
+from trainmerge.run.config import write_config
+from trainmerge.run.folder import RunFolder, versions
+from trainmerge.run.open_run import open_run
+from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.system import distributed
+from trainmerge.system.atomic import check_free_space
+from trainmerge.system.distributed import joined
+from trainmerge.system.safetensors_file import sha256
+from trainmerge.system.shared_output import agreed, dealt, staging_together
+from trainmerge.task_vectors.delta import TaskVectors
+
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
+MANIFEST = "trainmerge_manifest.json"
+INDEX = "model.safetensors.index.json"
+
+
+def export_merge(
+    base: Checkpoint,
+    task_vectors: TaskVectors,
+    coefficients: Coefficients,
+    out: Path,
+    overwrite: bool = False,
+    workers: int = 1,
+) -> None:
+    """Write the merge as a checkpoint folder like the base's, with its configuration and tokenizer.
+
+    Merged tensors are rounded once, to the base's dtype; all others are the base's, bit for bit. `workers`
+    shards are written at once; their number changes no byte.
+
+    Raises:
+        FileExistsError: `out` exists and `overwrite` is not set.
+        OSError: the disk has no room for it.
+        ValueError: a merged tensor is not finite.
+    """
+    with staging_together(out, overwrite) as folder:
+        write_checkpoint(Merge(base, task_vectors, coefficients), folder, workers)
+
+
+def write_checkpoint(merge: Merge, folder: Path, workers: int = 1) -> dict[str, str]:
+    """Write weights and side files into an empty folder; the weight files' SHA-256.
+
+    Several processes deal the weight files out; the first writes the rest.
+    """
+    base = merge.base
+    with agreed():
+        check_free_space(folder, sum(file.stat().st_size for file in base.files))
+        shards = shard_names(base)
+        sizes = dict(zip(shards, (file.stat().st_size for file in base.shards), strict=True))
+        mine = write_shards(merge, folder, dealt(sizes), workers)
+        base.check_unchanged()
+    made = {file: digest for part in distributed.all_gather(mine) for file, digest in part.items()}
+    if distributed.rank() > 0:
+        return made
+    _copy_side_files(base.path, folder)
+    if len(made) > 1:
+        size = sum((folder / file).stat().st_size for file in made)
+        homes = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+    return made
+
+
+def _copy_side_files(source: Path, target: Path) -> None:
+    """Config, tokenizer, remote code, in folders too: all but weights, their index, and the base's card."""
+    for path in sorted(source.rglob("*")):
+        place = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in place.parts)
+        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        if path.is_file() and not hidden and not weights and str(place) != "README.md":
+            (target / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / place)
+
+
+def check_target(out: Path, sources: Iterable[Path]) -> None:
+    """Raise ValueError if `out` is, or holds, something that the merge is made from, or no export of ours."""
+    place = out.resolve()
+    inside = [str(source) for source in sources if source.resolve().is_relative_to(place)]
+    if inside:
+        raise ValueError(f"{out} holds {inside}, which the merge is made from; export to another folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
+        raise ValueError(f"{out} is a folder that no export wrote: nothing was overwritten. Name another.")
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    overwrite: bool = False,
+    workers: int = 1,
+    coefficients: Coefficients | None = None,
+) -> Path:
+    """Export a run folder's merge, with a model card and everything needed to make it again.
+
+    `workers` shards are written at once; their number changes no byte. `coefficients` replace the run's own:
+    those of a point on its Pareto front, say. Under torchrun, processes write the base's weight files in
+    parallel: each its own, mapped, never gathered.
+
+    Raises:
+        ValueError: the run has no coefficients yet, or base or experts changed since the fit.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
+    run_folder, target = RunFolder(Path(run)), Path(out)
+    with joined():
+        recipe, learned, opened = open_run(run_folder)
+        coefficients = coefficients or learned
+        check_target(target, [run_folder.path, *opened.folders.values()])
+        with staging_together(target, overwrite) as folder:
+            with agreed(), distributed.rank_zero_first():
+                merge = merge_of(run_folder, recipe, coefficients, opened)
+            made = write_checkpoint(merge, folder, workers)
+            if distributed.rank() == 0:
+                _explain(folder, target.name, run_folder, recipe, coefficients, made)
+    return target
+
+
+def _explain(
+    folder: Path,
+    name: str,
+    run_folder: RunFolder,
+    recipe: Recipe,
+    coefficients: Coefficients,
+    made: Mapping[str, str],
+) -> None:
+    """Everything but the weights, `made`, that an export says of itself; the manifest last."""
+    write_config(recipe, "recipe", folder / "trainmerge_recipe.yaml")
+    save_coefficients(coefficients, folder / "trainmerge_coefficients.safetensors")
+    run_made = json.loads(run_folder.manifest.read_text())
+    if run_folder.config.exists():
+        shutil.copyfile(run_folder.config, folder / "trainmerge_config.yaml")
+    (folder / "README.md").write_text(model_card(name, recipe, coefficients, run_made))
+    others = [path for path in folder.rglob("*") if path.is_file() and path.name not in made]
+    files = {**made, **{str(path.relative_to(folder)): sha256(path) for path in others}}
+    manifest = {"versions": versions(), "files": dict(sorted(files.items())), "run": run_made}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+
+
+def merge_of(run_folder: RunFolder, recipe: Recipe, coefficients: Coefficients, opened: Opened) -> Merge:
+    """What `open_run` gave as tensors: preprocessors do their work here, as far as none did it before."""
+    task_vectors, rule = apply_for_one_pass(
+        opened.task_vectors,
+        recipe.preprocess,
+        run_folder.workspace,
+        opened.identity(),
+        run_folder.examples(),
+    )
+    return Merge(opened.base, task_vectors, coefficients, rule)

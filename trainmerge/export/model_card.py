@@ -1,0 +1,71 @@
+"""The model card of a merged checkpoint."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.run.config import to_config
+from trainmerge.run.recipe import Recipe
+from trainmerge.task_vectors.parameter_names import block_of
+
+
+def model_card(name: str, recipe: Recipe, coefficients: Coefficients, run: Mapping[str, Any]) -> str:
+    """Markdown with the hub's metadata, the coefficients block by block, and how to make it again."""
+    sources = [recipe.base, *(expert.path for expert in recipe.experts.values())]
+    head = {
+        "base_model": sources,
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "trainmerge"],
+    }
+    recipe_text = yaml.safe_dump({"recipe": to_config(recipe)}, sort_keys=False, width=110)
+    settings = {key: run[key] for key in ("objective", "constraint", "data", "optimizer") if key in run}
+    settings_text = yaml.safe_dump(settings, sort_keys=False, width=110)
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False)}---
+# {name}
+
+A merge of {len(recipe.experts)} experts of `{recipe.base}`, its coefficients learned without labels by
+trainmerge.
+
+## Coefficients
+
+Mean over each block's coefficients; `trainmerge_coefficients.safetensors` holds them all.
+
+{coefficient_table(coefficients)}
+
+## Make it again
+
+Fitted with `{run["started"]["command"]}` in `{run["started"]["folder"]}`, of this recipe
+(`trainmerge_recipe.yaml`; the whole configuration, if the fit had one, is `trainmerge_config.yaml`):
+
+```yaml
+{recipe_text}```
+
+Settings of the fit (all of them, with checksums and versions, in `trainmerge_manifest.json`):
+
+```yaml
+{settings_text}```
+"""
+
+
+def coefficient_table(coefficients: Coefficients) -> str:
+    """Blocks down, experts across: mean coefficients as a Markdown table."""
+    blocks: dict[str, list[int]] = {}
+    for parameter, groups in coefficients.layout.groups.items():
+        blocks.setdefault(block_of(parameter), []).extend(groups)
+    values = coefficients().detach()
+    lines = [_row("block", list(coefficients.experts)), _row("---", ["---"] * len(coefficients.experts))]
+    lines += [_row(f"`{block}`", _means(values[:, groups])) for block, groups in blocks.items()]
+    return "\n".join([*lines, _row("all", _means(values))])
+
+
+def _means(values: Tensor) -> list[str]:
+    return [f"{mean:.3f}" for mean in values.mean(dim=1).tolist()]
+
+
+def _row(first: str, cells: list[str]) -> str:
+    return f"| {' | '.join([first, *cells])} |"

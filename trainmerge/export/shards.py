@@ -1,0 +1,143 @@
+"""A merge as the tensors of a checkpoint: piece by piece, a shard at a time.
+
+Reads, arithmetic and writes overlap: the kernel reads the next tensor's pages, one thread merges this one's,
+and another hashes and writes what is done. Memory is a few pieces of rows, whatever a model's size is.
+
+Legend: `K` experts, `C` chunks of one parameter, `*S` shape of a parameter or of some rows of it.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainmerge.checkpoints import Checkpoint
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.kernels import Difference, LowRank, chunk_bounds
+from trainmerge.preprocess import Rule
+from trainmerge.system.background import ahead
+from trainmerge.system.safetensors_file import file_order, read_ahead, write_safetensors
+from trainmerge.task_vectors.delta import Delta, TaskVectors
+from trainmerge.task_vectors.pieces import in_pieces
+
+READY = 8  # pieces that wait to be written
+# Entries of a piece where no rule works on it: calls count less, and malloc still keeps its pages.
+PIECE = 1 << 19
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Base, task vectors and coefficients: every tensor of the merged checkpoint, when it is asked for."""
+
+    base: Checkpoint
+    task_vectors: TaskVectors
+    coefficients: Coefficients
+    rule: Rule | None = None  # a last preprocessor's, applied inside the pass
+
+    def merged(self, name: str) -> bool:
+        """Whether a tensor of the base's files is merged; others keep the base's bits."""
+        return self.base.tied.get(name, name) in self.coefficients.layout.groups
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor of the base's files after the merge: consecutive rows of it, [*S] in its dtype.
+
+        Raises:
+            ValueError: a merged number is not finite.
+        """
+        if not self.merged(name):
+            yield self.base.read(name)
+            return
+        parameter = self.base.tied.get(name, name)
+        coefficients = self.coefficients.of(parameter, self.coefficients().detach())
+        for part, delta in self._deltas(parameter):
+            out = torch.empty_like(delta.base)
+            merge_rows(out, delta, part.start or 0, coefficients, self.task_vectors.deltas[parameter].shape)
+            if not bool(torch.isfinite(torch.stack(torch.aminmax(out))).all()):
+                raise ValueError(
+                    f"{name}: the merged tensor is not finite; look at its coefficients with "
+                    "`trainmerge inspect`"
+                )
+            yield out
+
+    def _deltas(self, parameter: str) -> Iterator[tuple[slice, Delta]]:
+        """Pieces of a parameter with the differences that are merged."""
+        delta = self.task_vectors.deltas[parameter]
+        if self.rule is not None:
+            for part, piece, some in in_pieces(parameter, delta):
+                yield part, Delta(some.base, tuple(Difference(tau) for tau in self.rule(piece, some)))
+        elif any(isinstance(term, LowRank) for term in delta.terms):
+            yield slice(None), delta  # a product of factors in other blocks is rounded otherwise
+        else:
+            yield from ((part, some) for part, _, some in in_pieces(parameter, delta, PIECE))
+
+    def announce(self, name: str) -> None:
+        """Have the kernel read what `pieces` will, from now on."""
+        read_ahead(self.base.read(name))
+        if self.merged(name):
+            for term in self.task_vectors.deltas[self.base.tied.get(name, name)].terms:
+                for tensor in term:
+                    if isinstance(tensor, Tensor):
+                        read_ahead(tensor)
+
+
+def merge_rows(out: Tensor, delta: Delta, first: int, coefficients: Tensor, whole: torch.Size) -> None:
+    """Merge some rows of a parameter of shape `whole`, from row `first` on, into `out`.
+
+    Coefficients are the parameter's, [K, C]; its chunks may begin and end inside.
+    """
+    if coefficients.shape[1] == 1 or out.shape == whole:
+        delta.merge(out, coefficients)
+        return
+    bounds = chunk_bounds(whole[0], coefficients.shape[1])
+    for chunk, (begin, end) in enumerate(pairwise(bounds)):
+        rows = slice(max(begin - first, 0), min(end - first, len(out)))
+        if rows.start < rows.stop:
+            delta.rows(rows).merge(out[rows], coefficients[:, chunk : chunk + 1])
+
+
+def write_shard(merge: Merge, names: Iterable[str], path: Path) -> str:
+    """Write these tensors of a merge as one safetensors file; its SHA-256, taken on the way.
+
+    The bytes depend on nothing but the arguments, so shards may be written by whom and when it suits.
+    """
+    infos = merge.base.tensors
+    specs = {name: (infos[name].dtype, tuple(infos[name].shape)) for name in names}
+    hasher = hashlib.sha256()
+    tensors = ahead(_in_order(merge, file_order(specs)), READY)
+    write_safetensors(path, specs, tensors, {"format": "pt"}, hasher)
+    return hasher.hexdigest()
+
+
+@torch.no_grad()
+def _in_order(merge: Merge, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    for name, after in zip(names, [*names[1:], None], strict=True):
+        if after is not None:
+            merge.announce(after)
+        for piece in merge.pieces(name):
+            yield name, piece
+
+
+def write_shards(merge: Merge, folder: Path, files: Iterable[str], workers: int = 1) -> dict[str, str]:
+    """Write these files of weights, of `shard_names`, into a folder, `workers` at once: name -> SHA-256."""
+    names, shards = list(files), shard_names(merge.base)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            made = pool.map(lambda file: write_shard(merge, shards[file], folder / file), names)
+            return dict(zip(names, made, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def shard_names(base: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """File name in an export -> its tensors: the base's files, as safetensors."""
+    return {
+        Path(file.name.replace("pytorch_model", "model")).with_suffix(".safetensors").name: names
+        for file, names in base.shards.items()
+    }

@@ -1,0 +1,102 @@
+"""An export against the run that it is of: every number once more, bit for bit."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainmerge.export.export import INDEX, WEIGHT_SUFFIXES, merge_of
+from trainmerge.export.shards import Merge, shard_names
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.open_run import open_run
+from trainmerge.system.safetensors_file import MappedFile
+
+SHOWN = 8  # problems that the error lists
+
+
+def verify_export(run: str | Path, out: str | Path) -> int:
+    """Merge again and compare with what the folder `out` holds; the number of tensors compared.
+
+    Names, shapes, dtypes, the index, and the bits of every tensor have to agree; other weights must not be
+    there.
+
+    Raises:
+        ValueError: naming the first differences.
+    """
+    run_folder, folder = RunFolder(Path(run)), Path(out)
+    merge = merge_of(run_folder, *open_run(run_folder))
+    problems = list(_differences(merge, folder))
+    if problems:
+        shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise ValueError(
+            f"{folder} is not the export of {run_folder.path}; export it again. "
+            f"{len(problems)} differences:\n{shown}{more}"
+        )
+    return len(merge.base.tensors)
+
+
+def _differences(merge: Merge, folder: Path) -> Iterator[str]:
+    shards = shard_names(merge.base)
+    there = {path.name for path in folder.glob("*") if path.suffix in WEIGHT_SUFFIXES}
+    own = {"trainmerge_coefficients.safetensors"}
+    yield from (f"{file} is missing" for file in shards if file not in there)
+    yield from (f"{file} belongs to no export" for file in sorted(there - shards.keys() - own))
+    if len(shards) > 1:
+        yield from _index_differences(shards, folder / INDEX)
+    for file, names in shards.items():
+        if file in there:
+            yield from _shard_differences(merge, names, folder / file)
+
+
+def _index_differences(shards: dict[str, tuple[str, ...]], index: Path) -> Iterator[str]:
+    homes = {name: file for file, names in shards.items() for name in names}
+    try:
+        written = json.loads(index.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield f"{index.name} cannot be read ({error})"
+        return
+    yield from (
+        f"{index.name} has {name} in {written.get(name)}, it belongs in {homes.get(name)}"
+        for name in sorted(homes.keys() | written.keys())
+        if homes.get(name) != written.get(name)
+    )
+
+
+@torch.no_grad()
+def _shard_differences(merge: Merge, names: tuple[str, ...], path: Path) -> Iterator[str]:
+    try:
+        file = MappedFile(path)
+    except ValueError as error:
+        yield str(error)
+        return
+    yield from (f"{path.name}: {name} does not belong there" for name in file.tensors if name not in names)
+    for name in names:
+        want = merge.base.tensors[name]
+        got = file.tensors.get(name)
+        if got is None:
+            yield f"{path.name}: {name} is missing"
+        elif (got.dtype, got.shape) != (want.dtype, want.shape):
+            shapes = tuple(got.shape), tuple(want.shape)
+            yield f"{path.name}: {name} is {got.dtype} {shapes[0]}, not {want.dtype} {shapes[1]}"
+        elif changed := _changed(merge, name, file.read(name)):
+            what = "merged" if merge.merged(name) else "the base's"
+            yield f"{path.name}: {name} ({what}) differs in {changed} of {want.shape.numel()} numbers"
+
+
+def _changed(merge: Merge, name: str, got: Tensor) -> int:
+    """How many numbers of a tensor have other bits than the merge."""
+    place, changed = 0, 0
+    for piece in merge.pieces(name):
+        theirs = got.reshape(-1)[place : place + piece.numel()]
+        if not torch.equal(_bytes(theirs), _bytes(piece)):
+            wrong = (_bytes(theirs) != _bytes(piece)).view(piece.numel(), -1).any(dim=1)
+            changed += int(wrong.sum())
+        place += piece.numel()
+    return changed
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)

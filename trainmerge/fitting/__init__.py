@@ -1,0 +1,1 @@
+"""A fit: the module, its preparation, the trainer, snapshots and logs."""

@@ -1,0 +1,49 @@
+"""The loss over all calibration examples at the present coefficients."""
+
+from collections.abc import Iterator
+
+import torch
+
+from trainmerge.data.batch import Batch
+from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.module import MergeModule
+from trainmerge.model.row_shards import held_rows
+from trainmerge.system import distributed
+
+
+@torch.no_grad()
+def calibration_loss(module: MergeModule, data: Calibration) -> float:
+    """The weighted loss over all calibration examples at the present coefficients, summed over experts.
+
+    Several processes take their parts of every batch.
+    """
+    module.resident.merged.materialise()
+    mine = sum(
+        float(module.loss(batch)) * _count(batch) / len(data.examples[batch.expert])
+        for batch in batches(module, data)
+    )
+    return float(
+        distributed.all_reduce(torch.tensor(mine, dtype=torch.float64, device=module.resident.device))
+    )
+
+
+def batches(module: MergeModule, data: Calibration) -> Iterator[Batch]:
+    """All calibration examples, expert after expert, on the model's device: this process's part.
+
+    All processes take part in every batch, in which they may meet: with an example of share 0, where there
+    are fewer than processes.
+    """
+    for expert, examples in enumerate(data.examples):
+        for first in range(0, len(examples), data.batch_size):
+            own = examples[first : first + data.batch_size]
+            part = held_rows(len(own), distributed.rank(), distributed.world_size())
+            share = (part.stop - part.start) * distributed.world_size() / len(own)
+            if not share:
+                part = slice(0, 1)
+            batch = module.resident.batch(expert, own[part], data.tokenize, first + part.start)
+            yield batch._replace(share=share)
+
+
+def _count(batch: Batch) -> float:
+    """How many examples a loss that was multiplied by the batch's share stands for."""
+    return len(batch.ids) / batch.share if batch.share else 0.0

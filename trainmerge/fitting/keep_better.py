@@ -1,0 +1,68 @@
+"""A fit that did not help says so, and with `keep_better` leaves the coefficients where they started."""
+
+import json
+import math
+import warnings
+
+from rich.progress import track
+from torch import Tensor
+
+from trainmerge.coefficients.coefficients import save_coefficients
+from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.calibration_loss import calibration_loss
+from trainmerge.fitting.module import MergeModule
+from trainmerge.run.folder import RunFolder
+from trainmerge.system import distributed
+from trainmerge.system.atomic import write_whole
+
+ENOUGH = 5  # later steps, before their losses say anything: batches differ
+
+
+def keep_the_better(module: MergeModule, data: Calibration, folder: RunFolder) -> None:
+    """Compare start and end on all calibration examples; leave the better one in the run folder."""
+    end = module.coefficients().detach().cpu().clone()  # not the parameter itself, which `load` may write
+    module.load(data)
+    points = {"start": module.start, "end": end}
+    losses = {}
+    quiet = distributed.rank() > 0
+    for point in track(points, description="comparing start and end", disable=quiet):
+        losses[point] = _loss_at(module, data, points[point])
+    better = "end" if losses["end"] < losses["start"] else "start"
+    module.coefficients.reset_(points[better])
+    if distributed.rank() == 0:
+        _leave(module, folder, losses, better)
+
+
+def _leave(module: MergeModule, folder: RunFolder, losses: dict[str, float], better: str) -> None:
+    write_whole(folder.path / "calibration_loss.json", json.dumps(losses, indent=2))
+    print(f"loss over all calibration examples: {losses['start']:.4f} -> {losses['end']:.4f}")
+    if better == "end":
+        return
+    save_coefficients(module.coefficients, folder.coefficients)
+    warnings.warn(
+        f"the loss over the calibration examples did not fall ({losses['start']:.4f} -> "
+        f"{losses['end']:.4f}): the coefficients are left where they started. Lower the learning rate, or "
+        "give more examples a step.",
+        stacklevel=2,
+    )
+
+
+def _loss_at(module: MergeModule, data: Calibration, values: Tensor) -> float:
+    module.coefficients.reset_(values)
+    return calibration_loss(module, data)
+
+
+def warn_if_it_never_fell(folder: RunFolder) -> None:
+    """Say so when no step had a lower loss than the first one."""
+    if not folder.metrics.exists():
+        return  # stopped before a step
+    losses = [
+        row["loss"] for line in folder.metrics.read_text().splitlines() if "loss" in (row := json.loads(line))
+    ]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if len(finite) > ENOUGH and min(finite[1:]) >= finite[0]:
+        warnings.warn(
+            f"no step had a lower loss than the first ({finite[0]:.4f}): lower the learning rate, or take "
+            "the starting coefficients as they are",
+            stacklevel=2,
+        )

@@ -1,0 +1,128 @@
+"""Plans of fits, and of models that need not be on disk.
+
+Legend: `K` experts, `B` examples of one expert and step, `T` tokens, `V` vocabulary or classes.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from trainmerge.checkpoints import build_skeleton, locate
+from trainmerge.data.batch import Asks, Batch, Step
+from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.module import MergeModule
+from trainmerge.model.activation_checkpointing import recompute_blocks
+from trainmerge.plan.devices import Device, measured
+from trainmerge.plan.dry_run import rehearse
+from trainmerge.plan.micro_batches import Economy, rounds
+from trainmerge.plan.plan import Plan
+from trainmerge.plan.plan_model import _sizes
+from trainmerge.system.memory import anonymous
+from trainmerge.task_vectors.delta import Delta
+
+Precision = Callable[[], AbstractContextManager[Any]]
+
+
+def plan_fit(
+    module: MergeModule,
+    data: Calibration,
+    precision: Precision = nullcontext,
+    device: Device | None = None,
+    devices: int = 1,
+    economy: Economy | None = None,
+) -> Plan:
+    """The plan of `tm.fit(module, data, ...)`: headers and the longest examples are read, no weight is.
+
+    Args:
+        module: What is learned.
+        data: What from; each expert's longest examples are rehearsed.
+        precision: The fit's autocast.
+        device: Whose speeds the times are made of; this processor's, measured, by default.
+        devices: How many share model and examples.
+        economy: How a step is cut; as the module says by default.
+    """
+    economy, opened = economy or module.economy, module.opened
+    if module.rule is not None:
+        economy = replace(economy, tasks=1)  # each expert's gradient is wanted by itself
+    skeleton = build_skeleton(opened.base.path)
+    names = locate(skeleton, opened.base.path, opened.base.tensors, opened.ignore)
+    narrow = None if module.weights == "stored" else torch.bfloat16
+    dtypes = {inside: narrow or opened.base.tensors[name].dtype for name, inside in names.items()}
+    own = {name: p.numel() * dtypes.get(name, p.dtype).itemsize for name, p in skeleton.named_parameters()}
+    stored = sum({names[n]: opened.base.tensors[n].nbytes for n in names}.values())
+    read = {name: _read(module, opened.task_vectors.deltas[name]) for name in opened.layout.groups}
+    step = [_longest(data, k, -(-data.batch_size // devices)) for k in range(len(data.examples))]
+    records = _records(module, data, step, skeleton)
+    files = [file for folder in opened.folders.values() for file in Path(folder).glob("*.safetensors")]
+    sizes = _sizes(
+        skeleton,
+        own,
+        {names[name]: count for name, count in read.items()},
+        len(module.recipe.experts),
+        module.coefficients.raw.numel(),
+        sum(file.stat().st_size for file in files) + records.files,
+        max(records.memory, stored - sum(own.values())),  # a model is loaded as stored, then narrowed
+    )
+    if economy.recompute:
+        recompute_blocks(skeleton)
+    parts = list(rounds(step, economy))
+    heads = {k: e.head for k, e in enumerate(module.recipe.experts.values()) if e.head is not None}
+    merged = {names[name] for name in read}
+    rehearsal = rehearse(skeleton, merged, parts, module.objective, heads, dtypes, precision, records.width)
+    device = device or measured(narrow or next(iter(dtypes.values())))
+    before = anonymous() if sys.platform == "linux" and not device.link else 0
+    return Plan(sizes, economy, rehearsal, len(parts), device, devices, before)
+
+
+class _Records(NamedTuple):
+    """What recorded experts take."""
+
+    width: int = 0  # probabilities a row; 0 for all
+    memory: int = 0  # bytes, of the largest one while it is recorded
+    files: int = 0
+
+
+def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Module) -> _Records:
+    """As `teachers` will decide, at the length of the longest example."""
+    asks = module.objective.asks
+    if asks == Asks():
+        return _Records()
+    config: Any = skeleton.config
+    config = getattr(config, "text_config", None) or config
+    positions = [len(own) * batch.mask.shape[1] for own, batch in zip(data.examples, step, strict=True)]
+    hidden = [2 * config.hidden_size * len(asks.layers) * count for count in positions]
+    experts = list(module.recipe.experts.values())
+    rows = [
+        len(own) if e.head else count for own, e, count in zip(data.examples, experts, positions, strict=True)
+    ]
+    width, probabilities = 0, [4 * config.vocab_size * count for count in rows]
+    if asks.temperature is None or all(e.head for e in experts):
+        probabilities = [0] * len(rows)  # of a few classes: nothing beside the rest
+    elif sum(probabilities) > module.teacher_budget:
+        width = max(1, module.teacher_budget // (8 * sum(rows)))
+        probabilities = [8 * width * count for count in rows]
+    each = [a + b for a, b in zip(hidden, probabilities, strict=True)]
+    return _Records(width, max(each), sum(each))
+
+
+def _read(module: MergeModule, delta: Delta) -> int:
+    """Bytes of one parameter's base and task vectors, as the passes read them."""
+    if delta.base.dim() > 1 and module.quantise is not None:
+        return delta.base.nbytes + len(delta.terms) * int(module.quantise.bytes_a_weight * delta.base.numel())
+    if module.recipe.preprocess:
+        return delta.base.nbytes + len(delta.terms) * 4 * delta.base.numel()
+    return delta.nbytes
+
+
+def _longest(data: Calibration, expert: int, count: int) -> Batch:
+    """The batch of an expert's longest examples, by their characters."""
+    own = sorted(data.examples[expert], key=lambda example: -len(example.text))
+    chosen = (own * count)[:count] if len(own) < count else own[:count]
+    encoded = data.tokenize.encode(chosen)
+    return Batch(expert, encoded.inputs, encoded.mask, torch.arange(count))

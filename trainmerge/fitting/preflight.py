@@ -1,0 +1,63 @@
+"""What a fit refuses before it makes its folder or reads a weight."""
+
+from trainmerge.checkpoints import Output, output_of
+from trainmerge.data.calibration import Calibration
+from trainmerge.data.examples import Example
+from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.fitting.module import MergeModule
+
+TOGETHER = 64  # examples that are tokenised at a time
+
+
+def check_tasks(module: MergeModule, data: Calibration) -> None:
+    """Raise ValueError for experts whose task has no loss: with every reason, by expert and file."""
+    output = output_of(module.opened.base.path)
+    problems = [*head_problems(module, output), *example_problems(data)]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def head_problems(module: MergeModule, output: Output) -> list[str]:
+    """Experts that need a head and have none, or one of another model."""
+    experts, base = module.recipe.experts, module.recipe.base
+    headless = [name for name, expert in experts.items() if expert.head is None]
+    for expert in experts.values():
+        if expert.head is not None:
+            expert.head.identity()  # reads its files, and says what is wrong with them
+    problems = [
+        f"recipe.experts.{name}.head is for a hidden size of {width}, {base} has {output.hidden}: name the "
+        "head that was trained with this expert"
+        for name, expert in experts.items()
+        if expert.head and output.hidden and (width := expert.head.width()) not in (None, output.hidden)
+    ]
+    if headless and not output.logits:
+        problems.append(
+            f"{base} has no output layer, and {headless} no `head`: give each a LabelHead or a LinearHead, "
+            "or use a base and experts that were saved with their own"
+        )
+    elif headless and module.objective.needs_classes and not output.classes:
+        problems.append(f"{module.objective!r} needs classes, and {headless} have no `head`: give each one")
+    return problems
+
+
+def example_problems(data: Calibration) -> list[str]:
+    """Files with examples of which no token counts: their loss is not a number."""
+    found = []
+    for file, examples in zip(data.files.values(), data.examples, strict=True):
+        if silent := without_tokens(examples, data.tokenize):
+            found.append(
+                f"{file}: no token counts in {len(silent)} of {len(examples)} examples, the first is number "
+                f"{silent[0]}: leave them out, or raise data.max_length ({data.max_length})"
+            )
+    return found
+
+
+def without_tokens(examples: list[Example], tokenizer: Tokenizer) -> list[int]:
+    """Numbers of the examples of which no token counts; only blank texts and spans can have none."""
+    suspects = [i for i, e in enumerate(examples) if e.spans is not None or not e.text.strip()]
+    silent = []
+    for first in range(0, len(suspects), TOGETHER):
+        some = suspects[first : first + TOGETHER]
+        mask = tokenizer.encode([examples[i] for i in some]).mask
+        silent += [i for i, counted in zip(some, mask.sum(dim=1).tolist(), strict=True) if not counted]
+    return silent

@@ -1,0 +1,67 @@
+"""What a run depends on, and whether a checkpoint was made from the same."""
+
+import hashlib
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainmerge.coefficients.presets import Preset
+from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.module import MergeModule
+from trainmerge.run.config import to_config
+
+
+def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
+    """Everything that the coefficients of a run depend on, as JSON data: a resumed run must have the same."""
+    recipe, coefficients = module.recipe, module.coefficients
+    return {
+        "experts": list(recipe.experts),  # their order, which a mapping's equality ignores
+        "checksums": module.opened.checksums,
+        "heads": {name: e.head.identity() for name, e in recipe.experts.items() if e.head is not None},
+        "calibration": data.identities(),
+        "data": data.settings(),
+        "recipe": to_config(replace(recipe, held_out={})),  # scored, never learned from
+        "objective": to_config(module.objective),
+        "constraint": to_config(coefficients.constraint),
+        "anchor": to_config(module.anchor),
+        "clip": module.clip,
+        "combine": repr(module.rule),
+        "layout": hashlib.sha256(module.opened.layout.to_json().encode()).hexdigest(),
+        "weights": module.weights,
+        "subspace": module.subspace,
+        "teacher_budget": module.teacher_budget,
+        **({"quantise": to_config(module.quantise)} if module.quantise else {}),
+        **({"initial": to_config(module.initial)} if isinstance(module.initial, Preset) else {}),
+        "start": hashlib.sha256(module.start.numpy().tobytes()).hexdigest(),
+        **_optimisation(module),
+    }
+
+
+def _optimisation(module: MergeModule) -> dict[str, str]:
+    optimizer = module.make_optimizer(iter([torch.nn.Parameter(module.coefficients.raw.detach().clone())]))
+    settings = {"optimizer": str(optimizer)}
+    if module.make_scheduler is not None:
+        scheduler = module.make_scheduler(optimizer)
+        state = {key: str(value) for key, value in sorted(scheduler.state_dict().items())}
+        settings["lr_scheduler"] = f"{type(scheduler).__name__} {state}"
+    return settings
+
+
+def load_snapshot(path: Path) -> dict[str, Any]:
+    """A fit's checkpoint.
+
+    Raises:
+        ValueError: the file is damaged, or something else.
+    """
+    try:
+        snapshot: dict[str, Any] = torch.load(path, weights_only=True)
+        snapshot["global_step"], snapshot["trainmerge"], snapshot["state_dict"]["coefficients.raw"]
+    except (RuntimeError, KeyError, TypeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path}: not a checkpoint that a fit can go on from ({type(error).__name__}). It is damaged, or "
+            "something else: go on from another, or remove it to begin again"
+        ) from error
+    return snapshot

@@ -1,0 +1,40 @@
+"""A finished run -> the module and the data that it was fitted with, at the coefficients it ended with."""
+
+import json
+from dataclasses import replace
+
+from trainmerge.coefficients.layout import Grouping
+from trainmerge.data.calibration import Calibration
+from trainmerge.data.examples import Columns
+from trainmerge.fitting.module import MergeModule
+from trainmerge.objectives import Objective
+from trainmerge.run.config import build
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.open_run import open_run
+from trainmerge.run.recipe import calibration_files
+
+
+def reopen(
+    folder: RunFolder, grouping: Grouping | None = None, examples: int = 0
+) -> tuple[MergeModule, Calibration]:
+    """Module and data of a run; nothing is loaded yet.
+
+    `grouping` replaces the run's by a finer one. `examples`: the first so many an expert; 0 is as it was.
+
+    Raises:
+        ValueError: no run, no coefficients, or base or experts changed since the fit.
+    """
+    recipe, _, _ = open_run(folder)
+    manifest = json.loads(folder.manifest.read_text())
+    module = MergeModule(
+        replace(recipe, grouping=grouping or recipe.grouping),
+        build(Objective, manifest["objective"]),  # type: ignore[type-abstract]
+        initial=str(folder.coefficients),
+        teacher_budget=manifest["teacher_budget"],
+        weights=manifest["weights"],
+        workspace=str(folder.workspace),
+    )
+    settings = manifest["data"] | {"columns": Columns(**manifest["data"]["columns"])}
+    if examples:
+        settings["max_examples"] = min(examples, settings["max_examples"] or examples)
+    return module, Calibration(calibration_files(recipe), **settings)

@@ -1,0 +1,112 @@
+"""Lightning's Trainer as a fit needs it: which arguments and strategies it takes, and what to set instead."""
+
+from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
+
+from trainmerge.fitting.loggers import LogCoefficients
+from trainmerge.fitting.metrics_log import JsonLines, KeepTrajectory
+from trainmerge.fitting.progress import progress_bar
+from trainmerge.fitting.snapshots import Snapshots
+from trainmerge.fitting.usage_log import KeepUsage
+from trainmerge.run.folder import RunFolder
+
+SETTINGS: dict[str, Any] = {
+    "max_epochs": -1,  # steps count; an epoch is what is left of them
+    "use_distributed_sampler": False,  # an item is a step, which all processes share
+    "enable_checkpointing": False,  # Snapshots does it
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+}
+STEPS = "a fit counts steps: set trainer.max_steps"
+ORDER = "each step has its examples: set data.max_examples, or trainer.max_steps"
+DECIDED = {
+    "default_root_dir": "it is the run folder: set --run",
+    "fast_dev_run": "set trainer.max_steps to a few",
+    "max_epochs": STEPS,
+    "min_epochs": STEPS,
+    "min_steps": STEPS,
+    "limit_train_batches": ORDER,
+    "overfit_batches": ORDER,
+    "reload_dataloaders_every_n_epochs": ORDER,
+    "accumulate_grad_batches": "set data.batch_size; model.tasks_per_backward saves memory",
+    "gradient_clip_val": "set model.clip",
+    "gradient_clip_algorithm": "set model.clip, a norm",
+    "enable_checkpointing": "set --save_every",
+}
+
+
+def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.Trainer:
+    """A Lightning Trainer that writes into a run folder; `arguments` are the Trainer's own.
+
+    Raises:
+        ValueError: `save_every` is not positive, an argument that a fit decides itself, or a folder that
+            cannot be.
+    """
+    if save_every < 1:
+        raise ValueError(f"save_every must be at least 1, not {save_every}")
+    folder = RunFolder(Path(run))
+    folder.check_place()
+    given_callbacks = arguments.pop("callbacks", None) or []
+    if any(isinstance(callback, pl.callbacks.EarlyStopping) for callback in given_callbacks):
+        raise ValueError(
+            "EarlyStopping looks at the end of epochs, and a fit is one: use trainmerge.StopWhenFlat instead"
+        )
+    callbacks = [*given_callbacks, KeepTrajectory(folder), KeepUsage(folder), Snapshots(folder, save_every)]
+    if arguments.pop("enable_progress_bar", None) is not False:
+        callbacks.append(progress_bar())
+    bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
+    given = trainer_arguments(arguments)
+    loggers = given.pop("logger", None)
+    more = (
+        loggers if isinstance(loggers, list) else [loggers] if isinstance(loggers, pl.loggers.Logger) else []
+    )
+    if more:
+        callbacks.insert(0, LogCoefficients(more))
+    return pl.Trainer(
+        **given,
+        callbacks=callbacks,
+        logger=[JsonLines(folder.metrics), *more],
+        enable_progress_bar=bar,
+        default_root_dir=str(folder.path),
+    )
+
+
+def trainer_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """SETTINGS, and what is given otherwise than Lightning has it by default.
+
+    Raises:
+        ValueError: an argument that a fit decides itself.
+    """
+    defaults = {
+        name: argument.default for name, argument in signature(pl.Trainer.__init__).parameters.items()
+    }
+    changed = {key: value for key, value in given.items() if value is not None and value != defaults.get(key)}
+    same = {key for key, value in changed.items() if key in SETTINGS and value == SETTINGS[key]}
+    if refused := [f"trainer.{key}: {DECIDED[key]}" for key in changed if key in DECIDED and key not in same]:
+        raise ValueError("; ".join(refused))
+    return {**SETTINGS, **changed}
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Raise ValueError for a strategy under which a fit would be wrong, or end without its results."""
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise ValueError(
+            f"trainer.strategy {type(strategy).__name__} would shard or leave unreduced what is learned: use "
+            "ddp, and model.sharded true for a model that no single device holds"
+        )
+    if isinstance(strategy, DDPStrategy) and strategy._start_method != "popen":
+        raise ValueError("trainer.strategy: use ddp; forked and spawned processes cannot share mapped files")
+    if trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
+        raise ValueError(f"trainer.strategy {type(strategy).__name__}: several processes need ddp")

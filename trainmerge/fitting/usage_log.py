@@ -1,0 +1,63 @@
+"""What a fit leaves on disk beside its result: the coefficients' path, and what it took."""
+
+import json
+import resource
+import sys
+import time
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from typing_extensions import override
+
+from trainmerge.run.folder import RunFolder
+from trainmerge.system.memory import anonymous_bytes
+
+UNIT = 1 if sys.platform == "darwin" else 1024  # what getrusage counts resident memory in
+
+
+class KeepUsage(Callback):
+    """Append one JSON object when the fit ends, by an error too; a process that is killed leaves none.
+
+    `wall_seconds` and `cpu_seconds` are the fit's with its loading; `peak_bytes` is the largest resident
+    memory of the process up to here, mapped files included, and `anonymous_bytes` what of it is its own at
+    the end (Linux only).
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.path = folder.usage
+        self._wall, self._cpu, self._first, self._steps = 0.0, 0.0, 0, 0
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._first = trainer.global_step
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._keep(trainer)
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._keep(trainer)
+
+    def _keep(self, trainer: pl.Trainer) -> None:
+        if not trainer.is_global_zero or not self.path.parent.is_dir():
+            return
+        line = {
+            "first_step": self._first,
+            "last_step": trainer.global_step,
+            "wall_seconds": round(time.monotonic() - self._wall, 3),
+            "cpu_seconds": round(time.process_time() - self._cpu, 3),
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT,
+            "anonymous_bytes": anonymous_bytes(),
+            "processes": trainer.world_size,
+            "threads": torch.get_num_threads(),
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")

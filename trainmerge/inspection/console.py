@@ -1,0 +1,123 @@
+"""What `trainmerge inspect` prints."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.inspection.findings import Finding
+from trainmerge.inspection.suggest import Suggestion
+from trainmerge.kernels import Difference, ExpertWeight, LowRank, Quantised, Untouched
+from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.system.console import print_table
+from trainmerge.task_vectors.delta import Delta
+from trainmerge.task_vectors.geometry import Geometry
+
+FORMS = {
+    Difference: "given",
+    ExpertWeight: "full",
+    LowRank: "low-rank",
+    Quantised: "quantised",
+    Untouched: "none",
+}
+
+
+def print_sources(recipe: Recipe, opened: Opened) -> None:
+    """Base and experts: where they are and in what form their changes come."""
+    rows = [["base", recipe.base, f"{len(opened.base.tensors)} tensors", ""]]
+    for k, (name, expert) in enumerate(recipe.experts.items()):
+        forms = Counter(FORMS[type(delta.terms[k])] for delta in opened.task_vectors.deltas.values())
+        changes = ", ".join(f"{count} {form}" for form, count in forms.items())
+        rows.append([name, expert.path, changes, expert.calibration or "no calibration data"])
+    print_table("what is merged", ["name", "folder", "parameters changed", "calibration"], rows)
+
+
+def kept_parameters(opened: Opened) -> dict[str, str]:
+    """Parameter -> why it keeps the base's value."""
+    untouched = {
+        name: "no expert changes it" for name in opened.base.tensors if name not in opened.task_vectors.deltas
+    }
+    return {**untouched, **opened.layout.excluded}
+
+
+def parameter_counts(opened: Opened) -> dict[str, Any]:
+    """How much is merged, with how many coefficients, and what is left out, as JSON data."""
+    deltas, layout = opened.task_vectors.deltas, opened.layout
+    return {
+        "merged_parameters": len(layout.groups),
+        "merged_weights": sum(deltas[name].base.numel() for name in layout.groups),
+        "coefficients": len(opened.task_vectors.experts) * len(layout.labels),
+        "kept": kept_parameters(opened),
+    }
+
+
+def print_parameters(opened: Opened, every: bool) -> None:
+    """Parameters with their number of coefficients, or why they keep the base's value."""
+    layout, deltas, kept = opened.layout, opened.task_vectors.deltas, kept_parameters(opened)
+    merged, experts = parameter_counts(opened)["merged_weights"], len(opened.task_vectors.experts)
+    print(
+        f"{len(layout.groups)} parameters ({merged:,} weights) merged with {experts} x {len(layout.labels)} "
+        f"coefficients; {len(kept)} parameters keep the base's value"
+    )
+    reasons = [[reason, str(count)] for reason, count in Counter(kept.values()).items()]
+    if reasons and not every:
+        print_table("kept", ["reason", "parameters"], reasons)
+    if every:
+        rows = [[name, _shape(deltas[name]), str(len(groups))] for name, groups in layout.groups.items()]
+        rows += [[name, "", reason] for name, reason in kept.items()]
+        print_table("parameters", ["name", "shape", "coefficients"], rows)
+
+
+def print_geometry(experts: Sequence[str], geometry: Geometry) -> None:
+    """How far each expert went, and the cosines of the task vectors."""
+    whole = geometry.of(geometry.names)
+    lengths, cosines = whole.relative_norms()[0].tolist(), whole.cosines()[0].tolist()
+    rows = [
+        [name, f"{100 * length:.2f}%", *(f"{cosine:.2f}".replace("-0.00", "0.00") for cosine in row)]
+        for name, length, row in zip(experts, lengths, cosines, strict=True)
+    ]
+    print_table("task vectors", ["expert", "length / base", *(f"cos {name}" for name in experts)], rows)
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """What to know before a fit, the worst first."""
+    for level in ("error", "warning", "note"):
+        for finding in findings:
+            if finding.level == level:
+                print(f"{level}: {finding.what}" + (f"; {finding.remedy}" if finding.remedy else ""))
+    if not any(finding.level != "note" for finding in findings):
+        print("nothing speaks against this merge")
+
+
+def print_suggestion(suggestion: Suggestion, path: Path | None) -> None:
+    """What to begin with, and why."""
+    rows = [[key, _value(suggestion, key), reason] for key, reason in suggestion.reasons.items()]
+    print_table("suggested", ["key", "value", "why"], rows)
+    print(
+        f"written: {path}; next: trainmerge fit --config {path} --run runs/first"
+        if path
+        else "--suggest FILE.yaml writes it as a configuration"
+    )
+
+
+def _value(suggestion: Suggestion, key: str) -> str:
+    value: Any = suggestion.settings
+    for part in key.split("."):
+        value = value[part]
+    value = value[0] if isinstance(value, list) else value
+    return str(value["class_path"]).rpartition(".")[2] if isinstance(value, dict) else str(value)
+
+
+def print_coefficients(coefficients: Coefficients) -> None:
+    """Mean, smallest and largest coefficient of every expert."""
+    values = coefficients().detach()
+    rows = [
+        [name, *(f"{number:.3f}" for number in (row.mean(), row.min(), row.max()))]
+        for name, row in zip(coefficients.experts, values, strict=True)
+    ]
+    print_table("coefficients", ["expert", "mean", "min", "max"], rows)
+
+
+def _shape(delta: Delta) -> str:
+    return " x ".join(map(str, delta.shape)) or "scalar"

@@ -1,0 +1,1 @@
+"""The merged model in memory, and what runs on it."""

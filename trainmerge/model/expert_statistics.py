@@ -1,0 +1,202 @@
+"""The experts at work on their own unlabeled examples: what layers read, gradients, likelihoods.
+
+An expert is the resident model at one-hot coefficients, as in `teachers`.
+
+Legend: `B` examples, `T` tokens, `R` rows, `n` inputs of a linear layer, `V` vocabulary or classes.
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import log
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from trainmerge.data.batch import Batch
+from trainmerge.data.examples import Example
+from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.model.resident import Resident
+from trainmerge.system.safetensors_file import MappedFile, write_safetensors
+
+TOGETHER = 8  # examples a forward pass
+HELD = 256 << 20  # bytes of the base's predictions that wait for the expert's
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`preprocess.Calibrator` over a resident model. Order and dice depend on the seed only."""
+
+    resident: Resident
+    examples: Sequence[Sequence[Example]]  # one list an expert
+    tokenizer: Tokenizer
+    folder: Path
+    seed: int = 0
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """These parameters in the order in which the network has them."""
+        places = {id(p): place for place, p in enumerate(self.resident.merged.module.parameters())}
+        return sorted(names, key=lambda name: places[id(self.resident.merged.parameters[name])])
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same, mapped from a file that has no name any more, so that it ends with its tensors."""
+        if not tensors:
+            return {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.folder) as place:
+            path = Path(place) / "measured.safetensors"
+            specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            write_safetensors(path, specs, tensors.items())
+            file = MappedFile(path)
+            return {name: file.read(name) for name in tensors}
+
+    @torch.no_grad()
+    def grams(self, expert: int, names: Sequence[str], merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mean x x^T [n, n], float32, of what each linear layer among `names` reads; padding is left out.
+
+        `merged` are weights that replace the expert's own. Holds n^2 numbers a layer.
+        """
+        parameters = self.resident.merged.parameters
+        modules = list(self.resident.merged.module.modules())
+        owners = {id(m.weight): m for m in modules if isinstance(m, nn.Linear)}
+        for embedding in modules:  # one tied to the output layer is read a token at a time too
+            if isinstance(embedding, nn.Embedding):
+                owners.pop(id(embedding.weight), None)
+        layers = {name: owners[id(parameters[name])] for name in names if id(parameters[name]) in owners}
+        if not layers:
+            return {}
+        moments = {name: _Moment() for name in layers}
+        with self.resident.merged.teacher(expert):
+            for name, weight in merged.items():
+                parameters[name].copy_(weight)
+            for batch in self._batches(expert, "measuring inputs"):
+                real = batch.inputs["attention_mask"].bool()
+                with _watching(layers, moments, real):
+                    self.resident(batch)
+        return {name: moment.mean() for name, moment in moments.items()}
+
+    def gradients(self, expert: int, sampled: bool) -> Iterator[dict[str, Tensor]]:
+        """Gradients of a loss by every merged parameter, one of the expert's examples after another.
+
+        -log p(y | x) of a `sampled` y, drawn at every position that counts: its mean square is the Fisher
+        information. Or the language model's loss: the mean over the text's next tokens.
+        """
+        parameters = {n: p for n, p in self.resident.merged.parameters.items() if p.requires_grad}
+        dice = torch.Generator().manual_seed(self.seed)
+        with self.resident.merged.teacher(expert):
+            for batch in self._batches(expert, "measuring gradients", together=1):
+                with torch.enable_grad():
+                    log_p, tokens = self._log_p(batch)
+                    if sampled:
+                        tokens = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=dice)[:, 0]
+                    each = -log_p.gather(-1, tokens.to(log_p.device)[:, None])
+                    loss = each.sum() if sampled else each.mean()
+                    slopes = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                yield {
+                    name: torch.zeros_like(p) if slope is None else slope
+                    for (name, p), slope in zip(parameters.items(), slopes, strict=True)
+                }
+
+    @torch.no_grad()
+    def likelihoods(self, expert: int, texts: Sequence[Example]) -> Tensor:
+        """Log-likelihood of each text under the expert's language model, [N] float64: summed over tokens."""
+        found = []
+        with self.resident.merged.teacher(expert):
+            for example in texts:
+                log_p, tokens = self._log_p(self.resident.batch(expert, [example], self.tokenizer))
+                found.append(log_p.gather(-1, tokens[:, None]).double().sum())
+        return torch.stack(found).cpu()
+
+    @torch.no_grad()
+    def divergences(self, expert: int, texts: Sequence[Example]) -> Tensor:
+        """Mean Jensen-Shannon divergence of base and expert on each text, [N] float64, in nats.
+
+        Holds the base's predictions of so many texts that they take HELD bytes, or of one.
+        """
+        merged = self.resident.merged
+        found: list[Tensor] = []
+        while left := texts[len(found) :]:
+            with merged.uniform(torch.zeros(len(merged.task_vectors.experts)), everywhere=True):
+                bases = self._predictions(expert, left)
+            with merged.teacher(expert):
+                for example, base in zip(left, bases, strict=False):
+                    own, _ = self._log_p(self.resident.batch(expert, [example], self.tokenizer))
+                    found.append(_jensen_shannon(base, own))
+        return torch.stack(found).cpu()
+
+    def _predictions(self, expert: int, texts: Sequence[Example]) -> list[Tensor]:
+        """Log-probabilities [R, V] of the first texts, until they take HELD bytes."""
+        held: list[Tensor] = []
+        for example in texts:
+            held.append(self._log_p(self.resident.batch(expert, [example], self.tokenizer))[0])
+            if sum(log_p.nbytes for log_p in held) > HELD:
+                break
+        return held
+
+    def _log_p(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Predictions [R, V] and what came: next tokens [R]; under a head, predictions and nothing [R]."""
+        logits = self.resident(batch).logits
+        if logits.dim() == 2:
+            return logits.float().log_softmax(-1), torch.zeros(len(logits), dtype=torch.int64)
+        tokens = batch.inputs.get("labels", batch.inputs["input_ids"])
+        if "labels" not in batch.inputs:  # a decoder's own input is shifted already
+            logits, tokens, counted = logits[:, :-1], tokens[:, 1:], batch.mask[:, :-1] & batch.mask[:, 1:]
+        else:
+            counted = batch.mask
+        return logits[counted].float().log_softmax(-1), tokens[counted]
+
+    def _batches(self, expert: int, doing: str, together: int = TOGETHER) -> Iterator[Batch]:
+        own = self.examples[expert]
+        for first in track(range(0, len(own), together), description=f"{doing} of expert {expert + 1}"):
+            yield self.resident.batch(expert, own[first : first + together], self.tokenizer, first)
+
+
+def _jensen_shannon(one: Tensor, other: Tensor) -> Tensor:
+    """Mean over rows of the divergence of two log-probabilities [R, V]; float64."""
+    middle = torch.logaddexp(one, other) - log(2)
+    both = torch.stack([(log_p.exp() * (log_p - middle)).sum(-1) for log_p in (one, other)])
+    return both.mean(dim=0).double().mean()
+
+
+class _Moment:
+    """A running sum of x x^T."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Add these rows [R, n]."""
+        wide = rows.float()
+        self.total = wide.T @ wide if self.total is None else self.total.addmm_(wide.T, wide)
+        self.count += len(rows)
+
+    def mean(self) -> Tensor:
+        """The second moment, [n, n]."""
+        assert self.total is not None
+        return (self.total / self.count).cpu()
+
+
+@contextmanager
+def _watching(
+    layers: Mapping[str, nn.Linear], moments: Mapping[str, _Moment], real: Tensor
+) -> Iterator[None]:
+    """Add what the layers read in a forward pass; rows of padding, where the shape says which they are."""
+
+    def read(moment: _Moment, _: nn.Module, given: tuple[Any, ...]) -> None:
+        states: Tensor = given[0]
+        moment.add(states[real] if states.shape[:-1] == real.shape else states.flatten(0, -2))
+
+    handles = [
+        layer.register_forward_pre_hook(partial(read, moments[name])) for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

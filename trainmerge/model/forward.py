@@ -1,0 +1,67 @@
+"""One forward pass of a batch, through the task's own frozen head where it has one.
+
+Legend: `B` examples, `T` tokens, `D` hidden size, `V` classes or vocabulary.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainmerge.data.batch import Batch, Outputs
+from trainmerge.data.heads import Classifier, Head
+
+Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]  # texts -> input_ids, attention_mask, ... [B, T]
+
+
+def forward(
+    module: nn.Module, batch: Batch, classifier: Classifier | None, layers: Sequence[int] = ()
+) -> Outputs:
+    """Class logits [B, V] under a classifier, the model's own logits [B, T, V] otherwise.
+
+    With the hidden states of `layers`, by transformers' index; a decoder's, if the model has one.
+    """
+    options = {"output_hidden_states": list(layers)} if layers else {}  # only these are kept
+    if classifier is None:
+        output = module(**_model_inputs(module, batch.inputs), **options)
+        return Outputs(output.logits, _chosen(output, layers))
+    output = backbone(module)(**batch.inputs, **options)
+    mask = batch.inputs["attention_mask"].bool()
+    hidden = output.last_hidden_state.to(classifier.weight.dtype)
+    return Outputs(classifier(hidden, mask), _chosen(output, layers))
+
+
+def backbone(module: nn.Module) -> nn.Module:
+    """The model below its head."""
+    below: nn.Module = getattr(module, "base_model", module)
+    return below
+
+
+def _model_inputs(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the model is called with: a decoder is given the labels shifted by one, and no loss is taken."""
+    given = dict(inputs)
+    labels = given.pop("labels", None)
+    if labels is not None:
+        shift: Any = module.prepare_decoder_input_ids_from_labels
+        given["decoder_input_ids"] = shift(labels)
+    return given
+
+
+def _chosen(output: Any, layers: Sequence[int]) -> dict[int, Tensor]:
+    states = getattr(output, "decoder_hidden_states", None) or getattr(output, "hidden_states", None)
+    return {layer: states[layer] for layer in layers} if states is not None else {}
+
+
+@torch.no_grad()
+def build_classifier(head: Head | None, module: nn.Module, tokenize: Tokenize) -> Classifier | None:
+    """A task's classifier; `module` must hold the base's weights, which embed label texts."""
+    if head is None:
+        return None
+    device = next(module.parameters()).device
+
+    def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        inputs = {name: tensor.to(device) for name, tensor in tokenize(texts).items()}
+        return backbone(module)(**inputs).last_hidden_state, inputs["attention_mask"].bool()
+
+    return head.build(encode).to(device)

@@ -1,0 +1,103 @@
+"""The coefficient gradient of low-rank experts, taken at a linear layer without its weight's gradient.
+
+For Y = X W^T and tau = s B A, with X [T, in] what went into the layer and dY [T, out] what came back:
+
+    <dL/dW, tau> = <dY^T X, s B A> = s sum_t sum_r (X A^T)[t, r] (dY B)[t, r]
+
+Two thin products in place of the T x out x in one, and nothing of the weight's size is written.
+
+Legend: `K` experts, `C` chunks of rows, `T` tokens, `R` the experts' ranks together.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from trainmerge.kernels import LowRank, Untouched, accumulation_dtype, chunk_bounds
+from trainmerge.task_vectors.delta import Delta
+
+Collect = Callable[[Tensor, Tensor], None]  # (layer's input, gradient of its output)
+
+
+class _Tap(torch.autograd.Function):
+    """Hands the output on, and keeps the input until the output's gradient comes by."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, _asks: Tensor, collect: Collect) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.collect = collect
+        return output.view_as(output)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (inputs,) = ctx.saved_tensors
+        with torch.no_grad():
+            ctx.collect(inputs, gradients[0])
+        return gradients[0], None, None, None
+
+
+def tap(layer: nn.Linear, collect: Collect) -> torch.utils.hooks.RemovableHandle:
+    """Call `collect` in each backward through the layer, recomputed ones of checkpointed blocks too."""
+
+    def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        asks = torch.zeros(
+            (), device=output.device, requires_grad=True
+        )  # nothing before may ask for a gradient
+        # In the output's dtype, which is the input's as autocast gave it to the product.
+        went_in = inputs[0].detach().to(output.dtype)
+        tapped: Tensor = _Tap.apply(output, went_in, asks, collect)  # type: ignore[no-untyped-call]
+        return tapped
+
+    return layer.register_forward_hook(after)
+
+
+def tappable(
+    module: nn.Module, parameters: Mapping[str, Tensor], deltas: Mapping[str, Delta]
+) -> Iterator[tuple[str, nn.Linear]]:
+    """The parameters whose gradients need not be: (name, layer) of each.
+
+    A plain `nn.Linear`'s weight that no other module has, whole on this device, whose experts are all
+    low-rank (or leave it alone), with ranks so small that two thin products cost less than the gradient.
+    A weight that a model reads past its layer's forward must not be among `parameters`.
+    """
+    own = {id(parameter): name for name, parameter in parameters.items()}
+    # modules() gives each module once, and each parameter once for every module that holds it
+    users = Counter(id(p) for layer in module.modules() for p in layer.parameters(recurse=False))
+    for layer in module.modules():
+        if type(layer) is not nn.Linear or id(layer.weight) not in own or users[id(layer.weight)] > 1:
+            continue
+        name = own[id(layer.weight)]
+        terms = deltas[name].terms
+        ranks = sum(len(term.down) for term in terms if isinstance(term, LowRank))
+        thin = ranks * sum(layer.weight.shape) < layer.weight.numel()
+        only = all(isinstance(term, LowRank | Untouched) for term in terms)
+        if only and thin and type(layer.weight.data) is Tensor:
+            yield name, layer
+
+
+def products(inputs: Tensor, slopes: Tensor, delta: Delta, chunks: int) -> Tensor:
+    """<dY^T X, s B A> of each expert and chunk of rows -> [K, C], float32 or wider."""
+    dtype = accumulation_dtype(slopes.dtype)
+    x, dy = (part.reshape(-1, part.shape[-1]).to(dtype) for part in (inputs, slopes))
+    result = torch.zeros(len(delta.terms), chunks, dtype=torch.float64, device=dy.device)
+    low = [(k, term) for k, term in enumerate(delta.terms) if isinstance(term, LowRank)]
+    if not low:
+        return result.to(dtype)
+    inside = x @ torch.cat([term.down.to(x) for _, term in low]).T  # [T, R]
+    up = torch.cat([term.up.to(dy) for _, term in low], dim=1)  # [out, R]
+    scales = torch.tensor([term.scale for _, term in low], dtype=torch.float64, device=dy.device)
+    experts = torch.tensor([k for k, _ in low], device=dy.device)
+    sizes = [len(term.down) for _, term in low]
+    for chunk, (first, last) in enumerate(pairwise(chunk_bounds(dy.shape[1], chunks))):
+        by_rank = (inside * (dy[:, first:last] @ up[first:last])).sum(0, dtype=torch.float64)  # [R]
+        result[experts, chunk] = scales * torch.stack([part.sum() for part in torch.split(by_rank, sizes)])
+    return result.to(dtype)

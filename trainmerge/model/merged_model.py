@@ -1,0 +1,193 @@
+"""One ordinary model whose weights are the merge, and the gradient of its coefficients.
+
+The merge is linear in the coefficients, so it never enters the autograd graph:
+
+    W = base + sum_k c_k tau_k          written into the parameters once a step (`materialise`)
+    dL/dc_k = <dL/dW, tau_k>            taken as soon as a weight's gradient is complete, which then is freed
+
+Memory holds one model and one weight's gradient, whatever K is (and with Triton's kernels what waits for a
+launch, `kernels.calls`). Where FSDP2 shards the module, every process
+merges the rows that it holds and multiplies the rows of the reduced gradient with them (`held`).
+
+Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.kernels import Gathered, Product, run_merges, run_products, shareable
+from trainmerge.model.low_rank_gradient import products, tap, tappable
+from trainmerge.model.row_shards import HeldDelta, held_deltas, local, placed
+from trainmerge.task_vectors.delta import Delta, TaskVectors, outside
+from trainmerge.task_vectors.prefetch import Prefetch, prefetch_to
+
+
+class MergedModel:
+    """Holds `module` and keeps its merged parameters equal to the merge of the task vectors.
+
+    `names` maps a task vector's name to the module's parameter name, where they differ; `parameters` has
+    the module's parameters under the task vectors' names.
+    `task_vectors` may be replaced by preprocessed ones; `teacher` and `uniform` go on with the experts' own,
+    `originals`. `left_alone` are orthonormal columns [m, k] by parameter: what a gradient has in their span
+    counts for nothing. The module's weights are overwritten; only merged parameters ask for gradients.
+    With `keep_gradients` weight gradients stay and add up until `gradient` takes them all in one pass over
+    the task vectors: one more model is held, and several backwards cost one pass.
+    Under FSDP2, which has to sum gradients (`sharded`), the coefficient gradients of all processes add up to
+    the sum of what each would have found alone.
+
+    Raises ValueError if they are the very tensors that the task vectors have as their base.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        task_vectors: TaskVectors,
+        coefficients: Coefficients,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
+        self.originals = task_vectors
+        self.left_alone: Mapping[str, Tensor] = {}
+        self.keep_gradients = False
+        own = dict(module.named_parameters())
+        self.parameters = {name: own[(names or {}).get(name, name)] for name in task_vectors.deltas}
+        self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
+        aliased = [name for name, p in self.parameters.items() if _shares(p, task_vectors.deltas[name].base)]
+        if aliased:
+            raise ValueError(
+                f"the model's own weights are the base of {aliased[:3]}: give the task vectors a copy"
+            )
+        device = next(module.parameters()).device
+        self._to_write, self._to_collect = prefetch_to(device), prefetch_to(device)  # each pass has its order
+        self._mine: tuple[TaskVectors, Mapping[str, Delta]] | None = None  # this process's rows of them
+        self._products = Gathered(self._run_products)
+        self._found: list[tuple[Sequence[int], Tensor]] = []  # groups, and what is to be added to each
+        module.requires_grad_(False)
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(True)
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def materialise(self) -> None:
+        """Write the merge of the present coefficients into the module: one pass over the task vectors."""
+        values = self.coefficients().cpu()  # at once: the passes read single numbers of it
+        self._write(self.task_vectors, self._parameters, lambda name: self.coefficients.of(name, values))
+
+    @contextmanager
+    def teacher(self, expert: int) -> Iterator[nn.Module]:
+        """The module as one expert, excluded parameters included; the merge comes back afterwards."""
+        one_hot = torch.eye(len(self.task_vectors.experts))[expert]
+        with self.uniform(one_hot, everywhere=True):
+            yield self.module
+
+    @contextmanager
+    def uniform(self, weights: Tensor, everywhere: bool = False) -> Iterator[nn.Module]:
+        """The module with one coefficient an expert, `weights` [K]; the merge comes back afterwards.
+
+        `everywhere` moves the parameters that the layout excludes too.
+        """
+        moved = self.parameters if everywhere else self._parameters
+        try:
+            self._write(self.originals, moved, lambda _: weights[:, None])
+            yield self.module
+        finally:
+            excluded = moved.keys() - self._parameters.keys()
+            self._write(self.originals, excluded, lambda _: torch.zeros(len(weights), 1))
+            self.materialise()
+
+    def gradient(self) -> Tensor:
+        """The coefficient gradient [K, G] of all backwards since the last call; starts over at zero."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                self._collect(name, parameter)
+        self._products.flush()
+        found, self._found = self._found, []
+        total = torch.zeros(self.coefficients.raw.shape, dtype=torch.float64)  # many small sums meet here
+        if found:  # added up on the CPU, in one order: a GPU's index_add_ has none
+            columns = torch.tensor([column for columns, _ in found for column in columns])
+            total.index_add_(1, columns, torch.cat([inner for _, inner in found], 1).cpu().double())
+        return total.to(self.coefficients.raw)
+
+    @contextmanager
+    def tapped(self) -> Iterator[nn.Module]:
+        """The module for forwards and backwards that need no weight gradient but the coefficients'.
+
+        Where all experts of a linear layer are low-rank, `gradient` then comes from what goes into the
+        layer and what comes back, and the weight has none. Not for a model that reads such a weight past
+        its layer's forward, or changes a layer's output in place.
+        """
+        ordinary = {n: p for n, p in self._parameters.items() if n not in self.left_alone}
+        layers = dict(tappable(self.module, ordinary, self.task_vectors.deltas))
+        handles = [tap(layer, partial(self._collect_at_layer, name)) for name, layer in layers.items()]
+        for layer in layers.values():
+            layer.weight.requires_grad_(False)
+        try:
+            yield self.module
+        finally:
+            for handle, layer in zip(handles, layers.values(), strict=True):
+                handle.remove()
+                layer.weight.requires_grad_(True)
+
+    def _arrived(self, name: str, parameter: Tensor) -> None:
+        if not self.keep_gradients:
+            self._collect(name, parameter)
+
+    def _collect(self, name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        with exact(parameter):
+            slope = self._projected(name, local(parameter.grad))
+            delta = self._delta(self._to_collect, self.task_vectors, name)
+            columns = self.coefficients.layout.groups[name]
+            for chunks, product in delta.products(slope, len(columns)):
+                self._products.add((columns[chunks], product), shareable(product))
+        parameter.grad = None
+
+    def _run_products(self, calls: Sequence[tuple[Sequence[int], Product]]) -> None:
+        with exact(calls[0][1].grad):
+            found = run_products([product for _, product in calls])
+        self._found += zip((columns for columns, _ in calls), found, strict=True)
+
+    def _collect_at_layer(self, name: str, inputs: Tensor, slopes: Tensor) -> None:
+        columns, delta = self.coefficients.layout.groups[name], self.task_vectors.deltas[name]
+        with exact(slopes):
+            self._found.append((columns, products(inputs, slopes, delta, len(columns))))
+
+    def _projected(self, name: str, gradient: Tensor) -> Tensor:
+        if name not in self.left_alone:
+            return gradient
+        basis = self.left_alone[name].to(gradient.device)
+        return outside(gradient.to(basis.dtype), basis)
+
+    @torch.no_grad()
+    def _write(
+        self, source: TaskVectors, names: Iterable[str], coefficients: Callable[[str], Tensor]
+    ) -> None:
+        merges = Gathered(run_merges)
+        with exact(next(self.module.parameters())):
+            for name in names:
+                delta = self._delta(self._to_write, source, name)
+                for merge in delta.merges(local(self.parameters[name]), coefficients(name)):
+                    merges.add(merge, shareable(merge))
+            merges.flush()
+        torch.clear_autocast_cache()  # a mixed-precision context keeps its casts of the weights that were
+
+    def _delta(self, prefetch: Prefetch | None, source: TaskVectors, name: str) -> Delta | HeldDelta:
+        """What a pass over one parameter reads: the rows that this process holds, on their way already."""
+        if self._mine is None or self._mine[0] is not source:
+            self._mine = source, held_deltas(source.deltas, self.parameters)
+        mine = self._mine[1]
+        return placed(prefetch.take(mine, name) if prefetch else mine[name], self.parameters[name])
+
+
+def _shares(parameter: Tensor, base: Tensor) -> bool:
+    return base.numel() > 0 and local(parameter).data_ptr() == base.data_ptr()
+
+
+def exact(parameter: Tensor) -> torch.autocast:
+    """No autocast: the passes choose their precision themselves, inside a mixed-precision step too."""
+    return torch.autocast(parameter.device.type, enabled=False)

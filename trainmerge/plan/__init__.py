@@ -1,0 +1,1 @@
+"""What a step will hold and take, before it begins."""

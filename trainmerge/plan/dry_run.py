@@ -1,0 +1,221 @@
+"""A step's forwards and backwards rehearsed without numbers: what they hold, and how much they compute.
+
+The model's own code and the fit's own objective run on fake tensors, which have a shape and a device but no
+storage. So a plan needs no formula for an architecture, and a 70B model is rehearsed in a few hundred MB.
+
+Legend: `B` examples, `T` tokens.
+"""
+
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+from typing_extensions import override
+
+from trainmerge.data.batch import Asks, Batch, Outputs, Predictions, Signals
+from trainmerge.data.heads import Classifier, Head
+from trainmerge.model.forward import build_classifier, forward
+from trainmerge.objectives import Objective
+
+aten = torch.ops.aten
+# On a CPU attention has kernels of its own, which torch does not count: the same products as a GPU's.
+ATTENTION, SLOPE = aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_backward
+SAME_PRODUCTS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: ATTENTION,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: SLOPE,
+}
+
+
+class Rehearsal(NamedTuple):
+    """What one step's forwards and backwards need beside the model's own weights."""
+
+    held: int  # bytes kept from a forward for its backward, at most: the activations
+    peak: int  # bytes at the highest moment: activations, gradients, and what operators make in between
+    flops: int  # of matrix products, convolutions and attention; a multiplication and an addition are two
+
+
+def rehearse(
+    module: nn.Module,
+    trained: Collection[str],
+    rounds: Sequence[Sequence[Batch]],
+    objective: Objective,
+    heads: Mapping[int, Head] | None = None,
+    dtypes: Mapping[str, torch.dtype] | torch.dtype = torch.float32,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    recorded: int = 0,
+) -> Rehearsal:
+    """Run every round, forwards of its batches and one backward, on fake tensors.
+
+    Every position is taken to count. `module` may be on the meta device; its tensors become fake ones.
+
+    Args:
+        module: The model; it is good for nothing but rehearsals afterwards.
+        trained: Its parameters that ask for a gradient; each is dropped as soon as it is complete.
+        rounds: The batches whose losses share a backward, in order.
+        objective: The loss; what it asks the experts for is made up.
+        heads: The tasks' classifiers, by expert; none for a language model's own logits.
+        dtypes: Of the parameters, by name, or one for all.
+        precision: The fit's autocast.
+        recorded: Probabilities a row that an expert's record keeps; 0 is all of them.
+
+    Raises:
+        ValueError: the model's forward looks at numbers, which there are none of.
+    """
+    try:
+        return _rehearsed(module, trained, rounds, objective, heads or {}, dtypes, precision, recorded)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"{type(module).__name__} can't be rehearsed: what it does depends on numbers ({error})"
+        ) from error
+
+
+def _rehearsed(
+    module: nn.Module,
+    trained: Collection[str],
+    rounds: Sequence[Sequence[Batch]],
+    objective: Objective,
+    heads: Mapping[int, Head],
+    dtypes: Mapping[str, torch.dtype] | torch.dtype,
+    precision: Callable[[], AbstractContextManager[Any]],
+    recorded: int,
+) -> Rehearsal:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _make_fake(module, dtypes)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in trained)
+            if name in trained:
+                parameter.register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
+        classifiers = {k: _classifier(head, module) for k, head in heads.items()}
+        ledger = _Ledger([*module.parameters(), *module.buffers()])
+        held = 0
+        for batches in rounds:
+            with ledger, precision():
+                losses = [
+                    _loss(module, batch, objective, classifiers.get(batch.expert), recorded)
+                    for batch in batches
+                ]
+                held = max(held, ledger.now)
+            with ledger:
+                torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            del losses
+    return Rehearsal(held, ledger.peak, ledger.flops)
+
+
+def _loss(
+    module: nn.Module, batch: Batch, objective: Objective, classifier: Classifier | None, recorded: int
+) -> Tensor:
+    fake = batch._replace(
+        inputs={name: torch.empty_like(value) for name, value in batch.inputs.items()},
+        mask=torch.empty_like(batch.mask),
+    )
+    outputs = forward(module, fake, classifier, objective.asks.layers)
+    return objective(outputs, fake._replace(teacher=_signals(objective.asks, outputs, recorded))).mean()
+
+
+def _signals(asks: Asks, outputs: Outputs, recorded: int) -> Signals:
+    """What an expert's record would give."""
+    hidden = {i: state.flatten(0, -2).to(torch.bfloat16) for i, state in outputs.hidden.items()}
+    if asks.temperature is None:
+        return Signals(None, hidden)
+    rows, classes = outputs.logits.shape[:-1].numel(), outputs.logits.shape[-1]
+    if not 0 < recorded < classes:
+        return Signals(Predictions(torch.empty(rows, classes)), hidden)
+    tokens = torch.empty(rows, recorded, dtype=torch.int32)
+    return Signals(Predictions(torch.empty(rows, recorded), tokens, torch.empty(rows)), hidden)
+
+
+def _classifier(head: Head, module: nn.Module) -> Classifier | None:
+    with torch.no_grad():
+        return build_classifier(head, module, _short)
+
+
+def _short(texts: Sequence[str]) -> Mapping[str, Tensor]:
+    """Label texts as a few tokens: only their number shapes a head."""
+    return dict.fromkeys(("input_ids", "attention_mask"), torch.zeros(len(texts), 4, dtype=torch.int64))
+
+
+def _make_fake(module: nn.Module, dtypes: Mapping[str, torch.dtype] | torch.dtype) -> None:
+    """Replace every parameter and buffer by a fake one on the CPU; those that are tied stay one."""
+    made: dict[int, Tensor] = {}
+    for prefix, part in module.named_modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and id(parameter) not in made:
+                full = f"{prefix}.{name}" if prefix else name
+                dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes.get(full, parameter.dtype)
+                made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
+        for buffer in part._buffers.values():
+            if buffer is not None:
+                made[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    for part in module.modules():
+        for store in (part._parameters, part._buffers):
+            for name, tensor in store.items():
+                if tensor is not None:
+                    store[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes that live tensors would have, and the operations that made them."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = self.flops = 0
+        self._sizes: dict[int, int] = {weight.untyped_storage()._cdata: 0 for weight in weights}
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        packet = func.overloadpacket
+        if packet == aten.nonzero:
+            result: Any = _places(args[0])
+        else:
+            if packet in (aten.index, aten.index_put, aten.index_put_):
+                args = (args[0], _all_of_masks(args[1]), *args[2:])
+            result = func(*args, **kwargs)
+        if count := flop_registry.get(SAME_PRODUCTS.get(packet, packet)):
+            self.flops += count(*args, **kwargs, out_val=result)
+        tree_map_only(Tensor, self._enter, result)
+        return result
+
+    def _enter(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._leave, storage._cdata)
+
+    def _leave(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+def _places(mask: Tensor) -> Tensor:
+    """`mask.nonzero()` where all of it counts."""
+    return torch.zeros(mask.numel(), mask.dim(), dtype=torch.int64)
+
+
+def _all_of_masks(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Indices by mask as the numbers they would be."""
+    numbers: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            numbers += _places(index).unbind(1)
+        else:
+            numbers.append(index)
+    return numbers

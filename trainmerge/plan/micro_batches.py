@@ -1,0 +1,77 @@
+"""How a step is cut into backwards: less memory at a time for more passes. The gradient is the same.
+
+Legend: `B` examples of one expert and step.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from trainmerge.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class Economy:
+    """What a step holds at a time.
+
+    Args:
+        tasks: Tasks whose forwards share one backward; each backward reads the task vectors once.
+        examples: Examples of a task in one forward; 0 is all. With fewer, a task has several backwards.
+        recompute: Keep only the inputs of the network's blocks, and run each block again in the backward.
+        keep: Sum the weights' gradients over a step's backwards, so that the task vectors are read once for
+            all of them: one more model is held.
+    """
+
+    tasks: int = 1
+    examples: int = 0
+    recompute: bool = False
+    keep: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"{self.tasks} task{'s' * (self.tasks > 1)} a backward"]
+        parts += [f"{self.examples} example{'s' * (self.examples > 1)} a forward"] if self.examples else []
+        parts += ["blocks recomputed"] * self.recompute + ["gradients kept"] * self.keep
+        return ", ".join(parts)
+
+
+def rounds(step: Sequence[Batch], economy: Economy) -> Iterator[list[Batch]]:
+    """The batches, or parts of them, whose forwards share a backward; two parts of one task never do."""
+    if economy.examples:
+        for batch in step:
+            for part in _parts(batch, economy.examples):
+                yield [part]
+    else:
+        for first in range(0, len(step), economy.tasks):
+            yield list(step[first : first + economy.tasks])
+
+
+def _parts(batch: Batch, size: int) -> Iterator[Batch]:
+    count = len(batch.ids)
+    for first in range(0, count, size):
+        rows = slice(first, first + size)
+        inputs = {name: tensor[rows] for name, tensor in batch.inputs.items()}
+        ids = batch.ids[rows]
+        share = batch.share * len(ids) / count
+        yield batch._replace(inputs=inputs, mask=batch.mask[rows], ids=ids, share=share)
+
+
+def cheaper(economy: Economy, examples: int, separable: bool) -> Iterator[Economy]:
+    """`economy`, and others that hold less and less.
+
+    No gradients kept, one task a backward, blocks recomputed, fewer examples.
+
+    Args:
+        economy: What was asked for.
+        examples: B.
+        separable: Whether an example's loss is its own, so that a batch may be cut.
+    """
+    yield economy
+    if economy.keep:
+        yield replace(economy, keep=False)
+    if economy.tasks > 1:
+        yield Economy(1, economy.examples, economy.recompute)
+    if not economy.recompute:
+        yield Economy(1, economy.examples, recompute=True)
+    size = (economy.examples or examples) // 2 if separable else 0
+    while size:
+        yield Economy(1, size, recompute=True)
+        size //= 2

@@ -1,0 +1,58 @@
+"""What every preprocessor is.
+
+Legend: `K` experts, `*S` parameter shape, `n` inputs of a linear layer.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from typing_extensions import override
+
+from trainmerge.task_vectors.delta import TaskVectors
+
+
+@dataclass(frozen=True)
+class Preprocess(ABC):
+    """New task vectors from old, a parameter at a time, in bounded memory."""
+
+    @abstractmethod
+    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's name and its K new differences [K, *S], in the order of `task_vectors.deltas`."""
+
+
+class Calibrator(Protocol):
+    """The experts at work on their own unlabeled examples, as in `model.expert_statistics`."""
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """These parameters in the order in which the network has them."""
+
+    def grams(self, expert: int, names: Sequence[str], merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mean x x^T [n, n] of what each of these linear layers reads; others of `names` are left out.
+
+        `merged` are weights that replace the expert's own during the pass.
+        """
+
+    def gradients(self, expert: int, sampled: bool) -> Iterator[dict[str, Tensor]]:
+        """Gradients of -log p(y | x) by the weights at the expert, one example after another.
+
+        y is drawn from the expert's own predictions, or the text itself.
+        """
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same, held by a file instead of memory."""
+
+
+@dataclass(frozen=True)
+class Informed(Preprocess):
+    """New task vectors from old and from what the experts do on calibration examples. No label is read."""
+
+    @override
+    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
+        raise TypeError(f"{type(self).__name__} needs calibration examples: use it in a fit")
+
+    @abstractmethod
+    def informed(self, task_vectors: TaskVectors, calibrator: Calibrator) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's name and its K new differences [K, *S], in the order of `task_vectors.deltas`."""

@@ -1,0 +1,105 @@
+"""Preprocessors applied in order: each result is kept on disk, but for a last one that a rule gives.
+
+Legend: `K` experts, `*S` parameter shape.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from trainmerge.kernels import accumulation_dtype
+from trainmerge.preprocess.base import Calibrator, Informed, Preprocess
+from trainmerge.preprocess.piecewise import Piecewise, Rule
+from trainmerge.system.safetensors_file import MappedFile, write_safetensors
+from trainmerge.task_vectors.delta import TaskVectors
+
+
+def apply(
+    task_vectors: TaskVectors,
+    methods: Sequence[Preprocess],
+    folder: Path,
+    inputs: str,
+    examples: str = "",
+    calibrator: Calibrator | None = None,
+) -> TaskVectors:
+    """Apply the methods in order; each result is written once to `folder`, mapped, and found again.
+
+    `inputs` identifies base and experts (their checksums), `examples` the calibration: with the methods'
+    fields they name the file.
+
+    Raises:
+        ValueError: an informed method's result is not there, and no calibrator to make it.
+    """
+    for method, path in zip(methods, _paths(methods, folder, inputs, examples), strict=True):
+        if not path.exists():
+            _write(path, task_vectors, method, calibrator)
+        task_vectors = _mapped(path, task_vectors)
+    return task_vectors
+
+
+def apply_for_one_pass(
+    task_vectors: TaskVectors, methods: Sequence[Preprocess], folder: Path, inputs: str, examples: str = ""
+) -> tuple[TaskVectors, Rule | None]:
+    """As `apply`, for task vectors that are read once.
+
+    A last method that needs no file, and has none yet, is left to its rule.
+    """
+    *_, path = [None, *_paths(methods, folder, inputs, examples)]
+    if path is None or path.exists() or not isinstance(methods[-1], Piecewise):
+        return apply(task_vectors, methods, folder, inputs, examples), None
+    before = apply(task_vectors, methods[:-1], folder, inputs, examples)
+    return before, methods[-1].rule(before)
+
+
+def _paths(methods: Sequence[Preprocess], folder: Path, inputs: str, examples: str) -> Iterator[Path]:
+    """The file of each method's result."""
+    key = inputs
+    for method in methods:
+        depends_on = f" {examples}" if isinstance(method, Informed) else ""
+        key = hashlib.sha256(f"{key} {method!r}{depends_on}".encode()).hexdigest()
+        yield folder / f"task_vectors-{key[:16]}.safetensors"
+
+
+def _write(path: Path, task_vectors: TaskVectors, method: Preprocess, calibrator: Calibrator | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    specs = {
+        _key(name, expert): (accumulation_dtype(delta.base.dtype), tuple(delta.shape))
+        for name, delta in task_vectors.deltas.items()
+        for expert in task_vectors.experts
+    }
+    tensors = (
+        (_key(name, expert), tau)
+        for name, taus in _results(path, task_vectors, method, calibrator)
+        for expert, tau in zip(task_vectors.experts, taus, strict=True)
+    )
+    write_safetensors(path, specs, tensors, {"method": repr(method)})
+
+
+def _results(
+    path: Path, task_vectors: TaskVectors, method: Preprocess, calibrator: Calibrator | None
+) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(method, Piecewise):
+        return method.in_pieces(task_vectors)
+    if not isinstance(method, Informed):
+        return method(task_vectors)
+    if calibrator is None:
+        raise ValueError(
+            f"{path}: what {type(method).__name__} made of the calibration examples is gone; fit again"
+        )
+    return method.informed(task_vectors, calibrator)
+
+
+def _mapped(path: Path, task_vectors: TaskVectors) -> TaskVectors:
+    file = MappedFile(path)
+    return task_vectors.replaced(
+        {
+            name: [file.read(_key(name, expert)) for expert in task_vectors.experts]
+            for name in task_vectors.deltas
+        }
+    )
+
+
+def _key(name: str, expert: str) -> str:
+    return f"{expert}/{name}"

@@ -1,0 +1,86 @@
+"""Merges that go by the angle between two models or task vectors: SLERP and Model Stock.
+
+Legend: `K` experts, `*S` parameter shape.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from trainmerge.preprocess.base import Preprocess
+from trainmerge.task_vectors.delta import TaskVectors
+
+PARALLEL = 1e-4  # radians: below, the great circle is the straight line
+
+
+@dataclass(frozen=True)
+class Slerp(Preprocess):
+    """Two models' weights along the great circle between them, each parameter by its own angle.
+
+    W = (sin((1 - t) a) W_1 + sin(t a) W_2) / sin(a), a the angle between W_1 and W_2 (Shoemake, 1985). What
+    the circle adds to the straight line is shared by both results, so that base + sum of the results,
+    coefficient 1, is W. Parallel and opposite weights go along the line.
+
+    Args:
+        t: 0 is the first expert, 1 the second.
+    """
+
+    t: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.t <= 1:
+            raise ValueError(f"t must be in [0, 1], not {self.t}")
+
+    @override
+    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
+        if len(task_vectors.experts) != 2:
+            raise ValueError(f"Slerp merges two experts, not {len(task_vectors.experts)}")
+        for name, delta in task_vectors.deltas.items():
+            taus = delta.dense()
+            base = delta.base.to(taus)
+            shares = self._shares(*(base + taus))
+            off_line = (sum(shares) - 1) * base / 2
+            yield name, torch.stack([s * tau + off_line for s, tau in zip(shares, taus, strict=True)])
+
+    def _shares(self, first: Tensor, second: Tensor) -> tuple[float, float]:
+        angle = _angle(first, second)
+        sine = torch.sin(angle)
+        if not bool(sine > PARALLEL):
+            return 1 - self.t, self.t
+        return (
+            float(torch.sin((1 - self.t) * angle) / sine),
+            float(torch.sin(self.t * angle) / sine),
+        )
+
+
+@dataclass(frozen=True)
+class ModelStock(Preprocess):
+    """The experts' mean, drawn to the base the more the less they agree: K cos / (1 + (K - 1) cos) tau_k / K.
+
+    Jang et al., ECCV 2024 (arXiv 2403.19522), for experts that were trained alike: cos is the mean cosine
+    between their task vectors, of each parameter by itself; a negative one leaves the base. Its merge is
+    base + sum of the results, coefficient 1.
+    """
+
+    @override
+    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
+        if len(task_vectors.experts) < 2:
+            raise ValueError("ModelStock needs two experts at least")
+        for name, delta in task_vectors.deltas.items():
+            taus = delta.dense()
+            cosines = [torch.cos(_angle(a, b)) for a, b in combinations(taus, 2)]
+            cosine = torch.stack(cosines).mean().clamp_min(0)
+            yield name, cosine / (1 + (len(taus) - 1) * cosine) * taus
+
+
+def _angle(first: Tensor, second: Tensor) -> Tensor:
+    """Between two tensors as vectors, float64; right where one is zero."""
+    a, b = first.double().flatten(), second.double().flatten()
+    norms = a.norm() * b.norm()
+    if not bool(norms > 0):
+        return torch.tensor(torch.pi / 2, dtype=torch.float64)
+    return torch.acos((torch.dot(a, b) / norms).clamp(-1, 1))

@@ -1,0 +1,133 @@
+"""Everything that a run's pictures show, read from its folder. No model runs.
+
+Legend: `K` experts, `G` coefficient groups, `S` steps.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trainmerge.coefficients.coefficients import load_coefficients
+from trainmerge.coefficients.layout import Layout
+from trainmerge.run.config import read_config
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.open_run import open_run
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.scores import ACCURACY, PERPLEXITY, Metric, Scores
+from trainmerge.run.trajectory import Trajectory, read_trajectory
+from trainmerge.system.safetensors_file import sha256
+from trainmerge.task_vectors.geometry import Geometry, geometry_path, kept_geometry, load_geometry
+
+SUMMARIES = {"mean", "normalised"}  # of a row of scores; all else is a task
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A run in numbers; what it does not have is empty or None."""
+
+    name: str
+    recipe: Recipe
+    experts: tuple[str, ...]  # K
+    layout: Layout
+    values: Tensor  # [K, G]
+    start: Tensor | None  # [K, G]
+    trajectory: Trajectory | None
+    losses: Mapping[str, Tensor]  # expert, or "all" -> [S, 2]: step and loss
+    scores: Scores
+    metric: Metric
+    usage: Sequence[Mapping[str, Any]]
+    manifest: Mapping[str, Any]
+    geometry: Geometry | None
+    missing: str  # why there is no geometry
+    front: Mapping[str, Any] | None  # what `trainmerge pareto` found around these coefficients
+
+    @property
+    def middle(self) -> float:
+        """Where the scale of coefficients has its middle: their mean start, or without one their mean."""
+        return float((self.values if self.start is None else self.start).mean())
+
+
+def gather(run: str | Path) -> Numbers:
+    """Read a run folder.
+
+    Task vectors are measured on the first call, which reads base and experts once; after that a file of the
+    run's workspace has what is needed, and the experts may be gone.
+
+    Raises:
+        ValueError: the folder holds no run, or one without coefficients.
+    """
+    folder = RunFolder(Path(run))
+    if not folder.recipe.exists() or not folder.coefficients.exists():
+        raise ValueError(f"{folder.path}: no run with coefficients in it; `trainmerge fit --run` makes one")
+    recipe = read_config(Recipe, "recipe", folder.recipe)
+    coefficients = load_coefficients(folder.coefficients)
+    values = coefficients().detach()
+    trajectory = read_trajectory(folder.trajectory, *values.shape)
+    starts = trajectory is not None and int(trajectory.steps[0]) == 0
+    manifest = json.loads(folder.manifest.read_text())
+    geometry, missing = _geometry(folder, manifest)
+    heads = any(expert.head for expert in recipe.experts.values())
+    return Numbers(
+        name=folder.path.resolve().name,
+        recipe=recipe,
+        experts=coefficients.experts,
+        layout=coefficients.layout,
+        values=values,
+        start=trajectory.values[0] if trajectory is not None and starts else None,
+        trajectory=trajectory,
+        losses=read_losses(folder.metrics),
+        scores=_scores(folder.path / "scores.json", coefficients.experts),
+        metric=ACCURACY if heads else PERPLEXITY,
+        usage=_lines(folder.usage),
+        manifest=manifest,
+        geometry=geometry,
+        missing=missing,
+        front=_front(folder),
+    )
+
+
+def _front(folder: RunFolder) -> Mapping[str, Any] | None:
+    found: dict[str, Any] = json.loads(folder.front.read_text()) if folder.front.exists() else {}
+    return found if found.get("coefficients") == sha256(folder.coefficients) else None
+
+
+def _geometry(folder: RunFolder, manifest: Mapping[str, Any]) -> tuple[Geometry | None, str]:
+    identity = json.dumps([manifest["experts"], manifest["checksums"]])
+    if (path := geometry_path(folder.workspace, identity)).exists():
+        return load_geometry(path), ""
+    try:
+        _, _, opened = open_run(folder)
+    except (ValueError, FileNotFoundError) as error:  # experts that are gone or changed: the rest is shown
+        return None, str(error)
+    return kept_geometry(opened.task_vectors, folder.workspace, identity), ""
+
+
+def read_losses(path: Path) -> dict[str, Tensor]:
+    """`all` and expert -> [S, 2], from a run's metrics."""
+    rows = _lines(path)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key == "loss" or key.startswith("losses/"):
+                found.setdefault(key.removeprefix("losses/") if key != "loss" else "all", []).append(
+                    (row["step"], value)
+                )
+    return {name: Tensor(points) for name, points in found.items()}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _scores(path: Path, experts: Sequence[str]) -> Scores:
+    """Row -> task -> score, of a file that `trainmerge evaluate` wrote."""
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    return {
+        row: {task: scores[task] for task in experts}
+        for row, scores in rows.items()
+        if all(isinstance(scores.get(task), float) for task in experts)
+    }

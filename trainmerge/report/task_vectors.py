@@ -1,0 +1,131 @@
+"""How the experts' task vectors lie to one another: cosines, lengths, signs.
+
+Legend: `K` experts, `L` blocks.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from trainmerge.report.picture import (
+    INK,
+    QUIET,
+    WIDTH,
+    Picture,
+    colour_bar,
+    heat,
+    shortened,
+    symmetric,
+    ticks,
+)
+from trainmerge.task_vectors.geometry import Geometry
+from trainmerge.task_vectors.parameter_names import block_labels, block_of, number_of
+
+PAIRS = 15  # shown block by block
+
+
+def blocks_of(geometry: Geometry) -> dict[str, Geometry]:
+    """Block -> the sums over its parameters, in the network's order."""
+    members: dict[str, list[str]] = {}
+    for name in sorted(geometry.names, key=lambda name: number_of(name) or ("", -1)):
+        members.setdefault(block_of(name), []).append(name)
+    return {block: geometry.of(names) for block, names in members.items()}
+
+
+def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
+    """Cosine of every two task vectors: of all weights, and block by block."""
+    K, blocks = len(experts), blocks_of(geometry)
+    whole = geometry.of(geometry.names).cosines()[0]
+    each = torch.stack([block.cosines()[0] for block in blocks.values()])  # [L, K, K]
+    pairs = sorted(combinations(range(K), 2), key=lambda pair: -abs(float(whole[pair])))
+    shown = pairs[:PAIRS]
+    lines = torch.stack([each[:, i, j] for i, j in shown]) if shown else torch.empty(0, len(blocks))
+    off = whole[~torch.eye(K, dtype=torch.bool)]
+    scale = symmetric(torch.cat([off, lines.flatten()]), 0.0)
+    square, wide = max(1.6, min(3.4, 0.42 * K)), max(2.4, min(4.0, 0.42 * len(blocks)))
+    height = max(0.36 * K, 0.27 * len(shown)) + 1.5
+    figure = Figure(figsize=(min(WIDTH, square + wide + 3.4), height), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(square, wide))
+    heat(
+        left, whole.masked_fill(torch.eye(K, dtype=torch.bool), torch.nan), scale, cell=0.42 if K <= 10 else 0
+    )
+    left.set_title("all weights")
+    ticks(left, experts, experts)
+    heat(right, lines, scale, cell=0.42 if len(blocks) <= 14 else 0)
+    right.set_title("block by block" + (f", {PAIRS} of {len(pairs)} pairs" if len(pairs) > PAIRS else ""))
+    names = [f"{shortened(experts[i], 11)} · {shortened(experts[j], 11)}" for i, j in shown]
+    ticks(right, names, block_labels(list(blocks)))
+    colour_bar(figure, [left, right], scale, "cosine of two task vectors (0 in the middle)")
+    top = (
+        f"{experts[pairs[0][0]]} and {experts[pairs[0][1]]}, {float(whole[pairs[0]]):.2f}"
+        if pairs
+        else "none"
+    )
+    return Picture(
+        "similarity",
+        "Similarity of the task vectors",
+        "Near 0, two experts changed the weights in directions that do not meet, and both fit into one "
+        "model; near 1 they changed the same, and count double if both are taken whole; below 0 they undo "
+        "each other.",
+        f"Heat maps of cosines between the experts' task vectors. The most alike: {top}.",
+        figure,
+        ["block", "expert", "other", "cosine"],
+        [
+            [block, experts[i], experts[j], float(cosines[i, j])]
+            for block, cosines in [("all", whole), *zip(blocks, each, strict=True)]
+            for i, j in pairs
+        ],
+    )
+
+
+def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
+    """How far each expert went from the base, and how often the experts' signs oppose, block by block."""
+    blocks = blocks_of(geometry)
+    norms = torch.stack([block.relative_norms()[0] for block in blocks.values()], dim=1)  # [K, L]
+    conflicts = torch.stack([_mean_pair(block.conflicts()[0]) for block in blocks.values()])  # [L]
+    L = len(blocks)
+    figure = Figure(
+        figsize=(min(WIDTH, max(5.6, 0.5 * L + 2.2)), 0.27 * len(experts) + 3.6), layout="constrained"
+    )
+    top, bottom = figure.subplots(2, 1, height_ratios=(0.27 * len(experts) + 0.3, 1.5))
+    finite = 100 * norms[norms.isfinite()]
+    scale = Normalize(0, max(float(finite.max()) if finite.numel() else 0.0, 1e-6))
+    heat(top, 100 * norms, scale, number="{:.1f}", cell=0.42 if L <= 18 else 0)
+    top.set_title("length of the task vector, in % of the base's weights")
+    names = block_labels(list(blocks))
+    ticks(top, experts, names)
+    heights = conflicts.nan_to_num(0).tolist()
+    bottom.bar(range(L), heights, width=0.7, color=QUIET, edgecolor=INK, hatch="//", linewidth=0.6)
+    bottom.axhline(0.5, color=INK, linestyle="--", linewidth=1)
+    bottom.annotate("chance", (L - 0.5, 0.5), (0, 3), textcoords="offset points", ha="right", size=7.5)
+    bottom.set(ylim=(0, max(0.65, 1.1 * max(heights))), xlim=(-0.5, L - 0.5))
+    bottom.set_title("opposite signs, share of entries")
+    ticks(bottom, (), names, shift=0)
+    whole = geometry.of(geometry.names)
+    far = ", ".join(
+        f"{name} {100 * n:.2f}%" for name, n in zip(experts, whole.relative_norms()[0].tolist(), strict=True)
+    )
+    return Picture(
+        "norms",
+        "How far the experts went, and where they disagree",
+        "Above: ||expert - base|| / ||base|| of each block. An expert that went much further than the others "
+        "outweighs them at the same coefficient. Below: of the entries that two experts change, the share "
+        "with opposite signs, mean over pairs; a half is what chance gives, less is agreement.",
+        f"A heat map of relative lengths ({far} over all weights) and bars of sign conflicts.",
+        figure,
+        ["block", *(f"length, {name}" for name in experts), "opposed"],
+        [
+            [block, *norms[:, place].tolist(), float(conflicts[place])]
+            for place, block in enumerate(blocks)
+        ],
+    )  # fmt: skip
+
+
+def _mean_pair(matrix: Tensor) -> Tensor:
+    """Mean over pairs of experts, of what is a number."""
+    pairs = matrix[torch.triu_indices(len(matrix), len(matrix), offset=1).unbind()]
+    return pairs.nanmean()

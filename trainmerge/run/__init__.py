@@ -1,0 +1,1 @@
+"""A run on disk: recipe, folder, configuration, trajectory and scores."""

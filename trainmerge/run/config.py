@@ -1,0 +1,95 @@
+"""Dataclasses <-> the YAML that names them by class path: one form for configs, run folders and exports."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from trainmerge.system.atomic import write_whole
+
+T = TypeVar("T")
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """Plain data; a key that comes twice is an error, where YAML would keep the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node.
+
+        Raises:
+            yaml.YAMLError: a key is there twice.
+        """
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        words = [key.value for key in keys]
+        for place, key in enumerate(keys):
+            if key.value in words[:place]:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} again", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def to_config(value: Any) -> Any:
+    """A frozen dataclass as plain YAML data; a plug-in (one with a base class) with its class path."""
+    if is_dataclass(value) and not isinstance(value, type):
+        content = {field.name: to_config(getattr(value, field.name)) for field in fields(value)}
+        if type(value).__mro__[1] is object:
+            return content
+        return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": content}
+    if isinstance(value, Mapping):
+        return {str(key): to_config(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [to_config(item) for item in value]
+    return value
+
+
+def build(kind: type[T], content: Any) -> T:
+    """Undo `to_config` for a plug-in: an instance of a subclass of `kind`.
+
+    Raises:
+        ValueError: the content is something else.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    try:
+        result: T = parser.instantiate(parser.parse_object({"value": content}))["value"]
+    except Exception as error:  # as in `read_config`
+        raise ValueError(f"not a {kind.__name__}: {content!r} ({error})") from error
+    return result
+
+
+def write_config(value: Any, key: str, path: Path) -> None:
+    """Write a dataclass under `key`, through a temporary file."""
+    write_whole(path, yaml.safe_dump({key: to_config(value)}, sort_keys=False, width=110))
+
+
+def read_yaml(path: Path) -> Any:
+    """A file's plain data.
+
+    Raises:
+        ValueError: not YAML in UTF-8, or a key that comes twice.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not usable YAML: {error}") from error
+
+
+def read_config(cls: type[T], key: str, path: Path) -> T:
+    """Undo `write_config`; other keys of the file are left alone.
+
+    Raises:
+        ValueError: the file lacks `key`, or holds a key or value that the class does not take.
+    """
+    data = read_yaml(path)
+    if not isinstance(data, dict) or key not in data:
+        raise ValueError(f"{path}: no section {key!r} in it")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, key)
+    try:
+        parsed = parser.parse_object({key: data[key]})
+        result: T = parser.instantiate(parsed)[key]
+    except Exception as error:  # jsonargparse raises many kinds; all of them mean the file is wrong
+        raise ValueError(f"{path}: {error}") from error
+    return result

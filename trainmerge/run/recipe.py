@@ -1,0 +1,200 @@
+"""What is merged: a base, its experts, what is done to their task vectors, and what shares a coefficient."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from trainmerge.checkpoints import Checkpoint, Sources, Stamp, fingerprint, open_checkpoint, stamps, verify
+from trainmerge.coefficients.layout import Grouping, Layout
+from trainmerge.data.heads import Head
+from trainmerge.preprocess import Preprocess
+from trainmerge.system import distributed
+from trainmerge.system.atomic import write_whole
+from trainmerge.task_vectors.delta import TaskVectors
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert and the data that stand for its task.
+
+    Args:
+        path: A transformers checkpoint folder, or a peft adapter folder.
+        calibration: Unlabeled examples to learn from: a JSONL, CSV, parquet or text file, or a saved dataset.
+        test: Labelled examples, for `evaluate` only; a fit never reads their labels.
+        head: The task's frozen classifier; none for a language model.
+        weight: Weight of this task in the loss.
+        validation: Labelled examples that `search` may choose coefficients by; others than `test`.
+    """
+
+    path: str
+    calibration: str | None = None
+    test: str | None = None
+    head: Head | None = None
+    weight: float = 1.0
+    validation: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"{self.path}: the weight of a task must be 0 or more, not {self.weight}")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A task that no expert was made for: `evaluate` says what the merge forgot of it.
+
+    Args:
+        test: Labelled examples, or texts for a language model.
+        head: The task's frozen classifier; none for a language model.
+    """
+
+    test: str
+    head: Head | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merge before its coefficients.
+
+    Args:
+        base: The checkpoint folder that every expert was fine-tuned from.
+        experts: Name -> expert. The names are the coefficients' rows.
+        preprocess: Applied to the task vectors, in order.
+        grouping: Which parameters are merged and which share a coefficient.
+        ignore: fnmatch patterns of tensors that an expert may have and the base not (its own head, say).
+        vocabulary: `same`, or `shared`: merge the tokens that both have where an expert's embeddings were
+            resized. The result has the base's vocabulary.
+        allow_pickle: Read `.bin` checkpoints too. Pickle can run code; use it for files you trust.
+        held_out: Name -> task beside the experts' own, for `evaluate` only.
+    """
+
+    base: str
+    experts: Mapping[str, Expert]
+    preprocess: Sequence[Preprocess] = ()
+    grouping: Grouping = field(default_factory=Grouping)
+    ignore: Sequence[str] = ()
+    vocabulary: Literal["same", "shared"] = "same"
+    allow_pickle: bool = False
+    held_out: Mapping[str, HeldOut] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.experts:
+            raise ValueError("recipe.experts is empty: name at least one expert")
+        if unnamed := [name for name in self.experts if name in ("", "base")]:
+            raise ValueError(f"recipe.experts: {unnamed} cannot be names of experts")
+        if not any(expert.weight for expert in self.experts.values()):
+            raise ValueError("recipe.experts: every weight is 0, so there is nothing to learn from")
+        owners: dict[Path, str] = {Path(self.base).resolve(): "the base"}
+        for name, expert in self.experts.items():
+            folder = Path(expert.path).resolve()
+            if (other := owners.setdefault(folder, name)) != name:
+                raise ValueError(
+                    f"recipe.experts.{name}: {expert.path} is {other} already, so there is nothing that a "
+                    "coefficient of its own would mean. Name each folder once; two tasks of one expert can "
+                    "share a file of examples"
+                )
+
+    def open(self, workspace: Path | None = None) -> "Opened":
+        """Check every header and map the files; no weight is read.
+
+        Raises:
+            ValueError: with every mismatch between base and experts, or a pattern that matches nothing.
+        """
+        from trainmerge.checkpoints import find_sources  # transformers and peft: not needed to reopen
+
+        base = open_checkpoint(self.base, allow_pickle=self.allow_pickle)
+        sources = find_sources(
+            base,
+            {name: expert.path for name, expert in self.experts.items()},
+            ignore=self.ignore,
+            allow_pickle=self.allow_pickle,
+            workspace=workspace,
+            shared_vocabulary=self.vocabulary == "shared",
+        )
+        return self._opened(base, sources, self.stamps())
+
+    def reopen(self, saved: Path, checksums: Mapping[str, Mapping[str, str]]) -> "Opened | None":
+        """The same from what `Opened.save` wrote, if no file was touched since: transformers is not needed.
+
+        `checksums` are those of the files as they were then.
+        """
+        if not saved.is_file():
+            return None
+        content = json.loads(saved.read_text())
+        try:
+            if (made := self.stamps()) != content["stamps"]:
+                return None
+            sources = Sources.from_json(content["sources"])
+            base = open_checkpoint(self.base, self.allow_pickle, sources.tied)
+            return self._opened(base, sources, made, checksums)
+        except FileNotFoundError:  # a merged adapter of the workspace
+            return None
+
+    def _opened(
+        self,
+        base: Checkpoint,
+        sources: Sources,
+        made: Mapping[str, Mapping[str, Stamp]],
+        checksums: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> "Opened":
+        task_vectors = sources.open(base)
+        layout = self.grouping.layout(task_vectors.shapes, base.tensors)
+        return Opened(base, task_vectors, layout, self.folders, self.ignore, sources, made, checksums)
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """`base`, and every expert."""
+        return {"base": Path(self.base)} | {name: Path(e.path) for name, e in self.experts.items()}
+
+    def stamps(self) -> dict[str, dict[str, Stamp]]:
+        """What the file system says of all files of base and experts."""
+        return {name: stamps(folder) for name, folder in self.folders.items()}
+
+
+def calibration_files(recipe: Recipe) -> dict[str, str]:
+    """Expert -> its unlabeled examples, where it has some."""
+    return {name: expert.calibration for name, expert in recipe.experts.items() if expert.calibration}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A recipe's files, checked and mapped."""
+
+    base: Checkpoint
+    task_vectors: TaskVectors  # before preprocessing
+    layout: Layout
+    folders: Mapping[str, Path]  # "base" and every expert
+    ignore: Sequence[str]
+    sources: Sources  # where the task vectors lie
+    stamps: Mapping[str, Mapping[str, Stamp]]  # of the files, before they were read
+    known_checksums: Mapping[str, Mapping[str, str]] | None = None
+
+    @cached_property
+    def checksums(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of every weight file of base and experts: reads each file once, unless they are known."""
+        if self.known_checksums is not None:
+            return {name: dict(files) for name, files in self.known_checksums.items()}
+        return {name: fingerprint(folder) for name, folder in self.folders.items()}
+
+    def verify(self) -> None:
+        """Take the checksums, and raise ValueError with every NaN and infinity: both from one reading."""
+        vars(self)["checksums"] = verify(self.base, self.task_vectors, self.folders)  # the cached property's
+
+    def share_checksums(self) -> None:
+        """Take process 0's checksums: not every process has to read every file."""
+        if distributed.world_size() > 1:
+            first = self.checksums if distributed.rank() == 0 else {}
+            vars(self)["checksums"] = distributed.broadcast(first)  # where `cached_property` keeps it
+
+    def save(self, path: Path) -> None:
+        """Write what `Recipe.reopen` needs."""
+        write_whole(path, json.dumps({"stamps": self.stamps, "sources": self.sources.to_json()}))
+
+    def identity(self) -> str:
+        """One digest of base and experts, by their contents and order."""
+        contents = json.dumps([self.checksums, list(self.ignore)])
+        return hashlib.sha256(contents.encode()).hexdigest()

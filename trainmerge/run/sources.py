@@ -1,0 +1,38 @@
+"""Where a recipe is read from, and at how many tokens its texts are cut: one rule for every command."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from trainmerge.run.config import read_config
+from trainmerge.run.recipe import Recipe
+
+DEFAULT_LENGTH = 256  # as in Calibration
+
+
+def recipe_of(path: Path) -> Recipe:
+    """The recipe of a run folder, an exported checkpoint, or a configuration file.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    for file in (path / "recipe.yaml", path / "trainmerge_recipe.yaml", path):
+        if file.is_file():
+            return read_config(Recipe, "recipe", file)
+    raise ValueError(f"{path}: no run folder, exported checkpoint or configuration file")
+
+
+def text_length(path: Path, given: int = 0) -> int:
+    """Tokens at which texts are cut: `given` if it is not 0, else as in the fit that `path` is of.
+
+    `path` is a run folder, an exported checkpoint or a configuration; what says nothing means 256.
+    """
+    if given:
+        return given
+    if (manifest := path / "manifest.json").is_file():
+        return int(json.loads(manifest.read_text())["data"]["max_length"])
+    if (manifest := path / "trainmerge_manifest.json").is_file():
+        return int(json.loads(manifest.read_text())["run"]["data"]["max_length"])
+    content = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    return int((content.get("data") or {}).get("max_length", DEFAULT_LENGTH))

@@ -1,0 +1,1 @@
+"""Files, processes, memory and the console: nothing about merging."""

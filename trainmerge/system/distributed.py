@@ -1,0 +1,113 @@
+"""The processes that work together, over torch.distributed: one where there is no process group.
+
+Lightning's strategy makes the group of a fit; `joined` makes the one of a command started by torchrun.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside, the processes that torchrun started are a group; a process started alone stays alone.
+
+    Over gloo: what these commands exchange are a few numbers on the CPU.
+
+    Raises:
+        ValueError: WORLD_SIZE names several processes, and nothing says where they meet.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started == 1 or world_size() > 1:
+        yield
+        return
+    if absent := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(
+            f"WORLD_SIZE is {started}, but {', '.join(absent)} is not set: start with torchrun, which sets "
+            "them all, or unset WORLD_SIZE to run one process"
+        )
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast(value: T) -> T:
+    """Process 0's value, on every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_gather(value: T) -> list[T]:
+    """Every process's value, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[T] = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather(value: T) -> list[T]:
+    """Every process's value, in the order of ranks, on process 0; nothing on the others."""
+    if world_size() == 1:
+        return [value]
+    values: list[T] | None = [value] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+@torch.no_grad()
+def all_reduce(tensor: Tensor) -> Tensor:
+    """The sum over processes; the argument stays as it is."""
+    if world_size() == 1:
+        return tensor
+    summed = tensor.clone()
+    dist.all_reduce(summed)
+    return summed
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Process 0 goes through first, the others after it: they find in files what it has made."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
+def own_share(items: Sequence[T]) -> Sequence[T]:
+    """Every n-th of n processes."""
+    return items[rank() :: world_size()]
+
+
+def merge_shares(own: Mapping[int, T]) -> dict[int, T]:
+    """The mappings of all processes as one, on each of them."""
+    return {key: value for part in all_gather(own) for key, value in part.items()}

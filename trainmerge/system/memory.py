@@ -1,0 +1,117 @@
+"""Sizes of memory: read, written, and measured."""
+
+import ctypes
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+MMAP_THRESHOLD = -3  # glibc's number for mallopt
+LARGE = 1 << 20  # bytes of an allocation that is worth giving back at once
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size with its unit.
+
+    >>> parse_size("8GiB"), parse_size("1.5 GB"), parse_size("300 mb")
+    (8589934592, 1500000000, 300000000)
+
+    Raises:
+        ValueError: no number, an unknown unit, or none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if not found or found[2].upper() not in UNITS:
+        raise ValueError(f"{text!r} is no size: write a number and a unit, such as 8GiB, 6GB or 500MiB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def format_size(count: float) -> str:
+    """Bytes in the unit that people read.
+
+    >>> format_size(8 << 30), format_size(1536), format_size(0)
+    ('8.0 GiB', '1.5 KiB', '0 B')
+    """
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if count >= UNITS[unit.upper()]:
+            return f"{count / UNITS[unit.upper()]:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def anonymous(process: int | str = "self") -> int:
+    """A process's anonymous memory in bytes; 0 of one that has ended and was not waited for.
+
+    Raises:
+        OSError: this is not Linux.
+    """
+    status = Path(f"/proc/{process}/status").read_text()
+    for line in status.splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    if process != "self":
+        return 0  # it is just ending: its memory is gone, its entry is not
+    raise OSError("no RssAnon in /proc/self/status: this needs Linux")
+
+
+def give_back_at_once() -> None:
+    """Ask the C library to return large freed blocks to the system, where it can be asked (glibc).
+
+    Otherwise it keeps freed blocks of up to 32 MiB for later, which count as memory held.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(MMAP_THRESHOLD, LARGE)
+
+
+class Peak:
+    """The highest anonymous memory of this process between start and stop, looked at every few milliseconds.
+
+    Mapped files are not in it: they are the page cache's, which the kernel takes back when it wants.
+    """
+
+    def __init__(self, every: float = 0.002) -> None:
+        self.every = every
+
+    def __enter__(self) -> "Peak":
+        self.start = self.highest = anonymous()
+        self._running = True
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self._running:
+            self.highest = max(self.highest, anonymous())
+            time.sleep(self.every)
+
+    def __exit__(self, *_: object) -> None:
+        self._running = False
+        self._thread.join()
+        self.highest = max(self.highest, anonymous())
+
+    @property
+    def grown(self) -> int:
+        """Bytes above the start."""
+        return self.highest - self.start
+
+
+def anonymous_bytes() -> int | None:
+    """Memory of the process that no file backs, at present; None where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    (kilobytes,) = (line.split()[1] for line in status.read_text().splitlines() if "RssAnon" in line)
+    return int(kilobytes) << 10
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: a pass asks for the same few buffers again and again.
+
+    It would give each of them back to the kernel, which then has to zero its pages the next time.
+    """
+    import ctypes
+
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # musl has none
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 1 << 28)

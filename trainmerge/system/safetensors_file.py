@@ -1,0 +1,240 @@
+"""Tensors on disk: mapped reads and streamed writes.
+
+A safetensors file: 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
+"""
+
+import ctypes
+import hashlib
+import json
+import math
+import mmap
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trainmerge.system.atomic import abandoned, aside, naming, sync
+
+Specs = Mapping[str, tuple[torch.dtype, torch.Size | tuple[int, ...]]]
+HEADER_LIMIT = 100_000_000  # bytes; safetensors refuses to read a longer one
+WRITE_BLOCK = 1 << 24
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# A private copy-on-write mapping: torch warns of read-only ones, and a stray write into one is a crash.
+# On Linux with MAP_NORESERVE, which Python 3.11 does not name: a file may be larger than memory.
+MAPPING: dict[str, int] = {"access": mmap.ACCESS_COPY}
+if sys.platform == "linux":
+    MAPPING = {"flags": mmap.MAP_PRIVATE | 0x4000, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+# mmap's own method wants the mapping, of which a tensor knows the address only.
+MADVISE = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+
+
+class Hasher(Protocol):
+    """One of `hashlib`'s objects."""
+
+    def update(self, data: Any, /) -> None:
+        """Go on with these bytes."""
+        ...
+
+
+class TensorInfo(NamedTuple):
+    """What a file's header says of one tensor."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    file: Path
+    begin: int = 0  # byte of the file at which the tensor begins
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class MappedFile:
+    """One safetensors file: its header read and checked, its tensors mapped when asked for.
+
+    A mapped tensor is the file's pages: no anonymous memory, dropped by the kernel when memory is short.
+    Writing into one never reaches the file, it gives this process its own copy of the page. The file must
+    not be truncated while it is mapped: the kernel answers the next read with SIGBUS.
+
+    Raises FileNotFoundError for an absent file, ValueError for one that is not whole and sound.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: no such file. Check the path, or download it again.")
+        header, data = _read_header(self.path)
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
+        if unknown:
+            raise ValueError(f"{self.path}: unsupported dtypes {', '.join(unknown)}; convert to F32 or BF16")
+        self.tensors = {
+            name: TensorInfo(
+                DTYPES[entry["dtype"]], torch.Size(entry["shape"]), self.path, data + entry["data_offsets"][0]
+            )
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        }
+        self._stat = _identity(self.path)
+        self._map: mmap.mmap | None = None
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, mapped. Raises KeyError for a name that the header lacks."""
+        info = self.tensors[name]
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=info.dtype)
+        if self._map is None:
+            self.check_unchanged()
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, **MAPPING)
+        if info.begin % info.dtype.itemsize:  # files of old writers; kernels want aligned data, so copy
+            raw = torch.frombuffer(self._map, dtype=torch.uint8, count=info.nbytes, offset=info.begin)
+            return raw.clone().view(info.dtype).view(info.shape)
+        count = info.shape.numel()
+        return torch.frombuffer(self._map, dtype=info.dtype, count=count, offset=info.begin).view(info.shape)
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError if the file was replaced, resized or written to since it was opened."""
+        if not self.path.is_file() or _identity(self.path) != self._stat:
+            raise ValueError(f"{self.path} changed since it was opened; start again, let nothing write to it")
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and the byte at which tensor data begins. safetensors judges all but duplicate names."""
+    try:
+        with safe_open(path, framework="np"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            pairs = json.loads(file.read(size), object_pairs_hook=_refuse_duplicates)
+    except (SafetensorError, ValueError) as error:
+        hint = f"({path.stat().st_size} bytes long). It is damaged or unfinished: download or save it again."
+        raise ValueError(f"{path}: not a whole safetensors file: {error} {hint}") from error
+    return pairs, 8 + size
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+    if twice:
+        raise ValueError(f"listed twice in the header: {', '.join(twice)}")
+    return dict(pairs)
+
+
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def write_safetensors(
+    path: str | Path,
+    specs: Specs,
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+    hasher: Hasher | None = None,
+) -> None:
+    """Write `tensors`, which come one at a time and in any order, in constant memory.
+
+    A tensor may come in pieces, consecutive rows of it, with others between. The file appears under its name
+    only when it is whole and on disk; the same input gives the same bytes. What a killed process left of it
+    is removed first. `hasher` is fed the file's bytes on their way; the tensors must then come in
+    `file_order`. Raises ValueError if a tensor's name, dtype or shape differs from its spec, or one is
+    missing or too many.
+    """
+    path = Path(path)
+    header, offsets = _layout(path, specs, metadata or {})
+    for left in abandoned(path, "new"):
+        left.unlink(missing_ok=True)
+    temporary = aside(path, "new")
+    missing = {name: math.prod(shape) for name, (_, shape) in specs.items()}  # elements
+    given: set[str] = set()
+    try:
+        with naming(path), temporary.open("xb") as file:  # open(), so that the mode follows the umask
+            _write_bytes(file, memoryview(header), hasher)
+            for name, tensor in tensors:
+                _check_piece(path, specs, name, tensor, missing.get(name, 0), name in given)
+                written = math.prod(specs[name][1]) - missing[name]
+                place = len(header) + offsets[name] + written * tensor.dtype.itemsize
+                if hasher is not None and place != file.tell():
+                    raise ValueError(f"{path}: {name} is out of the file's order, in which it is hashed")
+                file.seek(place)
+                _write_bytes(file, _bytes_of(tensor), hasher)
+                missing[name] -= tensor.numel()
+                given.add(name)
+            if absent := [name for name in specs if missing[name] or name not in given]:
+                raise ValueError(f"{path}: tensors promised but not given: {', '.join(absent)}")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_order(specs: Specs) -> list[str]:
+    """The order of the tensors in a file: widest dtypes first, so that all are aligned."""
+    return sorted(specs, key=lambda name: -specs[name][0].itemsize)
+
+
+def _check_piece(path: Path, specs: Specs, name: str, tensor: Tensor, missing: int, begun: bool) -> None:
+    dtype, shape = specs.get(name, (None, ()))
+    whole = tuple(tensor.shape) == tuple(shape) and not begun
+    rows = 0 < tensor.dim() == len(shape) and tuple(tensor.shape[1:]) == tuple(shape[1:])
+    if dtype != tensor.dtype or not (whole or (rows and 0 < tensor.numel() <= missing)):
+        promised = (
+            f"{dtype} {tuple(shape)}, of which {missing} numbers are missing" if dtype else "no such one"
+        )
+        got = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"{path}: got {got}, the header promises {promised}")
+
+
+def _layout(path: Path, specs: Specs, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The header's bytes, and each tensor's place after them."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offsets: dict[str, int] = {}
+    end = 0
+    for name in file_order(specs):
+        dtype, shape = specs[name]
+        offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
+        place = [offsets[name], end]
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": place}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > HEADER_LIMIT:
+        raise ValueError(f"{path}: a header of {len(text)} bytes is over {HEADER_LIMIT}; use shards")
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_bytes(file: BinaryIO, values: memoryview, hasher: Hasher | None) -> None:
+    for begin in range(0, len(values), WRITE_BLOCK):
+        block = values[begin : begin + WRITE_BLOCK]
+        file.write(block)
+        if hasher is not None:
+            hasher.update(block)
+
+
+def read_ahead(tensor: Tensor) -> None:
+    """Have the kernel read a mapped tensor's pages, without waiting; nothing happens to other tensors."""
+    if MADVISE is not None:
+        begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        size = tensor.data_ptr() - begin + tensor.nbytes
+        MADVISE(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_WILLNEED)
+
+
+def sha256(path: str | Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

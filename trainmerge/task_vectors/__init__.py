@@ -1,0 +1,1 @@
+"""What each expert changed, one parameter at a time."""

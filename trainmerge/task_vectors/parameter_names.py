@@ -1,0 +1,90 @@
+"""What kind of module a parameter belongs to, and which block: by its name alone, for any architecture."""
+
+import re
+from collections.abc import Sequence
+
+# The first pattern that is found in a lower-case name decides. Names are transformers', of many families.
+KINDS = {
+    "bias": r"bias$",
+    "norm": r"norm|(^|\.)ln_?\w*\.|layer_?scale",
+    "embedding": r"embed|(^|\.)w[tp]e\.|(^|\.)shared\.|relative_attention",
+    "head": r"(lm_head|classifier|score|qa_outputs|(^|\.)cls)\.",
+    "query, key, value": r"c_attn|qkv|query_key_value|in_proj",
+    "query": r"query|q_proj|q_lin|(^|\.)(q|wq)\.",
+    "key": r"key|k_proj|k_lin|(^|\.)(k|wk)\.",
+    "value": r"value|v_proj|v_lin|(^|\.)(v|wv)\.",
+    "attention out": r"o_proj|out_proj|out_lin|att\w*\.(output\.)?(dense|o|c_proj)\.|(^|\.)(o|wo)\.",
+    "mlp gate": r"gate_proj|wi_0|(^|\.)(gate|w1)\.",
+    "mlp up": r"up_proj|intermediate\.dense|fc1|fc_in|c_fc|lin1|wi(_1)?\.|h_to_4h|(^|\.)w3\.",
+    "mlp down": r"down_proj|output\.dense|fc2|fc_out|c_proj|lin2|wo\.|4h_to_h|(^|\.)w2\.",
+}
+OTHER = "other"
+
+
+def kind_of(name: str) -> str:
+    """The kind of module that a parameter belongs to; `other` if its name says nothing.
+
+    >>> kind_of("model.layers.3.self_attn.q_proj.weight")
+    'query'
+    >>> kind_of("encoder.layer.0.attention.output.dense.weight")
+    'attention out'
+    >>> kind_of("encoder.layer.0.output.dense.weight")
+    'mlp down'
+    >>> kind_of("decoder.block.2.layer.2.DenseReluDense.wo.weight")
+    'mlp down'
+    >>> kind_of("transformer.h.1.mlp.c_proj.weight")
+    'mlp down'
+    >>> kind_of("encoder.layer.0.output.LayerNorm.weight")
+    'norm'
+    """
+    lower = name.lower()
+    if re.search(r"dense\.wo\.", lower):
+        return "mlp down"
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, lower)), OTHER)
+
+
+def number_of(name: str) -> tuple[str, int] | None:
+    """The stack that a numbered block belongs to, and its number; None outside of them.
+
+    >>> number_of("encoder.layer.3.output.dense.weight")
+    ('encoder.layer', 3)
+    >>> number_of("embeddings.LayerNorm.weight") is None
+    True
+    """
+    stack, _, number = block_of(name).rpartition(".")
+    if number.isdigit():
+        return stack, int(number)
+    return None
+
+
+def block_labels(blocks: Sequence[str]) -> list[str]:
+    """Short names of blocks: their numbers, with the stack's if there are several, or a module's last name.
+
+    >>> block_labels(["model.encoder.layers.0", "model.decoder.layers.0", "model.norm"])
+    ['enc 0', 'dec 0', 'norm']
+    >>> block_labels(["encoder.layer.0", "encoder.layer.1"])
+    ['0', '1']
+    """
+    numbers = [number_of(f"{block}.weight") for block in blocks]
+    stacks = {number[0] for number in numbers if number}
+    labels = []
+    for block, number in zip(blocks, numbers, strict=True):
+        if number is None:
+            labels.append(block.rpartition(".")[2])
+        else:
+            others = [other.split(".") for other in stacks if other != number[0]]
+            own = [part for part in number[0].split(".") if not all(part in other for other in others)]
+            labels.append(f"{own[0][:3]} {number[1]}" if others and own else str(number[1]))
+    return labels
+
+
+def block_of(name: str) -> str:
+    """The block of the network that a parameter belongs to: up to its first number, else its module.
+
+    >>> block_of("model.layers.3.mlp.up_proj.weight")
+    'model.layers.3'
+    >>> block_of("embeddings.LayerNorm.weight")
+    'embeddings.LayerNorm'
+    """
+    numbered = re.match(r"((?:.*?\.)??\d+)\.", name)
+    return numbered.group(1) if numbered else name.rpartition(".")[0] or name

@@ -1,0 +1,183 @@
+"""Smaller task vectors to fit on: a byte or two bits a weight. The export is always from the exact ones.
+
+Matrices are quantised; vectors, scalars and what is low-rank already stay as they are.
+
+Legend: `R` rows, `W` elements of a row.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from trainmerge.kernels import Difference, ExpertWeight, Quantised, Term
+from trainmerge.kernels.quantised import PER_BYTE, pack
+from trainmerge.system.safetensors_file import MappedFile, Specs, write_safetensors
+from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
+from trainmerge.task_vectors.top_k import count, cuts
+
+PIECE = 1 << 22  # entries at a time: 16 MiB of float32
+
+
+@dataclass(frozen=True)
+class Quantise(ABC):
+    """How a matrix becomes whole numbers and a scale."""
+
+    @property
+    @abstractmethod
+    def bytes_a_weight(self) -> float:
+        """On disk, scales apart."""
+
+    @abstractmethod
+    def width(self, width: int) -> int:
+        """Bytes that a row of so many weights takes."""
+
+    @abstractmethod
+    def scales(self, rows: int) -> int:
+        """Scales of a matrix with so many rows."""
+
+    @abstractmethod
+    def __call__(self, term: Term, base: Tensor) -> Iterator[Quantised]:
+        """Consecutive pieces of one expert's difference, by rows, each with its own rows' scales."""
+
+
+@dataclass(frozen=True)
+class Int8(Quantise):
+    """A byte a weight: each row over its largest magnitude, in 127 steps to either side."""
+
+    @property
+    @override
+    def bytes_a_weight(self) -> float:
+        return 1.0
+
+    @override
+    def width(self, width: int) -> int:
+        return width
+
+    @override
+    def scales(self, rows: int) -> int:
+        return rows
+
+    @override
+    def __call__(self, term: Term, base: Tensor) -> Iterator[Quantised]:
+        for tau in _pieces(term, base):
+            scale = tau.abs().amax(dim=1) / 127
+            steps = tau / torch.where(scale > 0, scale, 1)[:, None]  # a row of zeros has the scale 0
+            yield Quantised(steps.round().to(torch.int8), scale)
+
+
+@dataclass(frozen=True)
+class Ternary(Quantise):
+    """Two bits a weight: the sign of the largest, and one scale a matrix.
+
+    ComPEFT (arXiv 2311.13171) ranks and scales over the whole task vector, and tunes the scale on labelled
+    data; here both are each matrix's own, and the scale is the mean magnitude of what is kept: the nearest
+    there is in squares. A learned coefficient makes up for the rest.
+
+    Args:
+        density: Fraction of entries kept, in (0, 1]; ComPEFT tries 0.05 to 0.5.
+    """
+
+    density: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be in (0, 1], not {self.density}")
+
+    @property
+    @override
+    def bytes_a_weight(self) -> float:
+        return 1 / PER_BYTE
+
+    @override
+    def width(self, width: int) -> int:
+        return -(-width // PER_BYTE)
+
+    @override
+    def scales(self, rows: int) -> int:
+        return 1
+
+    @override
+    def __call__(self, term: Term, base: Tensor) -> Iterator[Quantised]:
+        kept = count(base.numel(), self.density)
+        (cut,) = cuts(lambda: (tau.view(1, -1) for tau in _pieces(term, base)), kept)
+        total = sum(float(tau.abs().double()[tau.abs() > cut.value].sum()) for tau in _pieces(term, base))
+        scale = torch.tensor([(total + cut.value * cut.ties) / kept])
+        for tau in _pieces(term, base):
+            yield Quantised(pack(cut(tau).sign().to(torch.int8)), scale)
+
+
+def _pieces(term: Term, base: Tensor) -> Iterator[Tensor]:
+    """One expert's difference, [R, W] float32 rows at a time.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    delta = Delta(base, (term,))
+    rows = max(1, PIECE // base[0].numel())
+    for first in range(0, len(base), rows):
+        part = delta.rows(slice(first, first + rows))
+        tau = dense_term(part.terms[0], part.base).flatten(1).float()
+        if not bool(tau.isfinite().all()):
+            raise ValueError("a task vector is not finite: it cannot be quantised")
+        yield tau
+
+
+def quantised(task_vectors: TaskVectors, method: Quantise, folder: Path, inputs: str) -> TaskVectors:
+    """The same with quantised matrices, written once to `folder` and mapped.
+
+    `inputs` identifies what the task vectors were made from; with the method's fields it names the file.
+    """
+    digest = hashlib.sha256(f"{inputs} {method!r}".encode()).hexdigest()[:16]
+    path = folder / f"quantised-{digest}.safetensors"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        specs = _specs(task_vectors, method)
+        write_safetensors(path, specs, _tensors(task_vectors, method), {"method": repr(method)})
+    file = MappedFile(path)
+    deltas = {
+        name: Delta(
+            delta.base, tuple(_mapped(file, _key(name, k), term) for k, term in enumerate(delta.terms))
+        )
+        for name, delta in task_vectors.deltas.items()
+    }
+    return TaskVectors(task_vectors.experts, deltas)
+
+
+def _dense(task_vectors: TaskVectors) -> Iterator[tuple[str, Term, Tensor]]:
+    """What is quantised: key, term, base."""
+    for name, delta in task_vectors.deltas.items():
+        for k, term in enumerate(delta.terms):
+            if delta.base.dim() > 1 and isinstance(term, Difference | ExpertWeight):
+                yield _key(name, k), term, delta.base
+
+
+def _specs(task_vectors: TaskVectors, method: Quantise) -> Specs:
+    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    dtype = torch.int8 if method.bytes_a_weight == 1 else torch.uint8
+    for key, _, base in _dense(task_vectors):
+        specs[key] = (dtype, (len(base), method.width(base[0].numel())))
+        specs[f"{key}.scale"] = (torch.float32, (method.scales(len(base)),))
+    return specs
+
+
+def _tensors(task_vectors: TaskVectors, method: Quantise) -> Iterator[tuple[str, Tensor]]:
+    for key, term, base in _dense(task_vectors):
+        scales = []
+        for piece in method(term, base):
+            yield key, piece.codes
+            scales.append(piece.scale)
+        yield f"{key}.scale", torch.cat(scales)[: method.scales(len(base))]
+
+
+def _mapped(file: MappedFile, key: str, term: Term) -> Term:
+    return Quantised(file.read(key), file.read(f"{key}.scale")) if key in file.tensors else term
+
+
+def _key(name: str, expert: int) -> str:
+    return f"{expert}/{name}"

@@ -1,0 +1,166 @@
+"""The largest of many numbers that are never held at once: exact, with no sort and no copy.
+
+Numbers are non-negative float32; the integers that their bits are have the same order, so two passes that
+count the upper and the lower 16 bits find the k-th largest. A sample spares the first of them.
+
+Legend: `K` rows, each with its own order; `n` numbers of one piece.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainmerge.kernels import Term
+from trainmerge.task_vectors.delta import dense_term
+
+Pieces = Callable[[], Iterable[Tensor]]  # every call goes through all of them: [K, n] each
+UPPER, LOWER = 1 << 15, 1 << 16  # values of the upper bits of a non-negative float32, and of the lower
+
+
+class Limit(NamedTuple):
+    """What of one piece passes: entries above a magnitude, and the first few that equal it."""
+
+    bits: int  # the magnitude, as a float32's bits
+    admitted: int | None  # how many of those that equal it, in order; None for all
+
+    def trim_(self, tau: Tensor) -> Tensor:
+        """Set all else of `tau` to zero, in place."""
+        level = _float(self.bits)
+        if self.admitted != 0:
+            level = float(np.nextafter(np.float32(level), np.float32(-1)))
+        narrow = tau.float()
+        kept = torch.hardshrink(narrow, level, out=narrow)
+        if self.admitted:
+            equal = (magnitude_bits(kept) == self.bits).flatten()
+            kept.masked_fill_((equal & (equal.cumsum(0) > self.admitted)).view(tau.shape), 0.0)
+        return tau if kept is tau else tau.mul_(kept != 0)
+
+
+class Cut:
+    """Keeps the entries above a magnitude, and the first `ties` of those that equal it. In order."""
+
+    def __init__(self, bits: int, ties: int) -> None:
+        self.bits, self.ties = bits, ties
+
+    def limit(self, tau: Tensor) -> Limit:
+        """What passes of `tau`, the piece that comes next."""
+        equal = int(np.count_nonzero(_bits(tau) == self.bits)) if self.ties else 0
+        admitted = min(self.ties, equal)
+        self.ties -= admitted
+        return Limit(self.bits, None if 0 < equal == admitted else admitted)
+
+    def __call__(self, tau: Tensor) -> Tensor:
+        """`tau` with everything below the cut set to zero."""
+        return self.limit(tau).trim_(tau.clone())
+
+    @property
+    def value(self) -> float:
+        """The magnitude itself."""
+        return _float(self.bits)
+
+
+def cut_at(entries: Sequence[tuple[Term, Tensor]], density: float) -> Cut:
+    """The cut that keeps floor(density x size) entries, at least one, over all `entries` (term, base)."""
+    size = sum(base.numel() for _, base in entries)
+    (cut,) = cuts(lambda: (dense_term(*entry).view(1, -1) for entry in entries), count(size, density))
+    return cut
+
+
+def count(size: int, share: float) -> int:
+    """Floor(share x size), at least one.
+
+    >>> count(100, 0.29)  # 0.29 * 100 is 28.999...
+    29
+    """
+    return max(1, int(share * size + 1e-6))
+
+
+def cuts(pieces: Pieces, wanted: int, sample: Pieces | None = None, of_sample: int = 1) -> list[Cut]:
+    """K cuts, each keeping the `wanted` largest magnitudes of its row.
+
+    A `sample`, and about how many of it are wanted, say where to look, so that one pass over all pieces is
+    enough; should they mislead, two more follow. They change nothing else.
+    """
+    if sample is not None:
+        found = _ranked(pieces, [range(max(b - 1, 0), b + 2) for b in _buckets(sample, of_sample)], wanted)
+        if found is not None:
+            return found
+    found = _ranked(pieces, [range(b, b + 1) for b in _buckets(pieces, wanted)], wanted)
+    assert found is not None
+    return found
+
+
+def _ranked(pieces: Pieces, buckets: Sequence[range], wanted: int) -> list[Cut] | None:
+    """The cuts, if each lies in its row's `buckets` of the upper 16 bits."""
+    above = [0] * len(buckets)
+    inside = [_Counter(len(own) * LOWER) for own in buckets]
+    for piece in pieces():
+        for k, (row, own) in enumerate(zip(piece, buckets, strict=True)):
+            bits = _bits(row)
+            above[k] += int(np.count_nonzero(bits >= own.stop * LOWER))
+            beyond = np.subtract(bits, own.start * LOWER, out=bits).view(np.uint32)  # what is below wraps
+            inside[k].add(beyond[beyond < len(own) * LOWER].view(np.int32))
+    if any(not over < wanted <= over + own.size for over, own in zip(above, inside, strict=True)):
+        return None
+    places = [_bucket(own.counts(), wanted - over) for own, over in zip(inside, above, strict=True)]
+    return [
+        Cut(own.start * LOWER + place, wanted - over - more)
+        for own, over, (place, more) in zip(buckets, above, places, strict=True)
+    ]
+
+
+class _Counter:
+    """Counts of small numbers, many of them at once: a histogram costs its length each time."""
+
+    def __init__(self, length: int) -> None:
+        self.size, self._new = 0, list[NDArray[np.int32]]()
+        self._waiting, self._counts = 0, np.zeros(length, np.int64)
+
+    def add(self, numbers: NDArray[np.int32]) -> None:
+        self._new.append(numbers)
+        self._waiting += len(numbers)
+        self.size += len(numbers)
+        if self._waiting > len(self._counts):
+            self.counts()
+
+    def counts(self) -> Tensor:
+        if self._new:
+            self._counts += np.bincount(np.concatenate(self._new), minlength=len(self._counts))
+            self._new, self._waiting = [], 0
+        return torch.from_numpy(self._counts)
+
+
+def _buckets(pieces: Pieces, wanted: int) -> list[int]:
+    """The upper 16 bits of each row's `wanted`-th largest magnitude."""
+    counters: list[_Counter] = []
+    for piece in pieces():
+        counters = counters or [_Counter(UPPER) for _ in piece]
+        for counter, row in zip(counters, piece, strict=True):
+            counter.add(_bits(row) >> 16)
+    return [_bucket(counter.counts(), wanted)[0] for counter in counters]
+
+
+def _bucket(counts: Tensor, wanted: int) -> tuple[int, int]:
+    """The bucket that holds the `wanted`-th largest entry, and how many entries lie above it."""
+    from_top = counts.flip(0).cumsum(0)
+    index = int((from_top < wanted).sum())
+    return len(counts) - 1 - index, int(from_top[index - 1]) if index else 0
+
+
+def magnitude_bits(tau: Tensor) -> Tensor:
+    """|tau| as float32, its bits read as int32: monotone in the magnitude."""
+    return tau.float().abs().view(torch.int32)
+
+
+def _bits(tau: Tensor) -> NDArray[np.int32]:
+    """The same as a new array, which numpy filters faster than torch does."""
+    bits: NDArray[np.int32] = magnitude_bits(tau).numpy()
+    return bits
+
+
+def _float(bits: int) -> float:
+    return float(np.int32(bits).view(np.float32))

@@ -1,0 +1,122 @@
+"""CMA-ES (Hansen, arXiv 1604.00772; library `cmaes`) for scores without gradients, resumable bit for bit.
+
+Its state is not saved: it is a function of the seed and of the scores, and these are in a log, a line each.
+A search goes on by being told them again. No file needs to be unpickled, and the log is there to be read.
+
+Legend: `n` coordinates.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainmerge.system.atomic import write_whole
+
+WORST = 1e30  # what a score that is not finite counts as; only the order of scores matters
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to search.
+
+    Args:
+        evaluations: How many merges are scored, the start's included.
+        spread: Standard deviation of the first steps from the start.
+        population: Merges a generation; 0 is 4 + 3 ln n, rounded down.
+        seed: Of the draws.
+    """
+
+    evaluations: int = 100
+    spread: float = 0.2
+    population: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.evaluations < 1 or self.spread <= 0:
+            raise ValueError("a search needs at least one evaluation and a positive spread")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A point and its score; higher is better."""
+
+    x: Sequence[float]  # n
+    score: float
+
+
+def maximise(
+    score: Callable[[Sequence[float]], float],
+    start: Sequence[float],
+    search: Search,
+    log: Path,
+    depends_on: object = None,
+) -> Iterator[Tried]:
+    """Points with their scores, the start first, then a generation after another; logged as they come.
+
+    Points that `log` has already are not scored again. `depends_on` is JSON data kept in it.
+
+    Raises:
+        ValueError: cmaes is not installed; the log is of another search.
+    """
+    try:
+        from cmaes import CMA
+    except ImportError as error:
+        raise ValueError(f"a search needs cmaes ({error}): pip install 'trainmerge[search]'") from error
+    mean = np.asarray(start, dtype=np.float64)
+    population = search.population or 4 + int(3 * math.log(len(mean)))
+    optimizer = CMA(mean, search.spread, seed=search.seed, population_size=max(4, population))
+    settings = {k: v for k, v in asdict(search).items() if k != "evaluations"}
+    known = read_log(log, {**settings, "start": mean.tolist(), "depends_on": depends_on})
+    done = 0
+
+    def tried(x: Any) -> Tried:
+        nonlocal done
+        point: list[float] = x.tolist()
+        if done < len(known):
+            if known[done].x != point:
+                raise ValueError(
+                    f"{log}: was made by another version of cmaes or numpy; remove it to begin anew"
+                )
+            found = known[done]
+        else:
+            found = Tried(point, score(point))
+            with log.open("a") as file:
+                file.write(json.dumps(asdict(found)) + "\n")
+        done += 1
+        return found
+
+    yield tried(mean)
+    while done < search.evaluations and not optimizer.should_stop():
+        generation = []
+        for _ in range(optimizer.population_size):
+            x = optimizer.ask()
+            found = tried(x)
+            generation.append((x, -found.score if math.isfinite(found.score) else WORST))
+            yield found
+            if done == search.evaluations:
+                return
+        optimizer.tell(generation)
+
+
+def read_log(log: Path, header: dict[str, Any]) -> list[Tried]:
+    """What was tried, of a log with this header; a new log gets it. A line that was cut off is dropped.
+
+    Raises:
+        ValueError: the log has another header.
+    """
+    if not log.exists():
+        write_whole(log, json.dumps(header) + "\n")
+        return []
+    first, *lines = log.read_text().splitlines(keepends=True)
+    if (made := json.loads(first)) != header:
+        different = [key for key in header if made.get(key) != header[key]]
+        raise ValueError(f"{log} is of another search: {different} differ. Undo that, or use another --run")
+    whole = [line for line in lines if line.endswith("\n")]
+    if len(whole) < len(lines):
+        write_whole(log, first + "".join(whole))
+    return [Tried(**json.loads(line)) for line in whole]

@@ -1,0 +1,79 @@
+"""Scores of a merge that a search can be told to raise: those of `evaluate`, the loss, or any callable."""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from trainmerge.data.calibration import Calibration
+from trainmerge.evaluate import load_tasks
+from trainmerge.evaluate.runs import build_heads
+from trainmerge.evaluate.score_task import Subject, score_task
+from trainmerge.fitting.calibration_loss import calibration_loss
+from trainmerge.fitting.module import MergeModule
+from trainmerge.run.scores import PERPLEXITY
+
+Score = Callable[[], float]  # of the weights that the model holds now; higher is better
+SIGNS = {"accuracy": 1, "macro_f1": 1, "calibration_error": -1, "perplexity": -1, "bits_per_byte": -1}
+
+
+def make_score(
+    name: str, options: Mapping[str, Any], module: MergeModule, data: Calibration, limit: int = 0
+) -> Score:
+    """A measure of `evaluate`, averaged over the experts' `validation` files; `loss`; or an import path.
+
+    `loss` is the objective over the calibration examples, which asks for no labels. A path names a function
+    `model -> float`, higher is better, or a class whose instances, made with `options`, are such functions.
+    The model is transformers' own, with the merge for its weights.
+
+    Raises:
+        ValueError: no such score, or an expert has no validation file.
+    """
+    if name == "loss":
+        return lambda: -calibration_loss(module, data)
+    if "." in name:
+        function = imported(name, options)
+        model = module.resident.merged.module
+        return lambda: float(function(model))
+    if name not in SIGNS:
+        raise ValueError(
+            f"no score {name!r}: one of {', '.join(['loss', *SIGNS])}, or package.module.callable"
+        )
+    return _measured(name, module, data, limit)
+
+
+def imported(path: str, options: Mapping[str, Any]) -> Callable[[nn.Module], float]:
+    """What an import path names; a class is made with `options`.
+
+    Raises:
+        ValueError: it cannot be imported or called, or options for what is no class.
+    """
+    place, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(place), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--score {path}: {error}") from error
+    made = found(**options) if isinstance(found, type) else found
+    if not callable(made) or (options and made is found):
+        raise ValueError(f"--score {path}: give a function, or a class with its options")
+    return made  # type: ignore[no-any-return]
+
+
+def _measured(name: str, module: MergeModule, data: Calibration, limit: int) -> Score:
+    tasks, _ = load_tasks(module.recipe, limit, "validation")
+    resident = module.resident
+    model = resident.merged.module
+    with resident.merged.uniform(module.start.new_zeros(len(tasks)), everywhere=True):
+        heads = build_heads(model, tasks, data.tokenize)
+    subject = Subject(model, heads, data.tokenize)
+
+    def score() -> float:
+        found = {task.name: score_task(subject, task).measures for task in tasks}
+        if absent := [task for task, measures in found.items() if name not in measures]:
+            raise ValueError(f"--score {name}: the tasks {absent} have {list(found[absent[0]])}")
+        values = {task: measures[name] for task, measures in found.items()}
+        mean = PERPLEXITY.mean(values) if name == "perplexity" else sum(values.values()) / len(values)
+        return SIGNS[name] * mean
+
+    return score

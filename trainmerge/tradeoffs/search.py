@@ -1,0 +1,108 @@
+"""`trainmerge search`: a run folder whose coefficients were found by trying, for scores without a gradient.
+
+As in Evo-Merging (arXiv 2509.12951); its search of sparsities is not here.
+
+Legend: `K` experts, `G` coefficient groups.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trainmerge.coefficients.coefficients import save_coefficients
+from trainmerge.coefficients.constraints import Sigmoid
+from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.fit import fit
+from trainmerge.fitting.from_config import parse
+from trainmerge.fitting.module import MergeModule
+from trainmerge.run.folder import RunFolder
+from trainmerge.tradeoffs.cma_es import Search, Tried, maximise
+from trainmerge.tradeoffs.scales import scaled
+from trainmerge.tradeoffs.scores import make_score
+
+Over = Literal["experts", "coefficients"]
+LOG = "search.jsonl"
+
+
+def search_config(
+    config: str | Path,
+    run: str | Path,
+    score: str = "accuracy",
+    options: Mapping[str, Any] | None = None,
+    over: Over = "experts",
+    search: Search = Search(),  # noqa: B008 - frozen
+    initial: str = "",
+    limit: int = 0,
+) -> Tried:
+    """Search coefficients of a fit's configuration by a score; `run` then is a run folder with the best ones.
+
+    Args:
+        config: A configuration as of `trainmerge fit`; its optimizer and steps are not used.
+        run: The run folder. If it holds a search, that goes on.
+        score: See `make_score`.
+        options: For a score that is a class.
+        over: One scale an expert, or every coefficient.
+        search: How to search.
+        initial: A coefficients file to start from, in place of the configuration's `model.initial`.
+        limit: Use the first so many validation examples of each task; 0 is all.
+
+    Raises:
+        ValueError: the folder holds a fit, or a search with other settings; coefficients that are all zero.
+    """
+    module, data, folder = _begin(config, Path(run), initial)
+    module.load(data)
+    scoring = make_score(score, options or {}, module, data, limit)
+    start = module.start
+    if over == "experts" and not start.any(dim=1).all():
+        raise ValueError("over: experts scales coefficients, and some are all zero: set model.initial")
+
+    def at(x: Sequence[float]) -> float:
+        _place(module, _coefficients(start, x, over))
+        module.resident.merged.materialise()
+        return scoring()
+
+    first = [1.0] * len(start) if over == "experts" else start.flatten().tolist()
+    depends_on = {"score": score, "options": dict(options or {}), "over": over, "limit": limit}
+    best, clock = Tried(first, -math.inf), time.monotonic()
+    for count, found in enumerate(maximise(at, first, search, folder.path / LOG, depends_on), 1):
+        if found.score > best.score:
+            best = found
+            _place(module, _coefficients(start, best.x, over))
+            save_coefficients(module.coefficients, folder.coefficients)
+        left = (time.monotonic() - clock) / count * (search.evaluations - count)
+        ends = f"{found.score:.4f}  best {best.score:.4f}  {left:.0f} s left"
+        print(f"{count}/{search.evaluations}  score {ends}", flush=True)
+    return best
+
+
+def _begin(config: str | Path, run: Path, initial: str) -> tuple[MergeModule, Calibration, RunFolder]:
+    """Everything checked and built, in a run folder that a fit of no steps made."""
+    if RunFolder(run).latest():
+        raise ValueError(f"{run} holds a fit, whose coefficients a search would replace: name another folder")
+    given = ["--config", str(config), "--run", str(run)]
+    fixed = ["--trainer.max_steps=0", "--model.keep_better=false"]
+    cli = parse([*given, *fixed, *([f"--model.initial={initial}"] if initial else [])])
+    module, data = cli.model, cli.datamodule
+    assert isinstance(module, MergeModule)
+    assert isinstance(data, Calibration)
+    if isinstance(module.coefficients.constraint, Sigmoid):
+        raise ValueError("a search moves coefficients themselves: use trainmerge.Box in place of Sigmoid")
+    text = cli.parser.dump(cli.config, skip_validation=True)
+    return module, data, fit(module, data, cli.trainer, run, config=text)
+
+
+def _coefficients(start: Tensor, x: Sequence[float], over: Over) -> Tensor:
+    values = torch.tensor(x, dtype=torch.float64)
+    return scaled(start, values) if over == "experts" else values.view_as(start).to(start)
+
+
+@torch.no_grad()
+def _place(module: MergeModule, values: Tensor) -> None:
+    """Be these coefficients, or the nearest ones that the constraint allows."""
+    own = module.coefficients
+    own.reset_(own.constraint.project(values.to(own.raw)))
