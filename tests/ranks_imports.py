@@ -13,5 +13,7 @@ import torchmetrics  # noqa: F401
 import transformers  # noqa: F401
 
 import tests.world  # noqa: F401
+import trainmerge.cli.fit
+import trainmerge.export.export  # noqa: F401
 
 torch.set_num_threads(1)

@@ -29,8 +29,9 @@ from trainmerge.checkpoints import load_model, open_checkpoint, open_task_vector
 from trainmerge.cli.main import main
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
-from trainmerge.preprocess import apply, piecewise
+from trainmerge.preprocess import apply
 from trainmerge.run.folder import RunFolder
+from trainmerge.task_vectors import pieces
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ FULL_DISK = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit is an OSError, as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-from trainmerge.cli import main
+from trainmerge.cli.main import main
 sys.exit(main(["export", sys.argv[1], sys.argv[2]]))
 """
 
@@ -141,12 +142,12 @@ def test_a_disk_that_fills_leaves_nothing(world: Path, tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from trainmerge import shards
+from trainmerge.export import shards
 def write_shard(*arguments, original=shards.write_shard):
     original(*arguments)
     os.kill(os.getpid(), signal.SIGKILL)  # all but the rest of the folder is written
 shards.write_shard = write_shard
-from trainmerge.cli import main
+from trainmerge.cli.main import main
 main(["export", *sys.argv[1:]])
 """
 
@@ -164,7 +165,7 @@ def test_a_killed_export_leaves_no_output_and_the_next_one_clears_up(world: Path
 
 LIGHT = """
 import sys
-from trainmerge.cli import main
+from trainmerge.cli.main import main
 assert main(["export", *sys.argv[1:]]) == 0
 print([name for name in ("transformers", "pytorch_lightning", "peft") if name in sys.modules])
 """
@@ -233,7 +234,7 @@ def test_verify_names_what_differs(
 def test_a_rule_inside_the_pass_writes_what_kept_task_vectors_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: tm.Preprocess
 ) -> None:
-    monkeypatch.setattr(piecewise, "PIECE", 100)
+    monkeypatch.setattr(pieces, "PIECE", 100)
     merge = languages_recipe(write_languages(tmp_path), preprocess=[method], grouping=Grouping("chunk", 3))
     fit_world(tmp_path, tmp_path / "run", steps=0, recipe=merge)
     run = RunFolder(tmp_path / "run")

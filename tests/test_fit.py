@@ -37,9 +37,9 @@ class Kill(pl.Callback):
         if self.when == "save" and trainer.global_step == self.step: os.kill(os.getpid(), signal.SIGKILL)
 
 if sys.argv[4] == "between":  # the coefficients and the snapshot of one step
-    from trainmerge import callbacks
+    from trainmerge.fitting import snapshots
     def killed(path): os.kill(os.getpid(), signal.SIGKILL) if str(sys.argv[3]) in path.name else None
-    callbacks.sync = killed
+    snapshots.sync = killed
 
 fit_world(sys.argv[1], sys.argv[2], callbacks=[Kill(int(sys.argv[3]), sys.argv[4])])
 """

@@ -15,7 +15,8 @@ from tests.contracts import assert_same_bits, relative_error, tensors_of
 from tests.methods import METHODS, PAIRS, applied, bases, count_for, random, run, vectors
 from tests.world import languages_recipe, write_languages
 from trainmerge.kernels import ExpertWeight
-from trainmerge.preprocess import Informed, Piecewise, apply, doge, piecewise
+from trainmerge.preprocess import Informed, Piecewise, apply, doge
+from trainmerge.task_vectors import pieces
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.pieces import in_pieces
 
@@ -80,10 +81,10 @@ def test_pieces_of_large_parameters_are_the_whole(
 ) -> None:
     taus = {**random(), "more": torch.randn(3, 7, 2, 3, dtype=torch.float64)}
     whole_results = run(METHODS[name], taus)
-    monkeypatch.setattr(piecewise, "PIECE", 16)
-    pieces = [piece for n, delta in vectors(taus).deltas.items() for piece in in_pieces(n, delta)]
-    assert [piece for _, piece, _ in pieces][:2] == ["layer.weight[0:2]", "layer.weight[2:4]"]
-    assert max(part.shape.numel() for *_, part in pieces) <= 16
+    monkeypatch.setattr(pieces, "PIECE", 16)
+    parts = [piece for n, delta in vectors(taus).deltas.items() for piece in in_pieces(n, delta)]
+    assert [piece for _, piece, _ in parts][:2] == ["layer.weight[0:2]", "layer.weight[2:4]"]
+    assert max(part.shape.numel() for *_, part in parts) <= 16
     got = apply(vectors(taus), [METHODS[name]], tmp_path, "inputs")
     if name == "dare":  # whose dice know the piece
         whole = {n: t.sum(0) * 0 for n, t in taus.items()}

@@ -24,7 +24,6 @@ from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.coefficients.constraints import Box, Free, Sigmoid
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.kernels import ExpertWeight, LowRank, Untouched
-from trainmerge.preprocess import piecewise
 from trainmerge.report.heatmap import EVERYTHING, grid_of, heatmap
 from trainmerge.report.importance import importance_picture, magnitudes
 from trainmerge.report.picture import style
@@ -37,6 +36,7 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
 from trainmerge.run.scores import ACCURACY, PERPLEXITY
 from trainmerge.run.trajectory import Trajectory, capacity, read_trajectory, stride
+from trainmerge.task_vectors import pieces
 from trainmerge.task_vectors.geometry import Geometry, load_geometry, measure, save_geometry
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -155,7 +155,7 @@ def test_a_fit_draws_itself_and_outlives_its_report(
 def test_geometry_is_the_dense_one(
     random_task_vectors: MakeTaskVectors, tiny_mlp: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(piecewise, "PIECE", 16)  # parameters in pieces
+    monkeypatch.setattr(pieces, "PIECE", 16)  # parameters in pieces
     vectors = random_task_vectors(tiny_mlp, [ExpertWeight, LowRank, ExpertWeight])
     save_geometry(measure(vectors), tmp_path / "kept.safetensors")
     geometry = load_geometry(tmp_path / "kept.safetensors")

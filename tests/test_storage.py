@@ -203,7 +203,7 @@ def test_staging_takes_an_empty_folder_but_no_file(tmp_path: Path) -> None:
 
 KILLED = """
 import sys, time
-from trainmerge.folders import staging
+from trainmerge.system.atomic import staging
 with staging(sys.argv[1], overwrite=True) as folder:
     (folder / "a").write_text("half")
     print("ready", flush=True)
