@@ -22,9 +22,9 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 
 import trainmerge as tm
+from tests.fitting.test_ranks import world_fit
 from tests.ranks import Failed, Ranks, sound
 from tests.results import FOLDER
-from tests.test_ranks import world_fit
 from tests.world import write_world
 from trainmerge.fitting.provenance import load_snapshot
 from trainmerge.run.folder import RunFolder, versions

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.test_cli import write_config
 from tests.lower_bounds import oldest
-from tests.test_cli import write_config
 from tests.world import write_world
 
 ROOT = Path(__file__).parents[1]

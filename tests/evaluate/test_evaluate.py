@@ -1,0 +1,250 @@
+"""Measures against their formulas; a run, its held-out tasks, several processes, comparisons."""
+
+import json
+import math
+import os
+import socket
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import yaml
+
+import trainmerge as tm
+from tests.objectives.test_alignment import languages  # noqa: F401 - a fixture
+from tests.world import LABELS, languages_recipe, llama, recipe, write_world
+from trainmerge.cli.main import main
+from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.evaluate import evaluate_run
+from trainmerge.evaluate.bootstrap import differences
+from trainmerge.evaluate.harness import run_harness
+from trainmerge.evaluate.score_task import Subject, score_task, token_losses
+from trainmerge.evaluate.tasks import Task, load_tasks
+from trainmerge.evaluate.torchmetrics_states import TokenLosses, class_measures
+from trainmerge.run.config import to_config
+from trainmerge.run.recipe import HeldOut, Recipe, calibration_files
+from trainmerge.run.sources import text_length
+
+LENGTH = 5  # tokens: most texts are longer
+
+
+def test_class_measures_are_their_formulas() -> None:
+    p = torch.tensor([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0], [0.2, 0.8, 0.0], [0.3, 0.7, 0.0]])
+    found = class_measures(3)(p, torch.tensor([0, 1, 1, 1]))
+    assert found["accuracy"].item() == 0.75
+    assert found["macro_f1"].item() == pytest.approx((2 / 3 + 4 / 5) / 2)  # a class that never occurs is none
+    errors = [abs(1 - 0.9), abs(0 - 0.6), abs(1 - 0.8), abs(1 - 0.7)]  # each in a bin of its own
+    assert found["calibration_error"].item() == pytest.approx(sum(errors) / 4)
+
+
+def test_a_token_without_probability_has_a_finite_loss(languages: Path) -> None:  # noqa: F811
+    model = llama().eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    losses, _ = token_losses(subject(languages, model), "t", ["red blue green"])
+    assert 200 < losses.item() < math.inf  # exp of it is 0 in float32
+
+
+def subject(root: Path, model: torch.nn.Module, **settings: int) -> Subject:
+    return Subject(model, {"t": None}, Tokenizer(str(root / "base"), 16), **settings)
+
+
+@torch.no_grad()
+def test_perplexity_and_bits_per_byte_are_of_the_models_own_loss(languages: Path) -> None:  # noqa: F811
+    model = llama().eval()
+    texts = ["red blue green", "one two", "cat dog bird fish good"]
+    own = subject(languages, model)
+    found = score_task(own, Task("t", texts))
+    nats, count = 0.0, 0
+    for text in texts:
+        ids = own.tokenize([text])["input_ids"]
+        nats += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    size = sum(
+        len(text) - len(text.split()[0]) for text in texts
+    )  # what is predicted: all but the first word
+    assert found.score == found.measures["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
+    assert found.measures["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    totals = found.outcomes.sum(0).tolist()
+    assert totals == pytest.approx([nats, count], rel=1e-5)
+
+
+def test_answers_are_greedy_and_as_long_as_allowed(languages: Path) -> None:  # noqa: F811
+    model = llama().eval()
+    task = Task("t", ["red"], prompts=["red blue", "one"])
+    found = score_task(subject(languages, model, answers=3), task).measures
+    assert (found["answer_tokens"], found["answers_cut"]) == (3, 1)
+    model.generation_config.eos_token_id = list(range(model.config.vocab_size))  # whatever comes ends it
+    found = score_task(subject(languages, model, answers=3), task).measures
+    assert (found["answer_tokens"], found["answers_cut"]) == (1, 0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merge of two experts, and the third one's task held out."""
+    root = tmp_path_factory.mktemp("world")
+    write_world(root)
+    whole = recipe(root)
+    kept = {name: whole.experts[name] for name in ("mood", "colour")}
+    out = {"animal": HeldOut(whole.experts["animal"].test, whole.experts["animal"].head)}
+    merge = replace(whole, experts=kept, held_out=out)
+    module = tm.MergeModule(merge, initial=1.5, workspace=str(root / "run" / "workspace"))
+    data = tm.Calibration(calibration_files(merge), merge.base, batch_size=4, max_length=LENGTH)
+    tm.fit(module, data, tm.make_trainer(root / "run", max_steps=0), root / "run")
+    tm.export_run(root / "run", root / "merged")
+    return root / "run"
+
+
+def test_a_run_with_a_task_held_out(run: Path) -> None:
+    assert main(["evaluate", str(run)]) == 0
+    found = json.loads((run / "evaluation.json").read_text())
+    short = json.loads((run / "scores.json").read_text())
+    assert short.keys() == found.keys() >= {"base", "average", "learned", "expert"}
+    assert short["learned"].keys() == {"mood", "colour", "mean", "normalised"}
+    assert found["learned"]["measures"].keys() == {"mood", "colour", "animal"}
+    assert found["learned"]["measures"]["mood"].keys() == {"accuracy", "macro_f1", "calibration_error"}
+    lost = found["base"]["held_out"]["animal"] - found["learned"]["held_out"]["animal"]
+    assert found["learned"]["forgetting"] == pytest.approx(lost)
+    assert found["base"]["forgetting"] == 0
+    assert "forgetting" not in found["expert"]
+    out = HeldOut("x", recipe(run.parent).experts["mood"].head)
+    kept = Recipe(**{**vars(recipe(run.parent)), "held_out": {"mood": out}})
+    with pytest.raises(ValueError, match=r"\['mood'\] are experts' names"):
+        load_tasks(kept)
+    with pytest.raises(ValueError, match="limit must be a number"):
+        load_tasks(recipe(run.parent), -1)
+
+
+def test_a_checkpoint_is_cut_as_the_run_was(run: Path, tmp_path: Path) -> None:
+    merged, config = run.parent / "merged", tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"recipe": to_config(recipe(run.parent)), "data": {"max_length": 7}}))
+    lengths = [text_length(path) for path in (run, merged, config, run.parent)]
+    assert lengths == [LENGTH, LENGTH, 7, 256]
+    assert text_length(run, 9) == 9
+    own = evaluate_run(run, compare=False).rows["learned"]
+    for source in ([], ["--recipe", str(run)]):
+        assert main(["evaluate", str(merged), *source, "--output", str(tmp_path / "out.json")]) == 0
+        found = json.loads((tmp_path / "out.json").read_text())[str(merged)]
+        for task, score in own.items():
+            assert found["measures"][task] == pytest.approx(score.measures, abs=1e-5)
+
+
+def _evaluate(rank: int, ports: list[int], run: str, out: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for port, limit in zip(ports, ("11", "1"), strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        given = ["--compare", "false", "--limit", limit, "--output", f"{out}/{limit}.json"]
+        assert main(["evaluate", run, *given]) == 0
+
+
+def test_two_processes_score_as_one(run: Path, tmp_path: Path) -> None:
+    """With one example the second process has none."""
+    with socket.socket() as one, socket.socket() as two:
+        for free in (one, two):
+            free.bind(("127.0.0.1", 0))
+        ports = [free.getsockname()[1] for free in (one, two)]
+    mp.start_processes(_evaluate, (ports, str(run), str(tmp_path)), nprocs=2, start_method="fork")
+    for limit in (11, 1):
+        shared = json.loads((tmp_path / f"{limit}.json").read_text())
+        alone = evaluate_run(run, limit, compare=False).to_json()
+        for row in ("base", "learned"):
+            for task in ("mood", "colour", "animal"):
+                assert shared[row]["measures"][task] == pytest.approx(alone[row]["measures"][task], abs=1e-6)
+
+
+def test_token_losses_of_two_processes_add_up() -> None:
+    parts, whole = [TokenLosses(), TokenLosses()], TokenLosses()
+    for i, (nats, tokens, size) in enumerate([(3.0, 2, 9), (8.0, 5, 21), (1.0, 1, 4)]):
+        row = torch.tensor([nats]), torch.tensor([tokens]), torch.tensor([size])
+        parts[i % 2].update(*row)
+        whole.update(*row)
+    parts[0].merge_state(parts[1])
+    assert parts[0].compute() == whole.compute()
+
+
+def test_differences_are_paired(generator: torch.Generator) -> None:
+    """Two noisy rows that differ in the same few examples are told apart; two with equal means are not."""
+    right = (torch.rand(400, generator=generator) < 0.7).double()
+    better, other = right.clone(), right[torch.randperm(400, generator=generator)]
+    better[(right == 0).nonzero()[:12]] = 1
+    rows = [torch.stack([row, torch.ones(400).double()], dim=1) for row in (better, right, other)]
+    best, worse, shuffled = differences({"t": rows}, best=0, sign=1)
+    assert best == (0, 0, 0)
+    assert worse.worse_by == pytest.approx(12 / 400)
+    assert 0 < worse.low < worse.worse_by < worse.high
+    assert not worse.noise
+    assert shuffled.worse_by == pytest.approx(worse.worse_by)  # the same score
+    assert shuffled.noise  # from other examples: a wide interval
+    normal = 12 / 400 * (1 - 12 / 400) / 400  # variance of a mean of 12 ones among 400
+    assert (worse.high - worse.low) / 2 / 1.96 == pytest.approx(normal**0.5, rel=0.1)
+
+
+def test_compare_a_run_its_export_and_the_base(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged, base = str(run.parent / "merged"), str(run.parent / "base")
+    out = ["--output", str(tmp_path / "out.json")]
+    assert main(["compare", str(run), merged, base, "--recipe", str(run), *out]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found[str(run)]["difference"] == found[merged]["difference"]
+    assert found[str(run)]["forgetting"] == found[merged]["forgetting"]
+    assert min(row["difference"]["worse_by"] for name, row in found.items() if name != "base") == 0
+    assert "best" in capsys.readouterr().out
+    assert main(["compare", merged, merged]) == 1
+    assert "two or more different" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not find_spec("lm_eval"), reason="lm-eval is not installed: pip install '.[harness]'")
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_the_harness_agrees_with_the_models_likelihoods(languages: Path, tmp_path: Path) -> None:  # noqa: F811
+    rows = [{"q": "red blue", "a": " green", "b": " cat", "gold": k % 2} for k in range(4)]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "inline", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "task.jsonl")}},
+        "doc_to_text": "{{q}}", "doc_to_choice": ["green", "cat"], "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    model = llama().eval()
+    found = run_harness(model, str(languages / "base"), [task])["inline"]
+    assert found.better["acc,none"] == 1
+    losses, _ = token_losses(subject(languages, model), "t", ["red blue green", "red blue cat"])
+    says = int(losses.argmin())
+    assert found.metrics["acc,none"] == sum(row["gold"] == says for row in rows) / 4
+
+
+def test_without_the_harness_its_name_is_said(languages: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    with pytest.raises(ValueError, match=r"trainmerge\[harness\]"):
+        run_harness(llama(), str(languages / "base"), ["arc_easy"])
+
+
+def test_wrong_labels_are_said(run: Path) -> None:
+    head = recipe(run.parent).experts["mood"].head
+    task = Task("mood", ["red"], [len(LABELS["mood"])], head=head)
+    with pytest.raises(ValueError, match="label 2 in its file; its head has 2"):
+        score_task(evaluated(run, task), task)
+
+
+def evaluated(run: Path, task: Task) -> Subject:
+    from trainmerge.checkpoints import load_model, open_checkpoint
+    from trainmerge.evaluate.runs import build_heads
+
+    tokenize = Tokenizer(str(run.parent / "base"), 16)
+    base = load_model(open_checkpoint(run.parent / "base")).module
+    return Subject(base, build_heads(base, [task], tokenize), tokenize)
+
+
+def test_a_language_run_answers_prompts(languages: Path, tmp_path: Path) -> None:  # noqa: F811
+    merge = languages_recipe(languages)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"text": "red blue green", "prompt": "red blue"}) + "\n")
+    merge = replace(merge, experts={n: replace(e, test=str(prompts)) for n, e in merge.experts.items()})
+    module = tm.MergeModule(merge, workspace=str(tmp_path / "run" / "workspace"))
+    data = tm.Calibration(calibration_files(merge), merge.base, max_length=16)
+    tm.fit(module, data, tm.make_trainer(tmp_path / "run", max_steps=0), tmp_path / "run")
+    found = evaluate_run(tmp_path / "run", compare=False, answers=4)
+    assert set(found.measures()["learned"]) == {"perplexity", "bits_per_byte", "answer_tokens", "answers_cut"}

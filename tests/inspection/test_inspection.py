@@ -1,0 +1,154 @@
+"""What inspect finds in recipes that have something wrong with them, and what it suggests."""
+
+import json
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.cli.test_cli import write_config
+from tests.world import languages_recipe, recipe, write_languages, write_world
+from trainmerge.cli.main import main
+from trainmerge.inspection import inspect_path
+from trainmerge.inspection.attention import changes
+from trainmerge.inspection.suggest import suggest
+from trainmerge.run.config import write_config as write_recipe
+from trainmerge.run.recipe import Recipe
+
+
+def change(folder: Path, **tensors: torch.Tensor | float) -> None:
+    """Replace tensors of a checkpoint by others, or by multiples of themselves."""
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    for name, value in tensors.items():
+        state[name] = state[name] * value if isinstance(value, float) else value
+    save_file(state, path, {"format": "pt"})
+
+
+def found(place: Path, merge: Recipe, **options: object) -> str:
+    """What is found in this recipe, a line each."""
+    file = place / "looked-at.yaml"
+    write_recipe(merge, "recipe", file)
+    return "\n".join(f"{f.level}: {f.what}" for f in inspect_path(file, **options))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    write_world(tmp_path)
+    return tmp_path
+
+
+QUERY, KEY = (f"encoder.layer.0.attention.self.{name}.weight" for name in ("query", "key"))
+
+
+def test_twins_outliers_scratch_and_a_shifted_gauge(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full = {name: expert for name, expert in recipe(world).experts.items() if name != "animal"}
+    assert "warning" not in found(world, recipe(world, experts=full))
+    experts = world / "experts"
+    shutil.copytree(experts / "mood", experts / "twin")
+    shutil.copytree(experts / "mood", experts / "far")
+    shutil.copytree(world / "base", experts / "turned")
+    shutil.copytree(world / "base", experts / "still")
+    base = load_file(world / "base" / "model.safetensors")
+    mine = load_file(experts / "far" / "model.safetensors")
+    change(experts / "far", **{name: base[name] + 9 * (mine[name] - base[name]) for name in base})
+    change(experts / "colour", **{"pooler.dense.weight": torch.randn(32, 32)})
+    change(experts / "turned", **{QUERY: 3.0, KEY: 1 / 3})
+    merge = recipe(world)
+    more = {
+        name: replace(merge.experts["mood"], path=str(experts / name))
+        for name in ("twin", "far", "still", "turned")
+    }
+    text = found(world, replace(merge, experts={**merge.experts, **more}), output=world / "found.json")
+    assert "mood and twin changed the weights almost alike" in text
+    assert "far: the length of its task vector" in text
+    assert "still is the base, bit for bit" in text
+    assert "colour: pooler.dense.weight have nothing of the base's direction" in text
+    assert "turned: attention of encoder.layer.0 (query and key)" in text
+    assert text.count("attention of") == 1
+    content = json.loads((world / "found.json").read_text())
+    assert content["geometry"]["experts"] == ["mood", "colour", "animal", *more]
+    assert content["merged_parameters"] == 39
+    assert "nothing is said" in found(world, merge, weights="no")
+    assert "cos mood" not in capsys.readouterr().out.rpartition("what is merged")[2]
+
+
+def test_texts_tensors_and_templates(world: Path) -> None:
+    merge = recipe(world)
+    lines = (world / "mood" / "calibration.jsonl").read_text().splitlines()
+    (world / "mood" / "test.jsonl").write_text(lines[0].replace("}", ', "label": 0}') + "\n")
+    shutil.copy(world / "mood" / "calibration.jsonl", world / "colour" / "calibration.jsonl")
+    (world / "animal" / "calibration.jsonl").write_text(lines[0])
+    path = world / "experts" / "mood" / "model.safetensors"
+    save_file({**load_file(path), "classifier.weight": torch.zeros(2, 32)}, path, {"format": "pt"})
+    (world / "experts" / "mood" / "chat_template.jinja").write_text("{{ messages }}")
+    text = found(world, replace(merge, ignore=["classifier.*"]))
+    assert "mood: 1 of 1 test examples are calibration examples too" in text
+    assert "mood and colour learn from the same examples" in text
+    assert "animal: 1 calibration examples" in text
+    assert "mood: classifier.weight are not in the base" in text
+    assert "mood: its chat template is not the base's" in text
+    gone = replace(merge.experts["animal"], calibration=str(world / "gone.jsonl"))
+    none = replace(merge.experts["colour"], calibration=None)
+    text = found(world, replace(merge, experts={"animal": gone, "colour": none}))
+    assert "error: animal: " in text
+    assert "no such file" in text
+    assert "error: colour: no calibration examples to learn from" in text
+
+
+def test_the_suggestion_can_be_fitted(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = world / "suggested.yaml"
+    ask = ["inspect", str(write_config(world)), "--suggest", str(wanted)]
+    assert main(ask) == 0
+    printed = capsys.readouterr().out
+    assert "suggested" in printed
+    assert "held at most, a device" in printed  # the plan
+    text = wanted.read_text()
+    assert "# model.initial: 3 experts" in text
+    assert main(ask) == 1
+    assert "is there already" in capsys.readouterr().err
+    fit = ["fit", "--config", str(wanted), "--run", str(world / "run"), "--report", "false"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one step says little
+        assert main([*fit, "--trainer.max_steps", "1", "--data.max_length", "16"]) == 0
+
+
+def test_rules_of_thumb(tmp_path: Path) -> None:
+    languages = languages_recipe(write_languages(tmp_path))
+    learned = suggest(languages, {"a": 6, "b": 6}, None)
+    assert learned.settings["model"]["objective"]["class_path"] == "trainmerge.Alignment"
+    assert learned.settings["model"]["initial"] == 0.5
+    assert suggest(languages, {"a": 2, "b": 6}, None).settings["recipe"]["grouping"]["granularity"] == "block"
+    closed = suggest(languages, {"a": 6}, None)
+    assert closed.settings["trainer"]["max_steps"] == 0
+    assert closed.settings["recipe"]["preprocess"] == [{"class_path": "trainmerge.Tsv"}]
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(4, 4), (4, 2)])
+def test_changes_of_products_are_the_dense_ones(heads: int, shared: int) -> None:
+    dice = torch.Generator().manual_seed(0)
+    d, D = 3, 10
+
+    def random(rows: int) -> torch.Tensor:
+        return torch.randn(rows, D, generator=dice, dtype=torch.float64)
+
+    q, k = random(heads * d), random(shared * d)
+    q_after, k_after = q + 0.1 * random(heads * d), k + 0.1 * random(shared * d)
+
+    def products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        several = right.reshape(shared, d, D).repeat_interleave(heads // shared, 0)
+        return left.reshape(heads, d, D).mT @ several
+
+    before, after = products(q, k), products(q_after, k_after)
+    _, product = changes(q, k, q_after, k_after, heads, shared)
+    assert product == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-9)
+    gauge = torch.linalg.qr(torch.randn(d, d, generator=dice, dtype=torch.float64))[0] * 2
+    moved = (gauge @ q.reshape(heads, d, D)).reshape(-1, D)
+    back = (gauge.inverse().T @ k.reshape(shared, d, D)).reshape(-1, D)
+    factors, product = changes(q, k, moved, back, heads, shared)
+    assert factors > 0.5
+    assert product < 1e-6
