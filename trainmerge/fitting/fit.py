@@ -12,7 +12,7 @@ from trainmerge.coefficients.coefficients import save_coefficients
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.keep_better import keep_the_better, warn_if_it_never_fell
 from trainmerge.fitting.loggers import keep_csv
-from trainmerge.fitting.memory_budget import affordable, within
+from trainmerge.fitting.memory_budget import schedule_within, watch_memory
 from trainmerge.fitting.metrics_log import JsonLines
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.plan_fit import Precision
@@ -60,7 +60,7 @@ def fit(
     check_settings(module, data, trainer)
     limit = parse_size(memory) if memory else 0
     if limit:
-        economise(module, data, trainer, limit)
+        cut_steps(module, data, trainer, limit)
     folder = RunFolder(Path(run))
     checkpoint = folder.resume_from(resume) if trainer.is_global_zero or resume != "never" else None
     snapshot = load_snapshot(checkpoint) if checkpoint else None
@@ -75,7 +75,7 @@ def fit(
         if trainer.is_global_zero:
             finish(folder, module, snapshot)
     else:
-        with within(limit):
+        with watch_memory(limit):
             learn(module, data, trainer, checkpoint)
         if trainer.is_global_zero and not folder.coefficients.exists():
             raise ValueError("no step was made: raise trainer.max_time")
@@ -86,7 +86,7 @@ def fit(
     return folder
 
 
-def economise(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit: int) -> None:
+def cut_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit: int) -> None:
     """Cut the module's step until its plan fits into `limit` bytes.
 
     Raises:
@@ -99,7 +99,7 @@ def economise(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit
             "memory cuts each process's batch by itself, and shards meet in every pass: leave it out"
         )
     if trainer.max_steps:
-        module.economy = affordable(module, data, precision_of(trainer), limit)
+        module.schedule = schedule_within(module, data, precision_of(trainer), limit)
 
 
 def learn(module: MergeModule, data: Calibration, trainer: pl.Trainer, checkpoint: Path | None) -> None:

@@ -29,11 +29,11 @@ from trainmerge.coefficients.presets import MeasuredPreset, Preset
 from trainmerge.data.batch import Asks, Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.model.activation_checkpointing import recompute_blocks
-from trainmerge.model.expert_statistics import Measure
+from trainmerge.model.expert_statistics import ExpertStatistics
 from trainmerge.model.resident import Resident, load_resident
 from trainmerge.model.teachers import BUDGET, Record, record_teachers
 from trainmerge.objectives import Entropy, Objective
-from trainmerge.plan.micro_batches import Economy, rounds
+from trainmerge.plan.micro_batches import StepSchedule, rounds
 from trainmerge.preprocess import Informed
 from trainmerge.preprocess.subspace import shared_subspaces
 from trainmerge.run.recipe import Recipe
@@ -104,7 +104,7 @@ class MergeModule(pl.LightningModule):
         self.automatic_optimization = False
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
         self.weights, self.subspace = weights, subspace
-        self.economy = Economy(tasks_per_backward, keep=keep_gradients)
+        self.schedule = StepSchedule(tasks_per_backward, keep=keep_gradients)
         self.teacher_budget = teacher_budget
         self.quantise, self.workspace, self.sharded = quantise, Path(workspace), sharded
         if sharded and (subspace or self._measures(recipe, initial)):
@@ -196,12 +196,12 @@ class MergeModule(pl.LightningModule):
             device,
             None if self.weights == "stored" else torch.bfloat16,
             data.identity(),
-            partial(Measure, examples=data.examples, tokenizer=data.tokenize, folder=self.workspace),
+            partial(ExpertStatistics, examples=data.examples, tokenizer=data.tokenize, folder=self.workspace),
             self.sharded,
             self.quantise,
         )
-        self._resident.merged.keep_gradients = self.economy.keep
-        if self.economy.recompute:
+        self._resident.merged.keep_gradients = self.schedule.keep
+        if self.schedule.recompute:
             recompute_blocks(self._resident.merged.module)
         if self.subspace:
             self._leave_alone_what_is_shared(data)
@@ -217,7 +217,7 @@ class MergeModule(pl.LightningModule):
         merged.left_alone = shared_subspaces(merged.task_vectors, self.subspace, self.workspace, identity)
 
     def _start_at(self, preset: MeasuredPreset, data: Calibration) -> None:
-        measure = Measure(self.resident, data.examples, data.tokenize, self.workspace)
+        measure = ExpertStatistics(self.resident, data.examples, data.tokenize, self.workspace)
         values = preset.measured(tuple(self.recipe.experts), measure)
         self.start = values.expand_as(self.start).clone()
         self.coefficients.reset_(self.start)
@@ -300,7 +300,7 @@ class MergeModule(pl.LightningModule):
         losses: dict[str, Tensor] = {}
         with merged.tapped():
             if self.rule is None:
-                for batches in rounds(step, self.economy):
+                for batches in rounds(step, self.schedule):
                     for name, loss in self._backward(batches).items():
                         losses[name] = losses[name] + loss if name in losses else loss
                 return self._averaged(losses, merged.gradient())

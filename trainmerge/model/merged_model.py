@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Gathered, Product, run_merges, run_products, shareable
 from trainmerge.model.low_rank_gradient import products, tap, tappable
-from trainmerge.model.row_shards import HeldDelta, held_deltas, local, placed
+from trainmerge.model.row_shards import DeltaShard, as_shard, delta_shards, local
 from trainmerge.task_vectors.delta import Delta, TaskVectors, outside
 from trainmerge.task_vectors.prefetch import Prefetch, prefetch_to
 
@@ -176,12 +176,12 @@ class MergedModel:
             merges.flush()
         torch.clear_autocast_cache()  # a mixed-precision context keeps its casts of the weights that were
 
-    def _delta(self, prefetch: Prefetch | None, source: TaskVectors, name: str) -> Delta | HeldDelta:
+    def _delta(self, prefetch: Prefetch | None, source: TaskVectors, name: str) -> Delta | DeltaShard:
         """What a pass over one parameter reads: the rows that this process holds, on their way already."""
         if self._mine is None or self._mine[0] is not source:
-            self._mine = source, held_deltas(source.deltas, self.parameters)
+            self._mine = source, delta_shards(source.deltas, self.parameters)
         mine = self._mine[1]
-        return placed(prefetch.take(mine, name) if prefetch else mine[name], self.parameters[name])
+        return as_shard(prefetch.take(mine, name) if prefetch else mine[name], self.parameters[name])
 
 
 def _shares(parameter: Tensor, base: Tensor) -> bool:
