@@ -17,6 +17,7 @@ from trainmerge.fitting.metrics_log import JsonLines
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.plan_fit import Precision
 from trainmerge.fitting.preflight import check_tasks
+from trainmerge.fitting.prepare import check_data
 from trainmerge.fitting.provenance import describe, load_snapshot
 from trainmerge.fitting.snapshots import Snapshots
 from trainmerge.fitting.trainer import check_strategy
@@ -94,7 +95,7 @@ def cut_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit
     """
     if trainer.strategy.root_device.type != "cpu":
         raise ValueError("memory is what a processor holds: on a device, look at `--dry_run true` instead")
-    if module.sharded and trainer.world_size > 1:
+    if module.settings.sharded and trainer.world_size > 1:
         raise ValueError(
             "memory cuts each process's batch by itself, and shards meet in every pass: leave it out"
         )
@@ -157,7 +158,7 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
             f"example of each expert: set it to {trainer.world_size} or more"
         )
     if trainer.max_steps or module.looks_at_data:
-        module.check_data(data)
+        check_data(module.recipe, module.opened, data)
         check_tasks(module, data)
 
 

@@ -59,7 +59,7 @@ def watch_memory(limit: int) -> Iterator[None]:
 def _remedy(module: MergeModule, data: Calibration) -> str:
     """What only the user may decide, as it changes what is learned."""
     ways = [f"set data.max_length below {data.max_length}", "data.batch_size lower", "raise `memory`"]
-    if module.weights == "stored" and any(
+    if module.settings.weights == "stored" and any(
         t.dtype == torch.float32 for t in module.opened.base.tensors.values()
     ):
         ways.insert(0, "set model.weights to bfloat16, which halves model and gradients")

@@ -52,7 +52,7 @@ def plan_fit(
         schedule = replace(schedule, tasks=1)  # each expert's gradient is wanted by itself
     skeleton = build_skeleton(opened.base.path)
     names = locate(skeleton, opened.base.path, opened.base.tensors, opened.ignore)
-    narrow = None if module.weights == "stored" else torch.bfloat16
+    narrow = None if module.settings.weights == "stored" else torch.bfloat16
     dtypes = {inside: narrow or opened.base.tensors[name].dtype for name, inside in names.items()}
     own = {name: p.numel() * dtypes.get(name, p.dtype).itemsize for name, p in skeleton.named_parameters()}
     stored = sum({names[n]: opened.base.tensors[n].nbytes for n in names}.values())
@@ -104,8 +104,8 @@ def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Mo
     width, probabilities = 0, [4 * config.vocab_size * count for count in rows]
     if asks.temperature is None or all(e.head for e in experts):
         probabilities = [0] * len(rows)  # of a few classes: nothing beside the rest
-    elif sum(probabilities) > module.teacher_budget:
-        width = max(1, module.teacher_budget // (8 * sum(rows)))
+    elif sum(probabilities) > module.settings.teacher_budget:
+        width = max(1, module.settings.teacher_budget // (8 * sum(rows)))
         probabilities = [8 * width * count for count in rows]
     each = [a + b for a, b in zip(hidden, probabilities, strict=True)]
     return _Records(width, max(each), sum(each))
@@ -113,8 +113,10 @@ def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Mo
 
 def _read(module: MergeModule, delta: Delta) -> int:
     """Bytes of one parameter's base and task vectors, as the passes read them."""
-    if delta.base.dim() > 1 and module.quantise is not None:
-        return delta.base.nbytes + len(delta.terms) * int(module.quantise.bytes_a_weight * delta.base.numel())
+    if delta.base.dim() > 1 and module.settings.quantise is not None:
+        return delta.base.nbytes + len(delta.terms) * int(
+            module.settings.quantise.bytes_a_weight * delta.base.numel()
+        )
     if module.recipe.preprocess:
         return delta.base.nbytes + len(delta.terms) * 4 * delta.base.numel()
     return delta.nbytes

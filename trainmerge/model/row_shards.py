@@ -29,8 +29,13 @@ def shard_rows(rows: int, process: int, processes: int) -> slice:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's shard: rows [H, ...] if the tensor is sharded, else all of it. A view."""
+    """The shard of this process: rows [H, ...] if the tensor is sharded, else all of it. A view."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shares_storage(parameter: Tensor, base: Tensor) -> bool:
+    """Whether a parameter, or this process's shard of it, begins where `base` does."""
+    return base.numel() > 0 and local(parameter).data_ptr() == base.data_ptr()
 
 
 def local_rows(parameter: Tensor) -> slice:
@@ -50,12 +55,12 @@ class DeltaShard:
     rows: int  # of the whole
 
     def merges(self, out: Tensor, coefficients: Tensor) -> Iterator[Merge]:
-        """The calls that write the shard's rows of base + sum_k coefficients[k, chunk] tau_k, `out` [H, ...]."""
+        """The calls that write base + sum_k coefficients[k, chunk] tau_k, in the shard's rows `out` [H, ...]."""
         for chunk, here in self._pieces(coefficients.shape[1]):
             yield from self.delta.rows(here).merges(out[here], coefficients[:, chunk : chunk + 1])
 
     def products(self, grad: Tensor, chunks: int) -> Iterator[tuple[slice, Product]]:
-        """The calls of <grad, tau_k> over the shard's rows, `grad` [H, ...], and which chunk each is about."""
+        """The calls of <grad, tau_k> over the shard's rows, `grad` [H, ...], and the chunk of each."""
         for chunk, here in self._pieces(chunks):
             ((_, product),) = self.delta.rows(here).products(grad[here], 1)
             yield slice(chunk, chunk + 1), product

@@ -1,7 +1,7 @@
 """A dry run of a step's forwards and backwards: what they hold in memory, and how much they compute.
 
 The model's own code and the fit's own objective run on fake tensors, which have a shape and a device but no
-storage. So a plan needs no formula for an architecture, and the dry run of a 70B model takes a few hundred MB.
+storage. So a plan needs no formula for an architecture, and a 70B model's dry run takes a few hundred MB.
 
 Legend: `B` examples, `T` tokens.
 """
@@ -64,7 +64,7 @@ def dry_run(
         return _on_fake_tensors(module, trained, rounds, objective, heads or {}, dtypes, precision, recorded)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
-            f"{type(module).__name__} has no dry run: what it computes depends on its tensors' values ({error})"
+            f"{type(module).__name__} has no dry run: what it does depends on its tensors' values ({error})"
         ) from error
 
 

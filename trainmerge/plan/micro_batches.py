@@ -26,6 +26,10 @@ class StepSchedule:
     recompute: bool = False
     keep: bool = False
 
+    def __post_init__(self) -> None:
+        if self.tasks < 1:
+            raise ValueError(f"tasks_per_backward must be at least 1, not {self.tasks}")
+
     def __str__(self) -> str:
         parts = [f"{self.tasks} task{'s' * (self.tasks > 1)} a backward"]
         parts += [f"{self.examples} example{'s' * (self.examples > 1)} a forward"] if self.examples else []

@@ -1,6 +1,6 @@
 """What a fit will hold and how long a step will take, before it begins.
 
-Arithmetic on sizes from headers and on a dry run of a step; nothing is read. One device holds the merged model,
+Arithmetic on sizes from headers and on a step's dry run; nothing is read. One device holds the merged model,
 what a step's forwards and backwards need, and a block of scratch; base and task vectors stay in mapped files.
 Of N devices each holds 1/N of the weights and a gathered block, and exchanges what FSDP of one model does.
 """
