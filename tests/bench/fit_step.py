@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from unittest.mock import patch
 
 import torch

@@ -14,10 +14,10 @@ from trainmerge.fitting.keep_better import keep_the_better, warn_if_it_never_fel
 from trainmerge.fitting.loggers import keep_csv
 from trainmerge.fitting.memory_budget import schedule_within, watch_memory
 from trainmerge.fitting.metrics_log import JsonLines
+from trainmerge.fitting.model_settings import check_data, needs_examples
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.plan_fit import Precision
 from trainmerge.fitting.preflight import check_tasks
-from trainmerge.fitting.prepare import check_data
 from trainmerge.fitting.provenance import describe, load_snapshot
 from trainmerge.fitting.snapshots import Snapshots
 from trainmerge.fitting.trainer import check_strategy
@@ -157,7 +157,7 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
             f"data.batch_size {data.batch_size} leaves some of {trainer.world_size} processes without an "
             f"example of each expert: set it to {trainer.world_size} or more"
         )
-    if trainer.max_steps or module.looks_at_data:
+    if trainer.max_steps or needs_examples(module.recipe, module.initial):
         check_data(module.recipe, module.opened, data)
         check_tasks(module, data)
 
@@ -197,7 +197,7 @@ def begin(
 
 def leave_the_start(folder: RunFolder, module: MergeModule, data: Calibration) -> None:
     """A run that learns nothing: its coefficients are those that it starts with."""
-    if module.looks_at_data:
+    if needs_examples(module.recipe, module.initial):
         module.load(data)
     save_coefficients(module.coefficients, folder.coefficients)
 

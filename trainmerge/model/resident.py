@@ -73,7 +73,7 @@ class Placement:
 
     Args:
         device: Where.
-        dtype: Of the parameters; as stored by default. Buffers stay (positions need float32), and so do heads.
+        dtype: Of the parameters; as stored by default. Buffers and heads stay: positions need float32.
         sharded: Whether the processes share one model, where there are several.
     """
 
@@ -87,7 +87,7 @@ def load_resident(
     opened: Opened,
     coefficients: Coefficients,
     tokenize: Tokenize,
-    placement: Placement = Placement(),  # noqa: B008 - frozen
+    placement: Placement = Placement(),
 ) -> Resident:
     """Load the base and build the heads, for merges of the experts' own task vectors; none is written yet."""
     loaded, root = load_base(opened, placement)
