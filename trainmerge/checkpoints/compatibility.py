@@ -19,7 +19,7 @@ from trainmerge.task_vectors.delta import TaskVectors
 RESIZED = "resize both to one vocabulary, or set vocabulary=shared to merge the tokens that both have"
 
 
-class Plan(Protocol):
+class FittingExpert(Protocol):
     """One expert that fits the base: where its numbers are, when that is asked for."""
 
     def sources(self) -> dict[str, Source]:
@@ -75,7 +75,7 @@ def find_sources(
             that, an expert whose tied tensors differ, or an adapter that peft cannot merge.
     """
     frame = open_parameters(base, ignore)
-    plans: dict[str, Plan] = {}
+    plans: dict[str, FittingExpert] = {}
     problems: list[str] = []
     for expert, folder in experts.items():
         path = Path(folder)
@@ -93,7 +93,7 @@ def find_sources(
     return Sources(tuple(frame.files.values()), frame.tied, sources)
 
 
-def _check_ties(frame: Parameters, plans: Mapping[str, Plan]) -> None:
+def _check_ties(frame: Parameters, plans: Mapping[str, FittingExpert]) -> None:
     sides = {"base": frame} | {
         name: plan.parameters for name, plan in plans.items() if isinstance(plan, _Full)
     }
@@ -135,7 +135,7 @@ def _plan_full(
     ignore: Sequence[str],
     allow_pickle: bool,
     shared_vocabulary: bool,
-) -> Plan:
+) -> FittingExpert:
     """A full fine-tuned model against the base, headers only. Raises ValueError, one line a mismatch."""
     checkpoint = open_checkpoint(path, allow_pickle)
     base = frame.checkpoint

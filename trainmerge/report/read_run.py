@@ -51,7 +51,7 @@ class Numbers:
         return float((self.values if self.start is None else self.start).mean())
 
 
-def gather(run: str | Path) -> Numbers:
+def read_numbers(run: str | Path) -> Numbers:
     """Read a run folder.
 
     Task vectors are measured on the first call, which reads base and experts once; after that a file of the
