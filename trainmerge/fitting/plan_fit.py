@@ -124,7 +124,7 @@ def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Mo
     ]
     width, probabilities = 0, [4 * config.vocab_size * count for count in rows]
     if asks.temperature is None or all(e.head for e in experts):
-        probabilities = [0] * len(rows)  # of a few classes: nothing beside the rest
+        probabilities = [0] * len(rows)  # of a few classes: nothing in comparison
     elif sum(probabilities) > module.settings.teacher_budget:
         width = max(1, module.settings.teacher_budget // (8 * sum(rows)))
         probabilities = [8 * width * count for count in rows]
