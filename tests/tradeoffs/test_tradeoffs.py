@@ -18,7 +18,7 @@ from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.fitting.reopen import reopen
 from trainmerge.report import write_report
 from trainmerge.report.front import BALANCED, front_picture, notable
-from trainmerge.report.read_run import gather
+from trainmerge.report.read_run import read_numbers
 from trainmerge.run.folder import RunFolder
 from trainmerge.tradeoffs.cma_es import Search, maximise
 from trainmerge.tradeoffs.front import front, lattice, nondominated
@@ -186,7 +186,7 @@ def test_a_front_and_the_model_of_a_point_on_it(world: Path, capsys: pytest.Capt
     assert len(lines) == 1 + len(found["front"])
     assert "What one task costs another" in (folder / "index.html").read_text()
     RunFolder(Path(run)).front.write_text(json.dumps({**found, "coefficients": "of another fit"}))
-    assert gather(run).front is None
+    assert read_numbers(run).front is None
 
 
 @pytest.mark.parametrize("tasks", [["a", "b"], ["a", "b", "c"]])
