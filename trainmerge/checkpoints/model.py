@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from trainmerge.checkpoints.meta_model import build_skeleton, locate, matches, memory_names, quiet, shorten
+from trainmerge.checkpoints.meta_model import build_skeleton, locate, memory_names, quiet, shorten
 from trainmerge.checkpoints.reader import Checkpoint
+from trainmerge.task_vectors.parameter_names import matches
 
 
 @dataclass(frozen=True)

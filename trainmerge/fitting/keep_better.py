@@ -14,6 +14,7 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
 from trainmerge.system import distributed
 from trainmerge.system.atomic import write_whole
+from trainmerge.system.json_file import read_json_lines
 
 ENOUGH = 5  # later steps, before their losses say anything: batches differ
 
@@ -56,9 +57,7 @@ def warn_if_it_never_fell(folder: RunFolder) -> None:
     """Say so when no step had a lower loss than the first one."""
     if not folder.metrics.exists():
         return  # stopped before a step
-    losses = [
-        row["loss"] for line in folder.metrics.read_text().splitlines() if "loss" in (row := json.loads(line))
-    ]
+    losses = [row["loss"] for row in read_json_lines(folder.metrics) if "loss" in row]
     finite = [loss for loss in losses if math.isfinite(loss)]
     if len(finite) > ENOUGH and min(finite[1:]) >= finite[0]:
         warnings.warn(

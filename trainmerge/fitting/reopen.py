@@ -1,6 +1,5 @@
 """A finished run -> the module and the data that it was fitted with, at the coefficients it ended with."""
 
-import json
 from dataclasses import replace
 
 from trainmerge.coefficients.layout import Grouping
@@ -25,7 +24,7 @@ def reopen(
         ValueError: no run, no coefficients, or base or experts changed since the fit.
     """
     recipe, _, _ = open_run(folder)
-    manifest = json.loads(folder.manifest.read_text())
+    manifest = folder.read_manifest()
     module = MergeModule(
         replace(recipe, grouping=grouping or recipe.grouping),
         build(Objective, manifest["objective"]),  # type: ignore[type-abstract]

@@ -7,7 +7,6 @@ Legend: `K` experts, `m x n` a matrix, `r` leading singular triples of one exper
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -17,6 +16,7 @@ from typing_extensions import override
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.spectrum import square_norm, truncated, wide_rows
 from trainmerge.task_vectors.delta import TaskVectors
+from trainmerge.task_vectors.parameter_names import matches
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class OptMerge(Preprocess):
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
         for name, delta in task_vectors.deltas.items():
             taus = delta.dense()
-            averaged = taus.dim() != 3 or any(fnmatchcase(name, pattern) for pattern in self.exclude)
+            averaged = taus.dim() != 3 or matches(name, self.exclude)
             yield name, taus / len(taus) if averaged else self._matrices(taus)
 
     def _matrices(self, taus: Tensor) -> Tensor:

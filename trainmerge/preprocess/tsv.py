@@ -8,7 +8,6 @@ Legend: `K` experts, `m x n` a matrix, `r` kept singular values of one expert.
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from typing_extensions import override
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.spectrum import polar, truncated
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
+from trainmerge.task_vectors.parameter_names import matches
 
 Triples = tuple[Tensor, Tensor, Tensor]  # U [m, r], S [r], V [n, r]
 TWINS = 0.95  # a cosine that experts of different tasks are far from
@@ -50,7 +50,7 @@ class Tsv(Preprocess):
         experts = task_vectors.experts
         overlaps = torch.zeros(len(experts), len(experts), dtype=torch.float64)
         for name, delta in task_vectors.deltas.items():
-            if len(delta.shape) != 2 or any(fnmatchcase(name, pattern) for pattern in self.exclude):
+            if len(delta.shape) != 2 or matches(name, self.exclude):
                 yield name, delta.dense() / len(experts)
                 continue
             triples = self._triples(delta)

@@ -7,7 +7,6 @@ Legend: `K` experts, `m x n` a matrix (outputs x inputs).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from typing_extensions import override
 
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.task_vectors.delta import TaskVectors
+from trainmerge.task_vectors.parameter_names import matches
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Widen(Preprocess):
             if taus.dim() != 3:
                 yield name, taus * self._scores(taus.abs().reshape(len(taus), -1)).view(taus.shape)
                 continue
-            flip = any(fnmatchcase(name, pattern) for pattern in self.transposed)
+            flip = bool(matches(name, self.transposed))
             base, moved = (x.mT if flip else x for x in (delta.base.to(taus), taus))
             weighed = moved * self._columns(base, moved)[:, None, :]
             yield name, weighed.mT if flip else weighed

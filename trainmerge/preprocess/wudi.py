@@ -7,7 +7,6 @@ Legend: `K` experts, `m x n` a matrix.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import ceil
 
 import torch
@@ -17,6 +16,7 @@ from typing_extensions import override
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.spectrum import input_directions, moment_times, square_norm, wide_rows
 from trainmerge.task_vectors.delta import TaskVectors
+from trainmerge.task_vectors.parameter_names import matches
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Wudi(Preprocess):
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
         for name, delta in task_vectors.deltas.items():
             taus = delta.dense()
-            averaged = taus.dim() != 3 or any(fnmatchcase(name, pattern) for pattern in self.exclude)
+            averaged = taus.dim() != 3 or matches(name, self.exclude)
             yield name, taus / len(taus) if averaged else self._matrices(taus)
 
     def _matrices(self, taus: Tensor) -> Tensor:

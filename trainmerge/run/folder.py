@@ -13,8 +13,12 @@ from typing import Any
 
 from trainmerge.data.examples import examples_identity
 from trainmerge.system.atomic import write_whole
+from trainmerge.system.json_file import read_json
 
 PACKAGES = ("trainmerge", "torch", "pytorch-lightning", "transformers", "peft", "datasets", "safetensors")
+
+NEEDED = ("experts", "checksums", "recipe", "calibration", "data")  # of a manifest
+LOST = "Restore it from a copy, or fit again in another folder."
 
 README = """# A trainmerge run
 
@@ -107,8 +111,19 @@ class RunFolder:
 
     def examples(self) -> str:
         """What identifies the calibration examples that the run looked at."""
-        made = json.loads(self.manifest.read_text())
+        made = self.read_manifest()
         return examples_identity(made["calibration"], made["data"])
+
+    def read_manifest(self) -> dict[str, Any]:
+        """What the run was made from.
+
+        Raises:
+            ValueError: the file is damaged, or of something else.
+        """
+        made = read_json(self.manifest, LOST)
+        if absent := [key for key in NEEDED if key not in made]:
+            raise ValueError(f"{self.manifest}: no manifest of a run: {', '.join(absent)} not in it. {LOST}")
+        return made
 
     def snapshots(self) -> dict[int, Path]:
         """Step -> its snapshot."""
@@ -164,7 +179,7 @@ class RunFolder:
         """
         if not self.began or not self.manifest.exists():
             return
-        different = differences(json.loads(self.manifest.read_text()), description)
+        different = differences(self.read_manifest(), description)
         if different:
             raise ValueError(
                 f"{self.path} holds a run made from other things:\n{different}\n"

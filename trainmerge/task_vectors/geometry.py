@@ -6,7 +6,6 @@ these, over any set of parameters.
 Legend: `P` parameters, `K` experts, `*S` parameter shape, `n` its size.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from trainmerge.kernels import Untouched
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
+from trainmerge.system.workspace import cached, digest
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 from trainmerge.task_vectors.pieces import in_pieces
 
@@ -125,16 +125,13 @@ def _sums(delta: Delta) -> list[Tensor]:
 
 def kept_geometry(task_vectors: TaskVectors, folder: Path, identity: str) -> Geometry:
     """As `measure`, kept in a file of `folder` whose name says what `identity` it was made from."""
-    path = geometry_path(folder, identity)
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_geometry(measure(task_vectors), path)
-    return load_geometry(path)
+    file = cached(geometry_path(folder, identity), lambda path: save_geometry(measure(task_vectors), path))
+    return load_geometry(file.path)
 
 
 def geometry_path(folder: Path, identity: str) -> Path:
     """Where the geometry of these task vectors is kept."""
-    return folder / f"geometry-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+    return folder / f"geometry-{digest(identity)}.safetensors"
 
 
 FIELDS = ("gram", "base", "base_gram", "both", "opposed", "sizes")

@@ -5,7 +5,6 @@ Matrices are quantised; vectors, scalars and what is low-rank already stay as th
 Legend: `R` rows, `W` elements of a row.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing_extensions import override
 from trainmerge.kernels import Difference, ExpertWeight, Quantised, Term
 from trainmerge.kernels.quantised import PER_BYTE, pack
 from trainmerge.system.safetensors_file import MappedFile, Specs, write_safetensors
+from trainmerge.system.workspace import cached, digest
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 from trainmerge.task_vectors.top_k import count, cuts
 
@@ -133,13 +133,12 @@ def quantised(task_vectors: TaskVectors, method: Quantise, folder: Path, inputs:
 
     `inputs` identifies what the task vectors were made from; with the method's fields it names the file.
     """
-    digest = hashlib.sha256(f"{inputs} {method!r}".encode()).hexdigest()[:16]
-    path = folder / f"quantised-{digest}.safetensors"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def make(path: Path) -> None:
         specs = _specs(task_vectors, method)
         write_safetensors(path, specs, _tensors(task_vectors, method), {"method": repr(method)})
-    file = MappedFile(path)
+
+    file = cached(folder / f"quantised-{digest(f'{inputs} {method!r}')}.safetensors", make)
     deltas = {
         name: Delta(
             delta.base, tuple(_mapped(file, _key(name, k), term) for k, term in enumerate(delta.terms))

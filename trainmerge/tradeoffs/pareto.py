@@ -20,6 +20,7 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.reopen import reopen
 from trainmerge.run.folder import RunFolder
 from trainmerge.system.atomic import write_whole
+from trainmerge.system.json_file import read_json
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.tradeoffs.front import front, spread
 from trainmerge.tradeoffs.scales import losses_at, named, scaled
@@ -132,7 +133,7 @@ def export_point(run: str | Path, point: int, out: str | Path, overwrite: bool =
     file = folder.front
     if not file.is_file():
         raise ValueError(f"{file}: no front yet; `trainmerge pareto {run}` makes it")
-    content = json.loads(file.read_text())
+    content = read_json(file, f"Make it again: trainmerge pareto {run}")
     if content["coefficients"] != sha256(folder.coefficients):
         raise ValueError(f"{file} is of coefficients that the run has no more; make it again")
     points = {entry["point"]: entry["scales"] for entry in content["front"]}
