@@ -20,7 +20,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from trainmerge.checkpoints import open_checkpoint, open_task_vectors
+from tests.opening import open_task_vectors
+from trainmerge.checkpoints import open_checkpoint
 from trainmerge.checkpoints.meta_model import quiet
 from trainmerge.kernels import ExpertWeight, LowRank
 from trainmerge.task_vectors.delta import TaskVectors, dense_term

@@ -14,9 +14,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.base import Preprocess
+from trainmerge.preprocess.matrices import matrices_or_average
 from trainmerge.preprocess.spectrum import input_directions, moment_times, square_norm, wide_rows
 from trainmerge.task_vectors.delta import TaskVectors
-from trainmerge.task_vectors.parameter_names import matches
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,7 @@ class Wudi(Preprocess):
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
-        for name, delta in task_vectors.deltas.items():
-            taus = delta.dense()
-            averaged = taus.dim() != 3 or matches(name, self.exclude)
-            yield name, taus / len(taus) if averaged else self._matrices(taus)
+        return matrices_or_average(task_vectors, self.exclude, self._matrices)
 
     def _matrices(self, taus: Tensor) -> Tensor:
         values, vectors = input_directions(taus)
