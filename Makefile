@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm demo test lower-bounds lint suite suite-lm suite-closed bench docs soak clean
+.PHONY: help setup data data-suite data-lm demo test lower-bounds lint suite suite-lm suite-closed bench tables docs soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -57,17 +57,23 @@ lint: $(READY) ## format, lint and type-check
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-suite: data-suite ## the full text suite: fits, scores, README's table (hours)
+suite: data-suite ## the full text suite: fits, scores, the table of the documentation (hours)
 	@$(BIN)/python -m tests.suite
+	@$(BIN)/python -m tests.result_tables
 
-suite-lm: data-lm ## Expert Merging on a language model: fits, scores, README's tables (hours)
+suite-lm: data-lm ## Expert Merging on a language model: fits, scores, tables (hours)
 	@$(BIN)/python -m tests.lm_suite
+	@$(BIN)/python -m tests.result_tables
 
 suite-closed: suite suite-lm ## every merge without learning, and learning from the best, on both (hours)
 	@$(BIN)/python -m tests.closed_suite
+	@$(BIN)/python -m tests.result_tables
 
 bench: data ## measure; ONLY=fit_memory, fit_step, ... for one group
 	@$(BIN)/python -m tests.bench --only $(ONLY)
+
+tables: $(READY) ## write the tables of tests/results into README and the documentation
+	@$(BIN)/python -m tests.result_tables
 
 docs: $(READY) ## build the pages of notebooks/docs into build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file notebooks/mkdocs.yml

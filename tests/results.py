@@ -28,6 +28,12 @@ def recall(name: str, made_by: str) -> dict[str, Any] | None:
     return found["measured"] if found.get("fingerprint") == made_by else None
 
 
+def measured(name: str) -> dict[str, Any] | None:
+    """What was measured under this name, whatever the configuration is by now; None if nothing was."""
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text())["measured"] if path.exists() else None
+
+
 def keep(name: str, made_by: str, measured: dict[str, Any]) -> None:
     """Write what was measured, with the versions that it was measured with."""
     path = FOLDER / f"{name}.json"
