@@ -78,7 +78,7 @@ class MergedAdapter:
         return {n: t for n, t in tensors.items() if not torch.equal(t, base.checkpoint.read(n))}
 
     def _check_loaded(self, wrapped: PeftModel) -> None:
-        """What peft recognises it loads; it it recognises and is silent about the rest."""
+        """Refuse tensors that peft would leave out in silence."""
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         unused = [key for key in self.adapter.keys if ROOT + key not in state and ".base_layer." not in key]
         if unused:

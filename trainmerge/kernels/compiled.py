@@ -2,8 +2,9 @@
 
 One kernel for K, the forms and the dtypes, whatever the shapes: a chunk of rows is a flat, contiguous run of
 elements. Inductor keeps what it compiled on disk (in a folder per instruction set below
-`TORCHINDUCTOR_CACHE_DIR`), so that the next process only looks it up. What does not fit a flat loop (low-rank and quantised terms, float64, strides, little tensors,
-coefficients of zero) is eager's, and so is everything once compiling has failed.
+`TORCHINDUCTOR_CACHE_DIR`), so that the next process only looks it up. What does not fit a flat loop (low-rank
+and quantised terms, float64, strides, little tensors, coefficients of zero) is eager's, and so is everything
+once compiling has failed.
 
 Legend: `K` experts, `C` chunks of one parameter, `n` elements of a chunk.
 """
@@ -183,7 +184,7 @@ def use_own_cache() -> None:
     folder lies in the user's `TORCHINDUCTOR_CACHE_DIR`, or in inductor's default; a process that inherits
     the variable from one of ours uses the same parent folder.
     """
-    from torch._inductor.codecache import cache_dir  # costs a second: not before it is needed
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # costs a second: not before it is needed
 
     parent = Path(cache_dir())
     if parent.name.startswith(CACHE):

@@ -69,7 +69,7 @@ class Wudi(Preprocess):
 
 
 def _expert(tau: Tensor, seen: Tensor, passed: Tensor, inverse: Tensor) -> Tensor:
-    """Tau - tau U f U^T + tau M U (f / l) U^T with M = tau^T tau / |tau|^2, some rows after the others."""
+    """tau - tau U f U^T + tau M U (f / l) U^T with M = tau^T tau / |tau|^2, some rows after the others."""
     moment = moment_times(tau, seen) / square_norm(tau).clamp_min(torch.finfo(torch.float64).tiny)
     taken = seen * passed - moment * inverse  # [n, r]
     if tau.shape[0] >= tau.shape[1]:
