@@ -15,7 +15,7 @@ from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
 
 
 class Plan(Protocol):
-    """One expert that fits the base: where its numbers are, when that is asked for."""
+    """One expert that fits the base, and where its numbers are."""
 
     def sources(self) -> dict[str, Source]:
         """The base's tensor name -> where what the expert adds lies. Absent names are untouched."""

@@ -32,7 +32,7 @@ class Output(NamedTuple):
     """What a model puts out."""
 
     logits: bool  # of its own, without a head of a recipe
-    classes: bool  # one row of them an example, not one a token
+    classes: bool  # one row of them per example, not one per token
     hidden: int | None  # hidden size, if config.json names it
 
 

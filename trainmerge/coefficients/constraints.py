@@ -140,7 +140,7 @@ class Simplex(Constraint):
 
     @override
     def project(self, raw: Tensor) -> Tensor:
-        """Sort-and-threshold projection (Duchi et al., ICML 2008, figure 1), one column a group."""
+        """Sort-and-threshold projection (Duchi et al., ICML 2008, figure 1), one column per group."""
         if self.base:
             inside = raw.clamp(min=0)
             return torch.where(inside.sum(dim=0) <= self.total, inside, Simplex(self.total).project(raw))

@@ -14,7 +14,7 @@ from trainmerge.coefficients.layout import Layout
 
 
 def read_initial(initial: float | Sequence[float] | str, experts: Sequence[str], layout: Layout) -> Tensor:
-    """Where coefficients start, [K, 1] or [K, G]: one number, one an expert, or a coefficients file.
+    """Where coefficients start, [K, 1] or [K, G]: one number, one per expert, or a coefficients file.
 
     A file may group more coarsely: every chunk then starts with its parameter's coefficient.
 

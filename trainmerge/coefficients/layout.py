@@ -21,9 +21,9 @@ Granularity = Literal["task", "block", "tensor", "chunk"]
 class Grouping:
     """How parameters share coefficients: the part of a layout that a user chooses.
 
-    `task`: one coefficient an expert. `block`: one for each numbered block of the network (and one
-    for each module outside them). `tensor`: one a parameter, which is what the papers call
-    layer-wise. `chunk`: `chunks` contiguous blocks of rows a parameter. `chunks` is one number for
+    `task`: one coefficient per expert. `block`: one for each numbered block of the network (and one
+    for each module outside them). `tensor`: one per parameter, which is what the papers call
+    layer-wise. `chunk`: `chunks` contiguous blocks of rows per parameter. `chunks` is one number for
     all; or numbers by fnmatch pattern, of which the last that matches counts (1 without a match); or
     a file of `trainmerge allocate`. A parameter with 0 chunks keeps the coefficient that it starts
     with: it is merged, not learned.
@@ -84,7 +84,7 @@ class Grouping:
             )
 
     def _counts(self, names: Sequence[str]) -> dict[str, int]:
-        """Chunks that were asked for, a parameter."""
+        """The chosen chunks per parameter."""
         if isinstance(self.chunks, int):
             return dict.fromkeys(names, self.chunks)
         wanted = read_chunks(Path(self.chunks)) if isinstance(self.chunks, str) else self.chunks
@@ -111,7 +111,7 @@ class Grouping:
 
 
 def read_chunks(path: Path) -> dict[str, int]:
-    """Chunks a parameter, from a file of `trainmerge allocate`.
+    """Chunks per parameter, from a file of `trainmerge allocate`.
 
     Raises:
         ValueError: the file is something else.

@@ -1,4 +1,4 @@
-"""KL(expert || merge) a row, without a second copy of the logits.
+"""KL(expert || merge) per row, without a second copy of the logits.
 
 Whole distributions, or an expert's `m` largest probabilities and one cell for the rest. Putting the rest into
 one cell never raises the divergence, and moves its gradient by at most 2 q in the 1-norm, q the expert's mass

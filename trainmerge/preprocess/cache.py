@@ -1,4 +1,4 @@
-"""Preprocessors applied in order: each result is kept on disk, but for a last one that a rule gives.
+"""Preprocessors applied in order: each result is cached on disk, except a last one that a rule computes.
 
 Legend: `K` experts, `*S` parameter shape.
 """

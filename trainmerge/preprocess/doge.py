@@ -2,7 +2,7 @@
 
 Wei et al., Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent, ICML 2025
 (arXiv 2501.01230). peft's `projective_merge` is another formula under the same name (one inner product a
-matrix, not one a row).
+matrix, not one per row).
 
 Legend: `K` experts, `m x n` a matrix, `k` directions of the shared subspace.
 """

@@ -1,4 +1,4 @@
-"""What the experts' matrices have in common: the outputs that projected gradients leave alone.
+"""The experts' shared subspace, whose orthogonal complement projected gradients stay in.
 
 Wei et al., ICML 2025 (arXiv 2501.01230).
 
@@ -27,7 +27,7 @@ def shared_subspaces(task_vectors: TaskVectors, divisor: int, folder: Path, inpu
     """Every matrix's shared subspace of floor(min(m, n) / divisor) directions, [m, k], mapped from `folder`.
 
     `inputs` identifies the task vectors. Matrices whose subspace is empty are left out. K + 1 singular value
-    decompositions a matrix, once.
+    decompositions per matrix, once.
     """
 
     def make(path: Path) -> None:

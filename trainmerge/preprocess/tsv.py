@@ -2,7 +2,7 @@
 
 Gargiulo et al., CVPR 2025 (arXiv 2412.00081).
 
-Legend: `K` experts, `m x n` a matrix, `r` kept singular values of one expert.
+Legend: `K` experts, `m x n` a matrix, `r` leading singular values of one expert.
 """
 
 import warnings
@@ -77,7 +77,7 @@ class Tsv(Preprocess):
 
 
 def _inner_products(triples: Sequence[Triples]) -> Tensor:
-    """Between what is kept of the experts, [K, K] float64, without the matrices themselves."""
+    """Between the experts' leading parts, [K, K] float64, without the matrices themselves."""
     products = [
         (s[:, None] * (u.T @ other_u) * other_s * (v.T @ other_v)).double().sum()
         for u, s, v in triples

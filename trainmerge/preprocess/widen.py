@@ -19,12 +19,12 @@ from trainmerge.task_vectors.parameter_names import matches
 
 @dataclass(frozen=True)
 class Widen(Preprocess):
-    """tau_k times a weight a column; its merge is base + sum of the results, coefficient 1.
+    """tau_k times one weight per column; its merge is base + sum of the results, coefficient 1.
 
     A column's change of length and of direction are ranked within the expert; the softmax of the ranks over
     the experts is its weight, and 1 for each expert where the rank is above `above` times the mean. (So two
     equal experts give more than one of them: the paper's method.) Parameters that are no matrices are
-    weighed an entry at a time, by |tau|.
+    weighed per entry, by |tau|.
 
     Args:
         above: Ranks over this multiple of their mean get the weight `important`; infinity leaves the softmax.
@@ -49,7 +49,7 @@ class Widen(Preprocess):
             yield name, weighed.mT if flip else weighed
 
     def _columns(self, base: Tensor, taus: Tensor) -> Tensor:
-        """A weight a column, [K, n]."""
+        """One weight per column, [K, n]."""
         moves = [_changes(base, base + tau) for tau in taus]
         lengths, turned = (torch.stack(part) for part in zip(*moves, strict=True))
         return (self._scores(lengths) + self._scores(turned)) / 2

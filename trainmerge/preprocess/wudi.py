@@ -29,7 +29,7 @@ class Wudi(Preprocess):
 
     and the bracket is expert k's new task vector: its merge is base + sum of the results, coefficient 1.
     Parameters that are no matrices, and those in `exclude`, are divided by K. One eigendecomposition, n x n,
-    a matrix, in float64 (K m x K m where that is less), and a few n x n products a block of rows.
+    a matrix, in float64 (K m x K m where that is less), and a few n x n products per block of rows.
 
     Args:
         time: t. The published run is 300; None is the adaptive filter, which needs no setting: f is 1 on the

@@ -59,7 +59,7 @@ def anonymous(process: int | str = "self") -> int:
 def give_back_at_once() -> None:
     """Ask the C library to return large freed blocks to the system, where it can be asked (glibc).
 
-    Otherwise it keeps freed blocks of up to 32 MiB for later, which count as memory held.
+    Otherwise freed blocks of up to 32 MiB still count as the process's memory.
     """
     _mallopt(MMAP_THRESHOLD, LARGE)
 

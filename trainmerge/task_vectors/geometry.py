@@ -1,4 +1,4 @@
-"""How the task vectors lie to one another: inner products and signs, a parameter at a time, one pass.
+"""Geometry of the task vectors: inner products and sign conflicts per parameter, in one pass.
 
 Everything that a report or an inspection says of them (norms, cosines, conflicts) is a quotient of sums of
 these, over any set of parameters.
@@ -82,7 +82,7 @@ class Geometry:
 
 @torch.no_grad()
 def measure(task_vectors: TaskVectors) -> Geometry:
-    """Read every task vector once; a few MiB an expert are held."""
+    """Read every task vector once; needs a few MiB per expert."""
     names = tuple(task_vectors.deltas)
     K = len(task_vectors.experts)
     sums = {name: [torch.zeros(shape, dtype=torch.float64) for shape in _shapes(K)] for name in names}
@@ -124,13 +124,13 @@ def _sums(delta: Delta) -> list[Tensor]:
 
 
 def kept_geometry(task_vectors: TaskVectors, folder: Path, identity: str) -> Geometry:
-    """As `measure`, kept in a file of `folder` whose name says what `identity` it was made from."""
+    """As `measure`, cached in `folder` under a digest of `identity`."""
     file = cached(geometry_path(folder, identity), lambda path: save_geometry(measure(task_vectors), path))
     return load_geometry(file.path)
 
 
 def geometry_path(folder: Path, identity: str) -> Path:
-    """Where the geometry of these task vectors is kept."""
+    """The file that caches the geometry of these task vectors."""
     return folder / f"geometry-{digest(identity)}.safetensors"
 
 

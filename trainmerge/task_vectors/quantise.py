@@ -1,4 +1,4 @@
-"""Smaller task vectors to fit on: a byte or two bits a weight. The export is always from the exact ones.
+"""Smaller task vectors to fit on: a byte or two bits per weight. The export is always from the exact ones.
 
 Matrices are quantised; vectors, scalars and what is low-rank already stay as they are.
 
@@ -48,7 +48,7 @@ class Quantise(ABC):
 
 @dataclass(frozen=True)
 class Int8(Quantise):
-    """A byte a weight: each row over its largest magnitude, in 127 steps to either side."""
+    """One byte per weight: each row over its largest magnitude, in 127 steps to either side."""
 
     @property
     @override
@@ -73,14 +73,14 @@ class Int8(Quantise):
 
 @dataclass(frozen=True)
 class Ternary(Quantise):
-    """Two bits a weight: the sign of the largest, and one scale a matrix.
+    """Two bits per weight: the sign of the largest, and one scale per matrix.
 
     ComPEFT (arXiv 2311.13171) ranks and scales over the whole task vector, and tunes the scale on labelled
-    data; here both are each matrix's own, and the scale is the mean magnitude of what is kept: the nearest
-    there is in squares. A learned coefficient makes up for the rest.
+    data; here both are each matrix's own, and the scale is the mean magnitude of the entries that stay: the
+    least-squares fit. A learned coefficient makes up for the rest.
 
     Args:
-        density: Fraction of entries kept, in (0, 1]; ComPEFT tries 0.05 to 0.5.
+        density: Fraction of entries that stay, in (0, 1]; ComPEFT tries 0.05 to 0.5.
     """
 
     density: float = 0.2
