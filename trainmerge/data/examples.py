@@ -39,7 +39,8 @@ class Columns:
             that it predicts is among them.
         target: The text for the decoder of a sequence-to-sequence model; its positions count.
         image: Path of a picture, absolute, or relative to the file's folder. The text has the model's
-            placeholder for it (`<|vision_start|><|image_pad|><|vision_end|>`, say). All positions count, the picture's too.
+            placeholder for it (`<|vision_start|><|image_pad|><|vision_end|>`, say). All positions count,
+            the picture's too.
     """
 
     text: str = "text"
