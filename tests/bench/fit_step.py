@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -80,7 +79,7 @@ def prepared(recipe: Recipe, size: int) -> tuple[Resident, list[Batch]]:
     opened = recipe.open()
     tokenize = Tokenizer(recipe.base, MAX_LENGTH)
     coefficients = Coefficients(tuple(recipe.experts), opened.layout)
-    resident = load_resident(recipe, opened, coefficients, tokenize, Path())
+    resident = load_resident(recipe, opened, coefficients, tokenize)
     batches = []
     for k, name in enumerate(recipe.experts):
         inputs = tokenize(texts_of(recipe, name, size))

@@ -52,7 +52,7 @@ def one_rank(root: str, run: str, experts: int, processes: int, sharded: bool) -
     import torch
 
     import trainmerge as tm
-    from trainmerge.model.fsdp import held_bytes, pass_bytes
+    from trainmerge.model.fsdp import pass_bytes, shard_bytes
     from trainmerge.run.recipe import calibration_files
 
     torch.set_num_threads(1)
@@ -75,7 +75,7 @@ def one_rank(root: str, run: str, experts: int, processes: int, sharded: bool) -
         tm.fit(module, data, trainer, run)
     model = module.resident.merged.module
     computed = {
-        "held": held_bytes(model, processes if sharded else 1),
+        "held": shard_bytes(model, processes if sharded else 1),
         **({name: experts * b for name, b in pass_bytes(model, processes).items()} if sharded else {}),
     }
     if os.environ["RANK"] == "0":

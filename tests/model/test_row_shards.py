@@ -12,8 +12,8 @@ from tests.ranks import join_group, run
 from tests.world import bert, llama
 from trainmerge.checkpoints import hollow_model, load_model, open_checkpoint
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched, inner_products, run_merges
-from trainmerge.model.fsdp import held_bytes, pass_bytes, shard_model, units
-from trainmerge.model.row_shards import HeldDelta, held_rows, local
+from trainmerge.model.fsdp import pass_bytes, shard_bytes, shard_model, units
+from trainmerge.model.row_shards import DeltaShard, local, shard_rows
 from trainmerge.system import distributed
 
 FORMS = (ExpertWeight, Difference, LowRank, Untouched)
@@ -30,8 +30,8 @@ def test_rows_of_all_processes_are_the_whole(
     delta.merge(whole, weights)
     parts, inner = torch.full_like(whole, torch.nan), torch.zeros(len(FORMS), chunks, dtype=torch.float64)
     for process in range(count):
-        rows = held_rows(shape[0], process, count)
-        part = HeldDelta(delta.rows(rows), rows, shape[0])
+        rows = shard_rows(shape[0], process, count)
+        part = DeltaShard(delta.rows(rows), rows, shape[0])
         run_merges(list(part.merges(parts[rows], weights)))
         for columns, product in part.products(grad[rows], chunks):
             inner[:, columns] += inner_products(*product)
@@ -48,7 +48,7 @@ def shards_of(base: Path, inputs: torch.Tensor, learned: bool) -> dict[str, obje
     root = shard_model(loaded, checkpoint, names, torch.device("cpu"))
     wanted = pass_bytes(loaded.module, distributed.world_size())
     held = sum(local(p).untyped_storage().nbytes() for p in loaded.module.parameters())
-    promised = held_bytes(loaded.module, distributed.world_size())
+    promised = shard_bytes(loaded.module, distributed.world_size())
     with CountBytes() as counted:
         output = root(loaded.module, inputs)
         torch.stack([part.square().mean() for part in output.to_tuple()]).sum().backward()

@@ -1,6 +1,7 @@
-"""Plans against hand-computed numbers and real steps; economies that change memory and nothing else."""
+"""Plans against hand-computed numbers and real steps; schedules that change memory and nothing else."""
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,15 @@ from tests.fitting.test_fit import build, learned
 from tests.world import languages_recipe, write_languages, write_world
 from trainmerge.data.batch import Batch
 from trainmerge.fitting.fit import precision_of
-from trainmerge.fitting.memory_budget import MARGIN, affordable
+from trainmerge.fitting.memory_budget import MARGIN, schedule_within
 from trainmerge.fitting.plan_fit import plan_fit
 from trainmerge.model.activation_checkpointing import recompute_blocks
 from trainmerge.model.forward import forward
 from trainmerge.objectives import Alignment, Entropy, Objective
 from trainmerge.plan.devices import STATED, Device, device_named
-from trainmerge.plan.dry_run import Rehearsal, _Ledger, rehearse
-from trainmerge.plan.micro_batches import Economy, cheaper, rounds
+from trainmerge.plan.dry_run import DryRun, dry_run
+from trainmerge.plan.ledger import Ledger
+from trainmerge.plan.micro_batches import StepSchedule, rounds, smaller_schedules
 from trainmerge.plan.plan_model import plan_model
 from trainmerge.system.memory import parse_size
 
@@ -59,10 +61,10 @@ def test_a_7b_model_by_hand(tmp_path: Path) -> None:
     embedding, norms = 32000 * 4096, 65 * 4096
     products = 6 * tokens * (weights - embedding - norms)
     attention = 7 * 2 * tokens**2 * 4096 * 32  # two products forwards, five backwards
-    assert plan.rehearsal.flops == experts * (products + attention)
+    assert plan.dry_run.flops == experts * (products + attention)
     assert plan.seconds["merge and coefficient gradient"] == plan.read / 64e9  # streams over PCIe
-    assert plan.total == sum(plan.held.values())
-    assert plan.held["task vectors on their way, two parameters"] == 2 * 4 * plan.sizes.gradient
+    assert plan.total == plan.memory.total == sum(astuple(plan.memory))
+    assert plan.memory.prefetched == 2 * 4 * plan.sizes.gradient
 
 
 def test_a_70b_model_on_eight_devices(tmp_path: Path) -> None:
@@ -71,63 +73,63 @@ def test_a_70b_model_on_eight_devices(tmp_path: Path) -> None:
     many = plan_model(folder, 2, 8, 64, H100, devices=8)
     weights, block = one.sizes.weights, 855_654_400 * 2  # a layer of 8192 x (2 + 2/8) x 8192 + 3 x MLP, norms
     assert many.sizes.block == block
-    assert many.held["merged model"] == -(-weights // 8)
-    assert many.held["gathered: a block, and the next"] == 2 * block
+    assert many.memory.model == -(-weights // 8)
+    assert many.memory.gathered == 2 * block
     assert many.exchanged == 3 * 2 * weights * 7 // 8
     assert many.read == one.read // 8
-    assert one.rehearsal.flops == 8 * many.rehearsal.flops
+    assert one.dry_run.flops == 8 * many.dry_run.flops
     assert one.exchanged == 0
 
 
-def real_step(folder: Path, inputs: dict[str, torch.Tensor], objective: Objective) -> Rehearsal:
+def real_step(folder: Path, inputs: dict[str, torch.Tensor], objective: Objective) -> DryRun:
     """The same forward and backward with numbers, its tensors counted."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     batch = Batch(0, inputs, inputs["attention_mask"].bool(), torch.arange(2))
-    ledger = _Ledger([*model.parameters(), *model.buffers()])
+    ledger = Ledger([*model.parameters(), *model.buffers()])
     with ledger:
         loss = objective(forward(model, batch, None), batch).mean()
         held = ledger.now
         loss.backward()
-    return Rehearsal(held, ledger.peak, ledger.flops)
+    return DryRun(held, ledger.peak, ledger.flops)
 
 
-def test_a_rehearsal_counts_what_a_real_step_holds(languages: Path) -> None:
+def test_a_dry_run_counts_what_a_real_step_holds(languages: Path) -> None:
     inputs = {"input_ids": torch.full((2, 30), 5), "attention_mask": torch.ones(2, 30, dtype=torch.int64)}
     inputs["attention_mask"][0, 20:] = 0  # with numbers, a mask of ones would be dropped
     want = real_step(languages / "base", inputs, Entropy())
-    got = rehearsed(languages / "base", inputs, Entropy())
+    got = dry_run_of(languages / "base", inputs, Entropy())
     assert got.flops == want.flops > 0
-    assert got.held == pytest.approx(want.held, rel=0.01)
+    assert got.activations == pytest.approx(want.activations, rel=0.01)
     assert got.peak == pytest.approx(want.peak, rel=0.01)
 
 
-def rehearsed(
+def dry_run_of(
     folder: Path,
     inputs: dict[str, torch.Tensor],
     objective: Objective,
     recompute: bool = False,
     recorded: int = 0,
-) -> Rehearsal:
+) -> DryRun:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
     if recompute:
         assert recompute_blocks(model) == 2
     batch = Batch(0, inputs, inputs["attention_mask"].bool(), torch.arange(2))
     names = [name for name, _ in model.named_parameters()]
-    return rehearse(model, names, [[batch]], objective, recorded=recorded)
+    return dry_run(model, names, [[batch]], objective, recorded=recorded)
 
 
-def test_rehearsals_know_recomputation_teachers_and_what_is_not_trained(languages: Path) -> None:
+def test_dry_runs_know_recomputation_teachers_and_what_is_not_trained(languages: Path) -> None:
     inputs = dict.fromkeys(("input_ids", "attention_mask"), torch.ones(2, 30, dtype=torch.int64))
-    plain = rehearsed(languages / "base", inputs, Entropy())
-    saving = rehearsed(languages / "base", inputs, Entropy(), recompute=True)
-    assert saving.held < 0.5 * plain.held
+    plain = dry_run_of(languages / "base", inputs, Entropy())
+    saving = dry_run_of(languages / "base", inputs, Entropy(), recompute=True)
+    assert saving.activations < 0.5 * plain.activations
     assert 1.2 < saving.flops / plain.flops < 4 / 3
-    few = rehearsed(languages / "base", inputs, Alignment(hidden=1.0, layers=(1, 2)), recorded=5)
-    every = rehearsed(languages / "base", inputs, Alignment(hidden=1.0, layers=(1, 2)))
-    assert every.held - few.held == 60 * (
+    few = dry_run_of(languages / "base", inputs, Alignment(hidden=1.0, layers=(1, 2)), recorded=5)
+    every = dry_run_of(languages / "base", inputs, Alignment(hidden=1.0, layers=(1, 2)))
+    assert every.activations - few.activations == 60 * (
         20 * 4 - 5 * 8 - 4
     )  # V = 20 probabilities, or 5 with tokens and tail
 
@@ -141,13 +143,13 @@ def test_a_size_needs_a_number_and_a_unit(text: str) -> None:
 def test_rounds_cover_every_example_once() -> None:
     inputs = {"input_ids": torch.arange(10).view(5, 2)}
     step = [Batch(k, inputs, inputs["input_ids"] >= 0, torch.arange(5)) for k in range(3)]
-    whole = [[batch.expert for batch in batches] for batches in rounds(step, Economy(2))]
+    whole = [[batch.expert for batch in batches] for batches in rounds(step, StepSchedule(2))]
     assert whole == [[0, 1], [2]]
-    cut = [part for parts in rounds(step, Economy(1, 2)) for part in parts]
+    cut = [part for parts in rounds(step, StepSchedule(1, 2)) for part in parts]
     assert [len(part.ids) for part in cut] == [2, 2, 1] * 3
     assert sum(part.share for part in cut) == pytest.approx(3)
     assert torch.equal(torch.cat([part.inputs["input_ids"] for part in cut[:3]]), inputs["input_ids"])
-    assert [str(e) for e in cheaper(Economy(4, keep=True), 4, separable=True)] == [
+    assert [str(e) for e in smaller_schedules(StepSchedule(4, keep=True), 4, separable=True)] == [
         "4 tasks a backward, gradients kept",
         "4 tasks a backward",
         "1 task a backward",
@@ -155,34 +157,40 @@ def test_rounds_cover_every_example_once() -> None:
         "1 task a backward, 2 examples a forward, blocks recomputed",
         "1 task a backward, 1 example a forward, blocks recomputed",
     ]
-    assert len(list(cheaper(Economy(1), 4, separable=False))) == 2
+    assert len(list(smaller_schedules(StepSchedule(1), 4, separable=False))) == 2
 
 
-def test_economies_learn_the_same(tmp_path: Path) -> None:
+def test_schedules_learn_the_same(tmp_path: Path) -> None:
     write_world(tmp_path)
     found, losses = {}, {}
-    cut = Economy(1, 2, recompute=True)
-    for economy in (Economy(1), Economy(3), Economy(1, recompute=True), cut, Economy(1, 2, keep=True)):
+    cut = StepSchedule(1, 2, recompute=True)
+    for schedule in (
+        StepSchedule(1),
+        StepSchedule(3),
+        StepSchedule(1, recompute=True),
+        cut,
+        StepSchedule(1, 2, keep=True),
+    ):
         run = tmp_path / f"run{len(found)}"
         module, data = build(tmp_path, run, objective=Entropy(agreement=1.0))
-        module.economy = economy
+        module.schedule = schedule
         trainer = tm.make_trainer(run, max_steps=2, accelerator="cpu", enable_progress_bar=False)
         tm.fit(module, data, trainer, run)
-        found[economy] = learned(run)
+        found[schedule] = learned(run)
         lines = (run / "metrics.jsonl").read_text().splitlines()
-        losses[economy] = [json.loads(line)["loss"] for line in lines]
-    for economy, values in found.items():
-        assert losses[economy] == pytest.approx(losses[Economy(1)], rel=1e-5), economy
-        difference = (values - found[Economy(1)]).abs()
-        assert difference.median() < 1e-6, economy  # Adam's first steps make 0.02 of a gradient of rounding
+        losses[schedule] = [json.loads(line)["loss"] for line in lines]
+    for schedule, values in found.items():
+        assert losses[schedule] == pytest.approx(losses[StepSchedule(1)], rel=1e-5), schedule
+        difference = (values - found[StepSchedule(1)]).abs()
+        assert difference.median() < 1e-6, schedule  # Adam's first steps make 0.02 of a gradient of rounding
 
 
 def test_gradients_kept_are_planned(tmp_path: Path) -> None:
     write_world(tmp_path)
     module, data = build(tmp_path, tmp_path / "run", keep_gradients=True)
-    kept, plain = (plan_fit(module, data, economy=e) for e in (None, Economy(1)))
+    kept, plain = (plan_fit(module, data, schedule=e) for e in (None, StepSchedule(1)))
     merged = sum(module.opened.base.tensors[name].nbytes for name in module.opened.layout.groups)
-    assert kept.held["gradients kept"] == merged
+    assert kept.memory.summed_gradients == merged
     assert kept.read == 2 * kept.sizes.vectors
     assert plain.read == (1 + plain.backwards) * plain.sizes.vectors
     with pytest.raises(ValueError, match="set one of them"):
@@ -195,8 +203,8 @@ def test_a_budget_is_kept_or_refused(
     run = tmp_path / "run"
     module, data = build(tmp_path, run, recipe=languages_recipe(languages), tasks_per_backward=2)
     plan = plan_fit(module, data, device=Device("none", 1.0, 1.0))
-    tighter = plan_fit(module, data, device=Device("none", 1.0, 1.0), economy=Economy(1))
-    assert tighter.rehearsal.peak < plan.rehearsal.peak
+    tighter = plan_fit(module, data, device=Device("none", 1.0, 1.0), schedule=StepSchedule(1))
+    assert tighter.dry_run.peak < plan.dry_run.peak
     assert (plan.backwards, tighter.backwards) == (1, 2)
     trainer = tm.make_trainer(run, max_steps=1, accelerator="cpu", enable_progress_bar=False)
     with pytest.raises(ValueError, match=r"more than the 100\.0 MiB.*\n(.*\n)+.*data.max_length"):
@@ -205,9 +213,9 @@ def test_a_budget_is_kept_or_refused(
     monkeypatch.setattr(
         "trainmerge.fitting.plan_fit.anonymous", lambda: 0
     )  # else megabytes hide the difference
-    plan, tighter = (plan_fit(module, data, economy=e) for e in (Economy(2), Economy(1)))
+    plan, tighter = (plan_fit(module, data, schedule=e) for e in (StepSchedule(2), StepSchedule(1)))
     limit = int(MARGIN * (plan.total + tighter.total) / 2)
-    assert affordable(module, data, precision_of(trainer), limit) == Economy(1)
+    assert schedule_within(module, data, precision_of(trainer), limit) == StepSchedule(1)
     assert "planned, of" in capsys.readouterr().out
 
 

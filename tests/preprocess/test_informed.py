@@ -18,7 +18,7 @@ from tests.methods import SoftmaxLayer, random, vectors
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.checkpoints import load_model
 from trainmerge.model import resident
-from trainmerge.model.expert_statistics import Measure
+from trainmerge.model.expert_statistics import ExpertStatistics
 from trainmerge.preprocess import regmean
 from trainmerge.run.recipe import calibration_files
 from trainmerge.task_vectors.delta import TaskVectors
@@ -36,16 +36,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def measure(merge: tm.Recipe, folder: Path) -> tuple[Measure, TaskVectors]:
+def measure(merge: tm.Recipe, folder: Path) -> tuple[ExpertStatistics, TaskVectors]:
     module = tm.MergeModule(merge, workspace=str(folder / "workspace"))
     data = tm.Calibration(calibration_files(merge), merge.base, max_length=16)
     module.load(data)
     module.resident.merged.materialise()
-    made = Measure(module.resident, data.examples, data.tokenize, folder / "measured")
+    made = ExpertStatistics(module.resident, data.examples, data.tokenize, folder / "measured")
     return made, module.opened.task_vectors
 
 
-def informed(method: tm.Preprocess, made: Measure, vectors: TaskVectors) -> dict[str, Tensor]:
+def informed(method: tm.Preprocess, made: ExpertStatistics, vectors: TaskVectors) -> dict[str, Tensor]:
     return dict(method.informed(vectors, made))
 
 
@@ -71,7 +71,7 @@ class Inputs:
 
 
 @torch.no_grad()
-def inputs_of(model: nn.Module, made: Measure, expert: int) -> Inputs:
+def inputs_of(model: nn.Module, made: ExpertStatistics, expert: int) -> Inputs:
     """One example at a time: nothing is padded."""
     inputs = Inputs(model)
     for example in made.examples[expert]:
@@ -224,14 +224,14 @@ def test_regmean_measures_no_more_together_than_it_may(
     made, given = measure(languages_recipe(languages), tmp_path)
     whole = informed(tm.RegMean(), made, given)
     most = []
-    grams = Measure.grams
+    grams = ExpertStatistics.grams
 
-    def watched(self: Measure, *asked: object) -> dict[str, Tensor]:
+    def watched(self: ExpertStatistics, *asked: object) -> dict[str, Tensor]:
         moments = grams(self, *asked)
         most.append(sum(gram.nbytes for gram in moments.values()))
         return moments
 
-    monkeypatch.setattr(Measure, "grams", watched)
+    monkeypatch.setattr(ExpertStatistics, "grams", watched)
     monkeypatch.setattr(regmean, "MOMENTS", 5 * 4 * 32**2)
     for name, taus in informed(tm.RegMean(), made, given).items():
         assert torch.equal(taus, whole[name])

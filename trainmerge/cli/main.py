@@ -289,11 +289,11 @@ def plan(
         recompute: Keep only the inputs of blocks, and run blocks again in the backward.
     """
     from trainmerge.plan.devices import device_named
-    from trainmerge.plan.micro_batches import Economy
+    from trainmerge.plan.micro_batches import StepSchedule
     from trainmerge.plan.plan_model import plan_model, print_plan
 
-    economy = Economy(recompute=recompute)
-    print_plan(plan_model(model, experts, batch, length, device_named(device), devices, economy))
+    schedule = StepSchedule(recompute=recompute)
+    print_plan(plan_model(model, experts, batch, length, device_named(device), devices, schedule))
 
 
 if __name__ == "__main__":

@@ -149,7 +149,11 @@ class Calibration(pl.LightningDataModule):
         return self.tokenize.render(chat)
 
     def identities(self) -> dict[str, str]:
-        """Expert -> SHA-256 of its examples."""
+        """Expert -> SHA-256 of its examples; they are hashed once."""
+        return dict(self._identities)
+
+    @cached_property
+    def _identities(self) -> dict[str, str]:
         texts = (json.dumps([_contents(e) for e in own]).encode() for own in self.examples)
         return {name: sha256(text).hexdigest() for name, text in zip(self.files, texts, strict=True)}
 

@@ -18,7 +18,7 @@ from trainmerge.evaluate.harness import HarnessScore, HarnessTask, run_harness
 from trainmerge.evaluate.score_task import Subject, TaskScore, score_task
 from trainmerge.evaluate.tasks import Task, load_tasks, metric_of
 from trainmerge.model.forward import build_classifier
-from trainmerge.model.resident import Resident, load_resident
+from trainmerge.model.resident import Placement, Resident, load_resident, preprocess
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import Opened, Recipe
@@ -91,9 +91,8 @@ def load_subject(
     answers: int = 0,
 ) -> tuple[Resident, Subject]:
     """The run's merge in memory, written, and as what is scored."""
-    resident = load_resident(
-        recipe, opened, coefficients, tokenize, folder.workspace, DEVICE, examples=folder.examples()
-    )
+    vectors = preprocess(opened, recipe.preprocess, folder.workspace, folder.examples())
+    resident = load_resident(recipe, opened, coefficients, tokenize, Placement(DEVICE)).merging(vectors)
     heads = build_heads(resident.merged.module, tasks, tokenize)  # while it holds the base's weights
     resident.merged.materialise()
     return resident, Subject(resident.merged.module, heads, tokenize, answers)

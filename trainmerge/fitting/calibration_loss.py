@@ -7,7 +7,7 @@ import torch
 from trainmerge.data.batch import Batch
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
-from trainmerge.model.row_shards import held_rows
+from trainmerge.model.row_shards import shard_rows
 from trainmerge.system import distributed
 
 
@@ -36,7 +36,7 @@ def batches(module: MergeModule, data: Calibration) -> Iterator[Batch]:
     for expert, examples in enumerate(data.examples):
         for first in range(0, len(examples), data.batch_size):
             own = examples[first : first + data.batch_size]
-            part = held_rows(len(own), distributed.rank(), distributed.world_size())
+            part = shard_rows(len(own), distributed.rank(), distributed.world_size())
             share = (part.stop - part.start) * distributed.world_size() / len(own)
             if not share:
                 part = slice(0, 1)

@@ -12,11 +12,12 @@ from trainmerge.coefficients.coefficients import save_coefficients
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.keep_better import keep_the_better, warn_if_it_never_fell
 from trainmerge.fitting.loggers import keep_csv
-from trainmerge.fitting.memory_budget import affordable, within
+from trainmerge.fitting.memory_budget import schedule_within, watch_memory
 from trainmerge.fitting.metrics_log import JsonLines
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.plan_fit import Precision
 from trainmerge.fitting.preflight import check_tasks
+from trainmerge.fitting.prepare import check_data
 from trainmerge.fitting.provenance import describe, load_snapshot
 from trainmerge.fitting.snapshots import Snapshots
 from trainmerge.fitting.trainer import check_strategy
@@ -60,7 +61,7 @@ def fit(
     check_settings(module, data, trainer)
     limit = parse_size(memory) if memory else 0
     if limit:
-        economise(module, data, trainer, limit)
+        cut_steps(module, data, trainer, limit)
     folder = RunFolder(Path(run))
     checkpoint = folder.resume_from(resume) if trainer.is_global_zero or resume != "never" else None
     snapshot = load_snapshot(checkpoint) if checkpoint else None
@@ -75,7 +76,7 @@ def fit(
         if trainer.is_global_zero:
             finish(folder, module, snapshot)
     else:
-        with within(limit):
+        with watch_memory(limit):
             learn(module, data, trainer, checkpoint)
         if trainer.is_global_zero and not folder.coefficients.exists():
             raise ValueError("no step was made: raise trainer.max_time")
@@ -86,7 +87,7 @@ def fit(
     return folder
 
 
-def economise(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit: int) -> None:
+def cut_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit: int) -> None:
     """Cut the module's step until its plan fits into `limit` bytes.
 
     Raises:
@@ -94,12 +95,12 @@ def economise(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit
     """
     if trainer.strategy.root_device.type != "cpu":
         raise ValueError("memory is what a processor holds: on a device, look at `--dry_run true` instead")
-    if module.sharded and trainer.world_size > 1:
+    if module.settings.sharded and trainer.world_size > 1:
         raise ValueError(
             "memory cuts each process's batch by itself, and shards meet in every pass: leave it out"
         )
     if trainer.max_steps:
-        module.economy = affordable(module, data, precision_of(trainer), limit)
+        module.schedule = schedule_within(module, data, precision_of(trainer), limit)
 
 
 def learn(module: MergeModule, data: Calibration, trainer: pl.Trainer, checkpoint: Path | None) -> None:
@@ -157,7 +158,7 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
             f"example of each expert: set it to {trainer.world_size} or more"
         )
     if trainer.max_steps or module.looks_at_data:
-        module.check_data(data)
+        check_data(module.recipe, module.opened, data)
         check_tasks(module, data)
 
 

@@ -10,36 +10,36 @@ from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.plan_fit import Precision, plan_fit
 from trainmerge.plan.devices import measured
-from trainmerge.plan.micro_batches import Economy, cheaper
+from trainmerge.plan.micro_batches import StepSchedule, smaller_schedules
 from trainmerge.system.memory import Peak, format_size, give_back_at_once
 
 MARGIN = 1.05  # libraries' own memory and what an allocator rounds up to: 3% over the plan was seen
 
 
-def affordable(module: MergeModule, data: Calibration, precision: Precision, limit: int) -> Economy:
-    """The first economy whose plan, with a margin, is within `limit` bytes; none changes what is learned.
+def schedule_within(module: MergeModule, data: Calibration, precision: Precision, limit: int) -> StepSchedule:
+    """The first schedule whose plan, with a margin, is within `limit` bytes; all learn the same.
 
-    In order: as asked, one task a backward, blocks recomputed, fewer examples at a time.
+    In order: the module's own, one task a backward, blocks recomputed, fewer examples at a time.
 
     Raises:
         ValueError: none is; with the last plan and what would help.
     """
     device = measured()
     separable = not module.objective.couples and module.rule is None
-    for economy in cheaper(module.economy, data.batch_size, separable):
-        plan = plan_fit(module, data, precision, device, economy=economy)
+    for schedule in smaller_schedules(module.schedule, data.batch_size, separable):
+        plan = plan_fit(module, data, precision, device, schedule=schedule)
         if MARGIN * plan.total <= limit:
-            print(f"memory: {format_size(plan.total)} planned, of {format_size(limit)}: {economy}")
-            return economy
-    table = "\n".join(f"  {name}: {size}" for name, size, _ in plan.rows()[: len(plan.held) + 1])
+            print(f"memory: {format_size(plan.total)} planned, of {format_size(limit)}: {schedule}")
+            return schedule
+    table = "\n".join(f"  {caption}: {size}" for caption, size in plan.memory.rows())
     raise ValueError(
         f"the fit needs {format_size(plan.total)}, more than the {format_size(limit)} of `memory`, even with "
-        f"{economy}:\n{table}\n{_remedy(module, data)}"
+        f"{schedule}:\n{table}\n{_remedy(module, data)}"
     )
 
 
 @contextmanager
-def within(limit: int) -> Iterator[None]:
+def watch_memory(limit: int) -> Iterator[None]:
     """Give freed memory back at once, and print the peak of anonymous memory afterwards; 0 is no limit."""
     if not limit:
         yield
@@ -59,7 +59,7 @@ def within(limit: int) -> Iterator[None]:
 def _remedy(module: MergeModule, data: Calibration) -> str:
     """What only the user may decide, as it changes what is learned."""
     ways = [f"set data.max_length below {data.max_length}", "data.batch_size lower", "raise `memory`"]
-    if module.weights == "stored" and any(
+    if module.settings.weights == "stored" and any(
         t.dtype == torch.float32 for t in module.opened.base.tensors.values()
     ):
         ways.insert(0, "set model.weights to bfloat16, which halves model and gradients")

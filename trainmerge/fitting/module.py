@@ -8,7 +8,6 @@ Legend: `K` experts, `G` coefficient groups.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,17 +24,21 @@ from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.constraints import Constraint, Free
 from trainmerge.coefficients.frank_wolfe import FrankWolfe
 from trainmerge.coefficients.initial import read_initial
-from trainmerge.coefficients.presets import MeasuredPreset, Preset
-from trainmerge.data.batch import Asks, Batch, Step
+from trainmerge.coefficients.presets import Preset
+from trainmerge.data.batch import Batch, Step
 from trainmerge.data.calibration import Calibration
-from trainmerge.model.activation_checkpointing import recompute_blocks
-from trainmerge.model.expert_statistics import Measure
-from trainmerge.model.resident import Resident, load_resident
-from trainmerge.model.teachers import BUDGET, Record, record_teachers
+from trainmerge.fitting.prepare import (
+    Ingredients,
+    ModelSettings,
+    check_data,
+    check_sharding,
+    needs_examples,
+    prepare,
+)
+from trainmerge.model.resident import Resident
+from trainmerge.model.teachers import BUDGET, Record
 from trainmerge.objectives import Entropy, Objective
-from trainmerge.plan.micro_batches import Economy, rounds
-from trainmerge.preprocess import Informed
-from trainmerge.preprocess.subspace import shared_subspaces
+from trainmerge.plan.micro_batches import StepSchedule, rounds
 from trainmerge.run.recipe import Recipe
 from trainmerge.task_vectors.quantise import Quantise
 
@@ -95,32 +98,21 @@ class MergeModule(pl.LightningModule):
         sharded: bool = False,
     ) -> None:
         super().__init__()
-        if subspace < 0:
-            raise ValueError(f"subspace must be 0 or more, not {subspace}")
-        if tasks_per_backward < 1:
-            raise ValueError(f"tasks_per_backward must be at least 1, not {tasks_per_backward}")
         if keep_gradients and combine is not None:
             raise ValueError("keep_gradients sums what `combine` wants apart: set one of them")
         self.automatic_optimization = False
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
-        self.weights, self.subspace = weights, subspace
-        self.economy = Economy(tasks_per_backward, keep=keep_gradients)
-        self.teacher_budget = teacher_budget
-        self.quantise, self.workspace, self.sharded = quantise, Path(workspace), sharded
-        if sharded and (subspace or self._measures(recipe, initial)):
-            raise ValueError(
-                "model.sharded: preprocessors and presets that look at examples, and model.subspace, need "
-                "the whole model on one device; leave them out, or run without it"
-            )
-        self.opened = recipe.open(self.workspace)
-        self.initial, layout = initial, self.opened.layout
-        names = tuple(recipe.experts)
+        self.settings = ModelSettings(weights, subspace, quantise, teacher_budget, Path(workspace), sharded)
+        self.schedule = StepSchedule(tasks_per_backward, keep=keep_gradients)
+        self.initial, self.keep_better = initial, keep_better
+        check_sharding(self.settings, needs_examples(recipe, initial))
+        self.opened = recipe.open(self.settings.workspace)
+        names, layout = tuple(recipe.experts), self.opened.layout
         start = (
             initial(names, layout) if isinstance(initial, Preset) else read_initial(initial, names, layout)
         )
         self.coefficients = Coefficients(names, layout, start, constraint)
         self.start: Tensor = self.coefficients().detach().clone()  # a plain attribute: not in the checkpoint
-        self.keep_better = keep_better
         self._combine = (combine,)  # in a tuple: no submodule, so that no checkpoint depends on it
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self._resident: Resident | None = None
@@ -146,29 +138,7 @@ class MergeModule(pl.LightningModule):
     @property
     def looks_at_data(self) -> bool:
         """Whether merging as it starts needs calibration examples already."""
-        return self._measures(self.recipe, self.initial)
-
-    @staticmethod
-    def _measures(recipe: Recipe, initial: object) -> bool:
-        informed = any(isinstance(method, Informed) for method in recipe.preprocess)
-        return informed or isinstance(initial, MeasuredPreset)
-
-    def check_data(self, data: Calibration) -> None:
-        """Raise ValueError if the data are of other experts or in another order, or longer than the model."""
-        if absent := [name for name in self.recipe.experts if name not in data.files]:
-            raise ValueError(
-                f"recipe.experts: {absent} have no `calibration` file of unlabeled examples to learn from"
-            )
-        if list(data.files) != list(self.recipe.experts):
-            raise ValueError(f"data are of {list(data.files)}, the experts are {list(self.recipe.experts)}")
-        config = self.opened.base.config
-        limit = (config.get("text_config") or config).get("max_position_embeddings")
-        for name, examples in zip(data.files, data.examples, strict=True):
-            if limit and (longest := data.tokenize.longest(examples, limit)) > limit:
-                raise ValueError(
-                    f"{data.files[name]}: an example of {longest} tokens is over the model's limit of "
-                    f"{limit} (max_position_embeddings): set data.max_length to {limit} or less"
-                )
+        return needs_examples(self.recipe, self.initial)
 
     def load(
         self,
@@ -176,72 +146,21 @@ class MergeModule(pl.LightningModule):
         device: torch.device | str = "cpu",
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """Load the base, the heads and the preprocessed task vectors. Called by Lightning's `setup` too.
-
-        Experts are recorded in the fit's own `precision`, where each then agrees with itself.
+        """Make the model (`prepare`), once. Called by Lightning's `setup` too.
 
         Raises:
             ValueError: the data are of other experts, or of the same in another order.
         """
-        self.check_data(data)
+        check_data(self.recipe, self.opened, data)
         if self._resident is not None:
             return
-        self.opened.share_checksums()
-        self._resident = load_resident(
-            self.recipe,
-            self.opened,
-            self.coefficients,
-            data.tokenize,
-            self.workspace,
-            device,
-            None if self.weights == "stored" else torch.bfloat16,
-            data.identity(),
-            partial(Measure, examples=data.examples, tokenizer=data.tokenize, folder=self.workspace),
-            self.sharded,
-            self.quantise,
-        )
-        self._resident.merged.keep_gradients = self.economy.keep
-        if self.economy.recompute:
-            recompute_blocks(self._resident.merged.module)
-        if self.subspace:
-            self._leave_alone_what_is_shared(data)
-        if isinstance(self.initial, MeasuredPreset):
-            self._start_at(self.initial, data)
-        if self.objective.asks != Asks():
-            with precision():
-                self.teachers = self._record(data)
-
-    def _leave_alone_what_is_shared(self, data: Calibration) -> None:
-        merged = self.resident.merged
-        identity = repr([self.opened.identity(), self.recipe.preprocess, data.identity()])
-        merged.left_alone = shared_subspaces(merged.task_vectors, self.subspace, self.workspace, identity)
-
-    def _start_at(self, preset: MeasuredPreset, data: Calibration) -> None:
-        measure = Measure(self.resident, data.examples, data.tokenize, self.workspace)
-        values = preset.measured(tuple(self.recipe.experts), measure)
-        self.start = values.expand_as(self.start).clone()
-        self.coefficients.reset_(self.start)
-
-    def _record(self, data: Calibration) -> list[Record]:
-        heads = [expert.head.identity() if expert.head else "" for expert in self.recipe.experts.values()]
-        depends_on = [
-            self.opened.identity(),
-            *heads,
-            *data.identities().values(),
-            data.tokenizer,
-            data.max_length,
-            self.weights,
-            torch.is_autocast_enabled(self.resident.device.type),
-        ]
-        return record_teachers(
-            self.resident,
-            data.examples,
-            data.tokenize,
-            self.objective.asks,
-            self.workspace,
-            repr(depends_on),
-            self.teacher_budget,
-        )
+        merge = self.recipe, self.opened, self.coefficients, self.initial
+        given = Ingredients(*merge, self.objective.asks, data, self.settings, self.schedule)
+        made = prepare(given, device, precision)
+        self._resident, self.teachers = made.resident, made.teachers
+        if made.start is not None:
+            self.start = made.start.expand_as(self.start).clone()
+            self.coefficients.reset_(self.start)
 
     @override
     def setup(self, stage: str) -> None:
@@ -300,7 +219,7 @@ class MergeModule(pl.LightningModule):
         losses: dict[str, Tensor] = {}
         with merged.tapped():
             if self.rule is None:
-                for batches in rounds(step, self.economy):
+                for batches in rounds(step, self.schedule):
                     for name, loss in self._backward(batches).items():
                         losses[name] = losses[name] + loss if name in losses else loss
                 return self._averaged(losses, merged.gradient())

@@ -19,10 +19,10 @@ from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
 from trainmerge.model.activation_checkpointing import recompute_blocks
 from trainmerge.plan.devices import Device, measured
-from trainmerge.plan.dry_run import rehearse
-from trainmerge.plan.micro_batches import Economy, rounds
+from trainmerge.plan.dry_run import dry_run
+from trainmerge.plan.micro_batches import StepSchedule, rounds
 from trainmerge.plan.plan import Plan
-from trainmerge.plan.plan_model import _sizes
+from trainmerge.plan.sizes import sizes_of
 from trainmerge.system.memory import anonymous
 from trainmerge.task_vectors.delta import Delta
 
@@ -35,24 +35,24 @@ def plan_fit(
     precision: Precision = nullcontext,
     device: Device | None = None,
     devices: int = 1,
-    economy: Economy | None = None,
+    schedule: StepSchedule | None = None,
 ) -> Plan:
     """The plan of `tm.fit(module, data, ...)`: headers and the longest examples are read, no weight is.
 
     Args:
         module: What is learned.
-        data: What from; each expert's longest examples are rehearsed.
+        data: What from; the dry run is of each expert's longest examples.
         precision: The fit's autocast.
         device: Whose speeds the times are made of; this processor's, measured, by default.
         devices: How many share model and examples.
-        economy: How a step is cut; as the module says by default.
+        schedule: How a step is cut; as the module says by default.
     """
-    economy, opened = economy or module.economy, module.opened
+    schedule, opened = schedule or module.schedule, module.opened
     if module.rule is not None:
-        economy = replace(economy, tasks=1)  # each expert's gradient is wanted by itself
+        schedule = replace(schedule, tasks=1)  # each expert's gradient is wanted by itself
     skeleton = build_skeleton(opened.base.path)
     names = locate(skeleton, opened.base.path, opened.base.tensors, opened.ignore)
-    narrow = None if module.weights == "stored" else torch.bfloat16
+    narrow = None if module.settings.weights == "stored" else torch.bfloat16
     dtypes = {inside: narrow or opened.base.tensors[name].dtype for name, inside in names.items()}
     own = {name: p.numel() * dtypes.get(name, p.dtype).itemsize for name, p in skeleton.named_parameters()}
     stored = sum({names[n]: opened.base.tensors[n].nbytes for n in names}.values())
@@ -60,7 +60,7 @@ def plan_fit(
     step = [_longest(data, k, -(-data.batch_size // devices)) for k in range(len(data.examples))]
     records = _records(module, data, step, skeleton)
     files = [file for folder in opened.folders.values() for file in Path(folder).glob("*.safetensors")]
-    sizes = _sizes(
+    sizes = sizes_of(
         skeleton,
         own,
         {names[name]: count for name, count in read.items()},
@@ -69,15 +69,15 @@ def plan_fit(
         sum(file.stat().st_size for file in files) + records.files,
         max(records.memory, stored - sum(own.values())),  # a model is loaded as stored, then narrowed
     )
-    if economy.recompute:
+    if schedule.recompute:
         recompute_blocks(skeleton)
-    parts = list(rounds(step, economy))
+    parts = list(rounds(step, schedule))
     heads = {k: e.head for k, e in enumerate(module.recipe.experts.values()) if e.head is not None}
     merged = {names[name] for name in read}
-    rehearsal = rehearse(skeleton, merged, parts, module.objective, heads, dtypes, precision, records.width)
+    needs = dry_run(skeleton, merged, parts, module.objective, heads, dtypes, precision, records.width)
     device = device or measured(narrow or next(iter(dtypes.values())))
     before = anonymous() if sys.platform == "linux" and not device.link else 0
-    return Plan(sizes, economy, rehearsal, len(parts), device, devices, before)
+    return Plan(sizes, schedule, needs, len(parts), device, devices, before)
 
 
 class _Records(NamedTuple):
@@ -104,8 +104,8 @@ def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Mo
     width, probabilities = 0, [4 * config.vocab_size * count for count in rows]
     if asks.temperature is None or all(e.head for e in experts):
         probabilities = [0] * len(rows)  # of a few classes: nothing beside the rest
-    elif sum(probabilities) > module.teacher_budget:
-        width = max(1, module.teacher_budget // (8 * sum(rows)))
+    elif sum(probabilities) > module.settings.teacher_budget:
+        width = max(1, module.settings.teacher_budget // (8 * sum(rows)))
         probabilities = [8 * width * count for count in rows]
     each = [a + b for a, b in zip(hidden, probabilities, strict=True)]
     return _Records(width, max(each), sum(each))
@@ -113,8 +113,10 @@ def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Mo
 
 def _read(module: MergeModule, delta: Delta) -> int:
     """Bytes of one parameter's base and task vectors, as the passes read them."""
-    if delta.base.dim() > 1 and module.quantise is not None:
-        return delta.base.nbytes + len(delta.terms) * int(module.quantise.bytes_a_weight * delta.base.numel())
+    if delta.base.dim() > 1 and module.settings.quantise is not None:
+        return delta.base.nbytes + len(delta.terms) * int(
+            module.settings.quantise.bytes_a_weight * delta.base.numel()
+        )
     if module.recipe.preprocess:
         return delta.base.nbytes + len(delta.terms) * 4 * delta.base.numel()
     return delta.nbytes

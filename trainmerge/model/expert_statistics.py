@@ -29,7 +29,7 @@ HELD = 256 << 20  # bytes of the base's predictions that wait for the expert's
 
 
 @dataclass(frozen=True)
-class Measure:
+class ExpertStatistics:
     """`preprocess.Calibrator` over a resident model. Order and dice depend on the seed only."""
 
     resident: Resident

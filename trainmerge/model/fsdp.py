@@ -10,7 +10,7 @@ U bytes:
                         (the reduction in float32: 2 P of it where weights have two bytes)
                         and 4 (K G + K) bytes a step
 
-`pass_bytes` and `held_bytes` are this, to the byte, for a module.
+`pass_bytes` and `shard_bytes` are this, to the byte, for a module.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from trainmerge.checkpoints import Checkpoint, LoadedModel
-from trainmerge.model.row_shards import local, rows_of
+from trainmerge.model.row_shards import local, local_rows
 from trainmerge.system import distributed
 
 
@@ -70,7 +70,7 @@ def shard_model(
     for name in parameters.keys() - set(names.values()):
         local(parameters[name]).zero_()
     for name, inside in names.items():
-        local(parameters[inside]).copy_(base.read(name)[rows_of(parameters[inside])])
+        local(parameters[inside]).copy_(base.read(name)[local_rows(parameters[inside])])
     return root
 
 
@@ -147,7 +147,7 @@ def _to_device(root: Root, device: torch.device) -> None:
         owner._buffers[name] = buffer.to(device)
 
 
-def held_bytes(module: nn.Module, processes: int) -> int:
+def shard_bytes(module: nn.Module, processes: int) -> int:
     """Bytes of parameters that each of N processes holds: 1/N, padded to whole rows; scalars whole."""
     return sum(_share(p, processes) * p.element_size() for p in module.parameters())
 

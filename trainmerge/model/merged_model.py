@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Gathered, Product, run_merges, run_products, shareable
 from trainmerge.model.low_rank_gradient import products, tap, tappable
-from trainmerge.model.row_shards import HeldDelta, held_deltas, local, placed
+from trainmerge.model.row_shards import DeltaShard, as_shard, delta_shards, local, shares_storage
 from trainmerge.task_vectors.delta import Delta, TaskVectors, outside
 from trainmerge.task_vectors.prefetch import Prefetch, prefetch_to
 
@@ -32,8 +32,8 @@ class MergedModel:
 
     `names` maps a task vector's name to the module's parameter name, where they differ; `parameters` has
     the module's parameters under the task vectors' names.
-    `task_vectors` may be replaced by preprocessed ones; `teacher` and `uniform` go on with the experts' own,
-    `originals`. `left_alone` are orthonormal columns [m, k] by parameter: what a gradient has in their span
+    `originals` are the experts' own task vectors, where `task_vectors` are preprocessed ones: `teacher` and
+    `uniform` write the experts. `left_alone` are orthonormal columns [m, k] by parameter: what a gradient has in their span
     counts for nothing. The module's weights are overwritten; only merged parameters ask for gradients.
     With `keep_gradients` weight gradients stay and add up until `gradient` takes them all in one pass over
     the task vectors: one more model is held, and several backwards cost one pass.
@@ -49,16 +49,18 @@ class MergedModel:
         task_vectors: TaskVectors,
         coefficients: Coefficients,
         names: Mapping[str, str] | None = None,
+        originals: TaskVectors | None = None,
+        left_alone: Mapping[str, Tensor] | None = None,
+        keep_gradients: bool = False,
     ) -> None:
         self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
-        self.originals = task_vectors
-        self.left_alone: Mapping[str, Tensor] = {}
-        self.keep_gradients = False
+        self.names, self.originals = names or {}, originals or task_vectors
+        self.left_alone, self.keep_gradients = left_alone or {}, keep_gradients
         own = dict(module.named_parameters())
-        self.parameters = {name: own[(names or {}).get(name, name)] for name in task_vectors.deltas}
+        self.parameters = {name: own[self.names.get(name, name)] for name in task_vectors.deltas}
         self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
-        aliased = [name for name, p in self.parameters.items() if _shares(p, task_vectors.deltas[name].base)]
-        if aliased:
+        bases = {name: delta.base for name, delta in task_vectors.deltas.items()}
+        if aliased := [name for name, p in self.parameters.items() if shares_storage(p, bases[name])]:
             raise ValueError(
                 f"the model's own weights are the base of {aliased[:3]}: give the task vectors a copy"
             )
@@ -68,9 +70,21 @@ class MergedModel:
         self._products = Gathered(self._run_products)
         self._found: list[tuple[Sequence[int], Tensor]] = []  # groups, and what is to be added to each
         module.requires_grad_(False)
-        for name, parameter in self._parameters.items():
+        for parameter in self._parameters.values():
             parameter.requires_grad_(True)
+        self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))  # type: ignore[no-untyped-call]
+            for name, parameter in self._parameters.items()
+        ]
+
+    def handed_over(
+        self, task_vectors: TaskVectors, left_alone: Mapping[str, Tensor], keep_gradients: bool
+    ) -> "MergedModel":
+        """The same module as the merge of other task vectors; gradients go there, and no longer here."""
+        for hook in self._hooks:
+            hook.remove()
+        of = self.module, task_vectors, self.coefficients, self.names, self.originals
+        return MergedModel(*of, left_alone, keep_gradients)
 
     @torch.no_grad()
     def materialise(self) -> None:
@@ -176,16 +190,12 @@ class MergedModel:
             merges.flush()
         torch.clear_autocast_cache()  # a mixed-precision context keeps its casts of the weights that were
 
-    def _delta(self, prefetch: Prefetch | None, source: TaskVectors, name: str) -> Delta | HeldDelta:
+    def _delta(self, prefetch: Prefetch | None, source: TaskVectors, name: str) -> Delta | DeltaShard:
         """What a pass over one parameter reads: the rows that this process holds, on their way already."""
         if self._mine is None or self._mine[0] is not source:
-            self._mine = source, held_deltas(source.deltas, self.parameters)
+            self._mine = source, delta_shards(source.deltas, self.parameters)
         mine = self._mine[1]
-        return placed(prefetch.take(mine, name) if prefetch else mine[name], self.parameters[name])
-
-
-def _shares(parameter: Tensor, base: Tensor) -> bool:
-    return base.numel() > 0 and local(parameter).data_ptr() == base.data_ptr()
+        return as_shard(prefetch.take(mine, name) if prefetch else mine[name], self.parameters[name])
 
 
 def exact(parameter: Tensor) -> torch.autocast:

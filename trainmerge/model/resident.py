@@ -1,14 +1,14 @@
 """From a recipe to the model in memory: the merged model and every task's classifier."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from trainmerge.checkpoints import hollow_model, load_model
+from trainmerge.checkpoints import LoadedModel, hollow_model, load_model
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.data.batch import Batch, Outputs
 from trainmerge.data.examples import Example
@@ -17,10 +17,10 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.forward import Tokenize, build_classifier, forward
 from trainmerge.model.fsdp import Root, shard_model
 from trainmerge.model.merged_model import MergedModel
-from trainmerge.preprocess import Calibrator, Informed, apply
+from trainmerge.preprocess import Preprocess, apply
 from trainmerge.run.recipe import Opened, Recipe
 from trainmerge.system import distributed
-from trainmerge.task_vectors.quantise import Quantise, quantised
+from trainmerge.task_vectors.delta import TaskVectors
 
 T = TypeVar("T")
 
@@ -43,6 +43,16 @@ class Resident:
         passage = (forward, self.merged.module, batch, self.classifiers[batch.expert], layers)
         return within(self.root, *passage)
 
+    def merging(
+        self,
+        task_vectors: TaskVectors,
+        left_alone: Mapping[str, Tensor] | None = None,
+        keep_gradients: bool = False,
+    ) -> "Resident":
+        """The same model as the merge of other task vectors, in place of this one (`MergedModel`)."""
+        merged = self.merged.handed_over(task_vectors, left_alone or {}, keep_gradients)
+        return replace(self, merged=merged)
+
     def batch(self, expert: int, examples: Sequence[Example], tokenizer: Tokenizer, first: int = 0) -> Batch:
         """These examples on the model's device, numbered from `first`."""
         encoded = tokenizer.encode(examples)
@@ -57,7 +67,19 @@ def within(root: Root | None, function: Callable[..., T], *arguments: Any) -> T:
     return found
 
 
-MakeCalibrator = Callable[[Resident], Calibrator]
+@dataclass(frozen=True)
+class Placement:
+    """Where a model is held, and in which form.
+
+    Args:
+        device: Where.
+        dtype: Of the parameters; as stored by default. Buffers stay (positions need float32), and so do heads.
+        sharded: Whether the processes share one model, where there are several.
+    """
+
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype | None = None
+    sharded: bool = False
 
 
 def load_resident(
@@ -65,47 +87,43 @@ def load_resident(
     opened: Opened,
     coefficients: Coefficients,
     tokenize: Tokenize,
-    workspace: Path,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    examples: str = "",
-    calibrator: MakeCalibrator | None = None,
-    sharded: bool = False,
-    quantise: Quantise | None = None,
+    placement: Placement = Placement(),
 ) -> Resident:
-    """Load the base, build the heads, preprocess the task vectors; no merge is written yet.
-
-    The model holds its parameters in `dtype`, or as they are stored. Buffers stay (positions need float32),
-    and so do heads. `examples` identifies the calibration examples and `calibrator` runs the experts on them,
-    for preprocessors that ask. `sharded` shares the model among all processes, where there are several.
-    `quantise` makes the task vectors smaller; teachers stay the experts.
-    """
-    first = list(takewhile(lambda method: not isinstance(method, Informed), recipe.preprocess))
-    if first:  # in the memory that the model will need; found again below
-        with distributed.rank_zero_first():
-            apply(opened.task_vectors, first, workspace, opened.identity())
-    root = None
-    if sharded and distributed.world_size() > 1:
-        loaded = hollow_model(opened.base, recipe.ignore)
-        root = shard_model(loaded, opened.base, opened.layout.groups, torch.device(device), dtype)
-    else:
-        loaded = load_model(opened.base, recipe.ignore)
-    module = loaded.module.to(device)
+    """Load the base and build the heads, for merges of the experts' own task vectors; none is written yet."""
+    loaded, root = load_base(opened, placement)
     classifiers = [
-        within(root, build_classifier, expert.head, module, tokenize) for expert in recipe.experts.values()
+        within(root, build_classifier, expert.head, loaded.module, tokenize)
+        for expert in recipe.experts.values()
     ]
-    for parameter in module.parameters() if dtype and root is None else ():
-        parameter.data = parameter.data.to(dtype)
-    merged = MergedModel(module, opened.task_vectors, coefficients, loaded.names)
-    resident = Resident(merged, classifiers, root)
-    if recipe.preprocess:
-        made = calibrator(resident) if calibrator else None
-        with distributed.rank_zero_first():
-            merged.task_vectors = apply(
-                opened.task_vectors, recipe.preprocess, workspace, opened.identity(), examples, made
-            )
-    if quantise is not None:
-        inputs = repr([opened.identity(), recipe.preprocess, examples])
-        with distributed.rank_zero_first():
-            merged.task_vectors = quantised(merged.task_vectors, quantise, workspace, inputs)
-    return resident
+    if placement.dtype and root is None:  # after the heads, which the stored weights embed
+        for parameter in loaded.module.parameters():
+            parameter.data = parameter.data.to(placement.dtype)
+    merged = MergedModel(loaded.module, opened.task_vectors, coefficients, loaded.names)
+    return Resident(merged, classifiers, root)
+
+
+def load_base(opened: Opened, placement: Placement) -> tuple[LoadedModel, Root | None]:
+    """The base on its device, as stored; or a shard of it, in the placement's dtype, and the shards' root."""
+    device = torch.device(placement.device)
+    if placement.sharded and distributed.world_size() > 1:
+        hollow = hollow_model(opened.base, opened.ignore)
+        return hollow, shard_model(hollow, opened.base, opened.layout.groups, device, placement.dtype)
+    loaded = load_model(opened.base, opened.ignore)
+    loaded.module.to(device)
+    return loaded, None
+
+
+def preprocess(
+    opened: Opened, methods: Sequence[Preprocess], workspace: Path, examples: str = ""
+) -> TaskVectors:
+    """The experts' task vectors after these methods, made by the first process where they are not there.
+
+    `examples` identifies the calibration examples that an earlier fit measured.
+
+    Raises:
+        ValueError: a method looks at examples, and its result is no longer in the workspace.
+    """
+    if not methods:
+        return opened.task_vectors
+    with distributed.rank_zero_first():
+        return apply(opened.task_vectors, methods, workspace, opened.identity(), examples)

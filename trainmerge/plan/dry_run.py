@@ -1,12 +1,11 @@
-"""A step's forwards and backwards rehearsed without numbers: what they hold, and how much they compute.
+"""A dry run of a step's forwards and backwards: what they hold in memory, and how much they compute.
 
 The model's own code and the fit's own objective run on fake tensors, which have a shape and a device but no
-storage. So a plan needs no formula for an architecture, and a 70B model is rehearsed in a few hundred MB.
+storage. So a plan needs no formula for an architecture, and a 70B model's dry run takes a few hundred MB.
 
 Legend: `B` examples, `T` tokens.
 """
 
-import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -18,34 +17,23 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
-from typing_extensions import override
 
 from trainmerge.data.batch import Asks, Batch, Outputs, Predictions, Signals
 from trainmerge.data.heads import Classifier, Head
 from trainmerge.model.forward import build_classifier, forward
 from trainmerge.objectives import Objective
-
-aten = torch.ops.aten
-# On a CPU attention has kernels of its own, which torch does not count: the same products as a GPU's.
-ATTENTION, SLOPE = aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_backward
-SAME_PRODUCTS = {
-    aten._scaled_dot_product_flash_attention_for_cpu: ATTENTION,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: SLOPE,
-}
+from trainmerge.plan.ledger import Ledger
 
 
-class Rehearsal(NamedTuple):
-    """What one step's forwards and backwards need beside the model's own weights."""
+class DryRun(NamedTuple):
+    """What one step's forwards and backwards need in addition to the model's own weights."""
 
-    held: int  # bytes kept from a forward for its backward, at most: the activations
+    activations: int  # bytes kept from a forward for its backward, at most
     peak: int  # bytes at the highest moment: activations, gradients, and what operators make in between
     flops: int  # of matrix products, convolutions and attention; a multiplication and an addition are two
 
 
-def rehearse(
+def dry_run(
     module: nn.Module,
     trained: Collection[str],
     rounds: Sequence[Sequence[Batch]],
@@ -54,13 +42,13 @@ def rehearse(
     dtypes: Mapping[str, torch.dtype] | torch.dtype = torch.float32,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     recorded: int = 0,
-) -> Rehearsal:
+) -> DryRun:
     """Run every round, forwards of its batches and one backward, on fake tensors.
 
     Every position is taken to count. `module` may be on the meta device; its tensors become fake ones.
 
     Args:
-        module: The model; it is good for nothing but rehearsals afterwards.
+        module: The model; it is good for nothing but dry runs afterwards.
         trained: Its parameters that ask for a gradient; each is dropped as soon as it is complete.
         rounds: The batches whose losses share a backward, in order.
         objective: The loss; what it asks the experts for is made up.
@@ -70,17 +58,17 @@ def rehearse(
         recorded: Probabilities a row that an expert's record keeps; 0 is all of them.
 
     Raises:
-        ValueError: the model's forward looks at numbers, which there are none of.
+        ValueError: the model's forward depends on the values of tensors, which have none here.
     """
     try:
-        return _rehearsed(module, trained, rounds, objective, heads or {}, dtypes, precision, recorded)
+        return _on_fake_tensors(module, trained, rounds, objective, heads or {}, dtypes, precision, recorded)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
-            f"{type(module).__name__} can't be rehearsed: what it does depends on numbers ({error})"
+            f"{type(module).__name__} has no dry run: what it does depends on its tensors' values ({error})"
         ) from error
 
 
-def _rehearsed(
+def _on_fake_tensors(
     module: nn.Module,
     trained: Collection[str],
     rounds: Sequence[Sequence[Batch]],
@@ -89,7 +77,7 @@ def _rehearsed(
     dtypes: Mapping[str, torch.dtype] | torch.dtype,
     precision: Callable[[], AbstractContextManager[Any]],
     recorded: int,
-) -> Rehearsal:
+) -> DryRun:
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(module, dtypes)
         for name, parameter in module.named_parameters():
@@ -97,19 +85,19 @@ def _rehearsed(
             if name in trained:
                 parameter.register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
         classifiers = {k: _classifier(head, module) for k, head in heads.items()}
-        ledger = _Ledger([*module.parameters(), *module.buffers()])
-        held = 0
+        ledger = Ledger([*module.parameters(), *module.buffers()])
+        activations = 0
         for batches in rounds:
             with ledger, precision():
                 losses = [
                     _loss(module, batch, objective, classifiers.get(batch.expert), recorded)
                     for batch in batches
                 ]
-                held = max(held, ledger.now)
+                activations = max(activations, ledger.now)
             with ledger:
                 torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
             del losses
-    return Rehearsal(held, ledger.peak, ledger.flops)
+    return DryRun(activations, ledger.peak, ledger.flops)
 
 
 def _loss(
@@ -166,56 +154,3 @@ def _make_fake(module: nn.Module, dtypes: Mapping[str, torch.dtype] | torch.dtyp
 
 def _drop(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes that live tensors would have, and the operations that made them."""
-
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = self.flops = 0
-        self._sizes: dict[int, int] = {weight.untyped_storage()._cdata: 0 for weight in weights}
-
-    @override
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        packet = func.overloadpacket
-        if packet == aten.nonzero:
-            result: Any = _places(args[0])
-        else:
-            if packet in (aten.index, aten.index_put, aten.index_put_):
-                args = (args[0], _all_of_masks(args[1]), *args[2:])
-            result = func(*args, **kwargs)
-        if count := flop_registry.get(SAME_PRODUCTS.get(packet, packet)):
-            self.flops += count(*args, **kwargs, out_val=result)
-        tree_map_only(Tensor, self._enter, result)
-        return result
-
-    def _enter(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._sizes:
-            self._sizes[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._leave, storage._cdata)
-
-    def _leave(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
-
-
-def _places(mask: Tensor) -> Tensor:
-    """`mask.nonzero()` where all of it counts."""
-    return torch.zeros(mask.numel(), mask.dim(), dtype=torch.int64)
-
-
-def _all_of_masks(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Indices by mask as the numbers they would be."""
-    numbers: list[Tensor | None] = []
-    for index in indices:
-        if index is not None and index.dtype == torch.bool:
-            numbers += _places(index).unbind(1)
-        else:
-            numbers.append(index)
-    return numbers

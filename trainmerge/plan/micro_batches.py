@@ -10,8 +10,8 @@ from trainmerge.data.batch import Batch
 
 
 @dataclass(frozen=True)
-class Economy:
-    """What a step holds at a time.
+class StepSchedule:
+    """How a step is cut: what it holds in memory at a time.
 
     Args:
         tasks: Tasks whose forwards share one backward; each backward reads the task vectors once.
@@ -26,6 +26,10 @@ class Economy:
     recompute: bool = False
     keep: bool = False
 
+    def __post_init__(self) -> None:
+        if self.tasks < 1:
+            raise ValueError(f"tasks_per_backward must be at least 1, not {self.tasks}")
+
     def __str__(self) -> str:
         parts = [f"{self.tasks} task{'s' * (self.tasks > 1)} a backward"]
         parts += [f"{self.examples} example{'s' * (self.examples > 1)} a forward"] if self.examples else []
@@ -33,15 +37,15 @@ class Economy:
         return ", ".join(parts)
 
 
-def rounds(step: Sequence[Batch], economy: Economy) -> Iterator[list[Batch]]:
+def rounds(step: Sequence[Batch], schedule: StepSchedule) -> Iterator[list[Batch]]:
     """The batches, or parts of them, whose forwards share a backward; two parts of one task never do."""
-    if economy.examples:
+    if schedule.examples:
         for batch in step:
-            for part in _parts(batch, economy.examples):
+            for part in _parts(batch, schedule.examples):
                 yield [part]
     else:
-        for first in range(0, len(step), economy.tasks):
-            yield list(step[first : first + economy.tasks])
+        for first in range(0, len(step), schedule.tasks):
+            yield list(step[first : first + schedule.tasks])
 
 
 def _parts(batch: Batch, size: int) -> Iterator[Batch]:
@@ -54,24 +58,24 @@ def _parts(batch: Batch, size: int) -> Iterator[Batch]:
         yield batch._replace(inputs=inputs, mask=batch.mask[rows], ids=ids, share=share)
 
 
-def cheaper(economy: Economy, examples: int, separable: bool) -> Iterator[Economy]:
-    """`economy`, and others that hold less and less.
+def smaller_schedules(schedule: StepSchedule, examples: int, separable: bool) -> Iterator[StepSchedule]:
+    """`schedule`, and others that need less and less memory.
 
     No gradients kept, one task a backward, blocks recomputed, fewer examples.
 
     Args:
-        economy: What was asked for.
+        schedule: The first one.
         examples: B.
         separable: Whether an example's loss is its own, so that a batch may be cut.
     """
-    yield economy
-    if economy.keep:
-        yield replace(economy, keep=False)
-    if economy.tasks > 1:
-        yield Economy(1, economy.examples, economy.recompute)
-    if not economy.recompute:
-        yield Economy(1, economy.examples, recompute=True)
-    size = (economy.examples or examples) // 2 if separable else 0
+    yield schedule
+    if schedule.keep:
+        yield replace(schedule, keep=False)
+    if schedule.tasks > 1:
+        yield StepSchedule(1, schedule.examples, schedule.recompute)
+    if not schedule.recompute:
+        yield StepSchedule(1, schedule.examples, recompute=True)
+    size = (schedule.examples or examples) // 2 if separable else 0
     while size:
-        yield Economy(1, size, recompute=True)
+        yield StepSchedule(1, size, recompute=True)
         size //= 2

@@ -2,7 +2,7 @@
 
 from trainmerge.preprocess.base import Calibrator, Informed, Preprocess
 from trainmerge.preprocess.breadcrumbs import Breadcrumbs
-from trainmerge.preprocess.cache import apply, apply_for_one_pass
+from trainmerge.preprocess.cache import apply, apply_for_one_pass, key_after
 from trainmerge.preprocess.consensus import Consensus
 from trainmerge.preprocess.dare import Dare
 from trainmerge.preprocess.doge import Doge
@@ -45,4 +45,5 @@ __all__ = [
     "apply",
     "apply_for_one_pass",
     "in_pieces",
+    "key_after",
 ]

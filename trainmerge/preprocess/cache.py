@@ -33,8 +33,8 @@ def apply(
     Raises:
         ValueError: an informed method's result is not there, and no calibrator to make it.
     """
-    for method, path in zip(methods, _paths(methods, folder, inputs, examples), strict=True):
-        file = cached(path, partial(_write, task_vectors, method, calibrator))
+    for method, key in zip(methods, _keys(methods, inputs, examples), strict=True):
+        file = cached(_path(folder, key), partial(_write, task_vectors, method, calibrator))
         task_vectors = _mapped(file, task_vectors)
     return task_vectors
 
@@ -46,20 +46,30 @@ def apply_for_one_pass(
 
     A last method that needs no file, and has none yet, is left to its rule.
     """
-    *_, path = [None, *_paths(methods, folder, inputs, examples)]
-    if path is None or path.exists() or not isinstance(methods[-1], Piecewise):
+    made = _path(folder, key_after(methods, inputs, examples))
+    if not methods or made.exists() or not isinstance(methods[-1], Piecewise):
         return apply(task_vectors, methods, folder, inputs, examples), None
     before = apply(task_vectors, methods[:-1], folder, inputs, examples)
     return before, methods[-1].rule(before)
 
 
-def _paths(methods: Sequence[Preprocess], folder: Path, inputs: str, examples: str) -> Iterator[Path]:
-    """The file of each method's result."""
+def key_after(methods: Sequence[Preprocess], inputs: str, examples: str = "") -> str:
+    """What identifies the methods' result: the `inputs` of methods that go on from there."""
+    *_, key = [inputs, *_keys(methods, inputs, examples)]
+    return key
+
+
+def _keys(methods: Sequence[Preprocess], inputs: str, examples: str) -> Iterator[str]:
+    """What identifies each method's result."""
     key = inputs
     for method in methods:
         depends_on = f" {examples}" if isinstance(method, Informed) else ""
         key = digest(f"{key} {method!r}{depends_on}", length=64)
-        yield folder / f"task_vectors-{key[:16]}.safetensors"
+        yield key
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / f"task_vectors-{key[:16]}.safetensors"
 
 
 def _write(task_vectors: TaskVectors, method: Preprocess, calibrator: Calibrator | None, path: Path) -> None:

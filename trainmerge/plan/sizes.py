@@ -1,0 +1,51 @@
+"""A merge's tensors in bytes, from headers and an empty model; nothing is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import nn
+
+from trainmerge.task_vectors.parameter_names import block_of
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A merge's tensors, in bytes where it isn't a count."""
+
+    parameters: int  # weights of the model: a count
+    experts: int  # a count
+    coefficients: int  # a count
+    weights: int  # the resident model, buffers included
+    gradient: int  # the largest merged weight's gradient
+    gradients: int  # those of all of them
+    block: int  # the largest block of the network: what a sharded model gathers at a time
+    vectors: int  # base and task vectors of what is merged: what one pass reads
+    widest: int  # of these, the parameter's with the most
+    files: int  # all that is mapped: base, experts, recorded experts
+    beforehand: int = 0  # what loading, or recording an expert, takes in addition to the model
+
+
+def sizes_of(
+    skeleton: nn.Module,
+    stored: Mapping[str, int],
+    read: Mapping[str, int],
+    experts: int,
+    coefficients: int,
+    files: int,
+    beforehand: int = 0,
+) -> Sizes:
+    """`stored` are the bytes of every parameter, `read` those of a pass over the merged ones."""
+    return Sizes(
+        parameters=sum(p.numel() for p in skeleton.parameters()),
+        experts=experts,
+        coefficients=coefficients,
+        weights=sum(stored.values()) + sum(buffer.nbytes for buffer in skeleton.buffers()),
+        gradient=max(stored[name] for name in read),
+        gradients=sum(stored[name] for name in read),
+        block=max(sum(stored[name] for name in block) for _, block in groupby(stored, block_of)),
+        vectors=sum(read.values()),
+        widest=max(read.values()),
+        files=files,
+        beforehand=beforehand,
+    )
