@@ -10,10 +10,10 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm demo test lower-bounds lint suite suite-lm suite-closed bench tables docs soak clean
+.PHONY: help setup data data-suite data-lm demo test test-processors lower-bounds lint suite suite-lm suite-closed bench tables docs soak clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV)" >&2
@@ -48,6 +48,9 @@ demo: data ## learn a merge of five experts, resume it, export it, score it, dra
 
 test: data ## run the tests
 	@$(BIN)/python -m pytest
+
+test-processors: $(READY) ## the tests as other processors, with other threads, on a busy machine (hours)
+	@$(BIN)/python -m tests.processors --only "$(SETTING)"
 
 lower-bounds: ## install the oldest dependencies that pyproject.toml promises, run the quick tests with them
 	@$(PYTHON) -m tests.lower_bounds

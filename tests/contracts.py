@@ -134,7 +134,7 @@ def assert_inner_is_exact(delta: Delta, grad: Tensor, chunks: int) -> None:
 
 
 def inner_bound(delta: Delta, grad: Tensor, chunks: int) -> Tensor:
-    """Error [K, C] of <grad, tau_k> per chunk: a sum of its elements, and of a low-rank term's ranks."""
+    """Error [K, C] of <grad, tau_k> per chunk: a sum of a chunk's elements and a low-rank term's ranks."""
     size = true_inner(grad.abs(), delta, chunks, tau=magnitude)
     rows = -(-(delta.shape[0] if delta.shape else 1) // chunks)
     ranks = max(term.up.shape[1] if isinstance(term, LowRank) else 0 for term in delta.terms)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from trainmerge.data.batch import Step
 from trainmerge.run.folder import RunFolder
 
 STEPS = 6
-ENDS_WITHIN = 60  # seconds for the processes that are left after one was killed; they take two
+ENDS_WITHIN = 900  # seconds: the two that it takes, on any machine; a group that notices nothing waits 1800
 
 
 class Signal(pl.Callback):
@@ -106,10 +105,8 @@ def test_a_killed_rank_ends_the_others_soon_and_the_run_goes_on(
     world: Path, whole: dict[int, Any], tmp_path: Path, rank: int
 ) -> None:
     folder = RunFolder(tmp_path / "run")
-    began = time.monotonic()
     ranks = Ranks(2, part_of_a_fit, world, folder.path, 2, False, Signal(rank, signal.SIGKILL, 3))
-    results = ranks.join(ENDS_WITHIN + 60)
-    assert time.monotonic() - began < ENDS_WITHIN + 60
+    results = ranks.join(ENDS_WITHIN)
     assert results[rank] == -signal.SIGKILL
     left = results[1 - rank]
     assert isinstance(left, Failed)

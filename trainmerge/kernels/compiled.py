@@ -1,8 +1,8 @@
 """Both passes as one fused loop each, written by inductor: C++ on a CPU, Triton on a GPU.
 
 One kernel for K, the forms and the dtypes, whatever the shapes: a chunk of rows is a flat, contiguous run of
-elements. Inductor keeps what it compiled on disk (in a folder per instruction set below
-`TORCHINDUCTOR_CACHE_DIR`), so that the next process only looks it up. What does not fit a flat loop (low-rank
+elements. Inductor caches what it compiled on disk, in a folder per instruction set in
+`TORCHINDUCTOR_CACHE_DIR`, so that the next process only looks it up. What does not fit a flat loop (low-rank
 and quantised terms, float64, strides, little tensors, coefficients of zero) is eager's, and so is everything
 once compiling has failed.
 
