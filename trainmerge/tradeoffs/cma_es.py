@@ -116,7 +116,7 @@ def read_log(log: Path, header: dict[str, Any]) -> list[Tried]:
     first, *lines = log.read_text().splitlines(keepends=True)
     if (made := json.loads(first)) != header:
         different = [key for key in header if made.get(key) != header[key]]
-        raise ValueError(f"{log} is of another search: {different} differ. Undo that, or use another --run")
+        raise ValueError(f"{log} is of another search: {different} differ. Undo that, or use another folder")
     whole = [line for line in lines if line.endswith("\n")]
     if len(whole) < len(lines):
         write_whole(log, first + "".join(whole))
