@@ -39,8 +39,8 @@ data-lm: $(READY) ## fetch SmolLM2 and four domains' documents, train three expe
 
 demo: data ## learn a merge of five experts, resume it, export it, score it, draw it
 	@rm -rf runs/demo
-	$(BIN)/trainmerge fit --config configs/demo.yaml --run runs/demo --report false --trainer.max_steps 40
-	$(BIN)/trainmerge fit --config configs/demo.yaml --run runs/demo --report false --resume auto
+	$(BIN)/trainmerge fit configs/demo.yaml runs/demo --no-report --trainer.max-steps 40
+	$(BIN)/trainmerge fit configs/demo.yaml runs/demo --no-report
 	$(BIN)/trainmerge export runs/demo runs/demo/merged
 	$(BIN)/python -c "from transformers import AutoModel; AutoModel.from_pretrained('runs/demo/merged')"
 	$(BIN)/trainmerge evaluate runs/demo

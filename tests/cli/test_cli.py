@@ -217,7 +217,7 @@ def empty_calibration(world: Path) -> None:
         (write_calibration(b'{"text": "\xe9"}\n'), ["mood/calibration.jsonl", "UTF-8"]),
         (lose_the_labels, ["mood/labels.json", "No such file"]),
         (list_an_expert_twice, ["config.yaml", "'mood' again", "line"]),
-        (run_is_a_file, ["run is no folder", "--run"]),
+        (run_is_a_file, ["run is no folder", "name another folder"]),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

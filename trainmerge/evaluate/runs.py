@@ -35,8 +35,8 @@ Heads = dict[str, Classifier | None]
 
 def evaluate_run(
     run: str | Path,
-    limit: int = 0,
-    max_length: int = 0,
+    limit: int | None = None,
+    max_length: int | None = None,
     grid: Sequence[float] = GRID,
     compare: bool = True,
     answers: int = 0,
@@ -50,8 +50,8 @@ def evaluate_run(
 
     Args:
         run: The run folder.
-        limit: Score the first so many examples of each task; 0 is all.
-        max_length: Texts are cut at so many tokens; 0 is as in the run's fit.
+        limit: Score the first so many examples of each task; by default all.
+        max_length: Texts are cut at so many tokens; by default as in the run's fit.
         grid: The task-arithmetic coefficients.
         compare: Score the other rows too.
         answers: Tokens to answer prompts with, where test files have a column `prompt`; 0 for none.

@@ -35,8 +35,8 @@ def fit(
     trainer: pl.Trainer,
     run: str | Path,
     resume: str = "auto",
-    config: str = "",
-    memory: str = "",
+    config: str | None = None,
+    memory: str | None = None,
 ) -> RunFolder:
     """Learn the coefficients in a run folder, from its last snapshot if `resume` says so.
 
@@ -169,7 +169,7 @@ def begin(
     trainer: pl.Trainer,
     checkpoint: Path | None,
     snapshot: dict[str, Any] | None,
-    config: str,
+    config: str | None,
 ) -> None:
     """Write what explains the run, and drop what is later than `snapshot`, `checkpoint`'s content.
 

@@ -14,11 +14,11 @@ from trainmerge.run.recipe import calibration_files
 
 
 def reopen(
-    folder: RunFolder, grouping: Grouping | None = None, examples: int = 0
+    folder: RunFolder, grouping: Grouping | None = None, examples: int | None = None
 ) -> tuple[MergeModule, Calibration]:
     """Module and data of a run; nothing is loaded yet.
 
-    `grouping` replaces the run's by a finer one. `examples`: the first so many an expert; 0 is as it was.
+    `grouping` replaces the run's by a finer one. `examples`: the first so many per expert; by default all.
 
     Raises:
         ValueError: no run, no coefficients, or base or experts changed since the fit.
@@ -34,6 +34,6 @@ def reopen(
         workspace=str(folder.workspace),
     )
     settings = manifest["data"] | {"columns": Columns(**manifest["data"]["columns"])}
-    if examples:
+    if examples is not None:
         settings["max_examples"] = min(examples, settings["max_examples"] or examples)
     return module, Calibration(calibration_files(recipe), **settings)

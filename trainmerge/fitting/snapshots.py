@@ -17,11 +17,21 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.system.atomic import naming, sync
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run me again
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
 STOP = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(Exception):
-    """The run was asked to stop (SIGTERM, SIGUSR1) and has saved its state."""
+    """The run was told to stop by a signal.
+
+    Args:
+        words: What was saved, and how to go on.
+        code: The process's exit code: `EXIT_INTERRUPTED` after Ctrl-C.
+    """
+
+    def __init__(self, words: str, code: int = EXIT_PREEMPTED) -> None:
+        super().__init__(words)
+        self.code = code
 
 
 class Snapshots(Callback):

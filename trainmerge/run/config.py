@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser
 
+from trainmerge.run.templates import expand
 from trainmerge.system.atomic import write_whole
 
 T = TypeVar("T")
@@ -76,13 +77,26 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: not usable YAML: {error}") from error
 
 
+def read_settings(path: Path) -> Any:
+    """A configuration's data, with every expert written out.
+
+    Raises:
+        ValueError: as `read_yaml`, and for templates that cannot be filled in.
+    """
+    data = read_yaml(path)
+    try:
+        return expand(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def read_config(cls: type[T], key: str, path: Path) -> T:
     """Undo `write_config`; other keys of the file are left alone.
 
     Raises:
         ValueError: the file lacks `key`, or holds a key or value that the class does not take.
     """
-    data = read_yaml(path)
+    data = read_settings(path)
     if not isinstance(data, dict) or key not in data:
         raise ValueError(f"{path}: no section {key!r} in it")
     parser = ArgumentParser(exit_on_error=False)

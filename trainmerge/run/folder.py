@@ -38,7 +38,7 @@ README = """# A trainmerge run
 | `checkpoints/` | the optimizer's state after the last saved step; `--resume auto` goes on from it |
 | `workspace/` | preprocessed task vectors and recorded experts; made again when deleted |
 
-Go on: `trainmerge fit --config THIS_FOLDER/config.yaml`, from the folder that `manifest.json` names under
+Go on: `trainmerge fit THIS_FOLDER/config.yaml`, from the folder that `manifest.json` names under
 `started`: paths are relative to it. Export: `trainmerge export THIS_FOLDER OUT`.
 """
 
@@ -145,11 +145,9 @@ class RunFolder:
         while not place.exists() and not place.is_symlink():
             place = place.parent
         if not place.is_dir():
-            raise ValueError(
-                f"{place} is no folder, so {self.path} cannot hold a run: name another --run folder"
-            )
+            raise ValueError(f"{place} is no folder, so {self.path} cannot hold a run: name another folder")
         if not os.access(place, os.W_OK | os.X_OK):
-            raise ValueError(f"{place}: no permission to write there: name another --run folder")
+            raise ValueError(f"{place}: no permission to write there: name another folder")
 
     def resume_from(self, resume: str) -> Path | None:
         """The checkpoint that `resume` (auto, never, or a path) means; none for a new run.
@@ -161,9 +159,7 @@ class RunFolder:
             return self.latest()
         if resume == "never":
             if self.began:
-                raise ValueError(
-                    f"{self.path} holds a run already: use --resume auto, or another --run folder"
-                )
+                raise ValueError(f"{self.path} holds a run already: use --resume auto, or another folder")
             return None
         if not Path(resume).is_file():
             raise ValueError(
@@ -183,7 +179,7 @@ class RunFolder:
         if different:
             raise ValueError(
                 f"{self.path} holds a run made from other things:\n{different}\n"
-                "Undo the change to resume it, or use another --run folder."
+                "Undo the change to resume it, or use another folder."
             )
 
     def create(self, description: Mapping[str, Any]) -> None:

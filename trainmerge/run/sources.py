@@ -22,12 +22,12 @@ def recipe_of(path: Path) -> Recipe:
     raise ValueError(f"{path}: no run folder, exported checkpoint or configuration file")
 
 
-def text_length(path: Path, given: int = 0) -> int:
-    """Tokens at which texts are cut: `given` if it is not 0, else as in the fit that `path` is of.
+def text_length(path: Path, given: int | None = None) -> int:
+    """Tokens at which texts are cut: `given`, or else as in the fit that `path` is of.
 
     `path` is a run folder, an exported checkpoint or a configuration; what says nothing means 256.
     """
-    if given:
+    if given is not None:
         return given
     if RunFolder(path).manifest.is_file():
         return int(RunFolder(path).read_manifest()["data"]["max_length"])

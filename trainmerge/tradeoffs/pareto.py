@@ -32,7 +32,7 @@ def pareto_run(
     points: int = 16,
     checks: int = 8,
     radius: float = 0.5,
-    examples: int = 64,
+    examples: int | None = 64,
     count: int = 40,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def pareto_run(
         points: Merges that the quadratics are fitted to; each is a forward and backward an example.
         checks: Further merges that they are compared with.
         radius: Scales go from 1 - radius to 1 + radius.
-        examples: Calibration examples an expert; 0 is all that the fit used.
+        examples: Calibration examples per expert; None is all that the fit used.
         count: Points on the front, about.
         seed: Of the merges' places.
 
