@@ -16,6 +16,8 @@ from trainmerge.task_vectors.delta import Delta, TaskVectors
 MakeDelta = Callable[..., Delta]
 MakeTaskVectors = Callable[..., TaskVectors]
 
+collect_ignore = ["fixtures"]  # files, and a script that runs on an older commit only
+
 torch.set_num_threads(1)  # tensors are small: threads only wait for each other, much so on a busy machine
 
 
