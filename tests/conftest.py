@@ -19,6 +19,8 @@ MakeTaskVectors = Callable[..., TaskVectors]
 
 limit_threads()
 
+collect_ignore = ["fixtures"]  # files, and a script that runs on an older commit only
+
 
 @pytest.fixture
 def generator() -> torch.Generator:
