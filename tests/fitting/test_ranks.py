@@ -15,7 +15,7 @@ import trainmerge as tm
 from tests.ranks import Ranks, run, sound
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.fitting.module import MergeModule
-from trainmerge.model import teachers
+from trainmerge.model import teacher_recorder
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import calibration_files
 from trainmerge.task_vectors.delta import Delta
@@ -161,9 +161,9 @@ def test_any_number_of_processes_ends_with_the_same_coefficients(
 
 def recording(root: Path, folder: Path, processes: int, sharded: bool) -> tuple[int, bytes]:
     """One process's part of recording the experts: its forward passes, and what all of them wrote."""
-    teachers.TOKENS = 16  # three batches of each of two experts
+    teacher_recorder.TOKENS = 16  # three batches of each of two experts
     passes: list[Any] = []
-    note(teachers._Recorder, "_signals", passes)
+    note(teacher_recorder.Recorder, "_signals", passes)
     objective = tm.Alignment(hidden=0.5, layers=(1,))
     world_fit(
         root, folder, processes, sharded=sharded, steps=1, recipe=languages_recipe(root), objective=objective

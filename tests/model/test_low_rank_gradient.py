@@ -23,7 +23,7 @@ from tests.model.test_merged_model import (
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.kernels import ExpertWeight, LowRank, Untouched
-from trainmerge.model.low_rank_gradient import products, tappable
+from trainmerge.model.low_rank_gradient import layer_products, tappable
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.task_vectors.delta import TaskVectors
 
@@ -63,7 +63,7 @@ def test_products_are_the_inner_products_of_the_weights_gradient(random_delta, g
     x, dy = (torch.randn(2, 17, n, generator=generator, dtype=dtype) for n in (50, 40))
     want = dy.flatten(0, 1).double().T @ x.flatten(0, 1).double()
     for chunks in (1, 3, 40):
-        error = relative_error(products(x, dy, delta, chunks), delta.inner(want, chunks))
+        error = relative_error(layer_products(x, dy, delta, chunks), delta.inner(want, chunks))
         assert error < (1e-6 if dtype == torch.float32 else 1e-10)
 
 

@@ -11,16 +11,21 @@ from torch import Tensor
 
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.coefficients.layout import Layout
+from trainmerge.coefficients.presets import Preset
+
+Initial = float | Sequence[float] | str | Preset
 
 
-def read_initial(initial: float | Sequence[float] | str, experts: Sequence[str], layout: Layout) -> Tensor:
-    """Where coefficients start, [K, 1] or [K, G]: one number, one per expert, or a coefficients file.
+def read_initial(initial: Initial, experts: Sequence[str], layout: Layout) -> Tensor:
+    """Where coefficients start, [K, 1] or [K, G]: one number, one per expert, a coefficients file, a preset.
 
     A file may group more coarsely: every chunk then starts with its parameter's coefficient.
 
     Raises:
         ValueError: the wrong number of experts, or a file of another merge.
     """
+    if isinstance(initial, Preset):
+        return initial(experts, layout)
     if isinstance(initial, str):
         saved = load_coefficients(Path(initial))
         if saved.experts != tuple(experts):

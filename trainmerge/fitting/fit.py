@@ -1,32 +1,24 @@
 """The whole run on one page: check, resume or begin, fit, leave the coefficients."""
 
-import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
-from trainmerge.coefficients.coefficients import save_coefficients
 from trainmerge.data.calibration import Calibration
-from trainmerge.fitting.keep_better import keep_the_better, warn_if_it_never_fell
-from trainmerge.fitting.loggers import keep_csv
+from trainmerge.fitting.begin import Snapshot, begin, find_snapshot
+from trainmerge.fitting.keep_better import leave_better
 from trainmerge.fitting.memory_budget import schedule_within, watch_memory
-from trainmerge.fitting.metrics_log import JsonLines
+from trainmerge.fitting.model_settings import check_data, needs_examples
 from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.outcome import check_learned, leave_end, leave_start, warn_if_it_never_fell
 from trainmerge.fitting.plan_fit import Precision
 from trainmerge.fitting.preflight import check_tasks
-from trainmerge.fitting.prepare import check_data
-from trainmerge.fitting.provenance import describe, load_snapshot
 from trainmerge.fitting.snapshots import Snapshots
 from trainmerge.fitting.trainer import check_strategy
-from trainmerge.run.config import write_config
-from trainmerge.run.folder import RunFolder, differences
-from trainmerge.system.atomic import write_whole
+from trainmerge.run.folder import RunFolder
 from trainmerge.system.memory import parse_size
-
-MANY_HELD = 0.25  # share of coefficients at a bound
 
 
 def fit(
@@ -63,28 +55,35 @@ def fit(
     if limit:
         cut_steps(module, data, trainer, limit)
     folder = RunFolder(Path(run))
-    checkpoint = folder.resume_from(resume) if trainer.is_global_zero or resume != "never" else None
-    snapshot = load_snapshot(checkpoint) if checkpoint else None
-    if trainer.is_global_zero:  # the other processes take its word: they meet it when the fit begins
-        begin(folder, module, data, trainer, checkpoint, snapshot, config)
-    if trainer.max_steps == 0:
-        if trainer.is_global_zero:
-            leave_the_start(folder, module, data)
-        return folder
-    done = snapshot is not None and int(snapshot["global_step"]) >= trainer.max_steps
-    if snapshot and done and not module.keep_better:
-        if trainer.is_global_zero:
-            finish(folder, module, snapshot)
-    else:
-        with watch_memory(limit):
-            learn(module, data, trainer, checkpoint)
-        if trainer.is_global_zero and not folder.coefficients.exists():
-            raise ValueError("no step was made: raise trainer.max_time")
-    if module.keep_better:
-        keep_the_better(module, data, folder)
+    snapshot = find_snapshot(folder, resume, first=trainer.is_global_zero)
+    if trainer.is_global_zero:  # the other processes wait for it when the fit begins
+        begin(folder, module, data, trainer, snapshot, config)
+    if trainer.max_steps:
+        take_steps(folder, module, data, trainer, snapshot, limit)
     elif trainer.is_global_zero:
-        warn_if_it_never_fell(folder)
+        leave_start(folder, module, data)
     return folder
+
+
+def take_steps(
+    folder: RunFolder,
+    module: MergeModule,
+    data: Calibration,
+    trainer: pl.Trainer,
+    snapshot: Snapshot | None,
+    limit: int,
+) -> None:
+    """The steps that are left, if any, and the coefficients in the run folder."""
+    done = snapshot is not None and snapshot.step >= trainer.max_steps
+    if not done or module.keep_better:
+        with watch_memory(limit):
+            learn(folder, module, data, trainer, snapshot.path if snapshot else None)
+    if module.keep_better:
+        leave_better(module, data, folder)
+    elif trainer.is_global_zero:
+        if done and snapshot:
+            leave_end(folder, module, snapshot)
+        warn_if_it_never_fell(folder)
 
 
 def cut_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit: int) -> None:
@@ -103,12 +102,15 @@ def cut_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit
         module.schedule = schedule_within(module, data, precision_of(trainer), limit)
 
 
-def learn(module: MergeModule, data: Calibration, trainer: pl.Trainer, checkpoint: Path | None) -> None:
+def learn(
+    folder: RunFolder, module: MergeModule, data: Calibration, trainer: pl.Trainer, checkpoint: Path | None
+) -> None:
     """Lightning's fit, from a checkpoint if there is one.
 
     Raises:
         Preempted: asked to stop by a signal; everything is saved.
         ConnectionError: another process of the fit is gone.
+        ValueError: no step was made.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     (snapshots,) = [callback for callback in callbacks if isinstance(callback, Snapshots)]
@@ -126,8 +128,7 @@ def learn(module: MergeModule, data: Calibration, trainer: pl.Trainer, checkpoin
                 ) from error
             raise
     if trainer.is_global_zero:
-        warn_if_unmoved(module)
-        warn_if_at_bound(module)
+        check_learned(folder, module)
 
 
 def is_of_a_collective(error: RuntimeError) -> bool:
@@ -157,77 +158,6 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
             f"data.batch_size {data.batch_size} leaves some of {trainer.world_size} processes without an "
             f"example of each expert: set it to {trainer.world_size} or more"
         )
-    if trainer.max_steps or module.looks_at_data:
+    if trainer.max_steps or needs_examples(module.recipe, module.initial):
         check_data(module.recipe, module.opened, data)
         check_tasks(module, data)
-
-
-def begin(
-    folder: RunFolder,
-    module: MergeModule,
-    data: Calibration,
-    trainer: pl.Trainer,
-    checkpoint: Path | None,
-    snapshot: dict[str, Any] | None,
-    config: str | None,
-) -> None:
-    """Write what explains the run, and drop what is later than `snapshot`, `checkpoint`'s content.
-
-    Raises:
-        ValueError: non-finite weights; the folder's run, or the snapshot, was made from other things.
-    """
-    module.opened.verify()
-    description = describe(module, data)
-    folder.check(description)
-    if snapshot and (different := differences(json.loads(snapshot["trainmerge"]), description)):
-        raise ValueError(f"{checkpoint} was made from other things:\n{different}")
-    module.description = json.dumps(description)
-    folder.create(description)
-    write_config(module.recipe, "recipe", folder.recipe)
-    module.opened.save(folder.sources)
-    if config:
-        write_whole(folder.config, config)
-    step = int(snapshot["global_step"]) if snapshot else 0
-    folder.drop_snapshots_after(step)
-    keep_csv(trainer.loggers, step)
-    for logger in trainer.loggers:
-        if isinstance(logger, JsonLines):
-            logger.keep_until(step)
-
-
-def leave_the_start(folder: RunFolder, module: MergeModule, data: Calibration) -> None:
-    """A run that learns nothing: its coefficients are those that it starts with."""
-    if module.looks_at_data:
-        module.load(data)
-    save_coefficients(module.coefficients, folder.coefficients)
-
-
-def finish(folder: RunFolder, module: MergeModule, snapshot: dict[str, Any]) -> None:
-    """A run that has had its steps: leave its coefficients, as its last step would have."""
-    with torch.no_grad():
-        module.coefficients.raw.copy_(snapshot["state_dict"]["coefficients.raw"])
-    save_coefficients(module.coefficients, folder.coefficients)
-    print(f"{folder.path}: finished at step {snapshot['global_step']}; raise trainer.max_steps to go on")
-
-
-def warn_if_unmoved(module: MergeModule) -> None:
-    """Say so when learning changed nothing that matters: a merge at its start is no learned merge."""
-    moved = (module.coefficients().detach().cpu() - module.start).abs().max().item()
-    if moved < 1e-4:
-        warnings.warn(
-            f"the coefficients moved by {moved:.1e} at most: raise the learning rate or trainer.max_steps",
-            stacklevel=2,
-        )
-
-
-def warn_if_at_bound(module: MergeModule) -> None:
-    """Say so when a bound, rather than the loss, decides many of the coefficients."""
-    coefficients = module.coefficients
-    with torch.no_grad():
-        held = coefficients.constraint.at_bound(coefficients()).float().mean().item()
-    if held >= MANY_HELD:
-        warnings.warn(
-            f"{100 * held:.0f}% of the coefficients sit at a bound of {coefficients.constraint}: widen it, "
-            "lower the learning rate, or leave them free",
-            stacklevel=2,
-        )

@@ -1,7 +1,6 @@
-"""A fit that did not help says so, and with `keep_better` leaves the coefficients where they started."""
+"""`keep_better`: after a fit, whichever coefficients have the lower loss over all calibration examples."""
 
 import json
-import math
 import warnings
 
 from rich.progress import track
@@ -14,12 +13,9 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
 from trainmerge.system import distributed
 from trainmerge.system.atomic import write_whole
-from trainmerge.system.json_file import read_json_lines
-
-ENOUGH = 5  # later steps, before their losses say anything: batches differ
 
 
-def keep_the_better(module: MergeModule, data: Calibration, folder: RunFolder) -> None:
+def leave_better(module: MergeModule, data: Calibration, folder: RunFolder) -> None:
     """Compare start and end on all calibration examples; leave the better one in the run folder."""
     end = module.coefficients().detach().cpu().clone()  # not the parameter itself, which `load` may write
     module.load(data)
@@ -51,17 +47,3 @@ def _leave(module: MergeModule, folder: RunFolder, losses: dict[str, float], bet
 def _loss_at(module: MergeModule, data: Calibration, values: Tensor) -> float:
     module.coefficients.reset_(values)
     return calibration_loss(module, data)
-
-
-def warn_if_it_never_fell(folder: RunFolder) -> None:
-    """Say so when no step had a lower loss than the first one."""
-    if not folder.metrics.exists():
-        return  # stopped before a step
-    losses = [row["loss"] for row in read_json_lines(folder.metrics) if "loss" in row]
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    if len(finite) > ENOUGH and min(finite[1:]) >= finite[0]:
-        warnings.warn(
-            f"no step had a lower loss than the first ({finite[0]:.4f}): lower the learning rate, or take "
-            "the starting coefficients as they are",
-            stacklevel=2,
-        )

@@ -80,12 +80,10 @@ def show(logger: Logger, image: NDArray[np.uint8], step: int) -> None:
             logger.experiment.log_image(logger.run_id, image, f"coefficients-{step}.png")
 
 
-def keep_csv(loggers: list[Logger], step: int) -> None:
-    """Move a CSVLogger's table away before a resumed run begins it anew, which deletes it."""
-    for logger in loggers:
-        if isinstance(logger, CSVLogger) and step:
-            table = Path(logger.log_dir) / "metrics.csv"
-            if table.is_file():
-                kept = table.with_name(f"metrics-until-{step}.csv")
-                table.replace(kept)
-                print(f"{kept}: the steps before this one; CSVLogger begins {table.name} anew")
+def move_table(logger: CSVLogger, step: int) -> None:
+    """Move the table away before a run that is resumed at `step` begins a new one, which deletes it."""
+    table = Path(logger.log_dir) / "metrics.csv"
+    if step and table.is_file():
+        moved = table.with_name(f"metrics-until-{step}.csv")
+        table.replace(moved)
+        print(f"{moved}: the steps before this one; CSVLogger begins {table.name} anew")

@@ -12,12 +12,12 @@ from typing_extensions import override
 
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.trajectory import append, thin
+from trainmerge.run.trajectory import append
 from trainmerge.system.atomic import write_whole
 
 
 class JsonLines(Logger):
-    """Append metrics to a file, one JSON object a step; a resumed run drops the lines it will write again."""
+    """Append metrics to a file, one JSON object per step."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def _step_of(line: str) -> float:
 
 
 class KeepTrajectory(Callback):
-    """Append the coefficients after each kept step; a resumed run drops the records it will write again."""
+    """Append the coefficients after each step that the trajectory has."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.path = folder.trajectory
@@ -68,11 +68,7 @@ class KeepTrajectory(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, MergeModule)
-        if not trainer.is_global_zero:
-            return
-        experts, groups = pl_module.coefficients.raw.shape
-        thin(self.path, trainer.global_step, (experts, groups))
-        if trainer.global_step == 0:
+        if trainer.is_global_zero and trainer.global_step == 0:
             append(self.path, 0, pl_module.coefficients())
 
     @override

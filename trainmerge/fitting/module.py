@@ -23,18 +23,11 @@ from trainmerge.coefficients.anchor import Anchor
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.constraints import Constraint, Free
 from trainmerge.coefficients.frank_wolfe import FrankWolfe
-from trainmerge.coefficients.initial import read_initial
-from trainmerge.coefficients.presets import Preset
+from trainmerge.coefficients.initial import Initial, read_initial
 from trainmerge.data.batch import Batch, Step
 from trainmerge.data.calibration import Calibration
-from trainmerge.fitting.prepare import (
-    Ingredients,
-    ModelSettings,
-    check_data,
-    check_sharding,
-    needs_examples,
-    prepare,
-)
+from trainmerge.fitting.model_settings import ModelSettings, check_data, check_sharding, needs_examples
+from trainmerge.fitting.prepare import Ingredients, prepare
 from trainmerge.model.resident import Resident
 from trainmerge.model.teachers import BUDGET, Record
 from trainmerge.objectives import Entropy, Objective
@@ -81,7 +74,7 @@ class MergeModule(pl.LightningModule):
         recipe: Recipe,
         objective: Objective = Entropy(),  # noqa: B008 - frozen
         constraint: Constraint = Free(),  # noqa: B008 - frozen
-        initial: float | Sequence[float] | str | Preset = 0.3,
+        initial: Initial = 0.3,
         anchor: Anchor = Anchor(),  # noqa: B008 - frozen
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -108,10 +101,7 @@ class MergeModule(pl.LightningModule):
         check_sharding(self.settings, needs_examples(recipe, initial))
         self.opened = recipe.open(self.settings.workspace)
         names, layout = tuple(recipe.experts), self.opened.layout
-        start = (
-            initial(names, layout) if isinstance(initial, Preset) else read_initial(initial, names, layout)
-        )
-        self.coefficients = Coefficients(names, layout, start, constraint)
+        self.coefficients = Coefficients(names, layout, read_initial(initial, names, layout), constraint)
         self.start: Tensor = self.coefficients().detach().clone()  # a plain attribute: not in the checkpoint
         self._combine = (combine,)  # in a tuple: no submodule, so that no checkpoint depends on it
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
@@ -134,11 +124,6 @@ class MergeModule(pl.LightningModule):
     def rule(self) -> torch.nn.Module | None:
         """How gradients of several experts become one; None is their sum."""
         return self._combine[0]
-
-    @property
-    def looks_at_data(self) -> bool:
-        """Whether merging as it starts needs calibration examples already."""
-        return needs_examples(self.recipe, self.initial)
 
     def load(
         self,

@@ -1,6 +1,4 @@
-"""The experts at work on their own unlabeled examples: what layers read, gradients, likelihoods.
-
-An expert is the resident model at one-hot coefficients, as in `teachers`.
+"""The experts on their own unlabeled examples, as one-hot merges: what layers read, gradients, likelihoods.
 
 Legend: `B` examples, `T` tokens, `R` rows, `n` inputs of a linear layer, `V` vocabulary or classes.
 """
@@ -30,7 +28,7 @@ HELD = 256 << 20  # bytes of the base's predictions that wait for the expert's
 
 @dataclass(frozen=True)
 class ExpertStatistics:
-    """`preprocess.Calibrator` over a resident model. Order and dice depend on the seed only."""
+    """`preprocess.Calibrator` over a resident model. Order and samples depend on the seed only."""
 
     resident: Resident
     examples: Sequence[Sequence[Example]]  # one list an expert

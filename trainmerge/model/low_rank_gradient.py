@@ -84,7 +84,7 @@ def tappable(
             yield name, layer
 
 
-def products(inputs: Tensor, slopes: Tensor, delta: Delta, chunks: int) -> Tensor:
+def layer_products(inputs: Tensor, slopes: Tensor, delta: Delta, chunks: int) -> Tensor:
     """<dY^T X, s B A> of each expert and chunk of rows -> [K, C], float32 or wider."""
     dtype = accumulation_dtype(slopes.dtype)
     x, dy = (part.reshape(-1, part.shape[-1]).to(dtype) for part in (inputs, slopes))

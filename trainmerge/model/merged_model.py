@@ -6,8 +6,8 @@ The merge is linear in the coefficients, so it never enters the autograd graph:
     dL/dc_k = <dL/dW, tau_k>            taken as soon as a weight's gradient is complete, which then is freed
 
 Memory holds one model and one weight's gradient, whatever K is (and with Triton's kernels what waits for a
-launch, `kernels.calls`). Where FSDP2 shards the module, every process
-merges the rows that it holds and multiplies the rows of the reduced gradient with them (`held`).
+launch, `kernels.calls`). Where FSDP2 shards the module, every process merges its own rows and multiplies the
+rows of the reduced gradient with them (`row_shards`).
 
 Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Gathered, Product, run_merges, run_products, shareable
-from trainmerge.model.low_rank_gradient import products, tap, tappable
+from trainmerge.model.low_rank_gradient import layer_products, tap, tappable
 from trainmerge.model.row_shards import DeltaShard, as_shard, delta_shards, local, shares_storage
 from trainmerge.task_vectors.delta import Delta, TaskVectors, outside
 from trainmerge.task_vectors.prefetch import Prefetch, prefetch_to
@@ -32,11 +32,11 @@ class MergedModel:
 
     `names` maps a task vector's name to the module's parameter name, where they differ; `parameters` has
     the module's parameters under the task vectors' names.
-    `originals` are the experts' own task vectors, where `task_vectors` are preprocessed ones: `teacher` and
-    `uniform` write the experts. `left_alone` are orthonormal columns [m, k] by parameter: what a gradient has in their span
-    counts for nothing. The module's weights are overwritten; only merged parameters ask for gradients.
+    `teacher` and `uniform` write merges of `originals`, the experts' own task vectors, where `task_vectors`
+    are preprocessed ones. The module's weights are overwritten; only merged parameters ask for gradients.
+    Gradients are projected onto the orthogonal complement of `left_alone`, orthonormal columns [m, k].
     With `keep_gradients` weight gradients stay and add up until `gradient` takes them all in one pass over
-    the task vectors: one more model is held, and several backwards cost one pass.
+    the task vectors: for one more model's memory, several backwards cost one pass.
     Under FSDP2, which has to sum gradients (`sharded`), the coefficient gradients of all processes add up to
     the sum of what each would have found alone.
 
@@ -56,11 +56,10 @@ class MergedModel:
         self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
         self.names, self.originals = names or {}, originals or task_vectors
         self.left_alone, self.keep_gradients = left_alone or {}, keep_gradients
-        own = dict(module.named_parameters())
-        self.parameters = {name: own[self.names.get(name, name)] for name in task_vectors.deltas}
+        own, deltas = dict(module.named_parameters()), task_vectors.deltas
+        self.parameters = {name: own[self.names.get(name, name)] for name in deltas}
         self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
-        bases = {name: delta.base for name, delta in task_vectors.deltas.items()}
-        if aliased := [name for name, p in self.parameters.items() if shares_storage(p, bases[name])]:
+        if aliased := [n for n, p in self.parameters.items() if shares_storage(p, deltas[n].base)]:
             raise ValueError(
                 f"the model's own weights are the base of {aliased[:3]}: give the task vectors a copy"
             )
@@ -83,8 +82,8 @@ class MergedModel:
         """The same module as the merge of other task vectors; gradients go there, and no longer here."""
         for hook in self._hooks:
             hook.remove()
-        of = self.module, task_vectors, self.coefficients, self.names, self.originals
-        return MergedModel(*of, left_alone, keep_gradients)
+        same = self.coefficients, self.names, self.originals
+        return MergedModel(self.module, task_vectors, *same, left_alone, keep_gradients)
 
     @torch.no_grad()
     def materialise(self) -> None:
@@ -169,13 +168,11 @@ class MergedModel:
     def _collect_at_layer(self, name: str, inputs: Tensor, slopes: Tensor) -> None:
         columns, delta = self.coefficients.layout.groups[name], self.task_vectors.deltas[name]
         with exact(slopes):
-            self._found.append((columns, products(inputs, slopes, delta, len(columns))))
+            self._found.append((columns, layer_products(inputs, slopes, delta, len(columns))))
 
     def _projected(self, name: str, gradient: Tensor) -> Tensor:
-        if name not in self.left_alone:
-            return gradient
-        basis = self.left_alone[name].to(gradient.device)
-        return outside(gradient.to(basis.dtype), basis)
+        basis = self.left_alone.get(name)
+        return gradient if basis is None else outside(gradient.to(basis.dtype), basis.to(gradient.device))
 
     @torch.no_grad()
     def _write(

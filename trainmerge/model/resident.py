@@ -73,7 +73,7 @@ class Placement:
 
     Args:
         device: Where.
-        dtype: Of the parameters; as stored by default. Buffers stay (positions need float32), and so do heads.
+        dtype: Of the parameters; as stored by default. Buffers and heads stay: positions need float32.
         sharded: Whether the processes share one model, where there are several.
     """
 

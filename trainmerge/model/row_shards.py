@@ -55,7 +55,7 @@ class DeltaShard:
     rows: int  # of the whole
 
     def merges(self, out: Tensor, coefficients: Tensor) -> Iterator[Merge]:
-        """The calls that write base + sum_k coefficients[k, chunk] tau_k, in the shard's rows `out` [H, ...]."""
+        """The calls that write the shard's rows `out` [H, ...]: base + sum_k coefficients[k, chunk] tau_k."""
         for chunk, here in self._pieces(coefficients.shape[1]):
             yield from self.delta.rows(here).merges(out[here], coefficients[:, chunk : chunk + 1])
 

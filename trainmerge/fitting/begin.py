@@ -1,0 +1,68 @@
+"""What the first process does before a fit: check what is resumed, write what explains the run, rewind."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+
+from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.provenance import describe, load_snapshot
+from trainmerge.fitting.rewind import rewind
+from trainmerge.run.config import write_config
+from trainmerge.run.folder import RunFolder, differences
+from trainmerge.system.atomic import write_whole
+
+
+class Snapshot(NamedTuple):
+    """A fit's checkpoint, and where it lies."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """How many steps it has behind it."""
+        return int(self.content["global_step"])
+
+
+def find_snapshot(folder: RunFolder, resume: str, first: bool) -> Snapshot | None:
+    """The snapshot that `resume` (auto, never, or a path) means; None for a new run.
+
+    Of `never`, only the `first` process checks that the folder has no run: others may meet its new one.
+
+    Raises:
+        ValueError: `never` in a folder that has a run, a path that is not there, or a damaged file.
+    """
+    path = None if resume == "never" and not first else folder.resume_from(resume)
+    return Snapshot(path, load_snapshot(path)) if path else None
+
+
+def begin(
+    folder: RunFolder,
+    module: MergeModule,
+    data: Calibration,
+    trainer: pl.Trainer,
+    snapshot: Snapshot | None,
+    config: str | None,
+) -> None:
+    """Write what explains the run, and drop what is later than the snapshot.
+
+    Raises:
+        ValueError: non-finite weights; the folder's run, or the snapshot, was made from other experts, data
+            or settings.
+    """
+    module.opened.verify()
+    description = describe(module, data)
+    folder.check(description)
+    if snapshot and (different := differences(json.loads(snapshot.content["trainmerge"]), description)):
+        raise ValueError(f"{snapshot.path} was made from other things:\n{different}")
+    module.description = json.dumps(description)
+    folder.create(description)
+    write_config(module.recipe, "recipe", folder.recipe)
+    module.opened.save(folder.sources)
+    if config:
+        write_whole(folder.config, config)
+    experts, groups = module.coefficients.raw.shape
+    rewind(folder, snapshot.step if snapshot else 0, (experts, groups), trainer.loggers)

@@ -1,0 +1,82 @@
+"""What the first process does after a fit: leave the coefficients, and warn of a fit that did not help."""
+
+import math
+import warnings
+
+import torch
+
+from trainmerge.coefficients.coefficients import save_coefficients
+from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.begin import Snapshot
+from trainmerge.fitting.model_settings import needs_examples
+from trainmerge.fitting.module import MergeModule
+from trainmerge.run.folder import RunFolder
+from trainmerge.system.json_file import read_json_lines
+
+MOVED = 1e-4  # a coefficient's change, below which nothing was learned
+AT_BOUND = 0.25  # share of coefficients at a bound
+ENOUGH = 5  # later steps, before their losses say anything: batches differ
+
+
+def leave_start(folder: RunFolder, module: MergeModule, data: Calibration) -> None:
+    """A run that learns nothing: its coefficients are those that it starts with."""
+    if needs_examples(module.recipe, module.initial):
+        module.load(data)
+    save_coefficients(module.coefficients, folder.coefficients)
+
+
+def leave_end(folder: RunFolder, module: MergeModule, snapshot: Snapshot) -> None:
+    """A run that has had its steps: leave its coefficients, as its last step would have."""
+    with torch.no_grad():
+        module.coefficients.raw.copy_(snapshot.content["state_dict"]["coefficients.raw"])
+    save_coefficients(module.coefficients, folder.coefficients)
+    print(f"{folder.path}: finished at step {snapshot.step}; raise trainer.max_steps to go on")
+
+
+def check_learned(folder: RunFolder, module: MergeModule) -> None:
+    """Warn of a fit that changed nothing, or ran into bounds.
+
+    Raises:
+        ValueError: it made no step.
+    """
+    if not folder.coefficients.exists():
+        raise ValueError("no step was made: raise trainer.max_time")
+    warn_if_unmoved(module)
+    warn_if_at_bound(module)
+
+
+def warn_if_unmoved(module: MergeModule) -> None:
+    """Warn if no coefficient moved: a merge at its start is no learned merge."""
+    moved = (module.coefficients().detach().cpu() - module.start).abs().max().item()
+    if moved < MOVED:
+        warnings.warn(
+            f"the coefficients moved by {moved:.1e} at most: raise the learning rate or trainer.max_steps",
+            stacklevel=2,
+        )
+
+
+def warn_if_at_bound(module: MergeModule) -> None:
+    """Warn if a bound, rather than the loss, decides many of the coefficients."""
+    coefficients = module.coefficients
+    with torch.no_grad():
+        share = coefficients.constraint.at_bound(coefficients()).float().mean().item()
+    if share >= AT_BOUND:
+        warnings.warn(
+            f"{100 * share:.0f}% of the coefficients sit at a bound of {coefficients.constraint}: widen it, "
+            "lower the learning rate, or leave them free",
+            stacklevel=2,
+        )
+
+
+def warn_if_it_never_fell(folder: RunFolder) -> None:
+    """Warn if no step had a lower loss than the first one."""
+    if not folder.metrics.exists():
+        return  # stopped before a step
+    losses = [row["loss"] for row in read_json_lines(folder.metrics) if "loss" in row]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if len(finite) > ENOUGH and min(finite[1:]) >= finite[0]:
+        warnings.warn(
+            f"no step had a lower loss than the first ({finite[0]:.4f}): lower the learning rate, or take "
+            "the starting coefficients as they are",
+            stacklevel=2,
+        )
