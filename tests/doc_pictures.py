@@ -142,7 +142,7 @@ def gap() -> Figure:
         axes.bar_label(bars, fmt="%.0f%%", padding=3, fontsize=8)
     axes.set_yticks(range(len(SHOWN)), titles[::-1])
     axes.set(xlim=(0, 108), xlabel="share of the gap closed, best task arithmetic (0%) to experts (100%)")
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
