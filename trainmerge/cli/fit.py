@@ -48,8 +48,8 @@ def fit_command(words: list[str]) -> int:
         )
     except Preempted as stop:
         if not trainer.is_global_zero:
-            return 0  # else Lightning's launcher, which watches it, kills the first process before it says 75
-        print(stop)
+            return 0  # else Lightning's launcher, which watches it, kills the first process before it says so
+        print(f"trainmerge fit: {stop}", file=sys.stderr)
         return stop.code
     except MisconfigurationException as error:
         raise ValueError(error) from error
