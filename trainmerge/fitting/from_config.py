@@ -16,7 +16,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.trainer import make_trainer
-from trainmerge.run.config import read_settings
+from trainmerge.run.config import public_path, public_paths, read_settings
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe, calibration_files
 from trainmerge.run.templates import expand
@@ -25,8 +25,8 @@ TEMPLATES = "trainmerge"  # the parser's mode: YAML in which `recipe.each` descr
 
 
 def _load(text: str) -> Any:
-    """The parser's own YAML, with every expert written out."""
-    return expand(get_loader("yaml")(text))
+    """The parser's own YAML, with every expert written out and public class paths."""
+    return public_paths(expand(get_loader("yaml")(text)))
 
 
 set_loader(TEMPLATES, _load, (yaml.YAMLError,))
@@ -155,13 +155,21 @@ def _parse(given: list[str] | dict[str, Any], parser: type[FitCLI]) -> FitCLI:
             MergeModule,
             Calibration,
             run=False,
-            args=given,
+            args=_with_public_paths(given),
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,  # `model.optimizer` is the one place
             load_from_checkpoint_support=False,
             parser_kwargs={"prog": "trainmerge fit", "exit_on_error": False, "parser_mode": TEMPLATES},
         )
+
+
+def _with_public_paths(given: list[str] | dict[str, Any]) -> list[str] | dict[str, Any]:
+    """The same with the public path of every class that a word, a `--key=value` or the content names."""
+    if isinstance(given, dict):
+        return dict(public_paths(given))
+    parts = [word.rpartition("=") for word in given]
+    return [f"{key}{equals}{public_path(value)}" for key, equals, value in parts]
 
 
 def test_files(recipe: Recipe) -> dict[str, str]:

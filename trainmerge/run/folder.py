@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainmerge.data.examples import examples_identity
+from trainmerge.run.config import public_paths
 from trainmerge.system.atomic import write_whole
 from trainmerge.system.json_file import read_json
 
@@ -205,12 +206,15 @@ def versions() -> dict[str, str]:
 
 
 def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """A line for each entry of `now` that `made` has otherwise; empty if there is none."""
-    plain = json.loads(json.dumps(now))
+    """A line for each entry of `now` that `made` has otherwise; empty if there is none.
+
+    A class's public path and the path that it had in older files are the same.
+    """
+    before, plain = public_paths(made), public_paths(json.loads(json.dumps(now)))
     return "\n".join(
-        f"  {key}: {_short(made.get(key))} then, {_short(value)} now"
+        f"  {key}: {_short(before.get(key))} then, {_short(value)} now"
         for key, value in plain.items()
-        if made.get(key) != value
+        if before.get(key) != value
     )
 
 
