@@ -19,7 +19,7 @@ from tests.world import LABELS, languages_recipe, llama, recipe, write_world
 from trainmerge.cli.main import main
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate import evaluate_run
-from trainmerge.evaluate.bootstrap import differences
+from trainmerge.evaluate.bootstrap import score_differences
 from trainmerge.evaluate.harness import run_harness
 from trainmerge.evaluate.score_task import Subject, score_task, token_losses
 from trainmerge.evaluate.tasks import Task, load_tasks
@@ -171,7 +171,7 @@ def test_differences_are_paired(generator: torch.Generator) -> None:
     better, other = right.clone(), right[torch.randperm(400, generator=generator)]
     better[(right == 0).nonzero()[:12]] = 1
     rows = [torch.stack([row, torch.ones(400).double()], dim=1) for row in (better, right, other)]
-    best, worse, shuffled = differences({"t": rows}, best=0, sign=1)
+    best, worse, shuffled = score_differences({"t": rows}, best=0, sign=1)
     assert best == (0, 0, 0)
     assert worse.worse_by == pytest.approx(12 / 400)
     assert 0 < worse.low < worse.worse_by < worse.high

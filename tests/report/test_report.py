@@ -27,7 +27,7 @@ from trainmerge.kernels import ExpertWeight, LowRank, Untouched
 from trainmerge.report.heatmap import EVERYTHING, grid_of, heatmap
 from trainmerge.report.importance import importance_picture, magnitudes
 from trainmerge.report.picture import style
-from trainmerge.report.read_run import gather
+from trainmerge.report.read_run import read_numbers
 from trainmerge.report.scores import relative, score_picture
 from trainmerge.report.steps import loss_picture, path_picture
 from trainmerge.report.task_vectors import norm_picture, similarity_picture
@@ -184,7 +184,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 def test_importance_is_that_of_the_second_stage(run: Path) -> None:
-    numbers = gather(run)
+    numbers = read_numbers(run)
     _, coefficients, opened = open_run(RunFolder(run))
     assert numbers.geometry is not None
     ours = magnitudes(numbers.layout, numbers.values, numbers.geometry)

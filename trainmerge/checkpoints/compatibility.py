@@ -14,7 +14,7 @@ from trainmerge.checkpoints.sources import Source, Sources
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
 
 
-class Plan(Protocol):
+class FittingExpert(Protocol):
     """One expert that fits the base, and where its numbers are."""
 
     def sources(self) -> dict[str, Source]:
@@ -46,7 +46,7 @@ def find_sources(
             that, an expert whose tied tensors differ, or an adapter that peft cannot merge.
     """
     frame = open_parameters(base, ignore)
-    plans: dict[str, Plan] = {}
+    plans: dict[str, FittingExpert] = {}
     problems: list[str] = []
     for expert, folder in experts.items():
         path = Path(folder)
@@ -64,7 +64,7 @@ def find_sources(
     return Sources(tuple(frame.files.values()), frame.tied, sources)
 
 
-def _check_ties(frame: Parameters, plans: Mapping[str, Plan]) -> None:
+def _check_ties(frame: Parameters, plans: Mapping[str, FittingExpert]) -> None:
     sides = {"base": frame} | {
         name: plan.parameters for name, plan in plans.items() if isinstance(plan, FullExpert)
     }

@@ -16,7 +16,7 @@ DRAWS = 2000
 BLOCK = 100  # draws at a time: what is held is this many times the examples
 
 
-class Difference(NamedTuple):
+class ScoreDifference(NamedTuple):
     """How much worse a row is than the best: accuracy, or log-perplexity; and where 95% of the draws lie."""
 
     worse_by: float
@@ -29,9 +29,9 @@ class Difference(NamedTuple):
         return self.low <= 0 <= self.high
 
 
-def differences(
+def score_differences(
     outcomes: Mapping[str, Sequence[Tensor]], best: int, sign: int, draws: int = DRAWS, seed: int = 0
-) -> list[Difference]:
+) -> list[ScoreDifference]:
     """Every row's difference from row `best` in the mean over tasks.
 
     Args:
@@ -48,7 +48,7 @@ def differences(
     mean, means = sign * told.mean(0), sign * drawn.mean(0)  # [R], [R, D]
     worse, spread = mean[best] - mean, means[best] - means
     low, high = spread.quantile(0.025, dim=1), spread.quantile(0.975, dim=1)
-    return [Difference(*row) for row in torch.stack([worse, low, high], dim=1).tolist()]
+    return [ScoreDifference(*row) for row in torch.stack([worse, low, high], dim=1).tolist()]
 
 
 def _draw(rows: Tensor, draws: int, generator: torch.Generator) -> Tensor:

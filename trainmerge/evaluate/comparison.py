@@ -9,7 +9,7 @@ from typing import Any
 from rich.progress import track
 
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.evaluate.bootstrap import Difference, differences
+from trainmerge.evaluate.bootstrap import ScoreDifference, score_differences
 from trainmerge.evaluate.checkpoints import heads_of, load_checkpoint, score_tasks
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.runs import Heads, load_subject
@@ -29,7 +29,7 @@ class Comparison:
 
     evaluation: Evaluation
     best: str
-    differences: dict[str, Difference]
+    differences: dict[str, ScoreDifference]
 
     def to_json(self) -> dict[str, Any]:
         """The evaluation's rows, each with its difference."""
@@ -91,5 +91,5 @@ def _compared(found: Evaluation) -> Comparison:
     best = found.metric.best(found.scores, rows)
     assert best is not None
     outcomes = {task: [found.rows[row][task].outcomes for row in rows] for task in found.held_in}
-    gaps = differences(outcomes, rows.index(best), found.metric.sign)
+    gaps = score_differences(outcomes, rows.index(best), found.metric.sign)
     return Comparison(found, best, dict(zip(rows, gaps, strict=True)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.export.model_card import model_card
-from trainmerge.export.shards import Merge, shard_names, write_shards
+from trainmerge.export.shards import CheckpointMerge, shard_names, write_shards
 from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.run.config import write_config
 from trainmerge.run.folder import RunFolder, versions
@@ -49,10 +49,10 @@ def export_merge(
         ValueError: a merged tensor is not finite.
     """
     with staging_together(out, overwrite) as folder:
-        write_checkpoint(Merge(base, task_vectors, coefficients), folder, workers)
+        write_checkpoint(CheckpointMerge(base, task_vectors, coefficients), folder, workers)
 
 
-def write_checkpoint(merge: Merge, folder: Path, workers: int = 1) -> dict[str, str]:
+def write_checkpoint(merge: CheckpointMerge, folder: Path, workers: int = 1) -> dict[str, str]:
     """Write weights and side files into an empty folder; the weight files' SHA-256.
 
     Several processes deal the weight files out; the first writes the rest.
@@ -150,7 +150,9 @@ def _explain(
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
-def merge_of(run_folder: RunFolder, recipe: Recipe, coefficients: Coefficients, opened: Opened) -> Merge:
+def merge_of(
+    run_folder: RunFolder, recipe: Recipe, coefficients: Coefficients, opened: Opened
+) -> CheckpointMerge:
     """What `open_run` gave as tensors: preprocessors do their work here, as far as none did it before."""
     task_vectors, rule = apply_for_one_pass(
         opened.task_vectors,
@@ -159,4 +161,4 @@ def merge_of(run_folder: RunFolder, recipe: Recipe, coefficients: Coefficients, 
         opened.identity(),
         run_folder.examples(),
     )
-    return Merge(opened.base, task_vectors, coefficients, rule)
+    return CheckpointMerge(opened.base, task_vectors, coefficients, rule)

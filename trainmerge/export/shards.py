@@ -31,7 +31,7 @@ PIECE = 1 << 19
 
 
 @dataclass(frozen=True)
-class Merge:
+class CheckpointMerge:
     """Base, task vectors and coefficients: every tensor of the merged checkpoint, when it is asked for."""
 
     base: Checkpoint
@@ -100,7 +100,7 @@ def merge_rows(out: Tensor, delta: Delta, first: int, coefficients: Tensor, whol
             delta.rows(rows).merge(out[rows], coefficients[:, chunk : chunk + 1])
 
 
-def write_shard(merge: Merge, names: Iterable[str], path: Path) -> str:
+def write_shard(merge: CheckpointMerge, names: Iterable[str], path: Path) -> str:
     """Write these tensors of a merge as one safetensors file; its SHA-256, taken on the way.
 
     The bytes depend on nothing but the arguments, so shards may be written by whom and when it suits.
@@ -114,7 +114,7 @@ def write_shard(merge: Merge, names: Iterable[str], path: Path) -> str:
 
 
 @torch.no_grad()
-def _in_order(merge: Merge, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _in_order(merge: CheckpointMerge, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     for name, after in zip(names, [*names[1:], None], strict=True):
         if after is not None:
             merge.announce(after)
@@ -122,7 +122,9 @@ def _in_order(merge: Merge, names: list[str]) -> Iterator[tuple[str, Tensor]]:
             yield name, piece
 
 
-def write_shards(merge: Merge, folder: Path, files: Iterable[str], workers: int = 1) -> dict[str, str]:
+def write_shards(
+    merge: CheckpointMerge, folder: Path, files: Iterable[str], workers: int = 1
+) -> dict[str, str]:
     """Write these files of weights, of `shard_names`, into a folder, `workers` at once: name -> SHA-256."""
     names, shards = list(files), shard_names(merge.base)
     threads = torch.get_num_threads()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trainmerge.export.export import INDEX, WEIGHT_SUFFIXES, merge_of
-from trainmerge.export.shards import Merge, shard_names
+from trainmerge.export.shards import CheckpointMerge, shard_names
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
 from trainmerge.system.json_file import read_json
@@ -38,7 +38,7 @@ def verify_export(run: str | Path, out: str | Path) -> int:
     return len(merge.base.tensors)
 
 
-def _differences(merge: Merge, folder: Path) -> Iterator[str]:
+def _differences(merge: CheckpointMerge, folder: Path) -> Iterator[str]:
     shards = shard_names(merge.base)
     there = {path.name for path in folder.glob("*") if path.suffix in WEIGHT_SUFFIXES}
     own = {"trainmerge_coefficients.safetensors"}
@@ -66,7 +66,7 @@ def _index_differences(shards: dict[str, tuple[str, ...]], index: Path) -> Itera
 
 
 @torch.no_grad()
-def _shard_differences(merge: Merge, names: tuple[str, ...], path: Path) -> Iterator[str]:
+def _shard_differences(merge: CheckpointMerge, names: tuple[str, ...], path: Path) -> Iterator[str]:
     try:
         file = MappedFile(path)
     except ValueError as error:
@@ -86,7 +86,7 @@ def _shard_differences(merge: Merge, names: tuple[str, ...], path: Path) -> Iter
             yield f"{path.name}: {name} ({what}) differs in {changed} of {want.shape.numel()} numbers"
 
 
-def _changed(merge: Merge, name: str, got: Tensor) -> int:
+def _changed(merge: CheckpointMerge, name: str, got: Tensor) -> int:
     """How many numbers of a tensor have other bits than the merge."""
     place, changed = 0, 0
     for piece in merge.pieces(name):

@@ -43,16 +43,14 @@ def fit(
         run: The run folder; made if it is not there.
         resume: `auto` goes on with the folder's run if there is one, `never` begins, a path begins from it.
         config: A text to keep as the run's `config.yaml`.
-        memory: What the process may hold, as `8GiB`: a step is cut until its plan fits, or the fit is
-            refused. Mapped files are not counted.
+        memory: The process's memory, as `8GiB`, mapped files apart: a step is cut until its plan fits.
 
     Raises:
         ValueError: the run, or the checkpoint, was made from other experts, data or settings; non-finite
             weights; settings that cannot work.
     """
     check_settings(module, data, trainer)
-    limit = parse_size(memory) if memory else 0
-    if limit:
+    if limit := parse_size(memory) if memory else 0:
         cut_steps(module, data, trainer, limit)
     folder = RunFolder(Path(run))
     snapshot = find_snapshot(folder, resume, first=trainer.is_global_zero)

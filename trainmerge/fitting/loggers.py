@@ -1,4 +1,4 @@
-"""What users' own loggers get beside the losses: coefficients in numbers at every step, and as a picture."""
+"""What users' own loggers get in addition to the losses: coefficients in numbers at every step, and as a picture."""
 
 from pathlib import Path
 from typing import Any

@@ -59,7 +59,7 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-class KeepTrajectory(Callback):
+class TrajectoryLog(Callback):
     """Append the coefficients after each step that the trajectory has."""
 
     def __init__(self, folder: RunFolder) -> None:

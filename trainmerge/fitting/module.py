@@ -162,7 +162,7 @@ class MergeModule(pl.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the run depends on beside its coefficients."""
+        """Save what the run depends on with its coefficients."""
         checkpoint["trainmerge"] = self.description
 
     @override

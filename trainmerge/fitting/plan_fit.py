@@ -4,7 +4,7 @@ Legend: `K` experts, `B` examples of one expert and step, `T` tokens, `V` vocabu
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from trainmerge.plan.devices import Device, measured
 from trainmerge.plan.dry_run import dry_run
 from trainmerge.plan.micro_batches import StepSchedule, rounds
 from trainmerge.plan.plan import Plan
-from trainmerge.plan.sizes import sizes_of
+from trainmerge.plan.sizes import Sizes, sizes_of
 from trainmerge.system.memory import anonymous
 from trainmerge.task_vectors.delta import Delta
 
@@ -47,37 +47,58 @@ def plan_fit(
         devices: How many share model and examples.
         schedule: How a step is cut; as the module says by default.
     """
-    schedule, opened = schedule or module.schedule, module.opened
+    schedule = schedule or module.schedule
     if module.rule is not None:
         schedule = replace(schedule, tasks=1)  # each expert's gradient is wanted by itself
-    skeleton = build_skeleton(opened.base.path)
-    names = locate(skeleton, opened.base.path, opened.base.tensors, opened.ignore)
-    narrow = None if module.settings.weights == "stored" else torch.bfloat16
-    dtypes = {inside: narrow or opened.base.tensors[name].dtype for name, inside in names.items()}
-    own = {name: p.numel() * dtypes.get(name, p.dtype).itemsize for name, p in skeleton.named_parameters()}
-    stored = sum({names[n]: opened.base.tensors[n].nbytes for n in names}.values())
-    read = {name: _read(module, opened.task_vectors.deltas[name]) for name in opened.layout.groups}
+    model = _empty_model(module)
     step = [_longest(data, k, -(-data.batch_size // devices)) for k in range(len(data.examples))]
-    records = _records(module, data, step, skeleton)
+    records = _records(module, data, step, model.module)
+    sizes = _sizes(module, model, records)
+    if schedule.recompute:
+        recompute_blocks(model.module)
+    parts = list(rounds(step, schedule))
+    heads = {k: e.head for k, e in enumerate(module.recipe.experts.values()) if e.head is not None}
+    merged = {model.names[name] for name in module.opened.layout.groups}
+    needs = dry_run(
+        model.module, merged, parts, module.objective, heads, model.dtypes, precision, records.width
+    )
+    device = device or measured(next(iter(model.dtypes.values())))
+    before = anonymous() if sys.platform == "linux" and not device.link else 0
+    return Plan(sizes, schedule, needs, len(parts), device, devices, before)
+
+
+class _EmptyModel(NamedTuple):
+    """The base without its numbers."""
+
+    module: nn.Module
+    names: Mapping[str, str]  # the files' name -> the parameter's
+    dtypes: Mapping[str, torch.dtype]  # of each parameter in the fit
+
+
+def _empty_model(module: MergeModule) -> _EmptyModel:
+    base = module.opened.base
+    skeleton = build_skeleton(base.path)
+    names = locate(skeleton, base.path, base.tensors, module.opened.ignore)
+    dtypes = {inside: module.settings.dtype or base.tensors[name].dtype for name, inside in names.items()}
+    return _EmptyModel(skeleton, names, dtypes)
+
+
+def _sizes(module: MergeModule, model: _EmptyModel, records: "_Records") -> Sizes:
+    opened, names = module.opened, model.names
+    parameters = dict(model.module.named_parameters())
+    own = {name: p.numel() * model.dtypes.get(name, p.dtype).itemsize for name, p in parameters.items()}
+    stored = sum({names[n]: opened.base.tensors[n].nbytes for n in names}.values())
+    read = {names[name]: _read(module, opened.task_vectors.deltas[name]) for name in opened.layout.groups}
     files = [file for folder in opened.folders.values() for file in Path(folder).glob("*.safetensors")]
-    sizes = sizes_of(
-        skeleton,
+    return sizes_of(
+        model.module,
         own,
-        {names[name]: count for name, count in read.items()},
+        read,
         len(module.recipe.experts),
         module.coefficients.raw.numel(),
         sum(file.stat().st_size for file in files) + records.files,
         max(records.memory, stored - sum(own.values())),  # a model is loaded as stored, then narrowed
     )
-    if schedule.recompute:
-        recompute_blocks(skeleton)
-    parts = list(rounds(step, schedule))
-    heads = {k: e.head for k, e in enumerate(module.recipe.experts.values()) if e.head is not None}
-    merged = {names[name] for name in read}
-    needs = dry_run(skeleton, merged, parts, module.objective, heads, dtypes, precision, records.width)
-    device = device or measured(narrow or next(iter(dtypes.values())))
-    before = anonymous() if sys.platform == "linux" and not device.link else 0
-    return Plan(sizes, schedule, needs, len(parts), device, devices, before)
 
 
 class _Records(NamedTuple):
@@ -103,7 +124,7 @@ def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Mo
     ]
     width, probabilities = 0, [4 * config.vocab_size * count for count in rows]
     if asks.temperature is None or all(e.head for e in experts):
-        probabilities = [0] * len(rows)  # of a few classes: nothing beside the rest
+        probabilities = [0] * len(rows)  # of a few classes: nothing in comparison
     elif sum(probabilities) > module.settings.teacher_budget:
         width = max(1, module.settings.teacher_budget // (8 * sum(rows)))
         probabilities = [8 * width * count for count in rows]

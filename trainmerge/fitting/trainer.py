@@ -14,10 +14,10 @@ from pytorch_lightning.strategies import (
 )
 
 from trainmerge.fitting.loggers import LogCoefficients
-from trainmerge.fitting.metrics_log import JsonLines, KeepTrajectory
+from trainmerge.fitting.metrics_log import JsonLines, TrajectoryLog
 from trainmerge.fitting.progress import progress_bar
 from trainmerge.fitting.snapshots import Snapshots
-from trainmerge.fitting.usage_log import KeepUsage
+from trainmerge.fitting.usage_log import UsageLog
 from trainmerge.run.folder import RunFolder
 
 SETTINGS: dict[str, Any] = {
@@ -62,7 +62,7 @@ def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.
         raise ValueError(
             "EarlyStopping looks at the end of epochs, and a fit is one: use trainmerge.StopWhenFlat instead"
         )
-    callbacks = [*given_callbacks, KeepTrajectory(folder), KeepUsage(folder), Snapshots(folder, save_every)]
+    callbacks = [*given_callbacks, TrajectoryLog(folder), UsageLog(folder), Snapshots(folder, save_every)]
     if arguments.pop("enable_progress_bar", None) is not False:
         callbacks.append(progress_bar())
     bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)

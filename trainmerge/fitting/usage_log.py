@@ -1,4 +1,4 @@
-"""What a fit leaves on disk beside its result: the coefficients' path, and what it took."""
+"""Time and memory that a fit took, on disk."""
 
 import json
 import resource
@@ -16,7 +16,7 @@ from trainmerge.system.memory import anonymous
 UNIT = 1 if sys.platform == "darwin" else 1024  # what getrusage counts resident memory in
 
 
-class KeepUsage(Callback):
+class UsageLog(Callback):
     """Append one JSON object when the fit ends, by an error too; a process that is killed leaves none.
 
     `wall_seconds` and `cpu_seconds` are the fit's with its loading; `peak_bytes` is the largest resident
@@ -38,15 +38,15 @@ class KeepUsage(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._keep(trainer)
+        self._write(trainer)
 
     @override
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        self._keep(trainer)
+        self._write(trainer)
 
-    def _keep(self, trainer: pl.Trainer) -> None:
+    def _write(self, trainer: pl.Trainer) -> None:
         if not trainer.is_global_zero or not self.path.parent.is_dir():
             return
         line = {

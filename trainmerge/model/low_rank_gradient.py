@@ -25,7 +25,7 @@ Collect = Callable[[Tensor, Tensor], None]  # (layer's input, gradient of its ou
 
 
 class _Tap(torch.autograd.Function):
-    """Hands the output on, and keeps the input until the output's gradient comes by."""
+    """The identity on the output; its backward calls `collect` with the layer's input and the gradient."""
 
     @staticmethod
     @override

@@ -25,12 +25,10 @@ def plan_model(
     devices: int = 1,
     schedule: StepSchedule = StepSchedule(),  # noqa: B008 - frozen
 ) -> Plan:
-    """The plan of merging full experts of a model of which only config.json has to be there.
-
-    One coefficient a tensor and expert, token entropy as the loss, weights in the configuration's dtype.
+    """The plan of merging full experts: one coefficient per tensor and expert, token entropy as the loss.
 
     Args:
-        folder: Holds config.json.
+        folder: Has config.json, whose dtype the weights get; no weights are needed.
         experts: K.
         batch: Examples of each expert a step, over all devices.
         length: Tokens of each.
@@ -56,8 +54,7 @@ def plan_model(
     parts = list(rounds(step, schedule))
     needs = dry_run(skeleton, own, parts[:1], Entropy(), dtypes=dtype)
     needs = needs._replace(flops=needs.flops * len(parts))  # every round is like the first
-    device = device or measured(dtype)
-    return Plan(sizes, schedule, needs, len(parts), device, devices)
+    return Plan(sizes, schedule, needs, len(parts), device or measured(dtype), devices)
 
 
 def print_plan(plan: Plan) -> None:

@@ -53,7 +53,7 @@ class Numbers:
 AGAIN = "Remove the file, and make it again."
 
 
-def gather(run: str | Path) -> Numbers:
+def read_numbers(run: str | Path) -> Numbers:
     """Read a run folder.
 
     Task vectors are measured on the first call, which reads base and experts once; after that a file of the

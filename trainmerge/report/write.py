@@ -10,7 +10,7 @@ from trainmerge.report.heatmap import heatmap
 from trainmerge.report.importance import importance_picture
 from trainmerge.report.page import Section, drawing, page
 from trainmerge.report.picture import Picture, style
-from trainmerge.report.read_run import Numbers, gather
+from trainmerge.report.read_run import Numbers, read_numbers
 from trainmerge.report.scores import score_picture
 from trainmerge.report.steps import loss_picture, path_picture
 from trainmerge.report.task_vectors import norm_picture, similarity_picture
@@ -35,7 +35,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     target = Path(out) if out is not None else Path(run) / "report"
     if target.is_dir() and any(target.iterdir()) and not (target / PAGE).exists():
         raise ValueError(f"{target} is a folder that no report wrote: nothing was overwritten. Name another.")
-    numbers = gather(run)
+    numbers = read_numbers(run)
     with staging(target, overwrite=True) as folder, style():
         sections = [_shown(picture, folder, numbers) for picture in pictures(numbers)]
         sections += [merged_section(numbers)]
