@@ -532,7 +532,7 @@ def test_pcb_prefers_what_all_agree_on() -> None:
 
 def widen_scores(changes: Tensor, above: float, important: float) -> Tensor:
     """[K, n] of numbers without ties -> weights, one at a time."""
-    ranks = torch.stack([(row[:, None] > row[None]).sum(1) / len(row) for row in changes.double()])
+    ranks = torch.stack([(row[:, None] > row[None]).sum(1).double() / len(row) for row in changes])
     scores = ranks.exp() / ranks.exp().sum(0)
     return torch.where(ranks > above * ranks.mean(1, keepdim=True), important, scores)
 
