@@ -26,7 +26,22 @@ def assert_within(got: Tensor, want: Tensor, bound: Tensor | float) -> None:
     assert (error <= bound).all(), f"an error is {float(worst):.3g} above its bound"
 
 
-def assert_sums_agree(got: Tensor, want: Tensor, size: Tensor, terms: int, dtype: torch.dtype) -> None:
-    """Two sums of the same `terms` products, in any two orders, as both may be off."""
-    assert got.dtype == want.dtype
-    assert_within(got, want, 2 * sum_bound(size, terms, dtype))
+def log_softmax_bound(logits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Error [*S] of log-probabilities of logits [*S, V], in `dtype`, and of any average of them.
+
+    log p = (x - max) - log sum exp(x - max): each of the three rounds by its size, at most the logits' range
+    and log V, and the sum has V terms.
+    """
+    span = logits.double().amax(-1) - logits.double().amin(-1)
+    return sum_bound(1 + span, logits.shape[-1], dtype)
+
+
+TERMS = 1024  # no sum in the passes of the tests' small models is longer: tokens, widths, words
+SCORE = (
+    TERMS * torch.finfo(torch.float32).eps
+)  # relative: of losses and scores, two ways through such a model
+
+
+def fitted_bound(steps: int, rate: float) -> float:
+    """Error of a small model's coefficients after steps of this size along gradients of size 1 or less."""
+    return steps * rate * SCORE

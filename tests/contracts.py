@@ -195,11 +195,20 @@ def assert_constraint_contract(constraint: Constraint, inside: Tensor, raw: Tens
     assert projected.dtype == raw.dtype
     assert projected.shape == raw.shape
     torch.testing.assert_close(constraint.project(projected), projected)
-    torch.testing.assert_close(constraint.start(constraint.values(projected)), projected)  # it is in the set
-    slope = raw.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(constraint.values(slope).sum(), slope)
-    assert (gradient > 0).all()  # nothing is dead, inside or outside
+    assert (slope_of(constraint, raw) > 0).all()  # nothing is dead, inside or outside
+    values = constraint.values(projected)
+    sizes = (
+        1 + projected.abs() + values.abs() / slope_of(constraint, projected)
+    )  # where flat, inverting amplifies
+    there = 8 * torch.finfo(raw.dtype).eps * sizes.double()
+    assert_within(constraint.start(values), projected, there)  # it is in the set
     assert_same_bits(raw, kept)
+
+
+def slope_of(constraint: Constraint, raw: Tensor) -> Tensor:
+    """d (sum of values) / d raw, [K, G]."""
+    leaf = raw.clone().requires_grad_()
+    return torch.autograd.grad(constraint.values(leaf).sum(), leaf)[0]
 
 
 # --- objectives ------------------------------------------------------------------------------------

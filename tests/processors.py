@@ -21,7 +21,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 OUTPUTS = ROOT / "build" / "processors"
-BUSY = 8  # processes that compute without end, beside the tests
+BUSY = 8  # processes that compute as long as the tests run
+ENDLESS = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # however the parent ends
 
 
 class Setting(NamedTuple):
@@ -48,7 +49,7 @@ def settings() -> list[Setting]:
 @contextmanager
 def load(count: int) -> Iterator[None]:
     """That many busy processes."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    busy = [subprocess.Popen([sys.executable, "-c", ENDLESS]) for _ in range(count)]
     try:
         yield
     finally:
