@@ -1,4 +1,4 @@
-"""What users' own loggers get in addition to the losses: coefficients in numbers at every step, and as a picture."""
+"""What users' loggers get besides the losses: the coefficients, as numbers per step and as a picture."""
 
 from pathlib import Path
 from typing import Any
