@@ -10,10 +10,10 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm demo test lower-bounds lint suite suite-lm suite-closed bench docs soak clean
+.PHONY: help setup data data-suite data-lm demo test test-processors lower-bounds lint suite suite-lm suite-closed bench tables docs soak clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV)" >&2
@@ -39,8 +39,8 @@ data-lm: $(READY) ## fetch SmolLM2 and four domains' documents, train three expe
 
 demo: data ## learn a merge of five experts, resume it, export it, score it, draw it
 	@rm -rf runs/demo
-	$(BIN)/trainmerge fit --config configs/demo.yaml --run runs/demo --report false --trainer.max_steps 40
-	$(BIN)/trainmerge fit --config configs/demo.yaml --run runs/demo --report false --resume auto
+	$(BIN)/trainmerge fit configs/demo.yaml runs/demo --no-report --trainer.max-steps 40
+	$(BIN)/trainmerge fit configs/demo.yaml runs/demo --no-report
 	$(BIN)/trainmerge export runs/demo runs/demo/merged
 	$(BIN)/python -c "from transformers import AutoModel; AutoModel.from_pretrained('runs/demo/merged')"
 	$(BIN)/trainmerge evaluate runs/demo
@@ -48,6 +48,9 @@ demo: data ## learn a merge of five experts, resume it, export it, score it, dra
 
 test: data ## run the tests
 	@$(BIN)/python -m pytest
+
+test-processors: $(READY) ## the tests as other processors, with other threads, on a busy machine (hours)
+	@$(BIN)/python -m tests.processors --only "$(SETTING)"
 
 lower-bounds: ## install the oldest dependencies that pyproject.toml promises, run the quick tests with them
 	@$(PYTHON) -m tests.lower_bounds
@@ -57,17 +60,23 @@ lint: $(READY) ## format, lint and type-check
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-suite: data-suite ## the full text suite: fits, scores, README's table (hours)
+suite: data-suite ## the full text suite: fits, scores, the table of the documentation (hours)
 	@$(BIN)/python -m tests.suite
+	@$(BIN)/python -m tests.result_tables
 
-suite-lm: data-lm ## Expert Merging on a language model: fits, scores, README's tables (hours)
+suite-lm: data-lm ## Expert Merging on a language model: fits, scores, tables (hours)
 	@$(BIN)/python -m tests.lm_suite
+	@$(BIN)/python -m tests.result_tables
 
 suite-closed: suite suite-lm ## every merge without learning, and learning from the best, on both (hours)
 	@$(BIN)/python -m tests.closed_suite
+	@$(BIN)/python -m tests.result_tables
 
 bench: data ## measure; ONLY=fit_memory, fit_step, ... for one group
 	@$(BIN)/python -m tests.bench --only $(ONLY)
+
+tables: $(READY) ## write the tables of tests/results into README and the documentation
+	@$(BIN)/python -m tests.result_tables
 
 docs: $(READY) ## build the pages of notebooks/docs into build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file notebooks/mkdocs.yml

@@ -12,9 +12,9 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-srun trainmerge fit --config "$1" --run "$2" \
+srun trainmerge fit "$1" "$2" \
     --trainer.accelerator gpu --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" \
-    --trainer.strategy ddp --model.sharded true
+    --trainer.strategy ddp --model.sharded
 code=$?
 [ "$code" -eq 75 ] && exec scontrol requeue "$SLURM_JOB_ID"
 exit "$code"

@@ -1,6 +1,7 @@
 """`make suite-closed`: every merge without learning, and learning from the best of them, on both suites.
 
-One seed. Resumable, as `tests.suite`: scores, seconds and memory are kept in `tests/results`.
+One seed. Resumable, as `tests.suite`: scores, seconds and memory are kept in `tests/results`, of which
+`tests.result_tables` makes the table of the documentation.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import Any
 
 from tests import results
 from tests.lm_suite import DOCUMENTS
-from tests.suite import Scores, command, watched, write_between
+from tests.suite import Scores, command, watched
 
 RUNS = Path("runs/closed-suite")
 Steps = tuple[tuple[str, dict[str, Any]], ...]
@@ -153,7 +154,7 @@ def table() -> str:
     baselines = {name: suite.baselines() for name, suite in SUITES.items()}
 
     def cells(suite: str, name: str) -> list[str]:
-        if (found := known(suite, name)) is None:
+        if (found := results.measured(f"closed/{suite}-{name}")) is None:
             return [""] * 4
         digits = 3 if suite == "text" else 2
         gap = SUITES[suite].gap(found["score"], baselines[suite])
@@ -163,13 +164,13 @@ def table() -> str:
     lines = [
         f"| {' | '.join([method.title, *cells('text', name), *cells('lm', name)])} |"
         for name, method in METHODS.items()
-        if any(known(suite, name) for suite in SUITES)
+        if any(results.measured(f"closed/{suite}-{name}") for suite in SUITES)
     ]
     return "\n".join([head, "|---" * 9 + "|", *lines])
 
 
 def main() -> None:
-    """Run what is missing, then write the table."""
+    """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
@@ -178,7 +179,6 @@ def main() -> None:
         for name in given.methods:
             if suite in METHODS[name].suites and known(suite, name) is None:
                 measure(suite, name)
-    write_between("closed-forms", table())
 
 
 if __name__ == "__main__":

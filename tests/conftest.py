@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from tests.threads import limit_threads
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Term, Untouched
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 MakeDelta = Callable[..., Delta]
 MakeTaskVectors = Callable[..., TaskVectors]
 
-torch.set_num_threads(1)  # tensors are small: threads only wait for each other, much so on a busy machine
+limit_threads()
+
+collect_ignore = ["fixtures"]  # files, and a script that runs on an older commit only
 
 
 @pytest.fixture

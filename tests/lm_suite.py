@@ -1,6 +1,7 @@
 """`make suite-lm`: Expert Merging and ++ on SmolLM2-135M, three seeds, and how many examples it takes.
 
-Resumable, as `tests.suite`: fits go on from their run folders, what was measured is kept in `tests/results`.
+Resumable, as `tests.suite`: fits go on from their run folders, what was measured is kept in `tests/results`,
+of which `tests.result_tables` makes the tables of the documentation.
 """
 
 import argparse
@@ -13,12 +14,13 @@ from statistics import mean, pstdev
 from typing import Any
 
 from tests import results
-from tests.suite import Scores, command, watched, write_between
+from tests.suite import Scores, command, watched
 
 RUNS = Path("runs/lm-suite")
 SEEDS = (0, 1, 2)
 PUBLISHED_SEEDS = 1  # its rows take as long as all others of a seed
 COUNTS = (1, 2, 5, 10, 50)
+ALL = 10  # examples an expert in every other row
 DOCUMENTS = 24  # test documents a domain
 OURS, PUBLISHED = "expert-merging-fast", "expert-merging"
 ENTROPY_RATE = "--model.optimizer.init_args.lr=0.02"
@@ -68,21 +70,27 @@ def plusplus(seed: int) -> Measured:
     return known or score(name, OURS, *options)
 
 
-def run_all() -> dict[str, list[Measured]]:
-    """Every row's runs, a seed each."""
+def run_all() -> None:
+    """Measure what is missing: every row's runs, a seed each, and our recipe on other counts of examples."""
     seed_of = [f"--seed_everything={seed}" for seed in SEEDS]
-    return {
-        "fast": [score(f"fast-{s}", OURS, KEEP, seed_of[s], compare=s == 0) for s in SEEDS],
-        "plusplus": [plusplus(s) for s in SEEDS],
-        "published": [
-            score(f"published-{s}", PUBLISHED, "--trainer.precision=bf16-mixed", seed_of[s])
-            for s in SEEDS[:PUBLISHED_SEEDS]
-        ],
-        "ties": [score("ties", OURS, "--trainer.max_steps=0", '--recipe.preprocess=[{"class_path":"Ties"}]')],
-        "entropy": [
-            score(f"entropy-{s}", OURS, "--model.objective=Entropy", ENTROPY_RATE, seed_of[s]) for s in SEEDS
-        ],
-    }
+    for s in SEEDS:
+        score(f"fast-{s}", OURS, KEEP, seed_of[s], compare=s == 0)
+        plusplus(s)
+        score(f"entropy-{s}", OURS, "--model.objective=Entropy", ENTROPY_RATE, seed_of[s])
+    for s in SEEDS[:PUBLISHED_SEEDS]:
+        score(f"published-{s}", PUBLISHED, "--trainer.precision=bf16-mixed", seed_of[s])
+    score("ties", OURS, "--trainer.max_steps=0", '--recipe.preprocess=[{"class_path":"Ties"}]')
+    for count in COUNTS:
+        if count != ALL:
+            score(f"n{count}", OURS, KEEP, f"--data.max_examples={count}")
+
+
+def measured() -> dict[str, list[Measured]]:
+    """Every row's runs, a seed each, of what was measured; `n1`, `n2`, ... with other counts of examples."""
+    names = {row: [row, *(f"{row}-{seed}" for seed in SEEDS)] for row in TITLES}
+    names |= {f"n{count}": [f"n{count}"] for count in COUNTS if count != ALL}
+    found = {row: [results.measured(f"lm-suite/{name}") for name in all_of] for row, all_of in names.items()}
+    return {row: [run for run in runs if run is not None] for row, runs in found.items()}
 
 
 def closed(scores: dict[str, float], baselines: Scores) -> float:
@@ -128,15 +136,13 @@ def _cost(runs: Sequence[Measured]) -> tuple[str, str]:
 
 
 def curve(rows: dict[str, list[Measured]]) -> str:
-    """Markdown: what 1, 2, 5, 10, 50 examples an expert give."""
+    """Markdown: what 1, 2, 5, 10, 50 examples per expert give."""
     baselines: Scores = rows["fast"][0]["scores"]
     cells = []
     for count in COUNTS:
-        of_ten = rows["fast"][0] if count == 10 else None
-        run = of_ten or score(f"n{count}", OURS, KEEP, f"--data.max_examples={count}")
-        learned = run["scores"]["learned"]
+        learned = rows["fast" if count == ALL else f"n{count}"][0]["scores"]["learned"]
         cells.append((f"{learned['mean']:.2f}", f"{closed(learned, baselines):.3f}"))
-    head = "| examples an expert | " + " | ".join(map(str, COUNTS)) + " |"
+    head = "| examples per expert | " + " | ".join(map(str, COUNTS)) + " |"
     lines = [
         f"| {title} | {' | '.join(cell[i] for cell in cells)} |"
         for i, title in enumerate(["geometric mean", "gap closed"])
@@ -145,7 +151,7 @@ def curve(rows: dict[str, list[Measured]]) -> str:
 
 
 def losses(rows: dict[str, list[Measured]]) -> str:
-    """Markdown: the loss of each pass over the 10 examples an expert, seed 0."""
+    """Markdown: the loss of each pass over the 10 examples per expert, seed 0."""
     passes: dict[str, list[float]] = {name: rows[name][0]["passes"] for name in ("published", "fast")}
     width = max(map(len, passes.values()))
     head = "| steps | " + " | ".join(f"{10 * i + 1} to {10 * i + 10}" for i in range(width)) + " |"
@@ -163,11 +169,9 @@ def _passes(metrics: Path) -> list[float]:
 
 
 def main() -> None:
-    """Run what is missing, then write the tables."""
+    """Run what is missing."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    rows = run_all()
-    for marker, made in (("lm-suite", table), ("lm-curve", curve), ("lm-loss", losses)):
-        write_between(marker, made(rows))
+    run_all()
 
 
 if __name__ == "__main__":

@@ -16,4 +16,4 @@ import tests.world  # noqa: F401
 import trainmerge.cli.fit
 import trainmerge.export.export  # noqa: F401
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # threads do not survive a fork; each rank chooses its own number after it

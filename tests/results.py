@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trainmerge.run.config import read_settings
 from trainmerge.run.folder import versions
 from trainmerge.system.atomic import write_whole
 
@@ -16,9 +17,9 @@ FOLDER = Path("tests/results")
 
 
 def fingerprint(config: str, *options: str) -> str:
-    """Of a configuration file's contents and the options beside it."""
-    contents = Path("configs", config).read_text()
-    return hashlib.sha256(json.dumps([contents, *options]).encode()).hexdigest()[:16]
+    """Of a configuration's content, however it is written, and the options beside it."""
+    content = read_settings(Path("configs", config))
+    return hashlib.sha256(json.dumps([content, *options]).encode()).hexdigest()[:16]
 
 
 def recall(name: str, made_by: str) -> dict[str, Any] | None:
@@ -26,6 +27,12 @@ def recall(name: str, made_by: str) -> dict[str, Any] | None:
     path = FOLDER / f"{name}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return found["measured"] if found.get("fingerprint") == made_by else None
+
+
+def measured(name: str) -> dict[str, Any] | None:
+    """What was measured under this name, whatever the configuration is by now; None if nothing was."""
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text())["measured"] if path.exists() else None
 
 
 def keep(name: str, made_by: str, measured: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 A run on two processes is hit again and again, by SIGKILL, SIGTERM or SIGUSR1 on a random rank at a random
 moment (loading, recording, amid a step or a save), and started again until it is finished. It has to end with
 the bits of a run that was left alone, every checkpoint that it leaves has to load, and no process may hang.
-Every other run goes on after each hit on one process or two, sharded or not, and is held to 1e-6.
+Every other run goes on after each hit on one process or two, sharded or not, and ends within rounding.
 """
 
 import json
@@ -22,7 +22,8 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 
 import trainmerge as tm
-from tests.fitting.test_ranks import world_fit
+from tests.bounds import fitted_bound
+from tests.fitting.test_ranks import RATE, world_fit
 from tests.ranks import Failed, Ranks, sound
 from tests.results import FOLDER
 from tests.world import write_world
@@ -31,8 +32,8 @@ from trainmerge.run.folder import RunFolder, versions
 from trainmerge.system.atomic import write_whole
 
 STEPS = 12
-HANG = 120  # seconds
-MEET = timedelta(seconds=20)  # what a rank waits for one that was killed before they met, as a launcher would
+HANG = 1800  # seconds: only a hang takes so long, however busy the machine
+MEET = timedelta(seconds=60)  # what a rank waits for one that was killed before they met, as a launcher would
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 EXPECTED = {"Preempted", "ConnectionError"}
 
@@ -101,7 +102,7 @@ class Soak:
     def _compare(self, ended: torch.Tensor, mixed: bool) -> None:
         self.seen["runs on changing processes" if mixed else "runs"] += 1
         if mixed:
-            assert (ended - self.wanted).abs().max() < 1e-6
+            assert (ended - self.wanted).abs().max() < fitted_bound(STEPS, RATE)
         else:
             assert torch.equal(ended, self.wanted)
 

@@ -1,6 +1,7 @@
-"""`make suite`: every published recipe and ours on the full text suite, three seeds, into README's table.
+"""`make suite`: every published recipe and ours on the full text suite, three seeds.
 
-Resumable: fits go on from their run folders, scores are kept in `tests/results`. Two fits run side by side,
+Resumable: fits go on from their run folders, scores are kept in `tests/results`, of which
+`tests.result_tables` makes the table of the documentation. Two fits run side by side,
 one thread each, which is what two cores do most with.
 """
 
@@ -21,7 +22,7 @@ from tests import results
 from trainmerge.system.memory import anonymous
 
 RUNS = Path("runs/suite")
-README = Path("README.md")
+SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,12 @@ def score(name: str, seed: int, compare: bool) -> Scores:
     return scores
 
 
-def chain(name: str, seed: int, compare: bool) -> dict[str, Scores]:
+def chain(name: str, seed: int, compare: bool) -> None:
     """A method and those that go on with its run, one after another."""
-    followers = [other for other, method in METHODS.items() if method.continues == name]
-    return {name: score(name, seed, compare)} | {other: score(other, seed, False) for other in followers}
+    score(name, seed, compare)
+    for other, method in METHODS.items():
+        if method.continues == name:
+            score(other, seed, False)
 
 
 def table(rows: dict[str, list[Scores]]) -> str:
@@ -122,29 +125,24 @@ def table(rows: dict[str, list[Scores]]) -> str:
     return "\n".join([*lines, row("each task's own expert", [expert])])
 
 
-def write_between(marker: str, content: str) -> None:
-    """Put it between README's comments of this name."""
-    text = README.read_text()
-    before, _, rest = text.partition(f"<!-- {marker} -->")
-    after = rest.partition(f"<!-- /{marker} -->")[2]
-    README.write_text(f"{before}<!-- {marker} -->\n{content}\n<!-- /{marker} -->{after}")
+def measured() -> dict[str, list[Scores]]:
+    """Every row's scores, a seed each, of what was measured."""
+    found = {name: [results.measured(f"suite/{name}-{seed}") for seed in SEEDS] for name in METHODS}
+    rows = {name: [scores for scores in runs if scores is not None] for name, runs in found.items()}
+    return {name: runs for name, runs in rows.items() if runs}
 
 
 def main() -> None:
-    """Run what is missing, then write the table."""
+    """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", choices=FIRST, default=FIRST)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
     jobs = [(name, seed) for seed in given.seeds for name in given.methods]
     compared = any('"expert"' in file.read_text() for file in results.FOLDER.glob("suite/*.json"))
-    rows: dict[str, list[Scores]] = {}
     with ThreadPoolExecutor(given.workers) as pool:
-        for chained in pool.map(lambda job: chain(job[0], job[1], not compared and job == jobs[0]), jobs):
-            for name, scores in chained.items():
-                rows.setdefault(name, []).append(scores)
-    write_between("suite", table(rows))
+        list(pool.map(lambda job: chain(job[0], job[1], not compared and job == jobs[0]), jobs))
 
 
 if __name__ == "__main__":

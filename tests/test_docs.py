@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 
 import trainmerge as tm
-from trainmerge.coefficients.presets import MeasuredPreset, Preset
-from trainmerge.objectives import Objective
-from trainmerge.preprocess import Informed, Preprocess
+from trainmerge.coefficients.presets import MeasuredPreset
 
 DOCS = Path("notebooks/docs")
-KINDS = (Objective, Preprocess, Preset)
-CONTRACTS = {*KINDS, Informed, MeasuredPreset}
+KINDS = (tm.Objective, tm.Preprocess, tm.Preset)
+CONTRACTS = {*KINDS, tm.Informed, tm.Piecewise, MeasuredPreset}
 METHODS = [
     cls
     for cls in (getattr(tm, name) for name in tm.__all__)

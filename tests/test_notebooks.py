@@ -14,4 +14,5 @@ NOTEBOOKS = sorted(Path("notebooks").glob("*.ipynb"))
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": "."}}).execute()
+    here = {"metadata": {"path": "."}}
+    NotebookClient(notebook, timeout=None, startup_timeout=1800, resources=here).execute()

@@ -77,7 +77,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_has_every_file_and_the_mark_of_types(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "trainmerge").rglob("*.py")}
-    assert files | {"trainmerge/py.typed"} <= names
+    assert files | {"trainmerge/py.typed", "trainmerge/__init__.pyi"} <= names
     assert not any(name.startswith(("tests", "data", "configs")) for name in names)
 
 

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel, AutoTokenizer
 
-from trainmerge.checkpoints import load_model, open_checkpoint, open_task_vectors
+from tests.opening import open_task_vectors
+from trainmerge.checkpoints import load_model, open_checkpoint
 from trainmerge.cli.main import main
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping

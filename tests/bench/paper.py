@@ -1,4 +1,4 @@
-"""Print the table of notebooks/docs/scaling.md: memory and time of a step on paper, nothing is measured here.
+"""The table of notebooks/docs/many-gpus.md: memory and time of a step on paper, nothing is measured here.
 
 P is in bytes of bfloat16; activations are counted as one stored input a block (they are recomputed).
 """
@@ -22,18 +22,19 @@ def step(model: str, experts: int, devices: int) -> tuple[float, float]:
     return memory / 1e9, max(work / FLOPS, sent / (INSIDE if devices <= 8 else BETWEEN)) + read / HOST
 
 
-def main() -> None:
-    """The table."""
+def table() -> str:
+    """Markdown: models down, experts K and devices N across; in brackets what does not fit 80 GB."""
     columns = [(experts, devices) for devices in (1, 8, 64) for experts in (3, 8)]
-    print("| model | " + " | ".join(f"K={k}, N={n}" for k, n in columns) + " |")
-    print("|---|" + "---|" * len(columns))
+    lines = ["| model | " + " | ".join(f"K={k}, N={n}" for k, n in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
     for model in MODELS:
         cells = []
         for experts, devices in columns:
             memory, seconds = step(model, experts, devices)
             cells.append(f"{memory:.0f} GB, {seconds:.1f} s" if memory < 80 else f"({memory:.0f} GB)")
-        print(f"| {model} | " + " | ".join(cells) + " |")
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    print(table())

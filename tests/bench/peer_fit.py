@@ -54,7 +54,8 @@ def ours(folder: Path) -> dict[str, object]:
 
     import trainmerge as tm
     from tests.bench.fit_step import Clock
-    from trainmerge.checkpoints import open_checkpoint, open_task_vectors
+    from tests.opening import open_task_vectors
+    from trainmerge.checkpoints import open_checkpoint
     from trainmerge.objectives.entropy import entropy
     from trainmerge.system.memory import Peak
 

@@ -25,7 +25,9 @@ def merged_adapters(place: Path) -> Path:
     from peft import PeftModel
     from transformers import AutoModel
 
-    config = yaml.safe_load(Path("configs/demo.yaml").read_text())
+    from trainmerge.run.config import read_settings
+
+    config = read_settings(Path("configs/demo.yaml"))
     base = config["recipe"]["base"]
     for name, expert in config["recipe"]["experts"].items():
         folder = place / name

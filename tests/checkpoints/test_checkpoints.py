@@ -26,7 +26,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from trainmerge.checkpoints import fingerprint, load_model, open_checkpoint, open_task_vectors, verify
+from tests.opening import open_task_vectors
+from trainmerge.checkpoints import fingerprint, load_model, open_checkpoint, verify
 from trainmerge.checkpoints.meta_model import quiet
 from trainmerge.kernels import ExpertWeight
 from trainmerge.system.safetensors_file import sha256

@@ -217,7 +217,7 @@ def empty_calibration(world: Path) -> None:
         (write_calibration(b'{"text": "\xe9"}\n'), ["mood/calibration.jsonl", "UTF-8"]),
         (lose_the_labels, ["mood/labels.json", "No such file"]),
         (list_an_expert_twice, ["config.yaml", "'mood' again", "line"]),
-        (run_is_a_file, ["run is no folder", "--run"]),
+        (run_is_a_file, ["run is no folder", "name another folder"]),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -287,3 +287,56 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "trainmerge export runs/first merged/" in done.stdout
+
+
+def test_config_and_run_are_positional_in_every_spelling(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = str(write_config(world)), str(world / "run")
+    assert main(["fit", config, run, "--trainer.max-steps", "1", "--no-report", "--save-every=1"]) == 0
+    assert main(["fit", "--model.keep_better", config, run, "--dry-run", "--resume", "auto"]) == 0
+    assert main(["fit", "--config", config, "--run", run, "--dry_run", "true"]) == 0
+    assert main(["fit", f"{run}/config.yaml", "--trainer.max_steps=2"]) == 0  # its own `run`
+    assert len((world / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    capsys.readouterr()
+    for words, named in (
+        ([config, run, "--config", config], "'--config' |--config: write"),
+        ([config, "--run", run], "--run: write"),
+        ([config, run, "more"], "'more' is one word too many"),
+    ):
+        assert main(["fit", *words]) == 1
+        error = capsys.readouterr().err
+        assert any(name in error for name in named.split("|")), error
+        assert "trainmerge fit CONFIG RUN" in error
+
+
+def test_a_template_gives_the_same_run(world: Path) -> None:
+    plain = write_config(world)
+    assert main(["fit", str(plain), str(world / "plain")]) == 0
+    config = yaml.safe_load(plain.read_text())
+    each = {"path": str(world / "experts" / "{name}"), "test": str(world / "{name}" / "test.jsonl")}
+    each |= {"calibration": str(world / "{name}" / "calibration.jsonl")}
+    head = {"class_path": "trainmerge.LabelHead", "init_args": {"labels": f"{world}/{{name}}/labels.json"}}
+    config["recipe"] |= {"each": {**each, "head": head}, "experts": sorted(LABELS)}
+    (world / "short.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", str(world / "short.yaml"), str(world / "short")]) == 0
+    for name in ("coefficients.safetensors", "recipe.yaml"):
+        assert (world / "plain" / name).read_bytes() == (world / "short" / name).read_bytes()
+    assert main(["inspect", str(world / "short.yaml")]) == 0
+    each["path"] = "{nam}"
+    config["recipe"]["each"] = each
+    (world / "short.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", str(world / "short.yaml"), str(world / "other")]) == 1
+
+
+def test_flags_of_other_commands_work_bare(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, run, out = str(write_config(world)), str(world / "run"), str(world / "merged")
+    assert main(["fit", config, run]) == 0
+    assert main(["export", "--verify", run, out]) == 0
+    assert main(["export", run, out, "--overwrite", "--verify", "true"]) == 0
+    assert "bit for bit" in capsys.readouterr().out
+    assert main(["evaluate", run, "--no-compare", "--max-length", "16", "--limit", "0"]) == 0
+    assert main(["compare", "--limit", "2", run, out, "--max_length=16"]) == 0
+    assert main(["inspect", run, "--every", "--weights", "no"]) == 0
+    assert main(["pareto", run, "--export", "0"]) == 1
+    assert "give both" in capsys.readouterr().err

@@ -64,7 +64,8 @@ def test_a_sum_is_what_a_fit_does_anyway(tmp_path: Path) -> None:
     write_world(tmp_path)
     plain = fit_world(tmp_path, tmp_path / "plain", steps=4)
     summed = fit_world(tmp_path, tmp_path / "summed", steps=4, combine=Sum())
-    torch.testing.assert_close(summed.coefficients(), plain.coefficients(), rtol=1e-4, atol=1e-5)
+    # Adam divides a gradient by its size: where terms cancel, rounding moves by a share of the step, 0.02
+    torch.testing.assert_close(summed.coefficients(), plain.coefficients(), rtol=0, atol=4 * 0.02 / 20)
 
 
 def test_a_fit_with_a_rule_resumes_bit_for_bit(tmp_path: Path) -> None:

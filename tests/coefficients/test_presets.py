@@ -17,6 +17,7 @@ import trainmerge as tm
 from tests.world import languages_recipe, write_languages
 from trainmerge.cli.main import main
 from trainmerge.coefficients.presets import posterior, t3_coefficients
+from trainmerge.run.config import read_settings
 from trainmerge.run.recipe import calibration_files
 
 
@@ -96,7 +97,7 @@ def test_the_example_configurations_merge_from_the_command_line(
     name: str, languages: Path, tmp_path: Path
 ) -> None:
     """With small models and short texts in place of those that `make data-lm` fetches."""
-    config = yaml.safe_load((Path(__file__).parents[2] / "configs" / f"{name}.yaml").read_text())
+    config = read_settings(Path(__file__).parents[2] / "configs" / f"{name}.yaml")
     config["recipe"]["base"] = str(languages / "base")
     experts = config["recipe"]["experts"].values()
     for small, expert in zip("ab", experts, strict=False):  # T3's is one

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 import yaml
 
 import trainmerge as tm
+from tests.bounds import SCORE
 from tests.objectives.test_alignment import languages  # noqa: F401 - a fixture
 from tests.world import LABELS, languages_recipe, llama, recipe, write_world
 from trainmerge.cli.main import main
@@ -66,10 +67,10 @@ def test_perplexity_and_bits_per_byte_are_of_the_models_own_loss(languages: Path
     size = sum(
         len(text) - len(text.split()[0]) for text in texts
     )  # what is predicted: all but the first word
-    assert found.score == found.measures["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
-    assert found.measures["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert found.score == found.measures["perplexity"] == pytest.approx(math.exp(nats / count), rel=SCORE)
+    assert found.measures["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=SCORE)
     totals = found.outcomes.sum(0).tolist()
-    assert totals == pytest.approx([nats, count], rel=1e-5)
+    assert totals == pytest.approx([nats, count], rel=SCORE)
 
 
 def test_answers_are_greedy_and_as_long_as_allowed(languages: Path) -> None:  # noqa: F811
@@ -129,7 +130,7 @@ def test_a_checkpoint_is_cut_as_the_run_was(run: Path, tmp_path: Path) -> None:
         assert main(["evaluate", str(merged), *source, "--output", str(tmp_path / "out.json")]) == 0
         found = json.loads((tmp_path / "out.json").read_text())[str(merged)]
         for task, score in own.items():
-            assert found["measures"][task] == pytest.approx(score.measures, abs=1e-5)
+            assert found["measures"][task] == pytest.approx(score.measures, rel=SCORE, abs=SCORE)
 
 
 def _evaluate(rank: int, ports: list[int], run: str, out: str) -> None:
@@ -152,7 +153,9 @@ def test_two_processes_score_as_one(run: Path, tmp_path: Path) -> None:
         alone = evaluate_run(run, limit, compare=False).to_json()
         for row in ("base", "learned"):
             for task in ("mood", "colour", "animal"):
-                assert shared[row]["measures"][task] == pytest.approx(alone[row]["measures"][task], abs=1e-6)
+                assert shared[row]["measures"][task] == pytest.approx(
+                    alone[row]["measures"][task], rel=SCORE, abs=SCORE
+                )
 
 
 def test_token_losses_of_two_processes_add_up() -> None:

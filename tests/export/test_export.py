@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import trainmerge as tm
 from tests.fitting.test_fit import fit_world
+from tests.opening import open_task_vectors
 from tests.world import (
     languages_recipe,
     llama,
@@ -25,7 +26,7 @@ from tests.world import (
     write_tokenizer,
     write_world,
 )
-from trainmerge.checkpoints import load_model, open_checkpoint, open_task_vectors
+from trainmerge.checkpoints import load_model, open_checkpoint
 from trainmerge.cli.main import main
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping

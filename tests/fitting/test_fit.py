@@ -24,10 +24,10 @@ STEPS = 11  # of 4 examples from 40: past the first pass over the data
 KILLED = """
 import os, signal, sys
 import pytorch_lightning as pl
-import torch
 from tests.fitting.test_fit import STEPS, fit_world
+from tests.threads import limit_threads
 
-torch.set_num_threads(1)  # as in the tests: another number of threads sums in another order
+limit_threads()
 
 class Kill(pl.Callback):
     def __init__(self, step, when): self.step, self.when = step, when

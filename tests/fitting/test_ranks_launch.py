@@ -14,13 +14,16 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 import trainmerge as tm
 from tests.cli.test_cli import write_config
 from tests.fitting.test_ranks import world_fit
-from tests.ranks import free_port, run
+from tests.ranks import TIMEOUT, free_port, run
+from tests.threads import THREADS
 from tests.world import recipe, write_world
 from trainmerge.fitting.trainer import check_strategy
 from trainmerge.run.folder import RunFolder
 
-TIMEOUT = 300  # seconds; each process imports everything anew
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
 SCRIPT = Path(sys.executable).parent / "trainmerge"  # the console script
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,15 @@ import pytorch_lightning as pl
 import torch
 
 import trainmerge as tm
-from tests.fitting.test_ranks import world_fit
+from tests.bounds import fitted_bound
+from tests.fitting.test_ranks import RATE, world_fit
 from tests.ranks import Failed, Ranks, run
 from tests.world import write_world
 from trainmerge.data.batch import Step
 from trainmerge.run.folder import RunFolder
 
 STEPS = 6
-ENDS_WITHIN = 60  # seconds for the processes that are left after one was killed; they take two
+ENDS_WITHIN = 900  # seconds: the two that it takes, on any machine; a group that notices nothing waits 1800
 
 
 class Signal(pl.Callback):
@@ -94,7 +94,7 @@ def test_a_signal_on_any_rank_stops_all_and_any_other_number_goes_on(
     results = run(count, part_of_a_fit, world, folder.path, count, then)
     wanted, seen = whole[1][0]
     coefficients = results[0][0]
-    assert (coefficients - wanted).abs().max() < 1e-6
+    assert (coefficients - wanted).abs().max() < fitted_bound(STEPS, RATE)
     assert together([part for _, part in results]) == {step: together([seen])[step] for step in (3, 4, 5)}
     assert teachers.stat().st_mtime_ns == recorded  # once, for all ranks and the resumed run
     if count == 2:
@@ -106,10 +106,8 @@ def test_a_killed_rank_ends_the_others_soon_and_the_run_goes_on(
     world: Path, whole: dict[int, Any], tmp_path: Path, rank: int
 ) -> None:
     folder = RunFolder(tmp_path / "run")
-    began = time.monotonic()
     ranks = Ranks(2, part_of_a_fit, world, folder.path, 2, False, Signal(rank, signal.SIGKILL, 3))
-    results = ranks.join(ENDS_WITHIN + 60)
-    assert time.monotonic() - began < ENDS_WITHIN + 60
+    results = ranks.join(ENDS_WITHIN)
     assert results[rank] == -signal.SIGKILL
     left = results[1 - rank]
     assert isinstance(left, Failed)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import trainmerge as tm
+from tests.bounds import SCORE, fitted_bound
 from tests.fitting.test_fit import build, learned
 from tests.world import languages_recipe, write_languages, write_world
 from trainmerge.data.batch import Batch
@@ -180,9 +181,10 @@ def test_schedules_learn_the_same(tmp_path: Path) -> None:
         lines = (run / "metrics.jsonl").read_text().splitlines()
         losses[schedule] = [json.loads(line)["loss"] for line in lines]
     for schedule, values in found.items():
-        assert losses[schedule] == pytest.approx(losses[StepSchedule(1)], rel=1e-5), schedule
+        assert losses[schedule] == pytest.approx(losses[StepSchedule(1)], rel=SCORE), schedule
         difference = (values - found[StepSchedule(1)]).abs()
-        assert difference.median() < 1e-6, schedule  # Adam's first steps make 0.02 of a gradient of rounding
+        # Adam's first steps make 0.02 of a gradient of rounding.
+        assert difference.median() < fitted_bound(2, 0.02), schedule
 
 
 def test_gradients_kept_are_planned(tmp_path: Path) -> None:

@@ -29,12 +29,13 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doge, "PAPER_STEPS", 5)
 
 
-def test_every_preprocessor_is_here_and_in_the_readme() -> None:
+def test_every_preprocessor_is_here_and_in_the_table_of_methods() -> None:
     classes = {getattr(tm, name) for name in tm.__all__}
-    found = {c for c in classes if isinstance(c, type) and issubclass(c, tm.Preprocess)}
-    assert {type(method) for method in METHODS.values()} == found - {tm.Preprocess, Informed}
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert [c.__name__ for c in found - {tm.Preprocess, Informed} if f"| `{c.__name__}(" not in readme] == []
+    contracts = {tm.Preprocess, tm.Informed, tm.Piecewise}
+    found = {c for c in classes if isinstance(c, type) and issubclass(c, tm.Preprocess)} - contracts
+    assert {type(method) for method in METHODS.values()} == found
+    table = (Path(__file__).parents[2] / "notebooks/docs/methods/index.md").read_text()
+    assert [c.__name__ for c in found if f"| `{c.__name__}(" not in table] == []
 
 
 @every

@@ -106,7 +106,7 @@ def test_a_browser_shows_the_page_without_a_complaint(run: Path, tmp_path: Path)
     page = (run / "report" / "index.html").as_uri()
     done = subprocess.run(
         [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", page],
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Content Security Policy" not in done.stderr

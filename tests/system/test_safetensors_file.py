@@ -202,12 +202,12 @@ def test_staging_takes_an_empty_folder_but_no_file(tmp_path: Path) -> None:
 
 
 KILLED = """
-import sys, time
+import sys
 from trainmerge.system.atomic import staging
 with staging(sys.argv[1], overwrite=True) as folder:
     (folder / "a").write_text("half")
     print("ready", flush=True)
-    time.sleep(60)
+    sys.stdin.read()  # until it is killed, or its parent has ended
 """
 
 
@@ -216,9 +216,10 @@ def test_kill_9_keeps_the_old_output_and_disturbs_no_later_run(tmp_path: Path) -
     with staging(target) as folder:
         (folder / "a").write_text("old")
     command = [sys.executable, "-c", KILLED, str(target)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
     assert process.stdout is not None
-    with process.stdout:
+    with process.stdin, process.stdout:
         assert process.stdout.readline() == "ready\n"
         with staging(target, overwrite=True) as folder:  # leaves a living process's folder alone
             (folder / "a").write_text("old")

@@ -67,7 +67,8 @@ def test_int8_is_within_half_a_step(random_delta) -> None:
     tau[3] = 0
     term = quantise_one(tm.Int8(), tau, exact.base)
     error = (dense_term(term, exact.base) - tau).abs()
-    assert (error <= tau.abs().amax(dim=1, keepdim=True) / 254 * 1.001).all()
+    largest = tau.abs().amax(dim=1, keepdim=True)  # 127 codes, each rounded a few times in float32
+    assert (error <= largest / 254 + 4 * torch.finfo(torch.float32).eps * largest).all()
     assert not dense_term(term, exact.base)[3].any()
     assert term.codes.nbytes == tau.numel()
 

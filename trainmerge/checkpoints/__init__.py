@@ -11,13 +11,12 @@ from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
 from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
-    from trainmerge.checkpoints.compatibility import find_sources, open_task_vectors
+    from trainmerge.checkpoints.compatibility import find_sources
     from trainmerge.checkpoints.meta_model import Output, build_skeleton, locate, output_of
     from trainmerge.checkpoints.model import LoadedModel, hollow_model, load_model
 
 _HEAVY = {
     "find_sources": "compatibility",
-    "open_task_vectors": "compatibility",
     "LoadedModel": "model",
     "hollow_model": "model",
     "load_model": "model",
@@ -40,7 +39,6 @@ __all__ = [
     "load_model",
     "locate",
     "open_checkpoint",
-    "open_task_vectors",
     "output_of",
     "stamps",
     "verify",

@@ -9,10 +9,11 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 
-from trainmerge.checkpoints.meta_model import matches, quiet, shorten
+from trainmerge.checkpoints.meta_model import quiet, shorten
 from trainmerge.checkpoints.parameters import Parameters, fit_prefix
 from trainmerge.checkpoints.reader import PickleFile, WeightFile, find_weights, read_json
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
+from trainmerge.task_vectors.parameter_names import matches
 
 ROOT = "base_model.model."  # peft's name for the model that it wraps
 MARKS = {

@@ -3,7 +3,6 @@
 DoRA, PiSSA, trained biases or whole modules, and all that peft can merge: the truth is peft's own merge.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from trainmerge.checkpoints.model import load_model
 from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.sources import FullSource, Source
 from trainmerge.system.atomic import check_free_space
-from trainmerge.system.safetensors_file import MappedFile, sha256, write_safetensors
+from trainmerge.system.safetensors_file import sha256, write_safetensors
+from trainmerge.system.workspace import cached, digest
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,17 @@ class MergedAdapter:
                 f"{self.adapter.path}: its embedding is not the base's, so it is no plain low-rank update; "
                 "give a workspace folder, where the merged weights are written"
             )
-        self.workspace.mkdir(parents=True, exist_ok=True)
-        file = self.workspace / f"adapter-{self._digest()[:24]}.safetensors"
-        if not file.is_file():
-            self._write(file, self._merged(self.workspace))
-        return {name: FullSource(str(file), name) for name in MappedFile(file).tensors}
+        path = self.workspace / f"adapter-{digest(self._made_from(), length=24)}.safetensors"
+        file = cached(path, lambda path: self._write(path, self._merged(path.parent)))
+        return {name: FullSource(str(path), name) for name in file.tensors}
 
-    def _digest(self) -> str:
+    def _made_from(self) -> str:
         """Adapter by content, base by its files' sizes and times: what the merged weights depend on."""
         folder, base = self.adapter.path, self.base.checkpoint
         contents = {path.name: sha256(path) for path in sorted(folder.glob("adapter_*")) if path.is_file()}
         files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in base.files]
         versions = [peft.__version__, torch.__version__]
-        text = json.dumps([contents, files, base.config, list(self.ignore), versions], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return json.dumps([contents, files, base.config, list(self.ignore), versions], sort_keys=True)
 
     def _merged(self, workspace: Path) -> dict[str, Tensor]:
         """The base's tensor name -> merged weight, for those that differ from the base."""
@@ -81,7 +78,7 @@ class MergedAdapter:
         return {n: t for n, t in tensors.items() if not torch.equal(t, base.checkpoint.read(n))}
 
     def _check_loaded(self, wrapped: PeftModel) -> None:
-        """What peft recognises it loads; it it recognises and is silent about the rest."""
+        """Refuse tensors that peft would leave out in silence."""
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         unused = [key for key in self.adapter.keys if ROOT + key not in state and ".base_layer." not in key]
         if unused:

@@ -7,7 +7,6 @@ the meta device, which hold no numbers, before a weight is read.
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from logging import CRITICAL
 from pathlib import Path
 from re import search
@@ -22,6 +21,8 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging
 
 from trainmerge.system.safetensors_file import TensorInfo
+from trainmerge.system.text import listed
+from trainmerge.task_vectors.parameter_names import matches
 
 RENAMED = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm in files of the first BERTs
 SHOWN = 8  # tensors of one kind that an error lists by name
@@ -31,7 +32,7 @@ class Output(NamedTuple):
     """What a model puts out."""
 
     logits: bool  # of its own, without a head of a recipe
-    classes: bool  # one row of them an example, not one a token
+    classes: bool  # one row of them per example, not one per token
     hidden: int | None  # hidden size, if config.json names it
 
 
@@ -195,12 +196,6 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether `name` fits one of the fnmatch patterns."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def shorten(names: Sequence[str]) -> str:
-    """The names, or the first few and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    """As many names as an error about tensors lists."""
+    return listed(names, SHOWN)

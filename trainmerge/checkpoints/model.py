@@ -1,6 +1,6 @@
 """The resident model: a checkpoint as a transformers module that owns its weights.
 
-transformers is asked for the modules and their buffers only. It fills what a file lacks with random numbers,
+transformers makes the modules and their buffers only. It fills what a file lacks with random numbers,
 so names and shapes are compared first, and the weights copied here.
 """
 
@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from trainmerge.checkpoints.meta_model import build_skeleton, locate, matches, memory_names, quiet, shorten
+from trainmerge.checkpoints.meta_model import build_skeleton, locate, memory_names, quiet, shorten
 from trainmerge.checkpoints.reader import Checkpoint
+from trainmerge.task_vectors.parameter_names import matches
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def load_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
 def hollow_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
     """The same model with parameters on the meta device, in the files' dtypes, and its buffers in memory.
 
-    Nothing larger than one parameter is ever held, and of that no page is touched. Raises as `load_model`.
+    At most one parameter is in memory at a time, and none of its pages is touched. Raises as `load_model`.
     """
     skeleton, names = _checked(base, ignore)
     default = torch.get_default_dtype()

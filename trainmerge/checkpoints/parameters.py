@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from trainmerge.checkpoints.meta_model import build_skeleton, canonical_names, locate, matches, tied_names
+from trainmerge.checkpoints.meta_model import build_skeleton, canonical_names, locate, tied_names
 from trainmerge.checkpoints.reader import Checkpoint
+from trainmerge.task_vectors.parameter_names import matches
 
 MERGED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

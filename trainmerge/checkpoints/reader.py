@@ -4,7 +4,6 @@ Three layouts: one `model.safetensors`, shards named by `model.safetensors.index
 twins of both (`pytorch_model.bin`), which need `allow_pickle`.
 """
 
-import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trainmerge.system import json_file
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
 
@@ -135,13 +135,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError or ValueError that names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {path.parent} is not a complete checkpoint folder.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}. Download or save it again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object is needed, this is a {type(value).__name__}.")
-    return value
+    return json_file.read_json(path, "Download or save it again.")
 
 
 def find_weights(

@@ -5,68 +5,72 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
-from jsonargparse import ArgumentError
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.cli import LightningArgumentParser
 
+from trainmerge.cli.fit_words import fit_words
 from trainmerge.fitting.fit import fit, precision_of
-from trainmerge.fitting.from_config import FitCLI, parse
+from trainmerge.fitting.from_config import FitCLI, FitSettings, build_settings, from_config
 from trainmerge.fitting.plan_fit import plan_fit
-from trainmerge.fitting.snapshots import EXIT_PREEMPTED, Preempted
+from trainmerge.fitting.snapshots import Preempted
 from trainmerge.plan.plan import Plan
 from trainmerge.plan.plan_model import print_plan
 from trainmerge.run.folder import RunFolder
 
 
-def fit_command(arguments: list[str]) -> int:
+class CommandLine(FitCLI):
+    """Takes words as people write them."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """CONFIG and RUN, bare flags, dashes."""
+        super().parse_arguments(parser, fit_words(parser, args))
+
+
+def fit_command(words: list[str]) -> int:
     """Parse, build everything (headers are checked here), and fit."""
     warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec")  # Lightning 2.6 on torch 2.13
-    try:
-        cli = parse(arguments)
-    except ArgumentError as error:
-        raise ValueError(f"{error}\nEvery option: trainmerge fit --help") from error
-    except MisconfigurationException as error:  # Lightning's word for settings that do not go together
-        raise ValueError(error) from error
-    folder = RunFolder(Path(cli.config["run"]))
-    text = cli.parser.dump(cli.config, skip_validation=True)
-    if cli.config["dry_run"]:
-        print_plan(plan_of(cli))
+    settings = build_settings(words, CommandLine)
+    trainer = settings.trainer
+    if settings.dry_run:
+        print_plan(plan_of(settings))
         return 0
     try:
-        fit(
-            cli.model,
-            cli.datamodule,
-            cli.trainer,
-            folder.path,
-            cli.config["resume"],
-            config=text,
-            memory=cli.config["memory"],
+        folder = fit(
+            settings.module,
+            settings.data,
+            trainer,
+            settings.run,
+            settings.resume,
+            config=settings.text,
+            memory=settings.memory,
         )
     except Preempted as stop:
-        if not cli.trainer.is_global_zero:
-            return 0  # else Lightning's launcher, which watches it, kills the first process before it says 75
-        print(stop)
-        return EXIT_PREEMPTED
+        if not trainer.is_global_zero:
+            return 0  # else Lightning's launcher, which watches it, kills the first process before it says so
+        print(f"trainmerge fit: {stop}", file=sys.stderr)
+        return stop.code
     except MisconfigurationException as error:
         raise ValueError(error) from error
-    if cli.trainer.is_global_zero:
-        if cli.config["report"]:
+    if trainer.is_global_zero:
+        if settings.report:
             draw(folder)
         print(f"coefficients: {folder.coefficients}\nnext: trainmerge export {folder.path} OUT")
     return 0
 
 
-def plan_of(cli: FitCLI) -> Plan:
+def plan_of(settings: FitSettings) -> Plan:
     """What the fit would hold and take."""
-    return plan_fit(cli.model, cli.datamodule, precision_of(cli.trainer))
+    return plan_fit(settings.module, settings.data, precision_of(settings.trainer))
 
 
 def show_plan(config: Path) -> None:
     """Print what a fit of this configuration would hold and take, or why there is no telling."""
     with tempfile.TemporaryDirectory() as place:
         try:
-            plan = plan_of(parse(["--config", str(config), "--run", f"{place}/run"]))
-        except (ArgumentError, ValueError, MisconfigurationException) as error:
+            plan = plan_of(from_config(config, Path(place) / "run"))
+        except ValueError as error:
             print(f"no plan of memory and time: {error}")
             return
     print_plan(plan)

@@ -1,24 +1,32 @@
 """The command line. Heavy imports happen inside the command that needs them, so `--help` is quick."""
 
+import json
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
-from typing import Literal
+from importlib.metadata import version
 
-from trainmerge.system.memory import keep_freed_memory
+from trainmerge.cli.arguments import options_of, split_words
+from trainmerge.cli.command_help import command_help
+from trainmerge.cli.commands import allocate, compare, evaluate, export, inspect, plan, report
+from trainmerge.cli.tradeoffs import pareto, search
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
+GOES_ON = ("fit", "search")  # commands that go on where they stopped
 
 USAGE = """usage: trainmerge COMMAND ...
 
 Learn the coefficients of a model merge from unlabeled data.
 
 commands:
-  fit        learn coefficients:  trainmerge fit --config configs/adamerging.yaml --run runs/first
-             again, to resume:    trainmerge fit --config configs/adamerging.yaml --run runs/first
+  fit        learn coefficients:  trainmerge fit configs/adamerging.yaml runs/first
+             again, to resume:    trainmerge fit configs/adamerging.yaml runs/first
   allocate   share chunks:        trainmerge allocate runs/first chunks.json --budget 1.0
              for a second fit:    trainmerge fit ... --recipe.grouping.chunks chunks.json
   export     write the model:     trainmerge export runs/first merged/
-             and read it again:   trainmerge export runs/first merged/ --verify true
+             and read it again:   trainmerge export runs/first merged/ --verify
   evaluate   score it:            trainmerge evaluate runs/first
   compare    several, one table:  trainmerge compare runs/first merged/ --recipe runs/first
   report     draw it:             trainmerge report runs/first
@@ -28,273 +36,76 @@ commands:
   inspect    look before or after: trainmerge inspect configs/adamerging.yaml
              what to begin with:  trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
   plan       memory and time:     trainmerge plan path/to/model 8 --devices 8 --device h100
-             of a fit:            trainmerge fit ... --dry_run true, and --memory 8GiB keeps to it
+             of a fit:            trainmerge fit ... --dry-run, and --memory 8GiB keeps to it
 
-trainmerge COMMAND --help lists a command's options; fit also takes --print_config.
+trainmerge COMMAND --help lists a command's options; fit also takes --help-all and --print-config.
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the process's exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    plain = (allocate, export, evaluate, inspect, report, plan)
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "fit": _fit,
-        "compare": _compare,
-        "pareto": _pareto,
-        "search": _search,
-        **{command.__name__: partial(_plain, command) for command in plain},
-    }
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if given else 2
     if given[0] == "--version":
-        from importlib.metadata import version
-
         print(version("trainmerge"))
         return 0
-    if given[0] not in commands:
-        from difflib import get_close_matches
-
-        near = get_close_matches(given[0], commands, n=1)
+    name, words = given[0], given[1:]
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
         print(
-            f"trainmerge: no command {given[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            f"trainmerge: no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
             file=sys.stderr,
         )
         return 2
     try:
-        return commands[given[0]](given[1:])
+        return COMMANDS[name](words)
+    except KeyboardInterrupt:
+        again = "goes on" if name in GOES_ON else "begins again"
+        print(f"trainmerge {name}: stopped; the same command {again}", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except (
         ValueError,
         TypeError,
         OSError,
     ) as error:  # what a user can cause; anything else is ours, with a traceback
-        print(f"trainmerge {given[0]}: {error}", file=sys.stderr)
+        print(f"trainmerge {name}: {error}", file=sys.stderr)
         return 1
 
 
-def _fit(arguments: list[str]) -> int:
+def _fit(words: list[str]) -> int:
+    from trainmerge.cli.fit_help import FIT_HELP
+
+    if HELP & set(words):
+        print(FIT_HELP, end="")
+        return 0
     from trainmerge.cli.fit import fit_command
 
-    return fit_command(arguments)
+    return fit_command(["--help"] if HELP_ALL & set(words) else words)
 
 
-def _compare(arguments: list[str]) -> int:
-    flags = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    return _plain(compare, [*_as_list(arguments[:flags]), *arguments[flags:]])
-
-
-def _as_list(words: list[str]) -> list[str]:
-    """Words as one argument that jsonargparse reads as a list."""
-    import json
-
-    return [json.dumps(words)] if words else []
-
-
-def _pareto(arguments: list[str]) -> int:
-    from trainmerge.cli.tradeoffs import pareto
-
-    return _plain(pareto, arguments)
-
-
-def _search(arguments: list[str]) -> int:
-    from trainmerge.cli.tradeoffs import search
-
-    return _plain(search, arguments)
-
-
-def _plain(command: Callable[..., None], arguments: list[str]) -> int:
+def _plain(command: Callable[..., None], words: list[str]) -> int:
+    """A command that is one function."""
+    if (HELP | HELP_ALL) & set(words):
+        print(command_help(command), end="")
+        return 0
     from jsonargparse import auto_cli
 
-    auto_cli(command, args=arguments, prog=f"trainmerge {command.__name__}", as_positional=True)
+    positional, options = split_words(words, options_of(command))
+    if command is compare and positional:
+        positional = [json.dumps(positional)]  # what jsonargparse reads as a list
+    auto_cli(command, args=[*positional, *options], prog=f"trainmerge {command.__name__}", as_positional=True)
     return 0
 
 
-def export(run: str, out: str, overwrite: bool = False, workers: int = 1, verify: bool = False) -> None:
-    """Write a run's merge as an ordinary checkpoint folder that transformers loads.
-
-    Examples: trainmerge export runs/first merged/
-              torchrun --nproc-per-node 8 -m trainmerge.cli export runs/first merged/
-              trainmerge export runs/first merged/ --verify true
-
-    Args:
-        run: The run folder.
-        out: The folder to make.
-        overwrite: Replace the folder if it exists; the old one stays until the new one is complete.
-        workers: Shards that are written at once; their number changes no byte.
-        verify: Read the result again and compare every bit with the run's merge. A folder that is there
-            already, without `overwrite`, is compared and not written.
-    """
-    keep_freed_memory()
-    from trainmerge.export.export import export_run
-
-    if not (verify and not overwrite and Path(out).is_dir() and any(Path(out).iterdir())):
-        print(f"merged checkpoint: {export_run(run, out, overwrite, workers)}")
-    if verify:
-        from trainmerge.export.verify import verify_export
-
-        print(f"{out}: {verify_export(run, out)} tensors are the merge of {run}, bit for bit")
-
-
-def allocate(
-    run: str,
-    out: str,
-    budget: float = 1.0,
-    kappa: float = 1.0,
-    by: Literal["magnitude", "energy"] = "magnitude",
-) -> None:
-    """Share chunks among a run's parameters by importance, for a second fit (Expert Merging++).
-
-    Example: trainmerge allocate runs/first chunks.json --budget 1.2 --kappa 1
-             trainmerge fit --config CONFIG --run runs/second --recipe.grouping.granularity chunk
-                 --recipe.grouping.chunks chunks.json --model.initial runs/first/coefficients.safetensors
-
-    Args:
-        run: A finished run with one coefficient a parameter.
-        out: The JSON file to write.
-        budget: Chunks a parameter, on average; those that get none keep their coefficient.
-        kappa: 0 shares evenly, 1 in proportion to importance, more concentrates.
-        by: What importance is: `magnitude` of what the merge moves, or measured gradient `energy`.
-    """
-    from trainmerge.fitting.allocate_chunks import allocate_run
-
-    allocate_run(run, out, budget, kappa, by)
-
-
-def evaluate(
-    path: str,
-    recipe: str = "",
-    limit: int = 0,
-    max_length: int = 0,
-    compare: bool = True,
-    output: str = "",
-    answers: int = 0,
-    harness: list[str] | None = None,
-) -> None:
-    """Score a run (with base, average, task arithmetic and experts beside it) or a checkpoint.
-
-    Examples: trainmerge evaluate runs/first
-              trainmerge evaluate merged/ --recipe runs/first
-              torchrun --nproc_per_node 2 -m trainmerge.cli evaluate runs/first
-              trainmerge evaluate runs/first --harness "[arc_easy, my_task.yaml]"
-
-    Args:
-        path: A run folder, or a checkpoint folder.
-        recipe: Where the tasks are described, for a checkpoint: a run folder or a configuration.
-        limit: Score the first so many examples of each task only; 0 is all.
-        max_length: Texts are cut at this many tokens; by default as in the recipe's fit, or at 256.
-        compare: Score base, average, task arithmetic and experts beside a run's merge.
-        output: Write the scores, with all measures, to this JSON file too.
-        answers: Answer the test files' column `prompt` with up to so many tokens; say how long answers are.
-        harness: Tasks of lm-evaluation-harness: their names, or YAML files of one task each.
-    """
-    from trainmerge.evaluate.console import evaluate_path
-
-    file = Path(output) if output else None
-    tasks = harness or ()
-    evaluate_path(Path(path), Path(recipe or path), limit, max_length, compare, file, answers, tasks)
-
-
-def compare(
-    paths: list[str], recipe: str = "", limit: int = 0, max_length: int = 0, output: str = ""
-) -> None:
-    """Score several runs and checkpoints on the same tasks: one table, the best marked.
-
-    Differences from the best come with what 95% of a paired bootstrap over the test examples says, so that
-    nobody reads noise as gain.
-
-    Example: trainmerge compare runs/first runs/second merged/ --recipe runs/first
-
-    Args:
-        paths: Run folders and checkpoint folders.
-        recipe: Where the tasks are described: a run folder or a configuration; the first path by default.
-        limit: Score the first so many examples of each task only; 0 is all.
-        max_length: Texts are cut at this many tokens; by default as in the recipe's fit, or at 256.
-        output: Write the scores to this JSON file too.
-    """
-    from trainmerge.evaluate.console import compare_paths
-
-    compare_paths(paths, recipe, limit, max_length, Path(output) if output else None)
-
-
-def inspect(
-    path: str,
-    every: bool = False,
-    weights: Literal["auto", "yes", "no"] = "auto",
-    suggest: str = "",
-    output: str = "",
-) -> None:
-    """Show what would be merged, or was: sizes, groups, what is left out and why, and what looks odd.
-
-    Of a configuration, also what its fit would hold and take.
-
-    Examples: trainmerge inspect configs/adamerging.yaml
-              trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
-              trainmerge inspect runs/first --weights no
-
-    Args:
-        path: A configuration, a run folder, or an exported checkpoint.
-        every: List every parameter instead of a summary.
-        weights: Read the weights too, for experts that are alike, outliers and locked attention; `auto` reads
-            up to 2 GiB of them.
-        suggest: Write a suggested configuration, with its reasons, to this YAML file.
-        output: Write everything to this JSON file too.
-    """
-    from trainmerge.inspection import inspect_path
-
-    inspect_path(
-        Path(path), every, weights, Path(suggest) if suggest else None, Path(output) if output else None
-    )
-    if Path(path).is_file():
-        from trainmerge.cli.fit import show_plan
-
-        show_plan(Path(path))
-
-
-def report(run: str, out: str = "") -> None:
-    """Draw a run: one page with coefficients, losses, task vectors, scores; a PNG and a CSV a picture.
-
-    Example: trainmerge report runs/first
-
-    Args:
-        run: The run folder.
-        out: The folder to write; `report` in the run by default.
-    """
-    from trainmerge.report import write_report
-
-    print(f"report: {write_report(run, out or None)}")
-
-
-def plan(
-    model: str,
-    experts: int,
-    batch: int = 1,
-    length: int = 1024,
-    devices: int = 1,
-    device: str = "here",
-    recompute: bool = False,
-) -> None:
-    """Show what merging a model would hold and take, from its config.json alone.
-
-    Examples: trainmerge plan path/to/llama-70b 4 --batch 8 --devices 8 --device h100 --recompute true
-              trainmerge plan path/to/model 8 --length 256
-
-    Args:
-        model: A folder with config.json; no weights are needed.
-        experts: How many full experts.
-        batch: Examples of each expert a step, over all devices.
-        length: Tokens of each example.
-        devices: How many devices share the model and the examples.
-        device: Whose speeds: `here` is measured, `a100`, `h100`, `h200`, `l4` are as their maker states.
-        recompute: Keep only the inputs of blocks, and run blocks again in the backward.
-    """
-    from trainmerge.plan.devices import device_named
-    from trainmerge.plan.micro_batches import StepSchedule
-    from trainmerge.plan.plan_model import plan_model, print_plan
-
-    schedule = StepSchedule(recompute=recompute)
-    print_plan(plan_model(model, experts, batch, length, device_named(device), devices, schedule))
-
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "fit": _fit,
+    **{
+        command.__name__: partial(_plain, command)
+        for command in (allocate, compare, evaluate, export, inspect, pareto, plan, report, search)
+    },
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,26 +1,23 @@
-"""`trainmerge pareto` and `trainmerge search`; heavy imports inside, as in `cli`."""
+"""`trainmerge pareto` and `trainmerge search`; heavy imports inside, as in `commands`."""
 
 from typing import Any, Literal
-
-from trainmerge.system.console import print_table
-from trainmerge.tradeoffs.pareto import pareto_run
 
 
 def pareto(
     run: str,
-    export: int = -1,
-    out: str = "",
+    export: int | None = None,
+    out: str | None = None,
     overwrite: bool = False,
     points: int = 16,
     checks: int = 8,
     radius: float = 0.5,
-    examples: int = 64,
+    examples: int | Literal["all"] = 64,
     count: int = 40,
     seed: int = 0,
 ) -> None:
     """Show what one task costs another around a run's merge, and write the model of any point you choose.
 
-    Losses of the tasks' unlabeled examples are fitted by quadratics in one scale an expert; RUN/pareto.json
+    Losses of the tasks' unlabeled examples are fitted by quadratics in one scale per expert; RUN/pareto.json
     holds their front, the merges that were measured, and how well unseen ones were ranked.
 
     Examples: trainmerge pareto runs/first
@@ -34,42 +31,43 @@ def pareto(
         points: Merges that the quadratics are fitted to.
         checks: Further merges, to compare them with.
         radius: Experts' coefficients are scaled by 1 - radius to 1 + radius.
-        examples: Calibration examples an expert; 0 is all that the fit used.
+        examples: Calibration examples per expert; `all` is as many as the fit used.
         count: Points on the front, about.
         seed: Of the merges' places.
     """
-    if (export >= 0) != bool(out):
+    if (export is None) != (out is None):
         raise ValueError("to write a model, give both: --export POINT --out FOLDER")
-    if export >= 0:
+    if export is not None and out is not None:
         from trainmerge.tradeoffs import export_point
 
         print(f"merged checkpoint: {export_point(run, export, out, overwrite)}")
         return
 
-    print_front(run, points, checks, radius, examples, count, seed)
+    used = None if examples in (0, "all") else int(examples)
+    print_front(run, points, checks, radius, used, count, seed)
 
 
 def search(
-    configuration: str,
+    config: str,
     run: str,
     score: str = "accuracy",
     score_args: dict[str, Any] | None = None,
     over: Literal["experts", "coefficients"] = "experts",
     evaluations: int = 100,
     spread: float = 0.2,
-    population: int = 0,
+    population: int | None = None,
     seed: int = 0,
-    initial: str = "",
-    limit: int = 0,
+    initial: str | None = None,
+    limit: int | None = None,
 ) -> None:
     """Search coefficients by any score, without gradients (CMA-ES); again the same command goes on.
 
     Examples: trainmerge search configs/demo.yaml runs/found --score loss --evaluations 50
-              trainmerge search configs/demo.yaml runs/found --score my.Judge --score_args '{"n": 5}'
+              trainmerge search configs/demo.yaml runs/found --score my.Judge --score-args '{"n": 5}'
               trainmerge export runs/found merged/
 
     Args:
-        configuration: As of `trainmerge fit`: recipe, start, constraint, data.
+        config: As of `trainmerge fit`: recipe, start, constraint, data.
         run: The run folder to make, or to go on with.
         score: accuracy, macro_f1, calibration_error, perplexity or bits_per_byte of the experts' `validation`
             files; loss, the objective on unlabeled examples; or a callable's import path: model -> float.
@@ -77,21 +75,24 @@ def search(
         over: What is searched: a scale for each expert, or every coefficient.
         evaluations: Merges to score.
         spread: Standard deviation of the first steps.
-        population: Merges a generation; 0 leaves it to the method.
+        population: Merges per generation; by default left to the method.
         seed: Of the draws.
         initial: A coefficients file to start from.
-        limit: The first so many validation examples of each task; 0 is all.
+        limit: The first so many validation examples of each task; all by default.
     """
     from trainmerge.tradeoffs import search_config
     from trainmerge.tradeoffs.cma_es import Search
 
-    how = Search(evaluations, spread, population, seed)
-    best = search_config(configuration, run, score, score_args, over, how, initial, limit)
+    how = Search(evaluations, spread, population or None, seed)
+    best = search_config(config, run, score, score_args, over, how, initial or None, limit or None)
     print(f"best score: {best.score:.4f}\nnext: trainmerge export {run} OUT")
 
 
 def print_front(run: str, *settings: Any) -> None:
     """Make the front, and print its points and how far it can be trusted."""
+    from trainmerge.system.console import print_table
+    from trainmerge.tradeoffs.pareto import pareto_run
+
     content = pareto_run(run, *settings)
     tasks = content["tasks"]
     rows = [["run", *(f"{content['run'][task]:.4f}" for task in tasks), *["1.00"] * len(tasks)]]

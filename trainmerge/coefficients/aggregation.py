@@ -1,4 +1,4 @@
-"""Rows of coefficient gradients, one an expert, to one: for objectives that conflict.
+"""Aggregates the experts' coefficient gradients, one row per expert, where objectives conflict.
 
 The rules are TorchJD's aggregators (`torchjd.aggregation`: Mean, PCGrad, MGDA, CAGrad, UPGrad, ...), or any
 module that maps [m, n] to [n].

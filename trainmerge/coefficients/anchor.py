@@ -21,7 +21,7 @@ class Anchor:
 
     Args:
         weight: The paper's gamma.
-        at: One number, or one an expert; None is where the coefficients start.
+        at: One number, or one per expert; None is where the coefficients start.
         power: 1 or 2.
         scale: `paper`, the mean; `reference`, K times the mean.
     """

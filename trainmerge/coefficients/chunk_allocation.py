@@ -50,7 +50,7 @@ def normalised(scores: Mapping[str, float]) -> dict[str, float]:
 def allocate(
     importance: Mapping[str, float], rows: Mapping[str, int], budget: float, kappa: float = 1.0
 ) -> dict[str, int]:
-    """Chunks a parameter: budget * L of them, shared in proportion to importance^kappa.
+    """Chunks per parameter: budget * L of them, shared in proportion to importance^kappa.
 
     Largest remainder, so that they sum to the budget (the paper's floor drops a quarter to a half of it);
     no parameter gets more chunks than it has rows, and what it cannot take goes to the others. kappa 0 is

@@ -86,7 +86,14 @@ def load_coefficients(path: Path) -> Coefficients:
         ValueError: the file is something else.
     """
     file = MappedFile(path)
-    if not {"experts", "layout"} <= file.metadata.keys():
+    if not {"experts", "layout"} <= file.metadata.keys() or "coefficients" not in file.tensors:
         raise ValueError(f"{path}: not a coefficients file of trainmerge (no layout in its header)")
-    layout = Layout.from_json(file.metadata["layout"])
-    return Coefficients(json.loads(file.metadata["experts"]), layout, file.read("coefficients").clone())
+    try:
+        layout, experts = Layout.from_json(file.metadata["layout"]), json.loads(file.metadata["experts"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: its header is damaged ({error}). Restore the file from a copy.") from error
+    values, shape = file.read("coefficients").clone(), (len(experts), len(layout.labels))
+    groups = {group for chunks in layout.groups.values() for group in chunks} | {*layout.fixed}
+    if values.shape != shape or not groups <= {*range(shape[1])} or not bool(values.isfinite().all()):
+        raise ValueError(f"{path}: its values do not fit its header, or are not finite: the file is damaged")
+    return Coefficients(experts, layout, values)

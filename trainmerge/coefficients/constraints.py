@@ -18,9 +18,9 @@ from typing_extensions import override
 class Constraint(ABC):
     """Coefficients [K, G] = values(raw), and raw = project(raw) after each step."""
 
-    @abstractmethod
     def values(self, raw: Tensor) -> Tensor:
         """Coefficients from what is optimised, both [K, G]; differentiable."""
+        return raw
 
     @abstractmethod
     def start(self, values: Tensor) -> Tensor:
@@ -44,10 +44,6 @@ class Free(Constraint):
     """Any value."""
 
     @override
-    def values(self, raw: Tensor) -> Tensor:
-        return raw
-
-    @override
     def start(self, values: Tensor) -> Tensor:
         return values
 
@@ -66,10 +62,6 @@ class Box(Constraint):
     def __post_init__(self) -> None:
         if not self.low < self.high:
             raise ValueError(f"box needs low < high, not [{self.low}, {self.high}]")
-
-    @override
-    def values(self, raw: Tensor) -> Tensor:
-        return raw
 
     @override
     def start(self, values: Tensor) -> Tensor:
@@ -125,10 +117,6 @@ class Simplex(Constraint):
             raise ValueError(f"a simplex needs a positive total, not {self.total}")
 
     @override
-    def values(self, raw: Tensor) -> Tensor:
-        return raw
-
-    @override
     def start(self, values: Tensor) -> Tensor:
         if not torch.allclose(self.project(values), values, atol=1e-5):
             bound = "at most " if self.base else ""
@@ -140,7 +128,7 @@ class Simplex(Constraint):
 
     @override
     def project(self, raw: Tensor) -> Tensor:
-        """Sort-and-threshold projection (Duchi et al., ICML 2008, figure 1), one column a group."""
+        """Sort-and-threshold projection (Duchi et al., ICML 2008, figure 1), one column per group."""
         if self.base:
             inside = raw.clamp(min=0)
             return torch.where(inside.sum(dim=0) <= self.total, inside, Simplex(self.total).project(raw))

@@ -23,7 +23,7 @@ class FrankWolfe(Optimizer):
         params: The coefficients; they must start in the set.
         total: What the coefficients of a group sum to: the constraint's `total`.
         base: The base is a vertex too, so that they may sum to less: the constraint's `base`.
-        shared: One vertex a step for all groups, as the paper's task-wise oracle; else one a group.
+        shared: One vertex per step for all groups, as the paper's task-wise oracle; else one per group.
         search: Go as far as a secant of the slope says, exact for a quadratic, which takes a second loss a
             step. Without it, 2 / (t + 2) of the way in step t = 0, 1, ...
     """

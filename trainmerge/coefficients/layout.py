@@ -6,13 +6,13 @@ Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from trainmerge.task_vectors.parameter_names import block_of
+from trainmerge.system.text import listed
+from trainmerge.task_vectors.parameter_names import block_of, idle_patterns, matches
 
 Granularity = Literal["task", "block", "tensor", "chunk"]
 
@@ -21,9 +21,9 @@ Granularity = Literal["task", "block", "tensor", "chunk"]
 class Grouping:
     """How parameters share coefficients: the part of a layout that a user chooses.
 
-    `task`: one coefficient an expert. `block`: one for each numbered block of the network (and one
-    for each module outside them). `tensor`: one a parameter, which is what the papers call
-    layer-wise. `chunk`: `chunks` contiguous blocks of rows a parameter. `chunks` is one number for
+    `task`: one coefficient per expert. `block`: one for each numbered block of the network (and one
+    for each module outside them). `tensor`: one per parameter, which is what the papers call
+    layer-wise. `chunk`: `chunks` contiguous blocks of rows per parameter. `chunks` is one number for
     all; or numbers by fnmatch pattern, of which the last that matches counts (1 without a match); or
     a file of `trainmerge allocate`. A parameter with 0 chunks keeps the coefficient that it starts
     with: it is merged, not learned.
@@ -71,35 +71,30 @@ class Grouping:
         return Layout(tuple(labels), groups, excluded, fixed)
 
     def _reason(self, name: str) -> str:
-        if not _matching(name, self.include):
+        if not matches(name, self.include):
             return "matches no include pattern"
-        hit = _matching(name, self.exclude)
+        hit = matches(name, self.exclude)
         return f"excluded by {hit!r}" if hit else ""
 
     def _check_patterns(self, names: Sequence[str]) -> None:
-        idle = [
-            pattern
-            for pattern in (*self.include, *self.exclude)
-            if not any(fnmatchcase(name, pattern) for name in names)
-        ]
-        if idle:
+        if idle := idle_patterns((*self.include, *self.exclude), names):
             raise ValueError(
                 f"patterns that match no parameter: {idle}. "
                 f"Parameters are named like {names[:3]}; `trainmerge inspect` lists them all."
             )
 
     def _counts(self, names: Sequence[str]) -> dict[str, int]:
-        """Chunks that were asked for, a parameter."""
+        """The chosen chunks per parameter."""
         if isinstance(self.chunks, int):
             return dict.fromkeys(names, self.chunks)
         wanted = read_chunks(Path(self.chunks)) if isinstance(self.chunks, str) else self.chunks
-        if idle := [pattern for pattern in wanted if not any(fnmatchcase(name, pattern) for name in names)]:
-            raise ValueError(f"chunks: patterns that match no parameter: {idle[:5]}")
+        if idle := idle_patterns(wanted, names):
+            raise ValueError(f"chunks: patterns that match no parameter: {listed(idle)}")
         if any(count < 0 for count in wanted.values()):
             raise ValueError("chunks: numbers must not be negative")
         counts = dict.fromkeys(names, 1)
         for pattern, count in wanted.items():
-            counts |= {name: count for name in names if fnmatchcase(name, pattern)}
+            counts |= {name: count for name in names if matches(name, [pattern])}
         return counts
 
     def _labels(self, name: str, shape: torch.Size, chunks: int) -> list[str]:
@@ -116,7 +111,7 @@ class Grouping:
 
 
 def read_chunks(path: Path) -> dict[str, int]:
-    """Chunks a parameter, from a file of `trainmerge allocate`.
+    """Chunks per parameter, from a file of `trainmerge allocate`.
 
     Raises:
         ValueError: the file is something else.
@@ -126,10 +121,6 @@ def read_chunks(path: Path) -> dict[str, int]:
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no allocation of chunks (see `trainmerge allocate --help`)") from error
     return {name: int(count) for name, count in chunks.items()}
-
-
-def _matching(name: str, patterns: Sequence[str]) -> str:
-    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), "")
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class LayerSwap(Preset):
         for name, groups in layout.groups.items():
             share = self._outer_share(_number(name), depth)
             if any(shares.setdefault(group, share) != share for group in groups):
-                raise ValueError("LayerSwap needs a coefficient a block, or finer grouping")
+                raise ValueError("LayerSwap needs one coefficient per block, or a finer grouping")
         outer = torch.tensor([shares[group] for group in range(len(layout.labels))])
         values = torch.zeros(len(experts), len(layout.labels))
         values[experts.index(self.outer)] = outer
@@ -183,8 +183,8 @@ def posterior(likelihoods: Tensor, rate: float) -> Tensor:
 class T3(MeasuredPreset):
     """One expert and its base: the more they disagree about the texts, the more of the expert.
 
-    T3 (arXiv 2510.27265), a batch at a time: the mean over texts of `t3_coefficients`. A coefficient a text
-    needs a merge a text, which no checkpoint holds; call the function for those.
+    T3 (arXiv 2510.27265), one batch at a time: the mean over texts of `t3_coefficients`. One coefficient
+    per text needs one merge per text, which no checkpoint can hold; call the function for those.
 
     Args:
         low: Coefficient where they agree.

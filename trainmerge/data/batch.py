@@ -26,7 +26,7 @@ class Predictions(NamedTuple):
 
 
 class Signals(NamedTuple):
-    """What the batch's own expert says about it, as far as it was asked for."""
+    """The signals of the batch's own expert that the objective needs."""
 
     predictions: Predictions | None = None
     hidden: Mapping[int, Tensor] = {}  # layer -> [P, D] bfloat16
@@ -47,7 +47,7 @@ class Outputs(NamedTuple):
     """What an objective may look at."""
 
     logits: Tensor  # [B, V] from a classification head, or [B, T, V] from a language model
-    hidden: Mapping[int, Tensor] = {}  # layer -> [B, T, D], the layers that were asked for
+    hidden: Mapping[int, Tensor] = {}  # layer -> [B, T, D], the layers that the objective needs
 
 
 Step = list[Batch]  # the micro-batches of one optimizer step, all experts

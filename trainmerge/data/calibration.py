@@ -55,7 +55,7 @@ class Steps(Dataset[Step]):
 
     def __init__(
         self,
-        examples: Sequence[Sequence[Example]],  # one list an expert
+        examples: Sequence[Sequence[Example]],  # one list per expert
         tokenize: Tokenizer,
         batch_size: int,
         seed: int,
@@ -96,7 +96,7 @@ class _FromStep(Sampler[int]):
 
 
 class Calibration(pl.LightningDataModule):
-    """One stream of unlabeled examples an expert; a batch holds `batch_size` of each.
+    """One stream of unlabeled examples per expert; a batch holds `batch_size` of each.
 
     Args:
         files: Expert -> file of its unlabeled examples.
@@ -158,7 +158,7 @@ class Calibration(pl.LightningDataModule):
         return {name: sha256(text).hexdigest() for name, text in zip(self.files, texts, strict=True)}
 
     def settings(self) -> dict[str, Any]:
-        """What the batches depend on beside the files: a resumed run must have the same."""
+        """What the batches depend on besides the files: a resumed run must have the same."""
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,

@@ -38,8 +38,9 @@ class Columns:
         spans: Lists of [begin, end): the characters of the text that count. A position counts if the token
             that it predicts is among them.
         target: The text for the decoder of a sequence-to-sequence model; its positions count.
-        image: Path of a picture, absolute or beside the file. The text has the model's placeholder for it
-            (`<|vision_start|><|image_pad|><|vision_end|>`, say). All positions count, the picture's too.
+        image: Path of a picture, absolute, or relative to the file's folder. The text has the model's
+            placeholder for it (`<|vision_start|><|image_pad|><|vision_end|>`, say). All positions count,
+            the picture's too.
     """
 
     text: str = "text"

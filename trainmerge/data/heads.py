@@ -44,7 +44,7 @@ class Classifier(NamedTuple):
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """One vector an example: [B, T, D], [B, T] -> [B, D]; padding, on either side, never counts."""
+    """One vector per example: [B, T, D], [B, T] -> [B, D]; padding, on either side, never counts."""
     if pooling == "first":
         first = mask.int().argmax(dim=1)
         return hidden[torch.arange(len(hidden), device=hidden.device), first]

@@ -131,7 +131,7 @@ class Tokenizer:
         return max((len(self._padded([text])["input_ids"][0]) for text in long), default=0)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> Example:
-        """A chat as the model's template writes it; what the assistant says counts.
+        """A chat as the model's template writes it; only the assistant's tokens count.
 
         Raises:
             ValueError: the tokenizer has no template, or the chat no assistant's turn.

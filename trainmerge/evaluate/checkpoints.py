@@ -17,7 +17,7 @@ from trainmerge.run.sources import DEFAULT_LENGTH
 def evaluate_checkpoint(
     checkpoint: str | Path,
     recipe: Recipe,
-    limit: int = 0,
+    limit: int | None = None,
     max_length: int = DEFAULT_LENGTH,
     answers: int = 0,
     harness: Sequence[HarnessTask] = (),

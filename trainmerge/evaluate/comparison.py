@@ -46,7 +46,10 @@ class Comparison:
 
 
 def compare(
-    paths: Sequence[str | Path], recipe: str | Path = "", limit: int = 0, max_length: int = 0
+    paths: Sequence[str | Path],
+    recipe: str | Path | None = None,
+    limit: int | None = None,
+    max_length: int | None = None,
 ) -> Comparison:
     """Score runs and checkpoints on the tasks of `recipe`: a run folder, an export or a configuration.
 

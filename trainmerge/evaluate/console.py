@@ -14,8 +14,8 @@ from trainmerge.system.distributed import joined, rank
 def evaluate_path(
     path: Path,
     recipe: Path,
-    limit: int = 0,
-    max_length: int = 0,
+    limit: int | None = None,
+    max_length: int | None = None,
     compare: bool = True,
     output: Path | None = None,
     answers: int = 0,
@@ -40,7 +40,11 @@ def evaluate_path(
 
 
 def compare_paths(
-    paths: Sequence[str], recipe: str, limit: int, max_length: int, output: Path | None
+    paths: Sequence[str],
+    recipe: str | None = None,
+    limit: int | None = None,
+    max_length: int | None = None,
+    output: Path | None = None,
 ) -> Comparison:
     """Score several runs and checkpoints, and print one table."""
     with joined():

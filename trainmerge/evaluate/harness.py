@@ -20,7 +20,7 @@ class HarnessScore(NamedTuple):
 
 
 def run_harness(
-    module: nn.Module, base: str, tasks: Sequence[HarnessTask], limit: int = 0, batch_size: int = 4
+    module: nn.Module, base: str, tasks: Sequence[HarnessTask], limit: int | None = None, batch_size: int = 4
 ) -> dict[str, HarnessScore]:
     """Task -> its metrics, as the harness names them ("acc,none").
 
@@ -45,7 +45,7 @@ def run_harness(
     )
     try:
         found = simple_evaluate(
-            model=wrapped, tasks=[_task(task) for task in tasks], limit=limit or None, bootstrap_iters=0
+            model=wrapped, tasks=[_task(task) for task in tasks], limit=limit, bootstrap_iters=0
         )
     except KeyError as error:
         raise ValueError(f"the harness has no task {error}") from error

@@ -3,8 +3,8 @@
 Legend: `K` experts (tasks).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from trainmerge.run.sources import text_length
 from trainmerge.system import distributed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ARITHMETIC = "task arithmetic"  # the rows of one coefficient for all experts
 GRID = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 Scored = Mapping[str, TaskScore]
 Heads = dict[str, Classifier | None]
@@ -34,8 +35,8 @@ Heads = dict[str, Classifier | None]
 
 def evaluate_run(
     run: str | Path,
-    limit: int = 0,
-    max_length: int = 0,
+    limit: int | None = None,
+    max_length: int | None = None,
     grid: Sequence[float] = GRID,
     compare: bool = True,
     answers: int = 0,
@@ -49,8 +50,8 @@ def evaluate_run(
 
     Args:
         run: The run folder.
-        limit: Score the first so many examples of each task; 0 is all.
-        max_length: Texts are cut at so many tokens; 0 is as in the run's fit.
+        limit: Score the first so many examples of each task; by default all.
+        max_length: Texts are cut at so many tokens; by default as in the run's fit.
         grid: The task-arithmetic coefficients.
         compare: Score the other rows too.
         answers: Tokens to answer prompts with, where test files have a column `prompt`; 0 for none.
@@ -62,27 +63,22 @@ def evaluate_run(
     resident, subject = load_subject(
         recipe, coefficients, opened, tokenize, folder, [*held_in, *held_out], answers
     )
-    found: dict[str, dict[str, HarnessScore]] = {}
-
-    def score(row: str, tasks: Iterable[Task]) -> dict[str, TaskScore]:
-        if harness and not row.startswith("task arithmetic"):
-            found[row] = run_harness(subject.module, recipe.base, harness, limit)
-        return {task.name: score_task(subject, task) for task in tasks}
-
-    everything = [*held_in, *held_out]
-    rows: dict[str, Callable[[], Scored]] = {"learned": lambda: score("learned", everything)}
-    settings = {"base": 0.0} if compare or held_out or harness else {}
+    uniform = {"base": 0.0} if compare or held_out or harness else {}
     if compare:
-        settings |= {"average": 1 / len(held_in)} | {f"task arithmetic {c}": c for c in grid}
-    rows = {
-        r: partial(_uniform, resident, c, partial(score, r, everything)) for r, c in settings.items()
-    } | rows
-    if compare:
-        rows["expert"] = lambda: _experts(resident, subject, held_in)
-    bar = {"description": "scoring", "disable": distributed.rank() > 0}
-    scored = {row: scoring() for row, scoring in track(rows.items(), **bar)}  # type: ignore[arg-type]
+        uniform |= {"average": 1 / len(held_in)} | {f"{ARITHMETIC} {c}": c for c in grid}
+    scored: dict[str, Scored] = {}
+    harnessed: dict[str, Mapping[str, HarnessScore]] = {}
+    rows = [*uniform, "learned", *["expert"] * compare]
+    for row in track(rows, description="scoring", disable=distributed.rank() > 0):
+        if row == "expert":
+            scored[row] = _experts(resident, subject, held_in)
+            continue
+        with _uniform(resident, uniform[row]) if row in uniform else nullcontext():
+            if harness and not row.startswith(ARITHMETIC):
+                harnessed[row] = run_harness(subject.module, recipe.base, harness, limit)
+            scored[row] = {task.name: score_task(subject, task) for task in [*held_in, *held_out]}
     names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
-    return _with_best_arithmetic(Evaluation(metric_of(recipe), *names, scored, found))
+    return _with_best_arithmetic(Evaluation(metric_of(recipe), *names, scored, harnessed))
 
 
 def load_subject(
@@ -107,10 +103,9 @@ def build_heads(base: torch.nn.Module, tasks: Sequence[Task], tokenize: Tokenize
     return {task.name: build_classifier(task.head, base, tokenize) for task in tasks}
 
 
-def _uniform(resident: Resident, coefficient: float, score: Callable[[], Scored]) -> Scored:
-    """Scores where all experts have the same coefficient."""
-    with resident.merged.uniform(torch.full((len(resident.classifiers),), coefficient)):
-        return score()
+def _uniform(resident: Resident, coefficient: float) -> AbstractContextManager[torch.nn.Module]:
+    """Inside, all experts have the same coefficient."""
+    return resident.merged.uniform(torch.full((len(resident.classifiers),), coefficient))
 
 
 def _experts(resident: Resident, subject: Subject, tasks: Sequence[Task]) -> Scored:
@@ -130,6 +125,6 @@ def _with_best_arithmetic(found: Evaluation) -> Evaluation:
 
 def keep_best_arithmetic(rows: Scores, metric: Metric) -> Scores:
     """The rows with only the best of the task-arithmetic ones, by mean."""
-    arithmetic = [row for row in rows if row.startswith("task arithmetic")]
+    arithmetic = [row for row in rows if row.startswith(ARITHMETIC)]
     best = metric.best(rows, arithmetic)
     return {row: scores for row, scores in rows.items() if row not in arithmetic or row == best}

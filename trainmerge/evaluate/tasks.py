@@ -48,16 +48,18 @@ def metric_of(recipe: Recipe) -> Metric:
     return ACCURACY if heads == {True} else PERPLEXITY
 
 
-def load_tasks(recipe: Recipe, limit: int = 0, split: Split = "test") -> tuple[list[Task], list[Task]]:
-    """The experts' tasks (held in) and the held-out ones, the first `limit` examples of each (0: all).
+def load_tasks(
+    recipe: Recipe, limit: int | None = None, split: Split = "test"
+) -> tuple[list[Task], list[Task]]:
+    """The experts' tasks (held in) and the held-out ones, the first `limit` examples of each.
 
     Raises:
-        ValueError: `limit` is negative; a task has no such file, or the file lacks `text` or, under a head,
-            `label`; a held-out task has an expert's name; heads for some tasks only.
+        ValueError: `limit` is not positive; a task has no such file, or the file lacks `text` or, under a
+            head, `label`; a held-out task has an expert's name; heads for some tasks only.
     """
     metric_of(recipe)
-    if limit < 0:
-        raise ValueError(f"limit must be a number of examples, or 0 for all, not {limit}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be 1 or more examples, not {limit}; leave it out to score all")
     if twice := recipe.experts.keys() & recipe.held_out.keys():
         raise ValueError(f"recipe.held_out: {sorted(twice)} are experts' names; name these tasks otherwise")
     files = {name: getattr(expert, split) for name, expert in recipe.experts.items()}
@@ -69,13 +71,13 @@ def load_tasks(recipe: Recipe, limit: int = 0, split: Split = "test") -> tuple[l
     ]
 
 
-def _load(name: str, file: str | None, head: Head | None, limit: int, split: Split) -> Task:
+def _load(name: str, file: str | None, head: Head | None, limit: int | None, split: Split) -> Task:
     if not file:
         raise ValueError(
             f"{name}: scoring needs `{split}`, a file with a column text, and label under a `head`"
         )
     data = load_examples(file, ["text", "label"] if head else ["text"], optional=["prompt"])
-    count = min(limit, len(data)) if limit else len(data)
+    count = len(data) if limit is None else min(limit, len(data))
     labels = list(data["label"][:count]) if head else []
     if wrong := [label for label in labels if not isinstance(label, int) or label < 0]:
         raise ValueError(f"{file}: label {wrong[0]!r} is no class number (0, 1, ...)")

@@ -140,7 +140,7 @@ def _explain(
     """Everything but the weights, `made`, that an export says of itself; the manifest last."""
     write_config(recipe, "recipe", folder / "trainmerge_recipe.yaml")
     save_coefficients(coefficients, folder / "trainmerge_coefficients.safetensors")
-    run_made = json.loads(run_folder.manifest.read_text())
+    run_made = run_folder.read_manifest()
     if run_folder.config.exists():
         shutil.copyfile(run_folder.config, folder / "trainmerge_config.yaml")
     (folder / "README.md").write_text(model_card(name, recipe, coefficients, run_made))

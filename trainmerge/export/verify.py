@@ -1,6 +1,5 @@
 """An export against the run that it is of: every number once more, bit for bit."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from trainmerge.export.export import INDEX, WEIGHT_SUFFIXES, merge_of
 from trainmerge.export.shards import CheckpointMerge, shard_names
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
+from trainmerge.system.json_file import read_json
 from trainmerge.system.safetensors_file import MappedFile
 
 SHOWN = 8  # problems that the error lists
@@ -54,7 +54,7 @@ def _differences(merge: CheckpointMerge, folder: Path) -> Iterator[str]:
 def _index_differences(shards: dict[str, tuple[str, ...]], index: Path) -> Iterator[str]:
     homes = {name: file for file, names in shards.items() for name in names}
     try:
-        written = json.loads(index.read_text())["weight_map"]
+        written = read_json(index, "Export the run again.")["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield f"{index.name} cannot be read ({error})"
         return

@@ -45,7 +45,7 @@ def begin(
     data: Calibration,
     trainer: pl.Trainer,
     snapshot: Snapshot | None,
-    config: str,
+    config: str | None,
 ) -> None:
     """Write what explains the run, and drop what is later than the snapshot.
 

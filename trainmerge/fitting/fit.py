@@ -27,8 +27,8 @@ def fit(
     trainer: pl.Trainer,
     run: str | Path,
     resume: str = "auto",
-    config: str = "",
-    memory: str = "",
+    config: str | None = None,
+    memory: str | None = None,
 ) -> RunFolder:
     """Learn the coefficients in a run folder, from its last snapshot if `resume` says so.
 

@@ -1,19 +1,106 @@
-"""From a configuration and arguments to module, data and trainer."""
+"""From a configuration to module, data and trainer: what a fit, its plan and a search begin with."""
 
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import yaml
+from jsonargparse import ArgumentError, get_loader, set_loader
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.trainer import make_trainer
-from trainmerge.run.config import read_yaml
+from trainmerge.run.config import public_path, public_paths, read_settings
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.templates import expand
+
+TEMPLATES = "trainmerge"  # the parser's mode: YAML in which `recipe.each` describes all experts
+
+
+def _load(text: str) -> Any:
+    """The parser's own YAML, with every expert written out and public class paths."""
+    return public_paths(expand(get_loader("yaml")(text)))
+
+
+set_loader(TEMPLATES, _load, (yaml.YAMLError,))
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Everything that a fit is started with.
+
+    Args:
+        module: What is learned.
+        data: What it is learned from.
+        trainer: Lightning's, which writes into the run folder.
+        run: The run folder.
+        resume: auto, never, or a checkpoint's path.
+        memory: The most memory that the fit may take, as `8GiB`.
+        report: Whether the run is drawn when it has ended.
+        dry_run: Whether only the plan is wanted.
+        text: The configuration with every key, as YAML.
+    """
+
+    module: MergeModule
+    data: Calibration
+    trainer: pl.Trainer
+    run: Path
+    resume: str
+    memory: str | None
+    report: bool
+    dry_run: bool
+    text: str
+
+
+def from_config(config: str | Path, run: str | Path, changes: Mapping[str, Any] | None = None) -> FitSettings:
+    """Module, data and trainer of a configuration file; headers are checked, no weight is read.
+
+    Args:
+        config: A YAML file as of `trainmerge fit`.
+        run: The run folder; nothing is written there yet.
+        changes: Key -> value in place of the file's: `{"trainer.max_steps": 0}`.
+
+    Raises:
+        ValueError: the file, or what it names, cannot be used.
+    """
+    read_settings(Path(config))  # its errors name the file and the line
+    content = _load(Path(config).read_text(encoding="utf-8"))
+    for key, value in {**(changes or {}), "run": str(run)}.items():
+        content = _changed(content, key.split("."), value)
+    return build_settings(content)
+
+
+def _changed(content: Any, keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """The nested mapping with one value replaced."""
+    own = content if isinstance(content, Mapping) else {}
+    first, *rest = keys
+    return {**own, first: _changed(own.get(first), rest, value) if rest else value}
+
+
+def build_settings(given: list[str] | dict[str, Any], parser: "type[FitCLI] | None" = None) -> FitSettings:
+    """Parse words of a command line, or a configuration's content, and build module, data and trainer.
+
+    Raises:
+        ValueError: they cannot be used.
+    """
+    try:
+        cli = _parse(given, parser or FitCLI)
+    except ArgumentError as error:
+        raise ValueError(error) from error
+    except MisconfigurationException as error:  # Lightning's word for settings that do not go together
+        raise ValueError(error) from error
+    text = cli.parser.dump(cli.config, skip_validation=True)
+    assert isinstance(cli.model, MergeModule)
+    assert isinstance(cli.datamodule, Calibration)
+    options = {name: cli.config[name] for name in ("resume", "memory", "report", "dry_run")}
+    return FitSettings(cli.model, cli.datamodule, cli.trainer, Path(cli.config["run"]), **options, text=text)
 
 
 class FitCLI(LightningCLI):
@@ -29,11 +116,11 @@ class FitCLI(LightningCLI):
         parser.add_argument("--save_every", type=int, default=50, help="Steps between snapshots.")
         parser.add_argument("--report", type=bool, default=True, help="Draw the run when it has ended.")
         parser.add_argument(
-            "--memory", type=str, default="",
-            help="What the fit may hold, as 8GiB: it is cut to fit or refused. Mapped files are not counted.",
+            "--memory", type=str | None, default=None,
+            help="The fit's most memory, as 8GiB: its step is cut to fit, or refused. Without mapped files.",
         )  # fmt: skip
         parser.add_argument(
-            "--dry_run", type=bool, default=False, help="Print what the fit will hold and take, and stop."
+            "--dry_run", type=bool, default=False, help="Print the plan of memory and time, and stop."
         )
         parser.add_class_arguments(Recipe, "recipe")
         parser.link_arguments("recipe", "model.recipe", apply_on="instantiate")
@@ -44,10 +131,12 @@ class FitCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuse configuration files that say a thing twice, an expert above all."""
+        """Refuse configuration files that say a thing twice, an expert above all, before they are parsed."""
+        for word in args if isinstance(args, list) else ():
+            key, _, value = word.partition("=")
+            if key == "--config" and Path(value).is_file():
+                read_settings(Path(value))
         super().parse_arguments(parser, args)
-        for file in self.config.get("config") or []:
-            read_yaml(Path(file.absolute))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer of `trainer.make_trainer`, with the configuration's arguments."""
@@ -55,24 +144,32 @@ class FitCLI(LightningCLI):
         return make_trainer(self.config["run"], self.config["save_every"], **arguments)
 
 
-def parse(arguments: list[str]) -> FitCLI:
-    """Parse and build module, data and trainer."""
+def _parse(given: list[str] | dict[str, Any], parser: type[FitCLI]) -> FitCLI:
+    """Lightning's own parsing and building."""
     for chatty in ("pytorch_lightning", "lightning_fabric"):  # notes on hardware and seeds, and adverts
         logging.getLogger(chatty).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # The launcher of further processes runs sys.argv again, so it must stay; hence `args` beside it.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        return FitCLI(
+        return parser(
             MergeModule,
             Calibration,
             run=False,
-            args=arguments,
+            args=_with_public_paths(given),
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,  # `model.optimizer` is the one place
             load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "trainmerge fit", "exit_on_error": False},
+            parser_kwargs={"prog": "trainmerge fit", "exit_on_error": False, "parser_mode": TEMPLATES},
         )
+
+
+def _with_public_paths(given: list[str] | dict[str, Any]) -> list[str] | dict[str, Any]:
+    """The same with the public path of every class that a word, a `--key=value` or the content names."""
+    if isinstance(given, dict):
+        return dict(public_paths(given))
+    parts = [word.rpartition("=") for word in given]
+    return [f"{key}{equals}{public_path(value)}" for key, equals, value in parts]
 
 
 def test_files(recipe: Recipe) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""For users' own loggers, in addition to the losses: coefficients as numbers per step, and as a picture."""
+"""What users' loggers get besides the losses: the coefficients, as numbers per step and as a picture."""
 
 from pathlib import Path
 from typing import Any

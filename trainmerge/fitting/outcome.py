@@ -1,6 +1,5 @@
 """What the first process does after a fit: leave the coefficients, and warn of a fit that did not help."""
 
-import json
 import math
 import warnings
 
@@ -12,6 +11,7 @@ from trainmerge.fitting.begin import Snapshot
 from trainmerge.fitting.model_settings import needs_examples
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
+from trainmerge.system.json_file import read_json_lines
 
 MOVED = 1e-4  # a coefficient's change, below which nothing was learned
 AT_BOUND = 0.25  # share of coefficients at a bound
@@ -72,9 +72,7 @@ def warn_if_it_never_fell(folder: RunFolder) -> None:
     """Warn if no step had a lower loss than the first one."""
     if not folder.metrics.exists():
         return  # stopped before a step
-    losses = [
-        row["loss"] for line in folder.metrics.read_text().splitlines() if "loss" in (row := json.loads(line))
-    ]
+    losses = [row["loss"] for row in read_json_lines(folder.metrics) if "loss" in row]
     finite = [loss for loss in losses if math.isfinite(loss)]
     if len(finite) > ENOUGH and min(finite[1:]) >= finite[0]:
         warnings.warn(

@@ -1,6 +1,5 @@
 """A finished run -> the module and the data that it was fitted with, at the coefficients it ended with."""
 
-import json
 from dataclasses import replace
 
 from trainmerge.coefficients.layout import Grouping
@@ -15,17 +14,17 @@ from trainmerge.run.recipe import calibration_files
 
 
 def reopen(
-    folder: RunFolder, grouping: Grouping | None = None, examples: int = 0
+    folder: RunFolder, grouping: Grouping | None = None, examples: int | None = None
 ) -> tuple[MergeModule, Calibration]:
     """Module and data of a run; nothing is loaded yet.
 
-    `grouping` replaces the run's by a finer one. `examples`: the first so many an expert; 0 is as it was.
+    `grouping` replaces the run's by a finer one. `examples`: the first so many per expert; by default all.
 
     Raises:
         ValueError: no run, no coefficients, or base or experts changed since the fit.
     """
     recipe, _, _ = open_run(folder)
-    manifest = json.loads(folder.manifest.read_text())
+    manifest = folder.read_manifest()
     module = MergeModule(
         replace(recipe, grouping=grouping or recipe.grouping),
         build(Objective, manifest["objective"]),  # type: ignore[type-abstract]
@@ -35,6 +34,6 @@ def reopen(
         workspace=str(folder.workspace),
     )
     settings = manifest["data"] | {"columns": Columns(**manifest["data"]["columns"])}
-    if examples:
+    if examples is not None:
         settings["max_examples"] = min(examples, settings["max_examples"] or examples)
     return module, Calibration(calibration_files(recipe), **settings)

@@ -17,29 +17,44 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.system.atomic import naming, sync
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run me again
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
 STOP = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(Exception):
-    """The run was asked to stop (SIGTERM, SIGUSR1) and has saved its state."""
+    """The run was told to stop by a signal.
+
+    Args:
+        words: What was saved, and how to go on.
+        code: The process's exit code: `EXIT_INTERRUPTED` after Ctrl-C.
+    """
+
+    def __init__(self, words: str, code: int = EXIT_PREEMPTED) -> None:
+        super().__init__(words)
+        self.code = code
 
 
 class Snapshots(Callback):
     """Save every `every` steps, at the last step, and when asked to stop; keep the latest only.
 
     A signal handler may interrupt anything, so it only sets a flag; the step's end acts on it, on all
-    processes if any of them was asked.
+    processes if any of them was told. Ctrl-C before the first step, or a second one, stops at once: the
+    last snapshot is whole at any moment.
     """
 
     def __init__(self, folder: RunFolder, every: int) -> None:
         self.folder, self.every = folder, every
-        self._stop = self._stopping = False  # asked to, here; agreed, and saved
+        self._stop = self._stopping = False  # told to, here; agreed, and saved
+        self._steps = self._interrupted = False  # steps have begun; Ctrl-C was pressed
         self._saved = -1  # the last step that was
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, SIGTERM and SIGUSR1 ask for a stop at the step's end."""
-        before = {number: signal.signal(number, self._ask_to_stop) for number in STOP}
+        """Inside, SIGTERM, SIGUSR1 and Ctrl-C mean a stop at the step's end."""
+        handlers = dict.fromkeys(STOP, self._stop_later)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a job in the background
+            handlers[signal.SIGINT] = self._interrupt  # Lightning's answer to it is to exit with 1
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:
@@ -55,7 +70,8 @@ class Snapshots(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.strategy.reduce_boolean_decision(self._stop, all=False):
-            raise Preempted(f"stopped before step {trainer.global_step + 1}; go on with --resume auto")
+            raise self._preempted(f"before step {trainer.global_step + 1}")
+        self._steps = True
 
     @override
     def on_train_batch_start(
@@ -63,7 +79,7 @@ class Snapshots(Callback):
     ) -> None:
         if self._stopping:  # now that the step's metrics are logged too
             trainer.strategy.barrier()  # a process that left would have its launcher end the others
-            raise Preempted(f"stopped after step {trainer.global_step}; go on with --resume auto")
+            raise self._preempted(f"after step {trainer.global_step}")
 
     @override
     def on_train_batch_end(
@@ -79,13 +95,24 @@ class Snapshots(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._steps = False
         if self._saved != trainer.global_step < trainer.max_steps:  # ended early: by `max_time`, say
             self._save(trainer, pl_module)
             if trainer.is_global_zero:
                 print(f"stopped after step {trainer.global_step} of {trainer.max_steps}")
 
-    def _ask_to_stop(self, *_: int | FrameType | None) -> None:
+    def _stop_later(self, *_: int | FrameType | None) -> None:
         self._stop = True
+
+    def _interrupt(self, *_: int | FrameType | None) -> None:
+        at_once = self._stop or not self._steps
+        self._stop = self._interrupted = True
+        if at_once:
+            raise self._preempted("at once")
+
+    def _preempted(self, when: str) -> Preempted:
+        code = EXIT_INTERRUPTED if self._interrupted else EXIT_PREEMPTED
+        return Preempted(f"stopped {when}; the same command goes on from the last snapshot", code)
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Coefficients first: whenever a run is killed, they are at least as late as the snapshot."""

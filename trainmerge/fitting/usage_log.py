@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import Callback
 from typing_extensions import override
 
 from trainmerge.run.folder import RunFolder
-from trainmerge.system.memory import anonymous_bytes
+from trainmerge.system.memory import anonymous
 
 UNIT = 1 if sys.platform == "darwin" else 1024  # what getrusage counts resident memory in
 
@@ -55,7 +55,7 @@ class UsageLog(Callback):
             "wall_seconds": round(time.monotonic() - self._wall, 3),
             "cpu_seconds": round(time.process_time() - self._cpu, 3),
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT,
-            "anonymous_bytes": anonymous_bytes(),
+            "anonymous_bytes": anonymous() if sys.platform == "linux" else None,
             "processes": trainer.world_size,
             "threads": torch.get_num_threads(),
         }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.inspection.findings import Finding
+from trainmerge.system.text import listed
 from trainmerge.task_vectors.delta import TaskVectors, dense_term
 from trainmerge.task_vectors.parameter_names import block_of, kind_of
 
@@ -40,10 +41,8 @@ def attention_findings(base: Checkpoint, task_vectors: TaskVectors) -> Iterator[
         if found:
             yield Finding(
                 "warning",
-                f"{expert}: attention of {', '.join(found[:3])}"
-                + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-                + " moved far while what it computes stayed: its gauge was shifted, or it is locked against "
-                "merging",
+                f"{expert}: attention of {listed(found)} moved far while what it computes stayed: its gauge "
+                "was shifted, or it is locked against merging",
                 "exclude these, or ask for the expert as it was trained",
             )
 

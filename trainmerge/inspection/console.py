@@ -95,7 +95,7 @@ def print_suggestion(suggestion: Suggestion, path: Path | None) -> None:
     rows = [[key, _value(suggestion, key), reason] for key, reason in suggestion.reasons.items()]
     print_table("suggested", ["key", "value", "why"], rows)
     print(
-        f"written: {path}; next: trainmerge fit --config {path} --run runs/first"
+        f"written: {path}; next: trainmerge fit {path} runs/first"
         if path
         else "--suggest FILE.yaml writes it as a configuration"
     )

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 from trainmerge.checkpoints import open_checkpoint
 from trainmerge.data.examples import load_examples
 from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.system.text import listed
+from trainmerge.task_vectors.parameter_names import matches
 
 FEW = 8  # examples
 
@@ -37,14 +38,14 @@ def header_findings(recipe: Recipe, opened: Opened) -> Iterator[Finding]:
     tied = [name for name in untouched if name in opened.base.tied]
     untouched = [name for name in untouched if name not in tied]
     if untouched:
-        yield Finding("note", f"no expert changes {_some(untouched)}: they keep the base's values")
+        yield Finding("note", f"no expert changes {listed(untouched)}: they keep the base's values")
     for name, expert in recipe.experts.items():
         own = _own_tensors(Path(expert.path), recipe)
         if own:
             yield Finding(
                 "note",
-                f"{name}: {_some(own)} are not in the base, so they were trained from scratch: ignored, they "
-                "stay with their task",
+                f"{name}: {listed(own)} are not in the base, so they were trained from scratch: ignored, "
+                "they stay with their task",
                 "" if expert.head else "give the task a `head` that reads them, if it needs one to be scored",
             )
         ours, theirs = _template(Path(recipe.base)), _template(Path(expert.path))
@@ -64,11 +65,7 @@ def _own_tensors(folder: Path, recipe: Recipe) -> list[str]:
         return []
     theirs = open_checkpoint(folder, recipe.allow_pickle).tensors
     ours = open_checkpoint(recipe.base, recipe.allow_pickle).tensors
-    return [
-        name
-        for name in theirs
-        if name not in ours and any(fnmatchcase(name, pattern) for pattern in recipe.ignore)
-    ]
+    return [name for name in theirs if name not in ours and matches(name, recipe.ignore)]
 
 
 def _template(folder: Path) -> str:
@@ -115,8 +112,3 @@ def read_texts(recipe: Recipe, column: str = "text") -> Texts:
         if twin != name:
             found.append(Finding("warning", f"{twin} and {name} learn from the same examples"))
     return Texts(texts, tuple(found))
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"

@@ -98,7 +98,7 @@ def _start(K: int, geometry: Geometry | None) -> tuple[float, str]:
 
 
 def write_suggestion(suggestion: Suggestion, path: Path) -> None:
-    """A configuration for `trainmerge fit --config`, with the reasons on top.
+    """A configuration for `trainmerge fit`, with the reasons on top.
 
     Raises:
         FileExistsError: the file is there already.

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from trainmerge.inspection.findings import Finding
+from trainmerge.system.text import listed
 from trainmerge.task_vectors.geometry import Geometry
 from trainmerge.task_vectors.parameter_names import kind_of
 
@@ -68,10 +69,9 @@ def _scratch(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
             if kind_of(parameter) not in ("bias", "norm") and cosine < SCRATCH  # false of NaN
         ]
         if fresh:
-            shown = ", ".join(fresh[:3]) + (f" and {len(fresh) - 3} more" if len(fresh) > 3 else "")
             yield Finding(
                 "warning",
-                f"{name}: {shown} have nothing of the base's direction: trained from scratch, or of another "
-                "model",
+                f"{name}: {listed(fresh)} have nothing of the base's direction: trained from scratch, or of "
+                "another model",
                 "leave them out with recipe.ignore or grouping.exclude",
             )

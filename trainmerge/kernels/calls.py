@@ -35,7 +35,7 @@ Call = TypeVar("Call")
 
 
 class Gathered(Generic[Call]):
-    """Calls that wait for others until they are `LAUNCH` bytes together; what they use is held until then.
+    """Calls that wait for others until they are `LAUNCH` bytes together; their tensors stay alive until then.
 
     Args:
         run: Runs a list of them.

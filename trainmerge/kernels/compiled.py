@@ -1,18 +1,21 @@
 """Both passes as one fused loop each, written by inductor: C++ on a CPU, Triton on a GPU.
 
 One kernel for K, the forms and the dtypes, whatever the shapes: a chunk of rows is a flat, contiguous run of
-elements. Inductor keeps what it compiled on disk (`TORCHINDUCTOR_CACHE_DIR`), so that the next process only
-looks it up. What does not fit a flat loop (low-rank and quantised terms, float64, strides, little tensors,
-coefficients of zero) is eager's, and so is everything once compiling has failed.
+elements. Inductor caches what it compiled on disk, in a folder per instruction set in
+`TORCHINDUCTOR_CACHE_DIR`, so that the next process only looks it up. What does not fit a flat loop (low-rank
+and quantised terms, float64, strides, little tensors, coefficients of zero) is eager's, and so is everything
+once compiling has failed.
 
 Legend: `K` experts, `C` chunks of one parameter, `n` elements of a chunk.
 """
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from types import FunctionType
 
 import torch
@@ -24,6 +27,7 @@ from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, ro
 
 SMALL = 1 << 15  # elements of a chunk below which the call costs more than the loop saves (measured: 40 us)
 ROW = 2048  # products added up in float32, in registers, before float64 takes over
+CACHE = "trainmerge-torch-"  # how the name of our folder in inductor's cache begins
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 _failed = False  # to compile, once: then no more is tried
@@ -164,7 +168,26 @@ def _flat(tensor: Tensor, size: int | None) -> Tensor:
 def _fused(function: Callable[..., Tensor], dtypes: str) -> Callable[..., Tensor]:
     """`function`, to be compiled at its first call: once for these numbers of tensors and their dtypes."""
     assert isinstance(function, FunctionType)
+    use_own_cache()
     # Dynamo counts recompilations by code object: one for all would soon be over its limit.
     code = function.__code__.replace(co_name=f"{function.__name__}_{dtypes}")
     own = FunctionType(code, function.__globals__)
     return torch.compile(own, fullgraph=True, dynamic=True, options={"cpp.dynamic_threads": True})
+
+
+@cache
+def use_own_cache() -> None:
+    """Let inductor cache in a folder of this instruction set and this torch, once per process.
+
+    Inductor finds a cached loop by its source, not by the instruction set: one compiled for AVX-512 gives
+    wrong numbers in a process that runs as AVX2, and computers of a cluster share their home folders. The
+    folder lies in the user's `TORCHINDUCTOR_CACHE_DIR`, or in inductor's default; a process that inherits
+    the variable from one of ours uses the same parent folder.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # costs a second: not before it is needed
+
+    parent = Path(cache_dir())
+    if parent.name.startswith(CACHE):
+        parent = parent.parent
+    capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(parent / f"{CACHE}{torch.__version__}-{capability}")

@@ -1,4 +1,4 @@
-"""A task vector in one byte or two bits a weight: tau = codes x scale.
+"""A task vector in one byte or two bits per weight: tau = codes x scale.
 
 Legend: `R` rows, `W` elements of a row.
 """
@@ -14,7 +14,7 @@ PER_BYTE = 4  # codes of two bits
 class Quantised(NamedTuple):
     """A task vector of whole numbers and a scale: tau[r] = `scale`[r] * code[r].
 
-    `codes` are int8, one a weight; or uint8, four weights -1, 0, 1 a byte (`pack`).
+    `codes` are int8, one per weight; or uint8, four weights -1, 0, 1 per byte (`pack`).
     """
 
     codes: Tensor  # [rows, W] int8, or [rows, ceil(W / 4)] uint8

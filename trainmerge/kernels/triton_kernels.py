@@ -133,7 +133,7 @@ def _anchored(out: Tensor, base: Tensor, terms: Sequence[Term], weights: list[fl
 
 
 class Launch(NamedTuple):
-    """What a launch reads beside the tensors."""
+    """What a launch reads besides the tensors."""
 
     table: Tensor  # [S, 1 + models + taus] addresses
     sizes: Tensor  # [S] elements

@@ -69,13 +69,13 @@ class Alignment(Objective):
         return torch.stack(terms).sum(dim=0)
 
     def _output(self, logits: Tensor, batch: Batch) -> Tensor:
-        if logits.dim() == 2:  # a classification head: one row an example
+        if logits.dim() == 2:  # a classification head: one row per example
             return divergence(recorded(batch), logits, temperature=self.temperature)
         losses = divergence(recorded(batch), logits, counted(batch.mask), self.temperature)
         return example_mean(losses, batch.mask)
 
     def _hidden(self, outputs: Outputs, batch: Batch) -> list[Tensor]:
-        """One [B] a layer, each over the number of layers."""
+        """One [B] per layer, each divided by the number of layers."""
         assert batch.teacher is not None
         layers = self.asks.layers
         return [

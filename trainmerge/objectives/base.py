@@ -22,7 +22,7 @@ class Objective(ABC):
 
     @property
     def needs_classes(self) -> bool:
-        """Whether it is for classification only: one row of logits an example."""
+        """Whether it is for classification only: one row of logits per example."""
         return False
 
     @property

@@ -1,4 +1,4 @@
-"""KL(expert || merge) a row, without a second copy of the logits.
+"""KL(expert || merge) per row, without a second copy of the logits.
 
 Whole distributions, or an expert's `m` largest probabilities and one cell for the rest. Putting the rest into
 one cell never raises the divergence, and moves its gradient by at most 2 q in the 1-norm, q the expert's mass
@@ -95,13 +95,13 @@ def _losses(log_q: Tensor, teacher: Predictions) -> Tensor:
 
 
 def _cells(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """P (log p - log q), 0 where p is 0."""
+    """p (log p - log q), 0 where p is 0."""
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0.0)
 
 
 def _slopes(log_q: Tensor, teacher: Predictions) -> Tensor:
-    """D KL / d (logits / temperature), [R, V]; `log_q` is overwritten."""
+    """d KL / d (logits / temperature), [R, V]; `log_q` is overwritten."""
     if teacher.tokens is None:
         return log_q.exp_().sub_(teacher.log_p.exp())
     assert teacher.tail is not None

@@ -79,7 +79,7 @@ class Entropy(Objective):
         """Loss per example, [B].
 
         Raises:
-            ValueError: diversity is asked for with token-level logits.
+            ValueError: diversity needs one row of logits per example, these are token-level.
         """
         logits = outputs.logits
         token_level = logits.dim() == 3
@@ -99,7 +99,7 @@ def _token_entropy(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def _disagreement(logits: Tensor, batch: Batch) -> Tensor:
-    """KL(expert || merge) an example, [B]."""
+    """KL(expert || merge) per example, [B]."""
     if logits.dim() == 2:
         return divergence(recorded(batch), logits)
     return example_mean(divergence(recorded(batch), logits, counted(batch.mask)), batch.mask)

@@ -1,4 +1,4 @@
-"""Rows of a batch: positions that its mask counts, what its expert said there, and their mean an example.
+"""Rows of a batch: positions that its mask counts, the expert's signals there, and means per example.
 
 Legend: `B` examples, `T` tokens, `P` counted positions of a batch, row-major over its mask.
 """

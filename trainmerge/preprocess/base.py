@@ -16,7 +16,7 @@ from trainmerge.task_vectors.delta import TaskVectors
 
 @dataclass(frozen=True)
 class Preprocess(ABC):
-    """New task vectors from old, a parameter at a time, in bounded memory."""
+    """New task vectors from old, one parameter at a time, in bounded memory."""
 
     @abstractmethod
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
@@ -42,7 +42,7 @@ class Calibrator(Protocol):
         """
 
     def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same, held by a file instead of memory."""
+        """The same, in a file instead of memory."""
 
 
 @dataclass(frozen=True)

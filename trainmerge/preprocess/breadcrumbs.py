@@ -24,7 +24,7 @@ class Breadcrumbs(Preprocess):
     of `Ties(scope="parameter")`. A parameter too small for both keeps what is left, at least one entry.
 
     Args:
-        density: Fraction kept, in (0, 1].
+        density: Fraction of entries that stay, in (0, 1].
         outliers: Fraction of the largest magnitudes that is dropped, in [0, 1 - density].
     """
 

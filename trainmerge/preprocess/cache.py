@@ -1,10 +1,10 @@
-"""Preprocessors applied in order: each result is kept on disk, but for a last one that a rule gives.
+"""Preprocessors applied in order: each result is cached on disk, except a last one that a rule computes.
 
 Legend: `K` experts, `*S` parameter shape.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from trainmerge.kernels import accumulation_dtype
 from trainmerge.preprocess.base import Calibrator, Informed, Preprocess
 from trainmerge.preprocess.piecewise import Piecewise, Rule
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
+from trainmerge.system.workspace import cached, digest
 from trainmerge.task_vectors.delta import TaskVectors
 
 
@@ -33,10 +34,8 @@ def apply(
         ValueError: an informed method's result is not there, and no calibrator to make it.
     """
     for method, key in zip(methods, _keys(methods, inputs, examples), strict=True):
-        path = _path(folder, key)
-        if not path.exists():
-            _write(path, task_vectors, method, calibrator)
-        task_vectors = _mapped(path, task_vectors)
+        file = cached(_path(folder, key), partial(_write, task_vectors, method, calibrator))
+        task_vectors = _mapped(file, task_vectors)
     return task_vectors
 
 
@@ -65,7 +64,7 @@ def _keys(methods: Sequence[Preprocess], inputs: str, examples: str) -> Iterator
     key = inputs
     for method in methods:
         depends_on = f" {examples}" if isinstance(method, Informed) else ""
-        key = hashlib.sha256(f"{key} {method!r}{depends_on}".encode()).hexdigest()
+        key = digest(f"{key} {method!r}{depends_on}", length=64)
         yield key
 
 
@@ -73,8 +72,7 @@ def _path(folder: Path, key: str) -> Path:
     return folder / f"task_vectors-{key[:16]}.safetensors"
 
 
-def _write(path: Path, task_vectors: TaskVectors, method: Preprocess, calibrator: Calibrator | None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write(task_vectors: TaskVectors, method: Preprocess, calibrator: Calibrator | None, path: Path) -> None:
     specs = {
         _key(name, expert): (accumulation_dtype(delta.base.dtype), tuple(delta.shape))
         for name, delta in task_vectors.deltas.items()
@@ -102,8 +100,7 @@ def _results(
     return method.informed(task_vectors, calibrator)
 
 
-def _mapped(path: Path, task_vectors: TaskVectors) -> TaskVectors:
-    file = MappedFile(path)
+def _mapped(file: MappedFile, task_vectors: TaskVectors) -> TaskVectors:
     return task_vectors.replaced(
         {
             name: [file.read(_key(name, expert)) for expert in task_vectors.experts]

@@ -26,7 +26,7 @@ class Consensus(Piecewise):
 
     Args:
         agree: How many experts must need an entry: 2 drops what nobody or only one needs, 0 keeps all.
-        threshold: One, or one an expert.
+        threshold: One, or one per expert.
     """
 
     agree: int = 2

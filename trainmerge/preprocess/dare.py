@@ -60,7 +60,7 @@ class Dare(Piecewise):
         large = {e: f"{m:.2g}" for e, m in zip(task_vectors.experts, means, strict=True) if m > LARGE}
         if large:
             warnings.warn(
-                f"Dare: mean |difference| is {large}, and with drop {self.drop} what is kept grows "
+                f"Dare: mean |difference| is {large}, and with drop {self.drop} the entries that stay grow "
                 f"{1 / (1 - self.drop):.3g} times; above {LARGE} that hurts (arXiv 2311.03099): drop less",
                 stacklevel=2,
             )

@@ -2,14 +2,13 @@
 
 Wei et al., Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent, ICML 2025
 (arXiv 2501.01230). peft's `projective_merge` is another formula under the same name (one inner product a
-matrix, not one a row).
+matrix, not one per row).
 
 Legend: `K` experts, `m x n` a matrix, `k` directions of the shared subspace.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -21,6 +20,7 @@ from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.least_squares import closest
 from trainmerge.preprocess.subspace import shared_subspace
 from trainmerge.task_vectors.delta import TaskVectors, outside
+from trainmerge.task_vectors.parameter_names import matches
 from trainmerge.task_vectors.top_k import cut_at
 
 PAPER_STEPS, PAPER_RATE = 400, 1e-4
@@ -84,7 +84,7 @@ class Doge(Preprocess):
             yield name, torch.stack([scale * mask * (tau + change) for scale, mask, tau, change in parts])
 
     def _left_out(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.exclude)
+        return bool(matches(name, self.exclude))
 
     def _weights(self, taus: Tensor) -> Tensor:
         """l_k = eta / |tau_k|, [K]; 0 for an expert that leaves the matrix alone."""

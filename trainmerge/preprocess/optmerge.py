@@ -7,7 +7,6 @@ Legend: `K` experts, `m x n` a matrix, `r` leading singular triples of one exper
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.base import Preprocess
+from trainmerge.preprocess.matrices import matrices_or_average
 from trainmerge.preprocess.spectrum import square_norm, truncated, wide_rows
 from trainmerge.task_vectors.delta import TaskVectors
 
@@ -45,10 +45,7 @@ class OptMerge(Preprocess):
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
-        for name, delta in task_vectors.deltas.items():
-            taus = delta.dense()
-            averaged = taus.dim() != 3 or any(fnmatchcase(name, pattern) for pattern in self.exclude)
-            yield name, taus / len(taus) if averaged else self._matrices(taus)
+        return matrices_or_average(task_vectors, self.exclude, self._matrices)
 
     def _matrices(self, taus: Tensor) -> Tensor:
         rank = max(1, min(taus.shape[1:]) // len(taus))

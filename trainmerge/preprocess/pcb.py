@@ -28,7 +28,7 @@ class Pcb(Piecewise):
         score_k = exp(K z_k^2) * sum_j tanh(z_k z_j),    result_k = s_k tau_k / sum_j s_j
 
     z is tau, its magnitudes clipped and scaled to [0, 1] over all parameters of the expert, and s the score
-    scaled to [0, 1] from the lowest kept one. The merge is base + coefficient x sum of the results,
+    scaled to [0, 1] from the lowest one that stays. The merge is base + coefficient x sum of the results,
     coefficient 1 to 2. Of the three formulas under this name this is the scale-equivariant one, with which
     the authors search coefficients. Entries that the other experts contradict never pass.
 

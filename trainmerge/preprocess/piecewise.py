@@ -23,7 +23,7 @@ Rule = Callable[[str, Delta], Tensor]  # a piece's name and differences -> its K
 
 @dataclass(frozen=True)
 class Piecewise(Preprocess):
-    """New task vectors from old, a piece at a time, in any order and any number of times.
+    """New task vectors from old, one piece at a time, in any order and any number of times.
 
     An entry's result depends on its own place, and on what `rule` measures of all parameters first.
     """

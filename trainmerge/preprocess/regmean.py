@@ -83,7 +83,7 @@ class RegMean(Informed):
 
 
 def _weighed(tau: Tensor, moment: Tensor, factor: Tensor) -> Tensor:
-    """Tau G total^-1, some rows after the others; total = factor factor^T."""
+    """tau G total^-1, some rows after the others; total = factor factor^T."""
     blocks = (torch.cholesky_solve((rows @ moment).T, factor).T for rows in wide_rows(tau))
     return torch.cat([block.to(tau.dtype) for block in blocks])
 

@@ -1,6 +1,6 @@
 """Singular triples of tall and wide matrices, by the eigenvectors of their smaller Gram matrix.
 
-Legend: `K` experts, `m x n` a matrix, `r` singular triples that are kept.
+Legend: `K` experts, `m x n` a matrix, `r` leading singular triples.
 """
 
 from collections.abc import Iterator

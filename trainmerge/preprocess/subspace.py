@@ -1,18 +1,18 @@
-"""What the experts' matrices have in common: the outputs that projected gradients leave alone.
+"""The experts' shared subspace, whose orthogonal complement projected gradients stay in.
 
 Wei et al., ICML 2025 (arXiv 2501.01230).
 
 Legend: `K` experts, `m x n` a matrix, `k` directions.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from trainmerge.preprocess.spectrum import truncated
-from trainmerge.system.safetensors_file import MappedFile, write_safetensors
+from trainmerge.system.safetensors_file import write_safetensors
+from trainmerge.system.workspace import cached, digest
 from trainmerge.task_vectors.delta import TaskVectors
 
 
@@ -27,18 +27,17 @@ def shared_subspaces(task_vectors: TaskVectors, divisor: int, folder: Path, inpu
     """Every matrix's shared subspace of floor(min(m, n) / divisor) directions, [m, k], mapped from `folder`.
 
     `inputs` identifies the task vectors. Matrices whose subspace is empty are left out. K + 1 singular value
-    decompositions a matrix, once.
+    decompositions per matrix, once.
     """
-    key = hashlib.sha256(f"{inputs} {divisor}".encode()).hexdigest()[:16]
-    path = folder / f"subspaces-{key}.safetensors"
-    if not path.exists():
+
+    def make(path: Path) -> None:
         found: dict[str, Tensor] = {}
         for name, delta in task_vectors.deltas.items():
             if len(delta.shape) == 2:
                 basis = shared_subspace(delta.dense(), min(delta.shape) // divisor)
                 found |= {name: basis.contiguous()} if basis.shape[1] else {}
-        path.parent.mkdir(parents=True, exist_ok=True)
         specs = {name: (basis.dtype, tuple(basis.shape)) for name, basis in found.items()}
         write_safetensors(path, specs, found.items())
-    file = MappedFile(path)
+
+    file = cached(folder / f"subspaces-{digest(f'{inputs} {divisor}')}.safetensors", make)
     return {name: file.read(name) for name in file.tensors}

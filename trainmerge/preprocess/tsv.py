@@ -2,13 +2,12 @@
 
 Gargiulo et al., CVPR 2025 (arXiv 2412.00081).
 
-Legend: `K` experts, `m x n` a matrix, `r` kept singular values of one expert.
+Legend: `K` experts, `m x n` a matrix, `r` leading singular values of one expert.
 """
 
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from typing_extensions import override
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.spectrum import polar, truncated
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
+from trainmerge.task_vectors.parameter_names import matches
 
 Triples = tuple[Tensor, Tensor, Tensor]  # U [m, r], S [r], V [n, r]
 TWINS = 0.95  # a cosine that experts of different tasks are far from
@@ -50,7 +50,7 @@ class Tsv(Preprocess):
         experts = task_vectors.experts
         overlaps = torch.zeros(len(experts), len(experts), dtype=torch.float64)
         for name, delta in task_vectors.deltas.items():
-            if len(delta.shape) != 2 or any(fnmatchcase(name, pattern) for pattern in self.exclude):
+            if len(delta.shape) != 2 or matches(name, self.exclude):
                 yield name, delta.dense() / len(experts)
                 continue
             triples = self._triples(delta)
@@ -77,7 +77,7 @@ class Tsv(Preprocess):
 
 
 def _inner_products(triples: Sequence[Triples]) -> Tensor:
-    """Between what is kept of the experts, [K, K] float64, without the matrices themselves."""
+    """Between the experts' leading parts, [K, K] float64, without the matrices themselves."""
     products = [
         (s[:, None] * (u.T @ other_u) * other_s * (v.T @ other_v)).double().sum()
         for u, s, v in triples

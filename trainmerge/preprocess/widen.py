@@ -7,7 +7,6 @@ Legend: `K` experts, `m x n` a matrix (outputs x inputs).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -15,16 +14,17 @@ from typing_extensions import override
 
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.task_vectors.delta import TaskVectors
+from trainmerge.task_vectors.parameter_names import matches
 
 
 @dataclass(frozen=True)
 class Widen(Preprocess):
-    """tau_k times a weight a column; its merge is base + sum of the results, coefficient 1.
+    """tau_k times one weight per column; its merge is base + sum of the results, coefficient 1.
 
     A column's change of length and of direction are ranked within the expert; the softmax of the ranks over
     the experts is its weight, and 1 for each expert where the rank is above `above` times the mean. (So two
     equal experts give more than one of them: the paper's method.) Parameters that are no matrices are
-    weighed an entry at a time, by |tau|.
+    weighed per entry, by |tau|.
 
     Args:
         above: Ranks over this multiple of their mean get the weight `important`; infinity leaves the softmax.
@@ -43,13 +43,13 @@ class Widen(Preprocess):
             if taus.dim() != 3:
                 yield name, taus * self._scores(taus.abs().reshape(len(taus), -1)).view(taus.shape)
                 continue
-            flip = any(fnmatchcase(name, pattern) for pattern in self.transposed)
+            flip = bool(matches(name, self.transposed))
             base, moved = (x.mT if flip else x for x in (delta.base.to(taus), taus))
             weighed = moved * self._columns(base, moved)[:, None, :]
             yield name, weighed.mT if flip else weighed
 
     def _columns(self, base: Tensor, taus: Tensor) -> Tensor:
-        """A weight a column, [K, n]."""
+        """One weight per column, [K, n]."""
         moves = [_changes(base, base + tau) for tau in taus]
         lengths, turned = (torch.stack(part) for part in zip(*moves, strict=True))
         return (self._scores(lengths) + self._scores(turned)) / 2

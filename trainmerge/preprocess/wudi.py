@@ -7,7 +7,6 @@ Legend: `K` experts, `m x n` a matrix.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import ceil
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.base import Preprocess
+from trainmerge.preprocess.matrices import matrices_or_average
 from trainmerge.preprocess.spectrum import input_directions, moment_times, square_norm, wide_rows
 from trainmerge.task_vectors.delta import TaskVectors
 
@@ -29,7 +29,7 @@ class Wudi(Preprocess):
 
     and the bracket is expert k's new task vector: its merge is base + sum of the results, coefficient 1.
     Parameters that are no matrices, and those in `exclude`, are divided by K. One eigendecomposition, n x n,
-    a matrix, in float64 (K m x K m where that is less), and a few n x n products a block of rows.
+    a matrix, in float64 (K m x K m where that is less), and a few n x n products per block of rows.
 
     Args:
         time: t. The published run is 300; None is the adaptive filter, which needs no setting: f is 1 on the
@@ -48,10 +48,7 @@ class Wudi(Preprocess):
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
-        for name, delta in task_vectors.deltas.items():
-            taus = delta.dense()
-            averaged = taus.dim() != 3 or any(fnmatchcase(name, pattern) for pattern in self.exclude)
-            yield name, taus / len(taus) if averaged else self._matrices(taus)
+        return matrices_or_average(task_vectors, self.exclude, self._matrices)
 
     def _matrices(self, taus: Tensor) -> Tensor:
         values, vectors = input_directions(taus)
@@ -72,7 +69,7 @@ class Wudi(Preprocess):
 
 
 def _expert(tau: Tensor, seen: Tensor, passed: Tensor, inverse: Tensor) -> Tensor:
-    """Tau - tau U f U^T + tau M U (f / l) U^T with M = tau^T tau / |tau|^2, some rows after the others."""
+    """tau - tau U f U^T + tau M U (f / l) U^T with M = tau^T tau / |tau|^2, some rows after the others."""
     moment = moment_times(tau, seen) / square_norm(tau).clamp_min(torch.finfo(torch.float64).tiny)
     taken = seen * passed - moment * inverse  # [n, r]
     if tau.shape[0] >= tau.shape[1]:

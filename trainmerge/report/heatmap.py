@@ -11,18 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from trainmerge.coefficients.layout import Layout
-from trainmerge.report.picture import (
-    INK,
-    QUIET,
-    WIDTH,
-    Picture,
-    colour_bar,
-    heat,
-    panels,
-    shortened,
-    symmetric,
-    ticks,
-)
+from trainmerge.report.heat import colour_bar, heat, symmetric, ticks
+from trainmerge.report.picture import INK, QUIET, WIDTH, Picture, panels, shortened
 from trainmerge.task_vectors.parameter_names import KINDS, OTHER, block_labels, block_of, kind_of, number_of
 
 EVERYTHING = "all parameters of a block"

@@ -11,14 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.coefficients.layout import Layout
-from trainmerge.run.config import read_config
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.open_run import open_run
+from trainmerge.run.open_run import open_run, read_run
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import ACCURACY, PERPLEXITY, Metric, Scores
 from trainmerge.run.trajectory import Trajectory, read_trajectory
+from trainmerge.system.json_file import read_json, read_json_lines
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.task_vectors.geometry import Geometry, geometry_path, kept_geometry, load_geometry
 
@@ -51,6 +50,9 @@ class Numbers:
         return float((self.values if self.start is None else self.start).mean())
 
 
+AGAIN = "Remove the file, and make it again."
+
+
 def read_numbers(run: str | Path) -> Numbers:
     """Read a run folder.
 
@@ -61,14 +63,10 @@ def read_numbers(run: str | Path) -> Numbers:
         ValueError: the folder holds no run, or one without coefficients.
     """
     folder = RunFolder(Path(run))
-    if not folder.recipe.exists() or not folder.coefficients.exists():
-        raise ValueError(f"{folder.path}: no run with coefficients in it; `trainmerge fit --run` makes one")
-    recipe = read_config(Recipe, "recipe", folder.recipe)
-    coefficients = load_coefficients(folder.coefficients)
+    recipe, coefficients, manifest = read_run(folder)
     values = coefficients().detach()
     trajectory = read_trajectory(folder.trajectory, *values.shape)
     starts = trajectory is not None and int(trajectory.steps[0]) == 0
-    manifest = json.loads(folder.manifest.read_text())
     geometry, missing = _geometry(folder, manifest)
     heads = any(expert.head for expert in recipe.experts.values())
     return Numbers(
@@ -82,7 +80,7 @@ def read_numbers(run: str | Path) -> Numbers:
         losses=read_losses(folder.metrics),
         scores=_scores(folder.path / "scores.json", coefficients.experts),
         metric=ACCURACY if heads else PERPLEXITY,
-        usage=_lines(folder.usage),
+        usage=read_json_lines(folder.usage),
         manifest=manifest,
         geometry=geometry,
         missing=missing,
@@ -91,7 +89,7 @@ def read_numbers(run: str | Path) -> Numbers:
 
 
 def _front(folder: RunFolder) -> Mapping[str, Any] | None:
-    found: dict[str, Any] = json.loads(folder.front.read_text()) if folder.front.exists() else {}
+    found = read_json(folder.front, AGAIN) if folder.front.exists() else {}
     return found if found.get("coefficients") == sha256(folder.coefficients) else None
 
 
@@ -108,7 +106,7 @@ def _geometry(folder: RunFolder, manifest: Mapping[str, Any]) -> tuple[Geometry 
 
 def read_losses(path: Path) -> dict[str, Tensor]:
     """`all` and expert -> [S, 2], from a run's metrics."""
-    rows = _lines(path)
+    rows = read_json_lines(path)
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for key, value in row.items():
@@ -119,13 +117,9 @@ def read_losses(path: Path) -> dict[str, Tensor]:
     return {name: Tensor(points) for name, points in found.items()}
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def _scores(path: Path, experts: Sequence[str]) -> Scores:
     """Row -> task -> score, of a file that `trainmerge evaluate` wrote."""
-    rows = json.loads(path.read_text()) if path.exists() else {}
+    rows = read_json(path, AGAIN) if path.exists() else {}
     return {
         row: {task: scores[task] for task in experts}
         for row, scores in rows.items()

@@ -11,17 +11,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from trainmerge.report.picture import (
-    INK,
-    QUIET,
-    WIDTH,
-    Picture,
-    colour_bar,
-    heat,
-    shortened,
-    symmetric,
-    ticks,
-)
+from trainmerge.report.heat import colour_bar, heat, symmetric, ticks
+from trainmerge.report.picture import INK, QUIET, WIDTH, Picture, shortened
 from trainmerge.task_vectors.geometry import Geometry
 from trainmerge.task_vectors.parameter_names import block_labels, block_of, number_of
 

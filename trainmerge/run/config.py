@@ -1,16 +1,25 @@
-"""Dataclasses <-> the YAML that names them by class path: one form for configs, run folders and exports."""
+"""Dataclasses <-> the YAML that names them by class path: one form for configs, run folders and exports.
 
+A class of this package is named by its public path, `trainmerge.Ties`, whichever module it is in. Files of
+version 0.1.0 have `trainmerge.preprocess.ties.Ties`; both are read, as the same.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser
 
+from trainmerge.run.templates import expand
 from trainmerge.system.atomic import write_whole
 
 T = TypeVar("T")
+
+PACKAGE = __name__.partition(".")[0]
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -30,13 +39,37 @@ class UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def public_path(text: str) -> str:
+    """The public path of a class of this package, whichever module `text` has it in; other texts as they are.
+
+    >>> public_path("trainmerge.preprocess.ties.Ties"), public_path("my_package.Ties")
+    ('trainmerge.Ties', 'my_package.Ties')
+    """
+    found = re.fullmatch(rf"{PACKAGE}(?:\.\w+)*\.([A-Z]\w*)", text)
+    if found is None or found[1] not in import_module(PACKAGE).__all__:  # no import of what is above: a name
+        return text
+    return f"{PACKAGE}.{found[1]}"
+
+
+def public_paths(data: Any) -> Any:
+    """Plain data with every class path in it as a public one."""
+    if isinstance(data, str):
+        return public_path(data)
+    if isinstance(data, Mapping):
+        return {key: public_paths(item) for key, item in data.items()}
+    if isinstance(data, list):
+        return [public_paths(item) for item in data]
+    return data
+
+
 def to_config(value: Any) -> Any:
     """A frozen dataclass as plain YAML data; a plug-in (one with a base class) with its class path."""
     if is_dataclass(value) and not isinstance(value, type):
         content = {field.name: to_config(getattr(value, field.name)) for field in fields(value)}
         if type(value).__mro__[1] is object:
             return content
-        return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": content}
+        path = public_path(f"{type(value).__module__}.{type(value).__qualname__}")
+        return {"class_path": path, "init_args": content}
     if isinstance(value, Mapping):
         return {str(key): to_config(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -53,7 +86,7 @@ def build(kind: type[T], content: Any) -> T:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     try:
-        result: T = parser.instantiate(parser.parse_object({"value": content}))["value"]
+        result: T = parser.instantiate(parser.parse_object({"value": public_paths(content)}))["value"]
     except Exception as error:  # as in `read_config`
         raise ValueError(f"not a {kind.__name__}: {content!r} ({error})") from error
     return result
@@ -76,19 +109,32 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: not usable YAML: {error}") from error
 
 
+def read_settings(path: Path) -> Any:
+    """A configuration's data, with every expert written out.
+
+    Raises:
+        ValueError: as `read_yaml`, and for templates that cannot be filled in.
+    """
+    data = read_yaml(path)
+    try:
+        return expand(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def read_config(cls: type[T], key: str, path: Path) -> T:
     """Undo `write_config`; other keys of the file are left alone.
 
     Raises:
         ValueError: the file lacks `key`, or holds a key or value that the class does not take.
     """
-    data = read_yaml(path)
+    data = read_settings(path)
     if not isinstance(data, dict) or key not in data:
         raise ValueError(f"{path}: no section {key!r} in it")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, key)
     try:
-        parsed = parser.parse_object({key: data[key]})
+        parsed = parser.parse_object({key: public_paths(data[key])})
         result: T = parser.instantiate(parsed)[key]
     except Exception as error:  # jsonargparse raises many kinds; all of them mean the file is wrong
         raise ValueError(f"{path}: {error}") from error

@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from trainmerge.data.examples import examples_identity
+from trainmerge.run.config import public_paths
 from trainmerge.system.atomic import write_whole
+from trainmerge.system.json_file import read_json
 
 PACKAGES = ("trainmerge", "torch", "pytorch-lightning", "transformers", "peft", "datasets", "safetensors")
+
+NEEDED = ("experts", "checksums", "recipe", "calibration", "data")  # of a manifest
+LOST = "Restore it from a copy, or fit again in another folder."
 
 README = """# A trainmerge run
 
@@ -34,7 +39,7 @@ README = """# A trainmerge run
 | `checkpoints/` | the optimizer's state after the last saved step; `--resume auto` goes on from it |
 | `workspace/` | preprocessed task vectors and recorded experts; made again when deleted |
 
-Go on: `trainmerge fit --config THIS_FOLDER/config.yaml`, from the folder that `manifest.json` names under
+Go on: `trainmerge fit THIS_FOLDER/config.yaml`, from the folder that `manifest.json` names under
 `started`: paths are relative to it. Export: `trainmerge export THIS_FOLDER OUT`.
 """
 
@@ -107,8 +112,19 @@ class RunFolder:
 
     def examples(self) -> str:
         """What identifies the calibration examples that the run looked at."""
-        made = json.loads(self.manifest.read_text())
+        made = self.read_manifest()
         return examples_identity(made["calibration"], made["data"])
+
+    def read_manifest(self) -> dict[str, Any]:
+        """What the run was made from.
+
+        Raises:
+            ValueError: the file is damaged, or of something else.
+        """
+        made = read_json(self.manifest, LOST)
+        if absent := [key for key in NEEDED if key not in made]:
+            raise ValueError(f"{self.manifest}: no manifest of a run: {', '.join(absent)} not in it. {LOST}")
+        return made
 
     def snapshots(self) -> dict[int, Path]:
         """Step -> its snapshot."""
@@ -130,11 +146,9 @@ class RunFolder:
         while not place.exists() and not place.is_symlink():
             place = place.parent
         if not place.is_dir():
-            raise ValueError(
-                f"{place} is no folder, so {self.path} cannot hold a run: name another --run folder"
-            )
+            raise ValueError(f"{place} is no folder, so {self.path} cannot hold a run: name another folder")
         if not os.access(place, os.W_OK | os.X_OK):
-            raise ValueError(f"{place}: no permission to write there: name another --run folder")
+            raise ValueError(f"{place}: no permission to write there: name another folder")
 
     def resume_from(self, resume: str) -> Path | None:
         """The checkpoint that `resume` (auto, never, or a path) means; none for a new run.
@@ -146,9 +160,7 @@ class RunFolder:
             return self.latest()
         if resume == "never":
             if self.began:
-                raise ValueError(
-                    f"{self.path} holds a run already: use --resume auto, or another --run folder"
-                )
+                raise ValueError(f"{self.path} holds a run already: use --resume auto, or another folder")
             return None
         if not Path(resume).is_file():
             raise ValueError(
@@ -164,11 +176,11 @@ class RunFolder:
         """
         if not self.began or not self.manifest.exists():
             return
-        different = differences(json.loads(self.manifest.read_text()), description)
+        different = differences(self.read_manifest(), description)
         if different:
             raise ValueError(
                 f"{self.path} holds a run made from other things:\n{different}\n"
-                "Undo the change to resume it, or use another --run folder."
+                "Undo the change to resume it, or use another folder."
             )
 
     def create(self, description: Mapping[str, Any]) -> None:
@@ -194,12 +206,15 @@ def versions() -> dict[str, str]:
 
 
 def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """A line for each entry of `now` that `made` has otherwise; empty if there is none."""
-    plain = json.loads(json.dumps(now))
+    """A line for each entry of `now` that `made` has otherwise; empty if there is none.
+
+    A class's public path and the path that it had in older files are the same.
+    """
+    before, plain = public_paths(made), public_paths(json.loads(json.dumps(now)))
     return "\n".join(
-        f"  {key}: {_short(made.get(key))} then, {_short(value)} now"
+        f"  {key}: {_short(before.get(key))} then, {_short(value)} now"
         for key, value in plain.items()
-        if made.get(key) != value
+        if before.get(key) != value
     )
 
 

@@ -1,25 +1,25 @@
-"""A finished run: its recipe, its coefficients, its files."""
+"""One door to a run folder: its recipe, coefficients and manifest, compared with one another."""
 
-import json
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
-from trainmerge.run.config import read_config
-from trainmerge.run.folder import RunFolder
+from trainmerge.run.config import read_config, to_config
+from trainmerge.run.folder import RunFolder, differences
 from trainmerge.run.recipe import Opened, Recipe
+
+MERGED = ("preprocess", "grouping", "ignore", "vocabulary")  # keys of a recipe that an export depends on
 
 
 def open_run(folder: RunFolder) -> tuple[Recipe, Coefficients, Opened]:
     """A run's recipe, coefficients and files.
 
     Raises:
-        ValueError: no run, no coefficients, or base or experts changed since the fit.
+        ValueError: see `read_run`; or base or experts changed since the fit.
     """
-    if not folder.recipe.exists():
-        raise ValueError(f"{folder.path}: no run in it (no recipe.yaml); `trainmerge fit --run` makes one")
-    if not folder.coefficients.exists():
-        raise ValueError(f"{folder.path}: no coefficients yet; go on with `trainmerge fit --resume auto`")
-    recipe = read_config(Recipe, "recipe", folder.recipe)
-    fitted = json.loads(folder.manifest.read_text())["checksums"]
+    recipe, coefficients, manifest = read_run(folder)
+    fitted = manifest["checksums"]
     opened = recipe.reopen(folder.sources, fitted) or recipe.open(folder.workspace)
     opened.share_checksums()
     changed = [name for name, files in opened.checksums.items() if fitted.get(name) != files]
@@ -27,4 +27,40 @@ def open_run(folder: RunFolder) -> tuple[Recipe, Coefficients, Opened]:
         raise ValueError(
             f"{folder.path}: the weights of {changed} changed since the fit; fit again with them"
         )
-    return recipe, load_coefficients(folder.coefficients), opened
+    return recipe, coefficients, opened
+
+
+def read_run(folder: RunFolder) -> tuple[Recipe, Coefficients, dict[str, Any]]:
+    """A run's recipe, coefficients and manifest; base and experts are not looked at.
+
+    Raises:
+        ValueError: no run, no coefficients, a damaged file, or files of different runs.
+    """
+    if not folder.recipe.exists():
+        raise ValueError(f"{folder.path}: no run in it (no recipe.yaml); `trainmerge fit` makes one")
+    if not folder.coefficients.exists():
+        raise ValueError(f"{folder.path}: no coefficients yet; start `trainmerge fit` again to go on")
+    recipe = read_config(Recipe, "recipe", folder.recipe)
+    coefficients, manifest = load_coefficients(folder.coefficients), folder.read_manifest()
+    if problems := list(_mismatches(recipe, coefficients, manifest)):
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise ValueError(
+            f"{folder.path}: its files are not of one run:\n{lines}\nPut back the files that the fit wrote, "
+            "or fit again in another folder."
+        )
+    return recipe, coefficients, manifest
+
+
+def _mismatches(recipe: Recipe, coefficients: Coefficients, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Differences of recipe and coefficients from the manifest. Paths may change: contents are hashed."""
+    orders = {"recipe.yaml": list(recipe.experts), "coefficients.safetensors": list(coefficients.experts)}
+    for file, experts in orders.items():
+        if experts != manifest["experts"]:
+            yield f"{file} has the experts {experts}, manifest.json has {manifest['experts']}"
+    layout = hashlib.sha256(coefficients.layout.to_json().encode()).hexdigest()
+    if layout != manifest.get("layout", layout):
+        yield "coefficients.safetensors has another layout of coefficients than manifest.json"
+    made, now = manifest["recipe"], to_config(recipe)
+    known = {key: now[key] for key in MERGED if key in made}
+    if different := differences(made, known):
+        yield f"recipe.yaml differs from manifest.json:\n{different}"

@@ -1,12 +1,11 @@
 """Where a recipe is read from, and at how many tokens its texts are cut: one rule for every command."""
 
-import json
 from pathlib import Path
 
-import yaml
-
-from trainmerge.run.config import read_config
+from trainmerge.run.config import read_config, read_yaml
+from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe
+from trainmerge.system.json_file import read_json
 
 DEFAULT_LENGTH = 256  # as in Calibration
 
@@ -23,16 +22,16 @@ def recipe_of(path: Path) -> Recipe:
     raise ValueError(f"{path}: no run folder, exported checkpoint or configuration file")
 
 
-def text_length(path: Path, given: int = 0) -> int:
-    """Tokens at which texts are cut: `given` if it is not 0, else as in the fit that `path` is of.
+def text_length(path: Path, given: int | None = None) -> int:
+    """Tokens at which texts are cut: `given`, or else as in the fit that `path` is of.
 
     `path` is a run folder, an exported checkpoint or a configuration; what says nothing means 256.
     """
-    if given:
+    if given is not None:
         return given
-    if (manifest := path / "manifest.json").is_file():
-        return int(json.loads(manifest.read_text())["data"]["max_length"])
+    if RunFolder(path).manifest.is_file():
+        return int(RunFolder(path).read_manifest()["data"]["max_length"])
     if (manifest := path / "trainmerge_manifest.json").is_file():
-        return int(json.loads(manifest.read_text())["run"]["data"]["max_length"])
-    content = yaml.safe_load(path.read_text()) if path.is_file() else {}
+        return int(read_json(manifest, "Export the run again.")["run"]["data"]["max_length"])
+    content = read_yaml(path) if path.is_file() else {}
     return int((content.get("data") or {}).get("max_length", DEFAULT_LENGTH))

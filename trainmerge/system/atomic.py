@@ -15,7 +15,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder beside `target` to fill; on success it becomes `target`, on any exception it is removed.
+    """A new folder next to `target` to fill; on success it becomes `target`, on any exception it is removed.
 
     With `overwrite` the old folder stays in place until the new one is whole and on disk. What a killed
     process left behind is put back or removed first.
@@ -48,7 +48,7 @@ def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _recover(target: Path) -> None:
-    """Remove what this machine's dead processes left beside `target`; an old folder moved away comes back."""
+    """Remove what dead processes of this machine left next to `target`; put back an old folder."""
     for path in abandoned(target, "old"):
         if target.exists():
             shutil.rmtree(path)
@@ -59,7 +59,7 @@ def _recover(target: Path) -> None:
 
 
 def aside(target: Path, kind: str) -> Path:
-    """A hidden name beside `target` that says whose it is, for what is to become or to leave it."""
+    """A hidden name next to `target` that names the owning process."""
     mark = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     return target.with_name(f".{target.name}.{kind}-{mark}")
 

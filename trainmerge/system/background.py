@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
-    """`items`, made by another thread, up to `depth` of them before they are asked for.
+    """`items`, made by another thread, up to `depth` of them ahead of the consumer.
 
     What they raise is raised here. When this iterator is closed, the thread ends after the item at hand.
     """

@@ -9,8 +9,9 @@ from pathlib import Path
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-MMAP_THRESHOLD = -3  # glibc's number for mallopt
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's numbers for mallopt
 LARGE = 1 << 20  # bytes of an allocation that is worth giving back at once
+KEPT = 1 << 28  # bytes below which freed memory is reused
 
 
 def parse_size(text: str) -> int:
@@ -58,10 +59,9 @@ def anonymous(process: int | str = "self") -> int:
 def give_back_at_once() -> None:
     """Ask the C library to return large freed blocks to the system, where it can be asked (glibc).
 
-    Otherwise it keeps freed blocks of up to 32 MiB for later, which count as memory held.
+    Otherwise freed blocks of up to 32 MiB still count as the process's memory.
     """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(MMAP_THRESHOLD, LARGE)
+    _mallopt(MMAP_THRESHOLD, LARGE)
 
 
 class Peak:
@@ -96,22 +96,15 @@ class Peak:
         return self.highest - self.start
 
 
-def anonymous_bytes() -> int | None:
-    """Memory of the process that no file backs, at present; None where the system does not say."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    (kilobytes,) = (line.split()[1] for line in status.read_text().splitlines() if "RssAnon" in line)
-    return int(kilobytes) << 10
-
-
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed: a pass asks for the same few buffers again and again.
 
     It would give each of them back to the kernel, which then has to zero its pages the next time.
     """
-    import ctypes
+    _mallopt(TRIM_THRESHOLD, KEPT)
+    _mallopt(MMAP_THRESHOLD, KEPT)
 
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # musl has none
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 1 << 28)
+
+def _mallopt(option: int, value: int) -> None:
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # musl: none
+        mallopt(option, value)

@@ -63,7 +63,7 @@ class TensorInfo(NamedTuple):
 
 
 class MappedFile:
-    """One safetensors file: its header read and checked, its tensors mapped when asked for.
+    """One safetensors file: its header read and checked, its tensors mapped when they are read.
 
     A mapped tensor is the file's pages: no anonymous memory, dropped by the kernel when memory is short.
     Writing into one never reaches the file, it gives this process its own copy of the page. The file must

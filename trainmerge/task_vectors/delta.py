@@ -32,7 +32,7 @@ class Delta:
     """One parameter's base and K differences. Nothing is read before a method is called."""
 
     base: Tensor  # [*S], usually mapped from a file
-    terms: tuple[Term, ...]  # one an expert
+    terms: tuple[Term, ...]  # one per expert
 
     @property
     def shape(self) -> torch.Size:
@@ -111,7 +111,7 @@ class TaskVectors:
         return {name: delta.shape for name, delta in self.deltas.items()}
 
     def replaced(self, taus: Mapping[str, Sequence[Tensor]]) -> "TaskVectors":
-        """The same experts and bases with the given differences, K tensors [*S] a parameter."""
+        """The same experts and bases with the given differences, K tensors [*S] per parameter."""
         deltas = {
             name: Delta(delta.base, tuple(Difference(tau) for tau in taus[name]))
             for name, delta in self.deltas.items()

@@ -1,4 +1,4 @@
-"""How the task vectors lie to one another: inner products and signs, a parameter at a time, one pass.
+"""Geometry of the task vectors: inner products and sign conflicts per parameter, in one pass.
 
 Everything that a report or an inspection says of them (norms, cosines, conflicts) is a quotient of sums of
 these, over any set of parameters.
@@ -6,7 +6,6 @@ these, over any set of parameters.
 Legend: `P` parameters, `K` experts, `*S` parameter shape, `n` its size.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from trainmerge.kernels import Untouched
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
+from trainmerge.system.workspace import cached, digest
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 from trainmerge.task_vectors.pieces import in_pieces
 
@@ -82,7 +82,7 @@ class Geometry:
 
 @torch.no_grad()
 def measure(task_vectors: TaskVectors) -> Geometry:
-    """Read every task vector once; a few MiB an expert are held."""
+    """Read every task vector once; needs a few MiB per expert."""
     names = tuple(task_vectors.deltas)
     K = len(task_vectors.experts)
     sums = {name: [torch.zeros(shape, dtype=torch.float64) for shape in _shapes(K)] for name in names}
@@ -124,17 +124,14 @@ def _sums(delta: Delta) -> list[Tensor]:
 
 
 def kept_geometry(task_vectors: TaskVectors, folder: Path, identity: str) -> Geometry:
-    """As `measure`, kept in a file of `folder` whose name says what `identity` it was made from."""
-    path = geometry_path(folder, identity)
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_geometry(measure(task_vectors), path)
-    return load_geometry(path)
+    """As `measure`, cached in `folder` under a digest of `identity`."""
+    file = cached(geometry_path(folder, identity), lambda path: save_geometry(measure(task_vectors), path))
+    return load_geometry(file.path)
 
 
 def geometry_path(folder: Path, identity: str) -> Path:
-    """Where the geometry of these task vectors is kept."""
-    return folder / f"geometry-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+    """The file that caches the geometry of these task vectors."""
+    return folder / f"geometry-{digest(identity)}.safetensors"
 
 
 FIELDS = ("gram", "base", "base_gram", "both", "opposed", "sizes")

@@ -1,7 +1,8 @@
 """What kind of module a parameter belongs to, and which block: by its name alone, for any architecture."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from fnmatch import fnmatchcase
 
 # The first pattern that is found in a lower-case name decides. Names are transformers', of many families.
 KINDS = {
@@ -88,3 +89,17 @@ def block_of(name: str) -> str:
     """
     numbered = re.match(r"((?:.*?\.)??\d+)\.", name)
     return numbered.group(1) if numbered else name.rpartition(".")[0] or name
+
+
+def matches(name: str, patterns: Iterable[str]) -> str:
+    """The first fnmatch pattern that `name` fits; empty if it fits none.
+
+    >>> matches("layers.0.norm.weight", ["*.bias", "*norm*"])
+    '*norm*'
+    """
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), "")
+
+
+def idle_patterns(patterns: Iterable[str], names: Collection[str]) -> list[str]:
+    """The patterns that none of the names fits."""
+    return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]

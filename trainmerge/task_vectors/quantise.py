@@ -1,11 +1,10 @@
-"""Smaller task vectors to fit on: a byte or two bits a weight. The export is always from the exact ones.
+"""Smaller task vectors to fit on: a byte or two bits per weight. The export is always from the exact ones.
 
 Matrices are quantised; vectors, scalars and what is low-rank already stay as they are.
 
 Legend: `R` rows, `W` elements of a row.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing_extensions import override
 from trainmerge.kernels import Difference, ExpertWeight, Quantised, Term
 from trainmerge.kernels.quantised import PER_BYTE, pack
 from trainmerge.system.safetensors_file import MappedFile, Specs, write_safetensors
+from trainmerge.system.workspace import cached, digest
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 from trainmerge.task_vectors.top_k import count, cuts
 
@@ -48,7 +48,7 @@ class Quantise(ABC):
 
 @dataclass(frozen=True)
 class Int8(Quantise):
-    """A byte a weight: each row over its largest magnitude, in 127 steps to either side."""
+    """One byte per weight: each row over its largest magnitude, in 127 steps to either side."""
 
     @property
     @override
@@ -73,14 +73,14 @@ class Int8(Quantise):
 
 @dataclass(frozen=True)
 class Ternary(Quantise):
-    """Two bits a weight: the sign of the largest, and one scale a matrix.
+    """Two bits per weight: the sign of the largest, and one scale per matrix.
 
     ComPEFT (arXiv 2311.13171) ranks and scales over the whole task vector, and tunes the scale on labelled
-    data; here both are each matrix's own, and the scale is the mean magnitude of what is kept: the nearest
-    there is in squares. A learned coefficient makes up for the rest.
+    data; here both are each matrix's own, and the scale is the mean magnitude of the entries that stay: the
+    least-squares fit. A learned coefficient makes up for the rest.
 
     Args:
-        density: Fraction of entries kept, in (0, 1]; ComPEFT tries 0.05 to 0.5.
+        density: Fraction of entries that stay, in (0, 1]; ComPEFT tries 0.05 to 0.5.
     """
 
     density: float = 0.2
@@ -133,13 +133,12 @@ def quantised(task_vectors: TaskVectors, method: Quantise, folder: Path, inputs:
 
     `inputs` identifies what the task vectors were made from; with the method's fields it names the file.
     """
-    digest = hashlib.sha256(f"{inputs} {method!r}".encode()).hexdigest()[:16]
-    path = folder / f"quantised-{digest}.safetensors"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def make(path: Path) -> None:
         specs = _specs(task_vectors, method)
         write_safetensors(path, specs, _tensors(task_vectors, method), {"method": repr(method)})
-    file = MappedFile(path)
+
+    file = cached(folder / f"quantised-{digest(f'{inputs} {method!r}')}.safetensors", make)
     deltas = {
         name: Delta(
             delta.base, tuple(_mapped(file, _key(name, k), term) for k, term in enumerate(delta.terms))

@@ -1,4 +1,4 @@
-"""The largest of many numbers that are never held at once: exact, with no sort and no copy.
+"""Exact top-k of numbers that are never in memory at once: no sort, no copy.
 
 Numbers are non-negative float32; the integers that their bits are have the same order, so two passes that
 count the upper and the lower 16 bits find the k-th largest. A sample spares the first of them.

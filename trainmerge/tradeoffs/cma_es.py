@@ -27,13 +27,13 @@ class Search:
     Args:
         evaluations: How many merges are scored, the start's included.
         spread: Standard deviation of the first steps from the start.
-        population: Merges a generation; 0 is 4 + 3 ln n, rounded down.
+        population: Merges per generation; by default 4 + 3 ln n, rounded down.
         seed: Of the draws.
     """
 
     evaluations: int = 100
     spread: float = 0.2
-    population: int = 0
+    population: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,6 +71,7 @@ def maximise(
     population = search.population or 4 + int(3 * math.log(len(mean)))
     optimizer = CMA(mean, search.spread, seed=search.seed, population_size=max(4, population))
     settings = {k: v for k, v in asdict(search).items() if k != "evaluations"}
+    settings["population"] = search.population or 0  # 0 in the log: by default
     known = read_log(log, {**settings, "start": mean.tolist(), "depends_on": depends_on})
     done = 0
 
@@ -115,7 +116,7 @@ def read_log(log: Path, header: dict[str, Any]) -> list[Tried]:
     first, *lines = log.read_text().splitlines(keepends=True)
     if (made := json.loads(first)) != header:
         different = [key for key in header if made.get(key) != header[key]]
-        raise ValueError(f"{log} is of another search: {different} differ. Undo that, or use another --run")
+        raise ValueError(f"{log} is of another search: {different} differ. Undo that, or use another folder")
     whole = [line for line in lines if line.endswith("\n")]
     if len(whole) < len(lines):
         write_whole(log, first + "".join(whole))

@@ -20,6 +20,7 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.reopen import reopen
 from trainmerge.run.folder import RunFolder
 from trainmerge.system.atomic import write_whole
+from trainmerge.system.json_file import read_json
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.tradeoffs.front import front, spread
 from trainmerge.tradeoffs.scales import losses_at, named, scaled
@@ -31,7 +32,7 @@ def pareto_run(
     points: int = 16,
     checks: int = 8,
     radius: float = 0.5,
-    examples: int = 64,
+    examples: int | None = 64,
     count: int = 40,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def pareto_run(
         points: Merges that the quadratics are fitted to; each is a forward and backward an example.
         checks: Further merges that they are compared with.
         radius: Scales go from 1 - radius to 1 + radius.
-        examples: Calibration examples an expert; 0 is all that the fit used.
+        examples: Calibration examples per expert; None is all that the fit used.
         count: Points on the front, about.
         seed: Of the merges' places.
 
@@ -132,7 +133,7 @@ def export_point(run: str | Path, point: int, out: str | Path, overwrite: bool =
     file = folder.front
     if not file.is_file():
         raise ValueError(f"{file}: no front yet; `trainmerge pareto {run}` makes it")
-    content = json.loads(file.read_text())
+    content = read_json(file, f"Make it again: trainmerge pareto {run}")
     if content["coefficients"] != sha256(folder.coefficients):
         raise ValueError(f"{file} is of coefficients that the run has no more; make it again")
     points = {entry["point"]: entry["scales"] for entry in content["front"]}

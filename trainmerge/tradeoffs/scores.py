@@ -19,7 +19,7 @@ SIGNS = {"accuracy": 1, "macro_f1": 1, "calibration_error": -1, "perplexity": -1
 
 
 def make_score(
-    name: str, options: Mapping[str, Any], module: MergeModule, data: Calibration, limit: int = 0
+    name: str, options: Mapping[str, Any], module: MergeModule, data: Calibration, limit: int | None = None
 ) -> Score:
     """A measure of `evaluate`, averaged over the experts' `validation` files; `loss`; or an import path.
 
@@ -60,7 +60,7 @@ def imported(path: str, options: Mapping[str, Any]) -> Callable[[nn.Module], flo
     return made  # type: ignore[no-any-return]
 
 
-def _measured(name: str, module: MergeModule, data: Calibration, limit: int) -> Score:
+def _measured(name: str, module: MergeModule, data: Calibration, limit: int | None) -> Score:
     tasks, _ = load_tasks(module.recipe, limit, "validation")
     resident = module.resident
     model = resident.merged.module

@@ -18,7 +18,7 @@ from trainmerge.coefficients.coefficients import save_coefficients
 from trainmerge.coefficients.constraints import Sigmoid
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.fit import fit
-from trainmerge.fitting.from_config import parse
+from trainmerge.fitting.from_config import from_config
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
 from trainmerge.tradeoffs.cma_es import Search, Tried, maximise
@@ -36,8 +36,8 @@ def search_config(
     options: Mapping[str, Any] | None = None,
     over: Over = "experts",
     search: Search = Search(),  # noqa: B008 - frozen
-    initial: str = "",
-    limit: int = 0,
+    initial: str | None = None,
+    limit: int | None = None,
 ) -> Tried:
     """Search coefficients of a fit's configuration by a score; `run` then is a run folder with the best ones.
 
@@ -49,7 +49,7 @@ def search_config(
         over: One scale an expert, or every coefficient.
         search: How to search.
         initial: A coefficients file to start from, in place of the configuration's `model.initial`.
-        limit: Use the first so many validation examples of each task; 0 is all.
+        limit: Use the first so many validation examples of each task; by default all.
 
     Raises:
         ValueError: the folder holds a fit, or a search with other settings; coefficients that are all zero.
@@ -67,7 +67,12 @@ def search_config(
         return scoring()
 
     first = [1.0] * len(start) if over == "experts" else start.flatten().tolist()
-    depends_on = {"score": score, "options": dict(options or {}), "over": over, "limit": limit}
+    depends_on = {
+        "score": score,
+        "options": dict(options or {}),
+        "over": over,
+        "limit": limit or 0,
+    }  # 0 in the log: all
     best, clock = Tried(first, -math.inf), time.monotonic()
     for count, found in enumerate(maximise(at, first, search, folder.path / LOG, depends_on), 1):
         if found.score > best.score:
@@ -80,20 +85,16 @@ def search_config(
     return best
 
 
-def _begin(config: str | Path, run: Path, initial: str) -> tuple[MergeModule, Calibration, RunFolder]:
+def _begin(config: str | Path, run: Path, initial: str | None) -> tuple[MergeModule, Calibration, RunFolder]:
     """Everything checked and built, in a run folder that a fit of no steps made."""
     if RunFolder(run).latest():
         raise ValueError(f"{run} holds a fit, whose coefficients a search would replace: name another folder")
-    given = ["--config", str(config), "--run", str(run)]
-    fixed = ["--trainer.max_steps=0", "--model.keep_better=false"]
-    cli = parse([*given, *fixed, *([f"--model.initial={initial}"] if initial else [])])
-    module, data = cli.model, cli.datamodule
-    assert isinstance(module, MergeModule)
-    assert isinstance(data, Calibration)
+    changes: dict[str, Any] = {"trainer.max_steps": 0, "model.keep_better": False}
+    settings = from_config(config, run, changes | ({"model.initial": initial} if initial else {}))
+    module, data = settings.module, settings.data
     if isinstance(module.coefficients.constraint, Sigmoid):
         raise ValueError("a search moves coefficients themselves: use trainmerge.Box in place of Sigmoid")
-    text = cli.parser.dump(cli.config, skip_validation=True)
-    return module, data, fit(module, data, cli.trainer, run, config=text)
+    return module, data, fit(module, data, settings.trainer, run, config=settings.text)
 
 
 def _coefficients(start: Tensor, x: Sequence[float], over: Over) -> Tensor:

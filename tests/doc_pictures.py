@@ -1,0 +1,159 @@
+"""Draw the pictures of the documentation: the idea, a step of a fit, and results from `tests/results`.
+
+.venv/bin/python -m tests.doc_pictures
+"""
+
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from tests import closed_suite, results
+
+FOLDER = Path("notebooks/docs/assets/pictures")
+BLUE, ORANGE, GREEN, GREY = "#3b6fb6", "#d9822b", "#3a8f5c", "#6b7280"
+SHOWN = (  # of the table of merges without learning
+    "ties-mean",
+    "tsv-m",
+    "regmean++",
+    "swudi",
+    "optmerge",
+    "alignment-tsv",
+    "alignment-aswudi",
+    "alignment-optmerge",
+    "alignment-doge-am",
+)
+
+
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty picture without axes, a unit an inch."""
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.set_axis_off()
+    return figure, axes
+
+
+def arrow(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str, bend: float = 0
+) -> None:
+    """From point to point."""
+    style = f"arc3,rad={bend}"
+    axes.add_patch(
+        FancyArrowPatch(
+            start, end, arrowstyle="-|>", mutation_scale=14, lw=2, color=color, connectionstyle=style
+        )
+    )
+
+
+def box(axes: Axes, x: float, y: float, text: str, color: str) -> None:
+    """A labelled box of fixed size with its centre at (x, y)."""
+    axes.add_patch(
+        FancyBboxPatch(
+            (x - 1.05, y - 0.42), 2.1, 0.84, boxstyle="round,pad=0.02", fc=f"{color}22", ec=color, lw=1.5
+        )
+    )
+    axes.text(x, y, text, ha="center", va="center", fontsize=10, linespacing=1.4)
+
+
+def idea() -> Figure:
+    """Base, two experts, and the merge at c = (0.7, 0.6), as points of weight space."""
+    figure, axes = canvas(7.2, 3.4)
+    base, first, second = (1.4, 0.6), (4.6, 0.9), (2.2, 3.0)
+    scaled = [
+        tuple(b + c * (e - b) for b, e in zip(base, expert, strict=True))
+        for expert, c in ((first, 0.7), (second, 0.6))
+    ]
+    merge = tuple(a + b - o for a, b, o in zip(*scaled, base, strict=True))
+    for expert, at, color in ((first, scaled[0], BLUE), (second, scaled[1], ORANGE)):
+        axes.plot(*zip(base, expert, strict=True), color=color, lw=1.2, ls=":")
+        arrow(axes, base, at, color)
+        axes.plot(*zip(at, merge, strict=True), color=GREY, lw=1, ls="--")
+    arrow(axes, base, merge, GREEN)
+    points = (
+        (base, r"base $W_{\mathrm{base}}$", GREY, (-0.1, -0.3), "center"),
+        (first, r"expert 1: base $+\ \tau_1$", BLUE, (0.15, -0.05), "left"),
+        (second, r"expert 2: base $+\ \tau_2$", ORANGE, (0.15, 0.05), "left"),
+        (merge, r"merge: base $+\ 0.7\,\tau_1 + 0.6\,\tau_2$", GREEN, (0.15, 0.0), "left"),
+    )
+    for at, text, color, (right, up), side in points:
+        axes.plot(*at, "o", color=color, ms=8)
+        axes.text(at[0] + right, at[1] + up, text, color=color, fontsize=11, ha=side, va="center")
+    axes.text(2.55, 0.42, r"$0.7\,\tau_1$", color=BLUE, fontsize=10)
+    axes.text(1.05, 1.5, r"$0.6\,\tau_2$", color=ORANGE, fontsize=10)
+    return figure
+
+
+def step() -> Figure:
+    """Coefficients to weights, to losses, to weight gradients, to coefficient gradients."""
+    figure, axes = canvas(9.4, 3.0)
+    places = ((1.2, 2.3), (4.7, 2.3), (8.2, 2.3), (8.2, 0.7), (4.7, 0.7), (1.2, 0.7))
+    texts = (
+        ("coefficients\n$c_k$", GREEN),
+        ("one ordinary model\n$W = W_{base} + \\sum_k c_k \\tau_k$", BLUE),
+        ("loss $L$ on each\nexpert's own texts", GREY),
+        ("weight gradient $G$,\none at a time", BLUE),
+        ("$\\partial L/\\partial c_k = \\langle G, \\tau_k\\rangle$\n$G$ is freed", ORANGE),
+        ("optimizer step", GREEN),
+    )
+    for (x, y), (text, color) in zip(places, texts, strict=True):
+        box(axes, x, y, text, color)
+    for start, end, label in (
+        ((2.3, 2.3), (3.6, 2.3), "merge"),
+        ((5.8, 2.3), (7.1, 2.3), "forward"),
+        ((8.2, 1.85), (8.2, 1.15), "backward"),
+        ((7.1, 0.7), (5.8, 0.7), "hook"),
+        ((3.6, 0.7), (2.3, 0.7), ""),
+        ((1.2, 1.15), (1.2, 1.85), ""),
+    ):
+        arrow(axes, start, end, GREY)
+        beside = start[0] == end[0]
+        x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+        axes.text(
+            x - (0.1 if beside else 0),
+            y + (0 if beside else 0.12),
+            label,
+            ha="right" if beside else "center",
+            fontsize=9,
+            color=GREY,
+            va="center" if beside else "bottom",
+        )
+    return figure
+
+
+def gap() -> Figure:
+    """Of closed forms and of learning from them: the share of the gap to the experts that is closed."""
+    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+    axes = figure.subplots()
+    baselines = {name: suite.baselines() for name, suite in closed_suite.SUITES.items()}
+    titles = [closed_suite.METHODS[name].title for name in SHOWN]
+    for offset, suite, title, color in (
+        (0.2, "text", "eight text classifiers", BLUE),
+        (-0.2, "lm", "three language models", ORANGE),
+    ):
+        shares = []
+        for name in SHOWN:
+            found = results.measured(f"closed/{suite}-{name}")
+            shares.append(closed_suite.SUITES[suite].gap(found["score"], baselines[suite]) if found else 0.0)
+        places = [len(SHOWN) - 1 - i + offset for i in range(len(SHOWN))]
+        bars = axes.barh(places, [100 * share for share in shares], 0.38, color=color, label=title)
+        axes.bar_label(bars, fmt="%.0f%%", padding=3, fontsize=8)
+    axes.set_yticks(range(len(SHOWN)), titles[::-1])
+    axes.set(xlim=(0, 108), xlabel="share of the gap closed, best task arithmetic (0%) to experts (100%)")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main() -> None:
+    """Write the pictures; the same bytes every time."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({"svg.hashsalt": "trainmerge", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
+        for draw in (idea, step, gap):
+            draw().savefig(FOLDER / f"{draw.__name__}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

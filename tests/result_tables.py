@@ -1,0 +1,129 @@
+"""Write every table of results in README and the documentation, from what `tests/results` has.
+
+A page has `<!-- NAME -->` and `<!-- /NAME -->`; what lies between them is a table of `TABLES`:
+
+    .venv/bin/python -m tests.result_tables
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tests import closed_suite, lm_suite, results, suite
+from tests.bench import paper
+
+PAGES = (Path("README.md"), *sorted(Path("notebooks/docs").rglob("*.md")))
+GUARDS = (  # in the order of their table
+    "plain_entropy_gain",
+    "diversity_entropy_gain",
+    "box_entropy_gain",
+    "anchor_entropy_gain",
+    "slow_entropy_gain",
+    "scaled_entropy_gain",
+    "guard_gain",
+    "guard_gain_200_steps_later",
+)
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table."""
+    head = list(head)
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def bench(group: str) -> dict[str, Any]:
+    """What `make bench` gave for one group of figures."""
+    content: dict[str, Any] = json.loads((results.FOLDER / "bench" / f"{group}.json").read_text())
+    return content
+
+
+def demo() -> str:
+    """The accuracies that `make demo` ends with."""
+    scores = json.loads((results.FOLDER / "demo.json").read_text())["scores"]
+    head = ["accuracy", *next(iter(scores.values()))]
+    bold = {"learned": "**learned**"}
+    rows = [[bold.get(name, name), *(f"{v:.3f}" for v in row.values())] for name, row in scores.items()]
+    return markdown(head, rows)
+
+
+def guard() -> str:
+    """What keeps entropy honest, by mean accuracy on the demo's test texts."""
+    found = {row["name"]: row for row in bench("guard")["figures"]}
+    rows = [[found[name]["what"], f"{found[name]['value']:+.3f}"] for name in GUARDS]
+    return markdown(["loss", "mean accuracy, minus that of the best uniform coefficient"], rows)
+
+
+def front() -> str:
+    """How well the surrogate of `trainmerge pareto` predicts unseen merges."""
+    values = {row["name"]: f"{row['value']:g}" for row in bench("tradeoffs")["figures"]}
+    names = {
+        "rank_correlation": "Spearman's correlation of predicted and measured losses",
+        "r2": "R2 of the same",
+    }
+    rows = [
+        [title, *(values[f"surrogate_{name}_{n}_merges"] for n in (6, 16))] for name, title in names.items()
+    ]
+    return markdown(["worst of five tasks", "6 merges", "16 merges"], rows)
+
+
+def figures(group: str) -> str:
+    """The figures of one group, with how and where they were measured."""
+    content = bench(group)
+    rows = [
+        [f"`{row['name']}`", shown(row["value"]), row["unit"], row["bar"], row["what"]]
+        for row in content["figures"]
+    ]
+    table = markdown(["figure", "value", "unit", "bar", "of what"], rows)
+    source = f"`{content['command']}`; {content['machine']}; {content['versions']}."
+    return f"{content['about']}\n\n{table}\n\n{source}"
+
+
+def shown(value: float | str) -> str:
+    """A figure in as many digits as were written down."""
+    return value if isinstance(value, str) else f"{value:.6g}"
+
+
+def soak() -> str:
+    """What `make soak` did to fits, and how they ended."""
+    seen = json.loads((results.FOLDER / "soak.json").read_text())["seen"]
+    return markdown(["event", "count"], [[name, str(count)] for name, count in seen.items()])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "guard": guard,
+    "suite": lambda: suite.table(suite.measured()),
+    "lm-suite": lambda: lm_suite.table(lm_suite.measured()),
+    "lm-curve": lambda: lm_suite.curve(lm_suite.measured()),
+    "lm-loss": lambda: lm_suite.losses(lm_suite.measured()),
+    "closed-forms": closed_suite.table,
+    "front": front,
+    "paper": paper.table,
+    "soak": soak,
+    **{
+        f"bench-{file.stem}": (lambda group=file.stem: figures(group))
+        for file in sorted((results.FOLDER / "bench").glob("*.json"))
+    },
+}
+
+
+def filled(text: str) -> str:
+    """A page with every table of it made anew."""
+    for name, table in TABLES.items():
+        before, opened, rest = text.partition(f"<!-- {name} -->")
+        _, closed, after = rest.partition(f"<!-- /{name} -->")
+        if opened and closed:
+            text = f"{before}{opened}\n{table()}\n{closed}{after}"
+    return text
+
+
+def main() -> None:
+    """Write the tables into the pages."""
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Every example of README and the documentation runs: its YAML in a fit of two steps at most, its Python too.
+
+The files that an example names are made where it names them, from the models and texts of `tests.world`.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.world import LABELS, write_languages, write_world
+from trainmerge.cli.main import main
+from trainmerge.fitting.allocate_chunks import allocate_run
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks/docs").rglob("*.md"))]
+FENCE = re.compile(r"(?P<note><!-- not run: .*? -->\n\n)?^```(?P<kind>\w+)\n(?P<code>.*?)^```", re.M | re.S)
+EXPERTS = {  # of examples that name some without defining them
+    "layer-swap": ("language", "maths"),
+    "metrics-weighted": ("early", "late"),
+    "rcp": ("reasoner", "domain"),
+    "t3": ("domain",),
+}
+TASKS = tuple(LABELS)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A fenced block of a page."""
+
+    page: Path
+    kind: str
+    code: str
+
+
+def examples() -> Iterator[Example]:
+    for page in PAGES:
+        for found in FENCE.finditer(page.read_text()):
+            if not found["note"]:
+                yield Example(page, found["kind"], found["code"])
+
+
+def of_kind(kind: str) -> list[Any]:
+    """The examples of one language, each with a readable id."""
+    chosen = [example for example in examples() if example.kind == kind]
+    return [pytest.param(e, id=f"{e.page.stem}-{i}") for i, e in enumerate(chosen)]
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Encoders with heads, and language models."""
+    encoders, languages = tmp_path_factory.mktemp("encoders"), tmp_path_factory.mktemp("languages")
+    write_world(encoders)
+    write_languages(languages)
+    return {"encoders": encoders, "languages": languages}
+
+
+def link(place: str, target: Path) -> None:
+    """Put a file or folder where an example has it."""
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    if not Path(place).exists():
+        Path(place).symlink_to(target)
+
+
+def files_of(worlds: dict[str, Path], encoders: bool, number: int) -> dict[str, Path]:
+    """The number-th expert's files, by their key in a recipe."""
+    if encoders:
+        root, task = worlds["encoders"], TASKS[number]
+        texts = {name: root / task / f"{name}.jsonl" for name in ("calibration", "test")}
+        return {"path": root / "experts" / task, "labels": root / task / "labels.json", **texts}
+    root, name = worlds["languages"], "ab"[number]
+    return {"path": root / name, "calibration": root / f"{name}.jsonl", "test": root / f"{name}-test.jsonl"}
+
+
+def default_expert(name: str, encoders: bool) -> dict[str, Any]:
+    head = {"class_path": "trainmerge.LabelHead", "init_args": {"labels": f"{name}/labels.json"}}
+    texts = {key: f"{name}/{key}.jsonl" for key in ("calibration", "test")}
+    return {"path": f"experts/{name}", **texts, **({"head": head} if encoders else {})}
+
+
+def completed(example: Example, worlds: dict[str, Path]) -> dict[str, Any]:
+    """The example's configuration with what it leaves out, and its files in place."""
+    content: dict[str, Any] = yaml.safe_load(example.code)
+    encoders = "LabelHead" in example.code or "diversity" in example.code
+    recipe = content.setdefault("recipe", {})
+    link(recipe.setdefault("base", "base"), worlds["encoders" if encoders else "languages"] / "base")
+    names = EXPERTS.get(example.page.stem, ("movie", "r8"))
+    experts = recipe.setdefault("experts", {name: default_expert(name, encoders) for name in names})
+    for number, task in enumerate([*experts.values(), *recipe.get("held_out", {}).values()]):
+        files = files_of(worlds, encoders, number)
+        for key in {"path", "calibration", "test"} & set(task):
+            link(task[key], files[key])
+        if "head" in task:
+            link(task["head"]["init_args"]["labels"], files["labels"])
+    initial = content.get("model", {}).get("initial")
+    if isinstance(initial, dict) and "texts" in initial["init_args"]:
+        link(initial["init_args"]["texts"], files_of(worlds, encoders, 0)["calibration"])
+    if isinstance(initial, dict) and "outer" in initial["init_args"]:
+        initial["init_args"].update(bottom=1, top=0, transition=0)  # these models have two blocks
+    trainer = content.setdefault("trainer", {})
+    trainer.update(accelerator="cpu", max_steps=min(trainer.get("max_steps", 1), 2))
+    content["data"] = {**content.get("data", {}), "batch_size": 2, "max_examples": 4}
+    return content
+
+
+def first_stage(content: dict[str, Any]) -> None:
+    """The run that Expert Merging++ begins with, and its chunks."""
+    first = {key: content[key] for key in ("data", "trainer")}
+    Path("first.yaml").write_text(
+        yaml.safe_dump({**first, "recipe": {key: content["recipe"][key] for key in ("base", "experts")}})
+    )
+    assert main(["fit", "--config", "first.yaml", "--run", "runs/first", "--report", "false"]) == 0
+    allocate_run("runs/first", "chunks.json", 1.0, 1.0, "magnitude")
+
+
+@pytest.mark.parametrize("example", of_kind("yaml"))
+def test_yaml_is_a_configuration_that_fits(
+    example: Example, worlds: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = completed(example, worlds)
+    if "chunks.json" in example.code:
+        first_stage(content)
+    Path("example.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    assert main(["fit", "--config", "example.yaml", "--run", "runs/example", "--report", "false"]) == 0
+    assert Path("runs/example/coefficients.safetensors").is_file()
+
+
+@pytest.mark.parametrize("example", of_kind("python"))
+def test_python_runs(
+    example: Example, worlds: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    link("data/cache/models/minilm-l6", worlds["encoders"] / "base")
+    for number, name in enumerate(("movie", "r8")):
+        files = files_of(worlds, encoders=True, number=number)
+        link(f"data/experts/{name}", files["path"])
+        link(f"data/cache/text/{name}/calibration.jsonl", files["calibration"])
+        link(f"data/cache/text/{name}/labels.json", files["labels"])
+    if "tm.export_run" not in example.code:
+        shutil.copytree(worlds["encoders"] / "base", "merged")
+    exec(example.code.replace("max_steps=80", "max_steps=1"), {})
+
+
+@pytest.mark.parametrize("example", of_kind("sh"))
+def test_commands_are_ours_and_their_configurations_are_there(example: Example) -> None:
+    for command in re.findall(r"(?:^|[ ./])trainmerge(?:\.cli)? ([a-z]+)", example.code):
+        assert command in {
+            "fit",
+            "allocate",
+            "export",
+            "evaluate",
+            "compare",
+            "inspect",
+            "report",
+            "plan",
+            "pareto",
+            "search",
+        }
+    for file in re.findall(r"configs/\S+", example.code):
+        assert (ROOT / file).is_file()

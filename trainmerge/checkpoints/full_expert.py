@@ -1,0 +1,150 @@
+"""A full fine-tuned model against the base: every mismatch, from headers only."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainmerge.checkpoints.meta_model import shorten
+from trainmerge.checkpoints.parameters import Parameters, fit_prefix, open_parameters
+from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
+from trainmerge.checkpoints.sources import FullSource, Source
+
+RESIZED = "resize both to one vocabulary, or set vocabulary=shared to merge the tokens that both have"
+
+
+@dataclass(frozen=True)
+class FullExpert:
+    """A full expert that fits the base."""
+
+    parameters: Parameters
+    names: Mapping[str, str]  # the base's tensor -> the expert's
+
+    def sources(self) -> dict[str, Source]:
+        """The base's tensor name -> the expert's own tensor."""
+        tensors = self.parameters.checkpoint.tensors
+        return {name: FullSource(str(tensors[own].file), own) for name, own in self.names.items()}
+
+
+def plan_full(
+    frame: Parameters,
+    expert: str,
+    path: Path,
+    ignore: Sequence[str],
+    allow_pickle: bool,
+    shared_vocabulary: bool,
+) -> FullExpert:
+    """A full fine-tuned model against the base, headers only. Raises ValueError, one line a mismatch."""
+    checkpoint = open_checkpoint(path, allow_pickle)
+    base = frame.checkpoint
+    remedies = {"model_type": "leave it out"} | ({} if shared_vocabulary else {"vocab_size": RESIZED})
+    different = [key for key in remedies if _setting(checkpoint, key) != _setting(base, key)]
+    problems = [
+        f"{path}: {key} is {_setting(checkpoint, key)!r}, the base has {_setting(base, key)!r}: not a "
+        f"fine-tuned copy of this base; {remedies[key]}"
+        for key in different
+    ]
+    if "model_type" in different:  # nothing below would fit
+        raise ValueError("\n".join(problems))
+    own = open_parameters(checkpoint, ignore)
+    fitted = _fitted(own, frame)
+    names = {
+        name: own.files[fitted[key]] for key, name in frame.files.items() if fitted.get(key) in own.files
+    }
+    problems += _shapes(checkpoint, base, names, shared_vocabulary)
+    problems += _ties(own, frame, fitted)
+    problems += _one_sided(own, frame, fitted, names)
+    if problems:
+        raise ValueError("\n".join(problems))
+    _warn_of_dtypes(expert, checkpoint, base, names)
+    return FullExpert(own, names)
+
+
+def _shapes(
+    checkpoint: Checkpoint, base: Checkpoint, names: Mapping[str, str], shared_vocabulary: bool
+) -> list[str]:
+    """Tensors of other shapes; with a shared vocabulary, the number of tokens may differ."""
+    sizes = _setting(checkpoint, "vocab_size"), _setting(base, "vocab_size")
+    problems = []
+    for name, theirs in names.items():
+        shape, want = tuple(checkpoint.tensors[theirs].shape), tuple(base.tensors[name].shape)
+        resized = (shape[0], want[0]) == sizes and shape[1:] == want[1:] if shape and want else False
+        if shape != want and not (resized and shared_vocabulary):
+            problems.append(
+                f"{theirs} is {shape}, the base's {name} is {want}; exclude it with ignore=['{name}']"
+            )
+    return problems
+
+
+def _one_sided(
+    own: Parameters, frame: Parameters, fitted: Mapping[str, str], names: Mapping[str, str]
+) -> list[str]:
+    """Tensors that only the expert, or only the base, has."""
+    tied = {*frame.skeleton.all_tied_weights_keys, *own.skeleton.all_tied_weights_keys}
+    known = {*frame.names.values(), *tied}  # the ignored ones too
+    extra = [own.files[name] for key, name in fitted.items() if key not in known and name in own.files]
+    missing = [name for key, name in frame.files.items() if key not in fitted and key not in tied]
+    return [
+        *_groups(own.checkpoint, extra, names.values(), "which the base lacks"),
+        *_groups(frame.checkpoint, missing, names, "which the expert lacks"),
+    ]
+
+
+def _setting(checkpoint: Checkpoint, key: str) -> object:
+    """A field of config.json, or of its text model's."""
+    config = checkpoint.config
+    return config.get(key, (config.get("text_config") or {}).get(key))
+
+
+def _fitted(own: Parameters, frame: Parameters) -> dict[str, str]:
+    """The base's parameter name -> the expert's, where only the prefix of the headless model may differ."""
+    prefixes = {frame.skeleton.base_model_prefix, own.skeleton.base_model_prefix}
+    fits = fit_prefix(own.names.values(), frame.names.values(), sorted(prefixes))
+    return {theirs: name for name, theirs in fits.items()}
+
+
+def _ties(own: Parameters, frame: Parameters, fitted: Mapping[str, str]) -> list[str]:
+    """Parameters that are tied on one side and stand alone on the other."""
+    remedy = "set tie_word_embeddings alike and save again, or exclude it with ignore"
+    ours, theirs = frame.skeleton.all_tied_weights_keys, own.skeleton.all_tied_weights_keys
+    problems = [
+        f"{own.files[fitted[key]]} {tuple(own.checkpoint.tensors[own.files[fitted[key]]].shape)} is untied, "
+        f"the base ties it to {ours[key]}; {remedy}"
+        for key in fitted
+        if key in ours and key not in frame.files and fitted[key] in own.files
+    ]
+    return problems + [
+        f"{name} {tuple(frame.checkpoint.tensors[name].shape)} is untied in the base, the expert ties it to "
+        f"{theirs[key]}; {remedy}"
+        for key, name in frame.files.items()
+        if key in theirs and key not in fitted
+    ]
+
+
+def _groups(checkpoint: Checkpoint, names: Iterable[str], common: Iterable[str], what: str) -> list[str]:
+    """One line for each pattern that would cover tensors which only one side has."""
+    common = list(common)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        heads = [".".join(parts[:depth]) + "." for depth in range(1, len(parts))]
+        free = [head + "*" for head in heads if not any(other.startswith(head) for other in common)]
+        tensor = f"{name} {tuple(checkpoint.tensors[name].shape)}"
+        groups.setdefault((free or [name])[0], []).append(tensor)
+    return [
+        f"{checkpoint.path} has {shorten(tensors)}, {what}; if it stays with its task, exclude it with "
+        f"ignore=['{pattern}']"
+        for pattern, tensors in groups.items()
+    ]
+
+
+def _warn_of_dtypes(expert: str, checkpoint: Checkpoint, base: Checkpoint, names: Mapping[str, str]) -> None:
+    pairs = {
+        (str(checkpoint.tensors[own].dtype), str(base.tensors[name].dtype)) for name, own in names.items()
+    }
+    mixed = ", ".join(f"{theirs} against {ours}" for theirs, ours in sorted(pairs) if theirs != ours)
+    if mixed:
+        message = (
+            f"expert {expert} ({checkpoint.path}) and the base differ in dtype: {mixed}; differences are"
+        )
+        warnings.warn(f"{message} taken in float32", stacklevel=5)

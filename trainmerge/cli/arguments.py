@@ -1,0 +1,108 @@
+"""Words of a command line -> words that the parsers take.
+
+Flags may stand bare (`--verify`), dashes may stand for underscores (`--dry-run`), and positional words may
+come anywhere among the options.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from inspect import Parameter, signature
+from typing import get_args, get_origin
+
+TRUTH = ("true", "false", "yes", "no")
+
+
+@dataclass(frozen=True)
+class Options:
+    """A parser's options, without their dashes.
+
+    Args:
+        flags: Boolean options: a value may follow, and `true` is meant where none does.
+        mixed: Options that take a boolean or something else: any word that is no option is their value.
+        valued: Options that take one word.
+        alone: Options that take none.
+        mappings: Options whose keys are names that a user chose, so that a dash in them stays.
+    """
+
+    flags: frozenset[str] = frozenset()
+    mixed: frozenset[str] = frozenset()
+    valued: frozenset[str] = frozenset()
+    alone: frozenset[str] = frozenset({"help"})
+    mappings: frozenset[str] = frozenset()
+    short: dict[str, str] = field(default_factory=lambda: {"h": "help"})
+
+    @property
+    def known(self) -> frozenset[str]:
+        """All of them."""
+        return self.flags | self.mixed | self.valued | self.alone
+
+    def spelled(self, key: str) -> str:
+        """The option that a user's spelling means: `trainer.max-steps` is `trainer.max_steps`."""
+        plain = key.replace("-", "_")
+        if key in self.known or plain in self.known:
+            return key if key in self.known else plain
+        for mapping in self.mappings:
+            if plain.startswith(f"{mapping}."):
+                name, dot, rest = key[len(mapping) + 1 :].partition(".")
+                return f"{mapping}.{name}{dot}{rest.replace('-', '_')}"
+        return plain
+
+    def within(self, key: str) -> bool:
+        """Whether it is a key inside a known option, as `model.objective.agreement` in `model.objective`."""
+        return any(key.startswith(f"{option}.") for option in self.known)
+
+
+def options_of(command: Callable[..., None]) -> Options:
+    """The options of a command that is a function: its parameters with defaults."""
+    given = {
+        name: parameter.annotation
+        for name, parameter in signature(command).parameters.items()
+        if parameter.default is not Parameter.empty
+    }
+    flags = frozenset(name for name, kind in given.items() if kind is bool)
+    return Options(flags=flags, valued=frozenset(given) - flags)
+
+
+def takes_a_truth(kind: object) -> bool:
+    """Whether a type is a union with bool in it."""
+    return get_origin(kind) is not None and bool in get_args(kind)
+
+
+def split_words(words: Sequence[str], options: Options) -> tuple[list[str], list[str]]:
+    """The positional words, and the options, each as one word `--key=value`."""
+    left = list(words)
+    positional: list[str] = []
+    found: list[str] = []
+    while left:
+        word = left.pop(0)
+        if word == "--":
+            return [*positional, *left], found
+        if not is_option(word):
+            positional.append(word)
+            continue
+        key, equals, value = word.lstrip("-").partition("=")
+        key = options.short.get(key, key) if not word.startswith("--") else options.spelled(key)
+        negated = key.removeprefix("no_")
+        if equals or key in options.alone:
+            found.append(f"--{key}{equals}{value}")
+        elif key not in options.known and negated in options.flags | options.mixed:
+            found.append(f"--{negated}=false")
+        else:
+            found.append(f"--{key}{_value(key, left, options)}")
+    return positional, found
+
+
+def is_option(word: str) -> bool:
+    """Whether a word is an option, rather than a value: negative numbers are values."""
+    return word.startswith("-") and len(word) > 1 and not (word[1].isdigit() or word[1] == ".")
+
+
+def _value(key: str, left: list[str], options: Options) -> str:
+    """`=value` from the words that are left, which it is taken from; empty if one is missing."""
+    follows = bool(left) and not is_option(left[0])
+    if key in options.flags:
+        return f"={left.pop(0)}" if follows and left[0].lower() in TRUTH else "=true"
+    if follows:
+        return f"={left.pop(0)}"
+    inner = key not in options.known and options.within(key)  # of a plug-in: its parser knows whether a flag
+    return "=true" if key in options.mixed or inner else ""

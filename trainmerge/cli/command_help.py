@@ -1,0 +1,70 @@
+"""A command's help on one screen, from its signature and docstring; nothing else is imported for it."""
+
+import shutil
+import textwrap
+from collections.abc import Callable
+from inspect import Parameter, getdoc, signature
+from typing import Any, get_args, get_origin
+
+INDENT = 22  # columns before an option's words
+
+
+def command_help(command: Callable[..., None]) -> str:
+    """Usage, what it does, examples, and a line or two per argument."""
+    about, _, arguments = (getdoc(command) or "").partition("\nArgs:\n")
+    words = argument_words(arguments)
+    parameters = signature(command).parameters
+    positional = [name for name, p in parameters.items() if p.default is Parameter.empty]
+    usage = " ".join(["usage: trainmerge", command.__name__, *(name.upper() for name in positional)])
+    lines = [f"{usage} [options]", "", about.strip(), ""]
+    for name, parameter in parameters.items():
+        lines += _entry(_spelling(parameter), _default(parameter, words.get(name, "")))
+    return "\n".join(lines) + "\n"
+
+
+def argument_words(text: str) -> dict[str, str]:
+    """Parameter -> its sentence, from a docstring's section of arguments."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in textwrap.dedent(text).splitlines():
+        if line[:1].strip():
+            name, _, rest = line.partition(":")
+            found[name] = rest.strip()
+        elif line.strip():
+            found[name] += f" {line.strip()}"
+    return found
+
+
+def _spelling(parameter: Parameter) -> str:
+    """`PATH`, `--dry-run`, `--no-compare`, `--limit N`, `--over experts|coefficients`."""
+    if parameter.default is Parameter.empty:
+        return parameter.name.upper()
+    option = f"--{parameter.name.replace('_', '-')}"
+    if parameter.annotation is bool:
+        return option.replace("--", "--no-") if parameter.default else option
+    return f"{option} {_value(parameter.annotation)}"
+
+
+def _value(kind: Any) -> str:
+    """What stands for a value of a type."""
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    if parts and get_origin(kind) not in (list, dict):
+        return "|".join(part if isinstance(part, str) else _value(part) for part in parts)
+    names = {int: "N", float: "X", str: "TEXT"}
+    return names.get(kind, "YAML")
+
+
+def _default(parameter: Parameter, words: str) -> str:
+    given = parameter.default
+    plain = given is Parameter.empty or given is None or isinstance(given, bool)
+    return words if plain else f"{words} [{given}]"
+
+
+def _entry(spelling: str, words: str) -> list[str]:
+    """The spelling and its words, side by side, or on lines of their own where the spelling is long."""
+    width = max(min(shutil.get_terminal_size((100, 40)).columns, 110), 60)
+    wrapped = textwrap.wrap(words, width - INDENT)
+    head = f"  {spelling}"
+    if len(head) < INDENT - 1 and wrapped:
+        return [f"{head:<{INDENT}}{wrapped[0]}", *(" " * INDENT + line for line in wrapped[1:])]
+    return [head, *(" " * INDENT + line for line in wrapped)]

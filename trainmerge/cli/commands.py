@@ -1,0 +1,195 @@
+"""The commands that are one function each; heavy imports happen inside them, so `--help` is quick."""
+
+from pathlib import Path
+from typing import Literal
+
+from trainmerge.system.memory import keep_freed_memory
+
+
+def export(run: str, out: str, overwrite: bool = False, workers: int = 1, verify: bool = False) -> None:
+    """Write a run's merge as an ordinary checkpoint folder that transformers loads.
+
+    Examples: trainmerge export runs/first merged/
+              torchrun --nproc-per-node 8 -m trainmerge.cli export runs/first merged/
+              trainmerge export runs/first merged/ --verify
+
+    Args:
+        run: The run folder.
+        out: The folder to make.
+        overwrite: Replace the folder if it exists; the old one stays until the new one is complete.
+        workers: Shards that are written at once; their number changes no byte.
+        verify: Read the result again and compare every bit with the run's merge. A folder that is there
+            already, without `overwrite`, is compared and not written.
+    """
+    keep_freed_memory()
+    from trainmerge.export.export import export_run
+
+    if not (verify and not overwrite and Path(out).is_dir() and any(Path(out).iterdir())):
+        print(f"merged checkpoint: {export_run(run, out, overwrite, workers)}")
+    if verify:
+        from trainmerge.export.verify import verify_export
+
+        print(f"{out}: {verify_export(run, out)} tensors are the merge of {run}, bit for bit")
+
+
+def allocate(
+    run: str,
+    out: str,
+    budget: float = 1.0,
+    kappa: float = 1.0,
+    by: Literal["magnitude", "energy"] = "magnitude",
+) -> None:
+    """Share chunks among a run's parameters by importance, for a second fit (Expert Merging++).
+
+    Example: trainmerge allocate runs/first chunks.json --budget 1.2 --kappa 1
+             trainmerge fit CONFIG runs/second --recipe.grouping.granularity chunk
+                 --recipe.grouping.chunks chunks.json --model.initial runs/first/coefficients.safetensors
+
+    Args:
+        run: A finished run with one coefficient per parameter.
+        out: The JSON file to write.
+        budget: Chunks per parameter, on average; those that get none keep their coefficient.
+        kappa: 0 shares evenly, 1 in proportion to importance, more concentrates.
+        by: What importance is: `magnitude` of what the merge moves, or measured gradient `energy`.
+    """
+    from trainmerge.fitting.allocate_chunks import allocate_run
+
+    allocate_run(run, out, budget, kappa, by)
+
+
+def evaluate(
+    path: str,
+    recipe: str | None = None,
+    limit: int | None = None,
+    max_length: int | None = None,
+    compare: bool = True,
+    output: str | None = None,
+    answers: int = 0,
+    harness: list[str] | None = None,
+) -> None:
+    """Score a run (compared with base, average, task arithmetic and experts) or a checkpoint.
+
+    Examples: trainmerge evaluate runs/first
+              trainmerge evaluate merged/ --recipe runs/first
+              torchrun --nproc_per_node 2 -m trainmerge.cli evaluate runs/first
+              trainmerge evaluate runs/first --harness "[arc_easy, my_task.yaml]"
+
+    Args:
+        path: A run folder, or a checkpoint folder.
+        recipe: Where the tasks are described, for a checkpoint: a run folder or a configuration.
+        limit: Score the first so many examples of each task only; all by default.
+        max_length: Texts are cut at this many tokens; by default as in the recipe's fit, or at 256.
+        compare: Score base, average, task arithmetic and experts too; with --no-compare, the merge only.
+        output: Write the scores, with all measures, to this JSON file too.
+        answers: Answer the test files' column `prompt` with up to so many tokens; say how long answers are.
+        harness: Tasks of lm-evaluation-harness: their names, or YAML files of one task each.
+    """
+    from trainmerge.evaluate.console import evaluate_path
+
+    length, file = max_length or None, Path(output) if output else None
+    tasks = harness or ()
+    evaluate_path(Path(path), Path(recipe or path), limit or None, length, compare, file, answers, tasks)
+
+
+def compare(
+    paths: list[str],
+    recipe: str | None = None,
+    limit: int | None = None,
+    max_length: int | None = None,
+    output: str | None = None,
+) -> None:
+    """Score several runs and checkpoints on the same tasks: one table, the best marked.
+
+    Each difference from the best comes with its 95% interval, from a paired bootstrap over the test examples.
+
+    Example: trainmerge compare runs/first runs/second merged/ --recipe runs/first
+
+    Args:
+        paths: Run folders and checkpoint folders.
+        recipe: Where the tasks are described: a run folder or a configuration; the first path by default.
+        limit: Score the first so many examples of each task only; all by default.
+        max_length: Texts are cut at this many tokens; by default as in the recipe's fit, or at 256.
+        output: Write the scores to this JSON file too.
+    """
+    from trainmerge.evaluate.console import compare_paths
+
+    compare_paths(paths, recipe, limit or None, max_length or None, Path(output) if output else None)
+
+
+def inspect(
+    path: str,
+    every: bool = False,
+    weights: Literal["auto", "yes", "no"] = "auto",
+    suggest: str | None = None,
+    output: str | None = None,
+) -> None:
+    """Show what would be merged, or was: sizes, groups, what is left out and why, and what looks odd.
+
+    Of a configuration, also what its fit would hold and take.
+
+    Examples: trainmerge inspect configs/adamerging.yaml
+              trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
+              trainmerge inspect runs/first --weights no
+
+    Args:
+        path: A configuration, a run folder, or an exported checkpoint.
+        every: List every parameter instead of a summary.
+        weights: Read the weights too, for experts that are alike, outliers and locked attention; `auto` reads
+            up to 2 GiB of them.
+        suggest: Write a suggested configuration, with its reasons, to this YAML file.
+        output: Write everything to this JSON file too.
+    """
+    from trainmerge.inspection import inspect_path
+
+    inspect_path(
+        Path(path), every, weights, Path(suggest) if suggest else None, Path(output) if output else None
+    )
+    if Path(path).is_file():
+        from trainmerge.cli.fit import show_plan
+
+        show_plan(Path(path))
+
+
+def report(run: str, out: str | None = None) -> None:
+    """Draw a run: one page with coefficients, losses, task vectors, scores; a PNG and a CSV per picture.
+
+    Example: trainmerge report runs/first
+
+    Args:
+        run: The run folder.
+        out: The folder to write; `report` in the run by default.
+    """
+    from trainmerge.report import write_report
+
+    print(f"report: {write_report(run, out or None)}")
+
+
+def plan(
+    model: str,
+    experts: int,
+    batch: int = 1,
+    length: int = 1024,
+    devices: int = 1,
+    device: str = "here",
+    recompute: bool = False,
+) -> None:
+    """Show what merging a model would hold and take, from its config.json alone.
+
+    Examples: trainmerge plan path/to/llama-70b 4 --batch 8 --devices 8 --device h100 --recompute
+              trainmerge plan path/to/model 8 --length 256
+
+    Args:
+        model: A folder with config.json; no weights are needed.
+        experts: How many full experts.
+        batch: Examples of each expert a step, over all devices.
+        length: Tokens of each example.
+        devices: How many devices share the model and the examples.
+        device: Whose speeds: `here` is measured, `a100`, `h100`, `h200`, `l4` are as their maker states.
+        recompute: Keep only the inputs of blocks, and run blocks again in the backward.
+    """
+    from trainmerge.plan.devices import device_named
+    from trainmerge.plan.micro_batches import StepSchedule
+    from trainmerge.plan.plan_model import plan_model, print_plan
+
+    schedule = StepSchedule(recompute=recompute)
+    print_plan(plan_model(model, experts, batch, length, device_named(device), devices, schedule))

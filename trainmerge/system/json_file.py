@@ -1,0 +1,44 @@
+"""JSON files, read at one door: whatever is wrong with one is an error that names it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON in UTF-8, or no object; with the remedy.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}. {remedy}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object is needed, this is a {type(value).__name__}. {remedy}")
+    return value
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one per line, none if it is not there.
+
+    A last line that is not whole, as a killed process leaves it, is passed over.
+
+    Raises:
+        ValueError: another line is no JSON object.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}: line {number} is not valid JSON: {error}. Remove the line.") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: line {number} is no JSON object. Remove the line.")
+        found.append(value)
+    return found
