@@ -115,7 +115,7 @@ def test_a_run_with_a_task_held_out(run: Path) -> None:
     kept = Recipe(**{**vars(recipe(run.parent)), "held_out": {"mood": out}})
     with pytest.raises(ValueError, match=r"\['mood'\] are experts' names"):
         load_tasks(kept)
-    with pytest.raises(ValueError, match="limit must be a number"):
+    with pytest.raises(ValueError, match="limit must be 1 or more"):
         load_tasks(recipe(run.parent), -1)
 
 
