@@ -184,7 +184,7 @@ def test_a_front_and_the_model_of_a_point_on_it(world: Path, capsys: pytest.Capt
     folder = write_report(run).parent
     lines = (folder / "front.csv").read_text().splitlines()
     assert len(lines) == 1 + len(found["front"])
-    assert "What one task costs another" in (folder / "index.html").read_text()
+    assert "Trade-offs between tasks" in (folder / "index.html").read_text()
     RunFolder(Path(run)).front.write_text(json.dumps({**found, "coefficients": "of another fit"}))
     assert read_numbers(run).front is None
 
@@ -200,7 +200,7 @@ def test_the_picture_of_a_front_names_the_best_points(tasks: list[str]) -> None:
     run = dict(zip(tasks, (1.0, 1.5, 2.0), strict=False))  # not the point whose largest loss is smallest
     best = {what: point["point"] for what, point in notable(tasks, run, front).items()}
     assert best[BALANCED] == 1
-    assert [best[f"least of {task}"] for task in tasks] == [0, 2, 2][: len(tasks)]
+    assert [best[f"best for {task}"] for task in tasks] == [0, 2, 2][: len(tasks)]
     checks = {task: {"rank_correlation": 0.9} for task in tasks}
     found = {"tasks": tasks, "front": front, "checks": checks, "measured": [{"predicted": run}]}
     picture = front_picture(found)
