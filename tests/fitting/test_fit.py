@@ -228,7 +228,7 @@ def test_a_fit_that_moves_nothing_says_so(world: Path, tmp_path: Path) -> None:
     module, data = build(world, tmp_path / "run")
     module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=1e-9)
     trainer = tm.make_trainer(tmp_path / "run", max_steps=1, accelerator="cpu", enable_progress_bar=False)
-    with pytest.warns(UserWarning, match="coefficients moved by"):
+    with pytest.warns(UserWarning, match="coefficients changed by"):
         tm.fit(module, data, trainer, tmp_path / "run")
 
 
@@ -265,7 +265,7 @@ def test_experts_in_another_order_are_refused(world: Path, finished: Path) -> No
 def test_data_in_another_order_than_the_experts_are_refused(world: Path, tmp_path: Path) -> None:
     module, _ = build(world, tmp_path / "run")
     files = dict(reversed(calibration_files(recipe(world)).items()))
-    with pytest.raises(ValueError, match="data are of"):
+    with pytest.raises(ValueError, match="the data have the experts"):
         module.load(tm.Calibration(files, str(world / "base")))
 
 

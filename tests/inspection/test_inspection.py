@@ -106,7 +106,7 @@ def test_the_suggestion_can_be_fitted(world: Path, capsys: pytest.CaptureFixture
     assert main(ask) == 0
     printed = capsys.readouterr().out
     assert "suggested" in printed
-    assert "held at most, a device" in printed  # the plan
+    assert "peak per device" in printed  # the plan
     text = wanted.read_text()
     assert "# model.initial: 3 experts" in text
     assert main(ask) == 1

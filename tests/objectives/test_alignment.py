@@ -266,7 +266,7 @@ def test_a_fit_that_only_hurts_is_taken_back_with_a_word(languages: Path, tmp_pa
         optimizer=lambda c: torch.optim.SGD(c, lr=3.0, maximize=True),
     )  # fmt: skip
     trainer = tm.make_trainer(tmp_path, max_steps=4, accelerator="cpu", enable_progress_bar=False)
-    with pytest.warns(UserWarning, match="left where they started"):
+    with pytest.warns(UserWarning, match="starting coefficients were saved"):
         tm.fit(module, data, trainer, tmp_path)
     saved = tm.load_coefficients(tmp_path / "coefficients.safetensors")()
     torch.testing.assert_close(saved, torch.full_like(saved, 0.5))

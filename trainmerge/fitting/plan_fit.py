@@ -1,4 +1,4 @@
-"""Plans of fits, and of models that need not be on disk.
+"""The plan of a fit, and the sizes that it is made of.
 
 Legend: `K` experts, `B` examples of one expert and step, `T` tokens, `V` vocabulary or classes.
 """
@@ -37,19 +37,19 @@ def plan_fit(
     devices: int = 1,
     schedule: StepSchedule | None = None,
 ) -> Plan:
-    """The plan of `tm.fit(module, data, ...)`: headers and the longest examples are read, no weight is.
+    """The plan of `tm.fit(module, data, ...)`: reads headers and the longest examples, but no weight.
 
     Args:
-        module: What is learned.
-        data: What from; the dry run is of each expert's longest examples.
+        module: The merge to learn.
+        data: The calibration data; the dry run uses each expert's longest examples.
         precision: The fit's autocast.
-        device: Whose speeds the times are made of; this processor's, measured, by default.
-        devices: How many share model and examples.
-        schedule: How a step is cut; as the module says by default.
+        device: The device whose speeds give the times; by default this processor, measured.
+        devices: The number of devices that share model and examples.
+        schedule: How a step is split into backwards; by default the module's.
     """
     schedule = schedule or module.schedule
     if module.rule is not None:
-        schedule = replace(schedule, tasks=1)  # each expert's gradient is wanted by itself
+        schedule = replace(schedule, tasks=1)  # each expert needs its own gradient
     model = _empty_model(module)
     step = [_longest(data, k, -(-data.batch_size // devices)) for k in range(len(data.examples))]
     records = _records(module, data, step, model.module)
@@ -68,10 +68,10 @@ def plan_fit(
 
 
 class _EmptyModel(NamedTuple):
-    """The base without its numbers."""
+    """The base on the meta device, and the dtypes of its parameters."""
 
     module: nn.Module
-    names: Mapping[str, str]  # the files' name -> the parameter's
+    names: Mapping[str, str]  # name in the files -> the parameter's
     dtypes: Mapping[str, torch.dtype]  # of each parameter in the fit
 
 
@@ -97,20 +97,20 @@ def _sizes(module: MergeModule, model: _EmptyModel, records: "_Records") -> Size
         len(module.recipe.experts),
         module.coefficients.raw.numel(),
         sum(file.stat().st_size for file in files) + records.files,
-        max(records.memory, stored - sum(own.values())),  # a model is loaded as stored, then narrowed
+        max(records.memory, stored - sum(own.values())),  # a model is loaded as stored, then cast
     )
 
 
 class _Records(NamedTuple):
-    """What recorded experts take."""
+    """The size of the experts' recorded outputs."""
 
-    width: int = 0  # probabilities a row; 0 for all
-    memory: int = 0  # bytes, of the largest one while it is recorded
+    width: int = 0  # probabilities per row; 0 for all
+    memory: int = 0  # bytes, of the largest expert while it is recorded
     files: int = 0
 
 
 def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Module) -> _Records:
-    """As `teachers` will decide, at the length of the longest example."""
+    """The sizes that `teachers` will choose, at the length of the longest example."""
     asks = module.objective.asks
     if asks == Asks():
         return _Records()
@@ -124,7 +124,7 @@ def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Mo
     ]
     width, probabilities = 0, [4 * config.vocab_size * count for count in rows]
     if asks.temperature is None or all(e.head for e in experts):
-        probabilities = [0] * len(rows)  # of a few classes: nothing in comparison
+        probabilities = [0] * len(rows)  # a few classes: negligible
     elif sum(probabilities) > module.settings.teacher_budget:
         width = max(1, module.settings.teacher_budget // (8 * sum(rows)))
         probabilities = [8 * width * count for count in rows]
@@ -133,7 +133,7 @@ def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Mo
 
 
 def _read(module: MergeModule, delta: Delta) -> int:
-    """Bytes of one parameter's base and task vectors, as the passes read them."""
+    """Bytes of one parameter's base and task vectors that a pass reads."""
     if delta.base.dim() > 1 and module.settings.quantise is not None:
         return delta.base.nbytes + len(delta.terms) * int(
             module.settings.quantise.bytes_a_weight * delta.base.numel()

@@ -1,4 +1,4 @@
-"""The plan of merging a model of which only config.json has to be there."""
+"""The plan of a fit from config.json alone."""
 
 from pathlib import Path
 
@@ -25,16 +25,16 @@ def plan_model(
     devices: int = 1,
     schedule: StepSchedule = StepSchedule(),  # noqa: B008 - frozen
 ) -> Plan:
-    """The plan of merging full experts: one coefficient per tensor and expert, token entropy as the loss.
+    """The plan of a fit of full experts: one coefficient per tensor and expert, token entropy as the loss.
 
     Args:
-        folder: Has config.json, whose dtype the weights get; no weights are needed.
+        folder: A folder with config.json, which gives the weights' dtype; no weights are needed.
         experts: K.
-        batch: Examples of each expert a step, over all devices.
-        length: Tokens of each.
-        device: Whose speeds the times are made of; this processor's, measured, by default.
-        devices: How many share model and examples.
-        schedule: How a step is cut.
+        batch: Examples per expert and step, over all devices.
+        length: Tokens per example.
+        device: The device whose speeds give the times; by default this processor, measured.
+        devices: The number of devices that share model and examples.
+        schedule: How a step is split into backwards.
 
     Raises:
         ValueError: transformers does not know the architecture, or a number is not positive.
@@ -53,10 +53,10 @@ def plan_model(
         recompute_blocks(skeleton)
     parts = list(rounds(step, schedule))
     needs = dry_run(skeleton, own, parts[:1], Entropy(), dtypes=dtype)
-    needs = needs._replace(flops=needs.flops * len(parts))  # every round is like the first
+    needs = needs._replace(flops=needs.flops * len(parts))  # all rounds are equal
     return Plan(sizes, schedule, needs, len(parts), device or measured(dtype), devices)
 
 
 def print_plan(plan: Plan) -> None:
     """Print a plan as a table."""
-    print_table(plan.title(), ["what", "how much", ""], plan.rows())
+    print_table(plan.title(), ["quantity", "value", "remark"], plan.rows())
