@@ -61,10 +61,10 @@ def open_adapter(base: Parameters, path: Path, ignore: Sequence[str], allow_pick
     strange = [name for name in source.tensors if not name.startswith(ROOT)]
     if strange:
         raise ValueError(f"{files[0]}: {shorten(strange)} are outside {ROOT!r}: no supported adapter.")
-    modules = {name for name, _ in base.skeleton.named_modules() if name}
+    modules = {name for name, _ in base.meta_model.named_modules() if name}
     own = {name: name.removeprefix(ROOT) for name in source.tensors}
     places = {name: _module(key) for name, key in own.items()}
-    fits = fit_prefix(places.values(), modules, [base.skeleton.base_model_prefix])
+    fits = fit_prefix(places.values(), modules, [base.meta_model.base_model_prefix])
     keys = {}
     for name, place in places.items():
         key = fits[place] + own[name].removeprefix(place)

@@ -80,7 +80,7 @@ def _one_sided(
     own: Parameters, frame: Parameters, fitted: Mapping[str, str], names: Mapping[str, str]
 ) -> list[str]:
     """Tensors that only the expert, or only the base, has."""
-    tied = {*frame.skeleton.all_tied_weights_keys, *own.skeleton.all_tied_weights_keys}
+    tied = {*frame.meta_model.all_tied_weights_keys, *own.meta_model.all_tied_weights_keys}
     known = {*frame.names.values(), *tied}  # the ignored ones too
     extra = [own.files[name] for key, name in fitted.items() if key not in known and name in own.files]
     missing = [name for key, name in frame.files.items() if key not in fitted and key not in tied]
@@ -98,7 +98,7 @@ def _setting(checkpoint: Checkpoint, key: str) -> object:
 
 def _fitted(own: Parameters, frame: Parameters) -> dict[str, str]:
     """The base's parameter name -> the expert's, where only the prefix of the headless model may differ."""
-    prefixes = {frame.skeleton.base_model_prefix, own.skeleton.base_model_prefix}
+    prefixes = {frame.meta_model.base_model_prefix, own.meta_model.base_model_prefix}
     fits = fit_prefix(own.names.values(), frame.names.values(), sorted(prefixes))
     return {theirs: name for name, theirs in fits.items()}
 
@@ -106,7 +106,7 @@ def _fitted(own: Parameters, frame: Parameters) -> dict[str, str]:
 def _ties(own: Parameters, frame: Parameters, fitted: Mapping[str, str]) -> list[str]:
     """Parameters that are tied on one side and stand alone on the other."""
     remedy = "set tie_word_embeddings alike and save again, or exclude it with ignore"
-    ours, theirs = frame.skeleton.all_tied_weights_keys, own.skeleton.all_tied_weights_keys
+    ours, theirs = frame.meta_model.all_tied_weights_keys, own.meta_model.all_tied_weights_keys
     problems = [
         f"{own.files[fitted[key]]} {tuple(own.checkpoint.tensors[own.files[fitted[key]]].shape)} is untied, "
         f"the base ties it to {ours[key]}; {remedy}"

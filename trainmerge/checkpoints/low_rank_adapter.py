@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainmerge.checkpoints.adapter import Adapter, open_adapter
 from trainmerge.checkpoints.merged_adapter import MergedAdapter
-from trainmerge.checkpoints.meta_model import build_skeleton, quiet, shorten
+from trainmerge.checkpoints.meta_model import build_meta_model, quiet, shorten
 from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.sources import LowRankSource, Source
 
@@ -105,17 +105,17 @@ def _not_linear(adapter: Adapter) -> str | None:
 
 def _factors(base: Parameters, adapter: Adapter) -> tuple[dict[str, Factor], str | None]:
     """Each adapted tensor's factors, by peft's own layers; or what keeps the update from being low-rank."""
-    skeleton = build_skeleton(base.checkpoint.path)
-    owners = {id(parameter): name for name, parameter in skeleton.named_parameters()}
+    meta_model = build_meta_model(base.checkpoint.path)
+    owners = {id(parameter): name for name, parameter in meta_model.named_parameters()}
     try:
         with quiet(), torch.device("meta"):
             config = adapter.peft_config(modules_to_save=None, task_type=None, init_lora_weights=True)
-            get_peft_model(skeleton, config)  # puts its layers into `skeleton`
+            get_peft_model(meta_model, config)  # puts its layers into `meta_model`
     except (ValueError, TypeError) as error:
         raise ValueError(f"{adapter.path}: does not fit the base: {error}".replace("\n", " ")) from error
     factors: dict[str, Factor] = {}
     expected: dict[str, torch.Size] = {}
-    for name, layer in skeleton.named_modules():
+    for name, layer in meta_model.named_modules():
         if not isinstance(layer, lora.LoraLayer):
             continue
         if not isinstance(layer, lora.Linear | lora.Embedding) or layer.lora_variant:

@@ -36,7 +36,7 @@ class Output(NamedTuple):
     hidden: int | None  # hidden size, if config.json names it
 
 
-def build_skeleton(path: Path) -> PreTrainedModel:
+def build_meta_model(path: Path) -> PreTrainedModel:
     """The model's modules without storage (on the meta device), dropout 0.
 
     Raises ValueError if transformers does not know the architecture or refuses config.json.
@@ -45,8 +45,8 @@ def build_skeleton(path: Path) -> PreTrainedModel:
         with quiet(), torch.device("meta"):
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             _for_learning(config)
-            skeleton: PreTrainedModel = _architecture(config)(config)
-            return skeleton
+            meta_model: PreTrainedModel = _architecture(config)(config)
+            return meta_model
     except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
         raise ValueError(
             f"{path / 'config.json'}: transformers {transformers.__version__} cannot build this "
@@ -55,7 +55,7 @@ def build_skeleton(path: Path) -> PreTrainedModel:
 
 
 def output_of(path: Path) -> Output:
-    """What a checkpoint's model puts out, from config.json alone. Raises as `build_skeleton`."""
+    """What a checkpoint's model puts out, from config.json alone. Raises as `build_meta_model`."""
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     kind = _architecture(config)
     headless = transformers.MODEL_MAPPING.get(type(config), None)
@@ -124,7 +124,7 @@ def tied_names(names: Mapping[str, str]) -> dict[str, str]:
 
 def ties_of(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """`tied_names` of a checkpoint's files."""
-    module = build_skeleton(path)
+    module = build_meta_model(path)
     owners = _owners(module)
     names = memory_names(module, tensors)
     return tied_names({name: owners[inside] for name, inside in names.items() if inside in owners})

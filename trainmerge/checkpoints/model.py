@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from trainmerge.checkpoints.meta_model import build_skeleton, locate, memory_names, quiet, shorten
+from trainmerge.checkpoints.meta_model import build_meta_model, locate, memory_names, quiet, shorten
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.task_vectors.parameter_names import matches
 
@@ -35,11 +35,13 @@ def load_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
     Raises ValueError, before a weight is read, if the architecture is unknown, a tensor of the files is no
     parameter or buffer of the model, a shape differs, or a parameter is in no file.
     """
-    skeleton, names = _checked(base, ignore)
+    meta_model, names = _checked(base, ignore)
     first = _first_dtype(base)
     state = {name: base.read(name) for name in base.tensors}
     with quiet():
-        module = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=state, dtype=first)
+        module = type(meta_model).from_pretrained(
+            None, config=meta_model.config, state_dict=state, dtype=first
+        )
     module.train(False).requires_grad_(False)
     parameters = dict(module.named_parameters())
     for name, parameter in names.items():
@@ -51,17 +53,17 @@ def load_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
 
 
 @torch.no_grad()
-def hollow_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
+def load_meta_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
     """The same model with parameters on the meta device, in the files' dtypes, and its buffers in memory.
 
     At most one parameter is in memory at a time, and none of its pages is touched. Raises as `load_model`.
     """
-    skeleton, names = _checked(base, ignore)
+    meta_model, names = _checked(base, ignore)
     default = torch.get_default_dtype()
     torch.set_default_dtype(_first_dtype(base))  # as transformers does while it builds
     try:
         with quiet(), no_init_weights(), _parameters_on_meta():
-            module = type(skeleton)(skeleton.config)
+            module = type(meta_model)(meta_model.config)
             module.tie_weights()
     finally:
         torch.set_default_dtype(default)
@@ -76,17 +78,17 @@ def hollow_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
 
 
 def _checked(base: Checkpoint, ignore: Sequence[str]) -> tuple[PreTrainedModel, dict[str, str]]:
-    skeleton = build_skeleton(base.path)
-    names = locate(skeleton, base.path, base.tensors, ignore)
-    absent = [name for name, _ in skeleton.named_parameters() if name not in names.values()]
+    meta_model = build_meta_model(base.path)
+    names = locate(meta_model, base.path, base.tensors, ignore)
+    absent = [name for name, _ in meta_model.named_parameters() if name not in names.values()]
     absent = [name for name in absent if not matches(name, ignore)]
     if absent:
         raise ValueError(
-            f"{base.path}: {type(skeleton).__name__} has parameters that the files lack, and would start "
+            f"{base.path}: {type(meta_model).__name__} has parameters that the files lack, and would start "
             f"random: {shorten(absent)}. If its output doesn't use them, name them in `ignore`; otherwise "
             "save the checkpoint with the class that it was trained with."
         )
-    return skeleton, names
+    return meta_model, names
 
 
 def _first_dtype(base: Checkpoint) -> torch.dtype:
@@ -98,12 +100,12 @@ def _parameters_on_meta() -> Iterator[None]:
     """Parameters lose their storage as modules register them; buffers, which are computed, keep theirs."""
     register = nn.Module.register_parameter
 
-    def hollow(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:  # one that is there already is being tied
             parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = hollow  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

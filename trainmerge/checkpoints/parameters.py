@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from trainmerge.checkpoints.meta_model import build_skeleton, canonical_names, locate, tied_names
+from trainmerge.checkpoints.meta_model import build_meta_model, canonical_names, locate, tied_names
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.task_vectors.parameter_names import matches
 
@@ -21,7 +21,7 @@ class Parameters:
     """
 
     checkpoint: Checkpoint
-    skeleton: PreTrainedModel
+    meta_model: PreTrainedModel
     names: Mapping[str, str]  # every tensor of the files -> parameter; tied ones share one
     files: Mapping[str, str]  # parameter -> its canonical tensor of the files, `ignore`d ones left out
 
@@ -32,8 +32,8 @@ class Parameters:
 
     def file_of(self, name: str) -> str | None:
         """The canonical tensor of a parameter by any of its names in memory; None if it is ignored."""
-        wanted = dict(self.skeleton.named_parameters(remove_duplicate=False)).get(name)
-        owners = {id(parameter): owner for owner, parameter in self.skeleton.named_parameters()}
+        wanted = dict(self.meta_model.named_parameters(remove_duplicate=False)).get(name)
+        owners = {id(parameter): owner for owner, parameter in self.meta_model.named_parameters()}
         return self.files.get(owners.get(id(wanted), name))
 
     def duplicates(self) -> dict[str, list[str]]:
@@ -57,12 +57,12 @@ def open_parameters(checkpoint: Checkpoint, ignore: Sequence[str] = ()) -> Param
             f"{checkpoint.path}: quantised weights ({', '.join(narrow[:3]) or 'quantization_config'}) cannot "
             "be merged. Use the float checkpoint that they were made from."
         )
-    skeleton = build_skeleton(checkpoint.path)
-    names = locate(skeleton, checkpoint.path, checkpoint.tensors, ignore)
+    meta_model = build_meta_model(checkpoint.path)
+    names = locate(meta_model, checkpoint.path, checkpoint.tensors, ignore)
     files = canonical_names(
         {n: p for n, p in names.items() if not matches(n, ignore) and not matches(p, ignore)}
     )
-    return Parameters(checkpoint, skeleton, names, files)
+    return Parameters(checkpoint, meta_model, names, files)
 
 
 def _quantised(dtype: torch.dtype) -> bool:

@@ -22,7 +22,7 @@ from trainmerge.system import distributed
 from trainmerge.system.atomic import check_free_space
 from trainmerge.system.distributed import joined
 from trainmerge.system.safetensors_file import sha256
-from trainmerge.system.shared_output import agreed, dealt, staging_together
+from trainmerge.system.shared_output import agreed, every_nth, staging_shared
 from trainmerge.task_vectors.delta import TaskVectors
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
@@ -48,7 +48,7 @@ def export_merge(
         OSError: the disk has no room for it.
         ValueError: a merged tensor is not finite.
     """
-    with staging_together(out, overwrite) as folder:
+    with staging_shared(out, overwrite) as folder:
         write_checkpoint(CheckpointMerge(base, task_vectors, coefficients), folder, workers)
 
 
@@ -62,7 +62,7 @@ def write_checkpoint(merge: CheckpointMerge, folder: Path, workers: int = 1) -> 
         check_free_space(folder, sum(file.stat().st_size for file in base.files))
         shards = shard_names(base)
         sizes = dict(zip(shards, (file.stat().st_size for file in base.shards), strict=True))
-        mine = write_shards(merge, folder, dealt(sizes), workers)
+        mine = write_shards(merge, folder, every_nth(sizes), workers)
         base.check_unchanged()
     made = {file: digest for part in distributed.all_gather(mine) for file, digest in part.items()}
     if distributed.rank() > 0:
@@ -120,7 +120,7 @@ def export_run(
         recipe, learned, opened = open_run(run_folder)
         coefficients = coefficients or learned
         check_target(target, [run_folder.path, *opened.folders.values()])
-        with staging_together(target, overwrite) as folder:
+        with staging_shared(target, overwrite) as folder:
             with agreed(), distributed.rank_zero_first():
                 merge = merge_of(run_folder, recipe, coefficients, opened)
             made = write_checkpoint(merge, folder, workers)

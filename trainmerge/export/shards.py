@@ -75,7 +75,7 @@ class CheckpointMerge:
         else:
             yield from ((part, some) for part, _, some in in_pieces(parameter, delta, PIECE))
 
-    def announce(self, name: str) -> None:
+    def read_ahead_of(self, name: str) -> None:
         """Have the kernel read what `pieces` will, from now on."""
         read_ahead(self.base.read(name))
         if self.merged(name):
@@ -117,7 +117,7 @@ def write_shard(merge: CheckpointMerge, names: Iterable[str], path: Path) -> str
 def _in_order(merge: CheckpointMerge, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     for name, after in zip(names, [*names[1:], None], strict=True):
         if after is not None:
-            merge.announce(after)
+            merge.read_ahead_of(after)
         for piece in merge.pieces(name):
             yield name, piece
 

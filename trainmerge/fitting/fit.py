@@ -8,11 +8,11 @@ import torch
 
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.begin import Snapshot, begin, find_snapshot
-from trainmerge.fitting.keep_better import leave_better
+from trainmerge.fitting.keep_better import save_better
 from trainmerge.fitting.memory_budget import schedule_within, watch_memory
 from trainmerge.fitting.model_settings import check_data, needs_examples
 from trainmerge.fitting.module import MergeModule
-from trainmerge.fitting.outcome import check_learned, leave_end, leave_start, warn_if_it_never_fell
+from trainmerge.fitting.outcome import check_learned, save_end, save_start, warn_if_loss_did_not_fall
 from trainmerge.fitting.plan_fit import Precision
 from trainmerge.fitting.preflight import check_tasks
 from trainmerge.fitting.snapshots import Snapshots
@@ -60,7 +60,7 @@ def fit(
     if trainer.max_steps:
         take_steps(folder, module, data, trainer, snapshot, limit)
     elif trainer.is_global_zero:
-        leave_start(folder, module, data)
+        save_start(folder, module, data)
     return folder
 
 
@@ -78,11 +78,11 @@ def take_steps(
         with watch_memory(limit):
             learn(folder, module, data, trainer, snapshot.path if snapshot else None)
     if module.keep_better:
-        leave_better(module, data, folder)
+        save_better(module, data, folder)
     elif trainer.is_global_zero:
         if done and snapshot:
-            leave_end(folder, module, snapshot)
-        warn_if_it_never_fell(folder)
+            save_end(folder, module, snapshot)
+        warn_if_loss_did_not_fall(folder)
 
 
 def cut_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit: int) -> None:
@@ -120,7 +120,7 @@ def learn(
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except RuntimeError as error:
-            if trainer.world_size > 1 and is_of_a_collective(error):
+            if trainer.world_size > 1 and is_collective_error(error):
                 raise ConnectionError(
                     f"process {trainer.global_rank} lost another process of the fit, which was killed or "
                     "failed (see its own output); run the same command again to resume from the last "
@@ -131,7 +131,7 @@ def learn(
         check_learned(folder, module)
 
 
-def is_of_a_collective(error: RuntimeError) -> bool:
+def is_collective_error(error: RuntimeError) -> bool:
     """Whether the error comes from a collective, not from this process's own work."""
     text = str(error)  # gloo raises plain RuntimeErrors
     return isinstance(error, torch.distributed.DistError) or any(

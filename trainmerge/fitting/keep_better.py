@@ -15,7 +15,7 @@ from trainmerge.system import distributed
 from trainmerge.system.atomic import write_whole
 
 
-def leave_better(module: MergeModule, data: Calibration, folder: RunFolder) -> None:
+def save_better(module: MergeModule, data: Calibration, folder: RunFolder) -> None:
     """Compare start and end on all calibration examples; save the better one in the run folder."""
     end = module.coefficients().detach().cpu().clone()  # a copy: `load` may overwrite the parameter
     module.load(data)

@@ -11,7 +11,7 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.plan_fit import Precision, plan_fit
 from trainmerge.plan.devices import measured
 from trainmerge.plan.micro_batches import StepSchedule, smaller_schedules
-from trainmerge.system.memory import Peak, format_size, give_back_at_once
+from trainmerge.system.memory import Peak, format_size, return_freed_memory
 
 MARGIN = 1.05  # for libraries' own memory and allocator rounding: 3% over the plan was measured
 
@@ -44,7 +44,7 @@ def watch_memory(limit: int) -> Iterator[None]:
     if not limit:
         yield
         return
-    give_back_at_once()
+    return_freed_memory()
     with Peak(every=0.01) as peak:
         yield
     print(f"memory: {format_size(peak.highest)} at most, of {format_size(limit)}")

@@ -27,7 +27,7 @@ from trainmerge.coefficients.initial import Initial, read_initial
 from trainmerge.data.batch import Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.model_settings import ModelSettings, check_data, check_sharding, needs_examples
-from trainmerge.fitting.prepare import Ingredients, prepare
+from trainmerge.fitting.prepare import FitInputs, prepare
 from trainmerge.model.resident import Resident
 from trainmerge.model.teachers import BUDGET, Record
 from trainmerge.objectives import Entropy, Objective
@@ -144,7 +144,7 @@ class MergeModule(pl.LightningModule):
         if self._resident is not None:
             return
         merge = self.recipe, self.opened, self.coefficients, self.initial
-        given = Ingredients(*merge, self.objective.asks, data, self.settings, self.schedule)
+        given = FitInputs(*merge, self.objective.asks, data, self.settings, self.schedule)
         made = prepare(given, device, precision)
         self._resident, self.teachers = made.resident, made.teachers
         if made.start is not None:

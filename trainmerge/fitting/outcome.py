@@ -18,14 +18,14 @@ AT_BOUND = 0.25  # share of coefficients at a bound
 ENOUGH = 5  # later steps needed before losses are compared, because batches differ
 
 
-def leave_start(folder: RunFolder, module: MergeModule, data: Calibration) -> None:
+def save_start(folder: RunFolder, module: MergeModule, data: Calibration) -> None:
     """Save a run without steps: its coefficients are the starting ones."""
     if needs_examples(module.recipe, module.initial):
         module.load(data)
     save_coefficients(module.coefficients, folder.coefficients)
 
 
-def leave_end(folder: RunFolder, module: MergeModule, snapshot: Snapshot) -> None:
+def save_end(folder: RunFolder, module: MergeModule, snapshot: Snapshot) -> None:
     """Save a run that has all its steps already: its coefficients are those of the last step."""
     with torch.no_grad():
         module.coefficients.raw.copy_(snapshot.content["state_dict"]["coefficients.raw"])
@@ -41,11 +41,11 @@ def check_learned(folder: RunFolder, module: MergeModule) -> None:
     """
     if not folder.coefficients.exists():
         raise ValueError("no step was made: raise trainer.max_time")
-    warn_if_unmoved(module)
+    warn_if_unchanged(module)
     warn_if_at_bound(module)
 
 
-def warn_if_unmoved(module: MergeModule) -> None:
+def warn_if_unchanged(module: MergeModule) -> None:
     """Warn if no coefficient changed: nothing was learned."""
     moved = (module.coefficients().detach().cpu() - module.start).abs().max().item()
     if moved < MOVED:
@@ -68,7 +68,7 @@ def warn_if_at_bound(module: MergeModule) -> None:
         )
 
 
-def warn_if_it_never_fell(folder: RunFolder) -> None:
+def warn_if_loss_did_not_fall(folder: RunFolder) -> None:
     """Warn if no step had a lower loss than the first one."""
     if not folder.metrics.exists():
         return  # stopped before a step

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trainmerge.checkpoints import build_skeleton, locate
+from trainmerge.checkpoints import build_meta_model, locate
 from trainmerge.data.batch import Asks, Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
@@ -77,10 +77,10 @@ class _EmptyModel(NamedTuple):
 
 def _empty_model(module: MergeModule) -> _EmptyModel:
     base = module.opened.base
-    skeleton = build_skeleton(base.path)
-    names = locate(skeleton, base.path, base.tensors, module.opened.ignore)
+    meta_model = build_meta_model(base.path)
+    names = locate(meta_model, base.path, base.tensors, module.opened.ignore)
     dtypes = {inside: module.settings.dtype or base.tensors[name].dtype for name, inside in names.items()}
-    return _EmptyModel(skeleton, names, dtypes)
+    return _EmptyModel(meta_model, names, dtypes)
 
 
 def _sizes(module: MergeModule, model: _EmptyModel, records: "_Records") -> Sizes:
@@ -109,12 +109,12 @@ class _Records(NamedTuple):
     files: int = 0
 
 
-def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Module) -> _Records:
+def _records(module: MergeModule, data: Calibration, step: Step, meta_model: nn.Module) -> _Records:
     """The sizes that `teachers` will choose, at the length of the longest example."""
     asks = module.objective.asks
     if asks == Asks():
         return _Records()
-    config: Any = skeleton.config
+    config: Any = meta_model.config
     config = getattr(config, "text_config", None) or config
     positions = [len(own) * batch.mask.shape[1] for own, batch in zip(data.examples, step, strict=True)]
     hidden = [2 * config.hidden_size * len(asks.layers) * count for count in positions]
@@ -136,7 +136,7 @@ def _read(module: MergeModule, delta: Delta) -> int:
     """Bytes of one parameter's base and task vectors that a pass reads."""
     if delta.base.dim() > 1 and module.settings.quantise is not None:
         return delta.base.nbytes + len(delta.terms) * int(
-            module.settings.quantise.bytes_a_weight * delta.base.numel()
+            module.settings.quantise.bytes_per_weight * delta.base.numel()
         )
     if module.recipe.preprocess:
         return delta.base.nbytes + len(delta.terms) * 4 * delta.base.numel()

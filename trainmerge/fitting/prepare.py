@@ -37,7 +37,7 @@ from trainmerge.task_vectors.quantise import quantised
 
 
 @dataclass(frozen=True)
-class Ingredients:
+class FitInputs:
     """The inputs of `prepare`."""
 
     recipe: Recipe
@@ -64,7 +64,7 @@ class Prepared:
 
 
 def prepare(
-    given: Ingredients,
+    given: FitInputs,
     device: torch.device | str,
     precision: Callable[[], AbstractContextManager[Any]],
 ) -> Prepared:
@@ -80,8 +80,8 @@ def prepare(
     )  # before the model is loaded, to reuse its memory
     placement = Placement(device, settings.dtype, settings.sharded)
     experts = load_resident(recipe, given.opened, given.coefficients, given.data.tokenize, placement)
-    vectors = look_at_examples(given, vectors, first, rest, experts)
-    vectors = make_smaller(given, vectors)
+    vectors = preprocess_with_examples(given, vectors, first, rest, experts)
+    vectors = quantise_vectors(given, vectors)
     resident = experts.merging(vectors, find_subspaces(given, vectors), schedule.keep)
     if schedule.recompute:
         recompute_blocks(resident.merged.module)
@@ -99,8 +99,8 @@ def split_at_examples(
     return first, methods[len(first) :]
 
 
-def look_at_examples(
-    given: Ingredients,
+def preprocess_with_examples(
+    given: FitInputs,
     vectors: TaskVectors,
     first: Sequence[Preprocess],
     rest: Sequence[Preprocess],
@@ -115,12 +115,12 @@ def look_at_examples(
         return apply(vectors, rest, given.settings.workspace, inputs, given.data.identity(), statistics)
 
 
-def statistics_of(given: Ingredients, resident: Resident) -> ExpertStatistics:
+def statistics_of(given: FitInputs, resident: Resident) -> ExpertStatistics:
     """The experts on their own calibration examples."""
     return ExpertStatistics(resident, given.data.examples, given.data.tokenize, given.settings.workspace)
 
 
-def make_smaller(given: Ingredients, vectors: TaskVectors) -> TaskVectors:
+def quantise_vectors(given: FitInputs, vectors: TaskVectors) -> TaskVectors:
     """The task vectors of the fit: quantised if the settings ask for it."""
     if given.settings.quantise is None:
         return vectors
@@ -128,21 +128,21 @@ def make_smaller(given: Ingredients, vectors: TaskVectors) -> TaskVectors:
         return quantised(vectors, given.settings.quantise, given.settings.workspace, given.identity())
 
 
-def find_subspaces(given: Ingredients, vectors: TaskVectors) -> Mapping[str, Tensor]:
+def find_subspaces(given: FitInputs, vectors: TaskVectors) -> Mapping[str, Tensor]:
     """The experts' shared subspace [m, k] of each matrix, projected out of its gradient."""
     if not given.settings.subspace:
         return {}
     return shared_subspaces(vectors, given.settings.subspace, given.settings.workspace, given.identity())
 
 
-def measure_start(given: Ingredients, resident: Resident) -> Tensor | None:
+def measure_start(given: FitInputs, resident: Resident) -> Tensor | None:
     """The starting coefficients of a preset that measures the experts."""
     if not isinstance(given.initial, MeasuredPreset):
         return None
     return given.initial.measured(tuple(given.recipe.experts), statistics_of(given, resident))
 
 
-def record(given: Ingredients, resident: Resident) -> list[Record]:
+def record(given: FitInputs, resident: Resident) -> list[Record]:
     """The experts' outputs on their own examples, if the objective needs them."""
     if given.asks == Asks():
         return []

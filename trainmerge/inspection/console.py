@@ -33,7 +33,7 @@ def print_sources(recipe: Recipe, opened: Opened) -> None:
     print_table("base and experts", ["name", "folder", "parameters changed", "calibration"], rows)
 
 
-def kept_parameters(opened: Opened) -> dict[str, str]:
+def unmerged_parameters(opened: Opened) -> dict[str, str]:
     """Parameter -> why it keeps the base's value."""
     untouched = {
         name: "no expert changes it" for name in opened.base.tensors if name not in opened.task_vectors.deltas
@@ -48,13 +48,13 @@ def parameter_counts(opened: Opened) -> dict[str, Any]:
         "merged_parameters": len(layout.groups),
         "merged_weights": sum(deltas[name].base.numel() for name in layout.groups),
         "coefficients": len(opened.task_vectors.experts) * len(layout.labels),
-        "kept": kept_parameters(opened),
+        "kept": unmerged_parameters(opened),
     }
 
 
 def print_parameters(opened: Opened, every: bool) -> None:
     """Parameters with their number of coefficients, or why they keep the base's value."""
-    layout, deltas, kept = opened.layout, opened.task_vectors.deltas, kept_parameters(opened)
+    layout, deltas, kept = opened.layout, opened.task_vectors.deltas, unmerged_parameters(opened)
     merged, experts = parameter_counts(opened)["merged_weights"], len(opened.task_vectors.experts)
     print(
         f"{len(layout.groups)} parameters ({merged:,} weights) merged with {experts} x {len(layout.labels)} "

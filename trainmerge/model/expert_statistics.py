@@ -23,7 +23,7 @@ from trainmerge.model.resident import Resident
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 
 TOGETHER = 8  # examples a forward pass
-HELD = 256 << 20  # bytes of the base's predictions that wait for the expert's
+PREDICTIONS = 256 << 20  # bytes of the base's predictions that wait for the expert's
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class ExpertStatistics:
     def divergences(self, expert: int, texts: Sequence[Example]) -> Tensor:
         """Mean Jensen-Shannon divergence of base and expert on each text, [N] float64, in nats.
 
-        Holds the base's predictions of so many texts that they take HELD bytes, or of one.
+        Holds the base's predictions of so many texts that they take PREDICTIONS bytes, or of one.
         """
         merged = self.resident.merged
         found: list[Tensor] = []
@@ -128,11 +128,11 @@ class ExpertStatistics:
         return torch.stack(found).cpu()
 
     def _predictions(self, expert: int, texts: Sequence[Example]) -> list[Tensor]:
-        """Log-probabilities [R, V] of the first texts, until they take HELD bytes."""
+        """Log-probabilities [R, V] of the first texts, until they take PREDICTIONS bytes."""
         held: list[Tensor] = []
         for example in texts:
             held.append(self._log_p(self.resident.batch(expert, [example], self.tokenizer))[0])
-            if sum(log_p.nbytes for log_p in held) > HELD:
+            if sum(log_p.nbytes for log_p in held) > PREDICTIONS:
                 break
         return held
 

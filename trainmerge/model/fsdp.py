@@ -43,13 +43,13 @@ class Root(nn.Module):
 
 @torch.no_grad()
 def shard_model(
-    hollow: LoadedModel,
+    loaded: LoadedModel,
     base: Checkpoint,
     learned: Iterable[str],
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> Root:
-    """Shard a `hollow_model` over all processes and fill in this one's rows from the files.
+    """Shard a `load_meta_model` over all processes and fill in this one's rows from the files.
 
     `learned` are the base's names of parameters that will have gradients; weights are held in `dtype`, or as
     they are stored. Parameters that no file has (an unused pooler) are 0.
@@ -57,7 +57,7 @@ def shard_model(
     Raises:
         ValueError: the learned parameters of one block are stored in different dtypes.
     """
-    module, names = hollow.module, hollow.names
+    module, names = loaded.module, loaded.names
     parameters = dict(module.named_parameters())
     for parameter in parameters.values():
         parameter.data = parameter.data.to(dtype or parameter.dtype)

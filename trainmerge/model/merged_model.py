@@ -34,7 +34,7 @@ class MergedModel:
     the module's parameters under the task vectors' names.
     `teacher` and `uniform` write merges of `originals`, the experts' own task vectors, where `task_vectors`
     are preprocessed ones. The module's weights are overwritten; only merged parameters ask for gradients.
-    Gradients are projected onto the orthogonal complement of `left_alone`, orthonormal columns [m, k].
+    Gradients are projected onto the orthogonal complement of `subspaces`, orthonormal columns [m, k].
     With `keep_gradients` weight gradients stay and add up until `gradient` takes them all in one pass over
     the task vectors: for one more model's memory, several backwards cost one pass.
     Under FSDP2, which has to sum gradients (`sharded`), the coefficient gradients of all processes add up to
@@ -50,12 +50,12 @@ class MergedModel:
         coefficients: Coefficients,
         names: Mapping[str, str] | None = None,
         originals: TaskVectors | None = None,
-        left_alone: Mapping[str, Tensor] | None = None,
+        subspaces: Mapping[str, Tensor] | None = None,
         keep_gradients: bool = False,
     ) -> None:
         self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
         self.names, self.originals = names or {}, originals or task_vectors
-        self.left_alone, self.keep_gradients = left_alone or {}, keep_gradients
+        self.subspaces, self.keep_gradients = subspaces or {}, keep_gradients
         own, deltas = dict(module.named_parameters()), task_vectors.deltas
         self.parameters = {name: own[self.names.get(name, name)] for name in deltas}
         self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
@@ -76,14 +76,14 @@ class MergedModel:
             for name, parameter in self._parameters.items()
         ]
 
-    def handed_over(
-        self, task_vectors: TaskVectors, left_alone: Mapping[str, Tensor], keep_gradients: bool
+    def with_task_vectors(
+        self, task_vectors: TaskVectors, subspaces: Mapping[str, Tensor], keep_gradients: bool
     ) -> "MergedModel":
         """The same module as the merge of other task vectors; gradients go there, and no longer here."""
         for hook in self._hooks:
             hook.remove()
         same = self.coefficients, self.names, self.originals
-        return MergedModel(self.module, task_vectors, *same, left_alone, keep_gradients)
+        return MergedModel(self.module, task_vectors, *same, subspaces, keep_gradients)
 
     @torch.no_grad()
     def materialise(self) -> None:
@@ -134,7 +134,7 @@ class MergedModel:
         layer and what comes back, and the weight has none. Not for a model that reads such a weight past
         its layer's forward, or changes a layer's output in place.
         """
-        ordinary = {n: p for n, p in self._parameters.items() if n not in self.left_alone}
+        ordinary = {n: p for n, p in self._parameters.items() if n not in self.subspaces}
         layers = dict(tappable(self.module, ordinary, self.task_vectors.deltas))
         handles = [tap(layer, partial(self._collect_at_layer, name)) for name, layer in layers.items()]
         for layer in layers.values():
@@ -171,7 +171,7 @@ class MergedModel:
             self._found.append((columns, layer_products(inputs, slopes, delta, len(columns))))
 
     def _projected(self, name: str, gradient: Tensor) -> Tensor:
-        basis = self.left_alone.get(name)
+        basis = self.subspaces.get(name)
         return gradient if basis is None else outside(gradient.to(basis.dtype), basis.to(gradient.device))
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints import LoadedModel, hollow_model, load_model
+from trainmerge.checkpoints import LoadedModel, load_meta_model, load_model
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.data.batch import Batch, Outputs
 from trainmerge.data.examples import Example
@@ -46,11 +46,11 @@ class Resident:
     def merging(
         self,
         task_vectors: TaskVectors,
-        left_alone: Mapping[str, Tensor] | None = None,
+        subspaces: Mapping[str, Tensor] | None = None,
         keep_gradients: bool = False,
     ) -> "Resident":
         """The same model as the merge of other task vectors, in place of this one (`MergedModel`)."""
-        merged = self.merged.handed_over(task_vectors, left_alone or {}, keep_gradients)
+        merged = self.merged.with_task_vectors(task_vectors, subspaces or {}, keep_gradients)
         return replace(self, merged=merged)
 
     def batch(self, expert: int, examples: Sequence[Example], tokenizer: Tokenizer, first: int = 0) -> Batch:
@@ -106,8 +106,8 @@ def load_base(opened: Opened, placement: Placement) -> tuple[LoadedModel, Root |
     """The base on its device, as stored; or a shard of it, in the placement's dtype, and the shards' root."""
     device = torch.device(placement.device)
     if placement.sharded and distributed.world_size() > 1:
-        hollow = hollow_model(opened.base, opened.ignore)
-        return hollow, shard_model(hollow, opened.base, opened.layout.groups, device, placement.dtype)
+        loaded = load_meta_model(opened.base, opened.ignore)
+        return loaded, shard_model(loaded, opened.base, opened.layout.groups, device, placement.dtype)
     loaded = load_model(opened.base, opened.ignore)
     loaded.module.to(device)
     return loaded, None

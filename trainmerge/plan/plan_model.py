@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from trainmerge.checkpoints import build_skeleton
+from trainmerge.checkpoints import build_meta_model
 from trainmerge.data.batch import Batch
 from trainmerge.model.activation_checkpointing import recompute_blocks
 from trainmerge.objectives import Entropy
@@ -41,18 +41,18 @@ def plan_model(
     """
     if min(experts, batch, length, devices) < 1:
         raise ValueError("experts, batch, length and devices must be at least 1")
-    skeleton = build_skeleton(Path(folder))
-    dtype = getattr(skeleton.config, "dtype", None) or torch.float32
-    own = {name: p.numel() * dtype.itemsize for name, p in skeleton.named_parameters()}
+    meta_model = build_meta_model(Path(folder))
+    dtype = getattr(meta_model.config, "dtype", None) or torch.float32
+    own = {name: p.numel() * dtype.itemsize for name, p in meta_model.named_parameters()}
     read = {name: (experts + 1) * count for name, count in own.items()}
-    sizes = sizes_of(skeleton, own, read, experts, experts * len(own), sum(read.values()))
+    sizes = sizes_of(meta_model, own, read, experts, experts * len(own), sum(read.values()))
     tokens = torch.zeros(-(-batch // devices), length, dtype=torch.int64)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     step = [Batch(k, inputs, tokens == 0, torch.arange(len(tokens))) for k in range(experts)]
     if schedule.recompute:
-        recompute_blocks(skeleton)
+        recompute_blocks(meta_model)
     parts = list(rounds(step, schedule))
-    needs = dry_run(skeleton, own, parts[:1], Entropy(), dtypes=dtype)
+    needs = dry_run(meta_model, own, parts[:1], Entropy(), dtypes=dtype)
     needs = needs._replace(flops=needs.flops * len(parts))  # all rounds are equal
     return Plan(sizes, schedule, needs, len(parts), device or measured(dtype), devices)
 

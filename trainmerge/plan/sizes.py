@@ -27,7 +27,7 @@ class Sizes:
 
 
 def sizes_of(
-    skeleton: nn.Module,
+    meta_model: nn.Module,
     stored: Mapping[str, int],
     read: Mapping[str, int],
     experts: int,
@@ -37,10 +37,10 @@ def sizes_of(
 ) -> Sizes:
     """`stored` are the bytes of every parameter, `read` the bytes that a pass reads of each merged one."""
     return Sizes(
-        parameters=sum(p.numel() for p in skeleton.parameters()),
+        parameters=sum(p.numel() for p in meta_model.parameters()),
         experts=experts,
         coefficients=coefficients,
-        weights=sum(stored.values()) + sum(buffer.nbytes for buffer in skeleton.buffers()),
+        weights=sum(stored.values()) + sum(buffer.nbytes for buffer in meta_model.buffers()),
         gradient=max(stored[name] for name in read),
         gradients=sum(stored[name] for name in read),
         block=max(sum(stored[name] for name in block) for _, block in groupby(stored, block_of)),

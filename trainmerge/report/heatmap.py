@@ -32,7 +32,7 @@ def grid_of(layout: Layout, values: Tensor) -> Grid:
     names = list(layout.groups)
     numbers = {name: number for name in names if (number := number_of(name))}
     places = {number: place for place, number in enumerate(sorted(set(numbers.values())))}
-    whole = _one_a_block(layout)
+    whole = _one_per_block(layout)
     cells: dict[str, dict[int, list[int]]] = {}
     outside: dict[str, list[int]] = {}
     for name, groups in layout.groups.items():
@@ -52,7 +52,7 @@ def grid_of(layout: Layout, values: Tensor) -> Grid:
     return Grid(tuple(labels), inside, means)
 
 
-def _one_a_block(layout: Layout) -> bool:
+def _one_per_block(layout: Layout) -> bool:
     sets: dict[str, set[tuple[int, ...]]] = {}
     for name, groups in layout.groups.items():
         sets.setdefault(block_of(name), set()).add(tuple(groups))

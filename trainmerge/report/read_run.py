@@ -19,7 +19,7 @@ from trainmerge.run.scores import ACCURACY, PERPLEXITY, Metric, Scores
 from trainmerge.run.trajectory import Trajectory, read_trajectory
 from trainmerge.system.json_file import read_json, read_json_lines
 from trainmerge.system.safetensors_file import sha256
-from trainmerge.task_vectors.geometry import Geometry, geometry_path, kept_geometry, load_geometry
+from trainmerge.task_vectors.geometry import Geometry, cached_geometry, geometry_path, load_geometry
 
 SUMMARIES = {"mean", "normalised"}  # columns of a row of scores that are no task
 
@@ -101,7 +101,7 @@ def _geometry(folder: RunFolder, manifest: Mapping[str, Any]) -> tuple[Geometry 
         _, _, opened = open_run(folder)
     except (ValueError, FileNotFoundError) as error:  # experts are gone or changed: show the rest
         return None, str(error)
-    return kept_geometry(opened.task_vectors, folder.workspace, identity), ""
+    return cached_geometry(opened.task_vectors, folder.workspace, identity), ""
 
 
 def read_losses(path: Path) -> dict[str, Tensor]:

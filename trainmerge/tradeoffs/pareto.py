@@ -87,12 +87,12 @@ def _content(
 ) -> dict[str, Any]:
     """Everything that a picture or a table of it needs."""
     names = tuple(module.recipe.experts)
-    found, told = front(quadratics, count), quadratics(at)
+    found, predicted = front(quadratics, count), quadratics(at)
     order = quadratics(found)[:, 0].argsort()
     fit = {
         name: {
-            "rank_correlation": rank_correlation(told[points:, t], losses[points:, t]),
-            "r2": _explained(told[points:, t], losses[points:, t]),
+            "rank_correlation": rank_correlation(predicted[points:, t], losses[points:, t]),
+            "r2": _explained(predicted[points:, t], losses[points:, t]),
         }
         for t, name in enumerate(names)
     }
@@ -107,7 +107,7 @@ def _content(
         "checks": fit,
         "front": [entry(u, point=i, losses=named(names, quadratics(u))) for i, u in enumerate(found[order])],
         "measured": [
-            entry(u, losses=named(names, losses[i]), predicted=named(names, told[i]), check=i >= points)
+            entry(u, losses=named(names, losses[i]), predicted=named(names, predicted[i]), check=i >= points)
             for i, u in enumerate(at)
         ],
         "surrogate": {
@@ -118,9 +118,9 @@ def _content(
     }
 
 
-def _explained(told: Tensor, true: Tensor) -> float:
+def _explained(predicted: Tensor, true: Tensor) -> float:
     """The share of the variance that is predicted."""
-    return float(1 - ((told - true) ** 2).sum() / ((true - true.mean()) ** 2).sum())
+    return float(1 - ((predicted - true) ** 2).sum() / ((true - true.mean()) ** 2).sum())
 
 
 def export_point(run: str | Path, point: int, out: str | Path, overwrite: bool = False) -> Path:

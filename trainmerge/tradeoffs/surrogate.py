@@ -45,8 +45,8 @@ def fit_quadratics(points: Tensor, losses: Tensor, slopes: Tensor) -> Quadratics
     pairs = torch.triu_indices(n, n)
     check_points(P, n)
     rows = torch.cat([_values(points, pairs)[:, None], _slopes(points, pairs)], dim=1)  # [P, 1 + n, unknowns]
-    told = torch.cat([losses[:, None], slopes.transpose(1, 2)], dim=1)  # [P, 1 + n, T]
-    solved = torch.linalg.lstsq(rows.flatten(0, 1), told.flatten(0, 1), driver="gelsd").solution.T
+    measured = torch.cat([losses[:, None], slopes.transpose(1, 2)], dim=1)  # [P, 1 + n, T]
+    solved = torch.linalg.lstsq(rows.flatten(0, 1), measured.flatten(0, 1), driver="gelsd").solution.T
     upper = torch.zeros(len(solved), n, n, dtype=solved.dtype)
     upper[:, pairs[0], pairs[1]] = solved[:, 1 + n :]
     return Quadratics(solved[:, 0], solved[:, 1 : 1 + n], upper + upper.transpose(1, 2))
