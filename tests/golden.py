@@ -1,4 +1,4 @@
-"""Two fits' coefficients and two closed forms' exports on the fixtures' models, bit by bit.
+"""Three fits' coefficients and three closed forms' exports on the fixtures' models, bit by bit.
 
     python -m tests.golden OUT             write what this commit computes on this machine
     python -m tests.golden --compare A B   which bits of two such folders differ
@@ -22,6 +22,8 @@ from tests.tolerances import DRAWS, perturbed, spread
 WORLD = Path(__file__).parent / "fixtures" / "old_runs"
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 STEPS = 5
+TENSOR = tm.Grouping()
+CHUNK = tm.Grouping("chunk", chunks=4)
 Tensors = dict[str, Tensor]
 
 
@@ -40,10 +42,10 @@ def encoder(world: Path) -> tm.Recipe:
     )
 
 
-def language(world: Path, *preprocess: tm.Preprocess) -> tm.Recipe:
+def language(world: Path, *preprocess: tm.Preprocess, grouping: tm.Grouping = TENSOR) -> tm.Recipe:
     """Two full experts of a language model."""
     experts = {n: tm.Expert(str(world / "llama" / n), str(world / f"llama/{n}.jsonl")) for n in "ab"}
-    return tm.Recipe(str(world / "llama/base"), experts, preprocess)
+    return tm.Recipe(str(world / "llama/base"), experts, preprocess, grouping)
 
 
 def fitted(recipe: tm.Recipe, objective: tm.Objective, run: Path, steps: int = STEPS) -> Path:
@@ -78,7 +80,9 @@ def closed(recipe: tm.Recipe, run: Path) -> Tensors:
 CASES: dict[str, Callable[[Path, Path], Tensors]] = {
     "entropy": lambda world, run: learned(encoder(world), tm.Entropy(agreement=5.0), run),
     "alignment": lambda world, run: learned(language(world), tm.Alignment(hidden=1.0, layers=[1]), run),
+    "chunks": lambda world, run: learned(language(world, tm.Ties(0.5), grouping=CHUNK), tm.Entropy(), run),
     "ties": lambda world, run: closed(language(world, tm.Ties(0.5)), run),
+    "tsv": lambda world, run: closed(language(world, tm.Tsv()), run),
     "regmean": lambda world, run: closed(language(world, tm.RegMean()), run),
 }
 

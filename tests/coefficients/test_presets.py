@@ -49,7 +49,7 @@ def test_layer_swap_says_what_it_cannot_do() -> None:
         tm.LayerSwap("a", "b")(["a", "b"], layout(6))
     with pytest.raises(ValueError, match="no expert"):
         tm.LayerSwap("a", "c")(["a", "b"], layout(32))
-    with pytest.raises(ValueError, match="a coefficient a block, or finer"):
+    with pytest.raises(ValueError, match="one coefficient per block, or a finer"):
         tm.LayerSwap("a", "b")(["a", "b"], layout(32, "task"))
 
 
