@@ -154,7 +154,7 @@ def test_resume_words(finished: Path, tmp_path: Path) -> None:
     assert folder.resume_from("auto") == folder.checkpoints / f"step-{STEPS}.ckpt"
     assert RunFolder(tmp_path).resume_from("auto") is None
     assert RunFolder(tmp_path).resume_from("never") is None
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already has a run"):
         folder.resume_from("never")
     with pytest.raises(ValueError, match="no such checkpoint"):
         folder.resume_from(str(tmp_path / "absent.ckpt"))

@@ -64,7 +64,7 @@ def test_every_reason_in_one_error(world: Path) -> None:
     [
         ({"a": tm.Expert("x"), "b": tm.Expert("y/../x")}, r"experts\.b: y/\.\./x is a already"),
         ({"a": tm.Expert("x/../base")}, r"is the base already"),
-        ({"base": tm.Expert("x")}, "cannot be names"),
+        ({"base": tm.Expert("x")}, "not valid names"),
         ({"a": tm.Expert("x", weight=0.0)}, "every weight is 0"),
     ],
 )

@@ -198,7 +198,7 @@ def test_a_small_budget_keeps_the_largest_and_says_so(
     assert "tokens" not in whole.teachers[0].parts
     part, _ = build(languages, tmp_path, tm.Alignment(), teacher_budget=2000)
     part.load(data)
-    assert "probabilities are kept" in capsys.readouterr().out
+    assert "probabilities per position are recorded" in capsys.readouterr().out
     for k in range(2):
         full, kept = whole.teachers[k].parts["log_p"], part.teachers[k].parts
         m = kept["log_p"].shape[1]

@@ -124,7 +124,7 @@ def test_evolution_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert log.read_text() == (tmp_path / "whole").read_text()
     longer = list(maximise(counted, [0.0] * 3, Search(80, 0.5), log))
     assert longer[:60] == whole
-    with pytest.raises(ValueError, match="another search: \\['seed'\\]"):
+    with pytest.raises(ValueError, match="different search: \\['seed'\\]"):
         next(maximise(counted, [0.0] * 3, Search(60, 0.5, seed=1), log))
 
 
@@ -235,9 +235,9 @@ def test_search_from_the_command_line(world: Path, capsys: pytest.CaptureFixture
     torch.testing.assert_close(values, 0.3 * torch.tensor(best["x"])[:, None].expand_as(values))
     assert main(["export", str(run), str(world / "found-merged")]) == 0
     assert main([*command, "9", "--seed", "1"]) == 1
-    assert "another search" in capsys.readouterr().err
+    assert "different search" in capsys.readouterr().err
     assert main(["search", config, str(world / "run"), "--score", "loss"]) == 1
-    assert "holds a fit" in capsys.readouterr().err
+    assert "has a fit" in capsys.readouterr().err
 
 
 def test_search_by_a_callable_and_by_validation_files(

@@ -1,6 +1,6 @@
-"""`trainmerge search`: a run folder whose coefficients were found by trying, for scores without a gradient.
+"""`trainmerge search`: a run folder whose coefficients maximise a score without gradients.
 
-As in Evo-Merging (arXiv 2509.12951); its search of sparsities is not here.
+As in Evo-Merging (arXiv 2509.12951), without its search over sparsities.
 
 Legend: `K` experts, `G` coefficient groups.
 """
@@ -39,27 +39,30 @@ def search_config(
     initial: str | None = None,
     limit: int | None = None,
 ) -> Tried:
-    """Search coefficients of a fit's configuration by a score; `run` then is a run folder with the best ones.
+    """Search the coefficients with the best score; `run` becomes a run folder with them.
 
     Args:
-        config: A configuration as of `trainmerge fit`; its optimizer and steps are not used.
-        run: The run folder. If it holds a search, that goes on.
+        config: A configuration of `trainmerge fit`; its optimizer and steps are not used.
+        run: The run folder. If it has a search, that is resumed.
         score: See `make_score`.
-        options: For a score that is a class.
-        over: One scale an expert, or every coefficient.
-        search: How to search.
-        initial: A coefficients file to start from, in place of the configuration's `model.initial`.
+        options: Arguments of a score that is a class.
+        over: Search one scale per expert (`experts`), or every coefficient (`coefficients`).
+        search: Settings of the search.
+        initial: A coefficients file to start from, instead of the configuration's `model.initial`.
         limit: Use the first so many validation examples of each task; by default all.
 
     Raises:
-        ValueError: the folder holds a fit, or a search with other settings; coefficients that are all zero.
+        ValueError: the folder has a fit, or a search with other settings; an expert's coefficients are all
+            zero.
     """
     module, data, folder = _begin(config, Path(run), initial)
     module.load(data)
     scoring = make_score(score, options or {}, module, data, limit)
     start = module.start
     if over == "experts" and not start.any(dim=1).all():
-        raise ValueError("over: experts scales coefficients, and some are all zero: set model.initial")
+        raise ValueError(
+            "over: experts scales coefficients, but some expert's are all zero: set model.initial"
+        )
 
     def at(x: Sequence[float]) -> float:
         _place(module, _coefficients(start, x, over))
@@ -86,14 +89,14 @@ def search_config(
 
 
 def _begin(config: str | Path, run: Path, initial: str | None) -> tuple[MergeModule, Calibration, RunFolder]:
-    """Everything checked and built, in a run folder that a fit of no steps made."""
+    """Check the settings and create the run folder by a fit without steps."""
     if RunFolder(run).latest():
-        raise ValueError(f"{run} holds a fit, whose coefficients a search would replace: name another folder")
+        raise ValueError(f"{run} has a fit, whose coefficients a search would replace: choose another folder")
     changes: dict[str, Any] = {"trainer.max_steps": 0, "model.keep_better": False}
     settings = from_config(config, run, changes | ({"model.initial": initial} if initial else {}))
     module, data = settings.module, settings.data
     if isinstance(module.coefficients.constraint, Sigmoid):
-        raise ValueError("a search moves coefficients themselves: use trainmerge.Box in place of Sigmoid")
+        raise ValueError("a search changes the coefficients directly: use trainmerge.Box instead of Sigmoid")
     return module, data, fit(module, data, settings.trainer, run, config=settings.text)
 
 
@@ -104,6 +107,6 @@ def _coefficients(start: Tensor, x: Sequence[float], over: Over) -> Tensor:
 
 @torch.no_grad()
 def _place(module: MergeModule, values: Tensor) -> None:
-    """Be these coefficients, or the nearest ones that the constraint allows."""
+    """Set the coefficients to these values, or to the nearest ones in the constraint's set."""
     own = module.coefficients
     own.reset_(own.constraint.project(values.to(own.raw)))
