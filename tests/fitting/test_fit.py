@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_named(world: Path, tmp_path: Path) -> None:
 
 
 def test_changed_settings_are_refused(world: Path, finished: Path) -> None:
-    with pytest.raises(ValueError, match=r"made from other things:\n  anchor: .* then, .* now"):
+    with pytest.raises(ValueError, match=r"different experts, data or settings:\n  anchor: .* then, .* now"):
         fit_world(world, finished, anchor=tm.Anchor(0.5))
 
 
@@ -294,7 +294,9 @@ def test_a_path_goes_back_and_other_things_are_refused(world: Path, tmp_path: Pa
     assert RunFolder(run).latest() == run / "checkpoints" / "step-6.ckpt"
     module, data = build(world, tmp_path / "other", anchor=tm.Anchor(1.0))
     trainer = tm.make_trainer(tmp_path / "other", max_steps=6, accelerator="cpu", enable_progress_bar=False)
-    with pytest.raises(ValueError, match=r"early\.ckpt was made from other things:\n  anchor"):
+    with pytest.raises(
+        ValueError, match=r"early\.ckpt was made with different experts, data or settings:\n  anchor"
+    ):
         tm.fit(module, data, trainer, tmp_path / "other", resume=str(early))
     assert not (tmp_path / "other").exists()
 

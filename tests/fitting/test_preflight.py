@@ -62,8 +62,8 @@ def test_every_reason_in_one_error(world: Path) -> None:
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
-        ({"a": tm.Expert("x"), "b": tm.Expert("y/../x")}, r"experts\.b: y/\.\./x is a already"),
-        ({"a": tm.Expert("x/../base")}, r"is the base already"),
+        ({"a": tm.Expert("x"), "b": tm.Expert("y/../x")}, r"experts\.b: y/\.\./x is already a"),
+        ({"a": tm.Expert("x/../base")}, r"is already the base"),
         ({"base": tm.Expert("x")}, "not valid names"),
         ({"a": tm.Expert("x", weight=0.0)}, "every weight is 0"),
     ],

@@ -49,7 +49,7 @@ def test_a_surrogate_of_quadratics_is_exact_with_few_points(generator: torch.Gen
         torch.testing.assert_close(getattr(got, name), getattr(true, name))
     far = 5 * torch.randn(7, 5, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(got(far), true(far))
-    with pytest.raises(ValueError, match="takes 6"):
+    with pytest.raises(ValueError, match="needs 6"):
         fit_quadratics(at[:5], *measured(true, at[:5]))
 
 

@@ -1,6 +1,6 @@
-"""Disk <-> tensors: base models, full experts and peft adapters, checked before anything is read.
+"""Disk <-> tensors: base models, full experts and peft adapters, checked before any weight is read.
 
-What needs transformers or peft is imported when first used.
+Names that need transformers or peft are imported on first use.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""A checkpoint's parameters: what can be merged, under one name each."""
+"""A checkpoint's parameters: all mergeable tensors, under one name each."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ MERGED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Parameters:
-    """A checkpoint, its model's modules without storage, and which tensor of the files each parameter is.
+    """A checkpoint, its meta model, and the tensor of the files of each parameter.
 
     Buffers and integers are in no map: they are never merged. `ignored` parameters are in `names` only.
     """
@@ -27,7 +27,7 @@ class Parameters:
 
     @property
     def tied(self) -> dict[str, str]:
-        """Tensor of the files -> the tensor that config.json ties it to, where the files hold both."""
+        """Tensor of the files -> the tensor that config.json ties it to, if the files have both."""
         return tied_names(self.names)
 
     def file_of(self, name: str) -> str | None:
@@ -55,7 +55,7 @@ def open_parameters(checkpoint: Checkpoint, ignore: Sequence[str] = ()) -> Param
     if narrow or "quantization_config" in checkpoint.config:
         raise ValueError(
             f"{checkpoint.path}: quantised weights ({', '.join(narrow[:3]) or 'quantization_config'}) cannot "
-            "be merged. Use the float checkpoint that they were made from."
+            "be merged. Use the float checkpoint that was quantised."
         )
     meta_model = build_meta_model(checkpoint.path)
     names = locate(meta_model, checkpoint.path, checkpoint.tensors, ignore)
@@ -70,7 +70,7 @@ def _quantised(dtype: torch.dtype) -> bool:
 
 
 def fit_prefix(names: Iterable[str], known: Iterable[str], prefixes: Iterable[str]) -> dict[str, str]:
-    """Each of `names` as `known` has it: one prefix added to all, or taken off all, whichever fits most.
+    """`names` matched to `known` by a prefix added to all, or removed from all, whichever matches most.
 
     >>> fit_prefix(["bert.encoder.a", "classifier.b"], ["encoder.a"], ["bert"])
     {'bert.encoder.a': 'encoder.a', 'classifier.b': 'classifier.b'}
