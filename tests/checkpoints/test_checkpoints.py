@@ -247,7 +247,7 @@ def test_what_the_file_lacks_is_never_random(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
         match=r"would be randomly initialised: pooler\.dense\.weight, "
-        "pooler\.dense\.bias",
+        r"pooler\.dense\.bias",
     ):
         load_model(open_checkpoint(path))
     assert load_model(open_checkpoint(path), ignore=["pooler.*"]).module

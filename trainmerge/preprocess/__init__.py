@@ -1,4 +1,4 @@
-"""Task vectors -> task vectors, one method per file. Experts stay separate: coefficients weigh them."""
+"""Task vectors -> task vectors, one method per file. Experts stay separate, so coefficients can weight them."""
 
 from trainmerge.preprocess.base import Calibrator, Informed, Preprocess
 from trainmerge.preprocess.breadcrumbs import Breadcrumbs
