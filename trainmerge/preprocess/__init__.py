@@ -1,4 +1,4 @@
-"""Task vectors -> task vectors, one method per file. Experts stay separate, so coefficients can weight them."""
+"""Task vectors -> task vectors, one method per file. Experts stay separate, to be weighted by coefficients."""
 
 from trainmerge.preprocess.base import Calibrator, Informed, Preprocess
 from trainmerge.preprocess.breadcrumbs import Breadcrumbs
