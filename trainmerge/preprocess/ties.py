@@ -105,7 +105,7 @@ def _trim(taus: Tensor, limits: Iterable[Limit]) -> Tensor:
 
 
 def disjoint(trimmed: Tensor, majority: float, merge: Literal["sum", "mean"]) -> Tensor:
-    """Keep, in place, the entries of `trimmed` [K, *S] with the elected sign; `mean` divides by their count."""
+    """Keep, in place, the entries of `trimmed` [K, *S] with the elected sign; `mean` divides them."""
     sign = total(trimmed).sign_()
     sign.sub_(sign.abs().sub_(1), alpha=majority)  # where it is 0
     agreeing = trimmed.mul_(sign).clamp_min_(0)  # magnitudes
