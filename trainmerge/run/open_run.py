@@ -1,6 +1,5 @@
 """One door to a run folder: its recipe, coefficients and manifest, compared with one another."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -57,8 +56,7 @@ def _mismatches(recipe: Recipe, coefficients: Coefficients, manifest: Mapping[st
     for file, experts in orders.items():
         if experts != manifest["experts"]:
             yield f"{file} has the experts {experts}, manifest.json has {manifest['experts']}"
-    layout = hashlib.sha256(coefficients.layout.to_json().encode()).hexdigest()
-    if layout != manifest.get("layout", layout):
+    if manifest.get("layout", layout := coefficients.layout.identity()) != layout:
         yield "coefficients.safetensors has another layout of coefficients than manifest.json"
     made, now = manifest["recipe"], to_config(recipe)
     known = {key: now[key] for key in MERGED if key in made}
