@@ -56,7 +56,8 @@ def _mismatches(recipe: Recipe, coefficients: Coefficients, manifest: Mapping[st
     for file, experts in orders.items():
         if experts != manifest["experts"]:
             yield f"{file} has the experts {experts}, manifest.json has {manifest['experts']}"
-    if manifest.get("layout", layout := coefficients.layout.identity()) != layout:
+    layout = coefficients.layout.identity()
+    if manifest.get("layout", layout) != layout:
         yield "coefficients.safetensors has another layout of coefficients than manifest.json"
     made, now = manifest["recipe"], to_config(recipe)
     known = {key: now[key] for key in MERGED if key in made}
