@@ -147,7 +147,7 @@ def test_index_and_shards_must_agree_both_ways(sharded: Path) -> None:
     copied = load_file(sharded / shards[1])
     copied["model.norm.weight"] = torch.ones(16)
     save_file(copied, sharded / shards[1])
-    with pytest.raises(ValueError, match="the index disagrees with its shards") as error:
+    with pytest.raises(ValueError, match="the index contradicts its shards") as error:
         open_checkpoint(sharded)
     message = str(error.value)
     assert f"ghost is not in {shards[0]}" in message
@@ -244,7 +244,11 @@ def test_a_file_without_the_models_prefix_and_with_old_names(tmp_path: Path) -> 
 def test_what_the_file_lacks_is_never_random(tmp_path: Path) -> None:
     path = save(bert(), tmp_path / "m")
     rewrite(path, **{"pooler.dense.weight": None, "pooler.dense.bias": None})
-    with pytest.raises(ValueError, match=r"would start random: pooler\.dense\.weight, pooler\.dense\.bias"):
+    with pytest.raises(
+        ValueError,
+        match=r"would be randomly initialised: pooler\.dense\.weight, "
+        r"pooler\.dense\.bias",
+    ):
         load_model(open_checkpoint(path))
     assert load_model(open_checkpoint(path), ignore=["pooler.*"]).module
 

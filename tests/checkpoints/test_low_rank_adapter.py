@@ -170,7 +170,7 @@ def test_other_adapters_equal_peft_exactly(bases: dict[str, Path], tmp_path: Pat
     kind = {"lora_bias": "bert", "bias": "bert", "both tied": "tied"}.get(name, "llama")
     adapter = train(bases[kind], tmp_path / "a", DENSE[name])
     base = open_checkpoint(bases[kind])
-    with pytest.raises(ValueError, match="give a workspace folder"):
+    with pytest.raises(ValueError, match="set a workspace folder"):
         open_task_vectors(base, {"a": adapter})
     opened = open_task_vectors(base, {"a": adapter}, workspace=tmp_path / "w")
     compare(bases[kind], opened, adapter, exact=True)
@@ -187,7 +187,7 @@ def test_an_embedding_that_is_not_the_bases_goes_dense(bases: dict[str, Path], t
     tensors["base_model.model.model.embed_tokens.base_layer.weight"] += 0.5
     save_file(tensors, file)
     base = open_checkpoint(bases["llama"])
-    with pytest.raises(ValueError, match="its embedding is not the base's"):
+    with pytest.raises(ValueError, match="its embedding differs from the base's"):
         open_task_vectors(base, {"a": adapter})
     opened = open_task_vectors(base, {"a": adapter}, workspace=tmp_path / "w")
     compare(bases["llama"], opened, adapter, exact=True)
@@ -291,7 +291,7 @@ def test_a_setting_that_may_not_be_linear_never_goes_low_rank(
 ) -> None:
     adapter = train(bases["llama"], tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
     edit_config(adapter, **changes)
-    with pytest.raises(ValueError, match=f"{next(iter(changes))} is .* not a plain low-rank one"):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} is .* not plainly low-rank"):
         open_task_vectors(open_checkpoint(bases["llama"]), {"a": adapter})
 
 

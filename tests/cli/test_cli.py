@@ -217,7 +217,7 @@ def empty_calibration(world: Path) -> None:
         (write_calibration(b'{"text": "\xe9"}\n'), ["mood/calibration.jsonl", "UTF-8"]),
         (lose_the_labels, ["mood/labels.json", "No such file"]),
         (list_an_expert_twice, ["config.yaml", "'mood' again", "line"]),
-        (run_is_a_file, ["run is no folder", "name another folder"]),
+        (run_is_a_file, ["run is not a folder", "choose another one"]),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -269,11 +269,11 @@ def test_an_existing_output_and_a_folder_that_is_no_run(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", str(world / "base"), str(world / "out")]) == 1
-    assert "no run in it" in capsys.readouterr().err
+    assert "not a run folder" in capsys.readouterr().err
     main(["fit", "--config", str(write_config(world)), "--run", str(world / "run")])
     shutil.copytree(world / "base", world / "out")
     assert main(["export", str(world / "run"), str(world / "out")]) == 1
-    assert "no export wrote" in capsys.readouterr().err
+    assert "is not an export" in capsys.readouterr().err
 
 
 def test_a_mistyped_command_is_answered_with_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:

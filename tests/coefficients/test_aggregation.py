@@ -112,20 +112,20 @@ def test_a_projected_gradient_is_exact_in_float64(random_task_vectors, tiny_mlp)
     given = random_task_vectors(module, [Difference, LowRank, ExpertWeight])
     coefficients = Coefficients(given.experts, Grouping("tensor").layout(given.shapes)).double()
     merged = MergedModel(module, given, coefficients)
-    merged.left_alone = {
+    merged.subspaces = {
         name: shared_subspace(delta.dense(), 2)
         for name, delta in given.deltas.items()
         if len(delta.shape) == 2
     }
-    assert sum(basis.shape[1] for basis in merged.left_alone.values()) == 4
+    assert sum(basis.shape[1] for basis in merged.subspaces.values()) == 4
     merged.materialise()
     x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     slopes = torch.autograd.grad(module(x).square().sum(), list(merged.parameters.values()))
     module(x).square().sum().backward()
     got = merged.gradient()
     for column, (name, slope) in enumerate(zip(merged.parameters, slopes, strict=True)):
-        if name in merged.left_alone:
-            basis = merged.left_alone[name]
+        if name in merged.subspaces:
+            basis = merged.subspaces[name]
             slope = (torch.eye(len(basis), dtype=torch.float64) - basis @ basis.T) @ slope
         want = (given.deltas[name].dense() * slope).reshape(3, -1).sum(1)
         torch.testing.assert_close(got[:, column], want, rtol=1e-10, atol=1e-12)

@@ -100,9 +100,9 @@ def test_box_does_not_kill_a_coefficient_on_its_border(border):
 @pytest.mark.parametrize(
     ("constraint", "values", "message"),
     [
-        (Box(), [[1.1], [0.5]], r"leave the box \[0.0, 1.0\]"),
-        (Box(), [[-1e-3], [0.5]], "leave the box"),
-        (Box(0.2, 0.4), [[0.3], [0.5]], r"leave the box \[0.2, 0.4\]"),
+        (Box(), [[1.1], [0.5]], r"outside the box \[0.0, 1.0\]"),
+        (Box(), [[-1e-3], [0.5]], "outside the box"),
+        (Box(0.2, 0.4), [[0.3], [0.5]], r"outside the box \[0.2, 0.4\]"),
         (Sigmoid(), [[0.0], [0.5]], "strictly between 0 and 1"),
         (Sigmoid(), [[0.5], [1.0]], "strictly between 0 and 1"),
         (Simplex(), [[0.3], [0.3]], "sum to 1"),

@@ -113,9 +113,9 @@ def test_a_run_with_a_task_held_out(run: Path) -> None:
     assert "forgetting" not in found["expert"]
     out = HeldOut("x", recipe(run.parent).experts["mood"].head)
     kept = Recipe(**{**vars(recipe(run.parent)), "held_out": {"mood": out}})
-    with pytest.raises(ValueError, match=r"\['mood'\] are experts' names"):
+    with pytest.raises(ValueError, match=r"\['mood'\] are names of experts"):
         load_tasks(kept)
-    with pytest.raises(ValueError, match="limit must be 1 or more"):
+    with pytest.raises(ValueError, match="limit must be at least 1"):
         load_tasks(recipe(run.parent), -1)
 
 
@@ -228,7 +228,7 @@ def test_without_the_harness_its_name_is_said(languages: Path, monkeypatch: pyte
 def test_wrong_labels_are_said(run: Path) -> None:
     head = recipe(run.parent).experts["mood"].head
     task = Task("mood", ["red"], [len(LABELS["mood"])], head=head)
-    with pytest.raises(ValueError, match="label 2 in its file; its head has 2"):
+    with pytest.raises(ValueError, match="its file has label 2; its head has 2"):
         score_task(evaluated(run, task), task)
 
 

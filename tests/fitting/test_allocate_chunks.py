@@ -77,7 +77,7 @@ def test_kappa_0_is_uniform_and_large_ones_concentrate() -> None:
 
 def test_no_more_chunks_than_rows() -> None:
     assert allocate(SCORES, {**ROWS, "a": 3}, 5, kappa=20) == {"a": 3, "b": 17, "c": 0, "d": 0}
-    with pytest.raises(ValueError, match="more than the parameters have rows"):
+    with pytest.raises(ValueError, match="more than the parameters' rows"):
         allocate(SCORES, dict.fromkeys(SCORES, 2), 5)
 
 
@@ -139,9 +139,9 @@ def test_patterns_name_chunks(tmp_path: Path) -> None:
     assert {len(layout.groups[name]) for name in shapes if not name.endswith(".dense.weight")} == {1}
     with pytest.raises(ValueError, match=r"match no parameter: nope"):
         tm.Grouping("chunk", {"nope*": 2}).layout(shapes)
-    with pytest.raises(ValueError, match="nothing is left to learn"):
+    with pytest.raises(ValueError, match="no coefficient is left to learn"):
         tm.Grouping("chunk", {"*": 0}).layout(shapes)
-    with pytest.raises(ValueError, match="no allocation of chunks"):
+    with pytest.raises(ValueError, match="not an allocation of chunks"):
         tm.Grouping("chunk", str(tmp_path / "absent.json")).layout(shapes)
 
 

@@ -154,7 +154,7 @@ def test_resume_words(finished: Path, tmp_path: Path) -> None:
     assert folder.resume_from("auto") == folder.checkpoints / f"step-{STEPS}.ckpt"
     assert RunFolder(tmp_path).resume_from("auto") is None
     assert RunFolder(tmp_path).resume_from("never") is None
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already has a run"):
         folder.resume_from("never")
     with pytest.raises(ValueError, match="no such checkpoint"):
         folder.resume_from(str(tmp_path / "absent.ckpt"))
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_named(world: Path, tmp_path: Path) -> None:
 
 
 def test_changed_settings_are_refused(world: Path, finished: Path) -> None:
-    with pytest.raises(ValueError, match=r"made from other things:\n  anchor: .* then, .* now"):
+    with pytest.raises(ValueError, match=r"different experts, data or settings:\n  anchor: .* then, .* now"):
         fit_world(world, finished, anchor=tm.Anchor(0.5))
 
 
@@ -228,7 +228,7 @@ def test_a_fit_that_moves_nothing_says_so(world: Path, tmp_path: Path) -> None:
     module, data = build(world, tmp_path / "run")
     module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=1e-9)
     trainer = tm.make_trainer(tmp_path / "run", max_steps=1, accelerator="cpu", enable_progress_bar=False)
-    with pytest.warns(UserWarning, match="coefficients moved by"):
+    with pytest.warns(UserWarning, match="coefficients changed by"):
         tm.fit(module, data, trainer, tmp_path / "run")
 
 
@@ -265,7 +265,7 @@ def test_experts_in_another_order_are_refused(world: Path, finished: Path) -> No
 def test_data_in_another_order_than_the_experts_are_refused(world: Path, tmp_path: Path) -> None:
     module, _ = build(world, tmp_path / "run")
     files = dict(reversed(calibration_files(recipe(world)).items()))
-    with pytest.raises(ValueError, match="data are of"):
+    with pytest.raises(ValueError, match="the data have the experts"):
         module.load(tm.Calibration(files, str(world / "base")))
 
 
@@ -294,7 +294,9 @@ def test_a_path_goes_back_and_other_things_are_refused(world: Path, tmp_path: Pa
     assert RunFolder(run).latest() == run / "checkpoints" / "step-6.ckpt"
     module, data = build(world, tmp_path / "other", anchor=tm.Anchor(1.0))
     trainer = tm.make_trainer(tmp_path / "other", max_steps=6, accelerator="cpu", enable_progress_bar=False)
-    with pytest.raises(ValueError, match=r"early\.ckpt was made from other things:\n  anchor"):
+    with pytest.raises(
+        ValueError, match=r"early\.ckpt was made with different experts, data or settings:\n  anchor"
+    ):
         tm.fit(module, data, trainer, tmp_path / "other", resume=str(early))
     assert not (tmp_path / "other").exists()
 

@@ -54,17 +54,17 @@ def test_every_reason_in_one_error(world: Path) -> None:
     silent.write_text('{"text": "red"}\n{"text": ""}\n')
     merge = with_head(recipe(world), "mood", tm.LinearHead(str(world / "head.safetensors"), "w", None))
     experts = merge.experts | {"colour": replace(merge.experts["colour"], calibration=str(silent))}
-    with pytest.raises(ValueError, match=r"mood\.head is for a hidden size of 16.*has 32") as error:
+    with pytest.raises(ValueError, match=r"mood\.head has hidden size 16.*has 32") as error:
         check(replace(merge, experts=experts))
-    assert f"{silent}: no token counts in 1 of 2 examples, the first is number 1" in str(error.value)
+    assert f"{silent}: 1 of 2 examples have no unmasked token, the first is number 1" in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
-        ({"a": tm.Expert("x"), "b": tm.Expert("y/../x")}, r"experts\.b: y/\.\./x is a already"),
-        ({"a": tm.Expert("x/../base")}, r"is the base already"),
-        ({"base": tm.Expert("x")}, "cannot be names"),
+        ({"a": tm.Expert("x"), "b": tm.Expert("y/../x")}, r"experts\.b: y/\.\./x is already a"),
+        ({"a": tm.Expert("x/../base")}, r"is already the base"),
+        ({"base": tm.Expert("x")}, "not valid names"),
         ({"a": tm.Expert("x", weight=0.0)}, "every weight is 0"),
     ],
 )

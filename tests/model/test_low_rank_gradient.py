@@ -99,10 +99,10 @@ def test_projected_gradients_are_ordinary(tiny_bert, random_task_vectors, genera
     merged, _ = make(tiny_bert, random_task_vectors(tiny_bert, [LowRank, LowRank]), Grouping("tensor"))
     name = sorted(tapped_names(merged))[0]
     rows = merged.parameters[name].shape[0]
-    merged.left_alone = {name: torch.linalg.qr(torch.randn(rows, 3, generator=generator).double())[0]}
+    merged.subspaces = {name: torch.linalg.qr(torch.randn(rows, 3, generator=generator).double())[0]}
     want = resident_gradient(merged)
     assert relative_error(tapped_gradient(merged), want) < 1e-10
-    merged.left_alone = {}
+    merged.subspaces = {}
     assert relative_error(tapped_gradient(merged), want) > 1e-4
 
 

@@ -12,7 +12,7 @@ from tests.conftest import MakeDelta
 from tests.contracts import inner_bound, merge_bound
 from tests.ranks import join_group, run
 from tests.world import bert, llama
-from trainmerge.checkpoints import hollow_model, load_model, open_checkpoint
+from trainmerge.checkpoints import load_meta_model, load_model, open_checkpoint
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched, inner_products, run_merges
 from trainmerge.model.fsdp import pass_bytes, shard_bytes, shard_model, units
 from trainmerge.model.row_shards import DeltaShard, local, shard_rows
@@ -46,7 +46,7 @@ def shards_of(base: Path, inputs: torch.Tensor, learned: bool) -> dict[str, obje
     join_group()
     checkpoint = open_checkpoint(base)
     names = list(checkpoint.tensors) if learned else []
-    loaded = hollow_model(checkpoint)
+    loaded = load_meta_model(checkpoint)
     root = shard_model(loaded, checkpoint, names, torch.device("cpu"))
     wanted = pass_bytes(loaded.module, distributed.world_size())
     held = sum(local(p).untyped_storage().nbytes() for p in loaded.module.parameters())

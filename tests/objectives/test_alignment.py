@@ -198,7 +198,7 @@ def test_a_small_budget_keeps_the_largest_and_says_so(
     assert "tokens" not in whole.teachers[0].parts
     part, _ = build(languages, tmp_path, tm.Alignment(), teacher_budget=2000)
     part.load(data)
-    assert "probabilities are kept" in capsys.readouterr().out
+    assert "probabilities per position are recorded" in capsys.readouterr().out
     for k in range(2):
         full, kept = whole.teachers[k].parts["log_p"], part.teachers[k].parts
         m = kept["log_p"].shape[1]
@@ -266,7 +266,7 @@ def test_a_fit_that_only_hurts_is_taken_back_with_a_word(languages: Path, tmp_pa
         optimizer=lambda c: torch.optim.SGD(c, lr=3.0, maximize=True),
     )  # fmt: skip
     trainer = tm.make_trainer(tmp_path, max_steps=4, accelerator="cpu", enable_progress_bar=False)
-    with pytest.warns(UserWarning, match="left where they started"):
+    with pytest.warns(UserWarning, match="starting coefficients were saved"):
         tm.fit(module, data, trainer, tmp_path)
     saved = tm.load_coefficients(tmp_path / "coefficients.safetensors")()
     torch.testing.assert_close(saved, torch.full_like(saved, 0.5))

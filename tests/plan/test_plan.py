@@ -151,12 +151,12 @@ def test_rounds_cover_every_example_once() -> None:
     assert sum(part.share for part in cut) == pytest.approx(3)
     assert torch.equal(torch.cat([part.inputs["input_ids"] for part in cut[:3]]), inputs["input_ids"])
     assert [str(e) for e in smaller_schedules(StepSchedule(4, keep=True), 4, separable=True)] == [
-        "4 tasks a backward, gradients kept",
-        "4 tasks a backward",
-        "1 task a backward",
-        "1 task a backward, blocks recomputed",
-        "1 task a backward, 2 examples a forward, blocks recomputed",
-        "1 task a backward, 1 example a forward, blocks recomputed",
+        "4 tasks per backward, gradients accumulated",
+        "4 tasks per backward",
+        "1 task per backward",
+        "1 task per backward, blocks recomputed",
+        "1 task per backward, 2 examples per forward, blocks recomputed",
+        "1 task per backward, 1 example per forward, blocks recomputed",
     ]
     assert len(list(smaller_schedules(StepSchedule(1), 4, separable=False))) == 2
 
@@ -195,7 +195,7 @@ def test_gradients_kept_are_planned(tmp_path: Path) -> None:
     assert kept.memory.summed_gradients == merged
     assert kept.read == 2 * kept.sizes.vectors
     assert plain.read == (1 + plain.backwards) * plain.sizes.vectors
-    with pytest.raises(ValueError, match="set one of them"):
+    with pytest.raises(ValueError, match="set only one of them"):
         build(tmp_path, tmp_path / "rule", keep_gradients=True, combine=torch.nn.Identity())
 
 

@@ -128,9 +128,9 @@ def test_without_its_experts_a_run_is_still_drawn(run: Path, tmp_path: Path) -> 
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="no report wrote"):
+    with pytest.raises(ValueError, match="is not a report"):
         write_report(copy, foreign)
-    with pytest.raises(ValueError, match="no run"):
+    with pytest.raises(ValueError, match="not a run folder"):
         write_report(tmp_path)
 
 

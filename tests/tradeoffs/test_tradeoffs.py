@@ -49,7 +49,7 @@ def test_a_surrogate_of_quadratics_is_exact_with_few_points(generator: torch.Gen
         torch.testing.assert_close(getattr(got, name), getattr(true, name))
     far = 5 * torch.randn(7, 5, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(got(far), true(far))
-    with pytest.raises(ValueError, match="takes 6"):
+    with pytest.raises(ValueError, match="needs 6"):
         fit_quadratics(at[:5], *measured(true, at[:5]))
 
 
@@ -124,7 +124,7 @@ def test_evolution_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert log.read_text() == (tmp_path / "whole").read_text()
     longer = list(maximise(counted, [0.0] * 3, Search(80, 0.5), log))
     assert longer[:60] == whole
-    with pytest.raises(ValueError, match="another search: \\['seed'\\]"):
+    with pytest.raises(ValueError, match="different search: \\['seed'\\]"):
         next(maximise(counted, [0.0] * 3, Search(60, 0.5, seed=1), log))
 
 
@@ -184,7 +184,7 @@ def test_a_front_and_the_model_of_a_point_on_it(world: Path, capsys: pytest.Capt
     folder = write_report(run).parent
     lines = (folder / "front.csv").read_text().splitlines()
     assert len(lines) == 1 + len(found["front"])
-    assert "What one task costs another" in (folder / "index.html").read_text()
+    assert "Trade-offs between tasks" in (folder / "index.html").read_text()
     RunFolder(Path(run)).front.write_text(json.dumps({**found, "coefficients": "of another fit"}))
     assert read_numbers(run).front is None
 
@@ -200,7 +200,7 @@ def test_the_picture_of_a_front_names_the_best_points(tasks: list[str]) -> None:
     run = dict(zip(tasks, (1.0, 1.5, 2.0), strict=False))  # not the point whose largest loss is smallest
     best = {what: point["point"] for what, point in notable(tasks, run, front).items()}
     assert best[BALANCED] == 1
-    assert [best[f"least of {task}"] for task in tasks] == [0, 2, 2][: len(tasks)]
+    assert [best[f"best for {task}"] for task in tasks] == [0, 2, 2][: len(tasks)]
     checks = {task: {"rank_correlation": 0.9} for task in tasks}
     found = {"tasks": tasks, "front": front, "checks": checks, "measured": [{"predicted": run}]}
     picture = front_picture(found)
@@ -235,9 +235,9 @@ def test_search_from_the_command_line(world: Path, capsys: pytest.CaptureFixture
     torch.testing.assert_close(values, 0.3 * torch.tensor(best["x"])[:, None].expand_as(values))
     assert main(["export", str(run), str(world / "found-merged")]) == 0
     assert main([*command, "9", "--seed", "1"]) == 1
-    assert "another search" in capsys.readouterr().err
+    assert "different search" in capsys.readouterr().err
     assert main(["search", config, str(world / "run"), "--score", "loss"]) == 1
-    assert "holds a fit" in capsys.readouterr().err
+    assert "has a fit" in capsys.readouterr().err
 
 
 def test_search_by_a_callable_and_by_validation_files(

@@ -1,6 +1,6 @@
-"""Disk <-> tensors: base models, full experts and peft adapters, checked before anything is read.
+"""Disk <-> tensors: base models, full experts and peft adapters, checked before any weight is read.
 
-What needs transformers or peft is imported when first used.
+Names that need transformers or peft are imported on first use.
 """
 
 from importlib import import_module
@@ -12,16 +12,16 @@ from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
     from trainmerge.checkpoints.compatibility import find_sources
-    from trainmerge.checkpoints.meta_model import Output, build_skeleton, locate, output_of
-    from trainmerge.checkpoints.model import LoadedModel, hollow_model, load_model
+    from trainmerge.checkpoints.meta_model import Output, build_meta_model, locate, output_of
+    from trainmerge.checkpoints.model import LoadedModel, load_meta_model, load_model
 
 _HEAVY = {
     "find_sources": "compatibility",
     "LoadedModel": "model",
-    "hollow_model": "model",
+    "load_meta_model": "model",
     "load_model": "model",
     "Output": "meta_model",
-    "build_skeleton": "meta_model",
+    "build_meta_model": "meta_model",
     "locate": "meta_model",
     "output_of": "meta_model",
 }
@@ -32,10 +32,10 @@ __all__ = [
     "Output",
     "Sources",
     "Stamp",
-    "build_skeleton",
+    "build_meta_model",
     "find_sources",
     "fingerprint",
-    "hollow_model",
+    "load_meta_model",
     "load_model",
     "locate",
     "open_checkpoint",

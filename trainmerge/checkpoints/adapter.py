@@ -1,4 +1,4 @@
-"""A peft adapter folder as it lies on disk: its config and its tensors, under the base's module names."""
+"""A peft adapter folder on disk: its config and its tensors, under the base's module names."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -51,8 +51,8 @@ class Adapter:
 def open_adapter(base: Parameters, path: Path, ignore: Sequence[str], allow_pickle: bool) -> Adapter:
     """Open an adapter folder, headers only; `ignore`d tensors are left out.
 
-    Raises FileNotFoundError or ValueError for a broken folder, for what this peft does not know, for prompts
-    (they change inputs, not weights), and for tensors of modules that the base lacks.
+    Raises FileNotFoundError or ValueError for a damaged folder, for fields and types unknown to the installed
+    peft, for prompt tuning (it changes inputs, not weights), and for tensors of modules that the base lacks.
     """
     config = read_json(path / "adapter_config.json")
     _check_config(path, config)
@@ -60,11 +60,11 @@ def open_adapter(base: Parameters, path: Path, ignore: Sequence[str], allow_pick
     source: WeightFile = PickleFile(files[0]) if files[0].suffix == ".bin" else MappedFile(files[0])
     strange = [name for name in source.tensors if not name.startswith(ROOT)]
     if strange:
-        raise ValueError(f"{files[0]}: {shorten(strange)} are outside {ROOT!r}: no supported adapter.")
-    modules = {name for name, _ in base.skeleton.named_modules() if name}
+        raise ValueError(f"{files[0]}: {shorten(strange)} are outside {ROOT!r}: not a supported adapter.")
+    modules = {name for name, _ in base.meta_model.named_modules() if name}
     own = {name: name.removeprefix(ROOT) for name in source.tensors}
     places = {name: _module(key) for name, key in own.items()}
-    fits = fit_prefix(places.values(), modules, [base.skeleton.base_model_prefix])
+    fits = fit_prefix(places.values(), modules, [base.meta_model.base_model_prefix])
     keys = {}
     for name, place in places.items():
         key = fits[place] + own[name].removeprefix(place)
@@ -75,7 +75,7 @@ def open_adapter(base: Parameters, path: Path, ignore: Sequence[str], allow_pick
 
 
 def _module(key: str) -> str:
-    """The module that a tensor belongs to: all before `.lora_A` and the like, or before the last word."""
+    """The module of a tensor: its name up to `.lora_A` and similar, or up to the last dot."""
     words = key.split(".")
     ends = [i for i, word in enumerate(words) if word in MARKS]
     return ".".join(words[: ends[0]] if ends else words[:-1])
@@ -87,18 +87,18 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{file}: peft_type {peft_type!r} is unknown to the installed peft; upgrade peft.")
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
     known = {field.name for field in fields(kind)}
-    # A field that is off asks for nothing, whatever it means.
+    # An unknown field that is off changes nothing.
     unknown = sorted(name for name, value in config.items() if name not in known and value)
     if unknown:
         raise ValueError(
-            f"{file}: fields {', '.join(unknown)} are unknown to the installed peft, the adapter may not "
-            "mean what it seems to; upgrade peft."
+            f"{file}: fields {', '.join(unknown)} are unknown to the installed peft, which may misread the "
+            "adapter; upgrade peft."
         )
     try:
         with quiet():
             parsed = kind(**{name: value for name, value in config.items() if name in known})
     except (ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"{file}: peft refuses it: {error}") from error
+        raise ValueError(f"{file}: peft rejects it: {error}") from error
     if parsed.is_prompt_learning or parsed.is_adaption_prompt:
         raise ValueError(f"{file}: {peft_type} changes inputs, not weights; it cannot be merged.")
 
@@ -112,14 +112,14 @@ def _check_modules(file: Path, keys: Sequence[str], modules: set[str]) -> None:
     if absent:
         raise ValueError(
             "\n".join(
-                f"{file}: {shorten(tensors)} are of a module that the base lacks: another base, or a head "
-                f"that stays with its task; exclude it with ignore=['{part}.*']"
+                f"{file}: {shorten(tensors)} are of a module that the base lacks: trained on another base, "
+                f"or a task's head; exclude it with ignore=['{part}.*']"
                 for part, tensors in absent.items()
             )
         )
 
 
 def _unknown_part(place: str, modules: set[str]) -> str:
-    """The shortest beginning of `place` that is no module."""
+    """The shortest prefix of `place` that is not a module."""
     words = place.split(".")
     return next(head for i in range(len(words)) if (head := ".".join(words[: i + 1])) not in modules)

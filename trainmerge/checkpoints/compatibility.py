@@ -1,4 +1,4 @@
-"""Base and experts side by side: every mismatch in one error, then task vectors over mapped files."""
+"""Check experts against the base: every mismatch in one error, then task vectors over mapped files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
 
 
 class FittingExpert(Protocol):
-    """One expert that fits the base, and where its numbers are."""
+    """One expert that matches the base, and the places of its tensors."""
 
     def sources(self) -> dict[str, Source]:
-        """The base's tensor name -> where what the expert adds lies. Absent names are untouched."""
+        """The base's tensor name -> the place of the expert's change. Absent names are unchanged."""
         ...
 
 
@@ -31,19 +31,19 @@ def find_sources(
     workspace: Path | None = None,
     shared_vocabulary: bool = False,
 ) -> Sources:
-    """Compare full experts and peft adapters, mixed as they come, with one base.
+    """Compare experts, any mix of full models and peft adapters, with one base.
 
     Args:
         base: The checkpoint that every expert was fine-tuned from.
         experts: Name -> folder.
-        ignore: fnmatch patterns of tensors to leave as the base has them; an expert's own head, say.
+        ignore: fnmatch patterns of tensors that are not merged, an expert's own head, say.
         allow_pickle: Read `.bin` files too.
-        shared_vocabulary: Merge the tokens that both have, where an expert has more or fewer than the base.
-        workspace: Where adapters that are not plain low-rank updates are written as merged weights.
+        shared_vocabulary: Merge the common tokens if an expert has more or fewer than the base.
+        workspace: Folder for the merged weights of adapters that are not plain low-rank updates.
 
     Raises:
-        ValueError: everything that does not fit, of all experts at once, before a weight is read; after
-            that, an expert whose tied tensors differ, or an adapter that peft cannot merge.
+        ValueError: lists every mismatch of all experts, before a weight is read; later, an expert whose tied
+            tensors differ, or an adapter that peft cannot merge.
     """
     frame = open_parameters(base, ignore)
     plans: dict[str, FittingExpert] = {}
@@ -78,7 +78,7 @@ def _raise(base: Checkpoint, problems: Sequence[str]) -> None:
 
 
 def _untied(parameters: Parameters) -> list[str]:
-    """Tensors that config.json ties and the files hold twice, with different values."""
+    """Tensors that config.json ties but that differ in the files."""
     read = parameters.checkpoint.read
     return [
         f"{parameters.checkpoint.path}: {name} and {other} differ, config.json ties them; set "

@@ -10,12 +10,12 @@ from trainmerge.checkpoints.parameters import Parameters, fit_prefix, open_param
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
 from trainmerge.checkpoints.sources import FullSource, Source
 
-RESIZED = "resize both to one vocabulary, or set vocabulary=shared to merge the tokens that both have"
+RESIZED = "resize both to one vocabulary, or set vocabulary=shared to merge the common tokens"
 
 
 @dataclass(frozen=True)
 class FullExpert:
-    """A full expert that fits the base."""
+    """A full expert that matches the base."""
 
     parameters: Parameters
     names: Mapping[str, str]  # the base's tensor -> the expert's
@@ -34,7 +34,7 @@ def plan_full(
     allow_pickle: bool,
     shared_vocabulary: bool,
 ) -> FullExpert:
-    """A full fine-tuned model against the base, headers only. Raises ValueError, one line a mismatch."""
+    """A full fine-tuned model against the base, from headers. Raises ValueError, one line per mismatch."""
     checkpoint = open_checkpoint(path, allow_pickle)
     base = frame.checkpoint
     remedies = {"model_type": "leave it out"} | ({} if shared_vocabulary else {"vocab_size": RESIZED})
@@ -44,7 +44,7 @@ def plan_full(
         f"fine-tuned copy of this base; {remedies[key]}"
         for key in different
     ]
-    if "model_type" in different:  # nothing below would fit
+    if "model_type" in different:  # nothing below would match
         raise ValueError("\n".join(problems))
     own = open_parameters(checkpoint, ignore)
     fitted = _fitted(own, frame)
@@ -80,8 +80,8 @@ def _one_sided(
     own: Parameters, frame: Parameters, fitted: Mapping[str, str], names: Mapping[str, str]
 ) -> list[str]:
     """Tensors that only the expert, or only the base, has."""
-    tied = {*frame.skeleton.all_tied_weights_keys, *own.skeleton.all_tied_weights_keys}
-    known = {*frame.names.values(), *tied}  # the ignored ones too
+    tied = {*frame.meta_model.all_tied_weights_keys, *own.meta_model.all_tied_weights_keys}
+    known = {*frame.names.values(), *tied}  # including ignored ones
     extra = [own.files[name] for key, name in fitted.items() if key not in known and name in own.files]
     missing = [name for key, name in frame.files.items() if key not in fitted and key not in tied]
     return [
@@ -98,15 +98,15 @@ def _setting(checkpoint: Checkpoint, key: str) -> object:
 
 def _fitted(own: Parameters, frame: Parameters) -> dict[str, str]:
     """The base's parameter name -> the expert's, where only the prefix of the headless model may differ."""
-    prefixes = {frame.skeleton.base_model_prefix, own.skeleton.base_model_prefix}
+    prefixes = {frame.meta_model.base_model_prefix, own.meta_model.base_model_prefix}
     fits = fit_prefix(own.names.values(), frame.names.values(), sorted(prefixes))
     return {theirs: name for name, theirs in fits.items()}
 
 
 def _ties(own: Parameters, frame: Parameters, fitted: Mapping[str, str]) -> list[str]:
-    """Parameters that are tied on one side and stand alone on the other."""
+    """Parameters that are tied on one side and untied on the other."""
     remedy = "set tie_word_embeddings alike and save again, or exclude it with ignore"
-    ours, theirs = frame.skeleton.all_tied_weights_keys, own.skeleton.all_tied_weights_keys
+    ours, theirs = frame.meta_model.all_tied_weights_keys, own.meta_model.all_tied_weights_keys
     problems = [
         f"{own.files[fitted[key]]} {tuple(own.checkpoint.tensors[own.files[fitted[key]]].shape)} is untied, "
         f"the base ties it to {ours[key]}; {remedy}"
@@ -122,7 +122,7 @@ def _ties(own: Parameters, frame: Parameters, fitted: Mapping[str, str]) -> list
 
 
 def _groups(checkpoint: Checkpoint, names: Iterable[str], common: Iterable[str], what: str) -> list[str]:
-    """One line for each pattern that would cover tensors which only one side has."""
+    """One line for each pattern that would match tensors of one side only."""
     common = list(common)
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -132,7 +132,7 @@ def _groups(checkpoint: Checkpoint, names: Iterable[str], common: Iterable[str],
         tensor = f"{name} {tuple(checkpoint.tensors[name].shape)}"
         groups.setdefault((free or [name])[0], []).append(tensor)
     return [
-        f"{checkpoint.path} has {shorten(tensors)}, {what}; if it stays with its task, exclude it with "
+        f"{checkpoint.path} has {shorten(tensors)}, {what}; if it is a task's head, exclude it with "
         f"ignore=['{pattern}']"
         for pattern, tensors in groups.items()
     ]

@@ -1,4 +1,4 @@
-"""Whether the files are what they were, and their numbers finite."""
+"""Whether files are unchanged and their tensors finite."""
 
 import os
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from trainmerge.task_vectors.delta import TaskVectors
 
 WEIGHTS = (".safetensors", ".bin", ".json")
 WORKERS = min(8, os.cpu_count() or 1)
-Stamp = list[int]  # device, inode, size, and the times of the last change of contents and of all else
+Stamp = list[int]  # device, inode, size, mtime and ctime
 
 
 def fingerprint(path: str | Path) -> dict[str, str]:
@@ -29,7 +29,7 @@ def fingerprint(path: str | Path) -> dict[str, str]:
 
 
 def stamps(path: str | Path) -> dict[str, Stamp]:
-    """What the file system says of the files that `fingerprint` reads: another stamp after every change.
+    """The file system's stamps of the files that `fingerprint` reads; every change gives another stamp.
 
     The converse does not hold: a copied folder has other stamps and the same fingerprint.
     """
@@ -44,7 +44,7 @@ def _files(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.glob("*") if file.suffix in WEIGHTS and file.is_file())
     if not files:
         raise FileNotFoundError(
-            f"{folder}: no weights or configs there. Name a checkpoint or adapter folder."
+            f"{folder}: no weights or configs in it. Name a checkpoint or adapter folder."
         )
     return files
 
@@ -52,17 +52,17 @@ def _files(folder: Path) -> list[Path]:
 def verify(
     base: Checkpoint, task_vectors: TaskVectors, folders: Mapping[str, Path]
 ) -> dict[str, dict[str, str]]:
-    """Fingerprints of all folders, and a look at every floating tensor of base and experts.
+    """Fingerprints of all folders; checks that every floating tensor of base and experts is finite.
 
-    One folder after another, so that where memory holds one model, its files are read from disk once.
+    Folder by folder, so that each file is read from disk once if one model fits into the page cache.
 
     Args:
-        base: Its tensors are all looked at, those that no expert changed too.
-        task_vectors: Their terms are looked at as they lie in the files.
+        base: All its tensors are checked, including those that no expert changed.
+        task_vectors: Their terms are checked as stored in the files.
         folders: "base" and every expert.
 
     Raises:
-        ValueError: every NaN or infinity, by expert, tensor and file.
+        ValueError: lists every tensor with NaN or infinity, by expert and file.
     """
     found: dict[str, dict[str, str]] = {}
     problems: list[str] = []
@@ -114,5 +114,5 @@ def _tensors(term: Term) -> dict[str, Tensor]:
 def _finite(tensor: Tensor) -> bool:
     if tensor.numel() == 0:
         return True
-    low, high = torch.aminmax(tensor)  # no temporaries; NaN spreads, infinities are extremes
+    low, high = torch.aminmax(tensor)  # no temporaries: NaN propagates, infinities are extremes
     return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from trainmerge.checkpoints.adapter import Adapter, open_adapter
 from trainmerge.checkpoints.merged_adapter import MergedAdapter
-from trainmerge.checkpoints.meta_model import build_skeleton, quiet, shorten
+from trainmerge.checkpoints.meta_model import build_meta_model, quiet, shorten
 from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.sources import LowRankSource, Source
 
-# Whatever these say, the update stays scale * up @ down. A field that is not here must have its default.
+# These do not change the form scale * up @ down. Any other field must have its default.
 LINEAR_FIELDS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout",
     "fan_in_fan_out", "use_rslora", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-    "modules_to_save",  # its tensors, unless ignored, are seen in the file
+    "modules_to_save",  # its tensors, unless ignored, are found in the file
     "init_lora_weights",
 }  # fmt: skip
 LINEAR_STARTS = (True, False, "gaussian")  # the others change the base's weights, or may
@@ -33,7 +33,7 @@ BASE_LAYER = ".base_layer.weight"  # peft saves a copy of an embedding that it a
 
 @dataclass(frozen=True)
 class Factor:
-    """One adapted parameter: where its two factors are, and how they make the update."""
+    """One adapted parameter: the places of its two factors, and how they form the update."""
 
     up: str  # key of B, or of A where the update is transposed
     down: str
@@ -43,7 +43,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class LowRankAdapter:
-    """An adapter that stays low-rank, unless the embedding it was trained on is not the base's."""
+    """An adapter used as low-rank, unless the embedding it was trained on differs from the base's."""
 
     base: Parameters
     adapter: Adapter
@@ -51,7 +51,7 @@ class LowRankAdapter:
     dense: MergedAdapter
 
     def sources(self) -> dict[str, Source]:
-        """The base's tensor name -> where its update's factors are."""
+        """The base's tensor name -> the places of its update's factors."""
         for key in self.adapter.keys:
             if key.endswith(BASE_LAYER):
                 name = self.base.file_of(key.removesuffix(BASE_LAYER) + ".weight")
@@ -67,10 +67,10 @@ class LowRankAdapter:
 def plan_adapter(
     base: Parameters, path: Path, ignore: Sequence[str], allow_pickle: bool, workspace: Path | None
 ) -> LowRankAdapter | MergedAdapter:
-    """How the adapter at `path` becomes sources, from headers alone.
+    """The expert of the adapter at `path`, low-rank or merged, from headers alone.
 
-    Raises ValueError, one line a mismatch, if it is of another base, if peft does not know it, or if it needs
-    `workspace` and that is None.
+    Raises ValueError, with one line per mismatch, if it has another base, if peft does not support it, or if
+    it needs `workspace` and that is None.
     """
     adapter = open_adapter(base, path, ignore, allow_pickle)
     dense = MergedAdapter(base, adapter, ignore, workspace)
@@ -81,14 +81,14 @@ def plan_adapter(
         return LowRankAdapter(base, adapter, factors, dense)
     if workspace is None:
         raise ValueError(
-            f"{path}: {reason}, so its update is not a plain low-rank one; give a workspace folder, where "
-            "the merged weights are written"
+            f"{path}: {reason}, so its update is not plainly low-rank; set a workspace folder for its merged "
+            "weights"
         )
     return dense
 
 
 def _not_linear(adapter: Adapter) -> str | None:
-    """What, in the config or the tensors, is more than scale * up @ down."""
+    """Why, by config or tensors, the update is not of the form scale * up @ down; None if it is."""
     config = adapter.peft_config()
     if type(config) is not LoraConfig:
         return f"peft_type is {adapter.config['peft_type']}"
@@ -100,22 +100,22 @@ def _not_linear(adapter: Adapter) -> str | None:
         return f"init_lora_weights is {config.init_lora_weights!r}"
     ends = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", BASE_LAYER)
     whole = [key for key in adapter.keys if not key.endswith(ends)]
-    return f"it holds {shorten(whole)}" if whole else None
+    return f"it contains {shorten(whole)}" if whole else None
 
 
 def _factors(base: Parameters, adapter: Adapter) -> tuple[dict[str, Factor], str | None]:
-    """Each adapted tensor's factors, by peft's own layers; or what keeps the update from being low-rank."""
-    skeleton = build_skeleton(base.checkpoint.path)
-    owners = {id(parameter): name for name, parameter in skeleton.named_parameters()}
+    """Each adapted tensor's factors, by peft's own layers; or the reason why the update is not low-rank."""
+    meta_model = build_meta_model(base.checkpoint.path)
+    owners = {id(parameter): name for name, parameter in meta_model.named_parameters()}
     try:
         with quiet(), torch.device("meta"):
             config = adapter.peft_config(modules_to_save=None, task_type=None, init_lora_weights=True)
-            get_peft_model(skeleton, config)  # puts its layers into `skeleton`
+            get_peft_model(meta_model, config)  # inserts its layers into `meta_model`
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{adapter.path}: does not fit the base: {error}".replace("\n", " ")) from error
+        raise ValueError(f"{adapter.path}: does not match the base: {error}".replace("\n", " ")) from error
     factors: dict[str, Factor] = {}
     expected: dict[str, torch.Size] = {}
-    for name, layer in skeleton.named_modules():
+    for name, layer in meta_model.named_modules():
         if not isinstance(layer, lora.LoraLayer):
             continue
         if not isinstance(layer, lora.Linear | lora.Embedding) or layer.lora_variant:
@@ -154,7 +154,7 @@ def _check_tensors(adapter: Adapter, expected: Mapping[str, torch.Size]) -> None
     for key in adapter.keys:
         got = tuple(adapter.info(key).shape)
         if key not in expected and key not in copies:
-            problems.append(f"{file}: {key} {got} belongs to no module that its config adapts")
+            problems.append(f"{file}: {key} {got} does not belong to a module that its config adapts")
         elif key in expected and got != tuple(expected[key]):
             problems.append(f"{file}: {key} is {got}, this base needs {tuple(expected[key])}: another base?")
     if problems:

@@ -1,6 +1,6 @@
-"""Adapters whose update is not low-rank: peft merges them into a copy of the base, the result goes to disk.
+"""Adapters whose update is not low-rank: peft merges them into a copy of the base, saved to disk.
 
-DoRA, PiSSA, trained biases or whole modules, and all that peft can merge: the truth is peft's own merge.
+DoRA, PiSSA, trained biases or whole modules, and whatever else peft can merge, exactly as peft merges it.
 """
 
 import json
@@ -26,7 +26,7 @@ from trainmerge.system.workspace import cached, digest
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """An adapter by way of its merged weights, written once to `workspace` and mapped."""
+    """An adapter as merged weights, written once to `workspace` and mapped."""
 
     base: Parameters
     adapter: Adapter
@@ -40,15 +40,15 @@ class MergedAdapter:
         """
         if self.workspace is None:
             raise ValueError(
-                f"{self.adapter.path}: its embedding is not the base's, so it is no plain low-rank update; "
-                "give a workspace folder, where the merged weights are written"
+                f"{self.adapter.path}: its embedding differs from the base's, so its update is not plainly "
+                "low-rank; set a workspace folder for its merged weights"
             )
         path = self.workspace / f"adapter-{digest(self._made_from(), length=24)}.safetensors"
         file = cached(path, lambda path: self._write(path, self._merged(path.parent)))
         return {name: FullSource(str(path), name) for name in file.tensors}
 
     def _made_from(self) -> str:
-        """Adapter by content, base by its files' sizes and times: what the merged weights depend on."""
+        """What the merged weights depend on: the adapter's contents, the base files' sizes and times."""
         folder, base = self.adapter.path, self.base.checkpoint
         contents = {path.name: sha256(path) for path in sorted(folder.glob("adapter_*")) if path.is_file()}
         files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in base.files]
@@ -71,14 +71,14 @@ class MergedAdapter:
         changed = sorted(before ^ merged.keys())
         if changed:
             raise ValueError(
-                f"{path}: merging it changes the base's parameters, {shorten(changed)}: an adapter that "
-                "unties the head, or repeats layers. Untie the base first, or leave the adapter out."
+                f"{path}: merging it changes the base's parameters, {shorten(changed)}: the adapter unties "
+                "the head, or repeats layers. Untie the base first, or remove the adapter."
             )
         tensors = {name: merged[parameter] for parameter, name in base.files.items()}
         return {n: t for n, t in tensors.items() if not torch.equal(t, base.checkpoint.read(n))}
 
     def _check_loaded(self, wrapped: PeftModel) -> None:
-        """Refuse tensors that peft would leave out in silence."""
+        """Raise ValueError for tensors that peft would silently drop."""
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         unused = [key for key in self.adapter.keys if ROOT + key not in state and ".base_layer." not in key]
         if unused:
@@ -96,11 +96,11 @@ class MergedAdapter:
 
 
 def _rewrite(adapter: Adapter, folder: Path) -> None:
-    """The adapter without what is ignored, under the base's names, for peft to load."""
+    """The adapter without ignored tensors, under the base's names, for peft to load."""
     words = {word for key in adapter.keys for word in key.split(".")}
     modules = adapter.config.get("modules_to_save")
     kept = [name for name in modules or [] if name.split(".")[-1] in words] or None
-    # A task type would add the heads that were just taken out.
+    # A task type would add the heads that were removed.
     config = {**adapter.config, "modules_to_save": kept, "task_type": None, "auto_mapping": None}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     specs = {ROOT + key: (adapter.info(key).dtype, adapter.info(key).shape) for key in adapter.keys}

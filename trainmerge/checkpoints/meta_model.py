@@ -1,7 +1,7 @@
-"""A checkpoint's modules without storage, and which parameter each tensor of its files is.
+"""A checkpoint's model on the meta device, and the parameter of each tensor in its files.
 
-transformers renames, fuses and ties what it loads. So names, shapes and ties are compared with modules on
-the meta device, which hold no numbers, before a weight is read.
+transformers renames, fuses and ties tensors on loading. So names, shapes and ties are compared with a model
+on the meta device, which has no storage, before a weight is read.
 """
 
 import warnings
@@ -29,24 +29,24 @@ SHOWN = 8  # tensors of one kind that an error lists by name
 
 
 class Output(NamedTuple):
-    """What a model puts out."""
+    """The kind of a model's output."""
 
-    logits: bool  # of its own, without a head of a recipe
-    classes: bool  # one row of them per example, not one per token
+    logits: bool  # its own, without a head from a recipe
+    classes: bool  # one row of logits per example, not one per token
     hidden: int | None  # hidden size, if config.json names it
 
 
-def build_skeleton(path: Path) -> PreTrainedModel:
-    """The model's modules without storage (on the meta device), dropout 0.
+def build_meta_model(path: Path) -> PreTrainedModel:
+    """The model on the meta device (without storage), dropout 0.
 
-    Raises ValueError if transformers does not know the architecture or refuses config.json.
+    Raises ValueError if transformers does not know the architecture or rejects config.json.
     """
     try:
         with quiet(), torch.device("meta"):
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             _for_learning(config)
-            skeleton: PreTrainedModel = _architecture(config)(config)
-            return skeleton
+            meta_model: PreTrainedModel = _architecture(config)(config)
+            return meta_model
     except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
         raise ValueError(
             f"{path / 'config.json'}: transformers {transformers.__version__} cannot build this "
@@ -55,7 +55,7 @@ def build_skeleton(path: Path) -> PreTrainedModel:
 
 
 def output_of(path: Path) -> Output:
-    """What a checkpoint's model puts out, from config.json alone. Raises as `build_skeleton`."""
+    """The kind of a checkpoint's output, from config.json alone. Raises as `build_meta_model`."""
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     kind = _architecture(config)
     headless = transformers.MODEL_MAPPING.get(type(config), None)
@@ -68,7 +68,7 @@ def output_of(path: Path) -> Output:
 
 
 def _architecture(config: PreTrainedConfig) -> Any:
-    """The class that the checkpoint was saved from, or the one without a head."""
+    """The class that the checkpoint was saved with, or the one without a head."""
     kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
         return kind
@@ -78,9 +78,9 @@ def _architecture(config: PreTrainedConfig) -> Any:
 def locate(
     module: PreTrainedModel, path: Path, tensors: Mapping[str, TensorInfo], ignore: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Tensor of the files -> parameter that it is. Tied ones name the same parameter; buffers are left out.
+    """Tensor of the files -> parameter. Tied tensors have the same parameter; buffers are left out.
 
-    Raises ValueError for floating tensors that are neither parameter nor buffer, and for other shapes.
+    Raises ValueError for floating tensors that are neither parameter nor buffer, and for shape mismatches.
     """
     memory = memory_names(module, tensors)
     owners = _owners(module)
@@ -95,9 +95,13 @@ def locate(
             want, got = tuple(held[inside].shape), tuple(tensors[name].shape)
             shapes.append(f"{name} is {got}, config.json makes it {want}")
     if unknown or shapes:
-        lines = [f"{len(unknown)} tensors under other names in memory: {shorten(unknown)}"] if unknown else []
+        lines = (
+            [f"{len(unknown)} tensors that the model has no parameter for: {shorten(unknown)}"]
+            if unknown
+            else []
+        )
         raise ValueError(
-            f"{path}: the files do not fit {type(module).__name__}: {'; '.join(lines + shapes)}. "
+            f"{path}: the files do not match {type(module).__name__}: {'; '.join(lines + shapes)}. "
             "Architectures that transformers renames or fuses on loading (mixtures of experts) are not "
             "supported yet; tensors that the model doesn't have can be named in `ignore`."
         )
@@ -107,7 +111,7 @@ def locate(
 def canonical_names(names: Mapping[str, str]) -> dict[str, str]:
     """Parameter -> its one tensor of the files, from `locate`'s map.
 
-    Of tied tensors it is the one that transformers names as the source; files may leave that one out.
+    Among tied tensors it is the one that transformers calls the source; files may omit that one.
     """
     files: dict[str, str] = {}
     for name, parameter in names.items():
@@ -117,21 +121,21 @@ def canonical_names(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def tied_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Tensor of the files -> the one that it must equal, where the files hold both; from `locate`'s map."""
+    """Tensor of the files -> the one that it must equal, if the files have both; from `locate`'s map."""
     files = canonical_names(names)
     return {name: files[parameter] for name, parameter in names.items() if files[parameter] != name}
 
 
 def ties_of(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """`tied_names` of a checkpoint's files."""
-    module = build_skeleton(path)
+    module = build_meta_model(path)
     owners = _owners(module)
     names = memory_names(module, tensors)
     return tied_names({name: owners[inside] for name, inside in names.items() if inside in owners})
 
 
 def _owners(module: PreTrainedModel) -> dict[str, str]:
-    """Every name of a parameter in memory -> its first one, by identity: tied parameters are one object."""
+    """Every name of a parameter in memory -> its first name; tied parameters are one object."""
     first = {id(parameter): name for name, parameter in module.named_parameters()}
     return {name: first[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
 
@@ -139,8 +143,8 @@ def _owners(module: PreTrainedModel) -> dict[str, str]:
 def memory_names(module: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Each floating tensor's name in memory.
 
-    That is with the model's own prefix (`bert.`) added to all, taken off all, or as it is, or as
-    transformers renames it on loading (vision-language models): what fits most.
+    With the model's own prefix (`bert.`) added to all, removed from all, or unchanged, or as transformers
+    renames them on loading (vision-language models): whichever matches most.
     """
     names = [name for name, info in tensors.items() if info.dtype.is_floating_point]
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -156,7 +160,7 @@ def memory_names(module: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> 
 
 
 def _renamed(module: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
-    """Names as transformers' own renamings for this model have them; tensors that it fuses are left alone."""
+    """Names after transformers' renamings for this model; names of tensors that it fuses are unchanged."""
     steps = [step for step in get_model_conversion_mapping(module) if isinstance(step, WeightRenaming)]
     held = module.state_dict()
     return {name: rename_source_key(name, steps, [], module.base_model_prefix, held)[0] for name in names}
@@ -170,7 +174,7 @@ def _modern(name: str, known: set[str]) -> str:
 
 
 def _for_learning(config: PreTrainedConfig) -> None:
-    """No dropout: a loss must not depend on a dice. No cache of keys and values. In sub-configs too."""
+    """No dropout, because losses must be deterministic, and no key-value cache; in sub-configs too."""
     if hasattr(config, "use_cache"):
         config.use_cache = False
     for key, value in list(vars(config).items()):
@@ -182,7 +186,7 @@ def _for_learning(config: PreTrainedConfig) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Neither transformers nor peft prints, warns or draws a bar inside; their settings come back."""
+    """In this context transformers and peft are silent; their settings are restored afterwards."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -197,5 +201,5 @@ def quiet() -> Iterator[None]:
 
 
 def shorten(names: Sequence[str]) -> str:
-    """As many names as an error about tensors lists."""
+    """The names, shortened to as many as an error lists."""
     return listed(names, SHOWN)

@@ -1,7 +1,7 @@
-"""The resident model: a checkpoint as a transformers module that owns its weights.
+"""A checkpoint as a transformers module that owns its weights.
 
-transformers makes the modules and their buffers only. It fills what a file lacks with random numbers,
-so names and shapes are compared first, and the weights copied here.
+transformers builds only the modules and their buffers. It would initialise absent tensors at random, so names
+and shapes are compared first, and the weights are copied here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,55 +13,57 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from trainmerge.checkpoints.meta_model import build_skeleton, locate, memory_names, quiet, shorten
+from trainmerge.checkpoints.meta_model import build_meta_model, locate, memory_names, quiet, shorten
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.task_vectors.parameter_names import matches
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that owns its weights, and the parameter that each tensor of the files became."""
+    """A model that owns its weights, and the parameter of each tensor in the files."""
 
     module: nn.Module
-    names: Mapping[str, str]  # the checkpoint's name -> the parameter's; tied ones share a parameter
+    names: Mapping[str, str]  # name in the checkpoint -> the parameter's; tied ones share a parameter
 
 
 def load_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
     """The resident model: on the CPU, in the files' dtypes, dropout 0, eval mode, no gradients.
 
-    `ignore` are fnmatch patterns of parameters that the files may lack (they start random, as an unused
-    pooler does) and of tensors that the model may lack.
+    `ignore` are fnmatch patterns of parameters that the files may lack (randomly initialised, such as an
+    unused pooler) and of tensors that the model may lack.
 
-    Raises ValueError, before a weight is read, if the architecture is unknown, a tensor of the files is no
-    parameter or buffer of the model, a shape differs, or a parameter is in no file.
+    Raises ValueError, before a weight is read, if the architecture is unknown, a tensor of the files is
+    neither parameter nor buffer of the model, a shape differs, or a parameter is in no file.
     """
-    skeleton, names = _checked(base, ignore)
+    meta_model, names = _checked(base, ignore)
     first = _first_dtype(base)
     state = {name: base.read(name) for name in base.tensors}
     with quiet():
-        module = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=state, dtype=first)
+        module = type(meta_model).from_pretrained(
+            None, config=meta_model.config, state_dict=state, dtype=first
+        )
     module.train(False).requires_grad_(False)
     parameters = dict(module.named_parameters())
     for name, parameter in names.items():
-        parameters[parameter].data = torch.empty(0)  # first free what is there: never two of the largest
-        parameters[parameter].data = base.read(name).clone()  # in the file's own dtype, in our own memory
+        parameters[parameter].data = torch.empty(0)  # free the old storage first: never two of the largest
+        parameters[parameter].data = base.read(name).clone()  # the file's dtype, in private memory
     for buffer in module.buffers():
         buffer.data = buffer.data.clone()
     return LoadedModel(module, names)
 
 
 @torch.no_grad()
-def hollow_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
+def load_meta_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
     """The same model with parameters on the meta device, in the files' dtypes, and its buffers in memory.
 
-    At most one parameter is in memory at a time, and none of its pages is touched. Raises as `load_model`.
+    At most one parameter is allocated at a time, and none of its pages is touched. Raises as `load_model`.
     """
-    skeleton, names = _checked(base, ignore)
+    meta_model, names = _checked(base, ignore)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(_first_dtype(base))  # as transformers does while it builds
+    torch.set_default_dtype(_first_dtype(base))  # as transformers does
     try:
         with quiet(), no_init_weights(), _parameters_on_meta():
-            module = type(skeleton)(skeleton.config)
+            module = type(meta_model)(meta_model.config)
             module.tie_weights()
     finally:
         torch.set_default_dtype(default)
@@ -76,17 +78,17 @@ def hollow_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
 
 
 def _checked(base: Checkpoint, ignore: Sequence[str]) -> tuple[PreTrainedModel, dict[str, str]]:
-    skeleton = build_skeleton(base.path)
-    names = locate(skeleton, base.path, base.tensors, ignore)
-    absent = [name for name, _ in skeleton.named_parameters() if name not in names.values()]
+    meta_model = build_meta_model(base.path)
+    names = locate(meta_model, base.path, base.tensors, ignore)
+    absent = [name for name, _ in meta_model.named_parameters() if name not in names.values()]
     absent = [name for name in absent if not matches(name, ignore)]
     if absent:
         raise ValueError(
-            f"{base.path}: {type(skeleton).__name__} has parameters that the files lack, and would start "
-            f"random: {shorten(absent)}. If its output doesn't use them, name them in `ignore`; otherwise "
-            "save the checkpoint with the class that it was trained with."
+            f"{base.path}: {type(meta_model).__name__} has parameters that the files lack and that would be "
+            f"randomly initialised: {shorten(absent)}. If its output doesn't use them, name them in "
+            "`ignore`; otherwise save the checkpoint with the class that it was trained with."
         )
-    return skeleton, names
+    return meta_model, names
 
 
 def _first_dtype(base: Checkpoint) -> torch.dtype:
@@ -95,15 +97,15 @@ def _first_dtype(base: Checkpoint) -> torch.dtype:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters lose their storage as modules register them; buffers, which are computed, keep theirs."""
+    """In this context registered parameters move to the meta device; buffers keep their computed values."""
     register = nn.Module.register_parameter
 
-    def hollow(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # one that is there already is being tied
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # one on the meta device is being tied
             parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = hollow  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A checkpoint's parameters: what can be merged, under one name each."""
+"""A checkpoint's parameters: all mergeable tensors, under one name each."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from trainmerge.checkpoints.meta_model import build_skeleton, canonical_names, locate, tied_names
+from trainmerge.checkpoints.meta_model import build_meta_model, canonical_names, locate, tied_names
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.task_vectors.parameter_names import matches
 
@@ -15,25 +15,25 @@ MERGED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Parameters:
-    """A checkpoint, its model's modules without storage, and which tensor of the files each parameter is.
+    """A checkpoint, its meta model, and the tensor of the files of each parameter.
 
     Buffers and integers are in no map: they are never merged. `ignored` parameters are in `names` only.
     """
 
     checkpoint: Checkpoint
-    skeleton: PreTrainedModel
+    meta_model: PreTrainedModel
     names: Mapping[str, str]  # every tensor of the files -> parameter; tied ones share one
     files: Mapping[str, str]  # parameter -> its canonical tensor of the files, `ignore`d ones left out
 
     @property
     def tied(self) -> dict[str, str]:
-        """Tensor of the files -> the tensor that config.json ties it to, where the files hold both."""
+        """Tensor of the files -> the tensor that config.json ties it to, if the files have both."""
         return tied_names(self.names)
 
     def file_of(self, name: str) -> str | None:
         """The canonical tensor of a parameter by any of its names in memory; None if it is ignored."""
-        wanted = dict(self.skeleton.named_parameters(remove_duplicate=False)).get(name)
-        owners = {id(parameter): owner for owner, parameter in self.skeleton.named_parameters()}
+        wanted = dict(self.meta_model.named_parameters(remove_duplicate=False)).get(name)
+        owners = {id(parameter): owner for owner, parameter in self.meta_model.named_parameters()}
         return self.files.get(owners.get(id(wanted), name))
 
     def duplicates(self) -> dict[str, list[str]]:
@@ -55,14 +55,14 @@ def open_parameters(checkpoint: Checkpoint, ignore: Sequence[str] = ()) -> Param
     if narrow or "quantization_config" in checkpoint.config:
         raise ValueError(
             f"{checkpoint.path}: quantised weights ({', '.join(narrow[:3]) or 'quantization_config'}) cannot "
-            "be merged. Use the float checkpoint that they were made from."
+            "be merged. Use the float checkpoint that was quantised."
         )
-    skeleton = build_skeleton(checkpoint.path)
-    names = locate(skeleton, checkpoint.path, checkpoint.tensors, ignore)
+    meta_model = build_meta_model(checkpoint.path)
+    names = locate(meta_model, checkpoint.path, checkpoint.tensors, ignore)
     files = canonical_names(
         {n: p for n, p in names.items() if not matches(n, ignore) and not matches(p, ignore)}
     )
-    return Parameters(checkpoint, skeleton, names, files)
+    return Parameters(checkpoint, meta_model, names, files)
 
 
 def _quantised(dtype: torch.dtype) -> bool:
@@ -70,7 +70,7 @@ def _quantised(dtype: torch.dtype) -> bool:
 
 
 def fit_prefix(names: Iterable[str], known: Iterable[str], prefixes: Iterable[str]) -> dict[str, str]:
-    """Each of `names` as `known` has it: one prefix added to all, or taken off all, whichever fits most.
+    """`names` matched to `known` by a prefix added to all, or removed from all, whichever matches most.
 
     >>> fit_prefix(["bert.encoder.a", "classifier.b"], ["encoder.a"], ["bert"])
     {'bert.encoder.a': 'encoder.a', 'classifier.b': 'classifier.b'}

@@ -1,7 +1,7 @@
-"""A transformers checkpoint folder: every file, header and name checked at the door, nothing read.
+"""A transformers checkpoint folder: checks every file, header and name, and reads no weight.
 
-Three layouts: one `model.safetensors`, shards named by `model.safetensors.index.json`, and the pickled
-twins of both (`pytorch_model.bin`), which need `allow_pickle`.
+Three layouts: one `model.safetensors`, shards named by `model.safetensors.index.json`, and the pickled forms
+    of both (`pytorch_model.bin`), which need `allow_pickle`.
 """
 
 import pickle
@@ -24,7 +24,7 @@ PICKLE = "pytorch_model.bin"
 
 
 class WeightFile(Protocol):
-    """One file of tensors: what it holds, and a mapped read."""
+    """One file of tensors: its headers, and mapped reads."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -71,7 +71,7 @@ class Checkpoint:
     config: dict[str, Any]  # config.json
     shards: Mapping[Path, tuple[str, ...]]  # file -> its tensors, in file order
     sources: Mapping[Path, WeightFile]
-    known_ties: Mapping[str, str] | None = None  # `tied`, where it was found out before
+    known_ties: Mapping[str, str] | None = None  # `tied`, if known already
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, mapped: no memory of its own. Raises KeyError for an unknown name."""
@@ -79,18 +79,18 @@ class Checkpoint:
 
     @cached_property
     def tied(self) -> dict[str, str]:
-        """Tensor -> the one that it must equal, where the files hold both: `lm_head.weight` -> the embedding.
+        """Tensor -> the one that it must equal, if the files have both: `lm_head.weight` -> the embedding.
 
         Raises ValueError if transformers does not know the architecture.
         """
         if self.known_ties is not None:
             return dict(self.known_ties)
-        from trainmerge.checkpoints.meta_model import ties_of  # transformers: only where it has to be asked
+        from trainmerge.checkpoints.meta_model import ties_of  # imports transformers: only if needed
 
         return ties_of(self.path, self.tensors)
 
     def check_unchanged(self) -> None:
-        """Raise ValueError if a safetensors file was written to since it was opened."""
+        """Raise ValueError if a safetensors file changed since it was opened."""
         for source in self.sources.values():
             if isinstance(source, MappedFile):
                 source.check_unchanged()
@@ -99,11 +99,11 @@ class Checkpoint:
 def open_checkpoint(
     path: str | Path, allow_pickle: bool = False, known_ties: Mapping[str, str] | None = None
 ) -> Checkpoint:
-    """Open a checkpoint folder; read its headers only. `known_ties` spare `tied` from asking transformers.
+    """Open a checkpoint folder; reads headers only. With `known_ties`, `tied` does not need transformers.
 
     Raises:
-        FileNotFoundError: the folder, config.json, the weights, or a shard that the index names.
-        ValueError: a broken file, an index that disagrees with its shards, only pickled weights.
+        FileNotFoundError: the folder, config.json, the weights, or a shard of the index is missing.
+        ValueError: a damaged file, an index that contradicts its shards, only pickled weights.
     """
     path = Path(path)
     if not path.is_dir():
@@ -111,7 +111,7 @@ def open_checkpoint(
             f"{path}: not a folder{seen_from(path)}. Name a checkpoint folder on disk; download it first."
         )
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise ValueError(f"{path}: a peft adapter, not a whole model. Name the model that it was trained on.")
+        raise ValueError(f"{path}: a peft adapter, not a full model. Name the model that it was trained on.")
     config = read_json(path / "config.json")
     files, index = find_weights(path, SAFETENSORS, PICKLE, allow_pickle)
     sources: dict[Path, WeightFile] = {
@@ -143,7 +143,7 @@ def find_weights(
 ) -> tuple[list[Path], dict[str, str] | None]:
     """The weight files of `path`, and the index's tensor -> file name where there is one.
 
-    transformers' order: the single safetensors file, its shards, then the pickled twins.
+    transformers' order: the single safetensors file, its shards, then the pickled forms.
     """
     for single in [safe, pickled]:
         if single == pickled and _has(path, pickled) and not allow_pickle:
@@ -158,9 +158,9 @@ def find_weights(
             names = _weight_map(index, Path(single).suffix)
             return [path / file for file in sorted(set(names.values()))], names
     dangling = [path / single for single in (safe, pickled) if (path / single).is_symlink()]
-    gone = [f"; {link.name} is a link to {link.readlink()}, which is not there" for link in dangling]
+    gone = [f"; {link.name} is a link to {link.readlink()}, which does not exist" for link in dangling]
     raise FileNotFoundError(
-        f"{path}: no weights: neither {safe} nor {safe}.index.json is there{''.join(gone)}. Check the path, "
+        f"{path}: no weights: neither {safe} nor {safe}.index.json exists{''.join(gone)}. Check the path, "
         "or download them again."
     )
 
@@ -170,13 +170,13 @@ def _has(path: Path, name: str) -> bool:
 
 
 def _weight_map(index: Path, suffix: str) -> dict[str, str]:
-    """The index's tensor -> file name. Outside input: plain relative `.safetensors` paths only."""
+    """The index's tensor -> file name. Untrusted input: only plain relative `.safetensors` paths."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise ValueError(f"{index}: no usable 'weight_map' (tensor name -> file name). Download it again.")
     problems = []
     for file in sorted(set(names.values())):
-        # PureWindowsPath reads both kinds of slashes and drives, on any system.
+        # PureWindowsPath parses both kinds of slashes and drives, on any system.
         parts = PureWindowsPath(file)
         if parts.drive or parts.root or ".." in parts.parts or not file.endswith(suffix):
             problems.append(f"{file!r} is not a {suffix} file inside the folder")
@@ -192,7 +192,7 @@ def _weight_map(index: Path, suffix: str) -> dict[str, str]:
 
 
 def _check_index(path: Path, index: dict[str, str] | None, sources: Mapping[Path, WeightFile]) -> None:
-    """Index and shards must agree both ways, and no tensor be in two shards."""
+    """Raise ValueError unless index and shards agree and every tensor is in one shard only."""
     homes: dict[str, list[str]] = {}
     for file, source in sources.items():
         for name in source.tensors:
@@ -201,11 +201,11 @@ def _check_index(path: Path, index: dict[str, str] | None, sources: Mapping[Path
     if index is not None:
         for name, home in index.items():
             if PureWindowsPath(home).as_posix() not in homes.get(name, []):
-                problems.append(f"{name} is not in {home}, where the index has it")
+                problems.append(f"{name} is not in {home}, which the index names")
         problems += [
             f"{name} of {files[0]} is not in the index" for name, files in homes.items() if name not in index
         ]
     if problems:
         raise ValueError(
-            f"{path}: the index disagrees with its shards: " + "; ".join(problems) + ". Save it again."
+            f"{path}: the index contradicts its shards: " + "; ".join(problems) + ". Save it again."
         )

@@ -1,7 +1,7 @@
-"""Where the numbers of every task vector lie on disk: what remains of a comparison of names and shapes.
+"""The places on disk of every task vector: the result of comparing names and shapes.
 
-The comparison builds models without storage, by transformers and peft. Its outcome is plain text, which a run
-keeps, so that an export needs neither.
+The comparison builds meta models with transformers and peft. Its result is plain text, saved with a run, so
+that an export needs neither.
 """
 
 import json
@@ -28,7 +28,7 @@ class FullSource:
 
 @dataclass(frozen=True)
 class LowRankSource:
-    """An adapter's two factors; `transposed` where the update is (scale up down)^T."""
+    """An adapter's two factors; `transposed` if the update is (scale up down)^T."""
 
     file: str
     up: str
@@ -42,10 +42,10 @@ Source = FullSource | LowRankSource
 
 @dataclass(frozen=True)
 class Sources:
-    """Every expert's sources by the base's tensor names; a name that is not there is untouched."""
+    """Every expert's sources by the base's tensor names; absent names are unchanged."""
 
     parameters: Sequence[str]  # the base's, in order
-    tied: Mapping[str, str]  # tensor of the base's files -> the one that it must equal, where both are there
+    tied: Mapping[str, str]  # tensor of the base's files -> the one that it must equal, if both exist
     experts: Mapping[str, Mapping[str, Source]]
 
     def to_json(self) -> str:
@@ -66,7 +66,7 @@ class Sources:
         return Sources(tuple(data["parameters"]), data["tied"], experts)
 
     def open(self, base: Checkpoint) -> TaskVectors:
-        """The task vectors, over mapped files: their headers are read."""
+        """The task vectors over mapped files; reads their headers."""
         files = _Files()
         deltas = {}
         for name in self.parameters:
@@ -79,7 +79,7 @@ class Sources:
 
 @dataclass
 class _Files:
-    """Files of weights, each opened once."""
+    """Weight files, each opened once."""
 
     opened: dict[str, WeightFile] = field(default_factory=dict)
 
@@ -101,9 +101,9 @@ def _term(source: Source | None, base: Tensor, files: _Files) -> Term:
 
 
 def _rows(weight: Tensor, base: Tensor) -> Tensor:
-    """As many rows as the base has: tokens that the expert lacks keep the base's embedding.
+    """The tensor with the base's number of rows: tokens that the expert lacks get the base's embedding.
 
-    Only where the vocabulary was resized; a shorter one costs a copy of the tensor.
+    Only if the vocabulary was resized; a smaller one costs a copy of the tensor.
     """
     if weight.shape[:1] == base.shape[:1]:
         return weight

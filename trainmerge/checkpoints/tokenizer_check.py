@@ -1,4 +1,4 @@
-"""Whether an expert reads texts with the base's tokenizer: the same token under the same number."""
+"""Whether an expert's tokenizer has the same token ids as the base's."""
 
 import json
 import warnings
@@ -8,9 +8,9 @@ FILE = "tokenizer.json"
 
 
 def tokenizer_mismatches(base: Path, expert: Path) -> list[str]:
-    """One line if ordinary tokens of the two have other numbers; a warning if only added ones have.
+    """One line if ordinary tokens have different ids; a warning if only added tokens have.
 
-    Nothing is said of folders without a `tokenizer.json`.
+    Folders without a `tokenizer.json` are not checked.
     """
     files = base / FILE, expert / FILE
     if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
@@ -21,8 +21,8 @@ def tokenizer_mismatches(base: Path, expert: Path) -> list[str]:
         first = min(different)
         return [
             f"{files[1]}: token {first} is {theirs[first]!r}, the base's is {ours[first]!r} "
-            f"({len(different)} differ): its embeddings are of other tokens than the base's. Use experts of "
-            "one tokenizer; if the file is not what this expert was trained with, put the right one there"
+            f"({len(different)} differ): its embeddings belong to other tokens than the base's. Use experts "
+            "with the base's tokenizer; if this file is not the one of the expert's training, replace it"
         ]
     added = [i for i in our_added.keys() & their_added.keys() if our_added[i] != their_added[i]]
     if added:
@@ -36,10 +36,10 @@ def tokenizer_mismatches(base: Path, expert: Path) -> list[str]:
 
 
 def _tokens(file: Path) -> tuple[dict[int, str], dict[int, str]]:
-    """Number -> token: the model's own, and the added ones.
+    """Id -> token: the model's own, and the added ones.
 
     Raises:
-        ValueError: the file is no tokenizer.
+        ValueError: the file is not a tokenizer.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -52,4 +52,4 @@ def _tokens(file: Path) -> tuple[dict[int, str], dict[int, str]]:
         added = {int(entry["id"]): str(entry["content"]) for entry in content.get("added_tokens") or []}
         return {i: token for i, token in pairs if i not in added}, added
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: no tokenizer ({error}); download or save it again") from error
+        raise ValueError(f"{file}: not a tokenizer ({error}); download or save it again") from error

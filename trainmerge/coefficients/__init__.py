@@ -1,1 +1,1 @@
-"""Which parameters share a coefficient, the coefficients, their constraints and where they start."""
+"""The grouping of parameters, the coefficients, their constraints and their start."""

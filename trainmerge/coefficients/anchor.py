@@ -1,4 +1,4 @@
-"""A pull of the coefficients back to where they should be near.
+"""A penalty on the coefficients' distance from their start, or from given values.
 
 Legend: `K` experts, `G` coefficient groups.
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 class Anchor:
     """weight * mean |c - at|^power over all K x G coefficients.
 
-    With power 1 it is R of Expert Merging (arXiv 2509.25712); its reference code divides by G instead of
-    K * G, so that its gamma counts K times as much: `scale="reference"`. At the anchor the gradient of power
-    1 is taken as 0, so it is inert until the first step.
+    With power 1 it is R of Expert Merging (arXiv 2509.25712); its reference code divides by G instead of K *
+    G, so its gamma has K times the effect: `scale="reference"`. With power 1 the gradient at the anchor is 0,
+        so the penalty has no effect before the first step.
 
     Args:
         weight: The paper's gamma.
-        at: One number, or one per expert; None is where the coefficients start.
+        at: One number, or one per expert; None is the coefficients' start.
         power: 1 or 2.
         scale: `paper`, the mean; `reference`, K times the mean.
     """
@@ -36,7 +36,7 @@ class Anchor:
             raise ValueError(f"anchor.weight must not be negative, not {self.weight}")
 
     def __call__(self, coefficients: Tensor, start: Tensor) -> Tensor:
-        """The penalty of coefficients [K, G], which began at `start` [K, G].
+        """The penalty of coefficients [K, G] that started at `start` [K, G].
 
         Raises:
             ValueError: `at` has neither one value nor K.

@@ -1,4 +1,4 @@
-"""Which parameters deserve more coefficients, and how many each gets (Expert Merging++).
+"""Importance of parameters, and the allocation of chunks to them (Expert Merging++).
 
 Legend: `K` experts, `L` parameters, `C` chunks of one parameter.
 """
@@ -16,12 +16,12 @@ from trainmerge.task_vectors.delta import TaskVectors, dense_term
 def magnitude(task_vectors: TaskVectors, coefficients: Coefficients) -> dict[str, float]:
     """I_l = sum_k |c_kl| * mean|tau_kl| * n_l, normalised to sum to one over the merged parameters.
 
-    Expert Merging++ (arXiv 2509.25712). mean|tau| * n is the 1-norm, so a parameter counts by how far the
-    merge moves it. Where a parameter has several coefficients, their mean |c| stands for it. Reads every
+    Expert Merging++ (arXiv 2509.25712). mean|tau| * n is the 1-norm, so importance measures how much the
+    merge changes a parameter. If a parameter has several coefficients, their mean |c| is used. Reads every
     task vector once, one at a time.
 
     Raises:
-        ValueError: no coefficient moves anything.
+        ValueError: the merge changes nothing.
     """
     values = coefficients().abs()
     scores = {}
@@ -43,7 +43,7 @@ def normalised(scores: Mapping[str, float]) -> dict[str, float]:
     """
     total = sum(scores.values())
     if not total > 0:
-        raise ValueError("the importance of every parameter is 0: there is nothing to share a budget by")
+        raise ValueError("the importance of every parameter is 0, so no budget can be allocated")
     return {name: score / total for name, score in scores.items()}
 
 
@@ -52,18 +52,18 @@ def allocate(
 ) -> dict[str, int]:
     """Chunks per parameter: budget * L of them, shared in proportion to importance^kappa.
 
-    Largest remainder, so that they sum to the budget (the paper's floor drops a quarter to a half of it);
-    no parameter gets more chunks than it has rows, and what it cannot take goes to the others. kappa 0 is
-    uniform. A parameter with 0 chunks is to keep the coefficient that it has.
+    Rounded by largest remainder, so that they sum to the budget (the paper's floor drops a quarter to a half
+    of it). No parameter gets more chunks than it has rows; the excess goes to the others. kappa 0 is uniform.
+    A parameter with 0 chunks keeps its coefficient.
 
     Raises:
-        ValueError: a budget that is not positive, a negative kappa, or more chunks than rows altogether.
+        ValueError: a budget that is not positive, a negative kappa, or more chunks than rows in total.
     """
     if budget <= 0 or kappa < 0:
         raise ValueError(f"allocation needs a budget above 0 and kappa of at least 0, not {budget}, {kappa}")
     total = round(budget * len(importance))
     if total > sum(rows[name] for name in importance):
-        raise ValueError(f"{total} chunks are more than the parameters have rows; use a smaller budget")
+        raise ValueError(f"{total} chunks are more than the parameters' rows; use a smaller budget")
     weights = {name: float(score > 0 or kappa == 0) * score**kappa for name, score in importance.items()}
     chunks = dict.fromkeys(importance, 0)
     while left := total - sum(chunks.values()):
@@ -74,13 +74,13 @@ def allocate(
 def _shared(
     chunks: dict[str, int], left: int, weights: Mapping[str, float], rows: Mapping[str, int]
 ) -> dict[str, int]:
-    """`left` more chunks, by largest remainder, among the parameters that have rows left."""
+    """Distribute `left` more chunks by largest remainder among the parameters that have rows left."""
     open_ = [name for name, count in chunks.items() if count < rows[name]]
     total = sum(weights[name] for name in open_)
-    # Where nothing with a weight is left, the rest is shared evenly.
+    # If no weight is left, the rest is distributed evenly.
     shares = {name: left * (weights[name] / total if total else 1 / len(open_)) for name in open_}
     whole = {name: int(share) for name, share in shares.items()}
-    by_remainder = sorted(open_, key=lambda name: whole[name] - shares[name])  # stable: ties in their order
+    by_remainder = sorted(open_, key=lambda name: whole[name] - shares[name])  # stable: ties keep their order
     for name in by_remainder[: left - sum(whole.values())]:
         whole[name] += 1
     return {name: min(rows[name], count + whole.get(name, 0)) for name, count in chunks.items()}

@@ -1,4 +1,4 @@
-"""Which coefficient a parameter uses, and the coefficients themselves: all that is ever trained.
+"""The coefficients, which are all that is trained, and the coefficient of each parameter.
 
 Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 """
@@ -17,7 +17,7 @@ from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 
 
 class Coefficients(nn.Module):
-    """The K x G coefficients of a merge. `raw` is what the optimizer moves; the constraint maps it."""
+    """The K x G coefficients of a merge: the optimizer updates `raw`, and the constraint maps it."""
 
     raw: nn.Parameter  # [K, G] float32
 
@@ -31,7 +31,7 @@ class Coefficients(nn.Module):
         super().__init__()
         self.experts, self.layout = tuple(experts), layout
         self.constraint = constraint or Free()
-        # float32 whatever the default is (Lightning's bf16-true changes it); float64 for gradient checks
+        # float32 independent of the default dtype (bf16-true changes it); float64 for gradient checks
         start = torch.as_tensor(initial, dtype=accumulation_dtype(torch.get_default_dtype()))
         start = start.expand(len(self.experts), len(layout.labels)).clone()
         self.raw = nn.Parameter(self.constraint.start(start))
@@ -48,21 +48,21 @@ class Coefficients(nn.Module):
     def backward(self, gradient: Tensor) -> None:
         """Add d loss / d raw to `raw.grad`, given d loss / d coefficients [K, G]."""
         learned = gradient.to(self.raw).index_fill(1, self._fixed_groups(), 0.0)
-        # Not `backward`: DDP's hooks would reduce once more what was reduced already.
+        # Not `backward`: DDP's hooks would reduce the already reduced gradient again.
         (found,) = torch.autograd.grad(self(), self.raw, learned)
         self.raw.grad = found if self.raw.grad is None else self.raw.grad + found
 
     @torch.no_grad()
     def reset_(self, values: Tensor) -> None:
-        """Be these coefficients, [K, G]; fixed ones too."""
+        """Set the coefficients, [K, G], including fixed ones."""
         self.raw.copy_(self.constraint.start(values.to(self.raw)))
         self._fixed = self.raw.detach()[:, list(self.layout.fixed)].clone()
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Move `raw` back into the constraint's set; called after every optimizer step.
+        """Project `raw` onto the constraint's set; called after every optimizer step.
 
-        Fixed ones go back to where they were: weight decay moves what has no gradient too.
+        Restores fixed coefficients, because weight decay changes them even without a gradient.
         """
         projected = self.constraint.project(self.raw)
         self.raw.copy_(projected.index_copy(1, self._fixed_groups(), self._fixed.to(self.raw)))
@@ -72,7 +72,7 @@ class Coefficients(nn.Module):
 
 
 def save_coefficients(coefficients: Coefficients, path: Path) -> None:
-    """Write the values [K, G] in float32, with experts and layout, as safetensors; renamed into place."""
+    """Write the values [K, G] in float32, with experts and layout, as safetensors, atomically."""
     metadata = {"experts": json.dumps(coefficients.experts), "layout": coefficients.layout.to_json()}
     values = coefficients().detach().float().cpu()
     specs = {"coefficients": (values.dtype, tuple(values.shape))}
@@ -83,7 +83,7 @@ def load_coefficients(path: Path) -> Coefficients:
     """Read `save_coefficients`'s file, as unconstrained coefficients.
 
     Raises:
-        ValueError: the file is something else.
+        ValueError: not such a file, or damaged.
     """
     file = MappedFile(path)
     if not {"experts", "layout"} <= file.metadata.keys() or "coefficients" not in file.tensors:
@@ -95,5 +95,7 @@ def load_coefficients(path: Path) -> Coefficients:
     values, shape = file.read("coefficients").clone(), (len(experts), len(layout.labels))
     groups = {group for chunks in layout.groups.values() for group in chunks} | {*layout.fixed}
     if values.shape != shape or not groups <= {*range(shape[1])} or not bool(values.isfinite().all()):
-        raise ValueError(f"{path}: its values do not fit its header, or are not finite: the file is damaged")
+        raise ValueError(
+            f"{path}: its values do not match its header, or are not finite: the file is damaged"
+        )
     return Coefficients(experts, layout, values)

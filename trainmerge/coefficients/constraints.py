@@ -1,7 +1,7 @@
-"""The set that coefficients stay in, and the map from what is optimised to what is used.
+"""The feasible set of the coefficients, and the map from the optimised values to them.
 
-A hard clamp inside the graph has no gradient outside its box and kills coefficients there; `Box` and
-`Simplex` project after the step instead, so a coefficient on the border can always come back.
+A hard clamp inside the graph has no gradient outside its box, so coefficients there never change again. `Box`
+and `Simplex` project after the step instead, so a coefficient at the bound can always return.
 
 Legend: `K` experts, `G` coefficient groups.
 """
@@ -19,7 +19,7 @@ class Constraint(ABC):
     """Coefficients [K, G] = values(raw), and raw = project(raw) after each step."""
 
     def values(self, raw: Tensor) -> Tensor:
-        """Coefficients from what is optimised, both [K, G]; differentiable."""
+        """Coefficients from the optimised values, both [K, G]; differentiable."""
         return raw
 
     @abstractmethod
@@ -35,13 +35,13 @@ class Constraint(ABC):
         """The nearest point of the set, [K, G]."""
 
     def at_bound(self, values: Tensor) -> Tensor:
-        """Which coefficients [K, G] the set keeps from going on, as booleans; none unless a set says so."""
+        """Which coefficients [K, G] are at a bound of the set, as booleans; by default none."""
         return torch.zeros_like(values, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
 class Free(Constraint):
-    """Any value."""
+    """No constraint."""
 
     @override
     def start(self, values: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Box(Constraint):
     @override
     def start(self, values: Tensor) -> Tensor:
         if bool(((values < self.low) | (values > self.high)).any()):
-            raise ValueError(f"initial coefficients leave the box [{self.low}, {self.high}]")
+            raise ValueError(f"initial coefficients are outside the box [{self.low}, {self.high}]")
         return values
 
     @override
@@ -98,15 +98,15 @@ class Sigmoid(Constraint):
 
     @override
     def at_bound(self, values: Tensor) -> Tensor:
-        """Where the sigmoid's slope is a twentieth of its largest, or less."""
+        """True where the sigmoid's slope is at most a twentieth of its maximum."""
         return values * (1 - values) <= 0.0125
 
 
 @dataclass(frozen=True)
 class Simplex(Constraint):
-    """In each group the K coefficients are not negative and sum to `total`, by Euclidean projection.
+    """In each group the K coefficients are nonnegative and sum to `total`, by Euclidean projection.
 
-    With `base` they may sum to less: the base is a vertex of the hull too.
+    With `base` they may sum to less, so that the base is a vertex of the convex hull too.
     """
 
     total: float = 1.0

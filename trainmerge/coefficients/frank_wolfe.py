@@ -1,10 +1,11 @@
-"""Frank-Wolfe: merges in the hull of the experts, a step towards one expert at a time.
+"""Frank-Wolfe: merges in the convex hull of the experts; each step moves towards one expert.
 
-A linear function over a simplex is least at a vertex, so the linear minimisation oracle is an argmin over the
-coefficient gradients: no projection is needed, and the duality gap bounds what is left to gain (Jaggi, ICML
-2013). FW-Merging (ICCV 2025, arXiv 2503.12649) takes such steps in weight space, its oracle a cosine.
+A linear function over a simplex is minimal at a vertex, so the linear minimisation oracle is an argmin over
+the coefficient gradients. No projection is needed, and the duality gap bounds the remaining improvement
+(Jaggi, ICML 2013). FW-Merging (ICCV 2025, arXiv 2503.12649) takes such steps in weight space, its oracle a
+cosine.
 
-Legend: `K` experts, `V` vertices (K, and the base where it is one), `G` coefficient groups.
+Legend: `K` experts, `V` vertices (K, plus the base if it is one), `G` coefficient groups.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,15 +18,15 @@ from typing_extensions import override
 
 
 class FrankWolfe(Optimizer):
-    """Moves coefficients [K, G] within a simplex; use it with `constraint: trainmerge.Simplex`.
+    """Optimises coefficients [K, G] over a simplex; use it with `constraint: trainmerge.Simplex`.
 
     Args:
         params: The coefficients; they must start in the set.
-        total: What the coefficients of a group sum to: the constraint's `total`.
-        base: The base is a vertex too, so that they may sum to less: the constraint's `base`.
+        total: The sum of a group's coefficients: the constraint's `total`.
+        base: Whether the base is a vertex too, so that they may sum to less: the constraint's `base`.
         shared: One vertex per step for all groups, as the paper's task-wise oracle; else one per group.
-        search: Go as far as a secant of the slope says, exact for a quadratic, which takes a second loss a
-            step. Without it, 2 / (t + 2) of the way in step t = 0, 1, ...
+        search: Line search by a secant of the slope, exact for a quadratic; takes a second loss per step.
+            Otherwise the step size is 2 / (t + 2) in step t = 0, 1, ...
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class FrankWolfe(Optimizer):
             raise ValueError(f"total must be positive, not {total}")
         super().__init__(params, {"total": total, "base": base, "shared": shared, "search": search})
         if len(self.param_groups) != 1 or len(self.param_groups[0]["params"]) != 1:
-            raise ValueError("FrankWolfe moves one tensor of coefficients")
+            raise ValueError("FrankWolfe optimises a single tensor of coefficients")
 
     @property
     def _coefficients(self) -> Tensor:
@@ -48,13 +49,13 @@ class FrankWolfe(Optimizer):
         return parameter
 
     def gap(self) -> float:
-        """The duality gap where the last step began: a convex loss is at most so far above its least."""
+        """The duality gap before the last step: a convex loss is at most this far above its minimum."""
         return float(self.state[self._coefficients]["gap"])
 
     @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. The closure takes loss and gradient; with `search` it is called twice."""
+        """One step. The closure computes loss and gradient; with `search` it is called twice."""
         assert closure is not None
         with torch.enable_grad():
             loss = closure()
@@ -78,7 +79,7 @@ class FrankWolfe(Optimizer):
 
 
 def oracle(gradient: Tensor, total: float = 1.0, base: bool = False, shared: bool = False) -> Tensor:
-    """The vertex of the simplex at which <gradient, vertex> is least, both [K, G]; the base is all zeros."""
+    """The vertex of the simplex that minimises <gradient, vertex>, both [K, G]; the base is all zeros."""
     if shared:
         gradient = gradient.sum(dim=1, keepdim=True).expand_as(gradient)
     vertices = torch.cat([gradient, torch.zeros_like(gradient[:1])]) if base else gradient  # [V, G]

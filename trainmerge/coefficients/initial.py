@@ -1,4 +1,4 @@
-"""Where coefficients start: numbers, or the coefficients of an earlier run.
+"""Initial coefficients: numbers, a preset, or the coefficients of an earlier run.
 
 Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 """
@@ -17,23 +17,23 @@ Initial = float | Sequence[float] | str | Preset
 
 
 def read_initial(initial: Initial, experts: Sequence[str], layout: Layout) -> Tensor:
-    """Where coefficients start, [K, 1] or [K, G]: one number, one per expert, a coefficients file, a preset.
+    """Initial coefficients [K, 1] or [K, G]: one number, one per expert, a coefficients file, or a preset.
 
-    A file may group more coarsely: every chunk then starts with its parameter's coefficient.
+    A file may have a coarser grouping: every chunk then starts with its parameter's coefficient.
 
     Raises:
-        ValueError: the wrong number of experts, or a file of another merge.
+        ValueError: the wrong number of experts, or a file of a different merge.
     """
     if isinstance(initial, Preset):
         return initial(experts, layout)
     if isinstance(initial, str):
         saved = load_coefficients(Path(initial))
         if saved.experts != tuple(experts):
-            raise ValueError(f"{initial}: made for other experts ({saved.experts})")
+            raise ValueError(f"{initial}: from a merge of other experts ({saved.experts})")
         try:
             return carried(saved, layout)
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{initial}: made for another grouping: {error}") from error
+            raise ValueError(f"{initial}: its grouping does not match: {error}") from error
     values = torch.as_tensor(initial, dtype=torch.float32).reshape(-1, 1)
     if len(values) not in (1, len(experts)):
         raise ValueError(
@@ -47,7 +47,7 @@ def carried(saved: Coefficients, layout: Layout) -> Tensor:
 
     Raises:
         KeyError: a parameter that was not merged.
-        ValueError: chunks that cannot be carried over, or parameters that differ and are to share one.
+        ValueError: chunks do not match, or parameters with different coefficients are to share one.
     """
     values = saved.forward().detach()
     if unknown := layout.groups.keys() - saved.layout.groups.keys():
@@ -56,10 +56,12 @@ def carried(saved: Coefficients, layout: Layout) -> Tensor:
     for name, groups in layout.groups.items():
         own = saved.of(name, values)  # [K, C before]
         if own.shape[1] not in (1, len(groups)):
-            raise ValueError(f"{name} has {own.shape[1]} chunks there and {len(groups)} here")
+            raise ValueError(f"{name} has {own.shape[1]} chunks in the file and {len(groups)} here")
         there = carried[:, list(groups)]
         own = own.expand(-1, len(groups))
         if not torch.equal(torch.where(there.isnan(), own, there), own):
-            raise ValueError(f"{name} is to share a coefficient with parameters that have another")
+            raise ValueError(
+                f"{name} is to share a coefficient with parameters whose coefficient differs in the file"
+            )
         carried[:, list(groups)] = own
     return carried

@@ -1,4 +1,4 @@
-"""Which parameters share a coefficient: the user's grouping, and the explicit map it gives.
+"""Which parameters share a coefficient: the user's grouping, and the resulting explicit map.
 
 Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 """
@@ -20,17 +20,16 @@ Granularity = Literal["task", "block", "tensor", "chunk"]
 
 @dataclass(frozen=True)
 class Grouping:
-    """How parameters share coefficients: the part of a layout that a user chooses.
+    """How parameters share coefficients, as chosen by the user.
 
     `task`: one coefficient per expert. `block`: one for each numbered block of the network (and one
     for each module outside them). `tensor`: one per parameter, which is what the papers call
-    layer-wise. `chunk`: `chunks` contiguous blocks of rows per parameter. `chunks` is one number for
-    all; or numbers by fnmatch pattern, of which the last that matches counts (1 without a match); or
-    a file of `trainmerge allocate`. A parameter with 0 chunks keeps the coefficient that it starts
-    with: it is merged, not learned.
+    layer-wise. `chunk`: `chunks` contiguous blocks of rows per parameter. `chunks` is one number for all; or
+    numbers by fnmatch pattern, of which the last match applies (1 without a match); or a file of `trainmerge
+    allocate`. A parameter with 0 chunks is merged at its starting coefficient, which is not learned.
 
-    `include` and `exclude` are fnmatch patterns over parameter names; what is not included, or is
-    excluded, keeps the base's value.
+    `include` and `exclude` are fnmatch patterns over parameter names; parameters that are not included, or
+    excluded, keep the base's value.
     """
 
     granularity: Granularity = "tensor"
@@ -47,16 +46,15 @@ class Grouping:
     def layout(self, shapes: Mapping[str, torch.Size], unchanged: Iterable[str] = ()) -> "Layout":
         """Assign every parameter's chunks to groups, in the order of `shapes`.
 
-        `unchanged` are parameters that no expert changes: there is nothing to merge in them, but patterns
-        may name them.
+        `unchanged` are parameters that no expert changes: they are not merged, but patterns may match them.
 
         Raises:
-            ValueError: a pattern matches no parameter, or nothing is left to merge.
+            ValueError: a pattern matches no parameter, or no parameter is left to merge.
         """
         excluded = {name: reason for name in shapes if (reason := self._reason(name))}
         self._check_patterns([*shapes, *unchanged])
         if len(excluded) == len(shapes):
-            raise ValueError("nothing is left to merge: include/exclude leave out every parameter")
+            raise ValueError("no parameter is left to merge: include/exclude leave out all of them")
         counts = self._counts([*shapes, *unchanged])
         labels: dict[str, int] = {}
         groups = {
@@ -68,7 +66,7 @@ class Grouping:
         }
         fixed = tuple(group for name, chunks in groups.items() if not counts[name] for group in chunks)
         if len(fixed) == len(labels):
-            raise ValueError("nothing is left to learn: every parameter has 0 chunks")
+            raise ValueError("no coefficient is left to learn: every parameter has 0 chunks")
         return Layout(tuple(labels), groups, excluded, fixed)
 
     def _reason(self, name: str) -> str:
@@ -81,11 +79,11 @@ class Grouping:
         if idle := idle_patterns((*self.include, *self.exclude), names):
             raise ValueError(
                 f"patterns that match no parameter: {idle}. "
-                f"Parameters are named like {names[:3]}; `trainmerge inspect` lists them all."
+                f"Parameter names look like {names[:3]}; `trainmerge inspect` lists them all."
             )
 
     def _counts(self, names: Sequence[str]) -> dict[str, int]:
-        """The chosen chunks per parameter."""
+        """The number of chunks per parameter."""
         if isinstance(self.chunks, int):
             return dict.fromkeys(names, self.chunks)
         wanted = read_chunks(Path(self.chunks)) if isinstance(self.chunks, str) else self.chunks
@@ -115,12 +113,12 @@ def read_chunks(path: Path) -> dict[str, int]:
     """Chunks per parameter, from a file of `trainmerge allocate`.
 
     Raises:
-        ValueError: the file is something else.
+        ValueError: the file is not such a file.
     """
     try:
         chunks = json.loads(path.read_text())["chunks"]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no allocation of chunks (see `trainmerge allocate --help`)") from error
+        raise ValueError(f"{path}: not an allocation of chunks (see `trainmerge allocate --help`)") from error
     return {name: int(count) for name, count in chunks.items()}
 
 

@@ -1,4 +1,4 @@
-"""Published ways to choose coefficients without learning them: starting points, and merges of their own.
+"""Published rules for coefficients without learning: starting points, or complete merges.
 
 Legend: `K` experts, `G` coefficient groups, `N` texts.
 """
@@ -29,18 +29,18 @@ class Preset(ABC):
 
 @dataclass(frozen=True)
 class LayerSwap(Preset):
-    """One expert below and above, the other between: the outer one's coefficient is 1 there, and 0 here.
+    """One expert's lowest and highest blocks, the other's middle blocks: coefficients 1 and 0.
 
     Bandarkar et al., ICLR 2025 (arXiv 2410.01335), which swaps the layers of a language expert into a maths
-    expert of 32 layers. Blocks are the numbered ones; what lies outside of them (embeddings, final norm) is
+    expert of 32 layers. Blocks are the numbered ones; parameters outside them (embeddings, final norm) are
     the outer expert's.
 
     Args:
         outer: The expert of the lowest and the highest blocks (the paper's language expert).
-        inner: The expert of the blocks between.
-        bottom: Blocks below.
-        top: Blocks above.
-        transition: Blocks at each border that are half one and half the other.
+        inner: The expert of the middle blocks.
+        bottom: Number of lowest blocks.
+        top: Number of highest blocks.
+        transition: Number of blocks at each border with coefficient 1/2 for both.
     """
 
     outer: str
@@ -84,15 +84,15 @@ def _number(name: str) -> int | None:
 
 @dataclass(frozen=True)
 class MetricsWeighted(Preset):
-    """Checkpoints of one run, weighed by a metric: w_k = m_k^power, or m_k^-power, shared out to sum to 1.
+    """Checkpoints of one run, weighted by a metric: w_k = m_k^power, or m_k^-power, normalised to sum to 1.
 
-    Metrics-weighted averaging (arXiv 2504.18580) weighs by training loss or step with one exponent; its exact
-    formula was not to be found, so this one is ours. 0 is the average; more prefers the best.
+    Metrics-weighted averaging (arXiv 2504.18580) weights by training loss or step with one exponent. We found
+    no exact formula, so this one is ours. Power 0 is the average; a higher one favours the best.
 
     Args:
         metrics: Expert -> its metric, above 0.
         power: The exponent.
-        best: Whether the `lowest` metric is best (a loss), or the `highest` (a step, a score).
+        best: Whether the `lowest` metric is best (a loss) or the `highest` (a step, a score).
     """
 
     metrics: Mapping[str, float]
@@ -109,7 +109,7 @@ class MetricsWeighted(Preset):
 
 
 class Measures(Protocol):
-    """What `trainmerge.model.expert_statistics` offers to a preset."""
+    """The statistics that `trainmerge.model.expert_statistics` gives to a preset."""
 
     def likelihoods(self, expert: int, texts: Sequence[Example]) -> Tensor:
         """Log-likelihood of each text under the expert, [N] float64."""
@@ -120,11 +120,11 @@ class Measures(Protocol):
 
 @dataclass(frozen=True)
 class MeasuredPreset(Preset):
-    """Coefficients from what the experts say about unlabeled texts, before the fit.
+    """Coefficients from the experts' predictions on unlabeled texts, before the fit.
 
     Args:
-        texts: File of texts of the domain that the merge is for, read as calibration files are.
-        max_texts: The first so many.
+        texts: File of texts from the target domain, read as calibration files are.
+        max_texts: Use the first so many.
     """
 
     texts: str
@@ -132,7 +132,7 @@ class MeasuredPreset(Preset):
 
     @override
     def __call__(self, experts: Sequence[str], layout: Layout) -> Tensor:
-        """Even, until `measured` says more."""
+        """Uniform, as a placeholder until `measured`."""
         return torch.full((len(experts), 1), 1 / len(experts))
 
     @abstractmethod
@@ -147,14 +147,14 @@ class MeasuredPreset(Preset):
 
 @dataclass(frozen=True)
 class DomainPosterior(MeasuredPreset):
-    """How likely each expert's domain is, given texts of the one that the merge is for.
+    """The posterior of each expert's domain, given texts from the target domain.
 
-    Branch-Train-Merge (Li et al., arXiv 2208.03306): p(k | x) is in proportion to p(x | k) p(k); the prior
-    starts even and moves by `rate` towards each text's posterior; what it ends at are the coefficients, so
-    the last few texts decide most. For language models.
+    Branch-Train-Merge (Li et al., arXiv 2208.03306): p(k | x) is proportional to p(x | k) p(k). The prior
+    starts uniform and moves by `rate` towards each text's posterior; its final value gives the coefficients,
+    so the last few texts have the most weight. For language models.
 
     Args:
-        rate: Of the moving average; 0.3 in the paper.
+        rate: Rate of the moving average; 0.3 in the paper.
     """
 
     rate: float = 0.3
@@ -171,7 +171,7 @@ class DomainPosterior(MeasuredPreset):
 
 
 def posterior(likelihoods: Tensor, rate: float) -> Tensor:
-    """Log-likelihoods [K, N] -> [K], in float32: the prior after all texts, which starts even."""
+    """Log-likelihoods [K, N] -> [K], in float32: the prior after all texts, starting uniform."""
     prior = torch.full((len(likelihoods),), 1 / len(likelihoods), dtype=torch.float64)
     for column in likelihoods.T:
         seen = (column.double() + prior.log()).softmax(dim=0)
@@ -181,14 +181,14 @@ def posterior(likelihoods: Tensor, rate: float) -> Tensor:
 
 @dataclass(frozen=True)
 class T3(MeasuredPreset):
-    """One expert and its base: the more they disagree about the texts, the more of the expert.
+    """One expert and its base: the coefficient grows with their disagreement on the texts.
 
-    T3 (arXiv 2510.27265), one batch at a time: the mean over texts of `t3_coefficients`. One coefficient
-    per text needs one merge per text, which no checkpoint can hold; call the function for those.
+    T3 (arXiv 2510.27265), one batch at a time: the mean over texts of `t3_coefficients`. One coefficient per
+    text needs one merge per text, which a single checkpoint cannot represent; call the function for those.
 
     Args:
-        low: Coefficient where they agree.
-        high: Coefficient where they do not.
+        low: Coefficient at full agreement.
+        high: Coefficient at full disagreement.
         gamma: Steepness; 0.5 in the paper.
         centred: False is the paper's formula, of which divergences reach only the range 0.50 to 0.59.
     """
@@ -201,7 +201,7 @@ class T3(MeasuredPreset):
     @override
     def measured(self, experts: Sequence[str], measure: Measures) -> Tensor:
         if len(experts) != 1:
-            raise ValueError(f"T3 weighs one expert against its base; these are {len(experts)}")
+            raise ValueError(f"T3 weights one expert against its base; the recipe has {len(experts)}")
         coefficients = t3_coefficients(
             measure.divergences(0, self.read()), self.low, self.high, self.gamma, self.centred
         )
@@ -213,7 +213,7 @@ def t3_coefficients(
 ) -> Tensor:
     """Low + (high - low) sigmoid(gamma x) of Jensen-Shannon divergences [N], in nats.
 
-    x is the divergence as in the paper, or, centred, on a scale where no disagreement is -1 and all is 1.
+    x is the divergence as in the paper, or, centred, on a scale from -1 (none) to 1 (maximal).
     """
     x = 2 * divergences / log(2) - 1 if centred else divergences
     return low + (high - low) * torch.sigmoid(gamma * x)

@@ -1,4 +1,4 @@
-"""A run folder or a checkpoint -> scores on every task, beside what they have to be compared with."""
+"""A run folder or a checkpoint -> scores on every task, with baselines."""
 
 from trainmerge.evaluate.checkpoints import evaluate_checkpoint
 from trainmerge.evaluate.comparison import Comparison, compare

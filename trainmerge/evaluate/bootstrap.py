@@ -1,7 +1,7 @@
-"""Is a difference between two models more than noise of the test examples? The paired bootstrap.
+"""The paired bootstrap: whether a difference between models exceeds the noise of the test examples.
 
-Both models answered the same examples, so examples are drawn anew together, task by task (Efron and
-Tibshirani, 1993, chapter 16; Koehn, EMNLP 2004).
+All models are scored on the same examples, so each draw resamples the same examples for all of them, task by
+task (Efron and Tibshirani, 1993, chapter 16; Koehn, EMNLP 2004).
 
 Legend: `N` examples of a task, `R` rows (models), `D` draws.
 """
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 DRAWS = 2000
-BLOCK = 100  # draws at a time: what is held is this many times the examples
+BLOCK = 100  # draws at a time: memory is this many times the examples
 
 
 class ScoreDifference(NamedTuple):
-    """How much worse a row is than the best: accuracy, or log-perplexity; and where 95% of the draws lie."""
+    """A row's difference from the best in accuracy or log-perplexity, with its 95% interval."""
 
     worse_by: float
     low: float
@@ -25,7 +25,7 @@ class ScoreDifference(NamedTuple):
 
     @property
     def noise(self) -> bool:
-        """Whether 0 is in the interval: these examples do not tell the two apart."""
+        """Whether 0 is in the interval: the difference is not significant."""
         return self.low <= 0 <= self.high
 
 
@@ -35,12 +35,12 @@ def score_differences(
     """Every row's difference from row `best` in the mean over tasks.
 
     Args:
-        outcomes: Task -> R tensors [N, 2]: what each example adds to the sum and the count whose ratio is
-            the score.
-        best: The row to compare with.
+        outcomes: Task -> R tensors [N, 2]: each example's contribution to the sum and the count whose ratio
+            is the score.
+        best: The reference row.
         sign: 1 where a higher ratio is better, -1 where a lower one is.
-        draws: Bootstrap draws.
-        seed: Of the draws.
+        draws: Number of bootstrap draws.
+        seed: Seed of the draws.
     """
     generator = torch.Generator().manual_seed(seed)
     told = torch.stack([torch.stack([_ratio(rows.sum(0)) for rows in task]) for task in outcomes.values()])
@@ -52,7 +52,7 @@ def score_differences(
 
 
 def _draw(rows: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Ratios [R, D] of outcomes [R, N, 2] over examples drawn with replacement, for all rows the same."""
+    """Ratios [R, D] of outcomes [R, N, 2] over examples drawn with replacement, the same for all rows."""
     count, ratios = rows.shape[1], []
     for first in range(0, draws, BLOCK):
         chosen = torch.randint(count, (min(BLOCK, draws - first), count), generator=generator)

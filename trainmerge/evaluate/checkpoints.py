@@ -22,10 +22,10 @@ def evaluate_checkpoint(
     answers: int = 0,
     harness: Sequence[HarnessTask] = (),
 ) -> Evaluation:
-    """Scores of one checkpoint folder, and of the base where something is held out.
+    """Scores of one checkpoint folder, and of the base if the recipe has held-out tasks.
 
-    Label heads are of the recipe's base. Texts are cut at `max_length` tokens: `text_length` has the length
-    that a run was fitted with.
+    Label heads use the recipe's base. Texts are truncated to `max_length` tokens; `text_length` gives the
+    length of a run's fit.
     """
     held_in, held_out = load_tasks(recipe, limit)
     tasks, tokenize = [*held_in, *held_out], Tokenizer(recipe.base, max_length)
@@ -44,7 +44,7 @@ def evaluate_checkpoint(
 
 
 def heads_of(recipe: Recipe, tasks: Sequence[Task], tokenize: Tokenizer) -> Heads:
-    """The tasks' heads; the base is loaded for that, and let go."""
+    """The tasks' heads; loads the base temporarily."""
     base = load_model(open_checkpoint(recipe.base, recipe.allow_pickle), recipe.ignore).module.to(DEVICE)
     return build_heads(base, tasks, tokenize)
 
@@ -52,11 +52,11 @@ def heads_of(recipe: Recipe, tasks: Sequence[Task], tokenize: Tokenizer) -> Head
 def load_checkpoint(
     folder: Path, recipe: Recipe, heads: Heads, tokenize: Tokenizer, answers: int = 0
 ) -> Subject:
-    """A checkpoint as what is scored."""
+    """A checkpoint as a `Subject`."""
     module = load_model(open_checkpoint(folder, recipe.allow_pickle), recipe.ignore).module.to(DEVICE)
     return Subject(module, heads, tokenize, answers)
 
 
 def score_tasks(subject: Subject, tasks: Sequence[Task]) -> dict[str, TaskScore]:
-    """One model on several tasks."""
+    """Scores of one model on several tasks."""
     return {task.name: score_task(subject, task) for task in tasks}

@@ -1,4 +1,4 @@
-"""Several runs and checkpoints on the same tasks, and whether the test examples tell them apart."""
+"""Several runs and checkpoints on the same tasks, and whether their differences are significant."""
 
 import json
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from trainmerge.system.atomic import write_whole
 
 @dataclass(frozen=True)
 class Comparison:
-    """An evaluation with the best row, and every row's difference from it in the held-in mean."""
+    """An evaluation with the best row, and every row's difference from it in the mean over held-in tasks."""
 
     evaluation: Evaluation
     best: str
@@ -41,7 +41,7 @@ class Comparison:
         return content
 
     def write(self, path: Path) -> None:
-        """All of `to_json`."""
+        """The comparison as JSON data."""
         write_whole(path, json.dumps(self.to_json(), indent=2))
 
 
@@ -53,10 +53,10 @@ def compare(
 ) -> Comparison:
     """Score runs and checkpoints on the tasks of `recipe`: a run folder, an export or a configuration.
 
-    Without `recipe`, the first path's tasks are taken. Texts are cut as in the recipe's own fit, for all.
+    Without `recipe`, the first path's tasks are used. All texts are truncated as in the recipe's own fit.
 
     Raises:
-        ValueError: fewer than two paths, the same twice, or one that has another architecture.
+        ValueError: fewer than two paths, a repeated path, or different architectures.
     """
     names = [str(path) for path in paths]
     if len(set(names)) < 2 or len(set(names)) < len(names):

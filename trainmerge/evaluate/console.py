@@ -1,4 +1,4 @@
-"""What `trainmerge evaluate` and `trainmerge compare` print and write."""
+"""The printed and written output of `trainmerge evaluate` and `trainmerge compare`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def evaluate_path(
     answers: int = 0,
     harness: Sequence[str] = (),
 ) -> Evaluation:
-    """Score a run folder with everything to compare it with, or a checkpoint on `recipe`'s tasks."""
+    """Score a run folder with baselines, or a checkpoint on the tasks of `recipe`."""
     is_run = RunFolder(path).manifest.exists()
     with joined():
         if is_run:
@@ -57,7 +57,7 @@ def compare_paths(
 
 
 def print_evaluation(title: str, found: Evaluation) -> None:
-    """Scores a task; all measures, where there are others than the score; the harness's."""
+    """Scores per task; all measures, if there are more than the score; the harness's results."""
     header, cells = score_rows(found.metric.name, found.scores, found.means(), found.normalised())
     _add_held_out(found, header, cells)
     print_table(title, header, cells)
@@ -82,7 +82,7 @@ def _print_measures(found: Evaluation) -> None:
 
 
 def _add_held_out(found: Evaluation, header: list[str], cells: list[list[str]]) -> None:
-    """Columns for the held-out tasks, and what was forgotten of them."""
+    """Columns for the held-out tasks and for forgetting."""
     others, forgetting = found.others, found.forgetting()
     if not others:
         return
@@ -97,10 +97,10 @@ def _number(numbers: Mapping[str, float], key: str) -> str:
 
 
 def print_comparison(found: Comparison) -> None:
-    """One row a model, the best of each column marked, and how far each is from the best mean."""
+    """One row per model, the best of each column marked, and each row's difference from the best mean."""
     evaluation = found.evaluation
     means, sign = evaluation.means(), evaluation.metric.sign
-    header = [evaluation.metric.name, *evaluation.held_in, "mean", "worse by", "95% of draws", ""]
+    header = [evaluation.metric.name, *evaluation.held_in, "mean", "worse by", "95% interval", ""]
     columns = {task: {row: s[task] for row, s in evaluation.scores.items()} for task in evaluation.held_in}
     columns["mean"] = means
     best = {name: max(sign * value for value in column.values()) for name, column in columns.items()}
@@ -110,9 +110,11 @@ def print_comparison(found: Comparison) -> None:
             f"{column[row]:.3f}{'*' if sign * column[row] == best[name] else ' '}"
             for name, column in columns.items()
         ]
-        apart = "best" if row == found.best else "not told apart" if gap.noise else "worse"
+        apart = "best" if row == found.best else "not significant" if gap.noise else "worse"
         cells.append([row, *marked, f"{gap.worse_by:.3f}", f"{gap.low:.3f} to {gap.high:.3f}", apart])
     _add_held_out(evaluation, header, cells)
-    print_table("* best; differences in the mean, paired bootstrap over the test examples", header, cells)
+    print_table(
+        "* best per column; differences in the mean, paired bootstrap over the test examples", header, cells
+    )
     if sign < 0:
-        print("differences are of log-perplexity, in nats a token")
+        print("differences are in log-perplexity, nats per token")

@@ -1,4 +1,4 @@
-"""Scores of several models, summed up: held-in tasks, held-out tasks, what was forgotten."""
+"""Scores of several models on held-in and held-out tasks, with means and forgetting."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ Rows = Mapping[str, Mapping[str, TaskScore]]  # row -> task -> its score
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found. Held-in tasks are the experts'; held-out ones are the recipe's `held_out`."""
+    """The result of `evaluate`. Held-in tasks are the experts'; held-out ones are the recipe's `held_out`."""
 
     metric: Metric
     held_in: tuple[str, ...]
@@ -31,7 +31,7 @@ class Evaluation:
 
     @property
     def others(self) -> Scores:
-        """Row -> held-out task -> score, of the rows that were scored on them."""
+        """Row -> held-out task -> score, for the rows that were scored on them."""
         return self._of(self.held_out) if self.held_out else {}
 
     def _of(self, names: Iterable[str]) -> Scores:
@@ -47,15 +47,15 @@ class Evaluation:
         return {row: self.metric.mean(scores) for row, scores in self.scores.items()}
 
     def normalised(self) -> dict[str, float]:
-        """Row -> how near it is to the experts, on held-in tasks; empty without them."""
+        """Row -> score relative to the experts on held-in tasks; empty without experts' scores."""
         return self.metric.normalised(self.scores)
 
     def forgetting(self) -> dict[str, float]:
-        """Row -> how much worse than the base it is on held-out tasks; empty without base or such tasks."""
+        """Row -> loss relative to the base on held-out tasks; empty without base or such tasks."""
         return self.metric.forgetting(self.others)
 
     def measures(self) -> dict[str, dict[str, float]]:
-        """Row -> every measure, its mean over the held-in tasks that have it."""
+        """Row -> every measure's mean over the held-in tasks that have it."""
         found: dict[str, dict[str, float]] = {}
         for row, scores in self.rows.items():
             own = [scores[task].measures for task in self.held_in if task in scores]
@@ -65,7 +65,7 @@ class Evaluation:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """A row an entry: its score on every held-in task, summaries, and beside these all measures."""
+        """One entry per row: its score on every held-in task, the means, and all measures."""
         normalised, forgetting, means = self.normalised(), self.forgetting(), self.means()
         content: dict[str, Any] = {}
         for row, scores in self.scores.items():
@@ -79,11 +79,11 @@ class Evaluation:
         return content
 
     def write(self, path: Path) -> None:
-        """All of `to_json`."""
+        """The evaluation as JSON data."""
         write_whole(path, json.dumps(self.to_json(), indent=2))
 
     def write_scores(self, path: Path) -> None:
-        """Scores of the held-in tasks only, with mean and normalised mean a row."""
+        """Scores of the held-in tasks only, with mean and normalised mean per row."""
         keys = {*self.held_in, "mean", "normalised"}
         short = {row: {k: v for k, v in all_.items() if k in keys} for row, all_ in self.to_json().items()}
         write_whole(path, json.dumps(short, indent=2))

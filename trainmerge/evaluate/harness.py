@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness (EleutherAI), through its own API, where it is installed."""
+"""Tasks of the lm-evaluation-harness (EleutherAI) through its API, if it is installed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ HarnessTask = str | Mapping[str, Any]  # a task's name, the path of its YAML fil
 
 
 class HarnessScore(NamedTuple):
-    """What the harness found; `better` is 1 where more is better and -1 where less is."""
+    """A result of the harness; `better` is 1 where higher is better and -1 where lower is."""
 
     metrics: Mapping[str, float]
     better: Mapping[str, int]
@@ -24,10 +24,10 @@ def run_harness(
 ) -> dict[str, HarnessScore]:
     """Task -> its metrics, as the harness names them ("acc,none").
 
-    `base` is the folder of the tokenizer. A process of several runs everything; that is right, if wasteful.
+    `base` is the folder of the tokenizer. Each of several processes runs all tasks: correct, but redundant.
 
     Raises:
-        ValueError: the harness is not installed, or knows no such task.
+        ValueError: the harness is not installed, or has no such task.
     """
     try:
         from lm_eval import simple_evaluate
@@ -49,12 +49,12 @@ def run_harness(
         )
     except KeyError as error:
         raise ValueError(f"the harness has no task {error}") from error
-    assert found is not None  # it is on processes other than the first of its own launcher
+    assert found is not None  # None only on later processes of its own launcher
     return {task: _score(found, task) for task in found["results"]}
 
 
 def _task(task: HarnessTask) -> Any:
-    """As the harness takes it: a name, or a mapping."""
+    """A task in the harness's form: a name, or a mapping."""
     if isinstance(task, str) and Path(task).suffix in (".yaml", ".yml"):
         return yaml.safe_load(Path(task).read_text())
     return dict(task) if isinstance(task, Mapping) else task

@@ -1,4 +1,4 @@
-"""A run folder -> scores of its merge, and of base, average, task arithmetic and the experts beside it.
+"""A run folder -> scores of its merge, and of base, average, task arithmetic and the experts.
 
 Legend: `K` experts (tasks).
 """
@@ -42,19 +42,19 @@ def evaluate_run(
     answers: int = 0,
     harness: Sequence[HarnessTask] = (),
 ) -> Evaluation:
-    """Scores of a run's merge and, to compare, of base, average, best task arithmetic and the experts.
+    """Scores of a run's merge and of the baselines: base, average, best task arithmetic and the experts.
 
-    The best task-arithmetic coefficient is chosen on the test scores themselves: the baseline gets the
-    benefit of an oracle that the learned merge does not have. The base is scored in any case where
-    something is held out, because forgetting is a difference from it.
+    The best task-arithmetic coefficient is chosen on the test scores themselves, an oracle that the learned
+    merge does not have. With held-out tasks the base is always scored, because forgetting is relative to it.
 
     Args:
         run: The run folder.
         limit: Score the first so many examples of each task; by default all.
-        max_length: Texts are cut at so many tokens; by default as in the run's fit.
+        max_length: Truncate texts to this many tokens; by default as in the run's fit.
         grid: The task-arithmetic coefficients.
-        compare: Score the other rows too.
-        answers: Tokens to answer prompts with, where test files have a column `prompt`; 0 for none.
+        compare: Score the baselines too.
+        answers: Maximal tokens of an answer to a prompt, for test files with a column `prompt`; 0 skips
+            prompts.
         harness: lm-evaluation-harness tasks, as held-out ones.
     """
     recipe, coefficients, opened = open_run(folder := RunFolder(Path(run)))
@@ -90,21 +90,21 @@ def load_subject(
     tasks: Sequence[Task],
     answers: int = 0,
 ) -> tuple[Resident, Subject]:
-    """The run's merge in memory, written, and as what is scored."""
+    """The run's merge in memory, materialised, and as a `Subject`."""
     vectors = preprocess(opened, recipe.preprocess, folder.workspace, folder.examples())
     resident = load_resident(recipe, opened, coefficients, tokenize, Placement(DEVICE)).merging(vectors)
-    heads = build_heads(resident.merged.module, tasks, tokenize)  # while it holds the base's weights
+    heads = build_heads(resident.merged.module, tasks, tokenize)  # while the module has the base's weights
     resident.merged.materialise()
     return resident, Subject(resident.merged.module, heads, tokenize, answers)
 
 
 def build_heads(base: torch.nn.Module, tasks: Sequence[Task], tokenize: Tokenizer) -> Heads:
-    """Every task's head, from a model with the base's weights, which embed label texts."""
+    """Every task's head; `model` must have the base's weights, which embed label texts."""
     return {task.name: build_classifier(task.head, base, tokenize) for task in tasks}
 
 
 def _uniform(resident: Resident, coefficient: float) -> AbstractContextManager[torch.nn.Module]:
-    """Inside, all experts have the same coefficient."""
+    """In this context all experts have the same coefficient."""
     return resident.merged.uniform(torch.full((len(resident.classifiers),), coefficient))
 
 
@@ -124,7 +124,7 @@ def _with_best_arithmetic(found: Evaluation) -> Evaluation:
 
 
 def keep_best_arithmetic(rows: Scores, metric: Metric) -> Scores:
-    """The rows with only the best of the task-arithmetic ones, by mean."""
+    """The rows, with only the best task-arithmetic one by mean."""
     arithmetic = [row for row in rows if row.startswith(ARITHMETIC)]
     best = metric.best(rows, arithmetic)
     return {row: scores for row, scores in rows.items() if row not in arithmetic or row == best}

@@ -1,4 +1,4 @@
-"""One model on one task -> its measures, and what every example adds to its score.
+"""One model on one task -> its measures, and every example's contribution to the score.
 
 Legend: `N` examples of a task, `B` of a batch, `T` tokens, `V` classes or vocabulary.
 """
@@ -20,15 +20,15 @@ from trainmerge.evaluate.torchmetrics_states import AnswerLengths, TokenLosses, 
 from trainmerge.model.forward import forward
 from trainmerge.system.distributed import merge_shares, own_share
 
-TOGETHER = 64  # texts in one forward pass under a head
-TOKENS = 512  # in one forward pass of a language model, about
+TOGETHER = 64  # texts per forward pass with a head
+TOKENS = 512  # per forward pass of a language model, about
 
 
 class TaskScore(NamedTuple):
     """A model's measures on a task; the first is its score.
 
-    `outcomes` [N, 2] float64, in the task's order: what an example adds to the sum and the count of which the
-    score is the ratio (accuracy), or its exponential (perplexity).
+    `outcomes` [N, 2] float64, in the task's order: each example's contribution to a sum and a count. Their
+    ratio is the score (accuracy), or its logarithm (perplexity).
     """
 
     measures: Mapping[str, float]
@@ -42,24 +42,24 @@ class TaskScore(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is scored, with the tasks' frozen heads."""
+    """A model to score, with the tasks' frozen heads."""
 
     module: nn.Module
     heads: Mapping[str, Classifier | None]  # by task
     tokenize: Tokenizer
-    answers: int = 0  # tokens to answer prompts with
+    answers: int = 0  # maximal tokens of an answer
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.module.parameters()).device
 
     def with_heads(self, heads: Mapping[str, Classifier | None]) -> "Subject":
-        """The same model on other tasks."""
+        """The same model with other tasks' heads."""
         return replace(self, heads=heads)
 
     def logits(self, task: str, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of inputs [B, T]: [B, V] under the task's head, [B, T, V] without one; and the inputs as given."""
+        """Logits of inputs [B, T]: [B, V] with the task's head, [B, T, V] without; and the encoded inputs."""
         here = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         mask = here["attention_mask"].bool()
         ids = torch.arange(len(mask), device=self.device)
@@ -68,23 +68,23 @@ class Subject:
 
 @torch.inference_mode()
 def score_task(subject: Subject, task: Task) -> TaskScore:
-    """All measures of a task. Several processes share the examples, and all get the result."""
+    """All measures of a task. Several processes split the examples, and all get the result."""
     return _classes(subject, task) if task.head else _texts(subject, task)
 
 
 def _classes(subject: Subject, task: Task) -> TaskScore:
-    """Texts go in order of length, so that little is padded."""
+    """Texts are sorted by length, to reduce padding."""
     classifier = subject.heads[task.name]
     assert classifier is not None
     if (highest := max(task.labels)) >= len(classifier.weight):
-        raise ValueError(f"{task.name}: label {highest} in its file; its head has {len(classifier.weight)}")
+        raise ValueError(f"{task.name}: its file has label {highest}; its head has {len(classifier.weight)}")
     metric = class_measures(len(classifier.weight))
     right: dict[int, tuple[float, float]] = {}
     order = own_share(sorted(range(len(task.texts)), key=lambda i: len(task.texts[i])))
     for first in range(0, len(order), TOGETHER):
         chosen = order[first : first + TOGETHER]
         logits, _ = subject.logits(task.name, subject.tokenize([task.texts[i] for i in chosen]))
-        p = logits.float().softmax(-1).cpu()  # torchmetrics takes logits in [0, 1] for probabilities
+        p = logits.float().softmax(-1).cpu()  # torchmetrics mistakes logits in [0, 1] for probabilities
         labels = torch.tensor([task.labels[i] for i in chosen])
         metric.update(p, labels)
         hits = (p.argmax(-1) == labels).tolist()
@@ -95,7 +95,7 @@ def _classes(subject: Subject, task: Task) -> TaskScore:
 
 
 def _texts(subject: Subject, task: Task) -> TaskScore:
-    """Losses over every token but the first of each text."""
+    """Losses over all tokens but the first of each text."""
     metric = TokenLosses()
     found: dict[int, tuple[float, float]] = {}
     order = own_share(range(len(task.texts)))
@@ -126,7 +126,7 @@ def token_losses(subject: Subject, task: str, texts: Sequence[str]) -> tuple[Ten
 
 
 def _answer_lengths(subject: Subject, task: Task) -> dict[str, float]:
-    """Greedy answers to the prompts, one after another: nothing is padded."""
+    """Greedy answers to the prompts, one at a time, without padding."""
     metric = AnswerLengths()
     generate: Any = subject.module.generate
     for prompt in own_share(task.prompts):
@@ -143,7 +143,7 @@ def _answer_lengths(subject: Subject, task: Task) -> dict[str, float]:
 
 
 def _computed(metric: Metric | MetricCollection) -> dict[str, float]:
-    """The measures over all processes' examples; this one may have had none."""
+    """The measures over all processes' examples; this process may have had none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*was called before the ``update``")
         found: Mapping[str, Tensor] = metric.compute()

@@ -1,4 +1,4 @@
-"""What a model is scored on: test examples, labelled under a head, and prompts to answer."""
+"""Tasks to score a model on: test examples, with labels for a head, and prompts to answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ Split = Literal["test", "validation"]
 
 @dataclass(frozen=True)
 class Task:
-    """One task's examples. Labels are there if it has a head; prompts if its file has them."""
+    """One task's examples; labels if it has a head, prompts if its file has them."""
 
     name: str
     texts: Sequence[str]
@@ -24,7 +24,7 @@ class Task:
 
 
 class HasTest(Protocol):
-    """What a task is made from: an expert of a recipe, or a task held out."""
+    """Anything with test examples: an expert of a recipe, or a held-out task."""
 
     @property
     def test(self) -> str | None:
@@ -36,15 +36,15 @@ class HasTest(Protocol):
 
 
 def metric_of(recipe: Recipe) -> Metric:
-    """What its tasks are scored by.
+    """The metric of the tasks.
 
     Raises:
-        ValueError: some have a head and some have none.
+        ValueError: only some have a head.
     """
     tasks: list[HasTest] = [*recipe.experts.values(), *recipe.held_out.values()]
     heads = {task.head is not None for task in tasks}
     if len(heads) > 1:
-        raise ValueError("some tasks have a head and some have none: score them in two recipes")
+        raise ValueError("only some tasks have a head: score the two kinds in separate recipes")
     return ACCURACY if heads == {True} else PERPLEXITY
 
 
@@ -54,14 +54,14 @@ def load_tasks(
     """The experts' tasks (held in) and the held-out ones, the first `limit` examples of each.
 
     Raises:
-        ValueError: `limit` is not positive; a task has no such file, or the file lacks `text` or, under a
-            head, `label`; a held-out task has an expert's name; heads for some tasks only.
+        ValueError: `limit` is not positive; a task has no such file, or the file lacks `text` or, with a
+            head, `label`; a held-out task has an expert's name; only some tasks have a head.
     """
     metric_of(recipe)
     if limit is not None and limit < 1:
-        raise ValueError(f"limit must be 1 or more examples, not {limit}; leave it out to score all")
+        raise ValueError(f"limit must be at least 1 example, not {limit}; leave it out to score all")
     if twice := recipe.experts.keys() & recipe.held_out.keys():
-        raise ValueError(f"recipe.held_out: {sorted(twice)} are experts' names; name these tasks otherwise")
+        raise ValueError(f"recipe.held_out: {sorted(twice)} are names of experts; rename these tasks")
     files = {name: getattr(expert, split) for name, expert in recipe.experts.items()}
     held_in = [_load(name, files[name], e.head, limit, split) for name, e in recipe.experts.items()]
     if split != "test":
@@ -74,12 +74,12 @@ def load_tasks(
 def _load(name: str, file: str | None, head: Head | None, limit: int | None, split: Split) -> Task:
     if not file:
         raise ValueError(
-            f"{name}: scoring needs `{split}`, a file with a column text, and label under a `head`"
+            f"{name}: scoring needs `{split}`, a file with a column text and, with a `head`, a column label"
         )
     data = load_examples(file, ["text", "label"] if head else ["text"], optional=["prompt"])
     count = len(data) if limit is None else min(limit, len(data))
     labels = list(data["label"][:count]) if head else []
     if wrong := [label for label in labels if not isinstance(label, int) or label < 0]:
-        raise ValueError(f"{file}: label {wrong[0]!r} is no class number (0, 1, ...)")
+        raise ValueError(f"{file}: label {wrong[0]!r} is not a class number (0, 1, ...)")
     prompts = list(data["prompt"][:count]) if "prompt" in data.column_names else []
     return Task(name, list(data["text"][:count]), labels, prompts, head)

@@ -1,4 +1,4 @@
-"""Measures as torchmetrics states: sums and counts, so that several processes add theirs up.
+"""Measures as torchmetrics states: sums and counts that add up over processes.
 
 Legend: `B` examples, `T` tokens, `V` classes or vocabulary.
 """
@@ -15,7 +15,7 @@ BINS = 15  # of the calibration error: Guo et al., ICML 2017
 
 
 def class_measures(classes: int) -> MetricCollection:
-    """Accuracy over examples, F1 averaged over classes, calibration error; of probabilities [B, V]."""
+    """Accuracy over examples, macro F1 and calibration error of probabilities [B, V]."""
     return MetricCollection(
         {
             "accuracy": MulticlassAccuracy(classes, average="micro"),  # torchmetrics' default is macro
@@ -29,7 +29,7 @@ class TokenLosses(Metric):
     """Perplexity and bits per byte from summed negative log-likelihoods.
 
     In the log domain and float64: torchmetrics' own Perplexity takes the logarithm of a float32 probability,
-    which is infinite where a token has none.
+        which is infinite if that underflows.
     """
 
     full_state_update = False
@@ -44,14 +44,14 @@ class TokenLosses(Metric):
 
     @override
     def update(self, losses: Tensor, tokens: Tensor, sizes: Tensor) -> None:
-        """Add texts: nats, tokens predicted, and bytes of UTF-8 that these stand for, all [B]."""
+        """Add texts: nats, predicted tokens, and the UTF-8 bytes of these tokens, all [B]."""
         self.loss += losses.sum()
         self.tokens += tokens.sum()
         self.bytes += sizes.sum()
 
     @override
     def compute(self) -> dict[str, Tensor]:
-        """Exp of the mean loss a token, and its bits a byte; NaN where nothing was predicted."""
+        """Exp of the mean loss per token, and bits per byte; NaN if nothing was predicted."""
         return {
             "perplexity": torch.exp(self.loss / self.tokens),
             "bits_per_byte": self.loss / math.log(2) / self.bytes,
@@ -59,7 +59,7 @@ class TokenLosses(Metric):
 
 
 class AnswerLengths(Metric):
-    """Tokens of an answer, and the share of answers that were cut off before their end."""
+    """Mean tokens per answer, and the share of answers truncated before their end."""
 
     full_state_update = False
     tokens: Tensor

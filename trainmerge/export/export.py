@@ -1,7 +1,7 @@
-"""Coefficients and task vectors -> an ordinary checkpoint folder, a piece of a tensor at a time.
+"""Coefficients and task vectors -> an ordinary checkpoint folder, one piece of a tensor at a time.
 
-The base's own files set names, order, dtypes and shards. Nothing appears under the output's name before
-all of it is written.
+Names, order, dtypes and shards are those of the base's files. The output folder appears only when it is
+complete.
 """
 
 import json
@@ -22,7 +22,7 @@ from trainmerge.system import distributed
 from trainmerge.system.atomic import check_free_space
 from trainmerge.system.distributed import joined
 from trainmerge.system.safetensors_file import sha256
-from trainmerge.system.shared_output import agreed, dealt, staging_together
+from trainmerge.system.shared_output import agreed, every_nth, staging_shared
 from trainmerge.task_vectors.delta import TaskVectors
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
@@ -40,29 +40,29 @@ def export_merge(
 ) -> None:
     """Write the merge as a checkpoint folder like the base's, with its configuration and tokenizer.
 
-    Merged tensors are rounded once, to the base's dtype; all others are the base's, bit for bit. `workers`
-    shards are written at once; their number changes no byte.
+    Merged tensors are rounded once, to the base's dtype; all others are bitwise the base's. `workers` shards
+    are written in parallel; their number changes no byte.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is not set.
         OSError: the disk has no room for it.
         ValueError: a merged tensor is not finite.
     """
-    with staging_together(out, overwrite) as folder:
+    with staging_shared(out, overwrite) as folder:
         write_checkpoint(CheckpointMerge(base, task_vectors, coefficients), folder, workers)
 
 
 def write_checkpoint(merge: CheckpointMerge, folder: Path, workers: int = 1) -> dict[str, str]:
-    """Write weights and side files into an empty folder; the weight files' SHA-256.
+    """Write weights and side files into an empty folder; returns the weight files' SHA-256.
 
-    Several processes deal the weight files out; the first writes the rest.
+    Several processes split the weight files; the first one writes the rest.
     """
     base = merge.base
     with agreed():
         check_free_space(folder, sum(file.stat().st_size for file in base.files))
         shards = shard_names(base)
         sizes = dict(zip(shards, (file.stat().st_size for file in base.shards), strict=True))
-        mine = write_shards(merge, folder, dealt(sizes), workers)
+        mine = write_shards(merge, folder, every_nth(sizes), workers)
         base.check_unchanged()
     made = {file: digest for part in distributed.all_gather(mine) for file, digest in part.items()}
     if distributed.rank() > 0:
@@ -77,7 +77,7 @@ def write_checkpoint(merge: CheckpointMerge, folder: Path, workers: int = 1) -> 
 
 
 def _copy_side_files(source: Path, target: Path) -> None:
-    """Config, tokenizer, remote code, in folders too: all but weights, their index, and the base's card."""
+    """Copy config, tokenizer and remote code, with subfolders: all but weights, index and model card."""
     for path in sorted(source.rglob("*")):
         place = path.relative_to(source)
         hidden = any(part.startswith(".") for part in place.parts)
@@ -88,13 +88,15 @@ def _copy_side_files(source: Path, target: Path) -> None:
 
 
 def check_target(out: Path, sources: Iterable[Path]) -> None:
-    """Raise ValueError if `out` is, or holds, something that the merge is made from, or no export of ours."""
+    """Raise ValueError if `out` contains an input of the merge, or exists and is not an export."""
     place = out.resolve()
     inside = [str(source) for source in sources if source.resolve().is_relative_to(place)]
     if inside:
-        raise ValueError(f"{out} holds {inside}, which the merge is made from; export to another folder")
+        raise ValueError(f"{out} contains {inside}, an input of the merge; export to another folder")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
-        raise ValueError(f"{out} is a folder that no export wrote: nothing was overwritten. Name another.")
+        raise ValueError(
+            f"{out} exists and is not an export: nothing was overwritten. Choose another folder."
+        )
 
 
 def export_run(
@@ -104,11 +106,11 @@ def export_run(
     workers: int = 1,
     coefficients: Coefficients | None = None,
 ) -> Path:
-    """Export a run folder's merge, with a model card and everything needed to make it again.
+    """Export a run folder's merge, with a model card and everything needed to reproduce it.
 
-    `workers` shards are written at once; their number changes no byte. `coefficients` replace the run's own:
-    those of a point on its Pareto front, say. Under torchrun, processes write the base's weight files in
-    parallel: each its own, mapped, never gathered.
+    `workers` shards are written in parallel; their number changes no byte. `coefficients` replace the run's
+    own, for example by those of a point on its Pareto front. Under torchrun, the processes split the weight
+    files; no tensor is gathered.
 
     Raises:
         ValueError: the run has no coefficients yet, or base or experts changed since the fit.
@@ -120,7 +122,7 @@ def export_run(
         recipe, learned, opened = open_run(run_folder)
         coefficients = coefficients or learned
         check_target(target, [run_folder.path, *opened.folders.values()])
-        with staging_together(target, overwrite) as folder:
+        with staging_shared(target, overwrite) as folder:
             with agreed(), distributed.rank_zero_first():
                 merge = merge_of(run_folder, recipe, coefficients, opened)
             made = write_checkpoint(merge, folder, workers)
@@ -137,7 +139,7 @@ def _explain(
     coefficients: Coefficients,
     made: Mapping[str, str],
 ) -> None:
-    """Everything but the weights, `made`, that an export says of itself; the manifest last."""
+    """Write recipe, coefficients, model card and manifest next to the weights `made`; the manifest last."""
     write_config(recipe, "recipe", folder / "trainmerge_recipe.yaml")
     save_coefficients(coefficients, folder / "trainmerge_coefficients.safetensors")
     run_made = run_folder.read_manifest()
@@ -153,7 +155,7 @@ def _explain(
 def merge_of(
     run_folder: RunFolder, recipe: Recipe, coefficients: Coefficients, opened: Opened
 ) -> CheckpointMerge:
-    """What `open_run` gave as tensors: preprocessors do their work here, as far as none did it before."""
+    """The merge of an opened run; runs preprocessors whose results are not cached."""
     task_vectors, rule = apply_for_one_pass(
         opened.task_vectors,
         recipe.preprocess,

@@ -13,7 +13,7 @@ from trainmerge.task_vectors.parameter_names import block_of
 
 
 def model_card(name: str, recipe: Recipe, coefficients: Coefficients, run: Mapping[str, Any]) -> str:
-    """Markdown with the hub's metadata, the coefficients block by block, and how to make it again."""
+    """Markdown with the hub's metadata, the coefficients per block, and how to reproduce the merge."""
     sources = [recipe.base, *(expert.path for expert in recipe.experts.values())]
     head = {
         "base_model": sources,
@@ -28,24 +28,23 @@ def model_card(name: str, recipe: Recipe, coefficients: Coefficients, run: Mappi
 {yaml.safe_dump(head, sort_keys=False)}---
 # {name}
 
-A merge of {len(recipe.experts)} experts of `{recipe.base}`, its coefficients learned without labels by
-trainmerge.
+A merge of {len(recipe.experts)} experts of `{recipe.base}`. trainmerge learned its coefficients without
+labels.
 
 ## Coefficients
 
-Mean over each block's coefficients; `trainmerge_coefficients.safetensors` holds them all.
+Mean coefficient per block and expert; `trainmerge_coefficients.safetensors` has all of them.
 
 {coefficient_table(coefficients)}
 
-## Make it again
+## Reproduce
 
-Fitted with `{run["started"]["command"]}` in `{run["started"]["folder"]}`, of this recipe
-(`trainmerge_recipe.yaml`; the whole configuration, if the fit had one, is `trainmerge_config.yaml`):
+Fitted with `{run["started"]["command"]}` in `{run["started"]["folder"]}`, with this recipe
 
 ```yaml
 {recipe_text}```
 
-Settings of the fit (all of them, with checksums and versions, in `trainmerge_manifest.json`):
+Settings of the fit (`trainmerge_manifest.json` has all of them, with checksums and versions):
 
 ```yaml
 {settings_text}```
@@ -53,7 +52,7 @@ Settings of the fit (all of them, with checksums and versions, in `trainmerge_ma
 
 
 def coefficient_table(coefficients: Coefficients) -> str:
-    """Blocks down, experts across: mean coefficients as a Markdown table."""
+    """Mean coefficients as a Markdown table: one row per block, one column per expert."""
     blocks: dict[str, list[int]] = {}
     for parameter, groups in coefficients.layout.groups.items():
         blocks.setdefault(block_of(parameter), []).extend(groups)

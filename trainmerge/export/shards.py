@@ -1,9 +1,10 @@
-"""A merge as the tensors of a checkpoint: piece by piece, a shard at a time.
+"""A merge as the tensors of a checkpoint, in pieces, one shard at a time.
 
-Reads, arithmetic and writes overlap: the kernel reads the next tensor's pages, one thread merges this one's,
-and another hashes and writes what is done. Memory is a few pieces of rows, whatever a model's size is.
+Reads, arithmetic and writes overlap: the kernel reads ahead the next tensor's pages, one thread merges, and
+    another hashes and writes finished pieces. Memory is a few pieces of rows, independent of the model's
+    size.
 
-Legend: `K` experts, `C` chunks of one parameter, `*S` shape of a parameter or of some rows of it.
+Legend: `K` experts, `C` chunks of one parameter, `*S` shape of a parameter or of some of its rows.
 """
 
 import hashlib
@@ -25,26 +26,26 @@ from trainmerge.system.safetensors_file import file_order, read_ahead, write_saf
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.pieces import in_pieces
 
-READY = 8  # pieces that wait to be written
-# Entries of a piece where no rule works on it: calls count less, and malloc still keeps its pages.
+READY = 8  # pieces queued for writing
+# Entries of a piece without a rule: fewer calls, and malloc still reuses its pages.
 PIECE = 1 << 19
 
 
 @dataclass(frozen=True)
 class CheckpointMerge:
-    """Base, task vectors and coefficients: every tensor of the merged checkpoint, when it is asked for."""
+    """Base, task vectors and coefficients: computes each tensor of the merged checkpoint on request."""
 
     base: Checkpoint
     task_vectors: TaskVectors
     coefficients: Coefficients
-    rule: Rule | None = None  # a last preprocessor's, applied inside the pass
+    rule: Rule | None = None  # the last preprocessor's, applied inside the pass
 
     def merged(self, name: str) -> bool:
-        """Whether a tensor of the base's files is merged; others keep the base's bits."""
+        """Whether a tensor of the base's files is merged; others are bitwise the base's."""
         return self.base.tied.get(name, name) in self.coefficients.layout.groups
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """A tensor of the base's files after the merge: consecutive rows of it, [*S] in its dtype.
+        """A tensor of the base's files after the merge, as consecutive pieces of rows [*S] in its dtype.
 
         Raises:
             ValueError: a merged number is not finite.
@@ -59,8 +60,8 @@ class CheckpointMerge:
             merge_rows(out, delta, part.start or 0, coefficients, self.task_vectors.deltas[parameter].shape)
             if not bool(torch.isfinite(torch.stack(torch.aminmax(out))).all()):
                 raise ValueError(
-                    f"{name}: the merged tensor is not finite; look at its coefficients with "
-                    "`trainmerge inspect`"
+                    f"{name}: the merged tensor is not finite; check its coefficients with `trainmerge "
+                    "inspect`"
                 )
             yield out
 
@@ -71,12 +72,12 @@ class CheckpointMerge:
             for part, piece, some in in_pieces(parameter, delta):
                 yield part, Delta(some.base, tuple(Difference(tau) for tau in self.rule(piece, some)))
         elif any(isinstance(term, LowRank) for term in delta.terms):
-            yield slice(None), delta  # a product of factors in other blocks is rounded otherwise
+            yield slice(None), delta  # other block sizes round a product of factors differently
         else:
             yield from ((part, some) for part, _, some in in_pieces(parameter, delta, PIECE))
 
-    def announce(self, name: str) -> None:
-        """Have the kernel read what `pieces` will, from now on."""
+    def read_ahead_of(self, name: str) -> None:
+        """Ask the kernel to read ahead the pages that `pieces` will need."""
         read_ahead(self.base.read(name))
         if self.merged(name):
             for term in self.task_vectors.deltas[self.base.tied.get(name, name)].terms:
@@ -88,7 +89,7 @@ class CheckpointMerge:
 def merge_rows(out: Tensor, delta: Delta, first: int, coefficients: Tensor, whole: torch.Size) -> None:
     """Merge some rows of a parameter of shape `whole`, from row `first` on, into `out`.
 
-    Coefficients are the parameter's, [K, C]; its chunks may begin and end inside.
+    Coefficients [K, C] are the parameter's; chunks may start and end within these rows.
     """
     if coefficients.shape[1] == 1 or out.shape == whole:
         delta.merge(out, coefficients)
@@ -101,9 +102,9 @@ def merge_rows(out: Tensor, delta: Delta, first: int, coefficients: Tensor, whol
 
 
 def write_shard(merge: CheckpointMerge, names: Iterable[str], path: Path) -> str:
-    """Write these tensors of a merge as one safetensors file; its SHA-256, taken on the way.
+    """Write these tensors of a merge as one safetensors file; returns its SHA-256, computed while writing.
 
-    The bytes depend on nothing but the arguments, so shards may be written by whom and when it suits.
+    The bytes depend on the arguments only, so any process may write any shard at any time.
     """
     infos = merge.base.tensors
     specs = {name: (infos[name].dtype, tuple(infos[name].shape)) for name in names}
@@ -117,7 +118,7 @@ def write_shard(merge: CheckpointMerge, names: Iterable[str], path: Path) -> str
 def _in_order(merge: CheckpointMerge, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     for name, after in zip(names, [*names[1:], None], strict=True):
         if after is not None:
-            merge.announce(after)
+            merge.read_ahead_of(after)
         for piece in merge.pieces(name):
             yield name, piece
 
@@ -125,7 +126,7 @@ def _in_order(merge: CheckpointMerge, names: list[str]) -> Iterator[tuple[str, T
 def write_shards(
     merge: CheckpointMerge, folder: Path, files: Iterable[str], workers: int = 1
 ) -> dict[str, str]:
-    """Write these files of weights, of `shard_names`, into a folder, `workers` at once: name -> SHA-256."""
+    """Write these weight files of `shard_names` into a folder, `workers` in parallel: name -> SHA-256."""
     names, shards = list(files), shard_names(merge.base)
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))

@@ -1,4 +1,4 @@
-"""An export against the run that it is of: every number once more, bit for bit."""
+"""Verify an export: merge its run again and compare bitwise."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +17,12 @@ SHOWN = 8  # problems that the error lists
 
 
 def verify_export(run: str | Path, out: str | Path) -> int:
-    """Merge again and compare with what the folder `out` holds; the number of tensors compared.
+    """Merge again and compare with the folder `out`; returns the number of tensors compared.
 
-    Names, shapes, dtypes, the index, and the bits of every tensor have to agree; other weights must not be
-    there.
+    Names, shapes, dtypes, the index and the bits of every tensor must agree; further weights are an error.
 
     Raises:
-        ValueError: naming the first differences.
+        ValueError: lists the first differences.
     """
     run_folder, folder = RunFolder(Path(run)), Path(out)
     merge = merge_of(run_folder, *open_run(run_folder))
@@ -43,7 +42,7 @@ def _differences(merge: CheckpointMerge, folder: Path) -> Iterator[str]:
     there = {path.name for path in folder.glob("*") if path.suffix in WEIGHT_SUFFIXES}
     own = {"trainmerge_coefficients.safetensors"}
     yield from (f"{file} is missing" for file in shards if file not in there)
-    yield from (f"{file} belongs to no export" for file in sorted(there - shards.keys() - own))
+    yield from (f"{file} is not part of the export" for file in sorted(there - shards.keys() - own))
     if len(shards) > 1:
         yield from _index_differences(shards, folder / INDEX)
     for file, names in shards.items():
@@ -87,7 +86,7 @@ def _shard_differences(merge: CheckpointMerge, names: tuple[str, ...], path: Pat
 
 
 def _changed(merge: CheckpointMerge, name: str, got: Tensor) -> int:
-    """How many numbers of a tensor have other bits than the merge."""
+    """The number of elements whose bits differ from the merge."""
     place, changed = 0, 0
     for piece in merge.pieces(name):
         theirs = got.reshape(-1)[place : place + piece.numel()]

@@ -1,4 +1,4 @@
-"""From a finished run to a file of chunks for its second stage (Expert Merging++)."""
+"""Allocate chunks from a finished run for its second stage (Expert Merging++)."""
 
 import json
 from dataclasses import replace
@@ -19,19 +19,19 @@ from trainmerge.system.console import print_table
 
 By = Literal["magnitude", "energy"]
 SHOWN = 12
-FINE = 8  # chunks a parameter, whose gradients are measured
+FINE = 8  # chunks per parameter, whose gradients are measured
 
 
 def allocate_run(
     run: str | Path, out: str | Path, budget: float, kappa: float, by: By = "magnitude"
 ) -> dict[str, int]:
-    """Share `budget` chunks a parameter among the run's parameters by importance^kappa, and write `out`.
+    """Share `budget` chunks per parameter among the run's parameters by importance^kappa, and write `out`.
 
     The file is what `recipe.grouping.chunks` reads: {"chunks": {parameter: count}, ...}. `by` is the paper's
     `magnitude`, or `energy`, which runs the model over the calibration examples.
 
     Raises:
-        ValueError: see `importance.allocate`; or the run has chunks already.
+        ValueError: see `chunk_allocation.allocate`; or the run already has chunks.
     """
     folder = RunFolder(Path(run))
     _, coefficients, opened = open_run(folder)
@@ -52,7 +52,7 @@ def allocate_run(
 
 
 def _fine(folder: RunFolder) -> tuple[MergeModule, Calibration]:
-    """The run's merge and data, with several chunks a parameter."""
+    """The run's merge and data, with several chunks per parameter."""
     recipe, _, _ = open_run(folder)
     return reopen(folder, replace(recipe.grouping, granularity="chunk", chunks=FINE))
 
@@ -64,16 +64,16 @@ def _print(importance: dict[str, float], chunks: dict[str, int]) -> None:
     frozen = sum(count == 0 for count in chunks.values())
     print(
         f"{sum(chunks.values())} chunks for {len(chunks)} parameters "
-        f"({sum(chunks.values()) / len(chunks):.3f} a parameter); {frozen} keep their coefficient"
+        f"({sum(chunks.values()) / len(chunks):.3f} per parameter); {frozen} with a fixed coefficient"
     )
 
 
 def energy(module: MergeModule, data: Calibration) -> dict[str, float]:
     """Sum of squared coefficient gradients of every batch and chunk, normalised to sum to one.
 
-    What the calibration losses would move if each chunk had its own coefficient; measured, where
-    `magnitude` is a guess. One forward and backward pass over all calibration examples at the present
-    coefficients; give `module` a layout with several chunks a parameter.
+    Measures how much the calibration losses depend on each chunk's own coefficient, which `magnitude` only
+    estimates. One forward and backward pass over all calibration examples at the current coefficients;
+    `module` needs a layout with several chunks per parameter.
     """
     module.load(data)
     merged = module.resident.merged

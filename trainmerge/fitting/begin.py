@@ -1,4 +1,4 @@
-"""What the first process does before a fit: check what is resumed, write what explains the run, rewind."""
+"""The first process before a fit: check the resumed run, write the run's description, rewind."""
 
 import json
 from pathlib import Path
@@ -16,24 +16,24 @@ from trainmerge.system.atomic import write_whole
 
 
 class Snapshot(NamedTuple):
-    """A fit's checkpoint, and where it lies."""
+    """A fit's checkpoint and its path."""
 
     path: Path
     content: dict[str, Any]
 
     @property
     def step(self) -> int:
-        """How many steps it has behind it."""
+        """The number of optimizer steps taken."""
         return int(self.content["global_step"])
 
 
 def find_snapshot(folder: RunFolder, resume: str, first: bool) -> Snapshot | None:
-    """The snapshot that `resume` (auto, never, or a path) means; None for a new run.
+    """The snapshot for `resume` (auto, never, or a path); None for a new run.
 
-    Of `never`, only the `first` process checks that the folder has no run: others may meet its new one.
+    For `never`, only the `first` process checks that the folder has no run; others might see its new one.
 
     Raises:
-        ValueError: `never` in a folder that has a run, a path that is not there, or a damaged file.
+        ValueError: `never` in a folder that has a run, a path that does not exist, or a damaged file.
     """
     path = None if resume == "never" and not first else folder.resume_from(resume)
     return Snapshot(path, load_snapshot(path)) if path else None
@@ -47,7 +47,7 @@ def begin(
     snapshot: Snapshot | None,
     config: str | None,
 ) -> None:
-    """Write what explains the run, and drop what is later than the snapshot.
+    """Write the run's description, and remove everything later than the snapshot.
 
     Raises:
         ValueError: non-finite weights; the folder's run, or the snapshot, was made from other experts, data
@@ -57,7 +57,7 @@ def begin(
     description = describe(module, data)
     folder.check(description)
     if snapshot and (different := differences(json.loads(snapshot.content["trainmerge"]), description)):
-        raise ValueError(f"{snapshot.path} was made from other things:\n{different}")
+        raise ValueError(f"{snapshot.path} was made with different experts, data or settings:\n{different}")
     module.description = json.dumps(description)
     folder.create(description)
     write_config(module.recipe, "recipe", folder.recipe)

@@ -1,4 +1,4 @@
-"""The loss over all calibration examples at the present coefficients."""
+"""The loss over all calibration examples at the current coefficients."""
 
 from collections.abc import Iterator
 
@@ -13,9 +13,9 @@ from trainmerge.system import distributed
 
 @torch.no_grad()
 def calibration_loss(module: MergeModule, data: Calibration) -> float:
-    """The weighted loss over all calibration examples at the present coefficients, summed over experts.
+    """The weighted loss over all calibration examples at the current coefficients, summed over experts.
 
-    Several processes take their parts of every batch.
+    Several processes split every batch.
     """
     module.resident.merged.materialise()
     mine = sum(
@@ -28,10 +28,10 @@ def calibration_loss(module: MergeModule, data: Calibration) -> float:
 
 
 def batches(module: MergeModule, data: Calibration) -> Iterator[Batch]:
-    """All calibration examples, expert after expert, on the model's device: this process's part.
+    """One process's part of all calibration examples, expert after expert, on the model's device.
 
-    All processes take part in every batch, in which they may meet: with an example of share 0, where there
-    are fewer than processes.
+    Every process takes part in every batch, because a batch may contain collectives. With fewer examples than
+    processes, the others get an example of share 0.
     """
     for expert, examples in enumerate(data.examples):
         for first in range(0, len(examples), data.batch_size):
@@ -45,5 +45,5 @@ def batches(module: MergeModule, data: Calibration) -> Iterator[Batch]:
 
 
 def _count(batch: Batch) -> float:
-    """How many examples a loss that was multiplied by the batch's share stands for."""
+    """The number of examples that a loss times the batch's share represents."""
     return len(batch.ids) / batch.share if batch.share else 0.0

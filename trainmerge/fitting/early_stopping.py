@@ -1,4 +1,4 @@
-"""Stop a fit whose calibration loss falls no more. No label is read."""
+"""Stop a fit when its calibration loss no longer falls. No label is read."""
 
 import math
 from typing import Any
@@ -12,14 +12,14 @@ from typing_extensions import override
 class StopWhenFlat(Callback):
     """Stop when the smoothed loss has had no new minimum for `patience` steps.
 
-    Lightning's EarlyStopping looks at the end of epochs, which a fit has none of. The smoothed loss is an
-    exponential mean without the bias of its beginning. Its state is in the snapshots: a resumed run stops at
-    the step where it would have stopped.
+    Lightning's EarlyStopping acts at the end of epochs, and a fit has none. The smoothed loss is a
+    bias-corrected exponential mean. Its state is in the snapshots, so a resumed run stops at the same step as
+    an uninterrupted one.
 
     Args:
         patience: Steps without a new minimum.
-        smoothing: Weight of the past in the mean, in [0, 1): a batch's loss says little alone.
-        least: By how much a new minimum has to be lower than the last.
+        smoothing: Decay of the exponential mean, in [0, 1).
+        least: The least decrease that counts as a new minimum.
     """
 
     def __init__(self, patience: int = 20, smoothing: float = 0.9, least: float = 0.0) -> None:
@@ -49,7 +49,7 @@ class StopWhenFlat(Callback):
                 print(f"stopped after step {self.stopped}: no lower loss for {self.patience} steps")
 
     def flat(self, loss: float, step: int) -> bool:
-        """Take the loss of step `step`; whether it is time to stop."""
+        """Record the loss of step `step`; returns whether to stop."""
         self.total = self.smoothing * self.total + (1 - self.smoothing) * loss
         self.weight = self.smoothing * self.weight + (1 - self.smoothing)
         mean = self.total / self.weight
@@ -59,12 +59,12 @@ class StopWhenFlat(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to stop at the same step."""
+        """The state that a resumed run needs to stop at the same step."""
         names = ("total", "weight", "lowest", "lowest_step", "stopped")
         return {name: getattr(self, name) for name in names}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict`'s step."""
+        """Continue from the step of `state_dict`."""
         for name, value in state_dict.items():
             setattr(self, name, value)

@@ -1,4 +1,4 @@
-"""The whole run on one page: check, resume or begin, fit, leave the coefficients."""
+"""A whole run: check, resume or begin, fit, save the coefficients."""
 
 import warnings
 from pathlib import Path
@@ -8,11 +8,11 @@ import torch
 
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.begin import Snapshot, begin, find_snapshot
-from trainmerge.fitting.keep_better import leave_better
+from trainmerge.fitting.keep_better import save_better
 from trainmerge.fitting.memory_budget import schedule_within, watch_memory
 from trainmerge.fitting.model_settings import check_data, needs_examples
 from trainmerge.fitting.module import MergeModule
-from trainmerge.fitting.outcome import check_learned, leave_end, leave_start, warn_if_it_never_fell
+from trainmerge.fitting.outcome import check_learned, save_end, save_start, warn_if_loss_did_not_fall
 from trainmerge.fitting.plan_fit import Precision
 from trainmerge.fitting.preflight import check_tasks
 from trainmerge.fitting.snapshots import Snapshots
@@ -30,36 +30,37 @@ def fit(
     config: str | None = None,
     memory: str | None = None,
 ) -> RunFolder:
-    """Learn the coefficients in a run folder, from its last snapshot if `resume` says so.
+    """Learn the coefficients in a run folder, resuming from its last snapshot as `resume` selects.
 
-    With `trainer.max_steps` 0 nothing is learned, and no calibration data is needed unless a preprocessor or
-    preset measures something on it: the run folder holds the coefficients that `module` starts with, which is
-    how a closed-form method is merged and exported.
+    With `trainer.max_steps` 0 nothing is learned: the run folder gets the starting coefficients of `module`,
+    and can be exported. This is how closed-form methods run. It needs calibration data only if a preprocessor
+    or preset uses them.
 
     Args:
-        module: What is learned.
-        data: What it is learned from.
+        module: The merge to learn.
+        data: The calibration data.
         trainer: From `make_trainer`, with the same `run`.
-        run: The run folder; made if it is not there.
-        resume: `auto` goes on with the folder's run if there is one, `never` begins, a path begins from it.
-        config: A text to keep as the run's `config.yaml`.
-        memory: The process's memory, as `8GiB`, mapped files apart: a step is cut until its plan fits.
+        run: The run folder; created if it does not exist.
+        resume: `auto` resumes the folder's run if there is one, `never` starts anew, a path resumes from it.
+        config: The text of the run's `config.yaml`.
+        memory: The process's memory limit, such as `8GiB`, without mapped files: steps are split into smaller
+            micro-batches until the plan fits.
 
     Raises:
-        ValueError: the run, or the checkpoint, was made from other experts, data or settings; non-finite
-            weights; settings that cannot work.
+        ValueError: the run or the checkpoint was made with different experts, data or settings; non-finite
+            weights; invalid settings.
     """
     check_settings(module, data, trainer)
     if limit := parse_size(memory) if memory else 0:
         cut_steps(module, data, trainer, limit)
     folder = RunFolder(Path(run))
     snapshot = find_snapshot(folder, resume, first=trainer.is_global_zero)
-    if trainer.is_global_zero:  # the other processes wait for it when the fit begins
+    if trainer.is_global_zero:  # the other processes wait for this when the fit begins
         begin(folder, module, data, trainer, snapshot, config)
     if trainer.max_steps:
         take_steps(folder, module, data, trainer, snapshot, limit)
     elif trainer.is_global_zero:
-        leave_start(folder, module, data)
+        save_start(folder, module, data)
     return folder
 
 
@@ -71,30 +72,31 @@ def take_steps(
     snapshot: Snapshot | None,
     limit: int,
 ) -> None:
-    """The steps that are left, if any, and the coefficients in the run folder."""
+    """Run the remaining steps, if any, and save the coefficients in the run folder."""
     done = snapshot is not None and snapshot.step >= trainer.max_steps
     if not done or module.keep_better:
         with watch_memory(limit):
             learn(folder, module, data, trainer, snapshot.path if snapshot else None)
     if module.keep_better:
-        leave_better(module, data, folder)
+        save_better(module, data, folder)
     elif trainer.is_global_zero:
         if done and snapshot:
-            leave_end(folder, module, snapshot)
-        warn_if_it_never_fell(folder)
+            save_end(folder, module, snapshot)
+        warn_if_loss_did_not_fall(folder)
 
 
 def cut_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit: int) -> None:
-    """Cut the module's step until its plan fits into `limit` bytes.
+    """Split the module's step until its plan fits into `limit` bytes.
 
     Raises:
-        ValueError: nothing fits, or the fit is on a device or sharded.
+        ValueError: no plan fits, or the fit is on a GPU or sharded.
     """
     if trainer.strategy.root_device.type != "cpu":
-        raise ValueError("memory is what a processor holds: on a device, look at `--dry_run true` instead")
+        raise ValueError("--memory works on CPU only; on a GPU, --dry_run shows the plan")
     if module.settings.sharded and trainer.world_size > 1:
         raise ValueError(
-            "memory cuts each process's batch by itself, and shards meet in every pass: leave it out"
+            "--memory does not work with model.sharded, whose processes need the same micro-batches: leave "
+            "it out"
         )
     if trainer.max_steps:
         module.schedule = schedule_within(module, data, precision_of(trainer), limit)
@@ -106,22 +108,22 @@ def learn(
     """Lightning's fit, from a checkpoint if there is one.
 
     Raises:
-        Preempted: asked to stop by a signal; everything is saved.
-        ConnectionError: another process of the fit is gone.
+        Preempted: stopped by a signal; everything is saved.
+        ConnectionError: another process of the fit ended.
         ValueError: no step was made.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     (snapshots,) = [callback for callback in callbacks if isinstance(callback, Snapshots)]
     with warnings.catch_warnings(), snapshots.listening():
-        # The data module resumes by itself, mid-epoch too; Lightning looks at the loader only.
+        # The data module resumes mid-epoch by itself; Lightning checks the loader only.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except RuntimeError as error:
-            if trainer.world_size > 1 and is_of_a_collective(error):
+            if trainer.world_size > 1 and is_collective_error(error):
                 raise ConnectionError(
                     f"process {trainer.global_rank} lost another process of the fit, which was killed or "
-                    "failed (see its own output); start the same command again to go on from the last "
+                    "failed (see its own output); run the same command again to resume from the last "
                     f"snapshot. ({str(error).splitlines()[0]})"
                 ) from error
             raise
@@ -129,8 +131,8 @@ def learn(
         check_learned(folder, module)
 
 
-def is_of_a_collective(error: RuntimeError) -> bool:
-    """Whether a collective failed, rather than what this process did itself."""
+def is_collective_error(error: RuntimeError) -> bool:
+    """Whether the error comes from a collective, not from this process's own work."""
     text = str(error)  # gloo raises plain RuntimeErrors
     return isinstance(error, torch.distributed.DistError) or any(
         word in text for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset")
@@ -143,9 +145,11 @@ def precision_of(trainer: pl.Trainer) -> Precision:
 
 
 def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:
-    """Raise ValueError for settings that cannot work, or would learn something else in silence."""
+    """Raise ValueError for settings that cannot work or would silently change what is learned."""
     if trainer.max_steps < 0:
-        raise ValueError("set trainer.max_steps: a fit is a number of optimizer steps; 0 merges as it starts")
+        raise ValueError(
+            "set trainer.max_steps, the number of optimizer steps; 0 merges with the starting coefficients"
+        )
     if str(trainer.precision) in ("bf16-true", "16-true", "transformer-engine"):
         raise ValueError(
             f"precision {trainer.precision} would round the coefficients; use bf16-mixed or 16-mixed"

@@ -1,4 +1,4 @@
-"""`keep_better`: after a fit, whichever coefficients have the lower loss over all calibration examples."""
+"""`keep_better`: after a fit, keep the start or the end, whichever has the lower calibration loss."""
 
 import json
 import warnings
@@ -15,9 +15,9 @@ from trainmerge.system import distributed
 from trainmerge.system.atomic import write_whole
 
 
-def leave_better(module: MergeModule, data: Calibration, folder: RunFolder) -> None:
-    """Compare start and end on all calibration examples; leave the better one in the run folder."""
-    end = module.coefficients().detach().cpu().clone()  # not the parameter itself, which `load` may write
+def save_better(module: MergeModule, data: Calibration, folder: RunFolder) -> None:
+    """Compare start and end on all calibration examples; save the better one in the run folder."""
+    end = module.coefficients().detach().cpu().clone()  # a copy: `load` may overwrite the parameter
     module.load(data)
     points = {"start": module.start, "end": end}
     losses = {}
@@ -38,8 +38,8 @@ def _leave(module: MergeModule, folder: RunFolder, losses: dict[str, float], bet
     save_coefficients(module.coefficients, folder.coefficients)
     warnings.warn(
         f"the loss over the calibration examples did not fall ({losses['start']:.4f} -> "
-        f"{losses['end']:.4f}): the coefficients are left where they started. Lower the learning rate, or "
-        "give more examples a step.",
+        f"{losses['end']:.4f}): the starting coefficients were saved instead. Lower the learning rate, or "
+        "use more examples per step.",
         stacklevel=2,
     )
 

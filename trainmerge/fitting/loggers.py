@@ -1,4 +1,4 @@
-"""What users' loggers get besides the losses: the coefficients, as numbers per step and as a picture."""
+"""Log the coefficients to users' loggers: numbers per step, and a heat map at the end."""
 
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
 
 
 def show(logger: Logger, image: NDArray[np.uint8], step: int) -> None:
-    """Give the picture to a logger that takes pictures."""
+    """Log the picture, if the logger takes images."""
     match logger:
         case TensorBoardLogger():
             logger.experiment.add_image("coefficients", image, step, dataformats="HWC")
@@ -81,7 +81,7 @@ def show(logger: Logger, image: NDArray[np.uint8], step: int) -> None:
 
 
 def move_table(logger: CSVLogger, step: int) -> None:
-    """Move the table away before a run that is resumed at `step` begins a new one, which deletes it."""
+    """Move the table aside before a run resumed at `step` starts a new one, which would delete it."""
     table = Path(logger.log_dir) / "metrics.csv"
     if step and table.is_file():
         moved = table.with_name(f"metrics-until-{step}.csv")

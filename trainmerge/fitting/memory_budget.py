@@ -1,4 +1,4 @@
-"""A fit that keeps within a given memory, or is refused before it begins."""
+"""A fit within a memory limit, or refused before it begins."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,18 +11,18 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.plan_fit import Precision, plan_fit
 from trainmerge.plan.devices import measured
 from trainmerge.plan.micro_batches import StepSchedule, smaller_schedules
-from trainmerge.system.memory import Peak, format_size, give_back_at_once
+from trainmerge.system.memory import Peak, format_size, return_freed_memory
 
-MARGIN = 1.05  # libraries' own memory and what an allocator rounds up to: 3% over the plan was seen
+MARGIN = 1.05  # for libraries' own memory and allocator rounding: 3% over the plan was measured
 
 
 def schedule_within(module: MergeModule, data: Calibration, precision: Precision, limit: int) -> StepSchedule:
-    """The first schedule whose plan, with a margin, is within `limit` bytes; all learn the same.
+    """The first schedule whose plan, with a margin, is within `limit` bytes; all give the same gradient.
 
-    In order: the module's own, one task a backward, blocks recomputed, fewer examples at a time.
+    In order: the module's own, one task per backward, activation checkpointing, fewer examples per forward.
 
     Raises:
-        ValueError: none is; with the last plan and what would help.
+        ValueError: none fits; with the last plan and remedies.
     """
     device = measured()
     separable = not module.objective.couples and module.rule is None
@@ -40,24 +40,24 @@ def schedule_within(module: MergeModule, data: Calibration, precision: Precision
 
 @contextmanager
 def watch_memory(limit: int) -> Iterator[None]:
-    """Give freed memory back at once, and print the peak of anonymous memory afterwards; 0 is no limit."""
+    """Return freed memory to the system at once; print the peak anonymous memory at the end. 0: no limit."""
     if not limit:
         yield
         return
-    give_back_at_once()
+    return_freed_memory()
     with Peak(every=0.01) as peak:
         yield
     print(f"memory: {format_size(peak.highest)} at most, of {format_size(limit)}")
     if peak.highest > limit:
         warnings.warn(
-            f"the fit held {format_size(peak.highest)}, over the {format_size(limit)} of `memory`: its plan "
-            "was wrong; please report it with `trainmerge fit ... --dry_run true`",
+            f"the fit used {format_size(peak.highest)}, over the {format_size(limit)} of `memory`: its plan "
+            "was wrong; please report it with the output of `trainmerge fit ... --dry_run true`",
             stacklevel=2,
         )
 
 
 def _remedy(module: MergeModule, data: Calibration) -> str:
-    """What only the user may decide, as it changes what is learned."""
+    """Remedies that change what is learned, so only the user may choose them."""
     ways = [f"set data.max_length below {data.max_length}", "data.batch_size lower", "raise `memory`"]
     if module.settings.weights == "stored" and any(
         t.dtype == torch.float32 for t in module.opened.base.tensors.values()

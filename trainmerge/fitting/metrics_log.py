@@ -35,7 +35,7 @@ class JsonLines(Logger):
 
     @override
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run folder's recipe and config hold them."""
+        """Log nothing: the hyperparameters are in the run folder's recipe and config."""
 
     @override
     @rank_zero_only
@@ -45,7 +45,7 @@ class JsonLines(Logger):
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def keep_until(self, step: int) -> None:
-        """Drop what was logged for `step` and later, and a line that a killed run left half written."""
+        """Drop the lines of `step` and later, and an incomplete line of a killed run."""
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < step]
@@ -60,7 +60,7 @@ def _step_of(line: str) -> float:
 
 
 class TrajectoryLog(Callback):
-    """Append the coefficients after each step that the trajectory has."""
+    """Append the coefficients after each step that the trajectory records."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.path = folder.trajectory

@@ -1,4 +1,4 @@
-"""How a fit holds its model, and what is refused before it is made."""
+"""Settings of a fit's model, and their checks before it is loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from trainmerge.task_vectors.quantise import Quantise
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """How a fit's model is held in memory, and where its files are; `MergeModule` explains each of them."""
+    """How a fit's model is stored in memory, and where its files are; `MergeModule` documents each field."""
 
     weights: Literal["stored", "bfloat16"] = "stored"
     subspace: int = 0
@@ -32,33 +32,35 @@ class ModelSettings:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The parameters' dtype; None is as stored."""
+        """The parameters' dtype; None is the stored one."""
         return None if self.weights == "stored" else torch.bfloat16
 
 
 def needs_examples(recipe: Recipe, initial: Initial) -> bool:
-    """Whether merging as it starts needs calibration examples already."""
+    """Whether the starting coefficients or task vectors need calibration examples."""
     informed = any(isinstance(method, Informed) for method in recipe.preprocess)
     return informed or isinstance(initial, MeasuredPreset)
 
 
 def check_sharding(settings: ModelSettings, needs_examples: bool) -> None:
-    """Raise ValueError if a model that is sharded would have to be measured whole."""
+    """Raise ValueError if a sharded model is combined with settings that need the whole model."""
     if settings.sharded and (settings.subspace or needs_examples):
         raise ValueError(
-            "model.sharded: preprocessors and presets that look at examples, and model.subspace, need "
-            "the whole model on one device; leave them out, or run without it"
+            "model.sharded: model.subspace and preprocessors or presets that use calibration examples need "
+            "the whole model on one device; leave them out, or run without model.sharded"
         )
 
 
 def check_data(recipe: Recipe, opened: Opened, data: Calibration) -> None:
-    """Raise ValueError if the data are of other experts or in another order, or longer than the model."""
+    """Raise ValueError if the data's experts or their order differ, or examples exceed the model's length."""
     if absent := [name for name in recipe.experts if name not in data.files]:
         raise ValueError(
             f"recipe.experts: {absent} have no `calibration` file of unlabeled examples to learn from"
         )
     if list(data.files) != list(recipe.experts):
-        raise ValueError(f"data are of {list(data.files)}, the experts are {list(recipe.experts)}")
+        raise ValueError(
+            f"the data have the experts {list(data.files)}, the recipe has {list(recipe.experts)}"
+        )
     config = opened.base.config
     limit = (config.get("text_config") or config).get("max_position_embeddings")
     for name, examples in zip(data.files, data.examples, strict=True):

@@ -1,7 +1,7 @@
-"""The thin LightningModule: materialise, one forward and backward a task, one step of the coefficients.
+"""The LightningModule: materialise the merge, one forward and backward per task, one optimizer step.
 
-Its checkpoint holds coefficients and optimizer, kilobytes; the model and the task vectors are hidden
-from Lightning, which would otherwise save, move and synchronise them.
+Its checkpoint contains only coefficients and optimizer state, some kilobytes. The model and the task vectors
+are hidden from Lightning, which would otherwise save, move and synchronise them.
 
 Legend: `K` experts, `G` coefficient groups.
 """
@@ -27,7 +27,7 @@ from trainmerge.coefficients.initial import Initial, read_initial
 from trainmerge.data.batch import Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.model_settings import ModelSettings, check_data, check_sharding, needs_examples
-from trainmerge.fitting.prepare import Ingredients, prepare
+from trainmerge.fitting.prepare import FitInputs, prepare
 from trainmerge.model.resident import Resident
 from trainmerge.model.teachers import BUDGET, Record
 from trainmerge.objectives import Entropy, Objective
@@ -40,33 +40,33 @@ class MergeModule(pl.LightningModule):
     """Learns a merge's coefficients from unlabeled data.
 
     Args:
-        recipe: What is merged.
-        objective: The loss of a batch; the tasks' losses are weighed by `Expert.weight` and summed.
+        recipe: The merge: base, experts, preprocessing and grouping.
+        objective: The loss of a batch; the tasks' losses are weighted by `Expert.weight` and summed.
         constraint: The set that coefficients stay in.
-        initial: Where they start: one number, one an expert, a `coefficients.safetensors`, or a preset.
-        anchor: A pull of the coefficients back to their start, or to given values.
-        optimizer: Made from the coefficients, as in any LightningModule. One that asks for several losses a
-            step (L-BFGS) gets them, all on the step's batches.
-        lr_scheduler: Stepped once an optimizer step.
-        keep_better: After the fit, compare the loss over all calibration examples with the start's, and leave
-            whichever coefficients have the lower one.
-        combine: How the experts' coefficient gradients become one: a `torchjd.aggregation` rule, or any
-            module [m, n] -> [n]; every expert then has its own backward. Their sum by default.
-        subspace: Leave out what a weight's gradient has in the experts' shared subspace, of
-            floor(min(rows, columns) / subspace) directions, as DOGE does; 0 leaves nothing out.
-        clip: The gradient's norm over all coefficients is cut to this; 0 leaves it as it is.
-        weights: `stored` holds the resident model as the base's files do; `bfloat16` rounds the merge once to
-            it, which halves a float32 model. Coefficients and reductions are float32 in any case.
-        tasks_per_backward: Tasks whose forwards share one backward: each backward reads the task vectors
-            once, and holds these tasks' activations.
-        keep_gradients: Sum the weights' gradients over a step's backwards and read the task vectors once for
-            all of them, for the memory of one more model.
-        teacher_budget: Bytes for the experts' recorded probabilities: all of them if they fit, else the
-            largest.
-        quantise: Learn on smaller task vectors, `Int8` or `Ternary`; the export is from the exact ones.
-        workspace: Folder for preprocessed task vectors, merged adapters and recorded experts.
-        sharded: Share the model among the trainer's processes instead of one whole on each: for models that
-            no single device holds. The trainer's strategy stays `ddp`; coefficients do not depend on this.
+        initial: Their start: one number, one per expert, a `coefficients.safetensors`, or a preset.
+        anchor: A penalty on the distance of the coefficients from their start, or from given values.
+        optimizer: Called with the coefficients, as in any LightningModule. One that evaluates its closure
+            several times per step (L-BFGS) gets the same batches each time.
+        lr_scheduler: Stepped once per optimizer step.
+        keep_better: After the fit, compare the loss over all calibration examples at start and end, and save
+            the coefficients with the lower one.
+        combine: Aggregates the experts' coefficient gradients: a `torchjd.aggregation` rule, or any module
+            [m, n] -> [n]; every expert then has its own backward. By default they are summed.
+        subspace: Project weight gradients onto the orthogonal complement of the experts' shared subspace, of
+            dimension floor(min(rows, columns) / subspace), as DOGE does; 0 projects nothing.
+        clip: Maximal norm of the gradient over all coefficients; 0 does not clip.
+        weights: Dtype of the resident model: `stored` is the base files' own; `bfloat16` halves a float32
+            model, and the merge is rounded to it once. Coefficients and reductions are always float32.
+        tasks_per_backward: Tasks whose forwards share one backward. Each backward reads the task vectors once
+            and needs the memory of these tasks' activations.
+        keep_gradients: Accumulate the weight gradients over a step's backwards and read the task vectors once
+            per step, for the memory of one more model.
+        teacher_budget: Bytes for the experts' recorded probabilities: all if they fit, else the largest per
+            row.
+        quantise: Learn on quantised task vectors, `Int8` or `Ternary`; the export uses the exact ones.
+        workspace: Folder for preprocessed task vectors, merged adapters and recorded expert outputs.
+        sharded: Shard the model over the trainer's processes instead of replicating it: for models that do
+            not fit on one device. The trainer's strategy stays `ddp`; coefficients do not depend on this.
     """
 
     def __init__(
@@ -92,7 +92,9 @@ class MergeModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         if keep_gradients and combine is not None:
-            raise ValueError("keep_gradients sums what `combine` wants apart: set one of them")
+            raise ValueError(
+                "keep_gradients sums the gradients that `combine` needs separately: set only one of them"
+            )
         self.automatic_optimization = False
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
         self.settings = ModelSettings(weights, subspace, quantise, teacher_budget, Path(workspace), sharded)
@@ -106,23 +108,25 @@ class MergeModule(pl.LightningModule):
         self._combine = (combine,)  # in a tuple: no submodule, so that no checkpoint depends on it
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self._resident: Resident | None = None
-        self.teachers: list[Record] = []  # K, where the objective asks for them
-        self.description = "{}"  # what the run depends on, JSON: kept in its checkpoints
+        self.teachers: list[Record] = []  # K, if the objective needs them
+        self.description = "{}"  # what the run depends on, as JSON: saved in its checkpoints
 
     @property
     def resident(self) -> Resident:
         """The merged model; loaded when a fit begins.
 
         Raises:
-            RuntimeError: nothing was loaded yet.
+            RuntimeError: the model is not loaded yet.
         """
         if self._resident is None:
-            raise RuntimeError("the model is loaded by Trainer.fit; call `load` to have it before")
+            raise RuntimeError(
+                "the model is not loaded yet: Trainer.fit loads it; call `load` to load it earlier"
+            )
         return self._resident
 
     @property
     def rule(self) -> torch.nn.Module | None:
-        """How gradients of several experts become one; None is their sum."""
+        """The aggregation of the experts' gradients; None is their sum."""
         return self._combine[0]
 
     def load(
@@ -131,16 +135,16 @@ class MergeModule(pl.LightningModule):
         device: torch.device | str = "cpu",
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """Make the model (`prepare`), once. Called by Lightning's `setup` too.
+        """Prepare the model (`prepare`), once. Lightning's `setup` calls it too.
 
         Raises:
-            ValueError: the data are of other experts, or of the same in another order.
+            ValueError: the data's experts or their order differ from the recipe's.
         """
         check_data(self.recipe, self.opened, data)
         if self._resident is not None:
             return
         merge = self.recipe, self.opened, self.coefficients, self.initial
-        given = Ingredients(*merge, self.objective.asks, data, self.settings, self.schedule)
+        given = FitInputs(*merge, self.objective.asks, data, self.settings, self.schedule)
         made = prepare(given, device, precision)
         self._resident, self.teachers = made.resident, made.teachers
         if made.start is not None:
@@ -152,7 +156,7 @@ class MergeModule(pl.LightningModule):
         """Load everything onto this process's device.
 
         Raises:
-            TypeError: the trainer was given other data than a `Calibration`.
+            TypeError: the trainer's datamodule is not a `Calibration`.
         """
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, Calibration):
@@ -162,7 +166,7 @@ class MergeModule(pl.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what the run depends on with its coefficients."""
+        """Add what the run depends on to the checkpoint."""
         checkpoint["trainmerge"] = self.description
 
     @override
@@ -189,15 +193,15 @@ class MergeModule(pl.LightningModule):
         self._step_scheduler()
         if isinstance(optimizer.optimizer, FrankWolfe):
             self.log("gap", optimizer.optimizer.gap())
-        losses = reports[0]  # at the coefficients that the step began with
+        losses = reports[0]  # at the step's starting coefficients
         self.log("loss", torch.stack(list(losses.values())).sum(), prog_bar=True)
-        # Not loss/NAME: beside `loss`, a store that keeps metrics in files would need a folder of that name.
+        # Not loss/NAME: a logger that stores each metric as a file would need `loss` as file and as folder.
         self.log_dict({f"losses/{name}": loss for name, loss in losses.items()})
 
     def _gradient_of(self, step: Step) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses of all tasks at the merge of the present coefficients, and the gradient [K, G] of the step.
+        """The losses of all tasks at the current coefficients, and the step's gradient [K, G].
 
-        Those of several processes are averaged first and combined second.
+        Gradients of several processes are averaged before they are combined.
         """
         merged = self.resident.merged
         merged.materialise()
@@ -223,7 +227,7 @@ class MergeModule(pl.LightningModule):
         return {name: loss.detach() for name, loss in losses.items()}
 
     def loss(self, batch: Batch) -> Tensor:
-        """The weighted loss of one expert's batch at the weights that the resident model holds."""
+        """The weighted loss of one expert's batch at the resident model's current weights."""
         expert = list(self.recipe.experts.values())[batch.expert]
         if self.teachers:
             batch = batch._replace(teacher=self.teachers[batch.expert].of(batch.ids, self.resident.device))
@@ -231,7 +235,7 @@ class MergeModule(pl.LightningModule):
         return expert.weight * batch.share * losses.mean()
 
     def _averaged(self, losses: dict[str, Tensor], gradient: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Means over processes: K losses and the K x G numbers (of each row), all that has to be reduced."""
+        """Means over processes of the K losses and the K x G gradient (per row): all that is reduced."""
         mine = torch.cat([torch.stack(list(losses.values())).to(gradient), gradient.flatten()])
         mean: Tensor = self.trainer.strategy.reduce(mine, reduce_op="mean")
         return dict(zip(losses, mean, strict=False)), mean[len(losses) :].view_as(gradient)
@@ -243,7 +247,7 @@ class MergeModule(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer of the coefficients, and its schedule if there is one."""
+        """The optimizer of the coefficients, and its learning-rate schedule if there is one."""
         optimizer = self.make_optimizer(self.coefficients.parameters())
         if self.make_scheduler is None:
             return optimizer

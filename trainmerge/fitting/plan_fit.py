@@ -1,4 +1,4 @@
-"""Plans of fits, and of models that need not be on disk.
+"""The plan of a fit, and the sizes that it is made of.
 
 Legend: `K` experts, `B` examples of one expert and step, `T` tokens, `V` vocabulary or classes.
 """
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trainmerge.checkpoints import build_skeleton, locate
+from trainmerge.checkpoints import build_meta_model, locate
 from trainmerge.data.batch import Asks, Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
@@ -37,19 +37,19 @@ def plan_fit(
     devices: int = 1,
     schedule: StepSchedule | None = None,
 ) -> Plan:
-    """The plan of `tm.fit(module, data, ...)`: headers and the longest examples are read, no weight is.
+    """The plan of `tm.fit(module, data, ...)`: reads headers and the longest examples, but no weight.
 
     Args:
-        module: What is learned.
-        data: What from; the dry run is of each expert's longest examples.
+        module: The merge to learn.
+        data: The calibration data; the dry run uses each expert's longest examples.
         precision: The fit's autocast.
-        device: Whose speeds the times are made of; this processor's, measured, by default.
-        devices: How many share model and examples.
-        schedule: How a step is cut; as the module says by default.
+        device: The device whose speeds give the times; by default this processor, measured.
+        devices: The number of devices that share model and examples.
+        schedule: How a step is split into backwards; by default the module's.
     """
     schedule = schedule or module.schedule
     if module.rule is not None:
-        schedule = replace(schedule, tasks=1)  # each expert's gradient is wanted by itself
+        schedule = replace(schedule, tasks=1)  # each expert needs its own gradient
     model = _empty_model(module)
     step = [_longest(data, k, -(-data.batch_size // devices)) for k in range(len(data.examples))]
     records = _records(module, data, step, model.module)
@@ -68,19 +68,19 @@ def plan_fit(
 
 
 class _EmptyModel(NamedTuple):
-    """The base without its numbers."""
+    """The base on the meta device, and the dtypes of its parameters."""
 
     module: nn.Module
-    names: Mapping[str, str]  # the files' name -> the parameter's
+    names: Mapping[str, str]  # name in the files -> the parameter's
     dtypes: Mapping[str, torch.dtype]  # of each parameter in the fit
 
 
 def _empty_model(module: MergeModule) -> _EmptyModel:
     base = module.opened.base
-    skeleton = build_skeleton(base.path)
-    names = locate(skeleton, base.path, base.tensors, module.opened.ignore)
+    meta_model = build_meta_model(base.path)
+    names = locate(meta_model, base.path, base.tensors, module.opened.ignore)
     dtypes = {inside: module.settings.dtype or base.tensors[name].dtype for name, inside in names.items()}
-    return _EmptyModel(skeleton, names, dtypes)
+    return _EmptyModel(meta_model, names, dtypes)
 
 
 def _sizes(module: MergeModule, model: _EmptyModel, records: "_Records") -> Sizes:
@@ -97,24 +97,24 @@ def _sizes(module: MergeModule, model: _EmptyModel, records: "_Records") -> Size
         len(module.recipe.experts),
         module.coefficients.raw.numel(),
         sum(file.stat().st_size for file in files) + records.files,
-        max(records.memory, stored - sum(own.values())),  # a model is loaded as stored, then narrowed
+        max(records.memory, stored - sum(own.values())),  # a model is loaded as stored, then cast
     )
 
 
 class _Records(NamedTuple):
-    """What recorded experts take."""
+    """The size of the experts' recorded outputs."""
 
-    width: int = 0  # probabilities a row; 0 for all
-    memory: int = 0  # bytes, of the largest one while it is recorded
+    width: int = 0  # probabilities per row; 0 for all
+    memory: int = 0  # bytes, of the largest expert while it is recorded
     files: int = 0
 
 
-def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Module) -> _Records:
-    """As `teachers` will decide, at the length of the longest example."""
+def _records(module: MergeModule, data: Calibration, step: Step, meta_model: nn.Module) -> _Records:
+    """The sizes that `teachers` will choose, at the length of the longest example."""
     asks = module.objective.asks
     if asks == Asks():
         return _Records()
-    config: Any = skeleton.config
+    config: Any = meta_model.config
     config = getattr(config, "text_config", None) or config
     positions = [len(own) * batch.mask.shape[1] for own, batch in zip(data.examples, step, strict=True)]
     hidden = [2 * config.hidden_size * len(asks.layers) * count for count in positions]
@@ -124,7 +124,7 @@ def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Mo
     ]
     width, probabilities = 0, [4 * config.vocab_size * count for count in rows]
     if asks.temperature is None or all(e.head for e in experts):
-        probabilities = [0] * len(rows)  # of a few classes: nothing in comparison
+        probabilities = [0] * len(rows)  # a few classes: negligible
     elif sum(probabilities) > module.settings.teacher_budget:
         width = max(1, module.settings.teacher_budget // (8 * sum(rows)))
         probabilities = [8 * width * count for count in rows]
@@ -133,10 +133,10 @@ def _records(module: MergeModule, data: Calibration, step: Step, skeleton: nn.Mo
 
 
 def _read(module: MergeModule, delta: Delta) -> int:
-    """Bytes of one parameter's base and task vectors, as the passes read them."""
+    """Bytes of one parameter's base and task vectors that a pass reads."""
     if delta.base.dim() > 1 and module.settings.quantise is not None:
         return delta.base.nbytes + len(delta.terms) * int(
-            module.settings.quantise.bytes_a_weight * delta.base.numel()
+            module.settings.quantise.bytes_per_weight * delta.base.numel()
         )
     if module.recipe.preprocess:
         return delta.base.nbytes + len(delta.terms) * 4 * delta.base.numel()

@@ -1,4 +1,4 @@
-"""What a fit refuses before it makes its folder or reads a weight."""
+"""Checks of a fit before it creates its folder or reads a weight."""
 
 from trainmerge.checkpoints import Output, output_of
 from trainmerge.data.calibration import Calibration
@@ -10,7 +10,7 @@ TOGETHER = 64  # examples that are tokenised at a time
 
 
 def check_tasks(module: MergeModule, data: Calibration) -> None:
-    """Raise ValueError for experts whose task has no loss: with every reason, by expert and file."""
+    """Raise ValueError for experts whose loss is undefined; lists every reason, by expert and file."""
     output = output_of(module.opened.base.path)
     problems = [*head_problems(module, output), *example_problems(data)]
     if problems:
@@ -18,22 +18,22 @@ def check_tasks(module: MergeModule, data: Calibration) -> None:
 
 
 def head_problems(module: MergeModule, output: Output) -> list[str]:
-    """Experts that need a head and have none, or one of another model."""
+    """Experts that lack a head, or whose head is from another model."""
     experts, base = module.recipe.experts, module.recipe.base
     headless = [name for name, expert in experts.items() if expert.head is None]
     for expert in experts.values():
         if expert.head is not None:
-            expert.head.identity()  # reads its files, and says what is wrong with them
+            expert.head.identity()  # reads its files, and raises if they are damaged
     problems = [
-        f"recipe.experts.{name}.head is for a hidden size of {width}, {base} has {output.hidden}: name the "
-        "head that was trained with this expert"
+        f"recipe.experts.{name}.head has hidden size {width}, {base} has {output.hidden}: use the head that "
+        "was trained with this expert"
         for name, expert in experts.items()
         if expert.head and output.hidden and (width := expert.head.width()) not in (None, output.hidden)
     ]
     if headless and not output.logits:
         problems.append(
             f"{base} has no output layer, and {headless} no `head`: give each a LabelHead or a LinearHead, "
-            "or use a base and experts that were saved with their own"
+            "or use a base and experts that were saved with an output layer"
         )
     elif headless and module.objective.needs_classes and not output.classes:
         problems.append(f"{module.objective!r} needs classes, and {headless} have no `head`: give each one")
@@ -41,19 +41,19 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
 
 
 def example_problems(data: Calibration) -> list[str]:
-    """Files with examples of which no token counts: their loss is not a number."""
+    """Files that contain examples without an unmasked token: their loss would be NaN."""
     found = []
     for file, examples in zip(data.files.values(), data.examples, strict=True):
         if silent := without_tokens(examples, data.tokenize):
             found.append(
-                f"{file}: no token counts in {len(silent)} of {len(examples)} examples, the first is number "
-                f"{silent[0]}: leave them out, or raise data.max_length ({data.max_length})"
+                f"{file}: {len(silent)} of {len(examples)} examples have no unmasked token, the first is "
+                f"number {silent[0]}: remove them, or raise data.max_length ({data.max_length})"
             )
     return found
 
 
 def without_tokens(examples: list[Example], tokenizer: Tokenizer) -> list[int]:
-    """Numbers of the examples of which no token counts; only blank texts and spans can have none."""
+    """Indices of the examples without an unmasked token; only blank texts and spans can cause that."""
     suspects = [i for i, e in enumerate(examples) if e.spans is not None or not e.text.strip()]
     silent = []
     for first in range(0, len(suspects), TOGETHER):

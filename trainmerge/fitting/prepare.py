@@ -1,10 +1,9 @@
-"""Makes a fit's model whole, in one walk.
+"""Prepare a fit's model: one function per step, called in order by `prepare`.
 
-    task vectors -> base and heads -> what looks at examples -> quantise -> subspaces -> merged model -> start
-    -> teachers
+    task vectors -> base and heads -> preprocessors that use examples -> quantise -> subspaces -> merged model
+    -> start -> teachers
 
-Each step is one function; `prepare` calls them in order. Results that depend on files alone are kept in the
-workspace, and found again.
+Results that depend only on files are cached in the workspace.
 
 Legend: `K` experts, `G` coefficient groups, `m` rows of a matrix, `k` directions.
 """
@@ -38,20 +37,20 @@ from trainmerge.task_vectors.quantise import quantised
 
 
 @dataclass(frozen=True)
-class Ingredients:
-    """What a fit's model is made from."""
+class FitInputs:
+    """The inputs of `prepare`."""
 
     recipe: Recipe
     opened: Opened
     coefficients: Coefficients
     initial: Initial
-    asks: Asks  # what the objective needs of the experts
+    asks: Asks  # the expert outputs that the objective needs
     data: Calibration
     settings: ModelSettings
     schedule: StepSchedule
 
     def identity(self) -> str:
-        """What the preprocessed task vectors depend on."""
+        """A text that identifies the preprocessed task vectors."""
         return repr([self.opened.identity(), self.recipe.preprocess, self.data.identity()])
 
 
@@ -60,27 +59,29 @@ class Prepared:
     """A fit's model, ready for its first step."""
 
     resident: Resident
-    start: Tensor | None  # what a preset measured, of a shape that expands to [K, G]; None if there is none
-    teachers: list[Record]  # K; none where the objective needs nothing of the experts
+    start: Tensor | None  # a preset's measured coefficients, expandable to [K, G]; None without one
+    teachers: list[Record]  # K; empty if the objective needs no expert outputs
 
 
 def prepare(
-    given: Ingredients,
+    given: FitInputs,
     device: torch.device | str,
     precision: Callable[[], AbstractContextManager[Any]],
 ) -> Prepared:
-    """The walk from mapped files to a model in memory; no merge is written yet.
+    """From mapped files to a model in memory; the merge is not materialised yet.
 
-    Experts are recorded in the fit's own `precision`, where each then agrees with itself.
+    Experts are recorded in the fit's own `precision`, so an expert has zero divergence from itself.
     """
     recipe, settings, schedule = given.recipe, given.settings, given.schedule
     given.opened.share_checksums()
     first, rest = split_at_examples(recipe.preprocess)
-    vectors = preprocess(given.opened, first, settings.workspace)  # in the memory that the model will need
+    vectors = preprocess(
+        given.opened, first, settings.workspace
+    )  # before the model is loaded, to reuse its memory
     placement = Placement(device, settings.dtype, settings.sharded)
     experts = load_resident(recipe, given.opened, given.coefficients, given.data.tokenize, placement)
-    vectors = look_at_examples(given, vectors, first, rest, experts)
-    vectors = make_smaller(given, vectors)
+    vectors = preprocess_with_examples(given, vectors, first, rest, experts)
+    vectors = quantise_vectors(given, vectors)
     resident = experts.merging(vectors, find_subspaces(given, vectors), schedule.keep)
     if schedule.recompute:
         recompute_blocks(resident.merged.module)
@@ -93,19 +94,19 @@ def prepare(
 def split_at_examples(
     methods: Sequence[Preprocess],
 ) -> tuple[Sequence[Preprocess], Sequence[Preprocess]]:
-    """The methods before the first that looks at examples, and the rest."""
+    """The methods before the first that uses calibration examples, and the rest."""
     first = list(takewhile(lambda method: not isinstance(method, Informed), methods))
     return first, methods[len(first) :]
 
 
-def look_at_examples(
-    given: Ingredients,
+def preprocess_with_examples(
+    given: FitInputs,
     vectors: TaskVectors,
     first: Sequence[Preprocess],
     rest: Sequence[Preprocess],
     experts: Resident,
 ) -> TaskVectors:
-    """The task vectors after the `rest` of the methods, for which the experts run on their examples."""
+    """The task vectors after the `rest` of the methods, which run the experts on their examples."""
     if not rest:
         return vectors
     statistics = statistics_of(given, experts)
@@ -114,34 +115,34 @@ def look_at_examples(
         return apply(vectors, rest, given.settings.workspace, inputs, given.data.identity(), statistics)
 
 
-def statistics_of(given: Ingredients, resident: Resident) -> ExpertStatistics:
+def statistics_of(given: FitInputs, resident: Resident) -> ExpertStatistics:
     """The experts on their own calibration examples."""
     return ExpertStatistics(resident, given.data.examples, given.data.tokenize, given.settings.workspace)
 
 
-def make_smaller(given: Ingredients, vectors: TaskVectors) -> TaskVectors:
-    """The task vectors that are learned on: quantised ones, if the settings say so."""
+def quantise_vectors(given: FitInputs, vectors: TaskVectors) -> TaskVectors:
+    """The task vectors of the fit: quantised if the settings ask for it."""
     if given.settings.quantise is None:
         return vectors
     with distributed.rank_zero_first():
         return quantised(vectors, given.settings.quantise, given.settings.workspace, given.identity())
 
 
-def find_subspaces(given: Ingredients, vectors: TaskVectors) -> Mapping[str, Tensor]:
-    """The experts' shared subspace [m, k] of each matrix, which its gradient leaves out."""
+def find_subspaces(given: FitInputs, vectors: TaskVectors) -> Mapping[str, Tensor]:
+    """The experts' shared subspace [m, k] of each matrix, projected out of its gradient."""
     if not given.settings.subspace:
         return {}
     return shared_subspaces(vectors, given.settings.subspace, given.settings.workspace, given.identity())
 
 
-def measure_start(given: Ingredients, resident: Resident) -> Tensor | None:
-    """Where a preset that measures the experts has the coefficients start."""
+def measure_start(given: FitInputs, resident: Resident) -> Tensor | None:
+    """The starting coefficients of a preset that measures the experts."""
     if not isinstance(given.initial, MeasuredPreset):
         return None
     return given.initial.measured(tuple(given.recipe.experts), statistics_of(given, resident))
 
 
-def record(given: Ingredients, resident: Resident) -> list[Record]:
+def record(given: FitInputs, resident: Resident) -> list[Record]:
     """The experts' outputs on their own examples, if the objective needs them."""
     if given.asks == Asks():
         return []

@@ -1,4 +1,4 @@
-"""A fit's progress, on a terminal, in a notebook, in a log file."""
+"""Progress of a fit in a terminal, a notebook or a log file."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ from typing_extensions import override
 
 
 class PlainProgress(Callback):
-    """A line every tenth of the run, for logs that are no terminal."""
+    """One line per tenth of the run, for output that is not a terminal."""
 
     def __init__(self) -> None:
         self._began, self._first = 0.0, 0
@@ -34,14 +34,14 @@ class PlainProgress(Callback):
 
 
 class StepBar(RichProgressBar):
-    """Rich's bar without the number of an epoch: a fit is one, without an end."""
+    """Rich's bar without the epoch number, which a fit does not have."""
 
     def _get_train_description(self, current_epoch: int) -> str:  # noqa: ARG002 - Lightning's signature
         return "fitting"
 
 
 def progress_bar() -> Callback:
-    """Rich's bar on a terminal, tqdm's in a notebook, plain lines elsewhere."""
+    """Rich's bar in a terminal, tqdm's in a notebook, plain lines elsewhere."""
     if "ipykernel" in sys.modules:
         return TQDMProgressBar(refresh_rate=1)
     return StepBar() if sys.stdout.isatty() else PlainProgress()

@@ -1,4 +1,4 @@
-"""What a run depends on, and whether a checkpoint was made from the same."""
+"""Everything that a run depends on, and a check of its checkpoints."""
 
 import hashlib
 import pickle
@@ -15,10 +15,10 @@ from trainmerge.run.config import to_config
 
 
 def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
-    """Everything that the coefficients of a run depend on, as JSON data: a resumed run must have the same."""
+    """Everything that a run's coefficients depend on, as JSON data; it must be equal on resuming."""
     recipe, coefficients = module.recipe, module.coefficients
     return {
-        "experts": list(recipe.experts),  # their order, which a mapping's equality ignores
+        "experts": list(recipe.experts),  # in order, which equality of mappings ignores
         "checksums": module.opened.checksums,
         "heads": {name: e.head.identity() for name, e in recipe.experts.items() if e.head is not None},
         "calibration": data.identities(),
@@ -54,14 +54,14 @@ def load_snapshot(path: Path) -> dict[str, Any]:
     """A fit's checkpoint.
 
     Raises:
-        ValueError: the file is damaged, or something else.
+        ValueError: the file is damaged, or not a fit's checkpoint.
     """
     try:
         snapshot: dict[str, Any] = torch.load(path, weights_only=True)
         snapshot["global_step"], snapshot["trainmerge"], snapshot["state_dict"]["coefficients.raw"]
     except (RuntimeError, KeyError, TypeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{path}: not a checkpoint that a fit can go on from ({type(error).__name__}). It is damaged, or "
-            "something else: go on from another, or remove it to begin again"
+            f"{path}: not a checkpoint of a fit, or damaged ({type(error).__name__}). Resume from another "
+            "one, or remove it to start anew"
         ) from error
     return snapshot

@@ -1,4 +1,4 @@
-"""A finished run -> the module and the data that it was fitted with, at the coefficients it ended with."""
+"""A finished run -> its module and data, at the final coefficients."""
 
 from dataclasses import replace
 
@@ -16,9 +16,10 @@ from trainmerge.run.recipe import calibration_files
 def reopen(
     folder: RunFolder, grouping: Grouping | None = None, examples: int | None = None
 ) -> tuple[MergeModule, Calibration]:
-    """Module and data of a run; nothing is loaded yet.
+    """Module and data of a run; the model is not loaded yet.
 
-    `grouping` replaces the run's by a finer one. `examples`: the first so many per expert; by default all.
+    `grouping` replaces the run's by a finer one. `examples`: use the first so many per expert; by default
+    all.
 
     Raises:
         ValueError: no run, no coefficients, or base or experts changed since the fit.

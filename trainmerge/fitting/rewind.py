@@ -1,4 +1,4 @@
-"""Takes a run folder back to a step, before a fit goes on from there."""
+"""Take a run folder back to a step before a fit resumes there."""
 
 from collections.abc import Iterable
 
@@ -12,10 +12,10 @@ from trainmerge.run.trajectory import thin
 
 
 def rewind(folder: RunFolder, step: int, shape: tuple[int, int], loggers: Iterable[Logger] = ()) -> None:
-    """Drop what a run left of the steps after `step`, which it will make again; 0 begins anew.
+    """Remove everything that a run wrote after `step`; 0 removes all.
 
-    Snapshots, the trajectory of coefficients [K, G] = `shape`, and the tables of those loggers that would
-    have a step twice. Lines that a killed process left half written go too.
+    Snapshots, the trajectory of coefficients [K, G] = `shape`, and log lines that would otherwise appear
+    twice. Incomplete lines of a killed process are removed too.
     """
     folder.drop_snapshots_after(step)
     thin(folder.trajectory, step, shape)

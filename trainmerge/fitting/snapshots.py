@@ -1,4 +1,4 @@
-"""What a run does beside learning: snapshots, metrics on disk, progress."""
+"""Snapshots of a run, and its reaction to signals."""
 
 import math
 import signal
@@ -16,16 +16,16 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
 from trainmerge.system.atomic import naming, sync
 
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run me again
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: try again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 STOP = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(Exception):
-    """The run was told to stop by a signal.
+    """A signal stopped the run.
 
     Args:
-        words: What was saved, and how to go on.
+        words: What was saved, and how to resume.
         code: The process's exit code: `EXIT_INTERRUPTED` after Ctrl-C.
     """
 
@@ -35,25 +35,25 @@ class Preempted(Exception):
 
 
 class Snapshots(Callback):
-    """Save every `every` steps, at the last step, and when asked to stop; keep the latest only.
+    """Save every `every` steps, at the last step, and when a signal stops the run; keep only the latest.
 
-    A signal handler may interrupt anything, so it only sets a flag; the step's end acts on it, on all
-    processes if any of them was told. Ctrl-C before the first step, or a second one, stops at once: the
-    last snapshot is whole at any moment.
+    A signal handler may interrupt anything, so it only sets a flag. At the end of the step all processes stop
+    if any of them got a signal. Ctrl-C before the first step, or pressed twice, stops at once; the last
+    snapshot is complete at any moment.
     """
 
     def __init__(self, folder: RunFolder, every: int) -> None:
         self.folder, self.every = folder, every
-        self._stop = self._stopping = False  # told to, here; agreed, and saved
+        self._stop = self._stopping = False  # this process got a signal; all processes stop
         self._steps = self._interrupted = False  # steps have begun; Ctrl-C was pressed
-        self._saved = -1  # the last step that was
+        self._saved = -1  # the last saved step
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, SIGTERM, SIGUSR1 and Ctrl-C mean a stop at the step's end."""
+        """In this context, SIGTERM, SIGUSR1 and Ctrl-C stop the run at the end of the step."""
         handlers = dict.fromkeys(STOP, self._stop_later)
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a job in the background
-            handlers[signal.SIGINT] = self._interrupt  # Lightning's answer to it is to exit with 1
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a background job ignores it
+            handlers[signal.SIGINT] = self._interrupt  # Lightning would exit with 1
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
@@ -63,8 +63,8 @@ class Snapshots(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning's own handlers, which it would register now, broadcast from inside a handler, where they
-        # meet another collective and hang (pytorch-lightning #20806), and requeue Slurm jobs amid a step.
+        # Lightning would now register handlers that broadcast inside the handler, which can hang in another
+        # collective (pytorch-lightning #20806), and that requeue Slurm jobs in the middle of a step.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     @override
@@ -78,7 +78,7 @@ class Snapshots(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._stopping:  # now that the step's metrics are logged too
-            trainer.strategy.barrier()  # a process that left would have its launcher end the others
+            trainer.strategy.barrier()  # if one process left early, its launcher would end the others
             raise self._preempted(f"after step {trainer.global_step}")
 
     @override
@@ -87,7 +87,7 @@ class Snapshots(Callback):
     ) -> None:
         step = trainer.global_step
         check_finite(trainer, pl_module)
-        # All processes stop if any was asked to: a save is a meeting of all of them.
+        # All processes stop if any got a signal, because saving is collective.
         self._stopping = trainer.strategy.reduce_boolean_decision(self._stop, all=False)
         last = step == trainer.max_steps or trainer.should_stop
         if self._stopping or step % self.every == 0 or last:
@@ -112,10 +112,10 @@ class Snapshots(Callback):
 
     def _preempted(self, when: str) -> Preempted:
         code = EXIT_INTERRUPTED if self._interrupted else EXIT_PREEMPTED
-        return Preempted(f"stopped {when}; the same command goes on from the last snapshot", code)
+        return Preempted(f"stopped {when}; run the same command again to resume from the last snapshot", code)
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Coefficients first: whenever a run is killed, they are at least as late as the snapshot."""
+        """Save the coefficients first, so that after a kill they are at least as recent as the snapshot."""
         assert isinstance(module, MergeModule)
         path = self.folder.checkpoints / f"step-{trainer.global_step}.ckpt"
         aside = path.with_suffix(".saving")
@@ -132,7 +132,7 @@ class Snapshots(Callback):
 
 
 def check_finite(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Raise ValueError if the step's losses, or what it made of the coefficients, are NaN or infinite."""
+    """Raise ValueError if the step's losses or the updated coefficients are NaN or infinite."""
     losses = {
         key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("losses/")
     }
@@ -140,6 +140,6 @@ def check_finite(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     if bad or not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
         what = f"the loss of {', '.join(bad)} is" if bad else "the coefficients are"
         raise ValueError(
-            f"step {trainer.global_step}: {what} not finite; nothing of it was saved. Lower the learning "
-            "rate, or look for examples without a token that counts"
+            f"step {trainer.global_step}: {what} not finite; the step was not saved. Lower the learning "
+            "rate, or check for examples with no unmasked token"
         )

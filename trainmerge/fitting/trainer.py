@@ -1,4 +1,4 @@
-"""Lightning's Trainer as a fit needs it: which arguments and strategies it takes, and what to set instead."""
+"""Lightning's Trainer for a fit: the accepted arguments and strategies, and what to set instead of others."""
 
 from collections.abc import Mapping
 from inspect import signature
@@ -21,17 +21,17 @@ from trainmerge.fitting.usage_log import UsageLog
 from trainmerge.run.folder import RunFolder
 
 SETTINGS: dict[str, Any] = {
-    "max_epochs": -1,  # steps count; an epoch is what is left of them
-    "use_distributed_sampler": False,  # an item is a step, which all processes share
+    "max_epochs": -1,  # a fit counts steps; its single epoch is the remaining ones
+    "use_distributed_sampler": False,  # an item is a step, split over all processes
     "enable_checkpointing": False,  # Snapshots does it
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,
 }
 STEPS = "a fit counts steps: set trainer.max_steps"
-ORDER = "each step has its examples: set data.max_examples, or trainer.max_steps"
+ORDER = "the step number determines the examples: set data.max_examples, or trainer.max_steps"
 DECIDED = {
-    "default_root_dir": "it is the run folder: set --run",
+    "default_root_dir": "the run folder is used: set --run",
     "fast_dev_run": "set trainer.max_steps to a few",
     "max_epochs": STEPS,
     "min_epochs": STEPS,
@@ -41,7 +41,7 @@ DECIDED = {
     "reload_dataloaders_every_n_epochs": ORDER,
     "accumulate_grad_batches": "set data.batch_size; model.tasks_per_backward saves memory",
     "gradient_clip_val": "set model.clip",
-    "gradient_clip_algorithm": "set model.clip, a norm",
+    "gradient_clip_algorithm": "set model.clip, which clips the norm",
     "enable_checkpointing": "set --save_every",
 }
 
@@ -50,8 +50,8 @@ def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.
     """A Lightning Trainer that writes into a run folder; `arguments` are the Trainer's own.
 
     Raises:
-        ValueError: `save_every` is not positive, an argument that a fit decides itself, or a folder that
-            cannot be.
+        ValueError: `save_every` is not positive, an argument is set by the fit itself, or the folder cannot
+            be written.
     """
     if save_every < 1:
         raise ValueError(f"save_every must be at least 1, not {save_every}")
@@ -60,7 +60,8 @@ def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.
     given_callbacks = arguments.pop("callbacks", None) or []
     if any(isinstance(callback, pl.callbacks.EarlyStopping) for callback in given_callbacks):
         raise ValueError(
-            "EarlyStopping looks at the end of epochs, and a fit is one: use trainmerge.StopWhenFlat instead"
+            "EarlyStopping acts at the end of an epoch, which a fit never reaches: use "
+            "trainmerge.StopWhenFlat instead"
         )
     callbacks = [*given_callbacks, TrajectoryLog(folder), UsageLog(folder), Snapshots(folder, save_every)]
     if arguments.pop("enable_progress_bar", None) is not False:
@@ -83,10 +84,10 @@ def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.
 
 
 def trainer_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """SETTINGS, and what is given otherwise than Lightning has it by default.
+    """SETTINGS, and the given arguments that differ from Lightning's defaults.
 
     Raises:
-        ValueError: an argument that a fit decides itself.
+        ValueError: an argument that the fit itself sets.
     """
     defaults = {
         name: argument.default for name, argument in signature(pl.Trainer.__init__).parameters.items()
@@ -99,12 +100,12 @@ def trainer_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_strategy(trainer: pl.Trainer) -> None:
-    """Raise ValueError for a strategy under which a fit would be wrong, or end without its results."""
+    """Raise ValueError for a strategy that would give wrong results, or none."""
     strategy = trainer.strategy
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
         raise ValueError(
-            f"trainer.strategy {type(strategy).__name__} would shard or leave unreduced what is learned: use "
-            "ddp, and model.sharded true for a model that no single device holds"
+            f"trainer.strategy {type(strategy).__name__} would shard the coefficients or not reduce their "
+            "gradient: use ddp, and model.sharded true for a model that does not fit on one device"
         )
     if isinstance(strategy, DDPStrategy) and strategy._start_method != "popen":
         raise ValueError("trainer.strategy: use ddp; forked and spawned processes cannot share mapped files")

@@ -1,4 +1,4 @@
-"""Time and memory that a fit took, on disk."""
+"""Log of a fit's time and memory."""
 
 import json
 import resource
@@ -13,15 +13,14 @@ from typing_extensions import override
 from trainmerge.run.folder import RunFolder
 from trainmerge.system.memory import anonymous
 
-UNIT = 1 if sys.platform == "darwin" else 1024  # what getrusage counts resident memory in
+UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of getrusage's resident memory
 
 
 class UsageLog(Callback):
-    """Append one JSON object when the fit ends, by an error too; a process that is killed leaves none.
+    """Append one JSON object when the fit ends, also on an error; a killed process writes none.
 
-    `wall_seconds` and `cpu_seconds` are the fit's with its loading; `peak_bytes` is the largest resident
-    memory of the process up to here, mapped files included, and `anonymous_bytes` what of it is its own at
-    the end (Linux only).
+    `wall_seconds` and `cpu_seconds` include loading. `peak_bytes` is the process's peak resident memory,
+    mapped files included; `anonymous_bytes` is its anonymous memory at the end (Linux only).
     """
 
     def __init__(self, folder: RunFolder) -> None:

@@ -1,4 +1,4 @@
-"""What `trainmerge inspect` finds: a recipe before it runs, the coefficients after."""
+"""`trainmerge inspect`: checks a recipe before a fit, and shows the coefficients after it."""
 
 from trainmerge.inspection.inspect import inspect_path
 

@@ -1,9 +1,9 @@
-"""Attention whose factors moved while its function did not: a gauge shift, or a lock against merging.
+"""Attention whose weights changed while its function did not: a gauge shift, or protection against merging.
 
-A head computes with W_Q^T W_K and W_O W_V only. W_Q -> A W_Q with W_K -> A^-T W_K changes nothing that it
-does, and moves both factors as far as one likes: merged with other experts, such a model breaks (Model
-Unmerging, arXiv 2509.01548). Fine-tuning moves product and factors alike. Fused query-key-value matrices are
-not looked into.
+A head depends on W_Q^T W_K and W_O W_V only. W_Q -> A W_Q with W_K -> A^-T W_K leaves its function unchanged
+and can change both factors arbitrarily; merged with other experts, such a model breaks (Model Unmerging,
+arXiv 2509.01548). Fine-tuning changes product and factors to a similar degree. Fused query-key-value matrices
+are not checked.
 
 Legend: `H` heads, `d` their size, `D` hidden size.
 """
@@ -20,12 +20,12 @@ from trainmerge.system.text import listed
 from trainmerge.task_vectors.delta import TaskVectors, dense_term
 from trainmerge.task_vectors.parameter_names import block_of, kind_of
 
-MOVED = 0.05  # relative change of the factors, below which nothing is said
+MOVED = 0.05  # relative change of the factors, below which nothing is reported
 LOCKED = 0.2  # change of the product over that of the factors; fine-tuning has about 1
 
 
 def attention_findings(base: Checkpoint, task_vectors: TaskVectors) -> Iterator[Finding]:
-    """Experts whose attention moved without doing anything else. Reads queries to outputs once more."""
+    """Experts whose attention weights changed while their products did not. Reads the attention weights."""
     heads, shared = _heads(base.config)
     pairs = list(_pairs(task_vectors))
     for k, expert in enumerate(task_vectors.experts):
@@ -33,7 +33,7 @@ def attention_findings(base: Checkpoint, task_vectors: TaskVectors) -> Iterator[
         for left, right, across in pairs:
             before = [_of(task_vectors, name, None) for name in (left, right)]
             after = [_of(task_vectors, name, k) for name in (left, right)]
-            if across:  # W_O is read by columns: its transpose has the heads in its rows
+            if across:  # W_O has the heads in its columns, so its transpose has them in its rows
                 before[0], after[0] = before[0].T, after[0].T
             factors, product = changes(before[0], before[1], after[0], after[1], heads, shared)
             if factors > MOVED and product < LOCKED * factors:
@@ -41,19 +41,19 @@ def attention_findings(base: Checkpoint, task_vectors: TaskVectors) -> Iterator[
         if found:
             yield Finding(
                 "warning",
-                f"{expert}: attention of {listed(found)} moved far while what it computes stayed: its gauge "
-                "was shifted, or it is locked against merging",
-                "exclude these, or ask for the expert as it was trained",
+                f"{expert}: the attention weights of {listed(found)} changed, but their products hardly did: "
+                "a gauge shift, or protection against merging",
+                "exclude these, or get the expert as it was trained",
             )
 
 
 def changes(
     left: Tensor, right: Tensor, left_after: Tensor, right_after: Tensor, heads: int, shared: int
 ) -> tuple[float, float]:
-    """Relative change of two factors [H d, D] and [H' d, D], and of their product head by head.
+    """Relative change of two factors [H d, D] and [H' d, D], and of their product per head.
 
-    `heads` and `shared` are H and H'; H / H' heads of `left` read one of `right`. The D x D products are
-    never made: ||L^T R||^2 is <L L^T, R R^T>, of d x d matrices.
+    `heads` and `shared` are H and H'; H / H' heads of `left` share one of `right`. The D x D products are
+    never formed: ||L^T R||^2 is <L L^T, R R^T>, of d x d matrices.
     """
     own, others = (
         [t.double().reshape(heads, -1, t.shape[-1]) for t in (left, left_after)],
@@ -73,7 +73,7 @@ def changes(
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Heads of queries and of keys; 1 where the configuration does not say."""
+    """Numbers of query and key heads; 1 where the configuration gives none."""
     own = config.get("text_config") or config
     heads = next(
         (own[key] for key in ("num_attention_heads", "n_head", "n_heads", "num_heads") if key in own), 1
@@ -96,7 +96,7 @@ def _pairs(task_vectors: TaskVectors) -> Iterator[tuple[str, str, bool]]:
 
 
 def _module(name: str) -> str:
-    """The block, and whether it is attention to the encoder: a decoder's block has both."""
+    """The block, marked if it is cross-attention: a decoder's block has both kinds."""
     cross = any(part in name.lower() for part in ("cross", "encdec", "encoder_attn"))
     return f"{block_of(name)}{' cross' if cross else ''}"
 

@@ -1,4 +1,4 @@
-"""What `trainmerge inspect` prints."""
+"""The printed output of `trainmerge inspect`."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -24,16 +24,16 @@ FORMS = {
 
 
 def print_sources(recipe: Recipe, opened: Opened) -> None:
-    """Base and experts: where they are and in what form their changes come."""
+    """Base and experts: their folders, and the form of their changes."""
     rows = [["base", recipe.base, f"{len(opened.base.tensors)} tensors", ""]]
     for k, (name, expert) in enumerate(recipe.experts.items()):
         forms = Counter(FORMS[type(delta.terms[k])] for delta in opened.task_vectors.deltas.values())
         changes = ", ".join(f"{count} {form}" for form, count in forms.items())
         rows.append([name, expert.path, changes, expert.calibration or "no calibration data"])
-    print_table("what is merged", ["name", "folder", "parameters changed", "calibration"], rows)
+    print_table("base and experts", ["name", "folder", "parameters changed", "calibration"], rows)
 
 
-def kept_parameters(opened: Opened) -> dict[str, str]:
+def unmerged_parameters(opened: Opened) -> dict[str, str]:
     """Parameter -> why it keeps the base's value."""
     untouched = {
         name: "no expert changes it" for name in opened.base.tensors if name not in opened.task_vectors.deltas
@@ -42,19 +42,19 @@ def kept_parameters(opened: Opened) -> dict[str, str]:
 
 
 def parameter_counts(opened: Opened) -> dict[str, Any]:
-    """How much is merged, with how many coefficients, and what is left out, as JSON data."""
+    """How many parameters are merged, with how many coefficients, and which are not, as JSON data."""
     deltas, layout = opened.task_vectors.deltas, opened.layout
     return {
         "merged_parameters": len(layout.groups),
         "merged_weights": sum(deltas[name].base.numel() for name in layout.groups),
         "coefficients": len(opened.task_vectors.experts) * len(layout.labels),
-        "kept": kept_parameters(opened),
+        "kept": unmerged_parameters(opened),
     }
 
 
 def print_parameters(opened: Opened, every: bool) -> None:
     """Parameters with their number of coefficients, or why they keep the base's value."""
-    layout, deltas, kept = opened.layout, opened.task_vectors.deltas, kept_parameters(opened)
+    layout, deltas, kept = opened.layout, opened.task_vectors.deltas, unmerged_parameters(opened)
     merged, experts = parameter_counts(opened)["merged_weights"], len(opened.task_vectors.experts)
     print(
         f"{len(layout.groups)} parameters ({merged:,} weights) merged with {experts} x {len(layout.labels)} "
@@ -70,28 +70,28 @@ def print_parameters(opened: Opened, every: bool) -> None:
 
 
 def print_geometry(experts: Sequence[str], geometry: Geometry) -> None:
-    """How far each expert went, and the cosines of the task vectors."""
+    """Norms of the task vectors and their cosine similarities."""
     whole = geometry.of(geometry.names)
     lengths, cosines = whole.relative_norms()[0].tolist(), whole.cosines()[0].tolist()
     rows = [
         [name, f"{100 * length:.2f}%", *(f"{cosine:.2f}".replace("-0.00", "0.00") for cosine in row)]
         for name, length, row in zip(experts, lengths, cosines, strict=True)
     ]
-    print_table("task vectors", ["expert", "length / base", *(f"cos {name}" for name in experts)], rows)
+    print_table("task vectors", ["expert", "norm / base", *(f"cos {name}" for name in experts)], rows)
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """What to know before a fit, the worst first."""
+    """The findings, the most severe first."""
     for level in ("error", "warning", "note"):
         for finding in findings:
             if finding.level == level:
                 print(f"{level}: {finding.what}" + (f"; {finding.remedy}" if finding.remedy else ""))
     if not any(finding.level != "note" for finding in findings):
-        print("nothing speaks against this merge")
+        print("no problems found")
 
 
 def print_suggestion(suggestion: Suggestion, path: Path | None) -> None:
-    """What to begin with, and why."""
+    """The suggested settings, with reasons."""
     rows = [[key, _value(suggestion, key), reason] for key, reason in suggestion.reasons.items()]
     print_table("suggested", ["key", "value", "why"], rows)
     print(

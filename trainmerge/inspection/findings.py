@@ -1,4 +1,4 @@
-"""What headers and texts say of a recipe, before a weight is read."""
+"""Findings from headers and calibration texts, without reading a weight."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ FEW = 8  # examples
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know; an `error` stops a fit."""
+    """One finding; an `error` stops a fit."""
 
     level: Literal["note", "warning", "error"]
     what: str
@@ -26,14 +26,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Texts:
-    """Expert -> its examples, as far as they can be read, by what a fit takes of them."""
+    """Expert -> its calibration examples, by the text that a fit uses; unreadable files are left out."""
 
     calibration: Mapping[str, list[str]]
     findings: tuple[Finding, ...]
 
 
 def header_findings(recipe: Recipe, opened: Opened) -> Iterator[Finding]:
-    """Tensors that no expert changes, that stay with their task, and differing chat templates."""
+    """Tensors that no expert changes, tensors of an expert only, and differing chat templates."""
     untouched = [name for name in opened.base.tensors if name not in opened.task_vectors.deltas]
     tied = [name for name in untouched if name in opened.base.tied]
     untouched = [name for name in untouched if name not in tied]
@@ -44,23 +44,25 @@ def header_findings(recipe: Recipe, opened: Opened) -> Iterator[Finding]:
         if own:
             yield Finding(
                 "note",
-                f"{name}: {listed(own)} are not in the base, so they were trained from scratch: ignored, "
-                "they stay with their task",
-                "" if expert.head else "give the task a `head` that reads them, if it needs one to be scored",
+                f"{name}: {listed(own)} are not in the base, so they were trained from scratch and are not "
+                "merged",
+                "" if expert.head else "if they are the task's classifier, set the expert's `head`",
             )
         ours, theirs = _template(Path(recipe.base)), _template(Path(expert.path))
         if theirs and theirs != ours:
             yield Finding(
                 "warning",
-                f"{name}: its chat template is not the base's, which is the one that is used and exported",
-                "render its chats yourself into a column of texts, if it was trained with its own template",
+                f"{name}: its chat template differs from the base's, which is used and exported",
+                "if it was trained with its own template, render its chats with it into a column of texts",
             )
     if len({expert.head is None for expert in recipe.experts.values()}) > 1:
-        yield Finding("warning", "some experts have a head and some have none", "score them in two recipes")
+        yield Finding(
+            "warning", "only some experts have a head", "evaluate the two kinds in separate recipes"
+        )
 
 
 def _own_tensors(folder: Path, recipe: Recipe) -> list[str]:
-    """Tensors of a full expert that are left to it by `ignore` and that the base has not."""
+    """Tensors of a full expert that match `ignore` and that the base lacks."""
     if (folder / "adapter_config.json").is_file():
         return []
     theirs = open_checkpoint(folder, recipe.allow_pickle).tensors
@@ -77,17 +79,17 @@ def _template(folder: Path) -> str:
         return ""
     try:
         return str(json.loads(settings.read_text(encoding="utf-8")).get("chat_template") or "")
-    except ValueError:  # damaged: whoever loads the tokenizer says so
+    except ValueError:  # damaged: loading the tokenizer reports it
         return ""
 
 
 def read_texts(recipe: Recipe, column: str = "text") -> Texts:
-    """The calibration texts, and what is wrong with them: absent, few, the same twice, or in the test set."""
+    """Problems of the calibration examples: none, few, shared by two experts, or in the test set."""
     found: list[Finding] = []
     texts: dict[str, list[str]] = {}
     for name, expert in recipe.experts.items():
         if not expert.calibration:
-            remedy = "name its `calibration`, or merge in closed form (trainer.max_steps 0)"
+            remedy = "set its `calibration`, or use a closed-form merge (trainer.max_steps 0)"
             found.append(Finding("error", f"{name}: no calibration examples to learn from", remedy))
             continue
         try:
@@ -97,18 +99,18 @@ def read_texts(recipe: Recipe, column: str = "text") -> Texts:
             found.append(Finding("error", f"{name}: {error}"))
             continue
         if len(texts[name]) < FEW:
-            found.append(Finding("warning", f"{name}: {len(texts[name])} calibration examples", "give more"))
+            found.append(Finding("warning", f"{name}: {len(texts[name])} calibration examples", "use more"))
         if shared := len(test & set(texts[name])):
             found.append(
                 Finding(
                     "warning",
-                    f"{name}: {shared} of {len(test)} test examples are calibration examples too",
-                    "use a separate split, or its scores say how well they were memorised",
+                    f"{name}: {shared} of {len(test)} test examples are also calibration examples",
+                    "use separate splits: scores on examples that were fitted are too high",
                 )
             )
     firsts: dict[str, str] = {}
     for name, own in texts.items():
         twin = firsts.setdefault(json.dumps(own), name)
         if twin != name:
-            found.append(Finding("warning", f"{twin} and {name} learn from the same examples"))
+            found.append(Finding("warning", f"{twin} and {name} have the same calibration examples"))
     return Texts(texts, tuple(found))

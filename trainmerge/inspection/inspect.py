@@ -1,4 +1,4 @@
-"""`trainmerge inspect` on one page: headers and texts first, then the weights, then what to do."""
+"""`trainmerge inspect`: headers and texts first, then the weights, then a suggested configuration."""
 
 import json
 import warnings
@@ -28,7 +28,7 @@ from trainmerge.run.sources import recipe_of
 from trainmerge.system.atomic import write_whole
 from trainmerge.task_vectors.geometry import Geometry, measure
 
-CHEAP = 2 << 30  # bytes of weights that are read without being asked to
+CHEAP = 2 << 30  # bytes of weights that `auto` reads
 
 Weights = Literal["auto", "yes", "no"]
 
@@ -40,18 +40,18 @@ def inspect_path(
     suggestion: Path | None = None,
     output: Path | None = None,
 ) -> list[Finding]:
-    """Print what a configuration, run or exported checkpoint merges, and everything odd about it.
+    """Print what a configuration, run or exported checkpoint merges, and possible problems.
 
     Args:
         path: A configuration, a run folder, or an exported checkpoint.
         every: List every parameter.
-        weights: Whether the weights are read too; `auto` reads up to 2 GiB of them.
+        weights: Whether to read the weights too; `auto` reads up to 2 GiB.
         suggestion: Where to write a suggested configuration.
-        output: Where to write all of it as JSON.
+        output: Where to write the results as JSON.
 
     Raises:
-        ValueError: base and experts do not fit, with every mismatch.
-        FileExistsError: `suggestion` is there already.
+        ValueError: base and experts do not match; lists every mismatch.
+        FileExistsError: `suggestion` already exists.
     """
     recipe = recipe_of(path)
     with warnings.catch_warnings(record=True) as words:
@@ -83,10 +83,10 @@ def inspect_path(
 
 
 def _measured(opened: Opened, weights: Weights) -> tuple[Geometry | None, list[Finding]]:
-    """The task vectors' geometry and what it says; neither, if reading the weights was not asked for."""
+    """The task vectors' geometry and the findings from it; neither, if the weights are not read."""
     needed = weight_bytes(opened)
     if weights == "no" or (weights == "auto" and needed > CHEAP):
-        what = f"{needed / 2**30:.1f} GiB of weights were not read: nothing is said of what is in them"
+        what = f"{needed / 2**30:.1f} GiB of weights were not read, so they were not checked"
         return None, [Finding("note", what, "--weights yes reads them")]
     geometry = measure(opened.task_vectors)
     experts = opened.task_vectors.experts
@@ -98,12 +98,12 @@ def _measured(opened: Opened, weights: Weights) -> tuple[Geometry | None, list[F
 
 
 def weight_bytes(opened: Opened) -> int:
-    """Bytes of base and experts that a pass over the task vectors reads."""
+    """Bytes of base and experts that one pass over the task vectors reads."""
     return sum(delta.nbytes for delta in opened.task_vectors.deltas.values())
 
 
 def _column(path: Path) -> str:
-    """The column of texts that a configuration, or a run's, names."""
+    """The text column of a configuration, or of a run's."""
     for file in (path / "config.yaml", path / "trainmerge_config.yaml", path):
         if file.is_file():
             data = (yaml.safe_load(file.read_text()) or {}).get("data") or {}

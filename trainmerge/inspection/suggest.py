@@ -1,6 +1,6 @@
-"""A recipe to begin with, by rules of thumb, each with its reason.
+"""A suggested configuration by rules of thumb, each with its reason.
 
-The rules are what the published recipes and this project's own suites came to; none of them is a promise.
+The rules follow published recipes and this project's benchmark suites; they guarantee nothing.
 """
 
 from collections.abc import Mapping
@@ -16,21 +16,21 @@ from trainmerge.run.recipe import Recipe
 from trainmerge.system.atomic import write_whole
 from trainmerge.task_vectors.geometry import Geometry
 
-ENOUGH = 4  # examples an expert, for a coefficient a tensor
+ENOUGH = 4  # examples per expert, for one coefficient per tensor
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Sections of a configuration, and why they are as they are."""
+    """Sections of a configuration, with reasons."""
 
     settings: Mapping[str, Any]
     reasons: Mapping[str, str]  # key -> why
 
 
 def suggest(recipe: Recipe, examples: Mapping[str, int], geometry: Geometry | None) -> Suggestion:
-    """Objective, grouping, start and steps for a recipe; a closed form where there is nothing to learn from.
+    """Objective, grouping, start and steps for a recipe; a closed form without calibration examples.
 
-    `examples` are how many each expert has; `geometry` of the task vectors says more, where it was measured.
+    `examples` is the number per expert; `geometry` of the task vectors, if measured, refines the start.
     """
     K = len(recipe.experts)
     if len(examples) < K or not all(examples.values()):
@@ -38,19 +38,19 @@ def suggest(recipe: Recipe, examples: Mapping[str, int], geometry: Geometry | No
     reasons = {}
     fewest = min(examples.values())
     granularity: Granularity = "tensor" if fewest >= ENOUGH else "block"
-    reasons["recipe.grouping.granularity"] = f"{fewest} examples an expert " + (
-        "carry a coefficient a tensor" if fewest >= ENOUGH else "are few: fewer coefficients"
+    reasons["recipe.grouping.granularity"] = f"{fewest} examples per expert " + (
+        "are enough for one coefficient per tensor" if fewest >= ENOUGH else "are few, so fewer coefficients"
     )
     heads = all(expert.head for expert in recipe.experts.values())
     if heads:
         objective = {"class_path": "trainmerge.Entropy", "init_args": {"agreement": 5.0}}
         reasons["model.objective"] = (
-            "classifiers: low entropy, guarded by agreement with each expert so that it cannot collapse"
+            "classifiers: minimise entropy, with agreement with each expert against collapse"
         )
     else:
         objective = {"class_path": "trainmerge.Alignment", "init_args": {"logits": 1.0}}
         reasons["model.objective"] = (
-            "no heads: say what each expert says on its own examples (Expert Merging)"
+            "no heads: match each expert's outputs on its own examples (Expert Merging)"
         )
     start, reasons["model.initial"] = _start(K, geometry)
     steps = 80 if heads else 40
@@ -70,7 +70,7 @@ def suggest(recipe: Recipe, examples: Mapping[str, int], geometry: Geometry | No
 
 
 def _closed(recipe: Recipe) -> Suggestion:
-    """TSV-M at its native coefficient: without learning, without data."""
+    """TSV-M at its native coefficient: no training, no data."""
     preprocess = [{"class_path": "trainmerge.Tsv"}]
     settings = {
         "recipe": {**to_config(recipe), "preprocess": preprocess},
@@ -78,7 +78,7 @@ def _closed(recipe: Recipe) -> Suggestion:
         "trainer": {"max_steps": 0},
     }
     reasons = {
-        "recipe.preprocess": "not every expert has calibration examples: a closed form needs none",
+        "recipe.preprocess": "not every expert has calibration examples; a closed form needs none",
         "model.initial": "TSV-M's native coefficient",
         "trainer.max_steps": "nothing is learned",
     }
@@ -86,26 +86,26 @@ def _closed(recipe: Recipe) -> Suggestion:
 
 
 def _start(K: int, geometry: Geometry | None) -> tuple[float, str]:
-    """Best uniform coefficients fall as experts become many, or alike."""
+    """The best uniform coefficient falls with the number and the similarity of the experts."""
     alike = 0.0
     if geometry is not None and K > 1:
         cosines = geometry.of(geometry.names).cosines()[0]
         alike = float((cosines.nan_to_num(0).sum() - K) / (K * (K - 1)))
     if alike > 0.5:
-        return round(1 / K, 3), f"task vectors are alike (mean cosine {alike:.2f}): their average, 1 / {K}"
+        return round(1 / K, 3), f"task vectors are similar (mean cosine {alike:.2f}): their average, 1 / {K}"
     start = 0.5 if K <= 2 else 0.4 if K <= 5 else 0.3
-    return start, f"{K} experts: near the best of one coefficient for all in most suites"
+    return start, f"{K} experts: close to the best single coefficient in most of this project's suites"
 
 
 def write_suggestion(suggestion: Suggestion, path: Path) -> None:
-    """A configuration for `trainmerge fit`, with the reasons on top.
+    """A configuration for `trainmerge fit`, with the reasons as comments on top.
 
     Raises:
-        FileExistsError: the file is there already.
+        FileExistsError: the file already exists.
     """
     if path.exists():
-        raise FileExistsError(f"{path} is there already: name another file, or remove it")
-    lines = ["# Suggested by `trainmerge inspect`: rules of thumb, to begin with."]
+        raise FileExistsError(f"{path} already exists: choose another file, or remove it")
+    lines = ["# Suggested by `trainmerge inspect` from rules of thumb: a starting point."]
     lines += [f"# {key}: {reason}" for key, reason in suggestion.reasons.items()]
     text = yaml.safe_dump(dict(suggestion.settings), sort_keys=False, width=110)
     write_whole(path, "\n".join(lines) + "\n" + text)

@@ -1,4 +1,4 @@
-"""What the weights say of a recipe: twins, outliers, tensors that did not change or are no fine-tuning.
+"""Findings from the weights: near-duplicate experts, outliers, tensors unchanged or not fine-tuned.
 
 Legend: `K` experts.
 """
@@ -11,13 +11,13 @@ from trainmerge.system.text import listed
 from trainmerge.task_vectors.geometry import Geometry
 from trainmerge.task_vectors.parameter_names import kind_of
 
-TWINS = 0.95  # cosine of two task vectors, above which they say the same
-FAR = 3.0  # times the median length of the task vectors
-SCRATCH = 0.3  # cosine of base and expert, below which a matrix is no fine-tuning of the base's
+TWINS = 0.95  # cosine of two task vectors, above which they are near duplicates
+FAR = 3.0  # times the median norm of the task vectors
+SCRATCH = 0.3  # cosine of base and expert, below which a matrix was not fine-tuned from the base
 
 
 def weight_findings(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
-    """Everything that the inner products of base and task vectors give away."""
+    """All findings from the inner products of base and task vectors."""
     yield from _twins(experts, geometry)
     yield from _lengths(experts, geometry)
     yield from _scratch(experts, geometry)
@@ -30,11 +30,15 @@ def _twins(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
         if cosine > TWINS:
             yield Finding(
                 "warning",
-                f"{experts[i]} and {experts[j]} changed the weights almost alike (cosine {cosine:.3f})",
-                "leave one out: together they count double",
+                f"the task vectors of {experts[i]} and {experts[j]} are nearly parallel (cosine "
+                f"{cosine:.3f})",
+                "leave one out: together they double the same change",
             )
         elif cosine < -TWINS:
-            yield Finding("warning", f"{experts[i]} and {experts[j]} undo each other (cosine {cosine:.3f})")
+            yield Finding(
+                "warning",
+                f"the task vectors of {experts[i]} and {experts[j]} are opposed (cosine {cosine:.3f})",
+            )
 
 
 def _lengths(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
@@ -43,24 +47,28 @@ def _lengths(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
     middle = float(changed.quantile(0.5)) if len(changed) else 0.0
     for name, norm in zip(experts, norms.tolist(), strict=True):
         if not norm:
-            yield Finding("warning", f"{name} is the base, bit for bit", "leave it out, or check its path")
+            yield Finding(
+                "warning", f"{name} is bitwise equal to the base", "leave it out, or check its path"
+            )
         elif norm > FAR * middle or norm * FAR < middle:
             relation = f"{norm / middle:.2g} times the experts' median"
             yield Finding(
                 "warning",
-                f"{name}: the length of its task vector is {relation}",
-                "start it at a coefficient of its own (`model.initial`, one number an expert): one for all "
-                "lets the longest decide",
+                f"{name}: the norm of its task vector is {relation}",
+                "set one starting coefficient per expert (`model.initial`): at equal coefficients, the "
+                "largest task vector dominates",
             )
     per_parameter = geometry.norms()
     for k, name in enumerate(experts):
         still = int((per_parameter[:, k] == 0).sum())
         if norms[k] > 0 and still and still < len(geometry.names):
-            yield Finding("note", f"{name}: {still} of {len(geometry.names)} tensors are the base's")
+            yield Finding(
+                "note", f"{name}: {still} of {len(geometry.names)} tensors are unchanged from the base"
+            )
 
 
 def _scratch(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
-    """Matrices only: a bias, or a norm's gains, may turn around in fine-tuning."""
+    """Matrices only: biases and norm weights may change direction in fine-tuning."""
     directions = geometry.kept_directions()
     for k, name in enumerate(experts):
         fresh = [
@@ -71,7 +79,7 @@ def _scratch(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
         if fresh:
             yield Finding(
                 "warning",
-                f"{name}: {listed(fresh)} have nothing of the base's direction: trained from scratch, or of "
+                f"{name}: {listed(fresh)} are nearly orthogonal to the base: trained from scratch, or from "
                 "another model",
                 "leave them out with recipe.ignore or grouping.exclude",
             )

@@ -1,1 +1,1 @@
-"""The merged model in memory, and what runs on it."""
+"""The merged model in memory, its sharding, and its teachers."""

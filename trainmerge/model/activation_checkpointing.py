@@ -9,10 +9,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def recompute_blocks(module: nn.Module) -> int:
-    """Let every block keep only its input and run again in the backward; how many blocks there are.
+    """Checkpoint every block: store only its input and recompute it in the backward. Returns their number.
 
-    transformers does it in train mode only, and says nothing in eval mode. So the blocks themselves, and
-    nothing inside them, are set to train; dropout is 0 in any case.
+    transformers checkpoints in train mode only, and silently does not in eval mode. So the blocks themselves,
+    but no module inside them, are set to train mode; dropout is 0 in any case.
     """
     blocks: list[Any] = [block for block in module.modules() if isinstance(block, GradientCheckpointingLayer)]
     for block in blocks:

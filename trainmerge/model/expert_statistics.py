@@ -1,4 +1,4 @@
-"""The experts on their own unlabeled examples, as one-hot merges: what layers read, gradients, likelihoods.
+"""Statistics of the experts, run as one-hot merges on their examples: inputs, gradients, likelihoods.
 
 Legend: `B` examples, `T` tokens, `R` rows, `n` inputs of a linear layer, `V` vocabulary or classes.
 """
@@ -22,8 +22,8 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.resident import Resident
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 
-TOGETHER = 8  # examples a forward pass
-HELD = 256 << 20  # bytes of the base's predictions that wait for the expert's
+TOGETHER = 8  # examples per forward pass
+PREDICTIONS = 256 << 20  # bytes of the base's predictions stored at a time
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,18 @@ class ExpertStatistics:
     """`preprocess.Calibrator` over a resident model. Order and samples depend on the seed only."""
 
     resident: Resident
-    examples: Sequence[Sequence[Example]]  # one list an expert
+    examples: Sequence[Sequence[Example]]  # one list per expert
     tokenizer: Tokenizer
     folder: Path
     seed: int = 0
 
     def in_order(self, names: Iterable[str]) -> list[str]:
-        """These parameters in the order in which the network has them."""
+        """These parameters in the network's order."""
         places = {id(p): place for place, p in enumerate(self.resident.merged.module.parameters())}
         return sorted(names, key=lambda name: places[id(self.resident.merged.parameters[name])])
 
     def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same, mapped from a file that has no name any more, so that it ends with its tensors."""
+        """The same tensors, mapped from an unlinked temporary file, which is freed with them."""
         if not tensors:
             return {}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -55,14 +55,14 @@ class ExpertStatistics:
 
     @torch.no_grad()
     def grams(self, expert: int, names: Sequence[str], merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mean x x^T [n, n], float32, of what each linear layer among `names` reads; padding is left out.
+        """Mean x x^T [n, n], float32, of the inputs x of each linear layer among `names`, without padding.
 
-        `merged` are weights that replace the expert's own. Holds n^2 numbers a layer.
+        `merged` are weights that replace the expert's own. Needs n^2 numbers per layer.
         """
         parameters = self.resident.merged.parameters
         modules = list(self.resident.merged.module.modules())
         owners = {id(m.weight): m for m in modules if isinstance(m, nn.Linear)}
-        for embedding in modules:  # one tied to the output layer is read a token at a time too
+        for embedding in modules:  # an embedding tied to the output layer
             if isinstance(embedding, nn.Embedding):
                 owners.pop(id(embedding.weight), None)
         layers = {name: owners[id(parameters[name])] for name in names if id(parameters[name]) in owners}
@@ -79,10 +79,10 @@ class ExpertStatistics:
         return {name: moment.mean() for name, moment in moments.items()}
 
     def gradients(self, expert: int, sampled: bool) -> Iterator[dict[str, Tensor]]:
-        """Gradients of a loss by every merged parameter, one of the expert's examples after another.
+        """Gradients of a loss with respect to every merged parameter, example by example.
 
-        -log p(y | x) of a `sampled` y, drawn at every position that counts: its mean square is the Fisher
-        information. Or the language model's loss: the mean over the text's next tokens.
+        `sampled`: -log p(y | x) of a y drawn at every unmasked position, whose mean square is the Fisher
+        information. Otherwise the language-model loss: the mean over the text's next tokens.
         """
         parameters = {n: p for n, p in self.resident.merged.parameters.items() if p.requires_grad}
         dice = torch.Generator().manual_seed(self.seed)
@@ -114,7 +114,7 @@ class ExpertStatistics:
     def divergences(self, expert: int, texts: Sequence[Example]) -> Tensor:
         """Mean Jensen-Shannon divergence of base and expert on each text, [N] float64, in nats.
 
-        Holds the base's predictions of so many texts that they take HELD bytes, or of one.
+        Stores the base's predictions of as many texts as fit into PREDICTIONS bytes, at least one.
         """
         merged = self.resident.merged
         found: list[Tensor] = []
@@ -128,21 +128,21 @@ class ExpertStatistics:
         return torch.stack(found).cpu()
 
     def _predictions(self, expert: int, texts: Sequence[Example]) -> list[Tensor]:
-        """Log-probabilities [R, V] of the first texts, until they take HELD bytes."""
+        """Log-probabilities [R, V] of the first texts, up to PREDICTIONS bytes."""
         held: list[Tensor] = []
         for example in texts:
             held.append(self._log_p(self.resident.batch(expert, [example], self.tokenizer))[0])
-            if sum(log_p.nbytes for log_p in held) > HELD:
+            if sum(log_p.nbytes for log_p in held) > PREDICTIONS:
                 break
         return held
 
     def _log_p(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Predictions [R, V] and what came: next tokens [R]; under a head, predictions and nothing [R]."""
+        """Predictions [R, V] and the next tokens [R]; no tokens under a head."""
         logits = self.resident(batch).logits
         if logits.dim() == 2:
             return logits.float().log_softmax(-1), torch.zeros(len(logits), dtype=torch.int64)
         tokens = batch.inputs.get("labels", batch.inputs["input_ids"])
-        if "labels" not in batch.inputs:  # a decoder's own input is shifted already
+        if "labels" not in batch.inputs:  # a decoder's input is already shifted
             logits, tokens, counted = logits[:, :-1], tokens[:, 1:], batch.mask[:, :-1] & batch.mask[:, 1:]
         else:
             counted = batch.mask
@@ -155,7 +155,7 @@ class ExpertStatistics:
 
 
 def _jensen_shannon(one: Tensor, other: Tensor) -> Tensor:
-    """Mean over rows of the divergence of two log-probabilities [R, V]; float64."""
+    """Mean over rows of the Jensen-Shannon divergence of two log-probabilities [R, V]; float64."""
     middle = torch.logaddexp(one, other) - log(2)
     both = torch.stack([(log_p.exp() * (log_p - middle)).sum(-1) for log_p in (one, other)])
     return both.mean(dim=0).double().mean()
@@ -184,7 +184,7 @@ class _Moment:
 def _watching(
     layers: Mapping[str, nn.Linear], moments: Mapping[str, _Moment], real: Tensor
 ) -> Iterator[None]:
-    """Add what the layers read in a forward pass; rows of padding, where the shape says which they are."""
+    """Add the layers' inputs in a forward pass, without rows of padding where the shape identifies them."""
 
     def read(moment: _Moment, _: nn.Module, given: tuple[Any, ...]) -> None:
         states: Tensor = given[0]

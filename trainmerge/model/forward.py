@@ -1,4 +1,4 @@
-"""One forward pass of a batch, through the task's own frozen head where it has one.
+"""One forward pass of a batch, through the task's frozen head if it has one.
 
 Legend: `B` examples, `T` tokens, `D` hidden size, `V` classes or vocabulary.
 """
@@ -18,11 +18,11 @@ Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]  # texts -> input_ids
 def forward(
     module: nn.Module, batch: Batch, classifier: Classifier | None, layers: Sequence[int] = ()
 ) -> Outputs:
-    """Class logits [B, V] under a classifier, the model's own logits [B, T, V] otherwise.
+    """Class logits [B, V] with a classifier, otherwise the model's own logits [B, T, V].
 
-    With the hidden states of `layers`, by transformers' index; a decoder's, if the model has one.
+    Includes the hidden states of `layers`, by transformers' index; the decoder's, if the model has one.
     """
-    options = {"output_hidden_states": list(layers)} if layers else {}  # only these are kept
+    options = {"output_hidden_states": list(layers)} if layers else {}  # transformers stores only these
     if classifier is None:
         output = module(**_model_inputs(module, batch.inputs), **options)
         return Outputs(output.logits, _chosen(output, layers))
@@ -39,7 +39,7 @@ def backbone(module: nn.Module) -> nn.Module:
 
 
 def _model_inputs(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the model is called with: a decoder is given the labels shifted by one, and no loss is taken."""
+    """The model's inputs: a decoder gets the labels shifted by one, so transformers computes no loss."""
     given = dict(inputs)
     labels = given.pop("labels", None)
     if labels is not None:
@@ -55,7 +55,7 @@ def _chosen(output: Any, layers: Sequence[int]) -> dict[int, Tensor]:
 
 @torch.no_grad()
 def build_classifier(head: Head | None, module: nn.Module, tokenize: Tokenize) -> Classifier | None:
-    """A task's classifier; `module` must hold the base's weights, which embed label texts."""
+    """A task's classifier; `module` must have the base's weights, which embed label texts."""
     if head is None:
         return None
     device = next(module.parameters()).device

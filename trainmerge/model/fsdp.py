@@ -1,16 +1,15 @@
-"""The resident model over several processes, each of which holds 1/N of it: FSDP2's `fully_shard`.
+"""The resident model sharded over N processes, 1/N each, with FSDP2's `fully_shard`.
 
-Every process maps the same files, and reads its own rows of base and task vectors. One block at a time is
-gathered, of the merged weights alone; its gradient is reduce-scattered; nothing else of a model's size moves.
-What that costs, with P bytes of parameters, N processes, and the largest unit (block, embedding, output) of
-U bytes:
+Every process maps the same files, and reads its own rows of base and task vectors. Merged weights are
+all-gathered one block at a time, and their gradients reduce-scattered; nothing else of the model's size is
+communicated. The cost, with P bytes of parameters and U bytes of the largest unit (block, embedding, output):
 
-    memory a process    P / N  +  3 U (gathered, gathered ahead, its gradient)  +  activations
-    sent a process      3 P (N - 1) / N a forward and backward, whatever K is: gathered twice, reduced once
+    memory per process  P / N  +  3 U (gathered, gathered ahead, its gradient)  +  activations
+    sent per process    3 P (N - 1) / N per forward and backward, whatever K is: gathered twice, reduced once
                         (the reduction in float32: 2 P of it where weights have two bytes)
-                        and 4 (K G + K) bytes a step
+                        and 4 (K G + K) bytes per step
 
-`pass_bytes` and `shard_bytes` are this, to the byte, for a module.
+`pass_bytes` and `shard_bytes` compute this exactly for a module.
 """
 
 from collections.abc import Iterable
@@ -26,10 +25,10 @@ from trainmerge.system import distributed
 
 
 class Root(nn.Module):
-    """The root of the sharded units: any passage through the model runs inside of its `forward`.
+    """The root of the sharded units: every pass through the model runs inside its `forward`.
 
-    A passage may skip the model's own `forward` (a task's head sits on the encoder), and finds the weights
-    outside of blocks gathered all the same.
+    A pass may skip the model's own `forward` (a task's head uses the encoder only); the weights outside the
+    blocks are gathered nevertheless.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -43,21 +42,21 @@ class Root(nn.Module):
 
 @torch.no_grad()
 def shard_model(
-    hollow: LoadedModel,
+    loaded: LoadedModel,
     base: Checkpoint,
     learned: Iterable[str],
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> Root:
-    """Shard a `hollow_model` over all processes and fill in this one's rows from the files.
+    """Shard the model of `load_meta_model` over all processes and read this process's rows from the files.
 
-    `learned` are the base's names of parameters that will have gradients; weights are held in `dtype`, or as
-    they are stored. Parameters that no file has (an unused pooler) are 0.
+    `learned` are the base's names of the parameters that get gradients; weights have `dtype`, by default the
+    stored one. Parameters that no file contains (an unused pooler) are 0.
 
     Raises:
         ValueError: the learned parameters of one block are stored in different dtypes.
     """
-    module, names = hollow.module, hollow.names
+    module, names = loaded.module, loaded.names
     parameters = dict(module.named_parameters())
     for parameter in parameters.values():
         parameter.data = parameter.data.to(dtype or parameter.dtype)
@@ -75,9 +74,9 @@ def shard_model(
 
 
 def units(module: nn.Module) -> list[nn.Module]:
-    """What is gathered at a time: numbered blocks, and embeddings and linear layers outside of them.
+    """The units gathered one at a time: numbered blocks, and embeddings and linear layers outside them.
 
-    One that shares a weight with the rest (tied embeddings) is none: it is gathered with the root.
+    A module that shares a weight with another (tied embeddings) is gathered with the root instead.
     """
     owners: dict[int, list[nn.Module]] = {}
     for owner in module.modules():
@@ -113,10 +112,10 @@ def _fully_shard(root: Root, device: torch.device) -> None:
         dtypes = {p.dtype for p in place.parameters() if p.requires_grad and p not in whole}
         if len(dtypes) > 1 and place is not root:
             raise ValueError(
-                f"model.sharded needs one dtype in each block, this model has {sorted(map(str, dtypes))}: "
-                "set model.weights to bfloat16, or save the base in one dtype"
+                f"model.sharded needs one dtype per block, but a block has {sorted(map(str, dtypes))}: set "
+                "model.weights to bfloat16, or save the base in one dtype"
             )
-        # The root is sharded again after its forward too: the next merge is written into shards.
+        # Reshard the root after its forward too: the next merge is written into shards.
         fully_shard(
             place,
             mesh=mesh,
@@ -125,7 +124,7 @@ def _fully_shard(root: Root, device: torch.device) -> None:
             ignored_params=whole,
         )
     for place in root.modules():
-        if isinstance(place, FSDPModule):  # sums: the mean over processes is taken of K x G numbers, once
+        if isinstance(place, FSDPModule):  # sum here; the mean over processes is taken once, of K x G numbers
             place.set_gradient_divide_factor(1.0)
             place.set_force_sum_reduction_for_comms(True)
 
@@ -135,7 +134,7 @@ def _reduced_in(dtypes: set[torch.dtype]) -> torch.dtype | None:
 
 
 def _to_device(root: Root, device: torch.device) -> None:
-    """Storage for this process's shards; buffers keep their values."""
+    """Allocate this process's shards; buffers keep their values."""
     kept = {
         (owner, name): buffer
         for owner in root.modules()
@@ -148,15 +147,15 @@ def _to_device(root: Root, device: torch.device) -> None:
 
 
 def shard_bytes(module: nn.Module, processes: int) -> int:
-    """Bytes of parameters that each of N processes holds: 1/N, padded to whole rows; scalars whole."""
+    """Bytes of parameters on each of N processes: 1/N, padded to whole rows; scalars are replicated."""
     return sum(_share(p, processes) * p.element_size() for p in module.parameters())
 
 
 def pass_bytes(module: nn.Module, processes: int) -> dict[str, int]:
-    """Bytes that enter the collectives of one forward and backward on each of N processes.
+    """Bytes that each of N processes passes to collectives in one forward and backward.
 
-    `gathered`: its own shards, once forward and once backward; `reduced`: whole gradients of what is learned,
-    in float32 or wider.
+    `gathered`: its shards, once forward and once backward; `reduced`: full gradients of the learned
+    parameters, in float32 or wider.
     """
     sharded = {p: _share(p, processes) for p in module.parameters() if p.dim()}
     gathered = sum(2 * numbers * p.element_size() for p, numbers in sharded.items())
@@ -167,6 +166,6 @@ def pass_bytes(module: nn.Module, processes: int) -> dict[str, int]:
 
 
 def _share(parameter: Tensor, processes: int) -> int:
-    """Numbers of a parameter that each process holds."""
+    """Elements of a parameter on each process."""
     rows = -(-parameter.shape[0] // processes) if parameter.dim() else 1
     return rows * parameter.shape[1:].numel()

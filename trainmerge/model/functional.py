@@ -1,7 +1,7 @@
-"""The merge inside the autograd graph: slow, simple, the truth that the resident merge is tested with.
+"""The merge inside the autograd graph: slow and simple, the reference for tests of the resident merge.
 
-For those who write their own loop: `torch.func.functional_call(model, merged_weights(...), inputs)`.
-Not together with activation checkpointing, whose recomputation would see the base's weights.
+For training loops of your own: `torch.func.functional_call(model, merged_weights(...), inputs)`.
+Not compatible with activation checkpointing, whose recomputation would use the base's weights.
 
 Legend: `K` experts, `C` chunks of one parameter, `*S` parameter shape.
 """

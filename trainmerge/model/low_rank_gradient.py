@@ -1,12 +1,12 @@
-"""The coefficient gradient of low-rank experts, taken at a linear layer without its weight's gradient.
+"""The coefficient gradient of low-rank experts at a linear layer, without forming its weight gradient.
 
-For Y = X W^T and tau = s B A, with X [T, in] what went into the layer and dY [T, out] what came back:
+For Y = X W^T and tau = s B A, with the layer's input X [T, in] and its output's gradient dY [T, out]:
 
     <dL/dW, tau> = <dY^T X, s B A> = s sum_t sum_r (X A^T)[t, r] (dY B)[t, r]
 
-Two thin products in place of the T x out x in one, and nothing of the weight's size is written.
+Two thin products replace the T x out x in one, and nothing of the weight's size is written.
 
-Legend: `K` experts, `C` chunks of rows, `T` tokens, `R` the experts' ranks together.
+Legend: `K` experts, `C` chunks of rows, `T` tokens, `R` the sum of the experts' ranks.
 """
 
 from collections import Counter
@@ -51,8 +51,8 @@ def tap(layer: nn.Linear, collect: Collect) -> torch.utils.hooks.RemovableHandle
             return None
         asks = torch.zeros(
             (), device=output.device, requires_grad=True
-        )  # nothing before may ask for a gradient
-        # In the output's dtype, which is the input's as autocast gave it to the product.
+        )  # nothing before it may require a gradient
+        # In the output's dtype, to which autocast cast the input.
         went_in = inputs[0].detach().to(output.dtype)
         tapped: Tensor = _Tap.apply(output, went_in, asks, collect)  # type: ignore[no-untyped-call]
         return tapped
@@ -63,14 +63,14 @@ def tap(layer: nn.Linear, collect: Collect) -> torch.utils.hooks.RemovableHandle
 def tappable(
     module: nn.Module, parameters: Mapping[str, Tensor], deltas: Mapping[str, Delta]
 ) -> Iterator[tuple[str, nn.Linear]]:
-    """The parameters whose gradients need not be: (name, layer) of each.
+    """The parameters whose gradients need not be formed: (name, layer) of each.
 
-    A plain `nn.Linear`'s weight that no other module has, whole on this device, whose experts are all
-    low-rank (or leave it alone), with ranks so small that two thin products cost less than the gradient.
-    A weight that a model reads past its layer's forward must not be among `parameters`.
+    The weight must belong to a plain `nn.Linear` only, not be sharded, and every expert's change must be
+    low-rank or zero, with ranks small enough that two thin products cost less than the gradient. A weight
+    that the model uses outside its layer's forward must not be among `parameters`.
     """
     own = {id(parameter): name for name, parameter in parameters.items()}
-    # modules() gives each module once, and each parameter once for every module that holds it
+    # each module once, and each parameter once per module that has it
     users = Counter(id(p) for layer in module.modules() for p in layer.parameters(recurse=False))
     for layer in module.modules():
         if type(layer) is not nn.Linear or id(layer.weight) not in own or users[id(layer.weight)] > 1:

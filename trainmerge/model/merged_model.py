@@ -2,12 +2,12 @@
 
 The merge is linear in the coefficients, so it never enters the autograd graph:
 
-    W = base + sum_k c_k tau_k          written into the parameters once a step (`materialise`)
-    dL/dc_k = <dL/dW, tau_k>            taken as soon as a weight's gradient is complete, which then is freed
+    W = base + sum_k c_k tau_k          written into the parameters once per step (`materialise`)
+    dL/dc_k = <dL/dW, tau_k>            as soon as a weight's gradient is complete, which is then freed
 
-Memory holds one model and one weight's gradient, whatever K is (and with Triton's kernels what waits for a
-launch, `kernels.calls`). Where FSDP2 shards the module, every process merges its own rows and multiplies the
-rows of the reduced gradient with them (`row_shards`).
+The memory is one model and one weight's gradient, independent of K (with Triton's kernels, plus the tensors
+queued for a launch, `kernels.calls`). If FSDP2 shards the module, every process merges its own rows and takes
+the inner products of the rows of the reduced gradient (`row_shards`).
 
 Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 """
@@ -28,19 +28,18 @@ from trainmerge.task_vectors.prefetch import Prefetch, prefetch_to
 
 
 class MergedModel:
-    """Holds `module` and keeps its merged parameters equal to the merge of the task vectors.
+    """Writes the merge of the task vectors into `module`, and computes the gradient of the coefficients.
 
-    `names` maps a task vector's name to the module's parameter name, where they differ; `parameters` has
-    the module's parameters under the task vectors' names.
-    `teacher` and `uniform` write merges of `originals`, the experts' own task vectors, where `task_vectors`
-    are preprocessed ones. The module's weights are overwritten; only merged parameters ask for gradients.
-    Gradients are projected onto the orthogonal complement of `left_alone`, orthonormal columns [m, k].
-    With `keep_gradients` weight gradients stay and add up until `gradient` takes them all in one pass over
-    the task vectors: for one more model's memory, several backwards cost one pass.
-    Under FSDP2, which has to sum gradients (`sharded`), the coefficient gradients of all processes add up to
-    the sum of what each would have found alone.
+    `names` maps a task vector's name to the module's parameter name, where they differ; `parameters` has the
+    module's parameters under the task vectors' names. If `task_vectors` are preprocessed, `originals` are the
+    experts' own, which `teacher` and `uniform` merge. The module's weights are overwritten; only merged
+    parameters require gradients. Gradients are projected onto the orthogonal complement of `subspaces`,
+    orthonormal columns [m, k]. With `keep_gradients`, weight gradients accumulate until `gradient` processes
+    them in one pass over the task vectors: several backwards then cost one pass and the memory of one more
+        model. Under FSDP2, which must sum gradients (`sharded`), the coefficient gradients of all processes
+        add up to the sum of each process's own.
 
-    Raises ValueError if they are the very tensors that the task vectors have as their base.
+    Raises ValueError if its parameters share storage with the task vectors' base.
     """
 
     def __init__(
@@ -50,24 +49,28 @@ class MergedModel:
         coefficients: Coefficients,
         names: Mapping[str, str] | None = None,
         originals: TaskVectors | None = None,
-        left_alone: Mapping[str, Tensor] | None = None,
+        subspaces: Mapping[str, Tensor] | None = None,
         keep_gradients: bool = False,
     ) -> None:
         self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
         self.names, self.originals = names or {}, originals or task_vectors
-        self.left_alone, self.keep_gradients = left_alone or {}, keep_gradients
+        self.subspaces, self.keep_gradients = subspaces or {}, keep_gradients
         own, deltas = dict(module.named_parameters()), task_vectors.deltas
         self.parameters = {name: own[self.names.get(name, name)] for name in deltas}
         self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
         if aliased := [n for n, p in self.parameters.items() if shares_storage(p, deltas[n].base)]:
             raise ValueError(
-                f"the model's own weights are the base of {aliased[:3]}: give the task vectors a copy"
+                f"the model's weights share storage with the base of {aliased[:3]}: give the task vectors a "
+                "copy"
             )
         device = next(module.parameters()).device
-        self._to_write, self._to_collect = prefetch_to(device), prefetch_to(device)  # each pass has its order
+        self._to_write, self._to_collect = (
+            prefetch_to(device),
+            prefetch_to(device),
+        )  # each pass has its own order
         self._mine: tuple[TaskVectors, Mapping[str, Delta]] | None = None  # this process's rows of them
         self._products = Gathered(self._run_products)
-        self._found: list[tuple[Sequence[int], Tensor]] = []  # groups, and what is to be added to each
+        self._found: list[tuple[Sequence[int], Tensor]] = []  # groups, and the sums to add to each
         module.requires_grad_(False)
         for parameter in self._parameters.values():
             parameter.requires_grad_(True)
@@ -76,33 +79,33 @@ class MergedModel:
             for name, parameter in self._parameters.items()
         ]
 
-    def handed_over(
-        self, task_vectors: TaskVectors, left_alone: Mapping[str, Tensor], keep_gradients: bool
+    def with_task_vectors(
+        self, task_vectors: TaskVectors, subspaces: Mapping[str, Tensor], keep_gradients: bool
     ) -> "MergedModel":
-        """The same module as the merge of other task vectors; gradients go there, and no longer here."""
+        """The same module as the merge of other task vectors; this object stops receiving gradients."""
         for hook in self._hooks:
             hook.remove()
         same = self.coefficients, self.names, self.originals
-        return MergedModel(self.module, task_vectors, *same, left_alone, keep_gradients)
+        return MergedModel(self.module, task_vectors, *same, subspaces, keep_gradients)
 
     @torch.no_grad()
     def materialise(self) -> None:
-        """Write the merge of the present coefficients into the module: one pass over the task vectors."""
-        values = self.coefficients().cpu()  # at once: the passes read single numbers of it
+        """Write the merge at the current coefficients into the module: one pass over the task vectors."""
+        values = self.coefficients().cpu()  # copied once: the passes read single elements
         self._write(self.task_vectors, self._parameters, lambda name: self.coefficients.of(name, values))
 
     @contextmanager
     def teacher(self, expert: int) -> Iterator[nn.Module]:
-        """The module as one expert, excluded parameters included; the merge comes back afterwards."""
+        """In this context the module is one expert, excluded parameters too; then the merge is restored."""
         one_hot = torch.eye(len(self.task_vectors.experts))[expert]
         with self.uniform(one_hot, everywhere=True):
             yield self.module
 
     @contextmanager
     def uniform(self, weights: Tensor, everywhere: bool = False) -> Iterator[nn.Module]:
-        """The module with one coefficient an expert, `weights` [K]; the merge comes back afterwards.
+        """In this context experts have one coefficient each, `weights` [K]; then the merge is restored.
 
-        `everywhere` moves the parameters that the layout excludes too.
+        `everywhere` also changes the parameters that the layout excludes.
         """
         moved = self.parameters if everywhere else self._parameters
         try:
@@ -114,27 +117,27 @@ class MergedModel:
             self.materialise()
 
     def gradient(self) -> Tensor:
-        """The coefficient gradient [K, G] of all backwards since the last call; starts over at zero."""
+        """The coefficient gradient [K, G] of all backwards since the last call, and resets it to zero."""
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
                 self._collect(name, parameter)
         self._products.flush()
         found, self._found = self._found, []
-        total = torch.zeros(self.coefficients.raw.shape, dtype=torch.float64)  # many small sums meet here
-        if found:  # added up on the CPU, in one order: a GPU's index_add_ has none
+        total = torch.zeros(self.coefficients.raw.shape, dtype=torch.float64)  # sum of many small terms
+        if found:  # on the CPU, in a fixed order: a GPU's index_add_ is nondeterministic
             columns = torch.tensor([column for columns, _ in found for column in columns])
             total.index_add_(1, columns, torch.cat([inner for _, inner in found], 1).cpu().double())
         return total.to(self.coefficients.raw)
 
     @contextmanager
     def tapped(self) -> Iterator[nn.Module]:
-        """The module for forwards and backwards that need no weight gradient but the coefficients'.
+        """The module for forwards and backwards that need the coefficients' gradient only.
 
-        Where all experts of a linear layer are low-rank, `gradient` then comes from what goes into the
-        layer and what comes back, and the weight has none. Not for a model that reads such a weight past
-        its layer's forward, or changes a layer's output in place.
+        If all experts of a linear layer are low-rank, `gradient` is computed from the layer's input and its
+        output's gradient, and no weight gradient is formed. Not for models that use such a weight outside its
+        layer's forward, or change a layer's output in place.
         """
-        ordinary = {n: p for n, p in self._parameters.items() if n not in self.left_alone}
+        ordinary = {n: p for n, p in self._parameters.items() if n not in self.subspaces}
         layers = dict(tappable(self.module, ordinary, self.task_vectors.deltas))
         handles = [tap(layer, partial(self._collect_at_layer, name)) for name, layer in layers.items()]
         for layer in layers.values():
@@ -171,7 +174,7 @@ class MergedModel:
             self._found.append((columns, layer_products(inputs, slopes, delta, len(columns))))
 
     def _projected(self, name: str, gradient: Tensor) -> Tensor:
-        basis = self.left_alone.get(name)
+        basis = self.subspaces.get(name)
         return gradient if basis is None else outside(gradient.to(basis.dtype), basis.to(gradient.device))
 
     @torch.no_grad()
@@ -185,10 +188,10 @@ class MergedModel:
                 for merge in delta.merges(local(self.parameters[name]), coefficients(name)):
                     merges.add(merge, shareable(merge))
             merges.flush()
-        torch.clear_autocast_cache()  # a mixed-precision context keeps its casts of the weights that were
+        torch.clear_autocast_cache()  # autocast caches casts of the previous weights
 
     def _delta(self, prefetch: Prefetch | None, source: TaskVectors, name: str) -> Delta | DeltaShard:
-        """What a pass over one parameter reads: the rows that this process holds, on their way already."""
+        """One parameter's prefetched delta: the rows of this process."""
         if self._mine is None or self._mine[0] is not source:
             self._mine = source, delta_shards(source.deltas, self.parameters)
         mine = self._mine[1]
@@ -196,5 +199,5 @@ class MergedModel:
 
 
 def exact(parameter: Tensor) -> torch.autocast:
-    """No autocast: the passes choose their precision themselves, inside a mixed-precision step too."""
+    """Disable autocast: the passes choose their own precision, also in a mixed-precision step."""
     return torch.autocast(parameter.device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""From a recipe to the model in memory: the merged model and every task's classifier."""
+"""A recipe -> the model in memory: the merged model and every task's classifier."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints import LoadedModel, hollow_model, load_model
+from trainmerge.checkpoints import LoadedModel, load_meta_model, load_model
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.data.batch import Batch, Outputs
 from trainmerge.data.examples import Example
@@ -27,30 +27,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Resident:
-    """The merged model and its tasks' frozen heads. Not an nn.Module: Lightning is to leave it alone."""
+    """The merged model and its tasks' frozen heads. Not an nn.Module, to hide it from Lightning."""
 
     merged: MergedModel
     classifiers: Sequence[Classifier | None]  # K
-    root: Root | None = None  # what passes go through, where processes share the model
+    root: Root | None = None  # the module to call if the model is sharded
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.merged.module.parameters()).device
 
     def __call__(self, batch: Batch, layers: Sequence[int] = ()) -> Outputs:
-        """A forward pass of the present weights, through the head of the batch's task."""
+        """A forward pass with the current weights, through the head of the batch's task."""
         passage = (forward, self.merged.module, batch, self.classifiers[batch.expert], layers)
         return within(self.root, *passage)
 
     def merging(
         self,
         task_vectors: TaskVectors,
-        left_alone: Mapping[str, Tensor] | None = None,
+        subspaces: Mapping[str, Tensor] | None = None,
         keep_gradients: bool = False,
     ) -> "Resident":
-        """The same model as the merge of other task vectors, in place of this one (`MergedModel`)."""
-        merged = self.merged.handed_over(task_vectors, left_alone or {}, keep_gradients)
+        """The same model as the merge of other task vectors; replaces this object (`MergedModel`)."""
+        merged = self.merged.with_task_vectors(task_vectors, subspaces or {}, keep_gradients)
         return replace(self, merged=merged)
 
     def batch(self, expert: int, examples: Sequence[Example], tokenizer: Tokenizer, first: int = 0) -> Batch:
@@ -62,19 +62,20 @@ class Resident:
 
 
 def within(root: Root | None, function: Callable[..., T], *arguments: Any) -> T:
-    """function(*arguments), where all processes have the weights that it meets."""
+    """function(*arguments), with sharded weights gathered."""
     found: T = function(*arguments) if root is None else root(function, *arguments)
     return found
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model is held, and in which form.
+    """A model's device, dtype and sharding.
 
     Args:
-        device: Where.
-        dtype: Of the parameters; as stored by default. Buffers and heads stay: positions need float32.
-        sharded: Whether the processes share one model, where there are several.
+        device: The device.
+        dtype: Dtype of the parameters; by default as stored. Buffers and heads keep theirs: positions need
+            float32.
+        sharded: Whether to shard the model over the processes, if there are several.
     """
 
     device: torch.device | str = "cpu"
@@ -89,13 +90,13 @@ def load_resident(
     tokenize: Tokenize,
     placement: Placement = Placement(),
 ) -> Resident:
-    """Load the base and build the heads, for merges of the experts' own task vectors; none is written yet."""
+    """Load the base and build the heads, for merges of the experts' own task vectors."""
     loaded, root = load_base(opened, placement)
     classifiers = [
         within(root, build_classifier, expert.head, loaded.module, tokenize)
         for expert in recipe.experts.values()
     ]
-    if placement.dtype and root is None:  # after the heads, which the stored weights embed
+    if placement.dtype and root is None:  # after the heads, whose label texts the stored weights embed
         for parameter in loaded.module.parameters():
             parameter.data = parameter.data.to(placement.dtype)
     merged = MergedModel(loaded.module, opened.task_vectors, coefficients, loaded.names)
@@ -103,11 +104,11 @@ def load_resident(
 
 
 def load_base(opened: Opened, placement: Placement) -> tuple[LoadedModel, Root | None]:
-    """The base on its device, as stored; or a shard of it, in the placement's dtype, and the shards' root."""
+    """The base on its device, as stored; or its shard in the placement's dtype, with the shards' root."""
     device = torch.device(placement.device)
     if placement.sharded and distributed.world_size() > 1:
-        hollow = hollow_model(opened.base, opened.ignore)
-        return hollow, shard_model(hollow, opened.base, opened.layout.groups, device, placement.dtype)
+        loaded = load_meta_model(opened.base, opened.ignore)
+        return loaded, shard_model(loaded, opened.base, opened.layout.groups, device, placement.dtype)
     loaded = load_model(opened.base, opened.ignore)
     loaded.module.to(device)
     return loaded, None
@@ -116,12 +117,12 @@ def load_base(opened: Opened, placement: Placement) -> tuple[LoadedModel, Root |
 def preprocess(
     opened: Opened, methods: Sequence[Preprocess], workspace: Path, examples: str = ""
 ) -> TaskVectors:
-    """The experts' task vectors after these methods, made by the first process where they are not there.
+    """The experts' task vectors after these methods, computed by the first process if not cached.
 
-    `examples` identifies the calibration examples that an earlier fit measured.
+    `examples` identifies the calibration examples that an earlier fit used.
 
     Raises:
-        ValueError: a method looks at examples, and its result is no longer in the workspace.
+        ValueError: a method uses examples, and its result is no longer in the workspace.
     """
     if not methods:
         return opened.task_vectors

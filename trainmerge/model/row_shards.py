@@ -1,8 +1,8 @@
-"""Row shards: the rows of a parameter that this process has, and its task vectors over these rows alone.
+"""Row shards: this process's rows of a parameter, and the task vectors over these rows.
 
-FSDP2 splits dimension 0 as `torch.chunk` does: ceil(rows / N) rows a process, the last ones fewer or none.
-A merge is linear and row by row, so a process reads and writes only its own rows of base and task vectors,
-views of the mapped files; the inner products of all processes add up to those of the whole.
+FSDP2 splits dimension 0 as `torch.chunk` does: ceil(rows / N) rows per process, the last ones fewer or none.
+A merge is elementwise, so a process reads and writes only its own rows of base and task vectors, views of the
+mapped files; the inner products of all processes add up to those of the whole parameter.
 
 Legend: `K` experts, `C` chunks of one parameter, `N` processes, `*S` parameter shape, `H` rows of a shard.
 """
@@ -19,7 +19,7 @@ from trainmerge.task_vectors.delta import Delta
 
 
 def shard_rows(rows: int, process: int, processes: int) -> slice:
-    """Which of `rows` are a process's shard.
+    """The rows of a process's shard.
 
     >>> [shard_rows(5, process, 4) for process in range(4)]
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None), slice(5, 5, None)]
@@ -29,17 +29,17 @@ def shard_rows(rows: int, process: int, processes: int) -> slice:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The shard of this process: rows [H, ...] if the tensor is sharded, else all of it. A view."""
+    """The local shard: rows [H, ...] if the tensor is sharded, else the whole tensor. A view."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shares_storage(parameter: Tensor, base: Tensor) -> bool:
-    """Whether a parameter, or this process's shard of it, begins where `base` does."""
+    """Whether a parameter, or this process's shard of it, starts at the same address as `base`."""
     return base.numel() > 0 and local(parameter).data_ptr() == base.data_ptr()
 
 
 def local_rows(parameter: Tensor) -> slice:
-    """The rows that `local(parameter)` are of the whole."""
+    """The rows of the whole parameter that `local(parameter)` contains."""
     if not isinstance(parameter, DTensor):
         return slice(None)
     mesh = parameter.device_mesh
@@ -48,10 +48,10 @@ def local_rows(parameter: Tensor) -> slice:
 
 @dataclass(frozen=True)
 class DeltaShard:
-    """A delta of one shard's rows; chunks are those of the whole parameter."""
+    """A delta over one shard's rows, with the chunks of the whole parameter."""
 
-    delta: Delta  # of the shard's rows only
-    shard: slice  # which rows of the whole these are
+    delta: Delta  # over the shard's rows only
+    shard: slice  # their place in the whole
     rows: int  # of the whole
 
     def merges(self, out: Tensor, coefficients: Tensor) -> Iterator[Merge]:
@@ -66,7 +66,7 @@ class DeltaShard:
             yield slice(chunk, chunk + 1), product
 
     def _pieces(self, chunks: int) -> Iterator[tuple[int, slice]]:
-        """Each chunk with rows in the shard, and which of the shard's rows they are."""
+        """Each chunk with rows in the shard, and these rows within the shard."""
         for chunk, (first, last) in enumerate(pairwise(chunk_bounds(self.rows, chunks))):
             begin, end = max(first, self.shard.start), min(last, self.shard.stop)
             if begin < end:
@@ -74,7 +74,7 @@ class DeltaShard:
 
 
 def delta_shards(deltas: Mapping[str, Delta], parameters: Mapping[str, Tensor]) -> Mapping[str, Delta]:
-    """Each delta over this process's rows of its parameter: views, nothing is read."""
+    """Each delta over this process's rows of its parameter: views, no data is read."""
     return {
         name: delta.rows(local_rows(parameters[name])) if isinstance(parameters[name], DTensor) else delta
         for name, delta in deltas.items()
@@ -82,7 +82,7 @@ def delta_shards(deltas: Mapping[str, Delta], parameters: Mapping[str, Tensor]) 
 
 
 def as_shard(mine: Delta, parameter: Tensor) -> Delta | DeltaShard:
-    """A delta of a shard's rows, with its place in the whole parameter."""
+    """A delta over a shard's rows, with its place in the whole parameter."""
     if not isinstance(parameter, DTensor):
         return mine
     return DeltaShard(mine, local_rows(parameter), parameter.shape[0])

@@ -1,4 +1,4 @@
-"""Runs the experts on their examples and gathers the outputs that `teachers` writes.
+"""Run the experts on their examples and gather the outputs that `teachers` writes.
 
 Legend: `K` experts, `N` examples of one, `P` counted positions of all of them, `R` rows of logits (`P`, or
 `N` under a head), `V` vocabulary or classes, `D` hidden size.
@@ -18,8 +18,8 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.resident import Resident
 from trainmerge.system import distributed
 
-TOKENS = 512  # a forward pass at a time; one example where it is longer
-ROWS = 32  # of logits widened at a time
+TOKENS = 512  # per forward pass; one example if it is longer
+ROWS = 32  # of logits converted to float32 at a time
 
 
 class OutputSizes(NamedTuple):
@@ -31,7 +31,7 @@ class OutputSizes(NamedTuple):
 
 @torch.no_grad()
 def output_sizes(resident: Resident, tokenizer: Tokenizer, asks: Asks, example: Example) -> OutputSizes:
-    """How wide logits and hidden states are, from one forward pass."""
+    """The sizes of logits and hidden states, from one forward pass."""
     outputs = resident(resident.batch(0, [example], tokenizer), asks.layers)
     hidden = {layer: state.shape[-1] for layer, state in outputs.hidden.items()}
     classes = [None if head is None else len(head.weight) for head in resident.classifiers]
@@ -40,23 +40,23 @@ def output_sizes(resident: Resident, tokenizer: Tokenizer, asks: Asks, example: 
 
 
 def count_positions(expert: int, examples: Sequence[Example], tokenizer: Tokenizer) -> list[int]:
-    """How many positions of each example count.
+    """The number of unmasked positions of each example.
 
     Raises:
-        ValueError: none does in one of them.
+        ValueError: an example has none.
     """
     counts = [int(tokenizer.encode([example]).mask.sum()) for example in examples]
     for i, count in enumerate(counts):
         if not count:
             raise ValueError(
-                f"example {i} of expert {expert} has no position that counts in its first "
-                f"{tokenizer.max_length} tokens: raise data.max_length, or leave it out"
+                f"example {i} of expert {expert} has no unmasked position in its first "
+                f"{tokenizer.max_length} tokens: raise data.max_length, or remove it"
             )
     return counts
 
 
 def cumulated(counts: Sequence[int]) -> list[int]:
-    """0, and the sum up to and including each count."""
+    """Cumulative sums of the counts, starting with 0."""
     return [0, *torch.tensor(counts).cumsum(0).tolist()]
 
 
@@ -71,12 +71,12 @@ class Recorder:
     resident: Resident
     tokenizer: Tokenizer
     asks: Asks
-    counts: Sequence[Sequence[int]]  # K lists of counted positions an example
+    counts: Sequence[Sequence[int]]  # K lists: unmasked positions per example
     sizes: OutputSizes
     budget: int
 
     def specs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of everything that will be written."""
+        """Name, dtype and shape of every tensor that `run` yields."""
         specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for k, of_expert in enumerate(self.counts):
             if self.asks.temperature is not None:
@@ -102,10 +102,10 @@ class Recorder:
 
     @torch.no_grad()
     def _expert(self, k: int, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """One expert's parts, its rows in the order of `examples`: whole on the first process.
+        """One expert's parts, with rows in the order of `examples`; complete on the first process only.
 
-        Each process runs a batch of a round; one that is left without repeats another's: where they share
-        the model, the others need it.
+        In each round every process runs one batch. A process without a batch repeats another's, because
+        collectives of a sharded model need all processes.
         """
         starts = cumulated(self.counts[k])
         row_starts = list(range(len(examples) + 1)) if self._under_head(k) else starts
@@ -127,7 +127,7 @@ class Recorder:
         return parts
 
     def _batches(self, k: int) -> Iterator[list[int]]:
-        """Example numbers in order of length, so that little is padded."""
+        """Batches of example indices sorted by length, to reduce padding."""
         order = sorted(range(len(self.counts[k])), key=lambda i: self.counts[k][i])
         batch: list[int] = []
         for i in order:
@@ -158,11 +158,11 @@ class Recorder:
         return len(self.counts[k]) if self._under_head(k) else sum(self.counts[k])
 
     def _width(self, k: int) -> int:
-        """How many probabilities a row keeps: all if they fit, else what the budget allows."""
+        """Recorded probabilities per row: all if they fit into the budget, else as many as fit."""
         rows = [self._rows(j) for j in range(len(self.counts))]
         if sum(4 * R * V for R, V in zip(rows, self.sizes.logits, strict=True)) <= self.budget:
             return self.sizes.logits[k]
-        fitting = self.budget // (8 * sum(rows))  # a float32 and an int32 each
+        fitting = self.budget // (8 * sum(rows))  # one float32 and one int32 each
         return max(1, min(self.sizes.logits[k], fitting))
 
 

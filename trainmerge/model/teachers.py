@@ -1,7 +1,7 @@
 """Each expert's outputs on its own calibration examples, recorded once, before the fit.
 
-An expert is the merge at one-hot coefficients, so no second model is needed: the resident one becomes each
-expert in turn. The record is a mapped file in the run folder; a resumed run reads it.
+An expert is the merge at one-hot coefficients, so no second model is needed: the resident model becomes each
+expert in turn. The record is a mapped file in the run folder; a resumed run reuses it.
 
 Legend: `K` experts, `P` counted positions of all examples of one, `V` vocabulary or classes.
 """
@@ -24,12 +24,12 @@ from trainmerge.system import distributed
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 from trainmerge.system.workspace import digest
 
-BUDGET = 256 << 20  # bytes of recorded probabilities, all experts together
+BUDGET = 256 << 20  # bytes of recorded probabilities, of all experts
 
 
 @dataclass(frozen=True)
 class Record:
-    """One expert's signals, mapped. Rows of example i: starts[i] to starts[i + 1]."""
+    """One expert's recorded outputs, mapped. Rows of example i: starts[i] to starts[i + 1]."""
 
     parts: Mapping[str, Tensor]
     row_starts: Sequence[int]  # of the logits
@@ -37,7 +37,7 @@ class Record:
     layers: tuple[int, ...]
 
     def of(self, ids: Tensor, device: torch.device) -> Signals:
-        """The signals of these examples, in their order."""
+        """The recorded outputs of these examples, in order."""
         taken = {
             name: _rows(part, self.row_starts, ids).to(device)
             for name, part in self.parts.items()
@@ -51,7 +51,7 @@ class Record:
 
 
 def _rows(part: Tensor, starts: Sequence[int], ids: Tensor) -> Tensor:
-    """Rows of these examples; of a single one, the mapped file's own."""
+    """Rows of these examples; for a single example, a view of the mapped file."""
     pieces = [part[starts[i] : starts[i + 1]] for i in ids.tolist()]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -65,13 +65,13 @@ def record_teachers(
     depends_on: str,
     budget: int = BUDGET,
 ) -> list[Record]:
-    """Every expert's outputs on its own examples, from `folder` if they are there.
+    """Every expert's outputs on its own examples, read from `folder` if recorded there.
 
-    `depends_on` names what they depend on; its digest is in the file's name. Probabilities
-    are kept whole if all experts' fit into `budget` bytes, else as many of the largest as fit.
+    `depends_on` describes everything the outputs depend on; its digest is in the file's name. All
+    probabilities are recorded if they fit into `budget` bytes, else as many of the largest per row as fit.
 
     Raises:
-        ValueError: an example has no position that counts.
+        ValueError: an example has no unmasked position.
     """
     path = folder / f"teachers-{digest(repr([depends_on, asks, budget]))}.safetensors"
     if not distributed.broadcast(path.exists()):
@@ -91,7 +91,7 @@ def _make(
     asks: Asks,
     budget: int,
 ) -> None:
-    """Run the experts on all processes, and write the file on the first."""
+    """Run the experts on all processes; the first one writes the file."""
     counts = [count_positions(k, own, tokenizer) for k, own in enumerate(examples)]
     sizes = output_sizes(resident, tokenizer, asks, examples[0][0])
     recorder = Recorder(resident, tokenizer, asks, counts, sizes, budget)
@@ -116,7 +116,7 @@ def _print_left_out(records: Sequence[Record]) -> None:
     if tails:
         m = records[0].parts["log_p"].shape[1]
         print(
-            f"teachers: the {m} largest probabilities are kept; the mass of the others is "
-            f"{max(tails):.1e} (mean a position, the worst expert), so the gradient with respect to the "
-            f"logits is off by {2 * max(tails):.1e} at most, in the 1-norm"
+            f"teachers: the {m} largest probabilities per position are recorded; the others have a mean mass "
+            f"of {max(tails):.1e} (worst expert), so the error of the gradient with respect to the logits is "
+            f"at most {2 * max(tails):.1e} in the 1-norm"
         )

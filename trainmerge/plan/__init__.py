@@ -1,1 +1,1 @@
-"""What a step will hold and take, before it begins."""
+"""Predicted memory and time of a step, before a fit begins."""

@@ -1,4 +1,4 @@
-"""How fast a device computes, reads its memory and is fed: stated by its maker, or measured here."""
+"""A device's speeds of compute, memory and transfers: from data sheets, or measured here."""
 
 import time
 from collections.abc import Callable
@@ -9,16 +9,16 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """Speeds that a plan's times are made of.
+    """Speeds from which a plan computes its times.
 
     Args:
-        name: What it is.
-        flops: Operations a second of 16-bit matrix products, dense.
-        bandwidth: Bytes a second from its own memory.
-        link: Bytes a second from the host's memory; 0 where that is its own.
-        exchange: Bytes a second between devices of one host, one way.
-        memory: Its bytes; 0 if that is not known.
-        use: The part of `flops` that training reaches; 0.4 is what large runs report (Llama 3, arXiv
+        name: The device.
+        flops: Floating-point operations per second of dense 16-bit matrix products.
+        bandwidth: Bytes per second from its own memory.
+        link: Bytes per second from host memory; 0 where that is its own memory.
+        exchange: Bytes per second between devices of one host, one way.
+        memory: Bytes of its memory; 0 if unknown.
+        use: The fraction of `flops` that training reaches; large runs report about 0.4 (Llama 3, arXiv
             2407.21783: 38 to 43%).
     """
 
@@ -41,20 +41,20 @@ STATED = {
 
 
 def device_named(name: str, dtype: torch.dtype = torch.float32) -> Device:
-    """A stated device, or `here`: this machine's processor, measured in half a second.
+    """A device from the table, or `here`: this machine's processor, measured in half a second.
 
     Raises:
-        ValueError: another name.
+        ValueError: the name is unknown.
     """
     if name == "here":
         return measured(dtype)
     if name not in STATED:
-        raise ValueError(f"no device {name!r}: choose one of here, {', '.join(STATED)}")
+        raise ValueError(f"unknown device {name!r}: choose one of here, {', '.join(STATED)}")
     return STATED[name]
 
 
 def measured(dtype: torch.dtype = torch.float32) -> Device:
-    """The processor here, as many threads as torch uses: a matrix product and a copy, the best of a few."""
+    """The local processor with torch's number of threads: the best of a few matrix products and copies."""
     size = 768
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     source, target = torch.ones(1 << 24), torch.empty(1 << 24)
@@ -65,7 +65,7 @@ def measured(dtype: torch.dtype = torch.float32) -> Device:
 
 
 def _best(action: Callable[[], object], tries: int = 4) -> float:
-    """Seconds of the fastest of some tries."""
+    """Seconds of the fastest try."""
     seconds = []
     for _ in range(tries):
         began = time.perf_counter()

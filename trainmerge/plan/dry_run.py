@@ -1,7 +1,7 @@
-"""A dry run of a step's forwards and backwards: what they hold in memory, and how much they compute.
+"""A dry run of a step's forwards and backwards: their memory and their operations.
 
-The model's own code and the fit's own objective run on fake tensors, which have a shape and a device but no
-storage. So a plan needs no formula for an architecture, and a 70B model's dry run takes a few hundred MB.
+The model's own code and the fit's objective run on fake tensors, which have a shape and a device but no
+storage. So a plan needs no formula per architecture, and the dry run of a 70B model takes a few hundred MB.
 
 Legend: `B` examples, `T` tokens.
 """
@@ -26,11 +26,11 @@ from trainmerge.plan.ledger import Ledger
 
 
 class DryRun(NamedTuple):
-    """What one step's forwards and backwards need in addition to the model's own weights."""
+    """The needs of one step's forwards and backwards, in addition to the model's weights."""
 
-    activations: int  # bytes kept from a forward for its backward, at most
-    peak: int  # bytes at the highest moment: activations, gradients, and what operators make in between
-    flops: int  # of matrix products, convolutions and attention; a multiplication and an addition are two
+    activations: int  # peak bytes saved by forwards for their backward
+    peak: int  # peak bytes: activations, gradients, and operators' temporaries
+    flops: int  # of matrix products, convolutions and attention; a multiply-add counts two
 
 
 def dry_run(
@@ -45,26 +45,26 @@ def dry_run(
 ) -> DryRun:
     """Run every round, forwards of its batches and one backward, on fake tensors.
 
-    Every position is taken to count. `module` may be on the meta device; its tensors become fake ones.
+    All positions are assumed unmasked. `module` may be on the meta device; its tensors become fake ones.
 
     Args:
-        module: The model; it is good for nothing but dry runs afterwards.
-        trained: Its parameters that ask for a gradient; each is dropped as soon as it is complete.
+        module: The model; afterwards it can be used for dry runs only.
+        trained: Its parameters that require gradients; each gradient is freed as soon as it is complete.
         rounds: The batches whose losses share a backward, in order.
-        objective: The loss; what it asks the experts for is made up.
-        heads: The tasks' classifiers, by expert; none for a language model's own logits.
-        dtypes: Of the parameters, by name, or one for all.
+        objective: The loss; the expert outputs that it needs are placeholders.
+        heads: The tasks' classification heads, by expert; empty for language models.
+        dtypes: The parameters' dtypes, by name, or one for all.
         precision: The fit's autocast.
-        recorded: Probabilities a row that an expert's record keeps; 0 is all of them.
+        recorded: Recorded probabilities of an expert per row; 0 is all of them.
 
     Raises:
-        ValueError: the model's forward depends on the values of tensors, which have none here.
+        ValueError: the model's forward depends on tensor values, which fake tensors lack.
     """
     try:
         return _on_fake_tensors(module, trained, rounds, objective, heads or {}, dtypes, precision, recorded)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
-            f"{type(module).__name__} has no dry run: what it does depends on its tensors' values ({error})"
+            f"{type(module).__name__} cannot be dry-run: its forward depends on tensor values ({error})"
         ) from error
 
 
@@ -112,7 +112,7 @@ def _loss(
 
 
 def _signals(asks: Asks, outputs: Outputs, recorded: int) -> Signals:
-    """What an expert's record would give."""
+    """Placeholders of an expert's recorded outputs."""
     hidden = {i: state.flatten(0, -2).to(torch.bfloat16) for i, state in outputs.hidden.items()}
     if asks.temperature is None:
         return Signals(None, hidden)
@@ -129,12 +129,12 @@ def _classifier(head: Head, module: nn.Module) -> Classifier | None:
 
 
 def _short(texts: Sequence[str]) -> Mapping[str, Tensor]:
-    """Label texts as a few tokens: only their number shapes a head."""
+    """Label texts as a few tokens; a head's shape depends only on their number."""
     return dict.fromkeys(("input_ids", "attention_mask"), torch.zeros(len(texts), 4, dtype=torch.int64))
 
 
 def _make_fake(module: nn.Module, dtypes: Mapping[str, torch.dtype] | torch.dtype) -> None:
-    """Replace every parameter and buffer by a fake one on the CPU; those that are tied stay one."""
+    """Replace every parameter and buffer by a fake one on the CPU; tied ones stay tied."""
     made: dict[int, Tensor] = {}
     for prefix, part in module.named_modules():
         for name, parameter in part._parameters.items():

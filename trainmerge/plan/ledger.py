@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors and the operations that make them, real or fake tensors."""
+"""Count the bytes of live tensors and their operations, for real or fake tensors."""
 
 import weakref
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
 aten = torch.ops.aten
-# On a CPU attention has kernels of its own, which torch does not count: the same products as a GPU's.
+# torch does not count the CPU's attention kernels; they compute the same products as a GPU's.
 ATTENTION, SLOPE = aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_backward
 SAME_PRODUCTS = {
     aten._scaled_dot_product_flash_attention_for_cpu: ATTENTION,
@@ -21,7 +21,7 @@ SAME_PRODUCTS = {
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes that live tensors would have, and the operations that made them."""
+    """Counts the bytes that live tensors would have, and the operations that computed them."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -58,12 +58,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _places(mask: Tensor) -> Tensor:
-    """`mask.nonzero()` where all of it counts."""
+    """`mask.nonzero()` of an all-true mask."""
     return torch.zeros(mask.numel(), mask.dim(), dtype=torch.int64)
 
 
 def _all_of_masks(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Indices by mask as the numbers they would be."""
+    """Boolean-mask indices as integer indices."""
     numbers: list[Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype == torch.bool:

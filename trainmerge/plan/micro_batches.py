@@ -1,4 +1,4 @@
-"""How a step is cut into backwards: less memory at a time for more passes. The gradient is the same.
+"""How a step is split into backwards: less memory for more passes over the task vectors; same gradient.
 
 Legend: `B` examples of one expert and step.
 """
@@ -11,14 +11,15 @@ from trainmerge.data.batch import Batch
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """How a step is cut: what it holds in memory at a time.
+    """How a step is split, which determines its memory.
 
     Args:
         tasks: Tasks whose forwards share one backward; each backward reads the task vectors once.
-        examples: Examples of a task in one forward; 0 is all. With fewer, a task has several backwards.
-        recompute: Keep only the inputs of the network's blocks, and run each block again in the backward.
-        keep: Sum the weights' gradients over a step's backwards, so that the task vectors are read once for
-            all of them: one more model is held.
+        examples: Examples per task and forward; 0 is all. With fewer, a task has several backwards.
+        recompute: Activation checkpointing: store only the blocks' inputs, and recompute each block in the
+            backward.
+        keep: Accumulate the weight gradients over a step's backwards, so that the task vectors are read once
+            per step, for the memory of one more model.
     """
 
     tasks: int = 1
@@ -31,9 +32,9 @@ class StepSchedule:
             raise ValueError(f"tasks_per_backward must be at least 1, not {self.tasks}")
 
     def __str__(self) -> str:
-        parts = [f"{self.tasks} task{'s' * (self.tasks > 1)} a backward"]
-        parts += [f"{self.examples} example{'s' * (self.examples > 1)} a forward"] if self.examples else []
-        parts += ["blocks recomputed"] * self.recompute + ["gradients kept"] * self.keep
+        parts = [f"{self.tasks} task{'s' * (self.tasks > 1)} per backward"]
+        parts += [f"{self.examples} example{'s' * (self.examples > 1)} per forward"] if self.examples else []
+        parts += ["blocks recomputed"] * self.recompute + ["gradients accumulated"] * self.keep
         return ", ".join(parts)
 
 
@@ -59,14 +60,15 @@ def _parts(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 def smaller_schedules(schedule: StepSchedule, examples: int, separable: bool) -> Iterator[StepSchedule]:
-    """`schedule`, and others that need less and less memory.
+    """`schedule`, then others in order of decreasing memory.
 
-    No gradients kept, one task a backward, blocks recomputed, fewer examples.
+    Without accumulated gradients, one task per backward, blocks recomputed, fewer examples.
 
     Args:
         schedule: The first one.
         examples: B.
-        separable: Whether an example's loss is its own, so that a batch may be cut.
+        separable: Whether an example's loss does not depend on the others of its batch, so that a batch may
+            be split.
     """
     yield schedule
     if schedule.keep:

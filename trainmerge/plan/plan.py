@@ -1,8 +1,8 @@
-"""What a fit will hold and how long a step will take, before it begins.
+"""The memory of a fit and the time per step, before it begins.
 
-Arithmetic on sizes from headers and on a step's dry run; nothing is read. One device holds the merged model,
-what a step's forwards and backwards need, and a block of scratch; base and task vectors stay in mapped files.
-Of N devices each holds 1/N of the weights and a gathered block, and exchanges what FSDP of one model does.
+Computed from sizes in headers and a step's dry run; no weight is read. One device stores the merged model,
+the activations and gradients of a step, and scratch buffers; base and task vectors stay in mapped files. With
+N devices, each stores 1/N of the weights and a gathered block, and communicates as much as FSDP of one model.
 """
 
 from collections.abc import Mapping
@@ -19,21 +19,21 @@ from trainmerge.plan.step_memory import StepMemory
 from trainmerge.system.memory import format_size
 
 SCRATCH = 16 << 20  # bytes: blocks of the two passes, in float32
-STATE = 40  # bytes a coefficient: value, gradient (also in float64), Adam's two moments, the start, copies
+STATE = 40  # bytes per coefficient: value, gradient (also in float64), Adam's two moments, the start, copies
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A fit's memory and time a step, on each of `devices` equal devices.
+    """A fit's memory and time per step, on each of `devices` equal devices.
 
     Args:
         sizes: The merge's tensors.
-        schedule: How a step is cut.
-        dry_run: What one device's share of a step's examples needs.
-        backwards: Backwards a step.
-        device: Its speeds.
-        devices: How many.
-        before: Bytes that the process holds already.
+        schedule: How a step is split.
+        dry_run: The dry run of one device's share of a step's examples.
+        backwards: Backwards per step.
+        device: The device's speeds.
+        devices: The number of devices.
+        before: Bytes that the process uses before the fit.
     """
 
     sizes: Sizes
@@ -70,28 +70,28 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes on each device at the highest moment."""
+        """Peak bytes on each device."""
         return self.memory.total
 
     @property
     def mapped(self) -> int:
-        """Bytes of mapped files a device reads from: page cache, which the system takes back at will."""
+        """Bytes of the mapped files of a device: page cache, which the system can reclaim."""
         return _share(self.sizes.files, self.devices)
 
     @property
     def read(self) -> int:
-        """Bytes of base and task vectors that a device reads a step, to merge and for its backwards."""
+        """Bytes of base and task vectors that a device reads per step, for the merge and the backwards."""
         passes = 1 if self.schedule.keep else self.backwards
         return _share(self.sizes.vectors * (1 + passes), self.devices)
 
     @property
     def exchanged(self) -> int:
-        """Bytes a device receives a step: weights gathered twice and gradients scattered once a backward."""
+        """Bytes that a device receives per step: per backward, weights twice and gradients once."""
         return 3 * self.backwards * self.sizes.weights * (self.devices - 1) // self.devices
 
     @property
     def seconds(self) -> Mapping[str, float]:
-        """Of a step, by what takes them; nothing is taken to overlap."""
+        """Seconds per step, by purpose; assumes no overlap."""
         device = self.device
         rows = {
             "forward and backward": self.dry_run.flops / (device.flops * device.use),
@@ -102,22 +102,22 @@ class Plan:
         return rows
 
     def rows(self) -> list[list[str]]:
-        """The plan as a table's cells: what, how much, remark."""
+        """The plan as table cells: quantity, value, remark."""
         device = self.device
         rows = [[caption, size, ""] for caption, size in self.memory.rows()]
         rows[-1][2] = f"of {format_size(device.memory)}" if device.memory else ""
         rows.append(["mapped files", format_size(self.mapped), "page cache, not counted"])
         rows.append(
-            ["base and task vectors read a step", format_size(self.read), f"{self.backwards} backwards"]
+            ["base and task vectors read per step", format_size(self.read), f"{self.backwards} backwards"]
         )
         if self.devices > 1:
-            rows.append(["exchanged a step", format_size(self.exchanged), "as FSDP of one model"])
-        rows.append(["computed a step", f"{self.dry_run.flops / 1e12:.3g} TFLOP", "matrix products"])
+            rows.append(["communicated per step", format_size(self.exchanged), "as FSDP of one model"])
+        rows.append(["computed per step", f"{self.dry_run.flops / 1e12:.3g} TFLOP", "matrix products"])
         rows += [[name, f"{seconds:.3g} s", device.name] for name, seconds in self.seconds.items()]
-        return [*rows, ["a step", f"{sum(self.seconds.values()):.3g} s", "if nothing overlaps"]]
+        return [*rows, ["time per step", f"{sum(self.seconds.values()):.3g} s", "without overlap"]]
 
     def title(self) -> str:
-        """What is planned, in a line."""
+        """A one-line title."""
         sizes = self.sizes
         devices = f"{self.devices} x " if self.devices > 1 else ""
         return (
@@ -127,5 +127,5 @@ class Plan:
 
 
 def _share(count: int, devices: int) -> int:
-    """One device's share of so many bytes, rounded up."""
+    """One device's share of `total` bytes, rounded up."""
     return -(-count // devices)

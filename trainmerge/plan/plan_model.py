@@ -1,10 +1,10 @@
-"""The plan of merging a model of which only config.json has to be there."""
+"""The plan of a fit from config.json alone."""
 
 from pathlib import Path
 
 import torch
 
-from trainmerge.checkpoints import build_skeleton
+from trainmerge.checkpoints import build_meta_model
 from trainmerge.data.batch import Batch
 from trainmerge.model.activation_checkpointing import recompute_blocks
 from trainmerge.objectives import Entropy
@@ -25,38 +25,38 @@ def plan_model(
     devices: int = 1,
     schedule: StepSchedule = StepSchedule(),  # noqa: B008 - frozen
 ) -> Plan:
-    """The plan of merging full experts: one coefficient per tensor and expert, token entropy as the loss.
+    """The plan of a fit of full experts: one coefficient per tensor and expert, token entropy as the loss.
 
     Args:
-        folder: Has config.json, whose dtype the weights get; no weights are needed.
+        folder: A folder with config.json, which gives the weights' dtype; no weights are needed.
         experts: K.
-        batch: Examples of each expert a step, over all devices.
-        length: Tokens of each.
-        device: Whose speeds the times are made of; this processor's, measured, by default.
-        devices: How many share model and examples.
-        schedule: How a step is cut.
+        batch: Examples per expert and step, over all devices.
+        length: Tokens per example.
+        device: The device whose speeds give the times; by default this processor, measured.
+        devices: The number of devices that share model and examples.
+        schedule: How a step is split into backwards.
 
     Raises:
         ValueError: transformers does not know the architecture, or a number is not positive.
     """
     if min(experts, batch, length, devices) < 1:
         raise ValueError("experts, batch, length and devices must be at least 1")
-    skeleton = build_skeleton(Path(folder))
-    dtype = getattr(skeleton.config, "dtype", None) or torch.float32
-    own = {name: p.numel() * dtype.itemsize for name, p in skeleton.named_parameters()}
+    meta_model = build_meta_model(Path(folder))
+    dtype = getattr(meta_model.config, "dtype", None) or torch.float32
+    own = {name: p.numel() * dtype.itemsize for name, p in meta_model.named_parameters()}
     read = {name: (experts + 1) * count for name, count in own.items()}
-    sizes = sizes_of(skeleton, own, read, experts, experts * len(own), sum(read.values()))
+    sizes = sizes_of(meta_model, own, read, experts, experts * len(own), sum(read.values()))
     tokens = torch.zeros(-(-batch // devices), length, dtype=torch.int64)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     step = [Batch(k, inputs, tokens == 0, torch.arange(len(tokens))) for k in range(experts)]
     if schedule.recompute:
-        recompute_blocks(skeleton)
+        recompute_blocks(meta_model)
     parts = list(rounds(step, schedule))
-    needs = dry_run(skeleton, own, parts[:1], Entropy(), dtypes=dtype)
-    needs = needs._replace(flops=needs.flops * len(parts))  # every round is like the first
+    needs = dry_run(meta_model, own, parts[:1], Entropy(), dtypes=dtype)
+    needs = needs._replace(flops=needs.flops * len(parts))  # all rounds are equal
     return Plan(sizes, schedule, needs, len(parts), device or measured(dtype), devices)
 
 
 def print_plan(plan: Plan) -> None:
     """Print a plan as a table."""
-    print_table(plan.title(), ["what", "how much", ""], plan.rows())
+    print_table(plan.title(), ["quantity", "value", "remark"], plan.rows())

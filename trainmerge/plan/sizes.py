@@ -1,4 +1,4 @@
-"""A merge's tensors in bytes, from headers and an empty model; nothing is read."""
+"""Sizes of a merge's tensors in bytes, from headers and a meta model; no weight is read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ from trainmerge.task_vectors.parameter_names import block_of
 
 @dataclass(frozen=True)
 class Sizes:
-    """A merge's tensors, in bytes where it isn't a count."""
+    """Sizes of a merge's tensors, in bytes unless marked as a count."""
 
     parameters: int  # weights of the model: a count
     experts: int  # a count
     coefficients: int  # a count
     weights: int  # the resident model, buffers included
     gradient: int  # the largest merged weight's gradient
-    gradients: int  # those of all of them
-    block: int  # the largest block of the network: what a sharded model gathers at a time
-    vectors: int  # base and task vectors of what is merged: what one pass reads
-    widest: int  # of these, the parameter's with the most
-    files: int  # all that is mapped: base, experts, recorded experts
-    beforehand: int = 0  # what loading, or recording an expert, takes in addition to the model
+    gradients: int  # of all merged weights
+    block: int  # the largest block of the network, which a sharded model gathers at a time
+    vectors: int  # base and task vectors of the merged parameters, which one pass reads
+    widest: int  # of these, the largest of one parameter
+    files: int  # all mapped files: base, experts, recorded expert outputs
+    beforehand: int = 0  # needed by loading, or by recording an expert, in addition to the model
 
 
 def sizes_of(
-    skeleton: nn.Module,
+    meta_model: nn.Module,
     stored: Mapping[str, int],
     read: Mapping[str, int],
     experts: int,
@@ -35,12 +35,12 @@ def sizes_of(
     files: int,
     beforehand: int = 0,
 ) -> Sizes:
-    """`stored` are the bytes of every parameter, `read` those of a pass over the merged ones."""
+    """`stored` are the bytes of every parameter, `read` the bytes that a pass reads of each merged one."""
     return Sizes(
-        parameters=sum(p.numel() for p in skeleton.parameters()),
+        parameters=sum(p.numel() for p in meta_model.parameters()),
         experts=experts,
         coefficients=coefficients,
-        weights=sum(stored.values()) + sum(buffer.nbytes for buffer in skeleton.buffers()),
+        weights=sum(stored.values()) + sum(buffer.nbytes for buffer in meta_model.buffers()),
         gradient=max(stored[name] for name in read),
         gradients=sum(stored[name] for name in read),
         block=max(sum(stored[name] for name in block) for _, block in groupby(stored, block_of)),

@@ -1,4 +1,4 @@
-"""A run folder -> pictures, the numbers in them, and one page to look at."""
+"""A run folder -> figures, their data, and one HTML page."""
 
 from trainmerge.report.write import write_report
 

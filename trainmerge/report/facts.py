@@ -1,4 +1,4 @@
-"""What a run was, in words and tables: what was merged, what it took, what it can be made again from."""
+"""Tables of a run: what was merged, time and memory, and how to reproduce it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from trainmerge.run.scores import Metric, Scores, score_rows
 
 
 def headline(numbers: Numbers) -> list[tuple[str, str]]:
-    """The few numbers on top."""
+    """The key figures at the top of the page."""
     steps = int(numbers.trajectory.steps[-1]) if numbers.trajectory else 0
     facts = [
         ("experts", str(len(numbers.experts))),
@@ -37,7 +37,7 @@ def score_table(scores: Scores, metric: Metric) -> str:
 
 
 def merged_section(numbers: Numbers) -> Section:
-    """Base, experts, and the parameters that are merged or left alone."""
+    """Base, experts, and which parameters are merged or unchanged."""
     layout, recipe = numbers.layout, numbers.recipe
     rows = [["base", recipe.base, ""]]
     rows += [[n, e.path, e.calibration or "no calibration data"] for n, e in recipe.experts.items()]
@@ -47,19 +47,19 @@ def merged_section(numbers: Numbers) -> Section:
         [reason, str(count), ", ".join(_some(layout.excluded, reason))] for reason, count in reasons.items()
     ]
     if layout.fixed:
-        kept.append(["merged, but keeps its start (0 chunks)", str(len(layout.fixed)), ""])
+        kept.append(["merged at the starting coefficient (0 chunks)", str(len(layout.fixed)), ""])
     if kept:
-        body += table(["left as the base has it", "parameters", "such as"], kept, wide=True)
+        body += table(["unchanged from the base", "parameters", "examples"], kept, wide=True)
     preprocess = ", ".join(map(repr, recipe.preprocess)) or "no preprocessing"
     words = (
-        f"{len(layout.groups)} parameters are merged, with {len(layout.labels)} coefficients an expert "
+        f"{len(layout.groups)} parameters are merged, with {len(layout.labels)} coefficients per expert "
         f"({recipe.grouping.granularity}); {preprocess}."
     )
     return Section("merged", "What was merged", words, body)
 
 
 def usage_section(usage: Sequence[Mapping[str, Any]]) -> Section:
-    """Seconds and memory, a row a process."""
+    """Seconds and memory, one row per process."""
     rows = []
     for line in usage:
         steps = line["last_step"] - line["first_step"]
@@ -78,14 +78,14 @@ def usage_section(usage: Sequence[Mapping[str, Any]]) -> Section:
         "steps",
         "wall",
         "CPU",
-        "a step",
+        "per step",
         "peak resident",
-        "of it own, at the end",
+        "private, at the end",
         "processes x threads",
     ]
     words = (
-        "A row a process that worked on the run, with loading and recording. Resident memory counts mapped "
-        "files, which the kernel takes back when it needs to; `own` is what it cannot. Killed processes "
+        "One row per process of the run, including loading and recording. Peak resident memory includes "
+        "mapped files, whose pages the kernel can reclaim; private memory excludes them. Killed processes "
         "leave no row."
     )
     return Section("usage", "Time and memory", words, table(header, rows))
@@ -102,12 +102,12 @@ def origin_section(manifest: Mapping[str, Any]) -> Section:
         for key in ("objective", "constraint", "anchor", "optimizer")
         if key in manifest
     ]
-    words = "What makes it again; manifest.json has checksums of every file as well."
-    return Section("origin", "Where it comes from", words, table(["what", ""], rows, wide=True))
+    words = "What is needed to reproduce the run. manifest.json also has a checksum of every file."
+    return Section("origin", "How to reproduce it", words, table(["setting", "value"], rows, wide=True))
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them.
+    """Seconds in readable units.
 
     >>> duration(12.3), duration(150), duration(7300)
     ('12.3 s', '2 min 30 s', '2 h 1 min')
@@ -130,7 +130,7 @@ def _some(excluded: Mapping[str, str], reason: str) -> list[str]:
 
 
 def _plain(value: Any) -> str:
-    """A plug-in as it would be written in Python; settings as name=value; other texts in one line."""
+    """A plug-in in Python syntax; settings as name=value; other text on one line."""
     if isinstance(value, Mapping) and "class_path" in value:
         settings = ", ".join(f"{k}={v}" for k, v in value.get("init_args", {}).items())
         return f"{str(value['class_path']).rpartition('.')[2]}({settings})"

@@ -1,4 +1,4 @@
-"""The front that `trainmerge pareto` found: what a better loss of one task costs the others.
+"""The Pareto front that `trainmerge pareto` found: what a lower loss of one task costs the others.
 
 Legend: `T` tasks, `P` points of the front.
 """
@@ -12,18 +12,18 @@ from matplotlib.ticker import PercentFormatter
 
 from trainmerge.report.picture import INK, QUIET, Picture, look, shortened
 
-BALANCED = "least rise of the worst task"
+BALANCED = "smallest increase of the worst task"
 Rises = Sequence[list[float]]  # P of T
 
 
 def front_picture(found: Mapping[str, Any]) -> Picture:
-    """Every point's losses beside the run's: a line over the tasks, or of two tasks a place in the plane.
+    """Every point's losses relative to the run's: lines over the tasks, or a scatter plot of two tasks.
 
     Args:
-        found: What RUN/pareto.json holds.
+        found: The contents of RUN/pareto.json.
     """
     tasks: list[str] = found["tasks"]
-    run = found["measured"][0]["predicted"]  # like with like: the points' losses are predicted too
+    run = found["measured"][0]["predicted"]  # predicted, as the points' losses are
     chosen = notable(tasks, run, found["front"])
     figure = Figure(figsize=(max(5.6, 1.3 * len(tasks) + 2.2), 4.4), layout="constrained")
     ax = figure.add_subplot()
@@ -34,12 +34,13 @@ def front_picture(found: Mapping[str, Any]) -> Picture:
     checks = [found["checks"][task]["rank_correlation"] for task in tasks]
     return Picture(
         "front",
-        "What one task costs another",
-        "Merges around the run of which none is better than another in every task, as surrogates of the "
-        "unlabeled losses have them (less is better; 0% is the run). Named are those that are best for one "
-        "task, and the one whose worst task rises least: `trainmerge pareto RUN --export POINT --out OUT` "
-        f"writes a point's model. Unseen merges were ranked with a correlation of {min(checks):.2f} or more.",
-        f"A front of {len(found['front'])} points. "
+        "Trade-offs between tasks",
+        "The Pareto front around the run, predicted by quadratic surrogates of the unlabeled losses (lower "
+        "is better; 0% is the run). The legend names the best point for each task and the point with the "
+        "smallest increase of the worst task. `trainmerge pareto RUN --export POINT --out OUT` exports a "
+        "point. On held-out merges, predicted and measured losses have a rank correlation of "
+        f"{min(checks):.2f} or more.",
+        f"A Pareto front of {len(found['front'])} points. "
         + "; ".join(f"{what}: point {point['point']}" for what, point in chosen.items()),
         figure,
         ["point", *tasks, *(f"scale of {task}" for task in tasks)],
@@ -51,7 +52,7 @@ def front_picture(found: Mapping[str, Any]) -> Picture:
 
 
 def change(run: Mapping[str, float], losses: Mapping[str, float]) -> dict[str, float]:
-    """How much more than the run's each loss is, as a share of it.
+    """Relative change of each loss from the run's.
 
     >>> change({"a": 0.5, "b": 2.0}, {"a": 0.25, "b": 3.0})
     {'a': -0.5, 'b': 0.5}
@@ -62,8 +63,8 @@ def change(run: Mapping[str, float], losses: Mapping[str, float]) -> dict[str, f
 def notable(
     tasks: Sequence[str], run: Mapping[str, float], front: Sequence[Mapping[str, Any]]
 ) -> dict[str, Mapping[str, Any]]:
-    """What a point is known for -> that point: the best for each task, and for the worst task."""
-    best = {f"least of {task}": min(front, key=lambda p: p["losses"][task]) for task in tasks}
+    """Label -> point: the best point for each task, and the best for the worst task."""
+    best = {f"best for {task}": min(front, key=lambda p: p["losses"][task]) for task in tasks}
     return {BALANCED: min(front, key=lambda p: max(change(run, p["losses"]).values())), **best}
 
 
@@ -75,7 +76,7 @@ def _lines(ax: Axes, tasks: Sequence[str], points: Rises, named: Mapping[str, li
     for k, (label, rises) in enumerate(named.items()):
         ax.plot(places, rises, label=label, **look(k))
     ax.set_xticks(places, [shortened(task, 16) for task in tasks])
-    ax.set_ylabel("loss, more than the run's")
+    ax.set_ylabel("change of the loss from the run's")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.grid(True)
 
@@ -85,7 +86,7 @@ def _plane(ax: Axes, tasks: Sequence[str], points: Rises, named: Mapping[str, li
     ax.plot([0.0], [0.0], "X", color=INK, markersize=9, label="the run")
     for k, (label, (across, up)) in enumerate(named.items()):
         ax.plot([across], [up], label=label, **{**look(k), "linestyle": "", "markersize": 8})
-    ax.set(xlabel=f"loss of {tasks[0]}, more than the run's", ylabel=f"loss of {tasks[1]}")
+    ax.set(xlabel=f"change of the loss of {tasks[0]}", ylabel=f"change of the loss of {tasks[1]}")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
     ax.grid(True)

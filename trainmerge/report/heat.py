@@ -1,4 +1,4 @@
-"""Coloured cells: a heat map, its scale, the names of its rows and columns."""
+"""A heat map, its colour bar, and its row and column labels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from trainmerge.report.picture import COLOUR_MAP, DARK, LIGHT, QUIET, shortened
 
 
 def symmetric(values: Tensor, middle: float) -> Normalize:
-    """A scale with `middle` in its middle that holds all finite values."""
+    """A colour scale that is symmetric about `middle` and covers all finite values."""
     finite = values[values.isfinite()]
     reach = float((finite - middle).abs().max()) if finite.numel() else 0.0
     reach = max(reach, 1e-3)
@@ -32,9 +32,9 @@ def heat(
     number: str = "{:.2f}",
     cell: float = 0.5,
 ) -> QuadMesh:
-    """Cells of [rows, columns], the first row on top; numbers in them if a cell is `cell` >= 0.34 inches.
+    """A heat map of [rows, columns], the first row on top; cells of `cell` >= 0.34 inches show their number.
 
-    What is not a number is hatched.
+    Non-finite cells are hatched.
     """
     data = np.ma.masked_invalid(values.numpy())
     rows, columns = data.shape
@@ -69,7 +69,7 @@ def signless(number: str) -> str:
 
 
 def ticks(ax: Axes, rows: Sequence[str], columns: Sequence[str], shift: float = 0.5) -> None:
-    """Names beside and below the cells; long ones slope, and of more than 24 columns only some are named."""
+    """Row and column labels. Long ones are rotated; with more than 24 columns only some are labelled."""
     if rows:
         ax.set_yticks(np.arange(len(rows)) + shift, [shortened(row, 26) for row in rows])
     long = any(len(name) > 5 for name in columns)
@@ -81,7 +81,7 @@ def ticks(ax: Axes, rows: Sequence[str], columns: Sequence[str], shift: float = 
 def colour_bar(
     figure: Figure, axes: Sequence[Axes], scale: Normalize, label: str, colours: str = COLOUR_MAP
 ) -> None:
-    """The scale, below all axes."""
+    """The colour bar, below all axes."""
     bar = figure.colorbar(
         ScalarMappable(scale, colours), ax=list(axes), location="bottom", shrink=0.5, aspect=45, pad=0.03
     )

@@ -1,4 +1,4 @@
-"""The learned coefficients over blocks and experts, one panel a kind of module.
+"""The learned coefficients over blocks and experts, one panel per kind of module.
 
 Legend: `K` experts, `G` coefficient groups, `L` blocks.
 """
@@ -20,19 +20,19 @@ EVERYTHING = "all parameters of a block"
 
 @dataclass(frozen=True)
 class Grid:
-    """Mean coefficients a cell."""
+    """The mean coefficient of each cell."""
 
     blocks: tuple[str, ...]  # L numbered blocks, in the network's order
     inside: Mapping[str, Tensor]  # kind -> [K, L]; NaN where a block has none of it
-    outside: Mapping[str, Tensor]  # module outside of the blocks -> [K]
+    outside: Mapping[str, Tensor]  # module outside the blocks -> [K]
 
 
 def grid_of(layout: Layout, values: Tensor) -> Grid:
-    """The mean of each block's coefficients, kind by kind, unless a block has but one coefficient."""
+    """The mean coefficient per block and kind of module; per block only, if it has a single coefficient."""
     names = list(layout.groups)
     numbers = {name: number for name in names if (number := number_of(name))}
     places = {number: place for place, number in enumerate(sorted(set(numbers.values())))}
-    whole = _one_a_block(layout)
+    whole = _one_per_block(layout)
     cells: dict[str, dict[int, list[int]]] = {}
     outside: dict[str, list[int]] = {}
     for name, groups in layout.groups.items():
@@ -52,7 +52,7 @@ def grid_of(layout: Layout, values: Tensor) -> Grid:
     return Grid(tuple(labels), inside, means)
 
 
-def _one_a_block(layout: Layout) -> bool:
+def _one_per_block(layout: Layout) -> bool:
     sets: dict[str, set[tuple[int, ...]]] = {}
     for name, groups in layout.groups.items():
         sets.setdefault(block_of(name), set()).add(tuple(groups))
@@ -62,9 +62,9 @@ def _one_a_block(layout: Layout) -> bool:
 def heatmap(
     experts: Sequence[str], layout: Layout, values: Tensor, middle: float, learned: bool = True
 ) -> Picture:
-    """Coefficients [K, G] as a picture; `middle` is the middle of the scale, their start.
+    """A heat map of coefficients [K, G]; `middle`, their start, is the middle of the colour scale.
 
-    One coefficient an expert is drawn as points instead.
+    With one coefficient per expert, a dot plot instead.
     """
     header = ["coefficient", *experts]
     rows = [[label, *column.tolist()] for label, column in zip(layout.labels, values.T, strict=True)]
@@ -76,9 +76,8 @@ def heatmap(
     return Picture(
         "coefficients",
         "Coefficients",
-        "How much of each expert the merge takes, block by block and for each kind of module. The middle of "
-        f"the scale is {from_}: darker takes less of the expert, lighter more. A cell is the mean of its "
-        "coefficients; hatched cells have none.",
+        "The mean coefficient of each expert, per block and kind of module. The middle of the scale is "
+        f"{from_}: darker cells are below it, lighter cells above. Hatched cells have no coefficients.",
         f"Heat map of coefficients between {values.min():.2f} and {values.max():.2f}. Means: {means}.",
         figure,
         header,
@@ -107,14 +106,14 @@ def _cells(experts: Sequence[str], grid: Grid, middle: float) -> Figure:
     if grid.outside:
         ax = axes[-1]
         heat(ax, outside, scale, cell=cell)
-        ax.set_title("outside of the blocks")
+        ax.set_title("outside the blocks")
         ticks(ax, experts, list(grid.outside))
     colour_bar(figure, axes, scale, f"coefficient (start {middle:.2f} in the middle)")
     return figure
 
 
 def _points(experts: Sequence[str], values: Tensor, middle: float) -> Figure:
-    """One coefficient an expert: a point each, and the way it came from the start."""
+    """One coefficient per expert: a dot each, with a line from its start."""
     figure = Figure(figsize=(6.4, 0.34 * len(experts) + 0.9), layout="constrained")
     ax = figure.subplots()
     places = range(len(experts))

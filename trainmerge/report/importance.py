@@ -1,4 +1,4 @@
-"""Which parameters move the model most, and how many chunks each has."""
+"""Which parameters the merge changes most, and how many chunks each has."""
 
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -13,8 +13,7 @@ SHOWN = 16
 def magnitudes(layout: Layout, values: Tensor, geometry: Geometry) -> dict[str, float]:
     """I_l = sum_k |c_kl| ||tau_kl||_1 of each merged parameter, summing to one (arXiv 2509.25712).
 
-    As `coefficients.chunk_allocation.magnitude`, from sums that are there already; all zero if nothing
-    moves.
+    As `coefficients.chunk_allocation.magnitude`, from sums computed earlier; all zero if no weight changes.
     """
     places = {name: place for place, name in enumerate(geometry.names)}
     weights = {name: values[:, list(groups)].abs().mean(dim=1) for name, groups in layout.groups.items()}
@@ -24,7 +23,7 @@ def magnitudes(layout: Layout, values: Tensor, geometry: Geometry) -> dict[str, 
 
 
 def importance_picture(layout: Layout, values: Tensor, geometry: Geometry) -> Picture:
-    """The parameters that the merge moves most, with their numbers of coefficients."""
+    """The parameters that the merge changes most, with their numbers of coefficients."""
     importance = magnitudes(layout, values, geometry)
     order = sorted(importance, key=lambda name: -importance[name])
     shown = order[:SHOWN]
@@ -39,7 +38,7 @@ def importance_picture(layout: Layout, values: Tensor, geometry: Geometry) -> Pi
             va="center", size=7.5, color=INK,
         )  # fmt: skip
     ax.set_yticks(range(len(shown)), [shortened(name, 52) for name in shown], size=7.5)
-    ax.set(ylim=(len(shown) - 0.4, -0.6), xlabel="share of all that the merge moves, in %")
+    ax.set(ylim=(len(shown) - 0.4, -0.6), xlabel="importance, in % of the total")
     ax.margins(x=0.14)
     ax.grid(axis="x")
     ax.set_axisbelow(True)
@@ -49,10 +48,11 @@ def importance_picture(layout: Layout, values: Tensor, geometry: Geometry) -> Pi
         "importance",
         "Importance and chunks",
         "A parameter's importance is the sum over experts of |coefficient| x ||task vector||₁ (Expert "
-        f"Merging++): {half} of {len(order)} parameters carry half of it. "
-        + ("Beside each bar: how many coefficients it has an expert. " if several else "")
-        + "`trainmerge allocate` gives more coefficients to the important ones.",
-        f"Bars of the {len(shown)} most important parameters; {min(chunks)} to {max(chunks)} chunks each.",
+        f"Merging++): {half} of {len(order)} parameters account for half of the total. "
+        + ("Next to each bar: its number of coefficients per expert. " if several else "")
+        + "`trainmerge allocate` gives important parameters more coefficients.",
+        f"A bar chart of the {len(shown)} most important parameters; {min(chunks)} to {max(chunks)} chunks "
+        "each.",
         figure,
         ["parameter", "importance", "chunks", "learned"],
         [[name, importance[name], len(layout.groups[name]), learned[name]] for name in order],
@@ -67,7 +67,7 @@ def _learned(layout: Layout, name: str) -> str:
 
 
 def _until_half(shares: list[float]) -> int:
-    """How many of the largest shares sum to a half."""
+    """How many of the largest shares sum to one half."""
     total = 0.0
     for count, share in enumerate(shares, start=1):
         total += share

@@ -1,4 +1,4 @@
-"""One HTML page that holds everything it shows: no script, and nothing is asked of any network."""
+"""One self-contained HTML page: no scripts, no network requests."""
 
 import io
 import re
@@ -53,7 +53,7 @@ footer { color: var(--quiet); font-size: 13px; padding-bottom: 44px; }
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, words, and some HTML."""
+    """A heading, a text, and some HTML."""
 
     anchor: str
     title: str
@@ -89,19 +89,19 @@ def page(title: str, under: str, facts: Sequence[tuple[str, str]], sections: Seq
 <main>
 {bodies}
 </main>
-<footer>Made by trainmerge from the run's own files; nothing on this page was fetched.</footer>
+<footer>Made by trainmerge from the run folder; this page loads nothing from the network.</footer>
 </body>
 </html>
 """
 
 
 def _words(text: str) -> str:
-    """Prose as HTML; what stands in backticks is code."""
+    """Prose as HTML; text in backticks becomes code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def drawing(figure: Figure, name: str, alt: str, files: Sequence[str]) -> str:
-    """A figure as inline SVG whose ink is the page's, with links to its files."""
+    """A figure as inline SVG in the page's text colour, with links to its files."""
     with matplotlib.rc_context({"svg.hashsalt": name}):  # the same ids each time
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -115,7 +115,7 @@ def drawing(figure: Figure, name: str, alt: str, files: Sequence[str]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], best: int = -1, wide: bool = False) -> str:
-    """A table whose row `best` stands out; `wide` ones have texts in them that break."""
+    """A table with row `best` in bold; the cells of `wide` tables wrap their text."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
     cell = '<td class="wide">' if wide else "<td>"
     body = "".join(

@@ -1,7 +1,7 @@
-"""What a picture is, and how all of them look: on white paper, on a dark screen, and without colour.
+"""A figure of the report, and the style of all: readable on white paper, on a dark screen and in greyscale.
 
-Lightness alone carries each scale, lines differ in dash and marker too, and cells say their number where
-there is room.
+Colour scales differ in lightness, lines also in dash and marker, and cells show their number where there is
+room.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK = "#1b1f27"  # text and lines; on the page it follows the reader's theme
-QUIET = "#8b929c"  # grid, frames, what is said aside
+QUIET = "#8b929c"  # grid, frames, remarks
 LIGHT, DARK = "#ffffff", "#101418"  # numbers on cells
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b25c91", "#3b9bd6", "#c98a00", "#7a7a7a", "#7b4fb5")
 MARKERS = "osD^vP*X<>hpdH8+"
@@ -29,24 +29,24 @@ STYLE: Mapping[str, Any] = {
     "axes.linewidth": 0.7, "xtick.major.width": 0.7, "ytick.major.width": 0.7, "lines.linewidth": 1.6,
 }  # fmt: skip
 WIDTH = 9.6  # inches of the widest picture
-COLOUR_MAP = "viridis"  # lightness rises evenly: it survives a black and white printer
+COLOUR_MAP = "viridis"  # lightness rises evenly, so it prints in greyscale
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure with what it says in words, and the numbers behind it."""
+    """A figure with its caption, text alternative and data."""
 
     stem: str  # of its files
     title: str
     words: str  # how to read it
-    alt: str  # what is to be seen, for whoever does not see it
+    alt: str  # the text alternative, for screen readers
     figure: Figure
     header: Sequence[str]
     rows: Sequence[Sequence[str | float]]
 
 
 def style() -> AbstractContextManager[None]:
-    """Draw in the report's style; matplotlib's own settings come back afterwards."""
+    """Draw in the report's style; matplotlib's settings are restored afterwards."""
     return matplotlib.rc_context(cast(Any, STYLE))
 
 
@@ -80,9 +80,9 @@ def panels(
     share: tuple[bool, bool] = (True, True),
     below: float = 0.0,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` axes of this size (inches), as many beside one another as fit on the page.
+    """A figure of `count` axes of this size (inches), as many per row as fit on the page.
 
-    `share` says whether all have one horizontal scale, and one vertical; `below` is room for long names.
+    `share`: whether all share the x scale and the y scale; `below` is room for long labels.
     """
     columns = max(1, min(count, 4, int((WIDTH - margin) / width)))
     rows = -(-count // columns)

@@ -1,4 +1,4 @@
-"""Everything that a run's pictures show, read from its folder. No model runs.
+"""The data of a run's figures, read from its folder. No model runs.
 
 Legend: `K` experts, `G` coefficient groups, `S` steps.
 """
@@ -19,14 +19,14 @@ from trainmerge.run.scores import ACCURACY, PERPLEXITY, Metric, Scores
 from trainmerge.run.trajectory import Trajectory, read_trajectory
 from trainmerge.system.json_file import read_json, read_json_lines
 from trainmerge.system.safetensors_file import sha256
-from trainmerge.task_vectors.geometry import Geometry, geometry_path, kept_geometry, load_geometry
+from trainmerge.task_vectors.geometry import Geometry, cached_geometry, geometry_path, load_geometry
 
-SUMMARIES = {"mean", "normalised"}  # of a row of scores; all else is a task
+SUMMARIES = {"mean", "normalised"}  # columns of a row of scores that are no task
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """A run in numbers; what it does not have is empty or None."""
+    """The data of a run; absent parts are empty or None."""
 
     name: str
     recipe: Recipe
@@ -46,18 +46,18 @@ class Numbers:
 
     @property
     def middle(self) -> float:
-        """Where the scale of coefficients has its middle: their mean start, or without one their mean."""
+        """The middle of the colour scale: the mean starting coefficient, or without a start the mean."""
         return float((self.values if self.start is None else self.start).mean())
 
 
-AGAIN = "Remove the file, and make it again."
+AGAIN = "Remove the file and make it again."
 
 
 def read_numbers(run: str | Path) -> Numbers:
     """Read a run folder.
 
-    Task vectors are measured on the first call, which reads base and experts once; after that a file of the
-    run's workspace has what is needed, and the experts may be gone.
+    The first call reads base and experts once to measure the task vectors. The result is cached in the run's
+    workspace; later calls do not need the experts.
 
     Raises:
         ValueError: the folder holds no run, or one without coefficients.
@@ -99,9 +99,9 @@ def _geometry(folder: RunFolder, manifest: Mapping[str, Any]) -> tuple[Geometry 
         return load_geometry(path), ""
     try:
         _, _, opened = open_run(folder)
-    except (ValueError, FileNotFoundError) as error:  # experts that are gone or changed: the rest is shown
+    except (ValueError, FileNotFoundError) as error:  # experts are gone or changed: show the rest
         return None, str(error)
-    return kept_geometry(opened.task_vectors, folder.workspace, identity), ""
+    return cached_geometry(opened.task_vectors, folder.workspace, identity), ""
 
 
 def read_losses(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Scores on every task beside what they have to be compared with: a radar, or bars of one or two tasks."""
+"""Scores relative to each task's expert: a radar chart, or bars for one or two tasks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ LEARNED = "learned"
 
 
 def relative(scores: Scores, metric: Metric) -> dict[str, dict[str, float]]:
-    """Row -> task -> how near it is to the task's own expert, which is 1; empty without experts' scores.
+    """Row -> task -> score relative to the task's expert, which is 1; empty without experts' scores.
 
-    Accuracy: score / expert's. Perplexity: the share of the gap from base to expert that is closed, in logs.
-    A task where that has no meaning is left out of all rows.
+    Accuracy: score / expert's. Perplexity: the share of the gap between base and expert that is closed, in
+        logs. Tasks where this is undefined are left out of all rows.
     """
     expert, base = scores.get("expert"), scores.get("base")
     if expert is None or (metric.name == "perplexity" and base is None):
@@ -39,7 +39,7 @@ def relative(scores: Scores, metric: Metric) -> dict[str, dict[str, float]]:
 
 
 def score_picture(scores: Scores, metric: Metric) -> Picture | None:
-    """How near base, average, task arithmetic and the learned merge are to each task's expert."""
+    """Scores of base, average, task arithmetic and the learned merge relative to each task's expert."""
     rows = relative(scores, metric)
     tasks = list(rows.get("expert", {}))
     if not tasks:
@@ -49,15 +49,15 @@ def score_picture(scores: Scores, metric: Metric) -> Picture | None:
     what = (
         "accuracy / the expert's accuracy"
         if metric.name == "accuracy"
-        else "the share of the gap between base and expert that is closed, in logs of the perplexity"
+        else "the share of the log-perplexity gap between base and expert that is closed"
     )
     means = {row: sum(own.values()) / len(own) for row, own in shown.items()}
     return Picture(
         "scores",
         "Scores",
-        f"Each task's own expert is 1, the thick line; what is drawn is {what}. The middle of a radar is "
-        "not 0: look at its rings. `task arithmetic` is the best of one coefficient for all, chosen on these "
-        "very test examples.",
+        f"Shown is {what}, so the expert of each task is 1 (thick line). The centre of a radar chart is not "
+        "0: see its rings. `task arithmetic` uses the best single coefficient, chosen on these test "
+        "examples.",
         "Scores relative to the experts, mean over tasks: "
         + ", ".join(f"{row} {mean:.3f}" for row, mean in means.items()),
         figure,
@@ -86,7 +86,7 @@ def _radar(rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> Fig
     ax.set(ylim=(low, high))
     ax.set_xticks(angles, [shortened(task, 16) for task in tasks])
     for angle, label in zip(angles, ax.get_xticklabels(), strict=True):
-        side = np.sin(angle)  # beside the ring, names begin or end at it
+        side = np.sin(angle)  # labels left and right of the ring are aligned to it
         label.set_horizontalalignment("center" if abs(side) < 0.3 else "left" if side > 0 else "right")
     rings = [ring for ring in np.arange(math.ceil(10 * low) / 10, 1.001, 0.1) if ring > low]
     ax.set_yticks(rings[:: max(1, len(rings) // 5)])

@@ -1,4 +1,4 @@
-"""What happened step by step: the coefficients' path, and the calibration loss of each task."""
+"""Coefficients and calibration losses over the steps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,12 +9,12 @@ from torch import Tensor
 from trainmerge.report.picture import COLOURS, INK, QUIET, Picture, look, panels, shortened
 from trainmerge.run.trajectory import Trajectory
 
-SHOWN = 120  # single coefficients an expert
-HALF_LIFE = 0.04  # of the smoothed loss, as a share of the steps
+SHOWN = 120  # coefficients drawn per expert
+HALF_LIFE = 0.04  # of the smoothed loss, as a fraction of the steps
 
 
 def path_picture(experts: Sequence[str], trajectory: Trajectory) -> Picture:
-    """Each expert's coefficients over the steps: all of them thin, their mean thick, most of them shaded."""
+    """Each expert's coefficients over the steps: thin lines, mean thick, 10% to 90% shaded."""
     steps = trajectory.steps.numpy()
     figure, axes = panels(len(experts), 2.2 if len(experts) > 2 else 4.0, 1.75)
     for k, (ax, name) in enumerate(zip(axes, experts, strict=True)):
@@ -35,10 +35,10 @@ def path_picture(experts: Sequence[str], trajectory: Trajectory) -> Picture:
     moved = (trajectory.values[-1] - trajectory.values[0]).abs().mean(dim=1).tolist()
     return Picture(
         "path",
-        "Their path",
-        f"Coefficients after each of {S} kept steps. Thin: single ones"
-        f"{f', {SHOWN} of {G}' if G > SHOWN else ''}; thick: their mean; shaded: eight of ten. The dot and "
-        "the dotted line are the start. Paths that still climb at the end ask for more steps.",
+        "Coefficients over the steps",
+        f"Coefficients after each of {S} recorded steps. Thin: single "
+        f"coefficients{f', {SHOWN} of {G}' if G > SHOWN else ''}; thick: their mean; shaded: their 10% to "
+        "90% range; dot and dotted line: the start. If they still change at the end, use more steps.",
         "Lines of coefficients over steps. Mean distance from the start: "
         + ", ".join(f"{name} {far:.3f}" for name, far in zip(experts, moved, strict=True)),
         figure,
@@ -52,7 +52,7 @@ def path_picture(experts: Sequence[str], trajectory: Trajectory) -> Picture:
 
 
 def loss_picture(losses: Mapping[str, Tensor]) -> Picture:
-    """The loss of each task on its own batches, raw and smoothed."""
+    """The loss of each task on its batches, raw and smoothed."""
     names = [*(name for name in losses if name != "all"), *(name for name in losses if name == "all")]
     figure, axes = panels(len(names), 2.2 if len(names) > 2 else 4.0, 1.6, share=(True, False))
     for k, (ax, name) in enumerate(zip(axes, names, strict=True)):
@@ -64,7 +64,7 @@ def loss_picture(losses: Mapping[str, Tensor]) -> Picture:
             **{**look(k), "linestyle": "-", "marker": ""},
             linewidth=1.8,
         )
-        ax.set_title("all tasks together" if name == "all" else shortened(name))
+        ax.set_title("all tasks" if name == "all" else shortened(name))
         ax.grid(axis="y")
         _scale(ax, smoothed(values))
     figure.supxlabel("step", size=8.5, color=INK)
@@ -76,8 +76,8 @@ def loss_picture(losses: Mapping[str, Tensor]) -> Picture:
     return Picture(
         "loss",
         "Calibration loss",
-        "The unlabeled loss of each task at every step, on that step's batch (dots), and its running mean "
-        "(line). Scales differ between tasks; a task whose line rises pays for the others.",
+        "The unlabeled loss of each task on each step's batch (dots) and its running mean (line). Scales "
+        "differ between tasks. A rising line means that the task gets worse in favour of the others.",
         f"Lines of the loss over steps. Smoothed: {ends}.",
         figure,
         ["task", "step", "loss"],
@@ -86,7 +86,7 @@ def loss_picture(losses: Mapping[str, Tensor]) -> Picture:
 
 
 def smoothed(values: Tensor) -> Tensor:
-    """A running mean that forgets half within a share of the steps: sum and weight, then their ratio.
+    """An exponential running mean with a half-life of HALF_LIFE of the steps, without start-up bias.
 
     >>> smoothed(torch.ones(3)).tolist()
     [1.0, 1.0, 1.0]
@@ -100,7 +100,7 @@ def smoothed(values: Tensor) -> Tensor:
 
 
 def _scale(ax: Axes, values: Tensor) -> None:
-    """Logarithmic where the loss falls a hundredfold; else from zero or nearly."""
+    """A logarithmic axis where the loss falls a hundredfold; else a linear one from about zero."""
     low, high = float(values.min()), float(values.max())
     if low > 0 and high > 100 * low:
         ax.set_yscale("log")

@@ -1,4 +1,4 @@
-"""How the experts' task vectors lie to one another: cosines, lengths, signs.
+"""How the experts' task vectors compare: cosines, norms, signs.
 
 Legend: `K` experts, `L` blocks.
 """
@@ -16,11 +16,11 @@ from trainmerge.report.picture import INK, QUIET, WIDTH, Picture, shortened
 from trainmerge.task_vectors.geometry import Geometry
 from trainmerge.task_vectors.parameter_names import block_labels, block_of, number_of
 
-PAIRS = 15  # shown block by block
+PAIRS = 15  # of experts, shown per block
 
 
 def blocks_of(geometry: Geometry) -> dict[str, Geometry]:
-    """Block -> the sums over its parameters, in the network's order."""
+    """Block -> sums over its parameters, in the network's order."""
     members: dict[str, list[str]] = {}
     for name in sorted(geometry.names, key=lambda name: number_of(name) or ("", -1)):
         members.setdefault(block_of(name), []).append(name)
@@ -28,7 +28,7 @@ def blocks_of(geometry: Geometry) -> dict[str, Geometry]:
 
 
 def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
-    """Cosine of every two task vectors: of all weights, and block by block."""
+    """Cosine similarity of each pair of task vectors: over all weights, and per block."""
     K, blocks = len(experts), blocks_of(geometry)
     whole = geometry.of(geometry.names).cosines()[0]
     each = torch.stack([block.cosines()[0] for block in blocks.values()])  # [L, K, K]
@@ -47,10 +47,10 @@ def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     left.set_title("all weights")
     ticks(left, experts, experts)
     heat(right, lines, scale, cell=0.42 if len(blocks) <= 14 else 0)
-    right.set_title("block by block" + (f", {PAIRS} of {len(pairs)} pairs" if len(pairs) > PAIRS else ""))
+    right.set_title("per block" + (f", {PAIRS} of {len(pairs)} pairs" if len(pairs) > PAIRS else ""))
     names = [f"{shortened(experts[i], 11)} · {shortened(experts[j], 11)}" for i, j in shown]
     ticks(right, names, block_labels(list(blocks)))
-    colour_bar(figure, [left, right], scale, "cosine of two task vectors (0 in the middle)")
+    colour_bar(figure, [left, right], scale, "cosine similarity (0 in the middle)")
     top = (
         f"{experts[pairs[0][0]]} and {experts[pairs[0][1]]}, {float(whole[pairs[0]]):.2f}"
         if pairs
@@ -59,10 +59,9 @@ def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     return Picture(
         "similarity",
         "Similarity of the task vectors",
-        "Near 0, two experts changed the weights in directions that do not meet, and both fit into one "
-        "model; near 1 they changed the same, and count double if both are taken whole; below 0 they undo "
-        "each other.",
-        f"Heat maps of cosines between the experts' task vectors. The most alike: {top}.",
+        "Near 0, two task vectors are nearly orthogonal and both fit into one model. Near 1, they are nearly "
+        "parallel: adding both doubles the same change. Below 0, they partly cancel each other.",
+        f"Heat maps of cosines between the experts' task vectors. The most similar: {top}.",
         figure,
         ["block", "expert", "other", "cosine"],
         [
@@ -74,7 +73,7 @@ def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
 
 
 def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
-    """How far each expert went from the base, and how often the experts' signs oppose, block by block."""
+    """The norm of each task vector relative to the base, and the share of sign conflicts, per block."""
     blocks = blocks_of(geometry)
     norms = torch.stack([block.relative_norms()[0] for block in blocks.values()], dim=1)  # [K, L]
     conflicts = torch.stack([_mean_pair(block.conflicts()[0]) for block in blocks.values()])  # [L]
@@ -86,7 +85,7 @@ def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     finite = 100 * norms[norms.isfinite()]
     scale = Normalize(0, max(float(finite.max()) if finite.numel() else 0.0, 1e-6))
     heat(top, 100 * norms, scale, number="{:.1f}", cell=0.42 if L <= 18 else 0)
-    top.set_title("length of the task vector, in % of the base's weights")
+    top.set_title("norm of the task vector, in % of the base's norm")
     names = block_labels(list(blocks))
     ticks(top, experts, names)
     heights = conflicts.nan_to_num(0).tolist()
@@ -94,7 +93,7 @@ def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     bottom.axhline(0.5, color=INK, linestyle="--", linewidth=1)
     bottom.annotate("chance", (L - 0.5, 0.5), (0, 3), textcoords="offset points", ha="right", size=7.5)
     bottom.set(ylim=(0, max(0.65, 1.1 * max(heights))), xlim=(-0.5, L - 0.5))
-    bottom.set_title("opposite signs, share of entries")
+    bottom.set_title("sign conflicts, share of entries")
     ticks(bottom, (), names, shift=0)
     whole = geometry.of(geometry.names)
     far = ", ".join(
@@ -102,11 +101,11 @@ def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     )
     return Picture(
         "norms",
-        "How far the experts went, and where they disagree",
-        "Above: ||expert - base|| / ||base|| of each block. An expert that went much further than the others "
-        "outweighs them at the same coefficient. Below: of the entries that two experts change, the share "
-        "with opposite signs, mean over pairs; a half is what chance gives, less is agreement.",
-        f"A heat map of relative lengths ({far} over all weights) and bars of sign conflicts.",
+        "Norms and sign conflicts",
+        "Top: ||expert - base|| / ||base|| per block. An expert with a much larger norm dominates the others "
+        "at equal coefficients. Bottom: of the entries that two experts both change, the share with opposite "
+        "signs, mean over pairs. Random signs give one half; less means agreement.",
+        f"A heat map of relative norms ({far} over all weights) and bars of sign conflicts.",
         figure,
         ["block", *(f"length, {name}" for name in experts), "opposed"],
         [
@@ -117,6 +116,6 @@ def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
 
 
 def _mean_pair(matrix: Tensor) -> Tensor:
-    """Mean over pairs of experts, of what is a number."""
+    """Mean over pairs of experts, without NaN."""
     pairs = matrix[torch.triu_indices(len(matrix), len(matrix), offset=1).unbind()]
     return pairs.nanmean()

@@ -1,4 +1,4 @@
-"""A run's report on disk: `index.html`, and a PNG and a CSV a picture beside it."""
+"""A run's report on disk: `index.html`, and one PNG and one CSV per figure."""
 
 import csv
 from collections.abc import Iterator
@@ -16,25 +16,27 @@ from trainmerge.report.steps import loss_picture, path_picture
 from trainmerge.report.task_vectors import norm_picture, similarity_picture
 from trainmerge.system.atomic import staging
 
-RESOLUTION = 144  # dots an inch
+RESOLUTION = 144  # dots per inch
 PAGE = "index.html"
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
-    """Draw a run and write the page that shows it; returns the page's path.
+    """Write the report of a run and return the path of its page.
 
-    An earlier report in the same folder is replaced once the new one is whole.
+    An earlier report in the same folder is replaced once the new one is complete.
 
     Args:
         run: A run folder with coefficients, finished or not.
-        out: The folder to write; `report` in the run by default.
+        out: The folder to write; by default `report` in the run folder.
 
     Raises:
-        ValueError: no such run, or `out` is a folder that no report wrote.
+        ValueError: no such run, or `out` is a folder that is not a report.
     """
     target = Path(out) if out is not None else Path(run) / "report"
     if target.is_dir() and any(target.iterdir()) and not (target / PAGE).exists():
-        raise ValueError(f"{target} is a folder that no report wrote: nothing was overwritten. Name another.")
+        raise ValueError(
+            f"{target} exists and is not a report: nothing was overwritten. Choose another folder."
+        )
     numbers = read_numbers(run)
     with staging(target, overwrite=True) as folder, style():
         sections = [_shown(picture, folder, numbers) for picture in pictures(numbers)]
@@ -47,7 +49,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
 
 
 def pictures(numbers: Numbers) -> Iterator[Picture]:
-    """What there is to see of the run, the most important first."""
+    """The figures of the run, the most important first."""
     experts, layout, values = numbers.experts, numbers.layout, numbers.values
     yield heatmap(experts, layout, values, numbers.middle, numbers.start is not None)
     if (scores := score_picture(numbers.scores, numbers.metric)) is not None:
@@ -66,7 +68,7 @@ def pictures(numbers: Numbers) -> Iterator[Picture]:
 
 
 def _shown(picture: Picture, folder: Path, numbers: Numbers) -> Section:
-    """Write a picture's files; its section of the page."""
+    """Write a figure's files and return its section of the page."""
     files = [f"{picture.stem}.png", f"{picture.stem}.csv"]
     picture.figure.savefig(folder / files[0], dpi=RESOLUTION, facecolor="white")
     with (folder / files[1]).open("w", newline="", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
-"""Dataclasses <-> the YAML that names them by class path: one form for configs, run folders and exports.
+"""Dataclasses <-> YAML with class paths: one form for configurations, run folders and exports.
 
-A class of this package is named by its public path, `trainmerge.Ties`, whichever module it is in. Files of
-version 0.1.0 have `trainmerge.preprocess.ties.Ties`; both are read, as the same.
+Classes of this package have their public path, `trainmerge.Ties`, whichever module defines them. Files of
+version 0.1.0 have `trainmerge.preprocess.ties.Ties`; both are read as the same class.
 """
 
 import re
@@ -23,13 +23,13 @@ PACKAGE = __name__.partition(".")[0]
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """Plain data; a key that comes twice is an error, where YAML would keep the last one in silence."""
+    """Plain data; a duplicate key is an error, where YAML would silently use the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node.
 
         Raises:
-            yaml.YAMLError: a key is there twice.
+            yaml.YAMLError: a duplicate key.
         """
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         words = [key.value for key in keys]
@@ -40,19 +40,21 @@ class UniqueKeys(yaml.SafeLoader):
 
 
 def public_path(text: str) -> str:
-    """The public path of a class of this package, whichever module `text` has it in; other texts as they are.
+    """The public path of a class of this package, whichever module `text` names; other texts unchanged.
 
     >>> public_path("trainmerge.preprocess.ties.Ties"), public_path("my_package.Ties")
     ('trainmerge.Ties', 'my_package.Ties')
     """
     found = re.fullmatch(rf"{PACKAGE}(?:\.\w+)*\.([A-Z]\w*)", text)
-    if found is None or found[1] not in import_module(PACKAGE).__all__:  # no import of what is above: a name
+    if (
+        found is None or found[1] not in import_module(PACKAGE).__all__
+    ):  # by name, without importing wings above
         return text
     return f"{PACKAGE}.{found[1]}"
 
 
 def public_paths(data: Any) -> Any:
-    """Plain data with every class path in it as a public one."""
+    """Plain data with every class path made public."""
     if isinstance(data, str):
         return public_path(data)
     if isinstance(data, Mapping):
@@ -98,10 +100,10 @@ def write_config(value: Any, key: str, path: Path) -> None:
 
 
 def read_yaml(path: Path) -> Any:
-    """A file's plain data.
+    """The plain data of a file.
 
     Raises:
-        ValueError: not YAML in UTF-8, or a key that comes twice.
+        ValueError: not YAML in UTF-8, or a duplicate key.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
@@ -110,7 +112,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_settings(path: Path) -> Any:
-    """A configuration's data, with every expert written out.
+    """A configuration's data, with `recipe.each` filled in for every expert.
 
     Raises:
         ValueError: as `read_yaml`, and for templates that cannot be filled in.
@@ -123,10 +125,10 @@ def read_settings(path: Path) -> Any:
 
 
 def read_config(cls: type[T], key: str, path: Path) -> T:
-    """Undo `write_config`; other keys of the file are left alone.
+    """Undo `write_config`; other keys of the file are ignored.
 
     Raises:
-        ValueError: the file lacks `key`, or holds a key or value that the class does not take.
+        ValueError: the file lacks `key`, or has a key or value that the class does not accept.
     """
     data = read_settings(path)
     if not isinstance(data, dict) or key not in data:
@@ -136,6 +138,6 @@ def read_config(cls: type[T], key: str, path: Path) -> T:
     try:
         parsed = parser.parse_object({key: public_paths(data[key])})
         result: T = parser.instantiate(parsed)[key]
-    except Exception as error:  # jsonargparse raises many kinds; all of them mean the file is wrong
+    except Exception as error:  # jsonargparse raises many types; all mean that the file is wrong
         raise ValueError(f"{path}: {error}") from error
     return result

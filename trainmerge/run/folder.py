@@ -1,4 +1,4 @@
-"""A run folder: where every file of a run is, and whether a run may go on in it."""
+"""A run folder: the paths of a run's files, and whether a run may resume in it."""
 
 import json
 import os
@@ -29,19 +29,19 @@ README = """# A trainmerge run
 |---|---|
 | `recipe.yaml` | what is merged: base, experts, preprocessing, grouping |
 | `config.yaml` | the whole resolved configuration, where the run was started from the command line |
-| `manifest.json` | what the run depends on: checksums, data, settings, versions, command |
-| `sources.json` | where each number of base and experts lies, and their files' times: an export reads it |
+| `manifest.json` | everything the run depends on: checksums, data, settings, versions, command |
+| `sources.json` | the place of every tensor of base and experts, and their files' times; used by exports |
 | `coefficients.safetensors` | the coefficients after the last saved step, with their layout in the header |
-| `metrics.jsonl` | one line a logged step |
-| `trajectory.bin` | the coefficients' path: at most about a megabyte, thinned as the run gets longer |
-| `usage.jsonl` | seconds and memory, a line a process that ended by itself |
-| `report/` | pictures, their numbers, and one page to look at: `index.html` |
-| `pareto.json` | what one task costs another, once `trainmerge pareto` has run |
+| `metrics.jsonl` | one line per logged step |
+| `trajectory.bin` | the coefficients over the steps, thinned to about a megabyte at most |
+| `usage.jsonl` | seconds and memory, one line per process that was not killed |
+| `report/` | figures, their data, and the page `index.html` |
+| `pareto.json` | the Pareto front of the tasks, once `trainmerge pareto` has run |
 | `calibration_loss.json` | the loss over all calibration examples at start and end, with `keep_better` |
-| `checkpoints/` | the optimizer's state after the last saved step; `--resume auto` goes on from it |
-| `workspace/` | preprocessed task vectors and recorded experts; made again when deleted |
+| `checkpoints/` | the optimizer's state after the last saved step; `--resume auto` continues from it |
+| `workspace/` | preprocessed task vectors and recorded expert outputs; recreated when deleted |
 
-Go on: `trainmerge fit THIS_FOLDER/config.yaml`, from the folder that `manifest.json` names under
+Resume: `trainmerge fit THIS_FOLDER/config.yaml`, from the folder that `manifest.json` names under
 `started`: paths are relative to it. Export: `trainmerge export THIS_FOLDER OUT`.
 """
 
@@ -64,12 +64,12 @@ class RunFolder:
 
     @property
     def manifest(self) -> Path:
-        """What the run was made from."""
+        """Everything the run depends on."""
         return self.path / "manifest.json"
 
     @property
     def sources(self) -> Path:
-        """Where base and experts have their tensors."""
+        """The places of the tensors of base and experts."""
         return self.path / "sources.json"
 
     @property
@@ -79,7 +79,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a logged step."""
+        """One JSON object per logged step."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -89,22 +89,22 @@ class RunFolder:
 
     @property
     def usage(self) -> Path:
-        """What the run took."""
+        """Time and memory of the run."""
         return self.path / "usage.jsonl"
 
     @property
     def report(self) -> Path:
-        """Where the pictures are drawn."""
+        """The folder of the report."""
         return self.path / "report"
 
     @property
     def front(self) -> Path:
-        """What `trainmerge pareto` found around the coefficients."""
+        """The Pareto front of `trainmerge pareto`."""
         return self.path / "pareto.json"
 
     @property
     def checkpoints(self) -> Path:
-        """Where snapshots lie."""
+        """The folder of snapshots."""
         return self.path / "checkpoints"
 
     @property
@@ -113,19 +113,21 @@ class RunFolder:
         return self.path / "workspace"
 
     def examples(self) -> str:
-        """What identifies the calibration examples that the run looked at."""
+        """The identity of the run's calibration examples."""
         made = self.read_manifest()
         return examples_identity(made["calibration"], made["data"])
 
     def read_manifest(self) -> dict[str, Any]:
-        """What the run was made from.
+        """The manifest: everything the run depends on.
 
         Raises:
-            ValueError: the file is damaged, or of something else.
+            ValueError: the file is damaged, or not a manifest of a run.
         """
         made = read_json(self.manifest, LOST)
         if absent := [key for key in NEEDED if key not in made]:
-            raise ValueError(f"{self.manifest}: no manifest of a run: {', '.join(absent)} not in it. {LOST}")
+            raise ValueError(
+                f"{self.manifest}: not a manifest of a run: it lacks {', '.join(absent)}. {LOST}"
+            )
         return made
 
     def snapshots(self) -> dict[int, Path]:
@@ -139,7 +141,7 @@ class RunFolder:
 
     @property
     def began(self) -> bool:
-        """Whether something was saved that must not be lost: until then a run may begin with other things."""
+        """Whether progress was saved; until then a run may start with different experts, data or settings."""
         return self.latest() is not None or self.coefficients.exists()
 
     def check_place(self) -> None:
@@ -148,21 +150,23 @@ class RunFolder:
         while not place.exists() and not place.is_symlink():
             place = place.parent
         if not place.is_dir():
-            raise ValueError(f"{place} is no folder, so {self.path} cannot hold a run: name another folder")
+            raise ValueError(
+                f"{place} is not a folder, so {self.path} cannot be a run folder: choose another one"
+            )
         if not os.access(place, os.W_OK | os.X_OK):
-            raise ValueError(f"{place}: no permission to write there: name another folder")
+            raise ValueError(f"{place}: no permission to write there: choose another folder")
 
     def resume_from(self, resume: str) -> Path | None:
-        """The checkpoint that `resume` (auto, never, or a path) means; none for a new run.
+        """The checkpoint for `resume` (auto, never, or a path); None for a new run.
 
         Raises:
-            ValueError: `never` in a folder that holds a run, or a path that is not there.
+            ValueError: `never` in a folder that has a run, or a path that does not exist.
         """
         if resume == "auto":
             return self.latest()
         if resume == "never":
             if self.began:
-                raise ValueError(f"{self.path} holds a run already: use --resume auto, or another folder")
+                raise ValueError(f"{self.path} already has a run: use --resume auto, or another folder")
             return None
         if not Path(resume).is_file():
             raise ValueError(
@@ -171,22 +175,22 @@ class RunFolder:
         return Path(resume)
 
     def check(self, description: Mapping[str, Any]) -> None:
-        """Check that the run in the folder, if there is one, was made from the same things.
+        """Check that the run in the folder, if there is one, has the same experts, data and settings.
 
         Raises:
-            ValueError: listing what differs.
+            ValueError: lists the differences.
         """
         if not self.began or not self.manifest.exists():
             return
         different = differences(self.read_manifest(), description)
         if different:
             raise ValueError(
-                f"{self.path} holds a run made from other things:\n{different}\n"
+                f"{self.path} holds a run with different experts, data or settings:\n{different}\n"
                 "Undo the change to resume it, or use another folder."
             )
 
     def create(self, description: Mapping[str, Any]) -> None:
-        """Make the folder and its manifest, unless a run that began has them."""
+        """Create the folder and its manifest, unless a run has started in it."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         if self.began and self.manifest.exists():
             return
@@ -200,7 +204,7 @@ class RunFolder:
         write_whole(self.manifest, json.dumps(manifest, indent=2))
 
     def drop_snapshots_after(self, step: int) -> None:
-        """Remove the snapshots of later steps: a run that went back to `step` will make others."""
+        """Remove the snapshots after `step`, because a run rewound to it writes new ones."""
         for later, snapshot in self.snapshots().items():
             if later > step:
                 snapshot.unlink()
@@ -212,9 +216,9 @@ def versions() -> dict[str, str]:
 
 
 def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """A line for each entry of `now` that `made` has otherwise; empty if there is none.
+    """One line for each entry of `now` that differs from `made`; empty if there is none.
 
-    A class's public path and the path that it had in older files are the same.
+    A class's public path and its path in older files count as equal.
     """
     before, plain = public_paths(made), public_paths(json.loads(json.dumps(now)))
     return "\n".join(

@@ -1,4 +1,4 @@
-"""One door to a run folder: its recipe, coefficients and manifest, compared with one another."""
+"""Open a run folder: read its recipe, coefficients and manifest, and check that they agree."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from trainmerge.run.config import read_config, to_config
 from trainmerge.run.folder import RunFolder, differences
 from trainmerge.run.recipe import Opened, Recipe
 
-MERGED = ("preprocess", "grouping", "ignore", "vocabulary")  # keys of a recipe that an export depends on
+MERGED = ("preprocess", "grouping", "ignore", "vocabulary")  # recipe keys that an export depends on
 
 
 def open_run(folder: RunFolder) -> tuple[Recipe, Coefficients, Opened]:
@@ -24,41 +24,41 @@ def open_run(folder: RunFolder) -> tuple[Recipe, Coefficients, Opened]:
     changed = [name for name, files in opened.checksums.items() if fitted.get(name) != files]
     if changed:
         raise ValueError(
-            f"{folder.path}: the weights of {changed} changed since the fit; fit again with them"
+            f"{folder.path}: the weights of {changed} changed since the fit; restore them, or fit again"
         )
     return recipe, coefficients, opened
 
 
 def read_run(folder: RunFolder) -> tuple[Recipe, Coefficients, dict[str, Any]]:
-    """A run's recipe, coefficients and manifest; base and experts are not looked at.
+    """A run's recipe, coefficients and manifest; base and experts are not checked.
 
     Raises:
         ValueError: no run, no coefficients, a damaged file, or files of different runs.
     """
     if not folder.recipe.exists():
-        raise ValueError(f"{folder.path}: no run in it (no recipe.yaml); `trainmerge fit` makes one")
+        raise ValueError(f"{folder.path}: not a run folder (no recipe.yaml); `trainmerge fit` creates one")
     if not folder.coefficients.exists():
-        raise ValueError(f"{folder.path}: no coefficients yet; start `trainmerge fit` again to go on")
+        raise ValueError(f"{folder.path}: no coefficients yet; run `trainmerge fit` again to resume")
     recipe = read_config(Recipe, "recipe", folder.recipe)
     coefficients, manifest = load_coefficients(folder.coefficients), folder.read_manifest()
     if problems := list(_mismatches(recipe, coefficients, manifest)):
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ValueError(
-            f"{folder.path}: its files are not of one run:\n{lines}\nPut back the files that the fit wrote, "
+            f"{folder.path}: its files are not of one run:\n{lines}\nRestore the files that the fit wrote, "
             "or fit again in another folder."
         )
     return recipe, coefficients, manifest
 
 
 def _mismatches(recipe: Recipe, coefficients: Coefficients, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Differences of recipe and coefficients from the manifest. Paths may change: contents are hashed."""
+    """Differences of recipe and coefficients from the manifest. Paths may differ; contents are hashed."""
     orders = {"recipe.yaml": list(recipe.experts), "coefficients.safetensors": list(coefficients.experts)}
     for file, experts in orders.items():
         if experts != manifest["experts"]:
             yield f"{file} has the experts {experts}, manifest.json has {manifest['experts']}"
     layout = coefficients.layout.identity()
     if manifest.get("layout", layout) != layout:
-        yield "coefficients.safetensors has another layout of coefficients than manifest.json"
+        yield "coefficients.safetensors has a different layout than manifest.json"
     made, now = manifest["recipe"], to_config(recipe)
     known = {key: now[key] for key in MERGED if key in made}
     if different := differences(made, known):

@@ -1,4 +1,4 @@
-"""What is merged: a base, its experts, what is done to their task vectors, and what shares a coefficient."""
+"""A recipe: base, experts, preprocessing of their task vectors, and the grouping of coefficients."""
 
 import json
 import math
@@ -20,15 +20,15 @@ from trainmerge.task_vectors.delta import TaskVectors
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert and the data that stand for its task.
+    """One expert and the data of its task.
 
     Args:
         path: A transformers checkpoint folder, or a peft adapter folder.
         calibration: Unlabeled examples to learn from: a JSONL, CSV, parquet or text file, or a saved dataset.
         test: Labelled examples, for `evaluate` only; a fit never reads their labels.
-        head: The task's frozen classifier; none for a language model.
+        head: The task's frozen classification head; none for a language model.
         weight: Weight of this task in the loss.
-        validation: Labelled examples that `search` may choose coefficients by; others than `test`.
+        validation: Labelled examples for `search` to choose coefficients by; separate from `test`.
     """
 
     path: str
@@ -45,11 +45,11 @@ class Expert:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A task that no expert was made for: `evaluate` says what the merge forgot of it.
+    """A task without an expert, on which `evaluate` measures forgetting.
 
     Args:
         test: Labelled examples, or texts for a language model.
-        head: The task's frozen classifier; none for a language model.
+        head: The task's frozen classification head; none for a language model.
     """
 
     test: str
@@ -58,18 +58,18 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A merge before its coefficients.
+    """A merge without its coefficients.
 
     Args:
         base: The checkpoint folder that every expert was fine-tuned from.
-        experts: Name -> expert. The names are the coefficients' rows.
+        experts: Name -> expert. The coefficients have one row per name.
         preprocess: Applied to the task vectors, in order.
         grouping: Which parameters are merged and which share a coefficient.
-        ignore: fnmatch patterns of tensors that an expert may have and the base not (its own head, say).
-        vocabulary: `same`, or `shared`: merge the tokens that both have where an expert's embeddings were
+        ignore: fnmatch patterns of tensors that an expert may have and the base lacks (its own head, say).
+        vocabulary: `same`, or `shared`, which merges the common tokens if an expert's embeddings were
             resized. The result has the base's vocabulary.
         allow_pickle: Read `.bin` checkpoints too. Pickle can run code; use it for files you trust.
-        held_out: Name -> task beside the experts' own, for `evaluate` only.
+        held_out: Name -> further task, for `evaluate` only.
     """
 
     base: str
@@ -85,7 +85,7 @@ class Recipe:
         if not self.experts:
             raise ValueError("recipe.experts is empty: name at least one expert")
         if unnamed := [name for name in self.experts if name in ("", "base")]:
-            raise ValueError(f"recipe.experts: {unnamed} cannot be names of experts")
+            raise ValueError(f"recipe.experts: {unnamed} are not valid names of experts")
         if not any(expert.weight for expert in self.experts.values()):
             raise ValueError("recipe.experts: every weight is 0, so there is nothing to learn from")
         owners: dict[Path, str] = {Path(self.base).resolve(): "the base"}
@@ -93,18 +93,20 @@ class Recipe:
             folder = Path(expert.path).resolve()
             if (other := owners.setdefault(folder, name)) != name:
                 raise ValueError(
-                    f"recipe.experts.{name}: {expert.path} is {other} already, so there is nothing that a "
-                    "coefficient of its own would mean. Name each folder once; two tasks of one expert can "
-                    "share a file of examples"
+                    f"recipe.experts.{name}: {expert.path} is already {other}, so a second coefficient would "
+                    "be redundant. Name each folder once; two tasks of one expert can share a file of "
+                    "examples"
                 )
 
     def open(self, workspace: Path | None = None) -> "Opened":
-        """Check every header and map the files; no weight is read.
+        """Check all headers and map the files; no weight is read.
 
         Raises:
-            ValueError: with every mismatch between base and experts, or a pattern that matches nothing.
+            ValueError: lists every mismatch between base and experts; or a pattern matches nothing.
         """
-        from trainmerge.checkpoints import find_sources  # transformers and peft: not needed to reopen
+        from trainmerge.checkpoints import (
+            find_sources,
+        )  # imports transformers and peft, which `reopen` does not need
 
         base = open_checkpoint(self.base, allow_pickle=self.allow_pickle)
         sources = find_sources(
@@ -118,9 +120,9 @@ class Recipe:
         return self._opened(base, sources, self.stamps())
 
     def reopen(self, saved: Path, checksums: Mapping[str, Mapping[str, str]]) -> "Opened | None":
-        """The same from what `Opened.save` wrote, if no file was touched since: transformers is not needed.
+        """`open` from the file of `Opened.save`, if no file changed since; does not need transformers.
 
-        `checksums` are those of the files as they were then.
+        `checksums` are the files' checksums at that time.
         """
         if not saved.is_file():
             return None
@@ -131,7 +133,7 @@ class Recipe:
             sources = Sources.from_json(content["sources"])
             base = open_checkpoint(self.base, self.allow_pickle, sources.tied)
             return self._opened(base, sources, made, checksums)
-        except FileNotFoundError:  # a merged adapter of the workspace
+        except FileNotFoundError:  # a merged adapter in the workspace
             return None
 
     def _opened(
@@ -151,12 +153,12 @@ class Recipe:
         return {"base": Path(self.base)} | {name: Path(e.path) for name, e in self.experts.items()}
 
     def stamps(self) -> dict[str, dict[str, Stamp]]:
-        """What the file system says of all files of base and experts."""
+        """The file system's stamps of all files of base and experts."""
         return {name: stamps(folder) for name, folder in self.folders.items()}
 
 
 def calibration_files(recipe: Recipe) -> dict[str, str]:
-    """Expert -> its unlabeled examples, where it has some."""
+    """Expert -> its file of unlabeled examples, if it has one."""
     return {name: expert.calibration for name, expert in recipe.experts.items() if expert.calibration}
 
 
@@ -169,29 +171,31 @@ class Opened:
     layout: Layout
     folders: Mapping[str, Path]  # "base" and every expert
     ignore: Sequence[str]
-    sources: Sources  # where the task vectors lie
+    sources: Sources  # the places of the task vectors in files
     stamps: Mapping[str, Mapping[str, Stamp]]  # of the files, before they were read
     known_checksums: Mapping[str, Mapping[str, str]] | None = None
 
     @cached_property
     def checksums(self) -> dict[str, dict[str, str]]:
-        """SHA-256 of every weight file of base and experts: reads each file once, unless they are known."""
+        """SHA-256 of every weight file of base and experts; reads each file once, unless already known."""
         if self.known_checksums is not None:
             return {name: dict(files) for name, files in self.known_checksums.items()}
         return {name: fingerprint(folder) for name, folder in self.folders.items()}
 
     def verify(self) -> None:
-        """Take the checksums, and raise ValueError with every NaN and infinity: both from one reading."""
-        vars(self)["checksums"] = verify(self.base, self.task_vectors, self.folders)  # the cached property's
+        """Compute the checksums and raise ValueError for every NaN and infinity, in one reading."""
+        vars(self)["checksums"] = verify(
+            self.base, self.task_vectors, self.folders
+        )  # sets the cached property
 
     def share_checksums(self) -> None:
-        """Take process 0's checksums: not every process has to read every file."""
+        """Use process 0's checksums, so that only one process reads every file."""
         if distributed.world_size() > 1:
             first = self.checksums if distributed.rank() == 0 else {}
-            vars(self)["checksums"] = distributed.broadcast(first)  # where `cached_property` keeps it
+            vars(self)["checksums"] = distributed.broadcast(first)  # sets the cached property
 
     def save(self, path: Path) -> None:
-        """Write what `Recipe.reopen` needs."""
+        """Write the file that `Recipe.reopen` reads."""
         write_whole(path, json.dumps({"stamps": self.stamps, "sources": self.sources.to_json()}))
 
     def identity(self) -> str:

@@ -1,4 +1,4 @@
-"""What a score is, accuracy under a head or a language model's perplexity, and how tasks are summed up."""
+"""Scores (accuracy with a head, perplexity of a language model) and their means over tasks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,20 +20,20 @@ class Metric:
         return -1 if self.name == "perplexity" else 1
 
     def mean(self, scores: Mapping[str, float]) -> float:
-        """Mean over the tasks; of perplexities the geometric one."""
+        """Mean over the tasks; the geometric mean for perplexity."""
         values = list(scores.values())
         if self.name == "perplexity":
             return math.exp(sum(math.log(value) for value in values) / len(values))
         return sum(values) / len(values)
 
     def best(self, rows: Scores, names: Sequence[str]) -> str | None:
-        """The best of these rows by its mean; None of none."""
+        """The row with the best mean; None without rows."""
         return max(names, key=lambda row: self.sign * self.mean(rows[row]), default=None)
 
     def normalised(self, rows: Scores) -> dict[str, float]:
-        """How near each row is to the experts; empty without them.
+        """Each row's score relative to the experts; empty without their scores.
 
-        Accuracy: mean over the tasks of score / the expert's, without tasks that their expert fails.
+        Accuracy: mean over the tasks of score / the expert's score, without tasks where that is 0.
         Perplexity: the share of the gap between base and experts that is closed, in logs of the means.
         """
         if "expert" not in rows:
@@ -52,9 +52,10 @@ class Metric:
         return {row: (logs["base"] - log) / gap for row, log in logs.items()} if gap else {}
 
     def forgetting(self, rows: Scores) -> dict[str, float]:
-        """How much worse than the base each row is (MergeBench, arXiv 2505.10833); empty without the base.
+        """Each row's loss relative to the base (MergeBench, arXiv 2505.10833); empty without the base.
 
-        Accuracy: the mean difference over the tasks. Perplexity: that of its logarithms, in nats a token.
+        Accuracy: the mean difference over the tasks. Perplexity: the mean difference of logarithms, in nats
+            per token.
         Negative where a row is better than the base.
         """
         if "base" not in rows:
@@ -78,7 +79,7 @@ def score_rows(
     means: Mapping[str, float],
     normalised: Mapping[str, float],
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: a task a column, then mean and normalised mean."""
+    """Header and cells: one column per task, then mean and normalised mean."""
     tasks = list(next(iter(rows.values())))
     header = [title, *tasks, "mean", "norm."]
     cells = [

@@ -1,4 +1,4 @@
-"""Where a recipe is read from, and at how many tokens its texts are cut: one rule for every command."""
+"""Read a recipe and its text length from a run folder, an export or a configuration."""
 
 from pathlib import Path
 
@@ -19,13 +19,13 @@ def recipe_of(path: Path) -> Recipe:
     for file in (path / "recipe.yaml", path / "trainmerge_recipe.yaml", path):
         if file.is_file():
             return read_config(Recipe, "recipe", file)
-    raise ValueError(f"{path}: no run folder, exported checkpoint or configuration file")
+    raise ValueError(f"{path}: not a run folder, exported checkpoint or configuration file")
 
 
 def text_length(path: Path, given: int | None = None) -> int:
-    """Tokens at which texts are cut: `given`, or else as in the fit that `path` is of.
+    """Tokens to which texts are truncated: `given`, or by default as in the fit of `path`.
 
-    `path` is a run folder, an exported checkpoint or a configuration; what says nothing means 256.
+    `path` is a run folder, an exported checkpoint or a configuration; 256 if it gives no length.
     """
     if given is not None:
         return given

@@ -4,8 +4,8 @@
       each: {path: "experts/{name}", calibration: "texts/{name}.jsonl"}
       experts: [news, movie]
 
-is the same as `experts: {news: {path: experts/news, ...}, movie: {path: experts/movie, ...}}`. Where an
-expert needs something of its own, `experts` is a mapping, and its keys replace those of `each`.
+is equivalent to `experts: {news: {path: experts/news, ...}, movie: {path: experts/movie, ...}}`. To give an
+    expert fields of its own, make `experts` a mapping; its keys replace those of `each`.
 """
 
 import re
@@ -16,7 +16,7 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 def expand(config: Any) -> Any:
-    """A configuration with every expert written out; one without `recipe.each` is returned as it is.
+    """A configuration with `recipe.each` filled in for every expert; unchanged without `recipe.each`.
 
     Raises:
         ValueError: a placeholder other than `{name}`, an expert without a path, or no experts to describe.
@@ -37,7 +37,7 @@ def expand(config: Any) -> Any:
 
 
 def _expert(name: str, each: Mapping[str, Any], own: Any) -> Any:
-    """`own` over `each`, with the name filled in."""
+    """`each` with the name filled in, updated by `own`."""
     if own is not None and not isinstance(own, Mapping):
         raise ValueError(f"recipe.experts.{name} must be a mapping of an expert's fields, not {own!r}")
     filled = _fill({**each, **(own or {})}, name)

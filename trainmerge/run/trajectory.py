@@ -1,9 +1,9 @@
-"""The coefficients' path over the steps of a fit, on disk: at most about a megabyte, however long the fit.
+"""The coefficients over the steps of a fit, on disk: about a megabyte at most, however long the fit.
 
 The file is raw records, each a step (int64) and the coefficients after it (K x G float32); the shape comes
-from `coefficients.safetensors`. Step s is kept if it is a multiple of the stride, the smallest power of two
-that leaves few enough records up to the run's last step: so the file depends on how far the run is, never on
-where it was interrupted.
+from `coefficients.safetensors`. Step s is recorded if it is a multiple of the stride, the smallest power of
+two that leaves few enough records up to the run's last step. So the file depends only on the last step, not
+on interruptions.
 
 Legend: `K` experts, `G` coefficient groups.
 """
@@ -16,23 +16,23 @@ import torch
 from torch import Tensor
 
 FEWEST, MOST = 16, 128  # records
-NUMBERS = 1 << 18  # in all records together, where that leaves `FEWEST` of them
+NUMBERS = 1 << 18  # in all records together, if that leaves at least `FEWEST`
 
 
 class Trajectory(NamedTuple):
-    """Coefficients at some steps; step 0 is where they start."""
+    """Coefficients at some steps; step 0 is the start."""
 
     steps: Tensor  # [S] int64
     values: Tensor  # [S, K, G] float32
 
 
 def capacity(numbers: int) -> int:
-    """How many records of `numbers` coefficients are kept at most."""
+    """The maximal number of records of `numbers` coefficients."""
     return min(MOST, max(FEWEST, NUMBERS // numbers))
 
 
 def stride(step: int, numbers: int) -> int:
-    """Every which step is kept of a run that has come to `step`.
+    """The stride of a run at `step`.
 
     >>> [stride(step, numbers=1) for step in (0, 127, 128, 1000)]
     [1, 1, 2, 8]
@@ -44,7 +44,7 @@ def stride(step: int, numbers: int) -> int:
 
 
 def read_trajectory(path: Path, experts: int, groups: int) -> Trajectory | None:
-    """The whole records of a file; None if it is not there or has none."""
+    """The complete records of a file; None if it does not exist or has none."""
     kind = record_of(experts, groups)
     if not path.is_file() or path.stat().st_size < kind.itemsize:
         return None
@@ -55,12 +55,12 @@ def read_trajectory(path: Path, experts: int, groups: int) -> Trajectory | None:
 
 
 def record_of(experts: int, groups: int) -> np.dtype[np.void]:
-    """One step and its coefficients, as they lie in the file."""
+    """The bytes of one record: a step and its coefficients."""
     return np.dtype([("step", "<i8"), ("values", "<f4", (experts, groups))])
 
 
 def thin(path: Path, last: int, shape: tuple[int, int], every: int = 0) -> None:
-    """Keep only the records [K, G] that a run of `last` steps has; a half-written one goes too.
+    """Keep only the records [K, G] of a run of `last` steps; drops an incomplete record too.
 
     `every` is the stride, that of `last` by default.
     """
@@ -78,7 +78,7 @@ def thin(path: Path, last: int, shape: tuple[int, int], every: int = 0) -> None:
 
 
 def append(path: Path, step: int, values: Tensor) -> None:
-    """Add the coefficients [K, G] after a step, thinning what is there if the run has become too long."""
+    """Append the coefficients [K, G] after a step, thinning the records if there are too many."""
     experts, groups = values.shape
     now, before = stride(step, values.numel()), stride(max(0, step - 1), values.numel())
     if now > before:

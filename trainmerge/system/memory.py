@@ -56,7 +56,7 @@ def anonymous(process: int | str = "self") -> int:
     raise OSError("no RssAnon in /proc/self/status: this needs Linux")
 
 
-def give_back_at_once() -> None:
+def return_freed_memory() -> None:
     """Ask the C library to return large freed blocks to the system, where it can be asked (glibc).
 
     Otherwise freed blocks of up to 32 MiB still count as the process's memory.

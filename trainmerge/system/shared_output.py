@@ -29,7 +29,7 @@ def agreed() -> Iterator[None]:
         raise ChildProcessError("; ".join(f"process {i}: {text}" for i, text in enumerate(words) if text))
 
 
-def dealt(sizes: Mapping[T, int]) -> list[T]:
+def every_nth(sizes: Mapping[T, int]) -> list[T]:
     """What falls to this process of some things: the largest first, each to whoever has least so far."""
     loads = [0] * distributed.world_size()
     mine = []
@@ -42,7 +42,7 @@ def dealt(sizes: Mapping[T, int]) -> list[T]:
 
 
 @contextmanager
-def staging_together(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def staging_shared(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """`staging` for all processes: the first makes and renames the folder, all may write into it.
 
     A failure of any process is one of all, and leaves nothing.

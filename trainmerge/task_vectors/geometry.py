@@ -123,7 +123,7 @@ def _sums(delta: Delta) -> list[Tensor]:
     ]
 
 
-def kept_geometry(task_vectors: TaskVectors, folder: Path, identity: str) -> Geometry:
+def cached_geometry(task_vectors: TaskVectors, folder: Path, identity: str) -> Geometry:
     """As `measure`, cached in `folder` under a digest of `identity`."""
     file = cached(geometry_path(folder, identity), lambda path: save_geometry(measure(task_vectors), path))
     return load_geometry(file.path)

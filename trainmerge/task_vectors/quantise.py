@@ -30,7 +30,7 @@ class Quantise(ABC):
 
     @property
     @abstractmethod
-    def bytes_a_weight(self) -> float:
+    def bytes_per_weight(self) -> float:
         """On disk, scales apart."""
 
     @abstractmethod
@@ -52,7 +52,7 @@ class Int8(Quantise):
 
     @property
     @override
-    def bytes_a_weight(self) -> float:
+    def bytes_per_weight(self) -> float:
         return 1.0
 
     @override
@@ -91,7 +91,7 @@ class Ternary(Quantise):
 
     @property
     @override
-    def bytes_a_weight(self) -> float:
+    def bytes_per_weight(self) -> float:
         return 1 / PER_BYTE
 
     @override
@@ -158,7 +158,7 @@ def _dense(task_vectors: TaskVectors) -> Iterator[tuple[str, Term, Tensor]]:
 
 def _specs(task_vectors: TaskVectors, method: Quantise) -> Specs:
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    dtype = torch.int8 if method.bytes_a_weight == 1 else torch.uint8
+    dtype = torch.int8 if method.bytes_per_weight == 1 else torch.uint8
     for key, _, base in _dense(task_vectors):
         specs[key] = (dtype, (len(base), method.width(base[0].numel())))
         specs[f"{key}.scale"] = (torch.float32, (method.scales(len(base)),))

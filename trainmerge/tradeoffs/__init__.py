@@ -1,4 +1,4 @@
-"""Trade-offs between tasks: a Pareto front to choose from, and a search for what has no gradient."""
+"""Trade-offs between tasks: a Pareto front, and a search for scores without gradients."""
 
 from trainmerge.tradeoffs.pareto import export_point, pareto_run
 from trainmerge.tradeoffs.search import search_config

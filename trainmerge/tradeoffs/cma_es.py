@@ -1,7 +1,7 @@
 """CMA-ES (Hansen, arXiv 1604.00772; library `cmaes`) for scores without gradients, resumable bit for bit.
 
-Its state is not saved: it is a function of the seed and of the scores, and these are in a log, a line each.
-A search goes on by being told them again. No file needs to be unpickled, and the log is there to be read.
+Its state is a function of the seed and the scores, which are logged one per line. A search resumes by
+replaying the log: no file needs to be unpickled, and the log is readable.
 
 Legend: `n` coordinates.
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 from trainmerge.system.atomic import write_whole
 
-WORST = 1e30  # what a score that is not finite counts as; only the order of scores matters
+WORST = 1e30  # replaces non-finite scores; only the order of scores matters
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Search:
     """How to search.
 
     Args:
-        evaluations: How many merges are scored, the start's included.
-        spread: Standard deviation of the first steps from the start.
+        evaluations: Number of merges to score, including the start.
+        spread: Initial standard deviation around the start.
         population: Merges per generation; by default 4 + 3 ln n, rounded down.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
 
     evaluations: int = 100
@@ -56,12 +56,12 @@ def maximise(
     log: Path,
     depends_on: object = None,
 ) -> Iterator[Tried]:
-    """Points with their scores, the start first, then a generation after another; logged as they come.
+    """Points with their scores: the start, then generation by generation; each is logged at once.
 
-    Points that `log` has already are not scored again. `depends_on` is JSON data kept in it.
+    Points in `log` are not scored again. `depends_on` is JSON data stored in its header.
 
     Raises:
-        ValueError: cmaes is not installed; the log is of another search.
+        ValueError: cmaes is not installed; the log is from a different search.
     """
     try:
         from cmaes import CMA
@@ -73,39 +73,50 @@ def maximise(
     settings = {k: v for k, v in asdict(search).items() if k != "evaluations"}
     settings["population"] = search.population or 0  # 0 in the log: by default
     known = read_log(log, {**settings, "start": mean.tolist(), "depends_on": depends_on})
-    done = 0
-
-    def tried(x: Any) -> Tried:
-        nonlocal done
-        point: list[float] = x.tolist()
-        if done < len(known):
-            if known[done].x != point:
-                raise ValueError(
-                    f"{log}: was made by another version of cmaes or numpy; remove it to begin anew"
-                )
-            found = known[done]
-        else:
-            found = Tried(point, score(point))
-            with log.open("a") as file:
-                file.write(json.dumps(asdict(found)) + "\n")
-        done += 1
-        return found
-
-    yield tried(mean)
-    while done < search.evaluations and not optimizer.should_stop():
+    scored = LoggedScores(score, log, known)
+    yield scored(mean)
+    while scored.count < search.evaluations and not optimizer.should_stop():
         generation = []
         for _ in range(optimizer.population_size):
             x = optimizer.ask()
-            found = tried(x)
+            found = scored(x)
             generation.append((x, -found.score if math.isfinite(found.score) else WORST))
             yield found
-            if done == search.evaluations:
+            if scored.count == search.evaluations:
                 return
         optimizer.tell(generation)
 
 
+class LoggedScores:
+    """Scores points in order: the first ones are read from the log, the others are added to it."""
+
+    def __init__(self, score: Callable[[Sequence[float]], float], log: Path, known: Sequence[Tried]) -> None:
+        self.score, self.log, self.known = score, log, known
+        self.count = 0  # points so far
+
+    def __call__(self, x: np.ndarray) -> Tried:
+        """The point with its score.
+
+        Raises:
+            ValueError: the log has another point at this place.
+        """
+        point: list[float] = x.tolist()
+        if self.count < len(self.known):
+            found = self.known[self.count]
+            if found.x != point:
+                raise ValueError(
+                    f"{self.log} is from another version of cmaes or numpy: remove it to begin again"
+                )
+        else:
+            found = Tried(point, self.score(point))
+            with self.log.open("a") as file:
+                file.write(json.dumps(asdict(found)) + "\n")
+        self.count += 1
+        return found
+
+
 def read_log(log: Path, header: dict[str, Any]) -> list[Tried]:
-    """What was tried, of a log with this header; a new log gets it. A line that was cut off is dropped.
+    """The points of a log with this header; a new log gets the header. An incomplete line is dropped.
 
     Raises:
         ValueError: the log has another header.
@@ -116,7 +127,9 @@ def read_log(log: Path, header: dict[str, Any]) -> list[Tried]:
     first, *lines = log.read_text().splitlines(keepends=True)
     if (made := json.loads(first)) != header:
         different = [key for key in header if made.get(key) != header[key]]
-        raise ValueError(f"{log} is of another search: {different} differ. Undo that, or use another folder")
+        raise ValueError(
+            f"{log} is from a different search: {different} differ. Undo the change, or use another folder"
+        )
     whole = [line for line in lines if line.endswith("\n")]
     if len(whole) < len(lines):
         write_whole(log, first + "".join(whole))

@@ -1,7 +1,7 @@
 """The Pareto front of several quadratics over a box.
 
-Every point minimises a smooth Tchebycheff scalarisation (Lin et al., ICML 2024, arXiv 2402.19078), which
-reaches the parts of a front that no weighted sum does; what others dominate is left out.
+Every point minimises a smooth Tchebycheff scalarisation (Lin et al., ICML 2024, arXiv 2402.19078), which also
+reaches the parts of a front that no weighted sum does; dominated points are removed.
 
 Legend: `M` points, `T` tasks, `n` coordinates, `W` weightings.
 """
@@ -18,12 +18,12 @@ from trainmerge.tradeoffs.surrogate import Quadratics
 STARTS = 1024
 STEPS = 400
 SHARP = 0.02  # of the smooth maximum, in units of a task's range
-NEAR = 1e-3  # in units of a task's range: such points are one
-LEAST = 0.01  # weight of every task: none is given away for nothing
+NEAR = 1e-3  # in units of a task's range: points closer than this are merged
+LEAST = 0.01  # weight of every task, so that none is sacrificed for no gain
 
 
 def front(losses: Quadratics, count: int) -> Tensor:
-    """About `count` points [M, n] in [-1, 1]^n of which none is better than another in every task."""
+    """About `count` nondominated points [M, n] in [-1, 1]^n."""
     tasks = torch.eye(len(losses.constant), dtype=losses.constant.dtype)
     alone = losses(
         _minimised(losses, lambda found: (tasks * found).sum(-1), len(tasks))
@@ -42,15 +42,15 @@ def front(losses: Quadratics, count: int) -> Tensor:
 
 
 def _new(losses: Tensor) -> Tensor:
-    """Which of M points [M, T] are not where an earlier one is already, [M] bool."""
+    """Which of M points [M, T] are not close to an earlier one, [M] bool."""
     near = torch.cdist(losses, losses) < NEAR
     return ~near.tril(diagonal=-1).any(dim=1)
 
 
 def _minimised(losses: Quadratics, scalar: Callable[[Tensor], Tensor], count: int) -> Tensor:
-    """Points [W, n] in the box where scalar(losses [..., W, T]) [..., W] is least, each of its own weighting.
+    """Points [W, n] in the box that minimise scalar(losses [..., W, T]) [..., W], one per weighting.
 
-    From the best of many starts, by Adam with projection: the losses need not be convex.
+    Projected Adam from the best of many starts, because the losses need not be convex.
     """
     n = losses.linear.shape[1]
     starts = spread(n, STARTS, seed=0).to(losses.constant)
@@ -68,13 +68,13 @@ def _minimised(losses: Quadratics, scalar: Callable[[Tensor], Tensor], count: in
 
 
 def spread(n: int, count: int, seed: int) -> Tensor:
-    """Points evenly over [-1, 1]^n, [count, n] float64: a scrambled Sobol sequence."""
+    """Points spread evenly over [-1, 1]^n, [count, n] float64: a scrambled Sobol sequence."""
     sobol = torch.quasirandom.SobolEngine(n, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
     return 2 * sobol.draw(count, dtype=torch.float64) - 1
 
 
 def lattice(tasks: int, count: int) -> Tensor:
-    """At most `count` weightings [W, T], evenly over the simplex (Das and Dennis, 1998), with its corners."""
+    """At most `count` weightings [W, T], even over the simplex with its corners (Das and Dennis, 1998)."""
     parts = 1
     while comb(parts + tasks, tasks - 1) <= count:
         parts += 1
@@ -84,7 +84,7 @@ def lattice(tasks: int, count: int) -> Tensor:
 
 
 def nondominated(losses: Tensor) -> Tensor:
-    """Which of M points [M, T] no other is at least as good as in every task, and better in one; [M] bool."""
+    """Which of M points [M, T] are nondominated, [M] bool."""
     no_worse = (losses[:, None] <= losses[None]).all(-1)  # [M, M]: row against column
     better = (losses[:, None] < losses[None]).any(-1)
     return ~(no_worse & better).any(dim=0)

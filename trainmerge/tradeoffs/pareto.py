@@ -1,9 +1,9 @@
-"""`trainmerge pareto`: a run -> the front of its tasks' losses, to look at, and the merge of any point on it.
+"""`trainmerge pareto`: a run -> the Pareto front of its tasks' losses, and the merge of any of its points.
 
-Coordinates are one scale an expert on the run's coefficients (1 is the run itself), so that what was learned
-block by block stays, and a front over five tasks has five coordinates.
+Coordinates are one scale per expert on the run's coefficients (1 is the run itself). So the ratios of an
+expert's learned coefficients are preserved, and a front over five tasks has five coordinates.
 
-Legend: `K` experts, `T` tasks (one an expert), `P` points.
+Legend: `K` experts, `T` tasks (one per expert), `P` points.
 """
 
 import json
@@ -40,12 +40,12 @@ def pareto_run(
 
     Args:
         run: A finished run with calibration examples.
-        points: Merges that the quadratics are fitted to; each is a forward and backward an example.
-        checks: Further merges that they are compared with.
+        points: Merges that the quadratics are fitted to; each takes one forward and backward per example.
+        checks: Further merges to validate them on.
         radius: Scales go from 1 - radius to 1 + radius.
-        examples: Calibration examples per expert; None is all that the fit used.
-        count: Points on the front, about.
-        seed: Of the merges' places.
+        examples: Calibration examples per expert; None uses all of the fit's.
+        count: Approximate number of points on the front.
+        seed: Seed of the points.
 
     Raises:
         ValueError: too few points for a quadratic, or a radius that is not positive.
@@ -55,7 +55,7 @@ def pareto_run(
     folder = RunFolder(Path(run))
     module, data = reopen(folder, examples=examples)
     if len(data.examples) < 2:
-        raise ValueError(f"{run}: there is nothing to trade off with one expert")
+        raise ValueError(f"{run}: one expert has no trade-offs; a front needs two or more")
     check_points(points, len(data.examples))
     module.load(data)
     start = module.start
@@ -85,14 +85,14 @@ def _content(
     radius: float,
     count: int,
 ) -> dict[str, Any]:
-    """Everything that a picture or a table of it needs."""
+    """The contents of pareto.json."""
     names = tuple(module.recipe.experts)
-    found, told = front(quadratics, count), quadratics(at)
+    found, predicted = front(quadratics, count), quadratics(at)
     order = quadratics(found)[:, 0].argsort()
     fit = {
         name: {
-            "rank_correlation": rank_correlation(told[points:, t], losses[points:, t]),
-            "r2": _explained(told[points:, t], losses[points:, t]),
+            "rank_correlation": rank_correlation(predicted[points:, t], losses[points:, t]),
+            "r2": _explained(predicted[points:, t], losses[points:, t]),
         }
         for t, name in enumerate(names)
     }
@@ -107,7 +107,7 @@ def _content(
         "checks": fit,
         "front": [entry(u, point=i, losses=named(names, quadratics(u))) for i, u in enumerate(found[order])],
         "measured": [
-            entry(u, losses=named(names, losses[i]), predicted=named(names, told[i]), check=i >= points)
+            entry(u, losses=named(names, losses[i]), predicted=named(names, predicted[i]), check=i >= points)
             for i, u in enumerate(at)
         ],
         "surrogate": {
@@ -118,9 +118,9 @@ def _content(
     }
 
 
-def _explained(told: Tensor, true: Tensor) -> float:
-    """The share of the variance that is predicted."""
-    return float(1 - ((told - true) ** 2).sum() / ((true - true.mean()) ** 2).sum())
+def _explained(predicted: Tensor, true: Tensor) -> float:
+    """R^2: the share of the variance that is predicted."""
+    return float(1 - ((predicted - true) ** 2).sum() / ((true - true.mean()) ** 2).sum())
 
 
 def export_point(run: str | Path, point: int, out: str | Path, overwrite: bool = False) -> Path:
@@ -132,10 +132,10 @@ def export_point(run: str | Path, point: int, out: str | Path, overwrite: bool =
     folder = RunFolder(Path(run))
     file = folder.front
     if not file.is_file():
-        raise ValueError(f"{file}: no front yet; `trainmerge pareto {run}` makes it")
-    content = read_json(file, f"Make it again: trainmerge pareto {run}")
+        raise ValueError(f"{file}: no front yet; `trainmerge pareto {run}` computes it")
+    content = read_json(file, f"Compute it again: trainmerge pareto {run}")
     if content["coefficients"] != sha256(folder.coefficients):
-        raise ValueError(f"{file} is of coefficients that the run has no more; make it again")
+        raise ValueError(f"{file} is from other coefficients than the run's current ones; compute it again")
     points = {entry["point"]: entry["scales"] for entry in content["front"]}
     if point not in points:
         raise ValueError(f"{file} has the points 0 to {max(points)}, not {point}")

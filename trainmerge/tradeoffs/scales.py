@@ -1,6 +1,6 @@
-"""A few coordinates for many coefficients: how much of each expert.
+"""One scale per expert as coordinates for many coefficients.
 
-Legend: `K` experts, `G` coefficient groups, `T` tasks (one an expert).
+Legend: `K` experts, `G` coefficient groups, `T` tasks (one per expert).
 """
 
 from collections.abc import Mapping
@@ -14,16 +14,17 @@ from trainmerge.fitting.module import MergeModule
 
 
 def scaled(coefficients: Tensor, scales: Tensor) -> Tensor:
-    """Coefficients [K, G], each expert's times its scale [K]."""
+    """Coefficients [K, G], each expert's multiplied by its scale [K]."""
     return coefficients * scales.to(coefficients)[:, None]
 
 
 def losses_at(
     module: MergeModule, data: Calibration, coefficients: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Every task's loss over its calibration examples, [T], and its slopes in the scales, [T, K]; float64.
+    """Every task's loss over its calibration examples [T], and its gradient in the scales [T, K]; float64.
 
-    One forward and backward an example: the slopes come from the coefficient gradient, by the chain rule.
+    One forward and backward per example; the gradient follows from the coefficient gradient by the chain
+    rule.
     """
     merged = module.resident.merged
     module.coefficients.reset_(scaled(coefficients, scales))
@@ -40,5 +41,5 @@ def losses_at(
 
 
 def named(names: tuple[str, ...], values: Tensor) -> Mapping[str, float]:
-    """One number a name."""
+    """Name -> value."""
     return dict(zip(names, values.tolist(), strict=True))

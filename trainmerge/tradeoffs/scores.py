@@ -1,4 +1,4 @@
-"""Scores of a merge that a search can be told to raise: those of `evaluate`, the loss, or any callable."""
+"""Scores that a search can maximise: the measures of `evaluate`, the negative loss, or any callable."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -14,7 +14,7 @@ from trainmerge.fitting.calibration_loss import calibration_loss
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.scores import PERPLEXITY
 
-Score = Callable[[], float]  # of the weights that the model holds now; higher is better
+Score = Callable[[], float]  # of the model's current weights; higher is better
 SIGNS = {"accuracy": 1, "macro_f1": 1, "calibration_error": -1, "perplexity": -1, "bits_per_byte": -1}
 
 
@@ -23,9 +23,9 @@ def make_score(
 ) -> Score:
     """A measure of `evaluate`, averaged over the experts' `validation` files; `loss`; or an import path.
 
-    `loss` is the objective over the calibration examples, which asks for no labels. A path names a function
-    `model -> float`, higher is better, or a class whose instances, made with `options`, are such functions.
-    The model is transformers' own, with the merge for its weights.
+    `loss` is the objective over the calibration examples, which needs no labels. A path names a function
+    `model -> float`, higher is better, or a class whose instances, created with `options`, are such
+    functions. The model is a transformers model with the merged weights.
 
     Raises:
         ValueError: no such score, or an expert has no validation file.
@@ -44,10 +44,10 @@ def make_score(
 
 
 def imported(path: str, options: Mapping[str, Any]) -> Callable[[nn.Module], float]:
-    """What an import path names; a class is made with `options`.
+    """The callable of an import path; a class is instantiated with `options`.
 
     Raises:
-        ValueError: it cannot be imported or called, or options for what is no class.
+        ValueError: it cannot be imported or called, or there are options but no class.
     """
     place, _, name = path.rpartition(".")
     try:
@@ -71,7 +71,9 @@ def _measured(name: str, module: MergeModule, data: Calibration, limit: int | No
     def score() -> float:
         found = {task.name: score_task(subject, task).measures for task in tasks}
         if absent := [task for task, measures in found.items() if name not in measures]:
-            raise ValueError(f"--score {name}: the tasks {absent} have {list(found[absent[0]])}")
+            raise ValueError(
+                f"--score {name}: the tasks {absent} lack it; they have {list(found[absent[0]])}"
+            )
         values = {task: measures[name] for task, measures in found.items()}
         mean = PERPLEXITY.mean(values) if name == "perplexity" else sum(values.values()) / len(values)
         return SIGNS[name] * mean

@@ -1,6 +1,6 @@
-"""`trainmerge search`: a run folder whose coefficients were found by trying, for scores without a gradient.
+"""`trainmerge search`: a run folder whose coefficients maximise a score without gradients.
 
-As in Evo-Merging (arXiv 2509.12951); its search of sparsities is not here.
+As in Evo-Merging (arXiv 2509.12951), without its search over sparsities.
 
 Legend: `K` experts, `G` coefficient groups.
 """
@@ -8,6 +8,7 @@ Legend: `K` experts, `G` coefficient groups.
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,45 +40,39 @@ def search_config(
     initial: str | None = None,
     limit: int | None = None,
 ) -> Tried:
-    """Search coefficients of a fit's configuration by a score; `run` then is a run folder with the best ones.
+    """Search the coefficients with the best score; `run` becomes a run folder with them.
 
     Args:
-        config: A configuration as of `trainmerge fit`; its optimizer and steps are not used.
-        run: The run folder. If it holds a search, that goes on.
+        config: A configuration of `trainmerge fit`; its optimizer and steps are not used.
+        run: The run folder. If it has a search, that is resumed.
         score: See `make_score`.
-        options: For a score that is a class.
-        over: One scale an expert, or every coefficient.
-        search: How to search.
-        initial: A coefficients file to start from, in place of the configuration's `model.initial`.
+        options: Arguments of a score that is a class.
+        over: Search one scale per expert (`experts`), or every coefficient (`coefficients`).
+        search: Settings of the search.
+        initial: A coefficients file to start from, instead of the configuration's `model.initial`.
         limit: Use the first so many validation examples of each task; by default all.
 
     Raises:
-        ValueError: the folder holds a fit, or a search with other settings; coefficients that are all zero.
+        ValueError: the folder has a fit, or a search with other settings; an expert's coefficients are all
+            zero.
     """
     module, data, folder = _begin(config, Path(run), initial)
     module.load(data)
     scoring = make_score(score, options or {}, module, data, limit)
-    start = module.start
-    if over == "experts" and not start.any(dim=1).all():
-        raise ValueError("over: experts scales coefficients, and some are all zero: set model.initial")
+    space = SearchSpace(module.start, over)
 
-    def at(x: Sequence[float]) -> float:
-        _place(module, _coefficients(start, x, over))
+    def score_at(x: Sequence[float]) -> float:
+        _place(module, space.coefficients(x))
         module.resident.merged.materialise()
         return scoring()
 
-    first = [1.0] * len(start) if over == "experts" else start.flatten().tolist()
-    depends_on = {
-        "score": score,
-        "options": dict(options or {}),
-        "over": over,
-        "limit": limit or 0,
-    }  # 0 in the log: all
-    best, clock = Tried(first, -math.inf), time.monotonic()
-    for count, found in enumerate(maximise(at, first, search, folder.path / LOG, depends_on), 1):
+    depends_on = {"score": score, "options": dict(options or {}), "over": over, "limit": limit or 0}
+    points = maximise(score_at, space.first(), search, folder.path / LOG, depends_on)
+    best, clock = Tried(space.first(), -math.inf), time.monotonic()
+    for count, found in enumerate(points, 1):
         if found.score > best.score:
             best = found
-            _place(module, _coefficients(start, best.x, over))
+            _place(module, space.coefficients(best.x))
             save_coefficients(module.coefficients, folder.coefficients)
         left = (time.monotonic() - clock) / count * (search.evaluations - count)
         ends = f"{found.score:.4f}  best {best.score:.4f}  {left:.0f} s left"
@@ -85,25 +80,52 @@ def search_config(
     return best
 
 
+@dataclass(frozen=True)
+class SearchSpace:
+    """What a point of the search means: one scale per expert, or every coefficient.
+
+    Raises:
+        ValueError: scales of coefficients that are all zero.
+    """
+
+    start: Tensor  # [K, G]
+    over: Over
+
+    def __post_init__(self) -> None:
+        if self.over == "experts" and not self.start.any(dim=1).all():
+            raise ValueError(
+                "over: experts scales coefficients, but some expert's are all zero: set model.initial"
+            )
+
+    def first(self) -> list[float]:
+        """The point of the start."""
+        if self.over == "experts":
+            return [1.0] * len(self.start)
+        found: list[float] = self.start.flatten().tolist()
+        return found
+
+    def coefficients(self, x: Sequence[float]) -> Tensor:
+        """The coefficients of a point, [K, G]."""
+        values = torch.tensor(x, dtype=torch.float64)
+        if self.over == "experts":
+            return scaled(self.start, values)
+        return values.view_as(self.start).to(self.start)
+
+
 def _begin(config: str | Path, run: Path, initial: str | None) -> tuple[MergeModule, Calibration, RunFolder]:
-    """Everything checked and built, in a run folder that a fit of no steps made."""
+    """Check the settings and create the run folder by a fit without steps."""
     if RunFolder(run).latest():
-        raise ValueError(f"{run} holds a fit, whose coefficients a search would replace: name another folder")
+        raise ValueError(f"{run} has a fit, whose coefficients a search would replace: choose another folder")
     changes: dict[str, Any] = {"trainer.max_steps": 0, "model.keep_better": False}
     settings = from_config(config, run, changes | ({"model.initial": initial} if initial else {}))
     module, data = settings.module, settings.data
     if isinstance(module.coefficients.constraint, Sigmoid):
-        raise ValueError("a search moves coefficients themselves: use trainmerge.Box in place of Sigmoid")
+        raise ValueError("a search changes the coefficients directly: use trainmerge.Box instead of Sigmoid")
     return module, data, fit(module, data, settings.trainer, run, config=settings.text)
-
-
-def _coefficients(start: Tensor, x: Sequence[float], over: Over) -> Tensor:
-    values = torch.tensor(x, dtype=torch.float64)
-    return scaled(start, values) if over == "experts" else values.view_as(start).to(start)
 
 
 @torch.no_grad()
 def _place(module: MergeModule, values: Tensor) -> None:
-    """Be these coefficients, or the nearest ones that the constraint allows."""
+    """Set the coefficients to these values, or to the nearest ones in the constraint's set."""
     own = module.coefficients
     own.reset_(own.constraint.project(values.to(own.raw)))

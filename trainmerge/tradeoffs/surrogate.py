@@ -1,8 +1,8 @@
-"""Losses near a point as quadratics, fitted to values and slopes (after MAP, ICLR 2025, arXiv 2406.07529).
+"""Quadratic surrogates of losses, fitted to values and gradients (after MAP, ICLR 2025, arXiv 2406.07529).
 
-MAP fits 1 + n + n (n + 1) / 2 numbers a task to as many evaluated merges. Here every evaluation also brings
-n slopes, and n + 1 merges in general position are enough: differences of slopes are the curvature. With more,
-it is a least-squares fit.
+MAP fits 1 + n + n (n + 1) / 2 numbers per task to as many evaluated merges. Here every evaluation also gives
+the n partial derivatives, so n + 1 merges in general position are enough: differences of gradients give the
+curvature. With more points, it is a least-squares fit.
 
 Legend: `P` points, `T` tasks, `n` coordinates.
 """
@@ -28,15 +28,15 @@ class Quadratics:
 
 
 def check_points(P: int, n: int) -> None:
-    """Raise ValueError if P points do not make a quadratic in n coordinates."""
+    """Raise ValueError if P points do not determine a quadratic in n coordinates."""
     if n + 1 > P:
-        raise ValueError(f"{P} points are too few for a quadratic in {n} coordinates: it takes {n + 1}")
+        raise ValueError(f"{P} points are too few for a quadratic in {n} coordinates: it needs {n + 1}")
 
 
 def fit_quadratics(points: Tensor, losses: Tensor, slopes: Tensor) -> Quadratics:
-    """The least-squares quadratics of losses [P, T] and slopes [P, T, n] at points [P, n].
+    """The least-squares quadratics of losses [P, T] and gradients [P, T, n] at points [P, n].
 
-    Values and slopes count alike, so coordinates should be scaled to about 1.
+    Values and gradients have equal weight, so coordinates should be scaled to about 1.
 
     Raises:
         ValueError: fewer than n + 1 points.
@@ -45,20 +45,20 @@ def fit_quadratics(points: Tensor, losses: Tensor, slopes: Tensor) -> Quadratics
     pairs = torch.triu_indices(n, n)
     check_points(P, n)
     rows = torch.cat([_values(points, pairs)[:, None], _slopes(points, pairs)], dim=1)  # [P, 1 + n, unknowns]
-    told = torch.cat([losses[:, None], slopes.transpose(1, 2)], dim=1)  # [P, 1 + n, T]
-    solved = torch.linalg.lstsq(rows.flatten(0, 1), told.flatten(0, 1), driver="gelsd").solution.T
+    measured = torch.cat([losses[:, None], slopes.transpose(1, 2)], dim=1)  # [P, 1 + n, T]
+    solved = torch.linalg.lstsq(rows.flatten(0, 1), measured.flatten(0, 1), driver="gelsd").solution.T
     upper = torch.zeros(len(solved), n, n, dtype=solved.dtype)
     upper[:, pairs[0], pairs[1]] = solved[:, 1 + n :]
     return Quadratics(solved[:, 0], solved[:, 1 : 1 + n], upper + upper.transpose(1, 2))
 
 
 def _values(u: Tensor, pairs: Tensor) -> Tensor:
-    """What each unknown adds to a loss, [P, unknowns]. On the diagonal it is half the curvature."""
+    """Each unknown's contribution to a loss, [P, unknowns]. On the diagonal it is half the curvature."""
     return torch.cat([torch.ones_like(u[:, :1]), u, u[:, pairs[0]] * u[:, pairs[1]]], dim=1)
 
 
 def _slopes(u: Tensor, pairs: Tensor) -> Tensor:
-    """What each unknown adds to a slope, [P, n, unknowns]."""
+    """Each unknown's contribution to a gradient, [P, n, unknowns]."""
     axes = torch.eye(u.shape[1], dtype=u.dtype)
     bent = axes[:, pairs[0]] * u[:, None, pairs[1]] + axes[:, pairs[1]] * u[:, None, pairs[0]]
     flat = axes.expand(len(u), -1, -1)
@@ -66,6 +66,6 @@ def _slopes(u: Tensor, pairs: Tensor) -> Tensor:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's, of two lists [P] without ties; NaN for fewer than two."""
+    """Spearman's correlation of two lists [P] without ties; NaN for fewer than two."""
     ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
     return float(torch.corrcoef(ranks)[0, 1]) if len(a) > 1 else float("nan")
