@@ -16,6 +16,7 @@ import yaml
 from tests.world import LABELS, write_languages, write_world
 from trainmerge.cli.main import main
 from trainmerge.fitting.allocate_chunks import allocate_run
+from trainmerge.run.templates import expand
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks/docs").rglob("*.md"))]
@@ -90,7 +91,8 @@ def completed(example: Example, worlds: dict[str, Path]) -> dict[str, Any]:
     recipe = content.setdefault("recipe", {})
     link(recipe.setdefault("base", "base"), worlds["encoders" if encoders else "languages"] / "base")
     names = EXPERTS.get(example.page.stem, ("movie", "r8"))
-    experts = recipe.setdefault("experts", {name: default_expert(name, encoders) for name in names})
+    recipe.setdefault("experts", {name: default_expert(name, encoders) for name in names})
+    experts = expand(content)["recipe"]["experts"]
     for number, task in enumerate([*experts.values(), *recipe.get("held_out", {}).values()]):
         files = files_of(worlds, encoders, number)
         for key in {"path", "calibration", "test"} & set(task):
@@ -114,7 +116,7 @@ def first_stage(content: dict[str, Any]) -> None:
     Path("first.yaml").write_text(
         yaml.safe_dump({**first, "recipe": {key: content["recipe"][key] for key in ("base", "experts")}})
     )
-    assert main(["fit", "--config", "first.yaml", "--run", "runs/first", "--report", "false"]) == 0
+    assert main(["fit", "first.yaml", "runs/first", "--no-report"]) == 0
     allocate_run("runs/first", "chunks.json", 1.0, 1.0, "magnitude")
 
 
@@ -127,7 +129,7 @@ def test_yaml_is_a_configuration_that_fits(
     if "chunks.json" in example.code:
         first_stage(content)
     Path("example.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    assert main(["fit", "--config", "example.yaml", "--run", "runs/example", "--report", "false"]) == 0
+    assert main(["fit", "example.yaml", "runs/example", "--no-report"]) == 0
     assert Path("runs/example/coefficients.safetensors").is_file()
 
 

@@ -1,5 +1,6 @@
 """`trainmerge fit`: LightningCLI over the recipe, the module and the data, in a fixed run folder."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -7,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser
 
@@ -18,6 +21,7 @@ from trainmerge.fitting.snapshots import Preempted
 from trainmerge.plan.plan import Plan
 from trainmerge.plan.plan_model import print_plan
 from trainmerge.run.folder import RunFolder
+from trainmerge.system.threads import Choice
 
 
 class CommandLine(FitCLI):
@@ -28,11 +32,13 @@ class CommandLine(FitCLI):
         super().parse_arguments(parser, fit_words(parser, args))
 
 
-def fit_command(words: list[str]) -> int:
-    """Parse, build everything (headers are checked here), and fit."""
+def fit_command(words: list[str], chosen: Choice | None = None) -> int:
+    """Parse, build everything (headers are checked here), and fit; `chosen`: threads, if we chose them."""
     warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec")  # Lightning 2.6 on torch 2.13
     settings = build_settings(words, CommandLine)
     trainer = settings.trainer
+    if chosen is not None:
+        share_threads(trainer, chosen)
     if settings.dry_run:
         print_plan(plan_of(settings))
         return 0
@@ -58,6 +64,14 @@ def fit_command(words: list[str]) -> int:
             draw(folder)
         print(f"coefficients: {folder.coefficients}\nnext: trainmerge export {folder.path} OUT")
     return 0
+
+
+def share_threads(trainer: pl.Trainer, chosen: Choice) -> None:
+    """Divide this process's threads among the processes that Lightning will launch, which inherit them."""
+    if trainer.strategy.launcher is not None and trainer.num_devices > 1:
+        threads = max(1, chosen.threads // trainer.num_devices)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
 
 
 def plan_of(settings: FitSettings) -> Plan:

@@ -17,7 +17,7 @@ Learn the coefficients of CONFIG's merge in the folder RUN. The same command aga
 any key of the configuration can be set here, with its path:
   --trainer.max-steps N      optimizer steps; 0 merges with the coefficients that it starts with
   --trainer.accelerator cpu|gpu, --trainer.devices N, and what else Lightning's Trainer takes
-  --model.objective Entropy|Alignment|KL|...       --model.objective.agreement 5.0
+  --model.objective Entropy|Alignment              --model.objective.agreement 5.0
   --model.optimizer torch.optim.Adam               --model.optimizer.lr 0.02
   --model.initial X|PRESET|FILE                    --model.constraint Box|Simplex|...
   --model.keep-better        keep the start where learning did not lower the loss

@@ -10,10 +10,12 @@ from importlib.metadata import version
 from trainmerge.cli.arguments import options_of, split_words
 from trainmerge.cli.command_help import command_help
 from trainmerge.cli.commands import allocate, compare, evaluate, export, inspect, plan, report
+from trainmerge.cli.threads import set_threads
 from trainmerge.cli.tradeoffs import pareto, search
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
+COMPUTE = (allocate, compare, evaluate, export, inspect, pareto, search)  # plan and report: little
 GOES_ON = ("fit", "search")  # commands that go on where they stopped
 
 USAGE = """usage: trainmerge COMMAND ...
@@ -80,9 +82,11 @@ def _fit(words: list[str]) -> int:
     if HELP & set(words):
         print(FIT_HELP, end="")
         return 0
+    every_key = bool(HELP_ALL & set(words))
+    choice = None if every_key else set_threads(words)
     from trainmerge.cli.fit import fit_command
 
-    return fit_command(["--help"] if HELP_ALL & set(words) else words)
+    return fit_command(["--help"] if every_key else words, choice)
 
 
 def _plain(command: Callable[..., None], words: list[str]) -> int:
@@ -90,6 +94,8 @@ def _plain(command: Callable[..., None], words: list[str]) -> int:
     if (HELP | HELP_ALL) & set(words):
         print(command_help(command), end="")
         return 0
+    if command in COMPUTE:
+        set_threads()
     from jsonargparse import auto_cli
 
     positional, options = split_words(words, options_of(command))

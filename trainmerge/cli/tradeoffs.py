@@ -48,7 +48,7 @@ def pareto(
 
 
 def search(
-    config: str,
+    configuration: str,
     run: str,
     score: str = "accuracy",
     score_args: dict[str, Any] | None = None,
@@ -67,7 +67,7 @@ def search(
               trainmerge export runs/found merged/
 
     Args:
-        config: As of `trainmerge fit`: recipe, start, constraint, data.
+        configuration: As of `trainmerge fit`: recipe, start, constraint, data.
         run: The run folder to make, or to go on with.
         score: accuracy, macro_f1, calibration_error, perplexity or bits_per_byte of the experts' `validation`
             files; loss, the objective on unlabeled examples; or a callable's import path: model -> float.
@@ -84,7 +84,7 @@ def search(
     from trainmerge.tradeoffs.cma_es import Search
 
     how = Search(evaluations, spread, population or None, seed)
-    best = search_config(config, run, score, score_args, over, how, initial or None, limit or None)
+    best = search_config(configuration, run, score, score_args, over, how, initial or None, limit or None)
     print(f"best score: {best.score:.4f}\nnext: trainmerge export {run} OUT")
 
 

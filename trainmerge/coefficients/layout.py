@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from trainmerge.system.text import listed
+from trainmerge.system.workspace import digest
 from trainmerge.task_vectors.parameter_names import block_of, idle_patterns, matches
 
 Granularity = Literal["task", "block", "tensor", "chunk"]
@@ -133,6 +134,10 @@ class Layout:
     def to_json(self) -> str:
         """A text that `from_json` reads back."""
         return json.dumps(asdict(self))
+
+    def identity(self) -> str:
+        """A digest that another layout does not have."""
+        return digest(self.to_json(), length=64)
 
     @staticmethod
     def from_json(text: str) -> "Layout":

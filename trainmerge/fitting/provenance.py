@@ -29,7 +29,7 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
         "anchor": to_config(module.anchor),
         "clip": module.clip,
         "combine": repr(module.rule),
-        "layout": hashlib.sha256(module.opened.layout.to_json().encode()).hexdigest(),
+        "layout": module.opened.layout.identity(),
         "weights": module.settings.weights,
         "subspace": module.settings.subspace,
         "teacher_budget": module.settings.teacher_budget,

@@ -6,7 +6,6 @@ expert in turn. The record is a mapped file in the run folder; a resumed run reu
 Legend: `K` experts, `P` counted positions of all examples of one, `V` vocabulary or classes.
 """
 
-import hashlib
 import json
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from trainmerge.model.resident import Resident
 from trainmerge.model.teacher_recorder import Recorder, count_positions, cumulated, output_sizes
 from trainmerge.system import distributed
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
+from trainmerge.system.workspace import digest
 
 BUDGET = 256 << 20  # bytes of recorded probabilities, of all experts
 
@@ -73,8 +73,7 @@ def record_teachers(
     Raises:
         ValueError: an example has no unmasked position.
     """
-    digest = hashlib.sha256(repr([depends_on, asks, budget]).encode()).hexdigest()[:16]
-    path = folder / f"teachers-{digest}.safetensors"
+    path = folder / f"teachers-{digest(repr([depends_on, asks, budget]))}.safetensors"
     if not distributed.broadcast(path.exists()):
         _make(path, resident, examples, tokenizer, asks, budget)
     file = MappedFile(path)

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainmerge.data.examples import examples_identity
 from trainmerge.run.config import public_paths
 from trainmerge.system.atomic import write_whole
@@ -193,7 +195,11 @@ class RunFolder:
         if self.began and self.manifest.exists():
             return
         (self.path / "README.md").write_text(README)
-        started = {"command": shlex.join(sys.argv), "folder": str(Path.cwd())}
+        started = {
+            "command": shlex.join(sys.argv),
+            "folder": str(Path.cwd()),
+            "threads": torch.get_num_threads(),  # of each process: sums depend on them
+        }
         manifest = {**description, "versions": versions(), "started": started}
         write_whole(self.manifest, json.dumps(manifest, indent=2))
 

@@ -1,6 +1,5 @@
 """Open a run folder: read its recipe, coefficients and manifest, and check that they agree."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -57,8 +56,8 @@ def _mismatches(recipe: Recipe, coefficients: Coefficients, manifest: Mapping[st
     for file, experts in orders.items():
         if experts != manifest["experts"]:
             yield f"{file} has the experts {experts}, manifest.json has {manifest['experts']}"
-    layout = hashlib.sha256(coefficients.layout.to_json().encode()).hexdigest()
-    if layout != manifest.get("layout", layout):
+    layout = coefficients.layout.identity()
+    if manifest.get("layout", layout) != layout:
         yield "coefficients.safetensors has a different layout than manifest.json"
     made, now = manifest["recipe"], to_config(recipe)
     known = {key: now[key] for key in MERGED if key in made}

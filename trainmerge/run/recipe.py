@@ -1,6 +1,5 @@
 """A recipe: base, experts, preprocessing of their task vectors, and the grouping of coefficients."""
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from trainmerge.data.heads import Head
 from trainmerge.preprocess import Preprocess
 from trainmerge.system import distributed
 from trainmerge.system.atomic import write_whole
+from trainmerge.system.workspace import digest
 from trainmerge.task_vectors.delta import TaskVectors
 
 
@@ -200,5 +200,4 @@ class Opened:
 
     def identity(self) -> str:
         """One digest of base and experts, by their contents and order."""
-        contents = json.dumps([self.checksums, list(self.ignore)])
-        return hashlib.sha256(contents.encode()).hexdigest()
+        return digest(json.dumps([self.checksums, list(self.ignore)]), length=64)

@@ -73,35 +73,46 @@ def maximise(
     settings = {k: v for k, v in asdict(search).items() if k != "evaluations"}
     settings["population"] = search.population or 0  # 0 in the log: by default
     known = read_log(log, {**settings, "start": mean.tolist(), "depends_on": depends_on})
-    done = 0
-
-    def tried(x: Any) -> Tried:
-        nonlocal done
-        point: list[float] = x.tolist()
-        if done < len(known):
-            if known[done].x != point:
-                raise ValueError(
-                    f"{log} was written with a different version of cmaes or numpy; remove it to start anew"
-                )
-            found = known[done]
-        else:
-            found = Tried(point, score(point))
-            with log.open("a") as file:
-                file.write(json.dumps(asdict(found)) + "\n")
-        done += 1
-        return found
-
-    yield tried(mean)
-    while done < search.evaluations and not optimizer.should_stop():
+    scored = LoggedScores(score, log, known)
+    yield scored(mean)
+    while scored.count < search.evaluations and not optimizer.should_stop():
         generation = []
         for _ in range(optimizer.population_size):
             x = optimizer.ask()
-            found = tried(x)
+            found = scored(x)
             generation.append((x, -found.score if math.isfinite(found.score) else WORST))
             yield found
-            if done == search.evaluations:
+            if scored.count == search.evaluations:
                 return
         optimizer.tell(generation)
+
+
+class LoggedScores:
+    """Scores points in order: the first ones are read from the log, the others are added to it."""
+
+    def __init__(self, score: Callable[[Sequence[float]], float], log: Path, known: Sequence[Tried]) -> None:
+        self.score, self.log, self.known = score, log, known
+        self.count = 0  # points so far
+
+    def __call__(self, x: np.ndarray) -> Tried:
+        """The point with its score.
+
+        Raises:
+            ValueError: the log has another point at this place.
+        """
+        point: list[float] = x.tolist()
+        if self.count < len(self.known):
+            found = self.known[self.count]
+            if found.x != point:
+                raise ValueError(
+                    f"{self.log} is from another version of cmaes or numpy: remove it to begin again"
+                )
+        else:
+            found = Tried(point, self.score(point))
+            with self.log.open("a") as file:
+                file.write(json.dumps(asdict(found)) + "\n")
+        self.count += 1
+        return found
 
 
 def read_log(log: Path, header: dict[str, Any]) -> list[Tried]:

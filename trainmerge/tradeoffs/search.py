@@ -8,6 +8,7 @@ Legend: `K` experts, `G` coefficient groups.
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,34 +59,57 @@ def search_config(
     module, data, folder = _begin(config, Path(run), initial)
     module.load(data)
     scoring = make_score(score, options or {}, module, data, limit)
-    start = module.start
-    if over == "experts" and not start.any(dim=1).all():
-        raise ValueError(
-            "over: experts scales coefficients, but some expert's are all zero: set model.initial"
-        )
+    space = SearchSpace(module.start, over)
 
-    def at(x: Sequence[float]) -> float:
-        _place(module, _coefficients(start, x, over))
+    def score_at(x: Sequence[float]) -> float:
+        _place(module, space.coefficients(x))
         module.resident.merged.materialise()
         return scoring()
 
-    first = [1.0] * len(start) if over == "experts" else start.flatten().tolist()
-    depends_on = {
-        "score": score,
-        "options": dict(options or {}),
-        "over": over,
-        "limit": limit or 0,
-    }  # 0 in the log: all
-    best, clock = Tried(first, -math.inf), time.monotonic()
-    for count, found in enumerate(maximise(at, first, search, folder.path / LOG, depends_on), 1):
+    depends_on = {"score": score, "options": dict(options or {}), "over": over, "limit": limit or 0}
+    points = maximise(score_at, space.first(), search, folder.path / LOG, depends_on)
+    best, clock = Tried(space.first(), -math.inf), time.monotonic()
+    for count, found in enumerate(points, 1):
         if found.score > best.score:
             best = found
-            _place(module, _coefficients(start, best.x, over))
+            _place(module, space.coefficients(best.x))
             save_coefficients(module.coefficients, folder.coefficients)
         left = (time.monotonic() - clock) / count * (search.evaluations - count)
         ends = f"{found.score:.4f}  best {best.score:.4f}  {left:.0f} s left"
         print(f"{count}/{search.evaluations}  score {ends}", flush=True)
     return best
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What a point of the search means: one scale per expert, or every coefficient.
+
+    Raises:
+        ValueError: scales of coefficients that are all zero.
+    """
+
+    start: Tensor  # [K, G]
+    over: Over
+
+    def __post_init__(self) -> None:
+        if self.over == "experts" and not self.start.any(dim=1).all():
+            raise ValueError(
+                "over: experts scales coefficients, but some expert's are all zero: set model.initial"
+            )
+
+    def first(self) -> list[float]:
+        """The point of the start."""
+        if self.over == "experts":
+            return [1.0] * len(self.start)
+        found: list[float] = self.start.flatten().tolist()
+        return found
+
+    def coefficients(self, x: Sequence[float]) -> Tensor:
+        """The coefficients of a point, [K, G]."""
+        values = torch.tensor(x, dtype=torch.float64)
+        if self.over == "experts":
+            return scaled(self.start, values)
+        return values.view_as(self.start).to(self.start)
 
 
 def _begin(config: str | Path, run: Path, initial: str | None) -> tuple[MergeModule, Calibration, RunFolder]:
@@ -98,11 +122,6 @@ def _begin(config: str | Path, run: Path, initial: str | None) -> tuple[MergeMod
     if isinstance(module.coefficients.constraint, Sigmoid):
         raise ValueError("a search changes the coefficients directly: use trainmerge.Box instead of Sigmoid")
     return module, data, fit(module, data, settings.trainer, run, config=settings.text)
-
-
-def _coefficients(start: Tensor, x: Sequence[float], over: Over) -> Tensor:
-    values = torch.tensor(x, dtype=torch.float64)
-    return scaled(start, values) if over == "experts" else values.view_as(start).to(start)
 
 
 @torch.no_grad()

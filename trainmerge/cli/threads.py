@@ -1,0 +1,55 @@
+"""Threads of a command: chosen before torch is loaded, said in one line, and those of a run that goes on."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainmerge.cli.arguments import Options, split_words
+from trainmerge.system.threads import Choice, choose_threads
+
+FLAGS = ("dry_run", "report", "model.keep_better", "model.keep_gradients", "model.sharded")
+FIRST = "0"  # the rank that speaks
+
+
+def set_threads(fit: Sequence[str] | None = None) -> Choice | None:
+    """Choose threads where the user has not, and say which; `fit`: the words of `trainmerge fit`."""
+    earlier = threads_of(run_of(fit)) if fit is not None else None
+    choice = choose_threads(earlier)
+    speaks = all(os.environ.get(name, FIRST) == FIRST for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if not speaks:
+        pass
+    elif choice is not None:
+        print(f"trainmerge: {choice}", file=sys.stderr)
+    elif earlier is not None and given.isdigit() and int(given) != earlier:
+        print(
+            f"trainmerge: OMP_NUM_THREADS is {given}; the run had {earlier}, so the last bits may differ",
+            file=sys.stderr,
+        )
+    return choice
+
+
+def run_of(words: Sequence[str]) -> Path | None:
+    """The run folder that the words of a fit name, as far as can be told before they are parsed."""
+    positional, options = split_words(words, Options(flags=frozenset(FLAGS)))
+    given = dict(word[2:].split("=", 1) for word in options if "=" in word)
+    if "run" in given:
+        return Path(given["run"])
+    if len(positional) == 2:
+        return Path(positional[1])
+    config = positional[0] if positional else given.get("config")
+    return Path(config).parent if config else None  # a run's own config.yaml
+
+
+def threads_of(run: Path | None) -> int | None:
+    """The threads per process that a run began with; None of a new one."""
+    manifest = run / "manifest.json" if run is not None else None
+    if manifest is None or not manifest.is_file():
+        return None
+    try:
+        threads = json.loads(manifest.read_text())["started"]["threads"]
+    except (ValueError, KeyError, TypeError):  # an older run's, or damaged: the fit says so
+        return None
+    return threads if isinstance(threads, int) else None
