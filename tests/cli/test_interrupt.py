@@ -43,14 +43,14 @@ def test_a_fit_saves_and_goes_on(tmp_path: Path) -> None:
     assert process.returncode == 130, error
     assert "Traceback" not in error
     (line,) = [line for line in error.splitlines() if line.startswith("trainmerge fit: ")]
-    assert "the same command goes on" in line
+    assert "the same command again to resume" in line
     steps = len(metrics.read_text().splitlines())
     assert f"stopped after step {steps};" in line
     assert main([*words, str(steps + 1)]) == 0
     assert [json.loads(row)["step"] for row in metrics.read_text().splitlines()] == list(range(steps + 1))
 
 
-@pytest.mark.parametrize(("name", "ends"), [("export", "begins again"), ("search", "goes on")])
+@pytest.mark.parametrize(("name", "ends"), [("export", "starts over"), ("search", "resumes")])
 def test_any_command_ends_in_one_line(
     name: str, ends: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,7 +145,7 @@ def test_a_fit_draws_itself_and_outlives_its_report(
     fit = ["fit", "--config", config, "--run", str(run), "--trainer.max_steps", "1", "--report", "true"]
     assert main(fit) == 0
     told = capfd.readouterr()
-    assert "no report was drawn" in told.err
+    assert "the report failed" in told.err
     assert "coefficients: " in told.out
     assert (run / "report" / "mine.txt").read_text() == "not a report"
     assert main(["report", str(run), "--out", str(tmp_path / "out")]) == 0

@@ -1,7 +1,7 @@
-"""Words of a command line -> words that the parsers take.
+"""Command-line words -> the form that the parsers accept.
 
-Flags may stand bare (`--verify`), dashes may stand for underscores (`--dry-run`), and positional words may
-come anywhere among the options.
+Flags need no value (`--verify`), dashes may replace underscores (`--dry-run`), and positional words may come
+anywhere among the options.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +17,11 @@ class Options:
     """A parser's options, without their dashes.
 
     Args:
-        flags: Boolean options: a value may follow, and `true` is meant where none does.
-        mixed: Options that take a boolean or something else: any word that is no option is their value.
-        valued: Options that take one word.
-        alone: Options that take none.
-        mappings: Options whose keys are names that a user chose, so that a dash in them stays.
+        flags: Boolean options; `true` if no value follows.
+        mixed: Options of a boolean or another type; any following word that is not an option is their value.
+        valued: Options with one value.
+        alone: Options without a value.
+        mappings: Options whose keys are user-chosen names, in which dashes are not replaced.
     """
 
     flags: frozenset[str] = frozenset()
@@ -37,7 +37,7 @@ class Options:
         return self.flags | self.mixed | self.valued | self.alone
 
     def spelled(self, key: str) -> str:
-        """The option that a user's spelling means: `trainer.max-steps` is `trainer.max_steps`."""
+        """The option of a user's spelling: `trainer.max-steps` is `trainer.max_steps`."""
         plain = key.replace("-", "_")
         if key in self.known or plain in self.known:
             return key if key in self.known else plain
@@ -98,11 +98,13 @@ def is_option(word: str) -> bool:
 
 
 def _value(key: str, left: list[str], options: Options) -> str:
-    """`=value` from the words that are left, which it is taken from; empty if one is missing."""
+    """`=value`, removed from the remaining words; empty if there is none."""
     follows = bool(left) and not is_option(left[0])
     if key in options.flags:
         return f"={left.pop(0)}" if follows and left[0].lower() in TRUTH else "=true"
     if follows:
         return f"={left.pop(0)}"
-    inner = key not in options.known and options.within(key)  # of a plug-in: its parser knows whether a flag
+    inner = key not in options.known and options.within(
+        key
+    )  # a plug-in's option: its parser knows whether it is a flag
     return "=true" if key in options.mixed or inner else ""

@@ -1,4 +1,4 @@
-"""A command's help on one screen, from its signature and docstring; nothing else is imported for it."""
+"""A command's help on one screen, from its signature and docstring, without further imports."""
 
 import shutil
 import textwrap
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from inspect import Parameter, getdoc, signature
 from typing import Any, get_args, get_origin
 
-INDENT = 22  # columns before an option's words
+INDENT = 22  # columns before an option's description
 
 
 def command_help(command: Callable[..., None]) -> str:
-    """Usage, what it does, examples, and a line or two per argument."""
+    """Usage, summary, examples, and a line or two per argument."""
     about, _, arguments = (getdoc(command) or "").partition("\nArgs:\n")
     words = argument_words(arguments)
     parameters = signature(command).parameters
@@ -23,7 +23,7 @@ def command_help(command: Callable[..., None]) -> str:
 
 
 def argument_words(text: str) -> dict[str, str]:
-    """Parameter -> its sentence, from a docstring's section of arguments."""
+    """Parameter -> its description, from a docstring's section of arguments."""
     found: dict[str, str] = {}
     name = ""
     for line in textwrap.dedent(text).splitlines():
@@ -46,7 +46,7 @@ def _spelling(parameter: Parameter) -> str:
 
 
 def _value(kind: Any) -> str:
-    """What stands for a value of a type."""
+    """The placeholder of a value of this type."""
     parts = [part for part in get_args(kind) if part is not type(None)]
     if parts and get_origin(kind) not in (list, dict):
         return "|".join(part if isinstance(part, str) else _value(part) for part in parts)
@@ -61,7 +61,7 @@ def _default(parameter: Parameter, words: str) -> str:
 
 
 def _entry(spelling: str, words: str) -> list[str]:
-    """The spelling and its words, side by side, or on lines of their own where the spelling is long."""
+    """The spelling and its description on one line, or on two if the spelling is long."""
     width = max(min(shutil.get_terminal_size((100, 40)).columns, 110), 60)
     wrapped = textwrap.wrap(words, width - INDENT)
     head = f"  {spelling}"

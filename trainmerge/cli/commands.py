@@ -15,11 +15,11 @@ def export(run: str, out: str, overwrite: bool = False, workers: int = 1, verify
 
     Args:
         run: The run folder.
-        out: The folder to make.
+        out: The folder to create.
         overwrite: Replace the folder if it exists; the old one stays until the new one is complete.
-        workers: Shards that are written at once; their number changes no byte.
-        verify: Read the result again and compare every bit with the run's merge. A folder that is there
-            already, without `overwrite`, is compared and not written.
+        workers: Shards to write in parallel; their number changes no byte.
+        verify: Read the result again and compare it bitwise with the run's merge. An existing folder, without
+            `overwrite`, is compared and not written.
     """
     keep_freed_memory()
     from trainmerge.export.export import export_run
@@ -39,7 +39,7 @@ def allocate(
     kappa: float = 1.0,
     by: Literal["magnitude", "energy"] = "magnitude",
 ) -> None:
-    """Share chunks among a run's parameters by importance, for a second fit (Expert Merging++).
+    """Allocate chunks to a run's parameters by importance, for a second fit (Expert Merging++).
 
     Example: trainmerge allocate runs/first chunks.json --budget 1.2 --kappa 1
              trainmerge fit CONFIG runs/second --recipe.grouping.granularity chunk
@@ -48,9 +48,9 @@ def allocate(
     Args:
         run: A finished run with one coefficient per parameter.
         out: The JSON file to write.
-        budget: Chunks per parameter, on average; those that get none keep their coefficient.
-        kappa: 0 shares evenly, 1 in proportion to importance, more concentrates.
-        by: What importance is: `magnitude` of what the merge moves, or measured gradient `energy`.
+        budget: Mean chunks per parameter; parameters without chunks keep their coefficient.
+        kappa: 0 allocates evenly, 1 in proportion to importance, more concentrates.
+        by: Importance: `magnitude` of the merge's change, or measured gradient `energy`.
     """
     from trainmerge.fitting.allocate_chunks import allocate_run
 
@@ -76,12 +76,13 @@ def evaluate(
 
     Args:
         path: A run folder, or a checkpoint folder.
-        recipe: Where the tasks are described, for a checkpoint: a run folder or a configuration.
+        recipe: The tasks of a checkpoint: a run folder or a configuration.
         limit: Score the first so many examples of each task only; all by default.
         max_length: Texts are cut at this many tokens; by default as in the recipe's fit, or at 256.
         compare: Score base, average, task arithmetic and experts too; with --no-compare, the merge only.
         output: Write the scores, with all measures, to this JSON file too.
-        answers: Answer the test files' column `prompt` with up to so many tokens; say how long answers are.
+        answers: Answer the test files' column `prompt` with up to this many tokens, and report answer
+            lengths.
         harness: Tasks of lm-evaluation-harness: their names, or YAML files of one task each.
     """
     from trainmerge.evaluate.console import evaluate_path
@@ -106,7 +107,7 @@ def compare(
 
     Args:
         paths: Run folders and checkpoint folders.
-        recipe: Where the tasks are described: a run folder or a configuration; the first path by default.
+        recipe: The tasks: a run folder or a configuration; by default the first path.
         limit: Score the first so many examples of each task only; all by default.
         max_length: Texts are cut at this many tokens; by default as in the recipe's fit, or at 256.
         output: Write the scores to this JSON file too.
@@ -123,9 +124,9 @@ def inspect(
     suggest: str | None = None,
     output: str | None = None,
 ) -> None:
-    """Show what would be merged, or was: sizes, groups, what is left out and why, and what looks odd.
+    """Show a merge before or after its fit: sizes, groups, unmerged parameters, and possible problems.
 
-    Of a configuration, also what its fit would hold and take.
+    For a configuration, also the memory and time of its fit.
 
     Examples: trainmerge inspect configs/adamerging.yaml
               trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
@@ -134,8 +135,8 @@ def inspect(
     Args:
         path: A configuration, a run folder, or an exported checkpoint.
         every: List every parameter instead of a summary.
-        weights: Read the weights too, for experts that are alike, outliers and locked attention; `auto` reads
-            up to 2 GiB of them.
+        weights: Read the weights too, to find near-duplicate experts, outliers and protected attention;
+            `auto` reads up to 2 GiB.
         suggest: Write a suggested configuration, with its reasons, to this YAML file.
         output: Write everything to this JSON file too.
     """
@@ -151,13 +152,13 @@ def inspect(
 
 
 def report(run: str, out: str | None = None) -> None:
-    """Draw a run: one page with coefficients, losses, task vectors, scores; a PNG and a CSV per picture.
+    """Write a run's report: one page with coefficients, losses, task vectors, scores; PNG and CSV per figure.
 
     Example: trainmerge report runs/first
 
     Args:
         run: The run folder.
-        out: The folder to write; `report` in the run by default.
+        out: The folder to write; by default `report` in the run folder.
     """
     from trainmerge.report import write_report
 
@@ -173,19 +174,19 @@ def plan(
     device: str = "here",
     recompute: bool = False,
 ) -> None:
-    """Show what merging a model would hold and take, from its config.json alone.
+    """Show the memory and time of merging a model, from its config.json alone.
 
     Examples: trainmerge plan path/to/llama-70b 4 --batch 8 --devices 8 --device h100 --recompute
               trainmerge plan path/to/model 8 --length 256
 
     Args:
         model: A folder with config.json; no weights are needed.
-        experts: How many full experts.
-        batch: Examples of each expert a step, over all devices.
-        length: Tokens of each example.
-        devices: How many devices share the model and the examples.
-        device: Whose speeds: `here` is measured, `a100`, `h100`, `h200`, `l4` are as their maker states.
-        recompute: Keep only the inputs of blocks, and run blocks again in the backward.
+        experts: The number of full experts.
+        batch: Examples per expert and step, over all devices.
+        length: Tokens per example.
+        devices: The number of devices that share the model and the examples.
+        device: The device's speeds: `here` is measured, `a100`, `h100`, `h200`, `l4` are from data sheets.
+        recompute: Activation checkpointing: recompute blocks in the backward.
     """
     from trainmerge.plan.devices import device_named
     from trainmerge.plan.micro_batches import StepSchedule

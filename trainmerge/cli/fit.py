@@ -25,15 +25,15 @@ from trainmerge.system.threads import Choice
 
 
 class CommandLine(FitCLI):
-    """Takes words as people write them."""
+    """Accepts CONFIG and RUN, bare flags and dashes."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """CONFIG and RUN, bare flags, dashes."""
+        """Convert the words first."""
         super().parse_arguments(parser, fit_words(parser, args))
 
 
 def fit_command(words: list[str], chosen: Choice | None = None) -> int:
-    """Parse, build everything (headers are checked here), and fit; `chosen`: threads, if we chose them."""
+    """Parse, build everything (this checks headers), and fit; `chosen`: threads, if we chose them."""
     warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec")  # Lightning 2.6 on torch 2.13
     settings = build_settings(words, CommandLine)
     trainer = settings.trainer
@@ -54,7 +54,7 @@ def fit_command(words: list[str], chosen: Choice | None = None) -> int:
         )
     except Preempted as stop:
         if not trainer.is_global_zero:
-            return 0  # else Lightning's launcher, which watches it, kills the first process before it says so
+            return 0  # otherwise Lightning's launcher kills the first process before it prints the reason
         print(f"trainmerge fit: {stop}", file=sys.stderr)
         return stop.code
     except MisconfigurationException as error:
@@ -67,7 +67,7 @@ def fit_command(words: list[str], chosen: Choice | None = None) -> int:
 
 
 def share_threads(trainer: pl.Trainer, chosen: Choice) -> None:
-    """Divide this process's threads among the processes that Lightning will launch, which inherit them."""
+    """Divide the threads among the processes that Lightning will launch, which inherit the setting."""
     if trainer.strategy.launcher is not None and trainer.num_devices > 1:
         threads = max(1, chosen.threads // trainer.num_devices)
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -75,12 +75,12 @@ def share_threads(trainer: pl.Trainer, chosen: Choice) -> None:
 
 
 def plan_of(settings: FitSettings) -> Plan:
-    """What the fit would hold and take."""
+    """The fit's plan of memory and time."""
     return plan_fit(settings.module, settings.data, precision_of(settings.trainer))
 
 
 def show_plan(config: Path) -> None:
-    """Print what a fit of this configuration would hold and take, or why there is no telling."""
+    """Print the plan of a fit of this configuration, or why there is none."""
     with tempfile.TemporaryDirectory() as place:
         try:
             plan = plan_of(from_config(config, Path(place) / "run"))
@@ -91,9 +91,10 @@ def show_plan(config: Path) -> None:
 
 
 def draw(folder: RunFolder) -> None:
-    """`trainmerge report`, in a process of its own: whatever happens to a picture, the fit has ended well."""
+    """`trainmerge report` in its own process, so that a failed figure does not fail the fit."""
     command = [sys.executable, "-m", "trainmerge.cli", "report", str(folder.path)]
     if subprocess.run(command, check=False).returncode:
         print(
-            f"no report was drawn; the run is whole. Again: trainmerge report {folder.path}", file=sys.stderr
+            f"the report failed; the run is complete. Try again: trainmerge report {folder.path}",
+            file=sys.stderr,
         )

@@ -1,11 +1,11 @@
-"""The command line of `trainmerge fit` -> the words that its parser takes."""
+"""The command line of `trainmerge fit` -> the form that its parser accepts."""
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from trainmerge.cli.arguments import Options, split_words, takes_a_truth
 
-NAMES = frozenset({"recipe.experts", "recipe.held_out"})  # what a user names the keys of
+NAMES = frozenset({"recipe.experts", "recipe.held_out"})  # mappings with user-chosen keys
 FORMS = "write `trainmerge fit CONFIG RUN [options]`, or --config CONFIG --run RUN"
 
 
@@ -27,7 +27,7 @@ def fit_words(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
 
 
 def parser_options(parser: ArgumentParser) -> Options:
-    """What the parser's options take."""
+    """The kinds of the parser's options."""
     flags, mixed, valued, alone = set(), set(), set(), {"help", "print_config"}
     for action in parser._actions:
         names = {option[2:] for option in action.option_strings if option.startswith("--")}

@@ -15,8 +15,8 @@ from trainmerge.cli.tradeoffs import pareto, search
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
-COMPUTE = (allocate, compare, evaluate, export, inspect, pareto, search)  # plan and report: little
-GOES_ON = ("fit", "search")  # commands that go on where they stopped
+COMPUTE = (allocate, compare, evaluate, export, inspect, pareto, search)  # plan and report compute little
+GOES_ON = ("fit", "search")  # commands that resume
 
 USAGE = """usage: trainmerge COMMAND ...
 
@@ -25,20 +25,20 @@ Learn the coefficients of a model merge from unlabeled data.
 commands:
   fit        learn coefficients:  trainmerge fit configs/adamerging.yaml runs/first
              again, to resume:    trainmerge fit configs/adamerging.yaml runs/first
-  allocate   share chunks:        trainmerge allocate runs/first chunks.json --budget 1.0
+  allocate   allocate chunks:     trainmerge allocate runs/first chunks.json --budget 1.0
              for a second fit:    trainmerge fit ... --recipe.grouping.chunks chunks.json
   export     write the model:     trainmerge export runs/first merged/
              and read it again:   trainmerge export runs/first merged/ --verify
   evaluate   score it:            trainmerge evaluate runs/first
   compare    several, one table:  trainmerge compare runs/first merged/ --recipe runs/first
-  report     draw it:             trainmerge report runs/first
+  report     figures and a page:  trainmerge report runs/first
   pareto     trade tasks off:     trainmerge pareto runs/first
              a point's model:     trainmerge pareto runs/first --export 3 --out merged/
-  search     for black boxes:     trainmerge search configs/adamerging.yaml runs/found --score accuracy
-  inspect    look before or after: trainmerge inspect configs/adamerging.yaml
-             what to begin with:  trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
+  search     without gradients:   trainmerge search configs/adamerging.yaml runs/found --score accuracy
+  inspect    before or after:     trainmerge inspect configs/adamerging.yaml
+             a configuration:     trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
   plan       memory and time:     trainmerge plan path/to/model 8 --devices 8 --device h100
-             of a fit:            trainmerge fit ... --dry-run, and --memory 8GiB keeps to it
+             of a fit:            trainmerge fit ... --dry-run, and --memory 8GiB limits it
 
 trainmerge COMMAND --help lists a command's options; fit also takes --help-all and --print-config.
 """
@@ -64,14 +64,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return COMMANDS[name](words)
     except KeyboardInterrupt:
-        again = "goes on" if name in GOES_ON else "begins again"
+        again = "resumes" if name in GOES_ON else "starts over"
         print(f"trainmerge {name}: stopped; the same command {again}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (
         ValueError,
         TypeError,
         OSError,
-    ) as error:  # what a user can cause; anything else is ours, with a traceback
+    ) as error:  # errors that a user can cause; any other is a bug, with a traceback
         print(f"trainmerge {name}: {error}", file=sys.stderr)
         return 1
 
@@ -100,7 +100,7 @@ def _plain(command: Callable[..., None], words: list[str]) -> int:
 
     positional, options = split_words(words, options_of(command))
     if command is compare and positional:
-        positional = [json.dumps(positional)]  # what jsonargparse reads as a list
+        positional = [json.dumps(positional)]  # jsonargparse parses it as a list
     auto_cli(command, args=[*positional, *options], prog=f"trainmerge {command.__name__}", as_positional=True)
     return 0
 

@@ -1,4 +1,4 @@
-"""Threads of a command: chosen before torch is loaded, said in one line, and those of a run that goes on."""
+"""Choose a command's threads before torch is loaded, and print them; a resumed run gets its own number."""
 
 import json
 import os
@@ -10,11 +10,11 @@ from trainmerge.cli.arguments import Options, split_words
 from trainmerge.system.threads import Choice, choose_threads
 
 FLAGS = ("dry_run", "report", "model.keep_better", "model.keep_gradients", "model.sharded")
-FIRST = "0"  # the rank that speaks
+FIRST = "0"  # the rank that prints
 
 
 def set_threads(fit: Sequence[str] | None = None) -> Choice | None:
-    """Choose threads where the user has not, and say which; `fit`: the words of `trainmerge fit`."""
+    """Choose and print the threads unless the user has set them; `fit`: the words of `trainmerge fit`."""
     earlier = threads_of(run_of(fit)) if fit is not None else None
     choice = choose_threads(earlier)
     speaks = all(os.environ.get(name, FIRST) == FIRST for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
@@ -32,7 +32,7 @@ def set_threads(fit: Sequence[str] | None = None) -> Choice | None:
 
 
 def run_of(words: Sequence[str]) -> Path | None:
-    """The run folder that the words of a fit name, as far as can be told before they are parsed."""
+    """The run folder in the words of a fit, as far as known before parsing."""
     positional, options = split_words(words, Options(flags=frozenset(FLAGS)))
     given = dict(word[2:].split("=", 1) for word in options if "=" in word)
     if "run" in given:
@@ -44,12 +44,12 @@ def run_of(words: Sequence[str]) -> Path | None:
 
 
 def threads_of(run: Path | None) -> int | None:
-    """The threads per process that a run began with; None of a new one."""
+    """The threads per process with which a run began; None for a new one."""
     manifest = run / "manifest.json" if run is not None else None
     if manifest is None or not manifest.is_file():
         return None
     try:
         threads = json.loads(manifest.read_text())["started"]["threads"]
-    except (ValueError, KeyError, TypeError):  # an older run's, or damaged: the fit says so
+    except (ValueError, KeyError, TypeError):  # from an older version, or damaged: the fit reports it
         return None
     return threads if isinstance(threads, int) else None

@@ -15,28 +15,28 @@ def pareto(
     count: int = 40,
     seed: int = 0,
 ) -> None:
-    """Show what one task costs another around a run's merge, and write the model of any point you choose.
+    """Show the Pareto front of the tasks around a run's merge, and export any of its points.
 
-    Losses of the tasks' unlabeled examples are fitted by quadratics in one scale per expert; RUN/pareto.json
-    holds their front, the merges that were measured, and how well unseen ones were ranked.
+    The losses on unlabeled examples are fitted by quadratics in one scale per expert. RUN/pareto.json has
+    their front, the measured merges, and the rank correlation on held-out merges.
 
     Examples: trainmerge pareto runs/first
               trainmerge pareto runs/first --export 3 --out merged/
 
     Args:
         run: A finished run.
-        export: Write the merge of this point of the front that was made before, and do nothing else.
-        out: The folder to make, with `export`.
+        export: Only export the merge of this point of an existing front.
+        out: The folder to create, with `export`.
         overwrite: Replace the folder if it exists.
-        points: Merges that the quadratics are fitted to.
-        checks: Further merges, to compare them with.
+        points: Merges to fit the quadratics to.
+        checks: Further merges to validate them on.
         radius: Experts' coefficients are scaled by 1 - radius to 1 + radius.
         examples: Calibration examples per expert; `all` is as many as the fit used.
-        count: Points on the front, about.
-        seed: Of the merges' places.
+        count: Approximate number of points on the front.
+        seed: Seed of the points.
     """
     if (export is None) != (out is None):
-        raise ValueError("to write a model, give both: --export POINT --out FOLDER")
+        raise ValueError("to export a point, give both: --export POINT --out FOLDER")
     if export is not None and out is not None:
         from trainmerge.tradeoffs import export_point
 
@@ -60,25 +60,25 @@ def search(
     initial: str | None = None,
     limit: int | None = None,
 ) -> None:
-    """Search coefficients by any score, without gradients (CMA-ES); again the same command goes on.
+    """Search coefficients by any score, without gradients (CMA-ES); the same command resumes.
 
     Examples: trainmerge search configs/demo.yaml runs/found --score loss --evaluations 50
               trainmerge search configs/demo.yaml runs/found --score my.Judge --score-args '{"n": 5}'
               trainmerge export runs/found merged/
 
     Args:
-        configuration: As of `trainmerge fit`: recipe, start, constraint, data.
-        run: The run folder to make, or to go on with.
+        configuration: A configuration of `trainmerge fit`: recipe, start, constraint, data.
+        run: The run folder to create or resume.
         score: accuracy, macro_f1, calibration_error, perplexity or bits_per_byte of the experts' `validation`
             files; loss, the objective on unlabeled examples; or a callable's import path: model -> float.
         score_args: Arguments of a score that is a class.
-        over: What is searched: a scale for each expert, or every coefficient.
+        over: Search one scale per expert, or every coefficient.
         evaluations: Merges to score.
-        spread: Standard deviation of the first steps.
+        spread: Initial standard deviation.
         population: Merges per generation; by default left to the method.
-        seed: Of the draws.
+        seed: Seed of the draws.
         initial: A coefficients file to start from.
-        limit: The first so many validation examples of each task; all by default.
+        limit: Use the first so many validation examples of each task; by default all.
     """
     from trainmerge.tradeoffs import search_config
     from trainmerge.tradeoffs.cma_es import Search
@@ -89,7 +89,7 @@ def search(
 
 
 def print_front(run: str, *settings: Any) -> None:
-    """Make the front, and print its points and how far it can be trusted."""
+    """Compute the front, and print its points and its validation."""
     from trainmerge.system.console import print_table
     from trainmerge.tradeoffs.pareto import pareto_run
 
@@ -108,6 +108,6 @@ def print_front(run: str, *settings: Any) -> None:
     print_table("losses on the front, and the experts' scales", ["point", *tasks, *scales], rows)
     checks = content["checks"]
     fit = [[task, *(f"{checks[task][name]:.3f}" for name in ("rank_correlation", "r2"))] for task in tasks]
-    print_table("unseen merges: predicted against measured", ["task", "rank correlation", "R2"], fit)
-    print(f"next: trainmerge report {run}   draws the front")
+    print_table("held-out merges: predicted against measured", ["task", "rank correlation", "R2"], fit)
+    print(f"next: trainmerge report {run}   shows the front")
     print(f"      trainmerge pareto {run} --export POINT --out OUT")

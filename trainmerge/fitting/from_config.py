@@ -1,4 +1,4 @@
-"""From a configuration to module, data and trainer: what a fit, its plan and a search begin with."""
+"""A configuration -> module, data and trainer, for a fit, its plan or a search."""
 
 import logging
 import warnings
@@ -21,11 +21,11 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe, calibration_files
 from trainmerge.run.templates import expand
 
-TEMPLATES = "trainmerge"  # the parser's mode: YAML in which `recipe.each` describes all experts
+TEMPLATES = "trainmerge"  # parser mode: YAML with `recipe.each` as a template of all experts
 
 
 def _load(text: str) -> Any:
-    """The parser's own YAML, with every expert written out and public class paths."""
+    """The parser's YAML with `recipe.each` filled in and public class paths."""
     return public_paths(expand(get_loader("yaml")(text)))
 
 
@@ -34,17 +34,17 @@ set_loader(TEMPLATES, _load, (yaml.YAMLError,))
 
 @dataclass(frozen=True)
 class FitSettings:
-    """Everything that a fit is started with.
+    """The inputs of a fit.
 
     Args:
-        module: What is learned.
-        data: What it is learned from.
+        module: The merge to learn.
+        data: The calibration data.
         trainer: Lightning's, which writes into the run folder.
         run: The run folder.
         resume: auto, never, or a checkpoint's path.
-        memory: The most memory that the fit may take, as `8GiB`.
-        report: Whether the run is drawn when it has ended.
-        dry_run: Whether only the plan is wanted.
+        memory: The fit's memory limit, such as `8GiB`.
+        report: Whether to write a report at the end.
+        dry_run: Whether to print only the plan.
         text: The configuration with every key, as YAML.
     """
 
@@ -63,12 +63,12 @@ def from_config(config: str | Path, run: str | Path, changes: Mapping[str, Any] 
     """Module, data and trainer of a configuration file; headers are checked, no weight is read.
 
     Args:
-        config: A YAML file as of `trainmerge fit`.
+        config: A YAML file of `trainmerge fit`.
         run: The run folder; nothing is written there yet.
-        changes: Key -> value in place of the file's: `{"trainer.max_steps": 0}`.
+        changes: Key -> value that replaces the file's: `{"trainer.max_steps": 0}`.
 
     Raises:
-        ValueError: the file, or what it names, cannot be used.
+        ValueError: the file, or a file that it names, is invalid.
     """
     read_settings(Path(config))  # its errors name the file and the line
     content = _load(Path(config).read_text(encoding="utf-8"))
@@ -88,13 +88,13 @@ def build_settings(given: list[str] | dict[str, Any], parser: "type[FitCLI] | No
     """Parse words of a command line, or a configuration's content, and build module, data and trainer.
 
     Raises:
-        ValueError: they cannot be used.
+        ValueError: they are invalid.
     """
     try:
         cli = _parse(given, parser or FitCLI)
     except ArgumentError as error:
         raise ValueError(error) from error
-    except MisconfigurationException as error:  # Lightning's word for settings that do not go together
+    except MisconfigurationException as error:  # Lightning's error for incompatible settings
         raise ValueError(error) from error
     text = cli.parser.dump(cli.config, skip_validation=True)
     assert isinstance(cli.model, MergeModule)
@@ -107,17 +107,20 @@ class FitCLI(LightningCLI):
     """Adds `recipe`, `run`, `resume`, `save_every` and `report`; the rest is Lightning's own."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Our keys, and the links that spare a user from saying a thing twice."""
-        parser.add_argument("--run", type=str, required=True, help="Run folder; made if it is not there.")
+        """Add our keys, and links between keys that must be equal."""
+        parser.add_argument(
+            "--run", type=str, required=True, help="Run folder; created if it does not exist."
+        )
         parser.add_argument(
             "--resume", type=str, default="auto",
-            help="auto: go on with the folder's run if there is one. never: begin. Or a checkpoint's path.",
+            help="auto: resume the folder's run if there is one. never: start anew. Or a checkpoint's path.",
         )  # fmt: skip
         parser.add_argument("--save_every", type=int, default=50, help="Steps between snapshots.")
-        parser.add_argument("--report", type=bool, default=True, help="Draw the run when it has ended.")
+        parser.add_argument("--report", type=bool, default=True, help="Write a report at the end.")
         parser.add_argument(
             "--memory", type=str | None, default=None,
-            help="The fit's most memory, as 8GiB: its step is cut to fit, or refused. Without mapped files.",
+            help="Memory limit, such as 8GiB, without mapped files: steps are split to fit, or the fit is "
+                "refused.",
         )  # fmt: skip
         parser.add_argument(
             "--dry_run", type=bool, default=False, help="Print the plan of memory and time, and stop."
@@ -131,7 +134,7 @@ class FitCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuse configuration files that say a thing twice, an expert above all, before they are parsed."""
+        """Raise ValueError for configuration files with duplicate keys, experts above all, before parsing."""
         for word in args if isinstance(args, list) else ():
             key, _, value = word.partition("=")
             if key == "--config" and Path(value).is_file():
@@ -146,10 +149,13 @@ class FitCLI(LightningCLI):
 
 def _parse(given: list[str] | dict[str, Any], parser: type[FitCLI]) -> FitCLI:
     """Lightning's own parsing and building."""
-    for chatty in ("pytorch_lightning", "lightning_fabric"):  # notes on hardware and seeds, and adverts
+    for chatty in (
+        "pytorch_lightning",
+        "lightning_fabric",
+    ):  # notes on hardware and seeds, and advertisements
         logging.getLogger(chatty).setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        # The launcher of further processes runs sys.argv again, so it must stay; hence `args` beside it.
+        # The launcher of further processes runs sys.argv again, so it must not change; hence `args`.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         return parser(
             MergeModule,
@@ -158,14 +164,14 @@ def _parse(given: list[str] | dict[str, Any], parser: type[FitCLI]) -> FitCLI:
             args=_with_public_paths(given),
             save_config_callback=None,
             seed_everything_default=0,
-            auto_configure_optimizers=False,  # `model.optimizer` is the one place
+            auto_configure_optimizers=False,  # only `model.optimizer` configures it
             load_from_checkpoint_support=False,
             parser_kwargs={"prog": "trainmerge fit", "exit_on_error": False, "parser_mode": TEMPLATES},
         )
 
 
 def _with_public_paths(given: list[str] | dict[str, Any]) -> list[str] | dict[str, Any]:
-    """The same with the public path of every class that a word, a `--key=value` or the content names."""
+    """The same with public class paths in every word, `--key=value` or content."""
     if isinstance(given, dict):
         return dict(public_paths(given))
     parts = [word.rpartition("=") for word in given]
@@ -173,5 +179,5 @@ def _with_public_paths(given: list[str] | dict[str, Any]) -> list[str] | dict[st
 
 
 def test_files(recipe: Recipe) -> dict[str, str]:
-    """Expert -> its test examples, where it has some."""
+    """Expert -> its test examples, if it has any."""
     return {name: expert.test for name, expert in recipe.experts.items() if expert.test}

@@ -1,8 +1,8 @@
-"""How many threads to compute with, and how they wait: chosen before torch loads, from what is free.
+"""Choose the number of threads and their wait policy before torch loads, from the free cores.
 
-Two OpenMP threads that spin at the barrier of each small operation take many times as long where another
-program has one of their cores: each barrier waits for the scheduler. So threads are as many as there are free
-cores, and sleep at barriers where others compute too.
+OpenMP threads that spin at the barrier of each small operation become many times slower if another program
+uses one of their cores, because each barrier waits for the scheduler. So we use as many threads as there are
+free cores, which sleep at barriers if other programs are busy.
 """
 
 import math
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-USERS = (  # a user who has set one of these has chosen
+USERS = (  # if one of these is set, the user has chosen
     "OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_SPINCOUNT",
     "GOMP_CPU_AFFINITY", "KMP_BLOCKTIME", "KMP_AFFINITY", "MKL_NUM_THREADS",
 )  # fmt: skip
@@ -23,7 +23,7 @@ INTERVAL = 0.1  # seconds over which others' work is measured: ten ticks of /pro
 
 @dataclass(frozen=True)
 class Machine:
-    """What the process may use, and what others use of it.
+    """The resources that the process may use, and others' use of them.
 
     Args:
         cores: Physical cores that the process may run on.
@@ -58,10 +58,10 @@ class Choice:
 
 
 def choose(machine: Machine, earlier: int | None = None) -> Choice:
-    """As many threads as cores are free; `earlier`, the number of a run that goes on, if the cores allow it.
+    """As many threads as free cores; for a resumed run `earlier`, its own number, if the cores allow it.
 
-    Sums of another number of threads have another order, so a resumed run needs its own number to be the same
-    bit for bit.
+    Another number of threads changes the summation order, so bitwise equality after resuming needs the same
+    number.
     """
     allowed = machine.cores if machine.quota is None else min(machine.cores, math.floor(machine.quota))
     share = max(1, allowed // machine.processes)
@@ -82,9 +82,9 @@ def choose(machine: Machine, earlier: int | None = None) -> Choice:
 
 
 def choose_threads(earlier: int | None = None) -> Choice | None:
-    """Measure, choose, and set the environment for what is loaded later.
+    """Measure, choose, and set the environment for libraries loaded later.
 
-    None, and nothing is set, where the user has chosen, where torch is loaded already, and outside Linux.
+    Returns None and sets nothing if the user has chosen, if torch is already loaded, or outside Linux.
     """
     if "torch" in sys.modules or (choice := suggested(os.environ, earlier)) is None:
         return None
@@ -93,14 +93,14 @@ def choose_threads(earlier: int | None = None) -> Choice | None:
 
 
 def suggested(environment: Mapping[str, str], earlier: int | None = None) -> Choice | None:
-    """What to choose now; None where `environment` says that the user has, and outside Linux."""
+    """The choice; None if `environment` has the user's, or outside Linux."""
     if sys.platform != "linux" or any(name in environment for name in USERS):
         return None
     return choose(measure(environment), earlier)
 
 
 def measure(environment: Mapping[str, str]) -> Machine:
-    """The machine, now; other ranks of the same command are not taken for others' work."""
+    """The machine's current state; other ranks of the same command do not count as busy."""
     cpus = os.sched_getaffinity(0)
     cores = physical_cores(cpus)
     ranks = any(name in environment for name in ("LOCAL_WORLD_SIZE", "SLURM_PROCID"))
@@ -109,14 +109,14 @@ def measure(environment: Mapping[str, str]) -> Machine:
 
 
 def physical_cores(cpus: Iterable[int], root: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Cores behind these logical processors: two hyperthreads share the units that matrix products use."""
+    """Physical cores of these logical processors: two hyperthreads share the units of matrix products."""
     siblings = [root / f"cpu{cpu}" / "topology" / "thread_siblings_list" for cpu in cpus]
     found = {file.read_text().strip() if file.is_file() else file.parent.as_posix() for file in siblings}
     return max(1, len(found))
 
 
 def quota(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> float | None:
-    """The least limit of the process's control groups and those above them, version 1 or 2; None without."""
+    """The least CPU limit of the process's control groups and their parents, version 1 or 2; None without."""
     found = []
     for line in groups.read_text().splitlines() if groups.is_file() else ():
         _, controllers, path = line.split(":", 2)
@@ -140,7 +140,7 @@ def limits(folder: Path) -> list[float]:
 
 
 def busy_cores(cpus: set[int], stat: Path = Path("/proc/stat"), interval: float = INTERVAL) -> float:
-    """How many of these logical processors others keep busy, over a moment in which this process sleeps."""
+    """The number of these logical processors that others use, measured while this process sleeps."""
     if not stat.is_file():
         return 0.0
     before = ticks(stat.read_text(), cpus)
@@ -155,7 +155,7 @@ def busy_cores(cpus: set[int], stat: Path = Path("/proc/stat"), interval: float 
 
 
 def ticks(stat: str, cpus: set[int]) -> dict[int, tuple[int, int]]:
-    """Processor -> (ticks that it worked, all its ticks) since the machine started."""
+    """Processor -> (busy ticks, all ticks) since the machine started."""
     found = {}
     for line in stat.splitlines():
         name, *numbers = line.split()

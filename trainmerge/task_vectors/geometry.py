@@ -30,7 +30,7 @@ class Geometry:
     base: Tensor  # [P]: <W, W>
     base_gram: Tensor  # [P, K]: <W, tau_k>
     both: Tensor  # [P, K, K]: entries that both change
-    opposed: Tensor  # [P, K, K]: entries of those that they change in opposite directions
+    opposed: Tensor  # [P, K, K]: entries that they change in opposite directions
     sizes: Tensor  # [P, K]: ||tau_k||_1
 
     def of(self, names: Iterable[str]) -> "Geometry":
