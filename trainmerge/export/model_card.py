@@ -28,8 +28,8 @@ def model_card(name: str, recipe: Recipe, coefficients: Coefficients, run: Mappi
 {yaml.safe_dump(head, sort_keys=False)}---
 # {name}
 
-A merge of {len(recipe.experts)} experts of `{recipe.base}`. trainmerge learned its coefficients without
-labels.
+A merge of {len(recipe.experts)} experts of `{recipe.base}`.
+trainmerge learned its coefficients without labels.
 
 ## Coefficients
 
@@ -40,6 +40,7 @@ Mean coefficient per block and expert; `trainmerge_coefficients.safetensors` has
 ## Reproduce
 
 Fitted with `{run["started"]["command"]}` in `{run["started"]["folder"]}`, with this recipe
+(`trainmerge_recipe.yaml`; the whole configuration, if the fit had one, is in `trainmerge_config.yaml`):
 
 ```yaml
 {recipe_text}```
