@@ -56,7 +56,7 @@ def test_dice_are_thrown_from_the_seed_and_leave_others_alone() -> None:
 
 
 def test_a_rule_that_makes_no_row_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Identity made \(2, 2\) of rows \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"Identity returned \(2, 2\) for rows \(2, 2\)"):
         combined(ROWS, nn.Identity(), 0)
 
 
