@@ -2,7 +2,7 @@
 # A fit on two nodes of eight GPUs that survives pre-emption and time limits:
 #   sbatch configs/slurm.sh configs/adamerging.yaml runs/first
 # Two minutes before the end Slurm sends SIGUSR1 to every process; the fit saves at its step's end and exits with
-# 75, and the job queues again and goes on from there. The run folder has to be on a file system that all nodes see.
+# 75, and the job is requeued and resumes from there. The run folder has to be on a file system that all nodes see.
 #SBATCH --job-name=trainmerge
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -172,7 +172,7 @@ def test_geometry_is_the_dense_one(
         both = (everything[i] != 0) & (everything[j] != 0)
         opposed = (everything[i] * everything[j] < 0)[both].double().mean()
         close(whole.conflicts()[0, i, j], opposed)
-        close(whole.kept_directions()[0, i], torch.cosine_similarity(base, base + everything[i], dim=0))
+        close(whole.cosines_with_base()[0, i], torch.cosine_similarity(base, base + everything[i], dim=0))
     name = geometry.names[0]
     close(geometry.of([name]).gram[0], dense[name] @ dense[name].T)
     untouched = [n for n, delta in vectors.deltas.items() if isinstance(delta.terms[1], Untouched)]

@@ -84,15 +84,15 @@ def locate(
     """
     memory = memory_names(module, tensors)
     owners = _owners(module)
-    held = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
+    in_model = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
     obsolete = sorted(module._keys_to_ignore_on_load_unexpected or ())  # old buffers, transformers' own list
     unknown, shapes = [], []
     for name, inside in memory.items():
-        if inside not in held:
+        if inside not in in_model:
             if not matches(name, ignore) and not any(search(pattern, name) for pattern in obsolete):
                 unknown.append(name)
-        elif held[inside].shape != tensors[name].shape:
-            want, got = tuple(held[inside].shape), tuple(tensors[name].shape)
+        elif in_model[inside].shape != tensors[name].shape:
+            want, got = tuple(in_model[inside].shape), tuple(tensors[name].shape)
             shapes.append(f"{name} is {got}, config.json makes it {want}")
     if unknown or shapes:
         lines = (
@@ -162,8 +162,8 @@ def memory_names(module: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> 
 def _renamed(module: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
     """Names after transformers' renamings for this model; names of tensors that it fuses are unchanged."""
     steps = [step for step in get_model_conversion_mapping(module) if isinstance(step, WeightRenaming)]
-    held = module.state_dict()
-    return {name: rename_source_key(name, steps, [], module.base_model_prefix, held)[0] for name in names}
+    in_model = module.state_dict()
+    return {name: rename_source_key(name, steps, [], module.base_model_prefix, in_model)[0] for name in names}
 
 
 def _modern(name: str, known: set[str]) -> str:

@@ -16,7 +16,7 @@ from trainmerge.cli.tradeoffs import pareto, search
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
 COMPUTE = (allocate, compare, evaluate, export, inspect, pareto, search)  # plan and report compute little
-GOES_ON = ("fit", "search")  # commands that resume
+RESUMABLE = ("fit", "search")  # commands that resume
 
 USAGE = """usage: trainmerge COMMAND ...
 
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return COMMANDS[name](words)
     except KeyboardInterrupt:
-        again = "resumes" if name in GOES_ON else "starts over"
+        again = "resumes" if name in RESUMABLE else "starts over"
         print(f"trainmerge {name}: stopped; the same command {again}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (

@@ -17,9 +17,9 @@ def set_threads(fit: Sequence[str] | None = None) -> Choice | None:
     """Choose and print the threads unless the user has set them; `fit`: the words of `trainmerge fit`."""
     earlier = threads_of(run_of(fit)) if fit is not None else None
     choice = choose_threads(earlier)
-    speaks = all(os.environ.get(name, FIRST) == FIRST for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    prints = all(os.environ.get(name, FIRST) == FIRST for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     given = os.environ.get("OMP_NUM_THREADS", "")
-    if not speaks:
+    if not prints:
         pass
     elif choice is not None:
         print(f"trainmerge: {choice}", file=sys.stderr)

@@ -69,7 +69,7 @@ def _lengths(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
 
 def _scratch(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
     """Matrices only: biases and norm weights may change direction in fine-tuning."""
-    directions = geometry.kept_directions()
+    directions = geometry.cosines_with_base()
     for k, name in enumerate(experts):
         fresh = [
             parameter

@@ -129,12 +129,12 @@ class ExpertStatistics:
 
     def _predictions(self, expert: int, texts: Sequence[Example]) -> list[Tensor]:
         """Log-probabilities [R, V] of the first texts, up to PREDICTIONS bytes."""
-        held: list[Tensor] = []
+        stored: list[Tensor] = []
         for example in texts:
-            held.append(self._log_p(self.resident.batch(expert, [example], self.tokenizer))[0])
-            if sum(log_p.nbytes for log_p in held) > PREDICTIONS:
+            stored.append(self._log_p(self.resident.batch(expert, [example], self.tokenizer))[0])
+            if sum(log_p.nbytes for log_p in stored) > PREDICTIONS:
                 break
-        return held
+        return stored
 
     def _log_p(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Predictions [R, V] and the next tokens [R]; no tokens under a head."""

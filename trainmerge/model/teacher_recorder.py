@@ -145,7 +145,7 @@ class Recorder:
             logits = outputs.logits if outputs.logits.dim() == 2 else outputs.logits[batch.mask]
             width = self._width(k)
             pieces = [
-                _kept((rows.float() / temperature).log_softmax(-1), width)
+                _largest((rows.float() / temperature).log_softmax(-1), width)
                 for rows in torch.split(logits, ROWS)
             ]
             signals |= {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -166,7 +166,7 @@ class Recorder:
         return max(1, min(self.sizes.logits[k], fitting))
 
 
-def _kept(log_p: Tensor, width: int) -> dict[str, Tensor]:
+def _largest(log_p: Tensor, width: int) -> dict[str, Tensor]:
     """The `width` largest of each row, and the mass of the rest."""
     if width == log_p.shape[-1]:
         return {"log_p": log_p}

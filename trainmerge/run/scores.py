@@ -40,9 +40,9 @@ class Metric:
             return {}
         expert = rows["expert"]
         if self.name == "accuracy":
-            held = [task for task in expert if expert[task]]
+            used = [task for task in expert if expert[task]]
             return {
-                row: sum(scores[task] / expert[task] for task in held) / len(held)
+                row: sum(scores[task] / expert[task] for task in used) / len(used)
                 for row, scores in rows.items()
             }
         if "base" not in rows:

@@ -11,7 +11,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's numbers for mallopt
 LARGE = 1 << 20  # bytes of an allocation that is returned to the system at once
-KEPT = 1 << 28  # bytes below which freed memory is reused
+REUSED = 1 << 28  # bytes below which freed memory is reused
 
 
 def parse_size(text: str) -> int:
@@ -101,8 +101,8 @@ def keep_freed_memory() -> None:
 
     By default it returns each to the kernel, which must zero the pages next time.
     """
-    _mallopt(TRIM_THRESHOLD, KEPT)
-    _mallopt(MMAP_THRESHOLD, KEPT)
+    _mallopt(TRIM_THRESHOLD, REUSED)
+    _mallopt(MMAP_THRESHOLD, REUSED)
 
 
 def _mallopt(option: int, value: int) -> None:

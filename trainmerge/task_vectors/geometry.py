@@ -72,7 +72,7 @@ class Geometry:
         """
         return self.opposed / self.both.where(self.both > 0, torch.nan)
 
-    def kept_directions(self) -> Tensor:
+    def cosines_with_base(self) -> Tensor:
         """Cosine of W and the expert's own weights W + tau_k, [P, K]: near 0, it was trained from scratch."""
         squares = self.base[:, None] + 2 * self.base_gram + self.gram.diagonal(dim1=1, dim2=2)
         scale = (self.base[:, None] * squares.clamp(min=0)).sqrt()
