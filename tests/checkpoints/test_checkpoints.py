@@ -340,7 +340,7 @@ def test_every_mismatch_of_every_expert_is_in_one_error(base: Path, tmp_path: Pa
     assert "empty: " in message
     assert "config.json: no such file" in message
     assert "broken: " in message
-    assert "not a whole safetensors file" in message
+    assert "not a complete safetensors file" in message
     assert "\n  shape: " not in message
 
 

@@ -245,7 +245,7 @@ def test_bad_files(
             ["densty"],
         ),
         ({"model__objective": {"class_path": "trainmerge.Entropi"}}, ["Entropi"]),
-        ({"recipe__base": "nowhere"}, ["nowhere: not a folder in ", "relative paths"]),
+        ({"recipe__base": "nowhere"}, ["nowhere: not a folder in ", "paths are relative"]),
         ({"recipe__grouping": {"exclude": ["embedings.*"]}}, ["embedings.*"]),
         ({"model__initial": [0.1, 0.2]}, ["2 values for 3 experts"]),
         ({"trainer__fast_dev_run": True}, ["trainer.fast_dev_run", "max_steps"]),

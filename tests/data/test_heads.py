@@ -169,5 +169,5 @@ def test_a_file_that_holds_no_linear_layer_is_refused_before_it_is_used(tmp_path
         LinearHead(str(path)).identity()
     assert str(path) in str(error.value)
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         LinearHead(str(path)).identity()

@@ -76,7 +76,7 @@ def test_chats_come_from_files(folder: Path) -> None:
     assert [len(example.spans or ()) for example in examples] == [2, 1]
     path = write(folder, {"chat": CHAT[:1]})
     with pytest.raises(
-        ValueError, match=r"rows\.jsonl: example 0 has no chat in 'chat': nobody has the role"
+        ValueError, match=r"rows\.jsonl: example 0 has no chat in 'chat': it has no turn with the role"
     ):
         read_examples(path, Columns(messages="chat"), tokenizer.render)
     with pytest.raises(ValueError, match="no chat template"):
@@ -119,13 +119,13 @@ def render(_: object) -> Example:
     ("row", "columns", "words"),
     [
         ({"text": 3}, Columns(), "example 0 has 3 for 'text', which is not a text"),
-        ({"text": "red", "s": [[0, 9]]}, Columns(spans="s"), r"no part of its 3 characters"),
-        ({"text": "red", "s": []}, Columns(spans="s"), r"no part of its 3 characters"),
+        ({"text": "red", "s": [[0, 9]]}, Columns(spans="s"), r"not within its 3 characters"),
+        ({"text": "red", "s": []}, Columns(spans="s"), r"not within its 3 characters"),
         ({"text": "red", "s": "all"}, Columns(spans="s"), r"spans are lists of \[begin, end\)"),
         ({"text": "red", "t": None}, Columns(target="t"), "None for 't', which is not a text"),
         ({"text": "red", "p": "no.png"}, Columns(image="p"), r"no picture .*no\.png"),
         ({"text": "red"}, Columns(target="t"), r"no column \['t'\]; it has \['text'\]"),
-        ({"text": "red", "p": "x", "s": [[0, 1]]}, Columns(image="p", spans="s"), "all positions count"),
+        ({"text": "red", "p": "x", "s": [[0, 1]]}, Columns(image="p", spans="s"), "all positions enter"),
     ],
 )
 def test_rows_that_break_a_promise(folder: Path, row: dict, columns: Columns, words: str) -> None:

@@ -91,7 +91,7 @@ def test_it_asks_for_what_it_uses() -> None:
     ("settings", "words"),
     [
         ({"logits": 0.0}, "logits or hidden above 0"),
-        ({"hidden": -1.0}, "not negative"),
+        ({"hidden": -1.0}, "nonnegative"),
         ({"temperature": 0.0}, "above 0"),
         ({"hidden": 1.0, "layers": ()}, "at least one"),
     ],
@@ -283,7 +283,7 @@ def test_a_loss_that_never_falls_gets_a_word(languages: Path, tmp_path: Path) ->
 
 def test_one_example_is_enough_with_a_word(languages: Path) -> None:
     merge = languages_recipe(languages)
-    with pytest.warns(UserWarning, match="one example to learn from"):
+    with pytest.warns(UserWarning, match="only one calibration example"):
         data = tm.Calibration(calibration_files(merge), merge.base, max_examples=1)
     assert [len(own) for own in data.examples] == [1, 1]
 

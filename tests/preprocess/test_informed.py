@@ -251,7 +251,7 @@ def test_a_measured_merge_is_exported_and_its_loss_is_told(languages: Path, tmp_
         torch.testing.assert_close(got[name], vectors.deltas[name].base + taus.sum(0), rtol=1e-5, atol=1e-6)
     (file,) = (tmp_path / "run" / "workspace").glob("*.safetensors")  # and nothing that was measured
     file.unlink()
-    with pytest.raises(ValueError, match="RegMean made of the calibration examples is gone; fit again"):
+    with pytest.raises(ValueError, match="RegMean on the calibration examples is missing; fit again"):
         tm.export_run(tmp_path / "run", tmp_path / "other")
     silent = languages_recipe(languages, preprocess=[tm.RegMean()])
     experts = {n: replace(e, calibration=None) for n, e in silent.experts.items()}

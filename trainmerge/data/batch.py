@@ -1,4 +1,4 @@
-"""What flows through a step.
+"""The batches of a step and the model's outputs.
 
 Legend: `B` examples, `T` tokens, `V` vocabulary or classes, `D` hidden size; `P` counted positions of a
 batch, row-major over its mask; `R` rows of logits: `P` for a language model, `B` under a classification head.
@@ -11,22 +11,24 @@ from torch import Tensor
 
 
 class Asks(NamedTuple):
-    """What an objective wants every expert to be recorded with, on its own calibration examples."""
+    """The expert outputs that an objective needs, recorded on each expert's own calibration examples."""
 
-    temperature: float | None = None  # the logits, as log-probabilities at this temperature; None: none
-    layers: tuple[int, ...] = ()  # hidden states by transformers' index: 0 the embeddings, -1 the last
+    temperature: float | None = None  # record log-probabilities at this temperature; None: none
+    layers: tuple[
+        int, ...
+    ] = ()  # hidden states to record, by transformers' index: 0 the embeddings, -1 the last
 
 
 class Predictions(NamedTuple):
     """An expert's log-probabilities: all of them, or the `m` largest and the mass of the others."""
 
     log_p: Tensor  # [R, m] float32
-    tokens: Tensor | None = None  # [R, m] int32: whose they are; None: m = V, in order
+    tokens: Tensor | None = None  # [R, m] int32: their tokens or classes; None: m = V, in order
     tail: Tensor | None = None  # [R] float32: log of the mass outside `tokens`
 
 
 class Signals(NamedTuple):
-    """The signals of the batch's own expert that the objective needs."""
+    """The recorded outputs of the batch's expert that the objective needs."""
 
     predictions: Predictions | None = None
     hidden: Mapping[int, Tensor] = {}  # layer -> [P, D] bfloat16
@@ -35,16 +37,16 @@ class Signals(NamedTuple):
 class Batch(NamedTuple):
     """Unlabeled examples of one expert. A NamedTuple, so that Lightning moves it to the device."""
 
-    expert: int  # which expert these are calibration data of
-    inputs: Mapping[str, Tensor]  # what the model is called with, each [B, ...]
-    mask: Tensor  # [B, T] bool: positions that count
-    ids: Tensor  # [B] int64: which of the expert's calibration examples these are
-    teacher: Signals | None = None  # if the objective asks for it
-    share: float = 1.0  # these examples over an even part of the step's: other than 1 where they are divided
+    expert: int  # the expert whose calibration data these are
+    inputs: Mapping[str, Tensor]  # the model's arguments, each [B, ...]
+    mask: Tensor  # [B, T] bool: positions that enter the loss
+    ids: Tensor  # [B] int64: indices among the expert's calibration examples
+    teacher: Signals | None = None  # if the objective needs it
+    share: float = 1.0  # these examples over an equal part of the step's; not 1 if a batch is split
 
 
 class Outputs(NamedTuple):
-    """What an objective may look at."""
+    """The model outputs that an objective can use."""
 
     logits: Tensor  # [B, V] from a classification head, or [B, T, V] from a language model
     hidden: Mapping[int, Tensor] = {}  # layer -> [B, T, D], the layers that the objective needs

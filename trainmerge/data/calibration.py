@@ -1,7 +1,7 @@
 """Unlabeled examples -> one batch per expert and step.
 
-The data order is a pure function of (seed, step): nothing but the step number has to be saved to
-resume, mid-epoch too, with other workers or another number of processes.
+The data order is a pure function of (seed, step). So the step number is all that is needed to resume, also
+mid-epoch, with a different number of workers or processes.
 """
 
 import json
@@ -30,10 +30,10 @@ from trainmerge.system.safetensors_file import sha256 as file_sha256
 
 
 def sample(seed: int, expert: int, step: int, size: int, count: int) -> list[int]:
-    """The `size` example numbers that step `step` takes of an expert with `count` examples.
+    """The `size` example indices of step `step` for an expert with `count` examples.
 
-    Consecutive steps walk through one permutation after another: every example is seen once before
-    any is seen again, and batches run on across the seam.
+    Consecutive steps go through one permutation after another: every example is used once before any is
+        reused, and batches continue across the border of two permutations.
     """
     positions = range(step * size, (step + 1) * size)
     return [_permutation(seed, expert, p // count, count)[p % count] for p in positions]
@@ -48,9 +48,9 @@ def _permutation(seed: int, expert: int, epoch: int, count: int) -> list[int]:
 
 
 class Steps(Dataset[Step]):
-    """Item t is everything that optimizer step t needs of this process.
+    """Item t is this process's part of optimizer step t.
 
-    The step's examples do not depend on the number of processes, which deal them out in turn.
+    A step's examples do not depend on the number of processes, which split them round-robin.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class Steps(Dataset[Step]):
 
 
 def _contents(example: Example) -> list[Any]:
-    """The example, its picture by its contents."""
+    """The example, with its picture identified by contents."""
     return [*example._replace(image=None), file_sha256(example.image) if example.image else None]
 
 
 class _FromStep(Sampler[int]):
-    """Steps first .. last; its length is the whole run's, which is how Lightning counts."""
+    """Steps first .. last; its length is the whole run's, as Lightning expects."""
 
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last = first, last
@@ -96,18 +96,18 @@ class _FromStep(Sampler[int]):
 
 
 class Calibration(pl.LightningDataModule):
-    """One stream of unlabeled examples per expert; a batch holds `batch_size` of each.
+    """One stream of unlabeled examples per expert; a step has `batch_size` of each.
 
     Args:
         files: Expert -> file of its unlabeled examples.
         tokenizer: Folder of the base's tokenizer.
         test_files: Expert -> file of its test examples, to warn when the two overlap.
-        batch_size: Examples an expert and step, over all processes.
-        max_length: Texts are cut at this many tokens.
-        columns: Which columns hold text, chat, spans that count, decoder's target, picture.
-        max_examples: Use the first so many examples of each expert; all of them by default.
+        batch_size: Examples per expert and step, over all processes.
+        max_length: Texts are truncated to this many tokens.
+        columns: The columns of text, chat, spans, decoder's target and picture.
+        max_examples: Use the first so many examples of each expert; by default all.
         seed: The data order is a function of this and the step.
-        num_workers: Processes that tokenize ahead.
+        num_workers: Processes that tokenise ahead.
     """
 
     def __init__(
@@ -134,7 +134,9 @@ class Calibration(pl.LightningDataModule):
         ]
         for name, examples in zip(self.files, self.examples, strict=True):
             if len(examples) == 1:
-                warnings.warn(f"{name}: one example to learn from; the merge will fit that one", stacklevel=2)
+                warnings.warn(
+                    f"{name}: only one calibration example; the merge will overfit it", stacklevel=2
+                )
             if name in self.test_files:
                 test = load_examples(self.test_files[name], [columns.text])[columns.text]
                 warn_of_overlap(name, [example.text for example in examples], test)
@@ -142,14 +144,14 @@ class Calibration(pl.LightningDataModule):
 
     @cached_property
     def tokenize(self) -> Tokenizer:
-        """The base's tokenizer, read when it is first needed: not without files."""
+        """The base's tokenizer, loaded on first use."""
         return Tokenizer(self.tokenizer, self.max_length)
 
     def _render(self, chat: Sequence[Mapping[str, str]]) -> Example:
         return self.tokenize.render(chat)
 
     def identities(self) -> dict[str, str]:
-        """Expert -> SHA-256 of its examples; they are hashed once."""
+        """Expert -> SHA-256 of its examples, computed once."""
         return dict(self._identities)
 
     @cached_property
@@ -158,7 +160,7 @@ class Calibration(pl.LightningDataModule):
         return {name: sha256(text).hexdigest() for name, text in zip(self.files, texts, strict=True)}
 
     def settings(self) -> dict[str, Any]:
-        """What the batches depend on besides the files: a resumed run must have the same."""
+        """The settings that the batches depend on, which a resumed run must share."""
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -169,15 +171,15 @@ class Calibration(pl.LightningDataModule):
         }
 
     def identity(self) -> str:
-        """One text for examples and settings."""
+        """A text that identifies examples and settings."""
         return examples_identity(self.identities(), self.settings())
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the run is: one number, the same on every process."""
+        """The run's progress: one number, the same on every process."""
         return {"consumed": self.trainer.global_step if self.trainer else self._consumed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the last consumed step."""
+        """Continue after the last consumed step."""
         self._consumed = state["consumed"]
 
     def train_dataloader(self) -> DataLoader[Step]:

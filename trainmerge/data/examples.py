@@ -1,4 +1,4 @@
-"""Files of examples -> examples: what a calibration or a test file holds."""
+"""Read calibration and test files."""
 
 import json
 import warnings
@@ -18,29 +18,29 @@ FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 
 
 class Example(NamedTuple):
-    """One unlabeled example. `spans` are the characters of `text` that count; None is all of them."""
+    """One unlabeled example. `spans` are the characters of `text` that enter the loss; None is all."""
 
     text: str
     spans: tuple[tuple[int, int], ...] | None = None
-    target: str | None = None  # what the decoder of a sequence-to-sequence model is given
-    image: str | None = None  # path of the picture that the text is about
-    templated: bool = False  # `text` has its special tokens already
+    target: str | None = None  # the decoder's text of a sequence-to-sequence model
+    image: str | None = None  # path of the text's picture
+    templated: bool = False  # `text` already has its special tokens
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of a calibration file holds what; None is not there.
+    """The columns of a calibration file; None if absent.
 
     Args:
         text: The text. Not read if `messages` is given.
-        messages: A chat, a list of {"role", "content"}: rendered by the tokenizer's chat template; what the
-            assistant says counts.
-        spans: Lists of [begin, end): the characters of the text that count. A position counts if the token
-            that it predicts is among them.
-        target: The text for the decoder of a sequence-to-sequence model; its positions count.
+        messages: A chat, a list of {"role", "content"}: rendered by the tokenizer's chat template; only the
+            assistant's turns enter the loss.
+        spans: Lists of [begin, end): the characters of the text that enter the loss. A position enters if the
+            token that it predicts overlaps one of them.
+        target: The decoder's text of a sequence-to-sequence model; its positions enter the loss.
         image: Path of a picture, absolute, or relative to the file's folder. The text has the model's
-            placeholder for it (`<|vision_start|><|image_pad|><|vision_end|>`, say). All positions count,
-            the picture's too.
+            placeholder for it (`<|vision_start|><|image_pad|><|vision_end|>`, say). All positions enter the
+            loss, the picture's too.
     """
 
     text: str = "text"
@@ -55,14 +55,14 @@ class Columns:
         return [name for name in chosen if name]
 
 
-Render = Callable[[Sequence[Mapping[str, str]]], Example]  # a chat -> its text and what counts of it
+Render = Callable[[Sequence[Mapping[str, str]]], Example]  # a chat -> its text and spans
 
 
 def read_examples(path: str, columns: Columns, render: Render, count: int | None = None) -> list[Example]:
     """The first `count` examples of a file.
 
     Raises:
-        ValueError: as `load_examples`; or a row that holds something else than its columns promise.
+        ValueError: as `load_examples`; or a row with a value of the wrong type.
     """
     data = load_examples(path, columns.names())
     rows = data.select(range(min(count or len(data), len(data))))
@@ -78,7 +78,9 @@ def _example(row: Mapping[str, Any], columns: Columns, render: Render, path: Pat
     else:
         example = Example(_text(row, columns.text, where))
     if columns.image and columns.spans:
-        raise ValueError("columns.spans with columns.image: where pictures are, all positions count")
+        raise ValueError(
+            "columns.spans with columns.image: with pictures, all positions enter the loss; leave out spans"
+        )
     if columns.spans:
         example = example._replace(spans=_spans(row[columns.spans], len(example.text), where))
     if columns.target:
@@ -103,18 +105,18 @@ def _spans(given: Any, length: int, where: str) -> tuple[tuple[int, int], ...]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: spans are lists of [begin, end), not {given!r}") from error
     if not spans or any(not 0 <= begin < end <= length for begin, end in spans):
-        raise ValueError(f"{where}: spans {given!r} are no part of its {length} characters")
+        raise ValueError(f"{where}: spans {given!r} are not within its {length} characters")
     return spans
 
 
 def load_examples(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -> datasets.Dataset:
     """A JSONL, CSV, parquet or text file, or a dataset saved with `save_to_disk`, as these columns.
 
-    Columns that are `optional` come along where they are there.
+    `optional` columns are read if they exist.
 
     Raises:
-        ValueError: no such file, unknown format, unreadable, no examples, a column that is not there, or
-            an example without its first column.
+        ValueError: no such file, unknown format, unreadable, no examples, a missing column, or an example
+            without its first column.
     """
     data = _read(Path(path))
     absent = [column for column in columns if column not in data.column_names]
@@ -128,7 +130,7 @@ def load_examples(path: str, columns: Sequence[str], optional: Sequence[str] = (
         raise ValueError(f"{path}: not in UTF-8: {error}") from error
     for i, value in enumerate(values):
         if value is None:
-            raise ValueError(f"{path}: example {i} has nothing for {columns[0]!r}, which is not a text")
+            raise ValueError(f"{path}: example {i} has no value for {columns[0]!r}, which must be a text")
     return data.select_columns([*columns, *(name for name in optional if name in data.column_names)])
 
 
@@ -148,12 +150,12 @@ def _read(source: Path) -> datasets.Dataset:
         with (
             TemporaryDirectory() as cache,
             _quiet(),
-        ):  # the texts end up in memory; a cache would outlive its use
+        ):  # the texts are in memory anyway; a disk cache would remain
             return reader(str(source), keep_in_memory=True, cache_dir=cache)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         if "corresponds to no data" in str(error):  # a header without rows, blank lines
             raise ValueError(f"{source}: no examples in it") from error
-        reason = error.__cause__ or error  # what the reader said, before it was wrapped
+        reason = error.__cause__ or error  # the reader's own error, before it was wrapped
         raise ValueError(
             f"{source}: cannot be read as {FORMATS[source.suffix]} in UTF-8: {reason}"
         ) from error
@@ -163,15 +165,15 @@ def _saved(folder: Path) -> datasets.Dataset:
     try:
         data = datasets.load_from_disk(str(folder))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: no dataset that `save_to_disk` wrote: {error}") from error
+        raise ValueError(f"{folder}: not a dataset saved by `save_to_disk`: {error}") from error
     if isinstance(data, datasets.DatasetDict):
-        raise ValueError(f"{folder}: holds the splits {list(data)}; name the folder of one, {folder}/SPLIT")
+        raise ValueError(f"{folder}: has the splits {list(data)}; name the folder of one, {folder}/SPLIT")
     return data
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar for what takes a second, and no log line of what becomes our error."""
+    """Disable progress bars, and the log lines of errors that we raise ourselves."""
     shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(CRITICAL)
@@ -188,12 +190,12 @@ def warn_of_overlap(name: str, calibration: Sequence[str], test: Sequence[str]) 
     shared = len(set(calibration) & set(test))
     if shared:
         warnings.warn(
-            f"{name}: {shared} of {len(set(test))} test examples are calibration examples too; "
-            "scores on them say how well they were memorised. Use a separate split.",
+            f"{name}: {shared} of {len(set(test))} test examples are also calibration examples; scores on "
+            "them are too high. Use a separate split.",
             stacklevel=2,
         )
 
 
 def examples_identity(identities: Mapping[str, str], settings: Mapping[str, Any]) -> str:
-    """One text for calibration examples and how they are read."""
+    """A text that identifies calibration examples and how they are read."""
     return json.dumps([identities, settings], sort_keys=True)

@@ -54,7 +54,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
 
 @dataclass(frozen=True)
 class Head(ABC):
-    """How a task's classifier is made, before any model is loaded."""
+    """The description of a task's classifier, before any model is loaded."""
 
     @abstractmethod
     def build(self, encode: Encode) -> Classifier:
@@ -62,16 +62,16 @@ class Head(ABC):
 
     @abstractmethod
     def identity(self) -> str:
-        """Its settings and a digest of what it reads: another head, another identity."""
+        """Its settings and a digest of the files it reads."""
 
     def width(self) -> int | None:
-        """The hidden size that it was made for; None fits any."""
+        """The hidden size that it needs; None accepts any."""
         return None
 
 
 @dataclass(frozen=True)
 class LabelHead(Head):
-    """Cosine to the label texts' embeddings under the base model, as CLIP's zero-shot head.
+    """Cosine similarity to the label texts' embeddings under the base model, as CLIP's zero-shot head.
 
     Logits are `scale` x cosine. Labels are a list, or the path of a JSON list.
     """
@@ -94,7 +94,7 @@ class LabelHead(Head):
         """The label texts, in class order.
 
         Raises:
-            ValueError: not a list of at least two different texts, or a file that holds none.
+            ValueError: not a list of at least two different texts, or a file without one.
         """
         if isinstance(self.labels, str):
             return read_labels(Path(self.labels))
@@ -125,7 +125,7 @@ class LinearHead(Head):
         return self._checked_file().tensors[self.weight].shape[1]
 
     def _checked_file(self) -> MappedFile:
-        """The file, if its header has what this head needs.
+        """The file, with its header checked for this head.
 
         Raises:
             FileNotFoundError: no such file.
@@ -135,7 +135,7 @@ class LinearHead(Head):
         absent = {name for name in (self.weight, self.bias) if name} - file.tensors.keys()
         if absent:
             raise ValueError(
-                f"{self.file}: no tensor {sorted(absent)}; it holds {sorted(file.tensors)[:5]} ..."
+                f"{self.file}: no tensor {sorted(absent)}; it has {sorted(file.tensors)[:5]} ..."
             )
         weight = file.tensors[self.weight].shape
         bias = file.tensors[self.bias].shape if self.bias else weight[:1]
@@ -151,7 +151,7 @@ def read_labels(path: Path) -> list[str]:
     """A JSON list of label texts.
 
     Raises:
-        ValueError: the file is something else, or not there.
+        ValueError: the file does not exist, or is not such a list.
     """
     try:
         return _checked(str(path), json.loads(path.read_text(encoding="utf-8")))
@@ -162,9 +162,9 @@ def read_labels(path: Path) -> list[str]:
 
 
 def _checked(where: str, labels: Any) -> list[str]:
-    """These label texts; raises ValueError, naming `where` they are from, if they can be no classes."""
+    """The label texts, checked; raises ValueError, naming `where` they are from, if they are unusable."""
     if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{where}: a list of at least two label texts is needed")
+        raise ValueError(f"{where}: needs a list of at least two label texts")
     if unusable := [label for label in labels if not label.strip() or labels.count(label) > 1]:
-        raise ValueError(f"{where}: label texts must differ and say something, not {sorted(set(unusable))}")
+        raise ValueError(f"{where}: label texts must be distinct and not blank, not {sorted(set(unusable))}")
     return labels

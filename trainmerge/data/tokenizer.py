@@ -18,24 +18,24 @@ from trainmerge.system.atomic import seen_from
 
 
 class Encoded(NamedTuple):
-    """What a model is called with, and which positions of its output count."""
+    """The model's arguments, and the output positions that enter the loss."""
 
     inputs: dict[str, Tensor]  # input_ids, attention_mask, ... [B, T]; `labels` are the decoder's tokens
     mask: Tensor  # [B, T] bool
 
 
 class Located(NamedTuple):
-    """How much of a text is left after cutting, and what predicting it covers."""
+    """The size of a text after truncation."""
 
     length: int  # tokens
     bytes: int  # of UTF-8, of every token but the first
 
 
 class Tokenizer:
-    """Texts -> padded model inputs. Padding is on the right, so that it moves no position.
+    """Texts -> padded model inputs. Padding is on the right, so that positions do not change.
 
     Raises:
-        ValueError: not a folder, or none with a tokenizer.
+        ValueError: not a folder, or no tokenizer in it.
     """
 
     def __init__(self, path: str, max_length: int) -> None:
@@ -52,17 +52,17 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: no tokenizer that transformers can load in it ({error})") from error
         if self._tokenizer.pad_token is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token  # padding is masked; any token will do
-        self._loaded_processor: Any = None  # of pictures; when the first one comes
+            self._tokenizer.pad_token = self._tokenizer.eos_token  # padding is masked, so any token works
+        self._loaded_processor: Any = None  # for pictures; loaded with the first one
         config = folder / "config.json"
         self._has_decoder = config.is_file() and json.loads(config.read_text()).get("is_encoder_decoder")
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Inputs [B, T], cut at `max_length` and padded to the longest text."""
+        """Inputs [B, T], truncated to `max_length` and padded to the longest text."""
         return self.encode([Example(text) for text in texts]).inputs
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
-        """Inputs, cut at `max_length` and padded to the longest example, and the positions that count."""
+        """Inputs, truncated to `max_length` and padded to the longest example, and the loss positions."""
         if examples[0].image:
             return self._with_pictures(examples)
         spans = [example.spans for example in examples]
@@ -79,7 +79,7 @@ class Tokenizer:
         return Encoded(inputs, mask)
 
     def located(self, text: str) -> Located:
-        """A text's tokens and bytes, after cutting. Without offsets (slow tokenizers), bytes of all of it."""
+        """A text's tokens and bytes after truncation; all bytes without offsets (slow tokenizers)."""
         if not self._tokenizer.is_fast:
             return Located(len(self([text])["input_ids"][0]), len(text.encode()))
         offsets = self._padded([text], offsets=True)["offset_mapping"][0].tolist()
@@ -88,22 +88,22 @@ class Tokenizer:
 
     @property
     def transformers(self) -> Any:
-        """The tokenizer itself, for code that wants transformers' own."""
+        """The transformers tokenizer itself."""
         return self._tokenizer
 
     @property
     def beginning(self) -> int:
-        """The token before a text whose own first token is to be predicted."""
+        """The token to put before a text so that its first token is predicted too."""
         known = [self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self.padding]
         return int(next(token for token in known if token is not None))
 
     @property
     def padding(self) -> int:
-        """The token that shorter texts are filled up with."""
+        """The padding token."""
         return int(self._tokenizer.pad_token_id)
 
     def _targets(self, targets: Sequence[str | None]) -> tuple[Tensor, Tensor]:
-        """The decoder's tokens and which count; without targets one, which it begins with."""
+        """The decoder's tokens and loss positions; without targets only the start token."""
         if targets[0] is None:
             end = self._tokenizer.eos_token_id
             first = torch.full((len(targets), 1), self._tokenizer.pad_token_id if end is None else end)
@@ -112,7 +112,7 @@ class Tokenizer:
         return padded["input_ids"], padded["attention_mask"].bool()
 
     def _with_pictures(self, examples: Sequence[Example]) -> Encoded:
-        """Through the model's own processor; nothing is cut, because half a picture is none."""
+        """Encode with the model's own processor, without truncation, which would split pictures."""
         pictures = [_picture(example.image) for example in examples]
         inputs = self._processor()(
             text=[example.text for example in examples], images=pictures, padding=True, return_tensors="pt"
@@ -126,12 +126,12 @@ class Tokenizer:
         return self._loaded_processor
 
     def longest(self, examples: Sequence[Example], limit: int) -> int:
-        """Tokens of the longest example after cutting, looking only at those that may be over `limit`."""
+        """Tokens of the longest example after truncation; checks only examples that may exceed `limit`."""
         long = [e.text for e in examples if len(e.text.encode()) >= limit] if self.max_length > limit else []
         return max((len(self._padded([text])["input_ids"][0]) for text in long), default=0)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> Example:
-        """A chat as the model's template writes it; only the assistant's tokens count.
+        """A chat rendered by the model's template; only the assistant's tokens enter the loss.
 
         Raises:
             ValueError: the tokenizer has no template, or the chat no assistant's turn.
@@ -145,7 +145,7 @@ class Tokenizer:
                 begin = len(self._templated(messages[:turn], add_generation_prompt=True))
                 spans.append((begin, len(self._templated(messages[: turn + 1]))))
         if not spans:
-            raise ValueError("nobody has the role 'assistant' in it")
+            raise ValueError("it has no turn with the role 'assistant'")
         return Example(whole, tuple(spans), templated=True)
 
     def _templated(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
@@ -167,10 +167,10 @@ class Tokenizer:
 
 
 def load_processor(path: str) -> Any:
-    """The model's processor of texts with pictures.
+    """The model's processor for texts with pictures.
 
     Raises:
-        ValueError: it cannot be built, mostly for want of torchvision.
+        ValueError: it cannot be built, usually because torchvision is missing.
     """
     try:
         return AutoProcessor.from_pretrained(path, local_files_only=True)  # type: ignore[no-untyped-call]
@@ -183,7 +183,7 @@ def load_processor(path: str) -> Any:
 
 def _picture(path: str | None) -> Image.Image:
     if path is None:
-        raise ValueError("either every example of an expert has a picture, or none")
+        raise ValueError("either all examples of an expert must have a picture, or none")
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
@@ -192,7 +192,7 @@ def _picture(path: str | None) -> Image.Image:
 
 
 def _answers(offsets: Tensor, spans: tuple[tuple[int, int], ...] | None, real: Tensor) -> Tensor:
-    """Positions [T] whose next token has characters in a span; all real ones without spans."""
+    """Positions [T] whose next token overlaps a span; all unpadded ones without spans."""
     if spans is None:
         return real
     begins, ends = offsets.unbind(-1)

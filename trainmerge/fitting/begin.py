@@ -50,8 +50,8 @@ def begin(
     """Write the run's description, and remove everything later than the snapshot.
 
     Raises:
-        ValueError: non-finite weights; the folder's run, or the snapshot, was made from other experts, data
-            or settings.
+        ValueError: non-finite weights; the folder's run or the snapshot has different experts, data or
+            settings.
     """
     module.opened.verify()
     description = describe(module, data)

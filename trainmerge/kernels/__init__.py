@@ -1,4 +1,4 @@
-"""The two memory-bound passes of a merge, the forms of a task vector they take, and who runs them."""
+"""The two memory-bound passes of a merge, the forms of task vectors, and the backends that run them."""
 
 from trainmerge.kernels.backend import (
     NAMES,

@@ -1,11 +1,11 @@
-"""Who runs the two passes: `eager`, `compiled` or `triton`, by name or by device.
+"""The backend of the two passes: `eager`, `compiled` or `triton`, by name or by device.
 
 Unless one is named, a CPU's passes are eager. Compiled ones take about half of their time, which saves 0.05
 s a GB, but importing the compiler and compiling cost 20 s and more: a fit wins them back after some 400 GB,
 an export never. A GPU's passes are compiled, since eager ones launch a kernel for every operation: not
 measured yet.
 
-The choice is the process's, not the thread's: autograd runs a GPU's gradient hooks in threads of its own.
+The choice is per process, not per thread, because autograd runs a GPU's gradient hooks in its own threads.
 """
 
 import os
@@ -61,7 +61,7 @@ def chosen(device: torch.device) -> str:
     """The backend that runs the passes of tensors on this device.
 
     Raises:
-        ValueError: TRAINMERGE_KERNELS names none.
+        ValueError: TRAINMERGE_KERNELS is not a backend.
     """
     name = _chosen
     if name == "auto":
@@ -72,7 +72,7 @@ def chosen(device: torch.device) -> str:
 
 
 def shareable(call: Merge | Product) -> int:
-    """Bytes of a call that had better wait for others to share a launch; 0 if it runs by itself."""
+    """Bytes of a call that should be queued to share a launch; 0 if it runs by itself."""
     if chosen(call[0].device) != "triton":
         return 0
     from trainmerge.kernels.triton_kernels import is_dense
@@ -82,13 +82,13 @@ def shareable(call: Merge | Product) -> int:
 
 
 def waiting(device: torch.device) -> int:
-    """Bytes that calls may hold while they wait for a launch."""
+    """Bytes of queued calls at most."""
     return calls.LAUNCH if chosen(device) == "triton" else 0
 
 
 def _backend(name: str) -> Backend:
     if name == "triton":
-        import trainmerge.kernels.triton_kernels as triton_kernels  # Triton is not everywhere
+        import trainmerge.kernels.triton_kernels as triton_kernels  # Triton may not be installed
 
         return Backend(triton_kernels.run_merges, triton_kernels.run_products)
     passes = compiled if name == "compiled" else eager
@@ -101,13 +101,13 @@ def _backend(name: str) -> Backend:
 
 
 def run_merges(merges: Sequence[Merge]) -> None:
-    """`weighted_sum` of each, all on one device."""
+    """`weighted_sum` of each call, all on one device."""
     if merges:
         _backend(chosen(merges[0].out.device)).run_merges(merges)
 
 
 def run_products(products: Sequence[Product]) -> list[Tensor]:
-    """`inner_products` of each, all on one device."""
+    """`inner_products` of each call, all on one device."""
     return _backend(chosen(products[0].grad.device)).run_products(products) if products else []
 
 

@@ -1,4 +1,4 @@
-"""Calls of the two passes, and their gathering where a launch takes any number of them.
+"""Calls of the two passes, and a queue that batches them into launches.
 
 Legend: `K` experts, `C` chunks of one parameter, `*S` parameter shape.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainmerge.kernels.terms import Term
 
-LAUNCH = 256 << 20  # bytes, which a GPU reads in a tenth of a millisecond: a launch may cost little of that
+LAUNCH = 256 << 20  # bytes per launch: a GPU reads them in 0.1 ms, which should exceed the launch overhead
 
 
 class Merge(NamedTuple):
@@ -23,7 +23,7 @@ class Merge(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Find <grad, tau_k> per chunk, [K, C]."""
+    """Compute <grad, tau_k> per chunk, [K, C]."""
 
     grad: Tensor  # [*S]
     base: Tensor  # [*S]
@@ -35,7 +35,7 @@ Call = TypeVar("Call")
 
 
 class Gathered(Generic[Call]):
-    """Calls that wait for others until they are `LAUNCH` bytes together; their tensors stay alive until then.
+    """Queues calls until they have `LAUNCH` bytes together; keeps their tensors alive until then.
 
     Args:
         run: Runs a list of them.
@@ -47,14 +47,14 @@ class Gathered(Generic[Call]):
         self._bytes = 0
 
     def add(self, call: Call, size: int) -> None:
-        """One more call, of `size` bytes; one of 0 runs at once, with those before it."""
+        """Add a call of `size` bytes; a size of 0 runs it at once, with the queued ones."""
         self._waiting.append(call)
         self._bytes += size
         if not size or self._bytes >= LAUNCH:
             self.flush()
 
     def flush(self) -> None:
-        """Run what waits."""
+        """Run the queued calls."""
         calls, self._waiting, self._bytes = self._waiting, [], 0
         if calls:
             self._run(calls)

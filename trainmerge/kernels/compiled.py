@@ -1,10 +1,10 @@
-"""Both passes as one fused loop each, written by inductor: C++ on a CPU, Triton on a GPU.
+"""Both passes as one fused loop each, compiled by inductor: C++ on a CPU, Triton on a GPU.
 
-One kernel for K, the forms and the dtypes, whatever the shapes: a chunk of rows is a flat, contiguous run of
-elements. Inductor caches what it compiled on disk, in a folder per instruction set in
-`TORCHINDUCTOR_CACHE_DIR`, so that the next process only looks it up. What does not fit a flat loop (low-rank
-and quantised terms, float64, strides, little tensors, coefficients of zero) is eager's, and so is everything
-once compiling has failed.
+One kernel per K, forms and dtypes, for all shapes: a chunk of rows is a flat, contiguous run of elements.
+    Inductor caches what it compiled on disk, in a folder per instruction set in
+`TORCHINDUCTOR_CACHE_DIR`, so that the next process only loads it. Cases that a flat loop does not cover
+(low-rank and quantised terms, float64, strides, small tensors, zero coefficients) run eagerly, and so does
+everything after a failed compilation.
 
 Legend: `K` experts, `C` chunks of one parameter, `n` elements of a chunk.
 """
@@ -26,11 +26,11 @@ from trainmerge.kernels.quantised import Quantised
 from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, rows_of
 
 SMALL = 1 << 15  # elements of a chunk below which the call costs more than the loop saves (measured: 40 us)
-ROW = 2048  # products added up in float32, in registers, before float64 takes over
-CACHE = "trainmerge-torch-"  # how the name of our folder in inductor's cache begins
+ROW = 2048  # products summed in float32, in registers, before float64
+CACHE = "trainmerge-torch-"  # prefix of our folder in inductor's cache
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
-_failed = False  # to compile, once: then no more is tried
+_failed = False  # compilation failed once; do not try again
 
 
 def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients: Tensor) -> None:
@@ -46,7 +46,7 @@ def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients:
 
 
 def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: int) -> Tensor:
-    """`eager.inner_products`, fused; the same bits whatever the number of threads."""
+    """`eager.inner_products`, fused; bitwise independent of the number of threads."""
     if not _is_flat(grad, base, terms, chunks):
         return eager.inner_products(grad, base, terms, chunks)
     sums = [
@@ -62,7 +62,7 @@ def _is_flat(first: Tensor, base: Tensor, terms: Sequence[Term], chunks: int) ->
         return False
     tensors = [first, base, *(part for term in terms for part in term if isinstance(part, Tensor))]
     if {torch.bfloat16, torch.float16} <= {tensor.dtype for tensor in tensors}:
-        return False  # inductor refuses a loop with both
+        return False  # inductor does not compile a loop with both
     return first.numel() >= SMALL * chunks and all(
         tensor.is_contiguous() and tensor.dtype in NARROW and tensor.device == first.device
         for tensor in tensors
@@ -75,12 +75,12 @@ def _chunks(tensor: Tensor, chunks: int) -> Iterator[slice]:
 
 
 def _merge_chunk(out: Tensor, base: Tensor, terms: Sequence[Term], weights: Sequence[float]) -> bool:
-    """One chunk's merge, as differences from the heaviest model; False where that is not for a fused loop."""
+    """One chunk's merge, as differences from the heaviest model; False if a fused loop cannot do it."""
     pairs = list(zip(terms, weights, strict=True))
     models = [(weight, term.weight) for term, weight in pairs if isinstance(term, ExpertWeight)]
     taus = [(weight, term.tau) for term, weight in pairs if isinstance(term, Difference)]
     if not all(weight for weight, _ in models + taus) or not models + taus:
-        return False  # what has no weight is not to be read
+        return False  # terms without weight must not be read
     models.insert(0, (1.0 - sum(weight for weight, _ in models), base))
     anchor = max(range(len(models)), key=lambda i: models[i][0])
     _, origin = models.pop(anchor)
@@ -102,7 +102,7 @@ def _chunk_products(grad: Tensor, base: Tensor, terms: Sequence[Term]) -> Tensor
         k for form in (ExpertWeight, Difference) for k, term in enumerate(terms) if isinstance(term, form)
     ]
     sums[places] = dense.sum(1, dtype=torch.float64)
-    if whole < grad.numel():  # a few elements, each a row now
+    if whole < grad.numel():  # the remaining elements, one per row
         rest = slice(whole, None)
         flat = [rows_of(_column(term), rest) for term in terms]
         sums += eager.inner_products(grad.view(-1)[rest], base.view(-1)[rest], flat, 1)[:, 0]
@@ -110,7 +110,7 @@ def _chunk_products(grad: Tensor, base: Tensor, terms: Sequence[Term]) -> Tensor
 
 
 def _column(term: Term) -> Term:
-    """The same term of a parameter's elements one after the other."""
+    """The same term with the elements flattened."""
     match term:
         case Difference(tau):
             return Difference(tau.view(-1))
@@ -132,7 +132,7 @@ def _merge(out: Tensor, origin: Tensor, models: list[Tensor], taus: list[Tensor]
 
 
 def _products(grad: Tensor, base: Tensor, models: list[Tensor], taus: list[Tensor]) -> Tensor:
-    """<grad, model - base> and <grad, tau> of every ROW elements -> [K, n / ROW]; one read of all."""
+    """<grad, model - base> and <grad, tau> of every ROW elements -> [K, n / ROW]; reads each once."""
     g, b = grad.view(-1, ROW).float(), base.view(-1, ROW).float()
     products = [(g * (model.view(-1, ROW).float() - b)).sum(1) for model in models]
     products += [(g * tau.view(-1, ROW).float()).sum(1) for tau in taus]
@@ -142,7 +142,7 @@ def _products(grad: Tensor, base: Tensor, models: list[Tensor], taus: list[Tenso
 def _run(
     function: Callable[..., Tensor], *arguments: Tensor | list[Tensor], whole: int | None = None
 ) -> Tensor | None:
-    """The fused function of the first `whole` elements of each tensor; None once compiling has failed."""
+    """The fused function of the first `whole` elements of each tensor; None after a failed compilation."""
     global _failed
     if _failed:
         return None
@@ -160,16 +160,16 @@ def _run(
 
 
 def _flat(tensor: Tensor, size: int | None) -> Tensor:
-    """The first `size` elements. `data`: of a view, Dynamo compiles for the shape that it is a view of."""
+    """The first `size` elements. `data`, because Dynamo specialises on the base shape of a view."""
     return tensor.view(-1)[:size].data
 
 
 @cache
 def _fused(function: Callable[..., Tensor], dtypes: str) -> Callable[..., Tensor]:
-    """`function`, to be compiled at its first call: once for these numbers of tensors and their dtypes."""
+    """`function`, compiled at its first call, once per number of tensors and dtypes."""
     assert isinstance(function, FunctionType)
     use_own_cache()
-    # Dynamo counts recompilations by code object: one for all would soon be over its limit.
+    # Dynamo counts recompilations per code object; a shared one would soon exceed its limit.
     code = function.__code__.replace(co_name=f"{function.__name__}_{dtypes}")
     own = FunctionType(code, function.__globals__)
     return torch.compile(own, fullgraph=True, dynamic=True, options={"cpp.dynamic_threads": True})
@@ -184,7 +184,7 @@ def use_own_cache() -> None:
     folder lies in the user's `TORCHINDUCTOR_CACHE_DIR`, or in inductor's default; a process that inherits
     the variable from one of ours uses the same parent folder.
     """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir  # costs a second: not before it is needed
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # takes a second: only when needed
 
     parent = Path(cache_dir())
     if parent.name.startswith(CACHE):

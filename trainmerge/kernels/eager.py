@@ -1,8 +1,7 @@
 """The merge and its gradient in plain torch, a cache-sized block of rows at a time.
 
-Any device; the truth that other backends are compared with. Both passes read the base and every
-task vector once. Blocks never cross a chunk, accumulate in float32 (float64 for float64 weights)
-and are rounded once.
+Any device; the reference for other backends. Both passes read the base and every task vector once. Blocks
+never cross a chunk, accumulate in float32 (float64 for float64 weights) and are rounded once.
 
 Legend: `K` experts, `C` chunks of one parameter, `R` rows of a block, `W` elements of a row.
 """
@@ -17,12 +16,14 @@ from torch import Tensor
 from trainmerge.kernels.quantised import Quantised, decode
 from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, Untouched
 
-TOGETHER = 1 << 15  # elements of K blocks so small (a bias's) that one call for all of them is faster than K
-BLOCK_ELEMENTS = 1 << 17  # 512 KiB of float32: three of them fit a core's cache, and calls do not count yet
+TOGETHER = 1 << 15  # elements of K small blocks (a bias's) up to which one call for all is faster than K
+BLOCK_ELEMENTS = (
+    1 << 17
+)  # 512 KiB of float32: three of them fit a core's cache, and call overhead is negligible
 
 
 def chunk_bounds(rows: int, chunks: int) -> list[int]:
-    """Row numbers at which the chunks begin and end; sizes differ by at most one row.
+    """Row indices at which the chunks begin and end; sizes differ by at most one row.
 
     >>> chunk_bounds(7, 3)
     [0, 3, 5, 7]
@@ -49,7 +50,7 @@ def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients:
         _averaged(total, _rows(base, rows), terms, row_weights, rows, buffer)
         for term, weight in zip(terms, row_weights, strict=True):
             if weight == 0.0:
-                continue  # not even read; and adding 0 * tau makes 0 of -0 and NaN of an infinity
+                continue  # not read: adding 0 * tau would turn -0 into 0 and infinity into NaN
             if isinstance(term, LowRank):
                 up, down = _factors(term, rows, total)
                 total.addmm_(up, down, alpha=weight * term.scale)
@@ -65,7 +66,9 @@ def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: in
     """<grad, tau_k> per chunk, all K in one read of `grad` [*S] -> [K, C], float32 (float64 for float64)."""
     dtype = accumulation_dtype(grad.dtype)
     scratch, base_scratch, grad_scratch = (_scratch(grad, dtype) for _ in range(3))
-    products: list[Tensor] = []  # one scalar a block and expert, added up at the end: no reading back between
+    products: list[
+        Tensor
+    ] = []  # one scalar per block and expert, summed at the end without synchronising in between
     places: list[int] = []
     for rows, chunk in _blocks(grad, chunks):
         g = _rows(grad, rows)
@@ -122,7 +125,7 @@ def _averaged(
         return
     average = _load(first, total)
     for weight, model in others:
-        summed = summed + weight or ulp(0.0)  # zero of weights that are beyond all rounding: then not finite
+        summed = summed + weight or ulp(0.0)  # zero if weights are beyond all rounding: then not finite
         torch.lerp(average, _load(model, buffer), weight / summed, out=total)
         average = total
 
@@ -143,7 +146,7 @@ def _block_product(g: Tensor, b: Tensor, term: Term, rows: slice, buffer: Tensor
 
 
 def _load(source: Tensor, buffer: Tensor) -> Tensor:
-    """`source` in the buffer's dtype and on its device; itself, unread, if it is there already."""
+    """`source` in the buffer's dtype and on its device; `source` itself, unread, if it already is."""
     if source.dtype == buffer.dtype and source.device == buffer.device:
         return source
     return buffer.copy_(source)
@@ -159,7 +162,7 @@ def _block(tensor: Tensor, rows: slice) -> Tensor:
 
 
 def _rows(tensor: Tensor, rows: slice) -> Tensor:
-    """These rows of [*S] as [R, W]: a view, or a copy of no more than them where the strides allow none."""
+    """These rows of [*S] as [R, W]: a view, or a copy of these rows if the strides allow no view."""
     return _block(tensor, rows).flatten(1) if tensor.dim() > 1 else _block(tensor, rows)[:, None]
 
 
@@ -173,6 +176,6 @@ def _blocks(tensor: Tensor, chunks: int) -> Iterator[tuple[slice, int]]:
 
 
 def _scratch(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for one block of `tensor`."""
+    """A buffer for one block of `tensor`."""
     size = min(tensor.numel(), max(BLOCK_ELEMENTS, tensor.shape[1:].numel()))
     return torch.empty(size, dtype=dtype, device=tensor.device)

@@ -12,7 +12,7 @@ PER_BYTE = 4  # codes of two bits
 
 
 class Quantised(NamedTuple):
-    """A task vector of whole numbers and a scale: tau[r] = `scale`[r] * code[r].
+    """A task vector of integers and scales: tau[r] = `scale`[r] * code[r].
 
     `codes` are int8, one per weight; or uint8, four weights -1, 0, 1 per byte (`pack`).
     """

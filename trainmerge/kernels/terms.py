@@ -1,4 +1,4 @@
-"""What one expert adds to one parameter: the five forms a difference can have.
+"""One expert's change of one parameter: the five forms of a difference.
 
 Legend: `*S` parameter shape, `out`/`in` rows and columns of a matrix, `r` rank.
 """
@@ -12,19 +12,19 @@ from trainmerge.kernels.quantised import Quantised
 
 
 class Difference(NamedTuple):
-    """A task vector that is given: tau = `tau`."""
+    """A dense task vector: tau = `tau`."""
 
     tau: Tensor  # [*S]
 
 
 class ExpertWeight(NamedTuple):
-    """A task vector taken inside the pass: tau = `weight` - base. `weight` may stay on disk, mapped."""
+    """A task vector computed inside the pass: tau = `weight` - base. `weight` may be a mapped file."""
 
     weight: Tensor  # [*S]
 
 
 class LowRank(NamedTuple):
-    """A task vector that never becomes dense: tau = `scale` * `up` @ `down`."""
+    """A low-rank task vector, never made dense: tau = `scale` * `up` @ `down`."""
 
     up: Tensor  # [out, r]
     down: Tensor  # [r, in]
@@ -39,12 +39,12 @@ Term = Difference | ExpertWeight | LowRank | Quantised | Untouched
 
 
 def read_bytes(base: Tensor, terms: Sequence[Term]) -> int:
-    """Bytes that a pass reads of one parameter's base and terms."""
+    """Bytes of one parameter's base and terms that a pass reads."""
     return base.nbytes + sum(part.nbytes for term in terms for part in term if isinstance(part, Tensor))
 
 
 def rows_of(term: Term, part: slice) -> Term:
-    """The same term of these rows of dimension 0: views, nothing is read."""
+    """The same term for these rows of dimension 0: views, no data is read."""
     match term:
         case Difference(tau):
             return Difference(tau[part])

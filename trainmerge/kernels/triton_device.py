@@ -1,7 +1,7 @@
-"""What the GPU runs for `triton_kernels`: programs that each take one block of one segment.
+"""The Triton programs of `triton_kernels`: each processes one block of one segment.
 
-A segment is a chunk of a parameter; its row of the table has the addresses of its tensors: what is written
-(or the gradient), the origin, `MODELS` models that count as differences from it, `TAUS` differences.
+A segment is a chunk of a parameter; its row of the table has the addresses of its tensors: the output (or the
+gradient), the origin, `MODELS` models used as differences from it, `TAUS` differences.
 
 Legend: `K` = MODELS + TAUS experts, `S` segments, `P` programs.
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 @triton.jit
 def _at(row, i, offsets, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
     """Pointers to the elements of the row's i-th tensor."""
-    # The hint belongs to the pointer: on the loaded integer, Triton forgets it and loads 4 bytes at a time.
+    # The hint must be on the pointer: on the loaded integer, Triton drops it and loads 4 bytes at a time.
     return tl.multiple_of(tl.load(row + i).to(tl.pointer_type(DTYPE)), ALIGN) + offsets
 
 
@@ -21,7 +21,7 @@ def _at(row, i, offsets, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
 def _load(row, i, offsets, n, DTYPE: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr):
     """A block of the row's i-th tensor in float32."""
     pointers = _at(row, i, offsets, DTYPE, ALIGN)
-    if MASKED:  # a mask's length is unknown, so that its loads are narrow: the last block's only
+    if MASKED:  # masked loads are narrow, because the mask's length is unknown: only in the last block
         return tl.load(pointers, mask=offsets < n, other=0.0).to(tl.float32)
     else:
         return tl.load(pointers).to(tl.float32)

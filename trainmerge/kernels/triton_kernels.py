@@ -1,8 +1,8 @@
-"""Both passes for a GPU, by hand: any number of parameters in one launch.
+"""Both passes as hand-written Triton kernels: any number of parameters in one launch.
 
-A table holds each segment's addresses (a segment is a chunk of a parameter's rows), and each program takes
-one block of one segment, so that hundreds of parameters, small ones among them, cost one launch. Loads are
-16 bytes wide where addresses allow. A term without weight is not read. The inner products are summed in two
+A table has each segment's addresses (a segment is a chunk of a parameter's rows), and each program processes
+one block of one segment, so that hundreds of parameters, including small ones, take one launch. Loads are 16
+bytes wide where addresses allow. A term without weight is not read. The inner products are summed in two
 stages of a fixed order, without atomics: the same bits in every run.
 
 Checked in Triton's interpreter against eager, and compiled for sm_80 and sm_90; not measured on a GPU yet.
@@ -24,8 +24,8 @@ from trainmerge.kernels.quantised import Quantised
 from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, rows_of
 from trainmerge.kernels.triton_device import inner_kernel, merge_kernel, sum_kernel
 
-MERGE_BLOCK, MERGE_WARPS = 1024, 4  # 8 elements a thread: 16 bytes of bfloat16, twice 16 of float32
-INNER_BLOCK, INNER_WARPS = 2048, 8  # 8 elements a thread again: 16 spill registers at K = 8
+MERGE_BLOCK, MERGE_WARPS = 1024, 4  # 8 elements per thread: 16 bytes of bfloat16, twice 16 of float32
+INNER_BLOCK, INNER_WARPS = 2048, 8  # 8 elements per thread; 16 would spill registers at K = 8
 SUM_BLOCK = 256
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -40,14 +40,14 @@ class Segment(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Segments of one key share a launch: how many tensors, their dtypes, whether 16 bytes divide all."""
+        """Key of segments that share a launch: numbers of tensors, dtypes, 16-byte alignment."""
         tensors = [self.first, *self.models, *self.taus]
         aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
         return len(self.models), len(self.taus), *(tensor.dtype for tensor in tensors), aligned
 
 
 def run_merges(merges: Sequence[Merge]) -> None:
-    """`eager.weighted_sum` of each, in a launch for each mix of dtypes."""
+    """`eager.weighted_sum` of each call, in one launch per mix of dtypes."""
     groups: dict[tuple[Any, ...], list[Segment]] = {}
     for out, base, terms, coefficients in merges:
         if not is_dense(out, base, terms):
@@ -62,10 +62,10 @@ def run_merges(merges: Sequence[Merge]) -> None:
 
 
 def run_products(products: Sequence[Product]) -> list[Tensor]:
-    """`eager.inner_products` of each, in two launches for each mix of dtypes."""
+    """`eager.inner_products` of each call, in two launches per mix of dtypes."""
     ours = [is_dense(p.grad, p.base, p.terms) and p.grad.numel() > 0 for p in products]
     sizes = [len(p.terms) * p.chunks if own else 0 for p, own in zip(products, ours, strict=True)]
-    sums = torch.zeros(sum(sizes), device=products[0].grad.device)  # every result, one after the other
+    sums = torch.zeros(sum(sizes), device=products[0].grad.device)  # all results, concatenated
     results = []
     groups: dict[tuple[Any, ...], list[tuple[Segment, list[int]]]] = {}
     for product, own, begin, size in zip(products, ours, _starts(sizes), sizes, strict=True):
@@ -102,7 +102,7 @@ def _segments(product: Product) -> Iterator[Segment]:
 
 
 def is_dense(first: Tensor, base: Tensor, terms: Sequence[Term]) -> bool:
-    """Whether the kernels take these: contiguous, on one device, narrow, one dtype a form, with rows."""
+    """Whether the kernels support these: contiguous, one device, narrow, one dtype per form, not empty."""
     models = [base, *(term.weight for term in terms if isinstance(term, ExpertWeight))]
     taus = [term.tau for term in terms if isinstance(term, Difference)]
     return (
@@ -122,7 +122,7 @@ def _chunks(tensor: Tensor, chunks: int) -> list[slice]:
 
 
 def _anchored(out: Tensor, base: Tensor, terms: Sequence[Term], weights: list[float], rows: slice) -> Segment:
-    """One chunk's merge as differences from the heaviest model: a one-hot merge is that expert's bits."""
+    """One chunk's merge as differences from the heaviest model: a one-hot merge is bitwise that expert."""
     pairs = [(rows_of(term, rows), weight) for term, weight in zip(terms, weights, strict=True)]
     models = [(weight, term.weight) for term, weight in pairs if isinstance(term, ExpertWeight)]
     taus = [(weight, term.tau) for term, weight in pairs if isinstance(term, Difference)]
@@ -133,12 +133,12 @@ def _anchored(out: Tensor, base: Tensor, terms: Sequence[Term], weights: list[fl
 
 
 class Launch(NamedTuple):
-    """What a launch reads besides the tensors."""
+    """The index tensors of a launch."""
 
     table: Tensor  # [S, 1 + models + taus] addresses
     sizes: Tensor  # [S] elements
-    segments: Tensor  # [P] which segment
-    blocks: Tensor  # [P] which block of it
+    segments: Tensor  # [P] segment of each program
+    blocks: Tensor  # [P] its block in the segment
     bounds: Tensor  # [S + 1] each segment's first program
 
 
@@ -154,7 +154,7 @@ def _plan(segments: Sequence[Segment], block: int) -> Launch:
 
 
 def constants(one: Segment) -> dict[str, Any]:
-    """What a launch's kernel is compiled for."""
+    """The constants that a launch's kernel is compiled for."""
     aligned = one.key[-1]
     return {
         "MODELS": len(one.models) - 1,

@@ -1,4 +1,4 @@
-"""Losses that need no labels. Adding one is one file: a frozen dataclass, outputs and batch -> [B]."""
+"""Losses without labels. Each is one file: a frozen dataclass that maps outputs and batch to [B]."""
 
 from trainmerge.objectives.alignment import Alignment
 from trainmerge.objectives.base import Objective

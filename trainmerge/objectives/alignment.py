@@ -21,17 +21,17 @@ Distance = Literal["squared", "mse", "normalised", "cosine"]
 
 @dataclass(frozen=True)
 class Alignment(Objective):
-    """logits * T^2 KL(expert || merge) + hidden * distance(hidden states), a mean over counted positions.
+    """logits * T^2 KL(expert || merge) + hidden * distance(hidden states), averaged over unmasked positions.
 
     Expert Merging (arXiv 2509.25712), its L_logit and L_hid. Task weights are `Expert.weight`, the paper's
-    beta_k. The reference code minimises the cross-entropy instead of the KL divergence: the same gradient,
-    another value; here an expert's own weights have the loss 0. It also averages `mse` over the layers where
-    the paper sums `squared` over them: here layers are averaged, so multiply `hidden` by their number.
+    beta_k. The reference code minimises the cross-entropy instead of the KL divergence: same gradient, other
+    value; here the loss is 0 at the expert's own weights. It also averages `mse` over the layers where the
+    paper sums `squared` over them: here layers are averaged, so multiply `hidden` by their number.
 
     Args:
-        logits: Weight of the output term; 0 leaves it out.
+        logits: Weight of the output term; 0 disables it.
         temperature: T, of both softmaxes.
-        hidden: Weight of the hidden-state term; 0 leaves it out.
+        hidden: Weight of the hidden-state term; 0 disables it.
         layers: Which hidden states, by transformers' index: 0 the embeddings, 1 the first block's output, -1
             the last, after the final norm.
         distance: `squared` |h - h_k|^2 as in the paper; `mse` the same over D, as in the reference code;
@@ -46,7 +46,7 @@ class Alignment(Objective):
 
     def __post_init__(self) -> None:
         if self.logits < 0 or self.hidden < 0 or not (self.logits or self.hidden):
-            raise ValueError("Alignment needs weights that are not negative, and logits or hidden above 0")
+            raise ValueError("Alignment needs nonnegative weights, and logits or hidden above 0")
         if self.temperature <= 0:
             raise ValueError(f"Alignment.temperature must be above 0, not {self.temperature}")
         if self.hidden and not self.layers:

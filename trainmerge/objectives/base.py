@@ -1,4 +1,4 @@
-"""What every objective is.
+"""The interface of objectives.
 
 Legend: `B` examples.
 """
@@ -17,19 +17,19 @@ class Objective(ABC):
 
     @property
     def asks(self) -> Asks:
-        """What `batch.teacher` is to hold: recorded once, before the fit. Nothing by default."""
+        """The expert outputs that `batch.teacher` must have, recorded before the fit; by default none."""
         return Asks()
 
     @property
     def needs_classes(self) -> bool:
-        """Whether it is for classification only: one row of logits per example."""
+        """Whether it works for classification only: one row of logits per example."""
         return False
 
     @property
     def couples(self) -> bool:
-        """Whether an example's loss depends on the others of its batch, which then may not be cut."""
+        """Whether an example's loss depends on the others of its batch, which then must not be split."""
         return False
 
     @abstractmethod
     def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Loss per example, [B] float32. The module averages, weighs the tasks and sums them."""
+        """Loss per example, [B] float32. The module averages, weights the tasks and sums them."""

@@ -1,8 +1,9 @@
 """KL(expert || merge) per row, without a second copy of the logits.
 
-Whole distributions, or an expert's `m` largest probabilities and one cell for the rest. Putting the rest into
-one cell never raises the divergence, and moves its gradient by at most 2 q in the 1-norm, q the expert's mass
-outside the `m`: s_v - p_v becomes s_v - q s_v / q_s there, and both p / q and s / q_s sum to one.
+Full distributions, or an expert's `m` largest probabilities and one cell for the rest. Merging the rest into
+one cell never increases the divergence, and changes its gradient by at most 2 q in the 1-norm, where q is the
+expert's mass outside the `m`: s_v - p_v becomes s_v - q s_v / q_s there, and both p / q and s / q_s sum to
+one.
 
 Legend: `R` rows, `V` classes or vocabulary, `m` recorded ones.
 """
@@ -15,8 +16,8 @@ from typing_extensions import override
 
 from trainmerge.data.batch import Predictions
 
-CHUNK_ELEMENTS = 1 << 18  # of the logits at a time: 1 MiB in float32 stays in a core's cache, a third faster
-LAUNCHED = 64  # times as many where a call costs a kernel launch
+CHUNK_ELEMENTS = 1 << 18  # logits at a time: 1 MiB in float32 fits a core's cache, a third faster
+LAUNCHED = 64  # times as many where each call is a kernel launch
 
 
 def divergence(
@@ -25,8 +26,8 @@ def divergence(
     """KL(teacher || softmax(logits / temperature)) of these rows of `logits` [..., V] -> [R].
 
     `rows` are positions in the flattened leading dimensions; None is all of them. Computed in float32 or
-    wider, some rows at a time. The backward pass writes the gradient over `logits`, whose values nobody
-    needs then: autograd raises if somebody did.
+    wider, some rows at a time. The backward pass overwrites `logits` with the gradient; autograd raises if
+    their values are needed elsewhere.
     """
     flat = logits.flatten(0, -2)
     chosen = torch.arange(len(flat), device=flat.device) if rows is None else rows
@@ -60,7 +61,7 @@ class _Divergence(torch.autograd.Function):
     @override
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits, rows, log_p, tokens, tail = ctx.saved_tensors
-        # The same memory and version: a later reader of the values gets an error. Strided ones are copied.
+        # Same memory and version counter: a later use of the values raises. Strided tensors are copied.
         own = logits.detach().contiguous()
         flat = own.view(-1, own.shape[-1])
         kept = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)

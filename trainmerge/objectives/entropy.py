@@ -1,4 +1,4 @@
-"""Entropy of the merged model's predictions (AdaMerging), and what keeps it from collapsing.
+"""Entropy of the merged model's predictions (AdaMerging), with guards against collapse.
 
 Legend: `B` examples, `T` tokens, `V` classes or vocabulary.
 """
@@ -19,8 +19,8 @@ from trainmerge.system import distributed
 def entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of softmax(logits), [..., V] -> [...], in the log domain and float32 or wider.
 
-    p log p is formed as a product with a finite log-probability, so a saturated prediction has the
-    value 0 and a gradient of 0, where log(softmax + eps) is biased or NaN.
+    p log p is a product with a finite log-probability, so a saturated prediction has value 0 and gradient 0,
+    where log(softmax + eps) is biased or NaN.
     """
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
     return -(log_p.exp() * log_p).sum(dim=-1)
@@ -29,18 +29,18 @@ def entropy(logits: Tensor) -> Tensor:
 def marginal_cross_entropy(logits: Tensor, share: float = 1.0) -> Tensor:
     """-sum_v p_bv log(mean_b p_bv), [B, V] -> [B]: its mean over the batch is the marginal's entropy.
 
-    The batch is all processes', of which these are this one's `share` (`Batch.share`).
+    The batch is that of all processes; these rows are this process's `share` of it (`Batch.share`).
     """
     p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
     marginal = p.mean(dim=0)
-    if distributed.world_size() > 1:  # no gradient goes through it: sum_v m_v d log m_v = d sum_v m_v = 0
+    if distributed.world_size() > 1:  # needs no gradient: sum_v m_v d log m_v = d sum_v m_v = 0
         marginal = distributed.all_reduce(share * marginal.detach()) / distributed.world_size()
     return -(p * marginal.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(dim=-1)
 
 
 @dataclass(frozen=True)
 class Entropy(Objective):
-    """Mean entropy of the predictions stands in for the missing labels.
+    """Mean entropy of the predictions, a surrogate for the missing labels.
 
     Yang et al., AdaMerging, ICLR 2024 (arXiv 2310.02575), equation 4. For a language model the
     entropies of the positions in `batch.mask` are averaged within an example.
@@ -48,12 +48,12 @@ class Entropy(Objective):
     Entropy alone rewards confident wrong answers. Two guards, both without labels:
 
     Args:
-        diversity: Subtract that multiple of the batch marginal's entropy. At 1 the loss is the negative
-            mutual information of input and prediction (Bridle et al., NeurIPS 1991; Liang et al., ICML
-            2020): a model that answers everything alike gains nothing. For classification.
-        agreement: Add that multiple of KL(expert || merge), the expert's own predictions on its own
-            calibration examples, recorded once before the fit: confidence pays only where the task's
-            expert has it too.
+        diversity: Weight of the batch marginal's entropy, which is subtracted. At 1 the loss is the negative
+            mutual information of input and prediction (Bridle et al., NeurIPS 1991; Liang et al., ICML 2020),
+            so constant predictions gain nothing. For classification only.
+        agreement: Weight of KL(expert || merge), which is added. The expert's predictions on its own
+            calibration examples are recorded once before the fit. Confidence then pays only where the task's
+            expert is confident too.
     """
 
     diversity: float = 0.0

@@ -1,4 +1,4 @@
-"""Task vectors -> task vectors, one method per file. Experts stay separate: coefficients weigh them."""
+"""Task vectors -> task vectors, one method per file. Experts stay separate for the coefficients."""
 
 from trainmerge.preprocess.base import Calibrator, Informed, Preprocess
 from trainmerge.preprocess.breadcrumbs import Breadcrumbs

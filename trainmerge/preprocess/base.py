@@ -1,4 +1,4 @@
-"""What every preprocessor is.
+"""The interface of preprocessors.
 
 Legend: `K` experts, `*S` parameter shape, `n` inputs of a linear layer.
 """
@@ -16,7 +16,7 @@ from trainmerge.task_vectors.delta import TaskVectors
 
 @dataclass(frozen=True)
 class Preprocess(ABC):
-    """New task vectors from old, one parameter at a time, in bounded memory."""
+    """New task vectors from old ones, one parameter at a time, in bounded memory."""
 
     @abstractmethod
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
@@ -24,30 +24,30 @@ class Preprocess(ABC):
 
 
 class Calibrator(Protocol):
-    """The experts at work on their own unlabeled examples, as in `model.expert_statistics`."""
+    """Statistics of the experts on their own unlabeled examples, as in `model.expert_statistics`."""
 
     def in_order(self, names: Iterable[str]) -> list[str]:
-        """These parameters in the order in which the network has them."""
+        """These parameters in the network's order."""
 
     def grams(self, expert: int, names: Sequence[str], merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mean x x^T [n, n] of what each of these linear layers reads; others of `names` are left out.
+        """Mean x x^T [n, n] of the inputs x of each linear layer among `names`; others are left out.
 
         `merged` are weights that replace the expert's own during the pass.
         """
 
     def gradients(self, expert: int, sampled: bool) -> Iterator[dict[str, Tensor]]:
-        """Gradients of -log p(y | x) by the weights at the expert, one example after another.
+        """Gradients of -log p(y | x) with respect to the expert's weights, example by example.
 
-        y is drawn from the expert's own predictions, or the text itself.
+        y is drawn from the expert's own predictions, or is the text itself.
         """
 
     def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same, in a file instead of memory."""
+        """The same tensors, in a file instead of memory."""
 
 
 @dataclass(frozen=True)
 class Informed(Preprocess):
-    """New task vectors from old and from what the experts do on calibration examples. No label is read."""
+    """New task vectors from old ones and statistics on calibration examples. No label is read."""
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:

@@ -18,14 +18,14 @@ from trainmerge.task_vectors.delta import TaskVectors, dense_term
 
 @dataclass(frozen=True)
 class Breadcrumbs(Preprocess):
-    """Keep floor(density * n) entries of each parameter: the largest but for floor(outliers * n) of them.
+    """Keep floor(density * n) entries of each parameter: the largest after the floor(outliers * n) outliers.
 
     Its merge is base + coefficient x sum of the results, 0.3 in the paper. With `outliers` 0 it is the trim
-    of `Ties(scope="parameter")`. A parameter too small for both keeps what is left, at least one entry.
+    of `Ties(scope="parameter")`. A parameter too small for both keeps the remaining entries, at least one.
 
     Args:
-        density: Fraction of entries that stay, in (0, 1].
-        outliers: Fraction of the largest magnitudes that is dropped, in [0, 1 - density].
+        density: Fraction of entries to keep, in (0, 1].
+        outliers: Fraction of the largest magnitudes to drop, in [0, 1 - density].
     """
 
     density: float = 0.15

@@ -1,4 +1,4 @@
-"""Preprocessors applied in order: each result is cached on disk, except a last one that a rule computes.
+"""Apply preprocessors in order; each result is cached on disk, except a last one computed by a rule.
 
 Legend: `K` experts, `*S` parameter shape.
 """
@@ -25,13 +25,13 @@ def apply(
     examples: str = "",
     calibrator: Calibrator | None = None,
 ) -> TaskVectors:
-    """Apply the methods in order; each result is written once to `folder`, mapped, and found again.
+    """Apply the methods in order; each result is cached in `folder` and mapped.
 
     `inputs` identifies base and experts (their checksums), `examples` the calibration: with the methods'
     fields they name the file.
 
     Raises:
-        ValueError: an informed method's result is not there, and no calibrator to make it.
+        ValueError: an informed method's result is not cached, and there is no calibrator to compute it.
     """
     for method, key in zip(methods, _keys(methods, inputs, examples), strict=True):
         file = cached(_path(folder, key), partial(_write, task_vectors, method, calibrator))
@@ -44,7 +44,7 @@ def apply_for_one_pass(
 ) -> tuple[TaskVectors, Rule | None]:
     """As `apply`, for task vectors that are read once.
 
-    A last method that needs no file, and has none yet, is left to its rule.
+    A last method that is piecewise and not cached is applied by its rule instead.
     """
     made = _path(folder, key_after(methods, inputs, examples))
     if not methods or made.exists() or not isinstance(methods[-1], Piecewise):
@@ -54,13 +54,13 @@ def apply_for_one_pass(
 
 
 def key_after(methods: Sequence[Preprocess], inputs: str, examples: str = "") -> str:
-    """What identifies the methods' result: the `inputs` of methods that go on from there."""
+    """The identity of the methods' result: the `inputs` of subsequent methods."""
     *_, key = [inputs, *_keys(methods, inputs, examples)]
     return key
 
 
 def _keys(methods: Sequence[Preprocess], inputs: str, examples: str) -> Iterator[str]:
-    """What identifies each method's result."""
+    """The identity of each method's result."""
     key = inputs
     for method in methods:
         depends_on = f" {examples}" if isinstance(method, Informed) else ""
@@ -95,7 +95,7 @@ def _results(
         return method(task_vectors)
     if calibrator is None:
         raise ValueError(
-            f"{path}: what {type(method).__name__} made of the calibration examples is gone; fit again"
+            f"{path}: the result of {type(method).__name__} on the calibration examples is missing; fit again"
         )
     return method.informed(task_vectors, calibrator)
 

@@ -21,11 +21,11 @@ from trainmerge.task_vectors.delta import Delta, TaskVectors
 class Consensus(Piecewise):
     """Keep an entry if at least `agree` experts have |tau_k| > threshold |sum - tau_k| there (TALL masks).
 
-    Its merge is base + coefficient x sum of the results. The paper chooses one threshold a task on labelled
+    Its merge is base + coefficient x sum of the results. The paper chooses one threshold per task on labelled
     validation data, from 0.2 to 0.6.
 
     Args:
-        agree: How many experts must need an entry: 2 drops what nobody or only one needs, 0 keeps all.
+        agree: How many experts must need an entry: 2 drops entries that at most one needs, 0 keeps all.
         threshold: One, or one per expert.
     """
 

@@ -18,21 +18,21 @@ from typing_extensions import override
 from trainmerge.preprocess.piecewise import Piecewise, Rule
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 
-LARGE = 0.005  # mean |difference|: the paper's experts, which bear dropping nine tenths, are below it
-SAMPLE = 1 << 12  # entries of a parameter that are looked at
+LARGE = 0.005  # mean |difference|: the paper's experts, which tolerate dropping 90%, are below it
+SAMPLE = 1 << 12  # entries sampled per parameter
 
 
 @dataclass(frozen=True)
 class Dare(Piecewise):
     """Keep each entry with probability 1 - drop, and divide it by that: unbiased, but noisy.
 
-    Then average (coefficients 1 / K), task arithmetic, or `Ties` after it. The dice depend on seed, expert
-    and parameter name (and rows, where it is large) only, so the result is the same in any order and on any
-    number of processes. Experts whose differences are too large for so much noise are named in a warning.
+    Then average (coefficients 1 / K), task arithmetic, or `Ties` after it. The random draws depend only on
+    seed, expert and parameter name (and rows, if it is large), so the result is the same in any order and
+    with any number of processes. A warning names experts whose differences are too large for this noise.
 
     Args:
         drop: Probability of dropping, in [0, 1). The paper's 0.9 needs small differences.
-        seed: Of the dice.
+        seed: Seed of the random draws.
     """
 
     drop: float = 0.9
@@ -49,7 +49,7 @@ class Dare(Piecewise):
         return partial(self._dropped, task_vectors.experts)
 
     def _warn_of_large(self, task_vectors: TaskVectors) -> None:
-        """By the first rows of every parameter."""
+        """Estimated from the first rows of every parameter."""
         sums, count = torch.zeros(len(task_vectors.experts), dtype=torch.float64), 0
         for delta in task_vectors.deltas.values():
             rows = slice(0, max(1, SAMPLE // max(1, delta.shape[1:].numel())))
@@ -60,7 +60,7 @@ class Dare(Piecewise):
         large = {e: f"{m:.2g}" for e, m in zip(task_vectors.experts, means, strict=True) if m > LARGE}
         if large:
             warnings.warn(
-                f"Dare: mean |difference| is {large}, and with drop {self.drop} the entries that stay grow "
+                f"Dare: mean |difference| is {large}, and with drop {self.drop} the remaining entries grow "
                 f"{1 / (1 - self.drop):.3g} times; above {LARGE} that hurts (arXiv 2311.03099): drop less",
                 stacklevel=2,
             )

@@ -1,7 +1,7 @@
-"""DOGE: move the merge where each expert loses least, outside of the subspace that they share.
+"""DOGE: change the merge to reduce each expert's loss, outside their shared subspace.
 
 Wei et al., Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent, ICML 2025
-(arXiv 2501.01230). peft's `projective_merge` is another formula under the same name (one inner product a
+(arXiv 2501.01230). peft's `projective_merge` is another formula under the same name (one inner product per
 matrix, not one per row).
 
 Legend: `K` experts, `m x n` a matrix, `k` directions of the shared subspace.
@@ -33,20 +33,20 @@ class Doge(Preprocess):
         gap(D) = sum_k sum_row <tau_k, tau_k - sum_j l_j (tau_j + D_j)>^2,   l_k = eta / |tau_k|,   U^T D = 0
 
     U are the leading left singular vectors of all experts' leading ones; the mask keeps the largest entries
-    of the original tau_k over all its parameters. Parameters that are no matrices, and those in `exclude`,
-    are left as the base has them, as in the paper.
+    of the original tau_k over all its parameters. Parameters that are not matrices, and those in `exclude`,
+    keep the base's value, as in the paper.
 
     Args:
         eta: Scale of the task-aware coefficients l.
         subspace: U has floor(min(m, n) / subspace) columns; 6 in the paper, K for DOGE-AM.
         density: Fraction of entries that the mask keeps.
-        solver: `cg` solves the constrained least squares, and so stays in the complement, in about 10 passes
-            over a matrix; `adam` is the paper's 400 steps on the projected gradient, which leave it by a
-            fifth of D's norm: exclude embeddings then, as the paper does.
-        separate: False, DOGE-TA: one D for all experts, and the results hold l_k: coefficient 1. True, the
-            DOGE-AM input: a D for each expert, results without l_k, to be weighed by learned coefficients.
-            Needs `adam`: without its early stop, D outgrows tau by 1 / l.
-        exclude: fnmatch patterns of matrices to leave alone, embeddings say.
+        solver: `cg` solves the constrained least squares in about 10 passes over a matrix, and D stays in the
+            complement; `adam` is the paper's 400 steps on the projected gradient, after which a fifth of D's
+            norm lies outside it: then exclude embeddings, as the paper does.
+        separate: False is DOGE-TA: one D for all experts, and the results include l_k: coefficient 1. True
+            gives the input of DOGE-AM: one D per expert, results without l_k, to be weighted by learned
+            coefficients. It needs `adam`: without its early stop, D grows to about 1 / l times tau.
+        exclude: fnmatch patterns of matrices that keep the base's value, embeddings say.
     """
 
     eta: float = 0.07
@@ -87,7 +87,7 @@ class Doge(Preprocess):
         return bool(matches(name, self.exclude))
 
     def _weights(self, taus: Tensor) -> Tensor:
-        """l_k = eta / |tau_k|, [K]; 0 for an expert that leaves the matrix alone."""
+        """l_k = eta / |tau_k|, [K]; 0 for an expert that does not change the matrix."""
         norms = taus.flatten(1).norm(dim=1)
         return torch.where(norms > 0, self.eta / norms.clamp_min(torch.finfo(taus.dtype).tiny), 0.0)
 
@@ -109,7 +109,7 @@ def _gaps(taus: Tensor, weights: Tensor) -> Tensor:
 
 
 def _adam(taus: Tensor, weights: Tensor, shares: Tensor, basis: Tensor) -> Tensor:
-    """The paper's solver, on one matrix: a step reads the task vectors twice."""
+    """The paper's solver for one matrix: each step reads the task vectors twice."""
     gaps = _gaps(taus, weights)
     moves = torch.zeros(len(shares), *taus.shape[1:], dtype=taus.dtype)
     optimizer = torch.optim.Adam([moves], lr=PAPER_RATE, fused=True)

@@ -1,4 +1,4 @@
-"""Fisher-weighted averaging: an expert's say about a weight is how much its predictions depend on it.
+"""Fisher-weighted averaging: each weight is averaged by how much each expert's predictions depend on it.
 
 Matena and Raffel, NeurIPS 2022 (arXiv 2111.09832).
 
@@ -22,8 +22,8 @@ class Fisher(Informed):
     """F_k tau_k / sum_j F_j, F_k the mean squared gradient of expert k's own predictions.
 
     Its merge is base + sum of the results, coefficient 1. Labels are drawn from the expert's predictions, one
-    an example or position (the paper sums over all classes). Each F has norm 1 over all parameters, and no
-    entry below `floor`, so that where nobody cares the experts are averaged.
+    per example or position (the paper sums over all classes). Each F has norm 1 over all parameters and
+    entries of at least `floor`, so that experts are averaged where no prediction depends on a weight.
     """
 
     floor: float = 1e-6
@@ -40,7 +40,7 @@ class Fisher(Informed):
         ]
         for name, delta in task_vectors.deltas.items():
             taus = delta.dense()
-            if name not in weights[0]:  # left out of the merge
+            if name not in weights[0]:  # not merged
                 yield name, taus / len(taus)
                 continue
             shares = torch.stack([weight[name].to(taus).clamp_min(self.floor) for weight in weights])
@@ -58,6 +58,6 @@ def squares(gradients: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def normalised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with norm 1 over all of them; zeros stay."""
+    """The same with norm 1 over all of them; all-zero ones stay zero."""
     norm = sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
     return {name: tensor / norm for name, tensor in tensors.items()} if norm else tensors

@@ -1,8 +1,8 @@
-"""DOGE's constrained least squares: a change D that meets every row's K equations, outside of a subspace.
+"""DOGE's constrained least squares: a change D that fits every row's K equations, outside a subspace.
 
     min_D sum_k sum_row (gap_k - <tau_k, D>)^2,   U^T D = 0
 
-Legend: `K` experts, `m x n` a matrix, `gaps` [K, m] what is wanted of every row.
+Legend: `K` experts, `m x n` a matrix, `gaps` [K, m] the targets of every row.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from torch import Tensor
 from trainmerge.preprocess.spectrum import EPSILON
 from trainmerge.task_vectors.delta import outside
 
-STEPS = 200  # a few are enough; many, where rows are of very different sizes
+STEPS = 200  # usually a few suffice; many if rows differ much in norm
 
 
 def closest(taus: Tensor, gaps: Tensor, basis: Tensor) -> Tensor:
-    """The shortest D [m, n] outside of the columns of `basis` [m, k] with the least squares.
+    """The least-squares solution D [m, n] of least norm, orthogonal to the columns of `basis` [m, k].
 
-    First with each row's K equations made orthonormal, which takes about 7 steps in float32 where the bare
-    equations take 200; then as they are, which is nothing to do where all of them can be met.
+    First with each row's K equations made orthonormal, which takes about 7 steps in float32 instead of 200;
+    then with the original equations, which changes nothing if all of them can be satisfied.
     """
     solution = torch.zeros_like(taus[0])
     for scale in (_whitening(taus), None):
@@ -30,7 +30,7 @@ def closest(taus: Tensor, gaps: Tensor, basis: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Equations:
-    """What a change D does to every row: scale <tau_k, D outside of the basis>, `scale` [m, K, K] or none."""
+    """The map from D to every row: scale <tau_k, D projected off the basis>, `scale` [m, K, K] or none."""
 
     taus: Tensor  # [K, m, n]
     basis: Tensor  # [m, k]
@@ -41,11 +41,11 @@ class Equations:
         return numbers if self.scale is None else torch.einsum("mjk,km->jm", self.scale, numbers)
 
     def of(self, change: Tensor) -> Tensor:
-        """[m, n], outside of the basis already -> [K, m]."""
+        """[m, n], already projected off the basis -> [K, m]."""
         return self.scaled(torch.stack([torch.einsum("mn,mn->m", tau, change) for tau in self.taus]))
 
     def transposed(self, numbers: Tensor) -> Tensor:
-        """[K, m] -> [m, n], outside of the basis."""
+        """[K, m] -> [m, n], projected off the basis."""
         total = torch.zeros_like(self.taus[0])
         for tau, column in zip(self.taus, self.scaled(numbers), strict=True):
             total.addcmul_(tau, column[:, None])
@@ -53,7 +53,7 @@ class Equations:
 
 
 def _whitening(taus: Tensor) -> Tensor:
-    """(tau tau^T)^-1/2 of every row's K vectors, [m, K, K]; 0 where they have no length."""
+    """(tau tau^T)^-1/2 of every row's K vectors, [m, K, K]; 0 where they are zero."""
     products = torch.stack([torch.einsum("mn,kmn->mk", tau, taus) for tau in taus], dim=1)
     values, vectors = torch.linalg.eigh(products.double())
     solid = values > EPSILON * values[:, -1:]
@@ -63,7 +63,7 @@ def _whitening(taus: Tensor) -> Tensor:
 
 
 def _conjugate_gradients(equations: Equations, gaps: Tensor, start: Tensor) -> Tensor:
-    """CGLS from `start`, until a step changes no digit of what is left."""
+    """CGLS from `start`, until a step no longer changes the residual."""
     epsilon = torch.finfo(start.dtype).eps
     wanted = equations.scaled(gaps)
     tolerance = 8 * epsilon * equations.transposed(wanted).norm()

@@ -1,4 +1,4 @@
-"""OPCM: experts one after another, each projected away from what is merged already.
+"""OPCM: experts are merged one after another, each projected off the previous merge.
 
 Tang et al., NeurIPS 2025 (arXiv 2501.09522).
 
@@ -20,16 +20,16 @@ from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 
 @dataclass(frozen=True)
 class Opcm(Preprocess):
-    """The experts in their order, each without what overlaps with the sum of those before it.
+    """The experts in their order, each without its overlap with the sum of the previous ones.
 
     Its merge is base + sum of the results, coefficient 1, which has the mean norm of the experts' task
     vectors. Two passes: one for the norm of the sum over all parameters, one for the results. Thin
-    factorisations instead of the reference's full ones, and the diagonal is taken away inside the numerical
-    rank only, so low-rank experts do not depend on an arbitrary basis.
+    factorisations instead of the reference's full ones, and the diagonal is removed inside the numerical rank
+    only, so low-rank experts do not depend on an arbitrary basis.
 
     Args:
-        alpha: The leading directions of the merge, up to this share of its singular values' sum, are closed
-            to later experts.
+        alpha: Later experts are projected off the merge's leading directions, up to this share of the sum of
+            its singular values.
     """
 
     alpha: float = 0.5
@@ -54,13 +54,13 @@ class Opcm(Preprocess):
     def _norm_of_sum(self, task_vectors: TaskVectors) -> float:
         every = task_vectors.deltas.values()
         total = sqrt(sum(float(self._projected(d).sum(dim=0).double().square().sum()) for d in every))
-        return total or 1.0  # all of them zero: any scale will do
+        return total or 1.0  # all zero: any scale
 
     def _projected(self, delta: Delta) -> Tensor:
         """The K projected differences of one parameter, [K, *S], before the scale.
 
-        The directions of a sum do not depend on its scale, so the running rescaling of the reference is left
-        to the end.
+        The directions of a sum do not depend on its scale, so the reference's running rescaling is applied
+        once at the end.
         """
         taus = delta.dense()
         if taus.dim() != 3:
@@ -73,7 +73,7 @@ class Opcm(Preprocess):
         return torch.stack(results)
 
     def _without(self, merged: Tensor, tau: Tensor) -> Tensor:
-        """Take from tau its part in the merge's leading subspaces and along its other directions."""
+        """Remove from tau its part in the merge's leading subspaces and along its other directions."""
         u, s, v = truncated(merged, min(merged.shape))
         if not len(s):
             return tau

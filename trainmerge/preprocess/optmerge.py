@@ -1,4 +1,4 @@
-"""OptMerge (WUDI v2): WUDI towards each expert's leading part, judged by its leading directions.
+"""OptMerge (WUDI v2): WUDI with each expert's leading part as target, along its leading directions.
 
 Wei et al., ICLR 2026 (arXiv 2505.19892).
 
@@ -26,12 +26,12 @@ class OptMerge(Preprocess):
     tau_k = U_k S_k V_k^T with its r = floor(min(m, n) / K) leading triples; t_k is the leading part of
     tau_k - mean, plus the mean. The flow starts from the sum (as published for full experts) or the mean (for
     low-rank ones), and runs to `time`; the paper takes 300 steps of Adam or SGD instead. As in `Wudi`, every
-    expert's part of the answer is its new task vector: coefficient 1. Parameters that are no matrices, and
+    expert's part of the solution is its new task vector: coefficient 1. Parameters that are not matrices, and
     those in `exclude`, are divided by K.
 
     Args:
-        time: When the flow stops; infinity is the minimum.
-        start: Where it starts.
+        time: The time at which the flow stops; infinity gives the minimum.
+        start: Its starting point.
         exclude: fnmatch patterns of matrices that are averaged, embeddings say.
     """
 
@@ -68,6 +68,6 @@ class OptMerge(Preprocess):
 
 
 def _seen(tau: Tensor, rank: int) -> Tensor:
-    """S V^T / |tau| of the leading triples, [r, n] float64; r is 0 if the expert leaves the matrix alone."""
+    """S V^T / |tau| of the leading triples, [r, n] float64; r is 0 if the expert does not change it."""
     _, s, v = (part.double() for part in truncated(tau, rank))
     return (v * s).T / square_norm(tau).sqrt().clamp_min(torch.finfo(torch.float64).tiny)

@@ -1,4 +1,4 @@
-"""PCB-Merging: entries compete inside an expert and are balanced between experts.
+"""PCB-Merging: entries compete within an expert and are balanced between experts.
 
 Du et al., NeurIPS 2024 (arXiv 2410.02396).
 
@@ -18,19 +18,19 @@ from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.pieces import in_pieces
 from trainmerge.task_vectors.top_k import Pieces, count, cuts
 
-CLIPPED = 0.01  # magnitudes below this quantile, and above one minus it, are moved there
+CLIPPED = 0.01  # magnitudes are clipped at this quantile and at one minus it
 
 
 @dataclass(frozen=True)
 class Pcb(Piecewise):
-    """Weigh each entry by a score, and share a place out over the experts in proportion.
+    """Weight each entry by a score, normalised over the experts.
 
         score_k = exp(K z_k^2) * sum_j tanh(z_k z_j),    result_k = s_k tau_k / sum_j s_j
 
     z is tau, its magnitudes clipped and scaled to [0, 1] over all parameters of the expert, and s the score
-    scaled to [0, 1] from the lowest one that stays. The merge is base + coefficient x sum of the results,
+    scaled to [0, 1] from the lowest one that passes. The merge is base + coefficient x sum of the results,
     coefficient 1 to 2. Of the three formulas under this name this is the scale-equivariant one, with which
-    the authors search coefficients. Entries that the other experts contradict never pass.
+    the authors search coefficients. Entries whose sign the other experts oppose never pass.
 
     Args:
         density: Fraction of an expert's entries that pass; 0.05 to 0.2 in the paper.
@@ -60,7 +60,7 @@ class Pcb(Piecewise):
 
 
 def _shared(low: Tensor, high: Tensor, last: Tensor, best: Tensor, _: str, delta: Delta) -> Tensor:
-    """A piece's results, by the ranges [K, 1] of magnitudes and scores."""
+    """A piece's results, given the ranges [K, 1] of magnitudes and scores."""
     taus = _flat(delta)
     shares = _ranged(_scores(taus, low, high), last, best)
     clipped = taus.sign() * taus.abs().clamp(low, high)
@@ -79,7 +79,7 @@ def _kth(pieces: Pieces, wanted: int) -> Tensor:
 
 
 def _scores(taus: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """[K, n] -> [K, n] float32, as `cuts` ranks them; not negative; no range sees that exp(K) is left out."""
+    """[K, n] -> [K, n] float32, as `cuts` ranks them; nonnegative, without the constant factor exp(K)."""
     span = torch.where(high > low, high - low, 1.0)
     size = torch.where(high > low, (taus.abs().clamp(low, high) - low) / span, (high > 0).to(taus))
     z = taus.sign() * size
@@ -88,7 +88,7 @@ def _scores(taus: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _ranged(scores: Tensor, last: Tensor, best: Tensor) -> Tensor:
-    """From `last` or less to `best`: 0 to 1. All or nothing where these are equal."""
+    """Scale `last` (or less) to 0 and `best` to 1; 0 or 1 if these are equal."""
     span = torch.where(best > last, best - last, 1.0)
     alike = ((scores >= best) & (scores > 0)).to(scores)
     return torch.where(best > last, ((scores - last) / span).clamp(0, 1), alike)

@@ -1,6 +1,6 @@
-"""Preprocessors that know a piece's result once they have looked at all pieces: nothing is written for them.
+"""Preprocessors that compute each piece on the fly after one pass over all pieces; no file is written.
 
-A pass over the task vectors asks the rule for each piece's new differences, uses them, and drops them.
+A pass over the task vectors calls the rule for each piece's new differences, uses them, and frees them.
 
 Legend: `K` experts, `*S` shape of a parameter or of some rows of it.
 """
@@ -25,12 +25,12 @@ Rule = Callable[[str, Delta], Tensor]  # a piece's name and differences -> its K
 class Piecewise(Preprocess):
     """New task vectors from old, one piece at a time, in any order and any number of times.
 
-    An entry's result depends on its own place, and on what `rule` measures of all parameters first.
+    An entry's result depends on its own position, and on what `rule` measures over all parameters first.
     """
 
     @abstractmethod
     def rule(self, task_vectors: TaskVectors) -> Rule:
-        """Measure what must be known of all; what comes back answers for the pieces of `in_pieces`."""
+        """Measure all parameters; returns the rule for the pieces of `in_pieces`."""
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
@@ -39,7 +39,7 @@ class Piecewise(Preprocess):
             yield name, torch.cat([first, *more], dim=1) if more else first
 
     def in_pieces(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
-        """The same with large parameters in several pieces [K, *S], consecutive rows."""
+        """The same with large parameters split into pieces [K, *S] of consecutive rows."""
         rule = self.rule(task_vectors)
         for name, delta in task_vectors.deltas.items():
             for _, piece, part in in_pieces(name, delta):

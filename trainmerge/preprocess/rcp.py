@@ -1,4 +1,4 @@
-"""RCP-Merging: add a domain's change only where it does not cost the other expert's ability.
+"""RCP-Merging: add a domain expert's change only where it does not harm the other expert.
 
 Yang et al., AAAI 2026 (arXiv 2508.03140).
 
@@ -19,7 +19,7 @@ from trainmerge.task_vectors.delta import TaskVectors
 
 @dataclass(frozen=True)
 class Rcp(Informed):
-    """`keep`'s task vector whole, and of `add`'s the entries that most of its examples vote for.
+    """The whole task vector of `keep`, and the entries of `add`'s that most of its examples vote for.
 
         vote_n = +1 if g_n * W_add + weight * F * (W_keep - W_add)^2 <= 0, else -1
 
@@ -29,8 +29,8 @@ class Rcp(Informed):
 
     Args:
         keep: The expert whose ability is protected (the paper's reasoning model).
-        add: The other one (the domain's).
-        weight: Of the protection, lambda.
+        add: The domain expert.
+        weight: Weight of the protection, lambda.
     """
 
     keep: str
@@ -62,7 +62,7 @@ class Rcp(Informed):
     def _scaled(
         self, task_vectors: TaskVectors, expert: int, calibrator: Calibrator
     ) -> Iterator[dict[str, Tensor]]:
-        """Gradient times weight, one example after another."""
+        """Gradient times weight, example by example."""
         for gradient in calibrator.gradients(expert, sampled=False):
             yield {
                 name: slope.float() * _weight(task_vectors, name, expert) for name, slope in gradient.items()

@@ -1,4 +1,4 @@
-"""RegMean: each linear layer's least-squares answer to all experts on their own inputs.
+"""RegMean: each linear layer's least-squares fit to all experts' outputs on their own inputs.
 
 Jin et al., ICLR 2023 (arXiv 2212.09849); RegMean++ (arXiv 2508.03121).
 
@@ -17,7 +17,7 @@ from trainmerge.preprocess.spectrum import wide_rows
 from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.parameter_names import block_of
 
-MOMENTS = 1 << 30  # bytes that are measured in one pass of each expert; more take another pass
+MOMENTS = 1 << 30  # bytes of second moments per pass of each expert
 RIDGE = 1e-6  # of the mean diagonal: a direction that no expert reads keeps the base
 
 
@@ -26,14 +26,14 @@ class RegMean(Informed):
     """tau_k G_k (sum_j G_j)^-1, G_k of expert k's layer inputs on its own unlabeled examples.
 
     Its merge is base + sum of the results, coefficient 1: of all weights W the one with the least
-    sum_k |(W - W_k) X_k|^2. Padding is not counted. Parameters that are no linear layer's weight are divided
-    by K. The reference inverts without a ridge, and counts padding. Experts run once for every GiB of second
-    moments that their layers have.
+    sum_k |(W - W_k) X_k|^2. Padding is excluded. Parameters other than weights of linear layers are divided
+    by K. The reference inverts without a ridge, and includes padding. Experts run once per GiB of their
+    layers' second moments.
 
     Args:
-        shrink: What off-diagonal entries of G are multiplied by; 0.9 in the paper, less for few examples.
-        sequential: RegMean++: a block's inputs come from the merged blocks before it. Runs each expert once a
-            block instead of once.
+        shrink: Factor of G's off-diagonal entries; 0.9 in the paper, less for few examples.
+        sequential: RegMean++: a block's inputs come from the merged blocks before it. Runs each expert once
+            per block.
     """
 
     shrink: float = 0.9
@@ -89,7 +89,7 @@ def _weighed(tau: Tensor, moment: Tensor, factor: Tensor) -> Tensor:
 
 
 def _portions(task_vectors: TaskVectors) -> Iterator[list[str]]:
-    """Parameters one after another, as many together as have `MOMENTS` bytes of second moments."""
+    """Groups of consecutive parameters with `MOMENTS` bytes of second moments each."""
     portion: list[str] = []
     size = 0
     for name, delta in task_vectors.deltas.items():

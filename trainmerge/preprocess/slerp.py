@@ -1,4 +1,4 @@
-"""Merges that go by the angle between two models or task vectors: SLERP and Model Stock.
+"""Merges based on the angle between models or task vectors: SLERP and Model Stock.
 
 Legend: `K` experts, `*S` parameter shape.
 """
@@ -21,9 +21,9 @@ PARALLEL = 1e-4  # radians: below, the great circle is the straight line
 class Slerp(Preprocess):
     """Two models' weights along the great circle between them, each parameter by its own angle.
 
-    W = (sin((1 - t) a) W_1 + sin(t a) W_2) / sin(a), a the angle between W_1 and W_2 (Shoemake, 1985). What
-    the circle adds to the straight line is shared by both results, so that base + sum of the results,
-    coefficient 1, is W. Parallel and opposite weights go along the line.
+    W = (sin((1 - t) a) W_1 + sin(t a) W_2) / sin(a), a the angle between W_1 and W_2 (Shoemake, 1985). The
+    difference between circle and straight line is split between both results, so that base + sum of the
+    results, coefficient 1, is W. Parallel and opposite weights are interpolated linearly.
 
     Args:
         t: 0 is the first expert, 1 the second.
@@ -59,17 +59,17 @@ class Slerp(Preprocess):
 
 @dataclass(frozen=True)
 class ModelStock(Preprocess):
-    """The experts' mean, drawn to the base the more the less they agree: K cos / (1 + (K - 1) cos) tau_k / K.
+    """The experts' mean, shrunk towards the base as their cosine falls: K cos / (1 + (K - 1) cos) tau_k / K.
 
-    Jang et al., ECCV 2024 (arXiv 2403.19522), for experts that were trained alike: cos is the mean cosine
-    between their task vectors, of each parameter by itself; a negative one leaves the base. Its merge is
-    base + sum of the results, coefficient 1.
+    Jang et al., ECCV 2024 (arXiv 2403.19522), for experts trained in the same way: cos is the mean cosine
+    between their task vectors, per parameter; a negative one gives the base. Its merge is base + sum of the
+    results, coefficient 1.
     """
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
         if len(task_vectors.experts) < 2:
-            raise ValueError("ModelStock needs two experts at least")
+            raise ValueError("ModelStock needs at least two experts")
         for name, delta in task_vectors.deltas.items():
             taus = delta.dense()
             cosines = [torch.cos(_angle(a, b)) for a, b in combinations(taus, 2)]
@@ -78,7 +78,7 @@ class ModelStock(Preprocess):
 
 
 def _angle(first: Tensor, second: Tensor) -> Tensor:
-    """Between two tensors as vectors, float64; right where one is zero."""
+    """The angle between two tensors as vectors, float64; a right angle if one is zero."""
     a, b = first.double().flatten(), second.double().flatten()
     norms = a.norm() * b.norm()
     if not bool(norms > 0):

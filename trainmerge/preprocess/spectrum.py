@@ -1,4 +1,4 @@
-"""Singular triples of tall and wide matrices, by the eigenvectors of their smaller Gram matrix.
+"""Singular triples of tall and wide matrices from the eigenvectors of their smaller Gram matrix.
 
 Legend: `K` experts, `m x n` a matrix, `r` leading singular triples.
 """
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 ROWS = 4096  # converted to float64 at a time
-EPSILON = 1e-6  # singular values below this share of the largest are noise of the factorisation
+EPSILON = 1e-6  # singular values below this fraction of the largest are rounding noise
 
 
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular triples, at most `rank`: [m, n] -> U [m, r], S [r], V [n, r].
 
-    By the eigenvectors of the smaller Gram matrix, in float64. Squaring costs half of its digits: a triple
-    whose singular value is s of the largest is off by about 1e-17 / s^2, so by 1e-5 at the smallest that are
-    kept. Of float32 numbers that is more than a float32 factorisation of the matrix has (5e-2 there,
-    measured); a float64 one of float64 numbers would be better. A 32,000 x 1,024 embedding takes half of the
-    time, and no second copy of it.
+    From the eigenvectors of the smaller Gram matrix, in float64. Squaring loses half of the digits: a triple
+    whose singular value is s times the largest has an error of about 1e-17 / s^2, which is 1e-5 at the
+    smallest that are kept. For float32 matrices this is more accurate than a float32 factorisation (5e-2
+    there, measured); for float64 matrices a float64 factorisation would be better. A 32,000 x 1,024 embedding
+    takes half of the time, without a second copy.
     """
     if matrix.shape[0] < matrix.shape[1]:
         right, values, left = truncated(matrix.T, rank)
@@ -42,21 +42,21 @@ def gram(matrix: Tensor) -> Tensor:
 
 
 def wide_rows(matrix: Tensor) -> Iterator[Tensor]:
-    """Some rows after the others, in float64."""
+    """Blocks of rows, in float64."""
     return (rows.double() for rows in torch.split(matrix, ROWS))
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns (rows, if it is wide); directions of no length stay out."""
+    """The nearest matrix with orthonormal columns (rows, if it is wide), without zero directions."""
     u, _, v = truncated(matrix, min(matrix.shape))
     return u @ v.T
 
 
 def input_directions(taus: Tensor) -> tuple[Tensor, Tensor]:
-    """Of C = sum_k tau_k^T tau_k / |tau_k|^2, the eigenvalues, largest first, and eigenvectors: [r], [n, r].
+    """Eigenvalues (descending) and eigenvectors of C = sum_k tau_k^T tau_k / |tau_k|^2: [r], [n, r].
 
-    Float64. Those that are rounding are left out, and so are experts that leave the matrix alone: r is 0 if
-    all do. C itself, n x n, is not made where all experts together have fewer rows than n.
+    Float64. Rounding noise is left out, and so are experts that do not change the matrix: r is 0 if none
+    does. C itself, n x n, is not formed if all experts together have fewer rows than n.
     """
     sizes = torch.stack([square_norm(tau) for tau in taus])
     shares = torch.where(sizes > 0, 1 / sizes.clamp_min(torch.finfo(sizes.dtype).tiny), 0.0)
@@ -73,12 +73,12 @@ def input_directions(taus: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def square_norm(matrix: Tensor) -> Tensor:
-    """Of all its entries, a float64 scalar."""
+    """The sum of squared entries, a float64 scalar."""
     return torch.stack([rows.square().sum() for rows in wide_rows(matrix)]).sum()
 
 
 def moment_times(matrix: Tensor, directions: Tensor) -> Tensor:
-    """Its Gram matrix times [n, r], float64 [n, r]; n x n numbers are made only if the matrix has as many."""
+    """Its Gram matrix times [n, r], float64 [n, r]; forms n x n numbers only if the matrix has as many."""
     if matrix.shape[0] >= matrix.shape[1]:
         return gram(matrix) @ directions
     total = torch.zeros_like(directions)

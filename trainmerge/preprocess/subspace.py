@@ -1,4 +1,4 @@
-"""The experts' shared subspace, whose orthogonal complement projected gradients stay in.
+"""The experts' shared subspace, off which gradients are projected.
 
 Wei et al., ICML 2025 (arXiv 2501.01230).
 

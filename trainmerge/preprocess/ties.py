@@ -1,4 +1,4 @@
-"""TIES: trim small values, elect a sign, keep what agrees with it.
+"""TIES: trim small values, elect a sign, keep the entries that agree with it.
 
 Yadav et al., NeurIPS 2023 (arXiv 2306.01708).
 
@@ -20,7 +20,7 @@ from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.pieces import in_pieces
 from trainmerge.task_vectors.top_k import Limit, count, cuts
 
-SAMPLE = 1 << 22  # entries of an expert that say where its cut is, to a tenth of a per cent
+SAMPLE = 1 << 22  # sampled entries of an expert, which estimate its threshold to a tenth of a per cent
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Ties(Piecewise):
     (AdaMerging++ learns its coefficients on `sum`).
 
     Args:
-        density: Fraction of entries that trimming keeps, in (0, 1].
+        density: Fraction of entries to keep, in (0, 1].
         scope: `global` ranks an expert's entries over all its parameters, as the paper and its code do;
             `parameter` within each, as mergekit does.
         merge: `sum` or `mean` over the agreeing experts.
@@ -62,7 +62,7 @@ class Ties(Piecewise):
 
 @dataclass(frozen=True)
 class Elected:
-    """What TIES knows once it has read everything: each piece's limits, and the sign most entries have."""
+    """The rule of TIES after its first pass: each piece's limits, and the majority sign of all entries."""
 
     limits: Mapping[str, tuple[Limit, ...]]
     majority: float  # decides where the sum of all experts is zero
@@ -105,10 +105,10 @@ def _trim(taus: Tensor, limits: Iterable[Limit]) -> Tensor:
 
 
 def disjoint(trimmed: Tensor, majority: float, merge: Literal["sum", "mean"]) -> Tensor:
-    """Keep, in place, the entries of `trimmed` [K, *S] with the elected sign; for `mean`, share them out."""
+    """Keep, in place, the entries of `trimmed` [K, *S] with the elected sign; `mean` divides them."""
     sign = total(trimmed).sign_()
     sign.sub_(sign.abs().sub_(1), alpha=majority)  # where it is 0
-    agreeing = trimmed.mul_(sign).clamp_min_(0)  # their magnitudes
+    agreeing = trimmed.mul_(sign).clamp_min_(0)  # magnitudes
     if merge == "mean":
         agreeing /= total(agreeing.sign()).clamp_min_(1)
     return agreeing.mul_(sign)

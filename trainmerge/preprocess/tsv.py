@@ -19,20 +19,20 @@ from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 from trainmerge.task_vectors.parameter_names import matches
 
 Triples = tuple[Tensor, Tensor, Tensor]  # U [m, r], S [r], V [n, r]
-TWINS = 0.95  # a cosine that experts of different tasks are far from
+TWINS = 0.95  # cosine of nearly equal experts; those of different tasks are far below
 
 
 @dataclass(frozen=True)
 class Tsv(Preprocess):
-    """Keep min(m, n) / K singular triples of each matrix; make those of all experts orthogonal to each other.
+    """Keep min(m, n) / K singular triples per expert and matrix, and orthogonalise them between experts.
 
-    TSV-M; its merge is base + sum of the results, coefficient 1. Parameters that are no matrices are divided
-    by K. Singular values below 1e-6 of an expert's largest are left out before the whitening: the reference
-    keeps them, and is wrong by half for low-rank experts. Nearly equal experts are a bad case by nature: the
-    directions of their difference get the weight of a whole expert, and a warning says so.
+    TSV-M; its merge is base + sum of the results, coefficient 1. Parameters that are not matrices are divided
+    by K. Singular values below 1e-6 of an expert's largest are removed before the whitening: the reference
+    keeps them, and is wrong by half for low-rank experts. The method is unsuitable for nearly equal experts:
+    the directions of their difference get the weight of a whole expert. A warning names them.
 
     Args:
-        share: Share of min(m, n) that an expert keeps; None is 1 / K.
+        share: Fraction of min(m, n) that an expert keeps; None is 1 / K.
         orthogonal: Make the experts' singular vectors orthogonal; False is TSV-C's plain truncation.
         exclude: fnmatch patterns of matrices that are averaged, embeddings say.
     """
@@ -77,7 +77,7 @@ class Tsv(Preprocess):
 
 
 def _inner_products(triples: Sequence[Triples]) -> Tensor:
-    """Between the experts' leading parts, [K, K] float64, without the matrices themselves."""
+    """Cosines of the experts' leading parts, [K, K] float64, without forming the matrices."""
     products = [
         (s[:, None] * (u.T @ other_u) * other_s * (v.T @ other_v)).double().sum()
         for u, s, v in triples
@@ -93,6 +93,6 @@ def _warn_of_twins(experts: Sequence[str], overlaps: Tensor) -> None:
         warnings.warn(
             f"Tsv: {experts[first]} and {experts[second]} are nearly equal (cosine "
             f"{cosines[first, second]:.3f}); the directions of their difference get the weight of a whole "
-            "expert: leave one of them out, or average them first",
+            "expert: remove one of them, or average them first",
             stacklevel=3,
         )

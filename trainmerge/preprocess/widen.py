@@ -1,4 +1,4 @@
-"""WIDEN: weigh every column of an expert by how far its length and its direction moved.
+"""WIDEN: weight every column of an expert by the changes of its norm and its direction.
 
 Yu et al., 2024 (arXiv 2408.03092).
 
@@ -21,10 +21,10 @@ from trainmerge.task_vectors.parameter_names import matches
 class Widen(Preprocess):
     """tau_k times one weight per column; its merge is base + sum of the results, coefficient 1.
 
-    A column's change of length and of direction are ranked within the expert; the softmax of the ranks over
-    the experts is its weight, and 1 for each expert where the rank is above `above` times the mean. (So two
-    equal experts give more than one of them: the paper's method.) Parameters that are no matrices are
-    weighed per entry, by |tau|.
+    A column's changes of norm and of direction are ranked within the expert; its weight is the softmax of the
+    ranks over the experts, or `important` where the rank is above `above` times the mean. (So two equal
+    experts give more than one of them: the paper's method.) Parameters that are not matrices are weighted per
+        entry, by |tau|.
 
     Args:
         above: Ranks over this multiple of their mean get the weight `important`; infinity leaves the softmax.
@@ -62,6 +62,6 @@ class Widen(Preprocess):
 
 
 def _changes(base: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every column's length and direction, [n] each."""
+    """Changes of every column's norm and direction, [n] each."""
     turned = 1 - torch.cosine_similarity(model, base, dim=0)
     return (model.norm(dim=0) - base.norm(dim=0)).abs(), turned

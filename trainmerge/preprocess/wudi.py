@@ -1,4 +1,4 @@
-"""WUDI: the merge whose error lies outside of what each expert's linear layers read, in closed form.
+"""WUDI: the merge with the least error on the inputs of each expert's linear layers, in closed form.
 
 Cheng et al., ICML 2025 (arXiv 2503.08099); spectral filters as in SWUDI and ASWUDI.
 
@@ -28,8 +28,9 @@ class Wudi(Preprocess):
         W = sum_k [tau_k - tau_k U f U^T + tau_k tau_k^T tau_k / |tau_k|^2 U (f / l) U^T],   f = 1 - exp(-l t)
 
     and the bracket is expert k's new task vector: its merge is base + sum of the results, coefficient 1.
-    Parameters that are no matrices, and those in `exclude`, are divided by K. One eigendecomposition, n x n,
-    a matrix, in float64 (K m x K m where that is less), and a few n x n products per block of rows.
+    Parameters that are not matrices, and those in `exclude`, are divided by K. Per matrix one
+    eigendecomposition, n x n, in float64 (K m x K m where that is less), and a few n x n products per block
+    of rows.
 
     Args:
         time: t. The published run is 300; None is the adaptive filter, which needs no setting: f is 1 on the
@@ -60,7 +61,7 @@ class Wudi(Preprocess):
         return torch.stack([_expert(tau, seen, passed, inverse) for tau in taus])
 
     def _filter(self, values: Tensor, width: int) -> Tensor:
-        """The f of every direction, [r], values in descending order: once it is 0 it stays 0."""
+        """f of every direction, [r], for eigenvalues in descending order: once it is 0 it stays 0."""
         order = torch.arange(len(values))
         if self.time is None:
             leading = ceil(float(values.sqrt().sum() ** 2 / values.sum()) - 1e-9)

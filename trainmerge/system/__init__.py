@@ -1,1 +1,1 @@
-"""Files, processes, memory and the console: nothing about merging."""
+"""Files, processes, memory and the console, independent of merging."""

@@ -1,4 +1,4 @@
-"""Output folders and texts that appear whole or not at all, and room for them."""
+"""Atomic writes of folders and texts, and checks for disk space."""
 
 import errno
 import os
@@ -15,19 +15,19 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder next to `target` to fill; on success it becomes `target`, on any exception it is removed.
+    """A new folder next to `target`; on success it is renamed to `target`, on any exception it is removed.
 
-    With `overwrite` the old folder stays in place until the new one is whole and on disk. What a killed
-    process left behind is put back or removed first.
+    With `overwrite` the old folder stays in place until the new one is complete and on disk. Leftovers of a
+    killed process are restored or removed first.
 
-    Raises FileExistsError before any work if `target` is a file, or holds files and `overwrite` is off.
+    Raises FileExistsError before any work if `target` is a file, or is not empty and `overwrite` is off.
     """
     target = Path(target).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     _recover(target)
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if occupied and (not overwrite or not target.is_dir()):
-        raise FileExistsError(f"{target} is not an empty folder; name another, or ask to overwrite it")
+        raise FileExistsError(f"{target} is not an empty folder; choose another, or set overwrite")
     new, old = aside(target, "new"), aside(target, "old")
     new.mkdir()
     try:
@@ -48,7 +48,7 @@ def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _recover(target: Path) -> None:
-    """Remove what dead processes of this machine left next to `target`; put back an old folder."""
+    """Remove leftovers of dead processes of this machine next to `target`; restore an old folder."""
     for path in abandoned(target, "old"):
         if target.exists():
             shutil.rmtree(path)
@@ -65,7 +65,7 @@ def aside(target: Path, kind: str) -> Path:
 
 
 def abandoned(target: Path, kind: str) -> list[Path]:
-    """What `aside` named for processes of this machine that are no more: they were killed."""
+    """Paths named by `aside` whose processes on this machine no longer exist."""
     prefix = f".{target.name}.{kind}-{socket.gethostname()}-"
     owners = {
         path: path.name.removeprefix(prefix).partition("-")[0]
@@ -80,14 +80,14 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it lives, and is another user's
+    except PermissionError:  # it exists, and belongs to another user
         return True
     return True
 
 
 def seen_from(path: str | Path) -> str:
-    """Where a relative path is looked for: a run's recipe keeps paths as they were given."""
-    return "" if Path(path).is_absolute() else f" in {Path.cwd()}, which relative paths are from"
+    """The folder of a relative path, for error messages: a run's recipe stores paths as given."""
+    return "" if Path(path).is_absolute() else f" in {Path.cwd()}, to which paths are relative"
 
 
 def sync(path: Path) -> None:
@@ -100,7 +100,7 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file through a temporary one: whoever reads it, or is killed, has the old or the new."""
+    """Write a text file through a temporary one, so that at any moment it is the old or the new one."""
     aside = path.with_name(f"{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -113,7 +113,7 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError that names no file names this one: the system only says that the disk is full."""
+    """Add this file to an OSError that names none, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -130,4 +130,6 @@ def check_free_space(folder: str | Path, bytes_needed: int) -> None:
         folder = folder.parent
     free, needed = shutil.disk_usage(folder).free, int(bytes_needed * FREE_SPACE_MARGIN)
     if free < needed:
-        raise OSError(f"{folder}: {needed} bytes are needed, {free} are free. Free some, or write elsewhere.")
+        raise OSError(
+            f"{folder}: {needed} bytes are needed, {free} are free. Free some space, or write elsewhere."
+        )

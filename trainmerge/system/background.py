@@ -1,4 +1,4 @@
-"""Work done by one thread before another asks for its result."""
+"""Work ahead in a background thread."""
 
 from collections.abc import Iterator
 from queue import Empty, Queue
@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
-    """`items`, made by another thread, up to `depth` of them ahead of the consumer.
+    """`items`, produced by another thread, up to `depth` of them ahead of the consumer.
 
-    What they raise is raised here. When this iterator is closed, the thread ends after the item at hand.
+    Their exceptions are raised here. When this iterator is closed, the thread ends after the current item.
     """
     made: Queue[list[T] | BaseException] = Queue(depth)  # one item, or none at the end
     left = Event()
@@ -23,7 +23,7 @@ def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
                 if left.is_set():
                     return
             made.put([])
-        except BaseException as error:  # for the other thread to see
+        except BaseException as error:  # raised in the consumer
             made.put(error)
 
     thread = Thread(target=make, daemon=True)
@@ -37,6 +37,6 @@ def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
         left.set()
         while thread.is_alive():
             try:
-                made.get(timeout=0.01)  # room for the item at hand
+                made.get(timeout=0.01)  # room for the current item
             except Empty:
                 thread.join(0.01)

@@ -1,6 +1,6 @@
-"""The processes that work together, over torch.distributed: one where there is no process group.
+"""Collectives over torch.distributed; a single process without a process group.
 
-Lightning's strategy makes the group of a fit; `joined` makes the one of a command started by torchrun.
+Lightning's strategy creates the group of a fit; `joined` that of a command started by torchrun.
 """
 
 import os
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Inside, the processes that torchrun started are a group; a process started alone stays alone.
+    """In this context the processes that torchrun started form a group; a single process has none.
 
-    Over gloo: what these commands exchange are a few numbers on the CPU.
+    Uses gloo, because these commands exchange a few numbers on the CPU.
 
     Raises:
-        ValueError: WORLD_SIZE names several processes, and nothing says where they meet.
+        ValueError: WORLD_SIZE names several processes, but the variables of their rendezvous are not set.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == 1 or world_size() > 1:
@@ -41,12 +41,12 @@ def joined() -> Iterator[None]:
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The rank of this process."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -75,7 +75,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def gather(value: T) -> list[T]:
-    """Every process's value, in the order of ranks, on process 0; nothing on the others."""
+    """Every process's value, in the order of ranks, on process 0; empty on the others."""
     if world_size() == 1:
         return [value]
     values: list[T] | None = [value] * world_size() if rank() == 0 else None
@@ -85,7 +85,7 @@ def gather(value: T) -> list[T]:
 
 @torch.no_grad()
 def all_reduce(tensor: Tensor) -> Tensor:
-    """The sum over processes; the argument stays as it is."""
+    """The sum over processes; does not change its argument."""
     if world_size() == 1:
         return tensor
     summed = tensor.clone()
@@ -95,7 +95,7 @@ def all_reduce(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Process 0 goes through first, the others after it: they find in files what it has made."""
+    """Process 0 runs this context first, the others after it, so that they find its files."""
     if rank() > 0:
         barrier()
     yield
@@ -109,5 +109,5 @@ def own_share(items: Sequence[T]) -> Sequence[T]:
 
 
 def merge_shares(own: Mapping[int, T]) -> dict[int, T]:
-    """The mappings of all processes as one, on each of them."""
+    """The union of all processes' mappings, on every process."""
     return {key: value for part in all_gather(own) for key, value in part.items()}

@@ -1,4 +1,4 @@
-"""JSON files, read at one door: whatever is wrong with one is an error that names it."""
+"""Read JSON files, with errors that name the file."""
 
 import json
 from pathlib import Path
@@ -10,24 +10,24 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON in UTF-8, or no object; with the remedy.
+        ValueError: it is not JSON in UTF-8, or not an object; with the remedy.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}. {remedy}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object is needed, this is a {type(value).__name__}. {remedy}")
+        raise ValueError(f"{path}: not a JSON object, but a {type(value).__name__}. {remedy}")
     return value
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one per line, none if it is not there.
+    """The objects of a file with one per line; none if it does not exist.
 
-    A last line that is not whole, as a killed process leaves it, is passed over.
+    An incomplete last line, as a killed process leaves it, is skipped.
 
     Raises:
-        ValueError: another line is no JSON object.
+        ValueError: another line is not a JSON object.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     found: list[dict[str, Any]] = []
@@ -39,6 +39,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
                 break
             raise ValueError(f"{path}: line {number} is not valid JSON: {error}. Remove the line.") from error
         if not isinstance(value, dict):
-            raise ValueError(f"{path}: line {number} is no JSON object. Remove the line.")
+            raise ValueError(f"{path}: line {number} is not a JSON object. Remove the line.")
         found.append(value)
     return found

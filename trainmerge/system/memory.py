@@ -1,4 +1,4 @@
-"""Sizes of memory: read, written, and measured."""
+"""Memory sizes: parsing, formatting and measuring."""
 
 import ctypes
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's numbers for mallopt
-LARGE = 1 << 20  # bytes of an allocation that is worth giving back at once
+LARGE = 1 << 20  # bytes of an allocation that is returned to the system at once
 KEPT = 1 << 28  # bytes below which freed memory is reused
 
 
@@ -21,16 +21,16 @@ def parse_size(text: str) -> int:
     (8589934592, 1500000000, 300000000)
 
     Raises:
-        ValueError: no number, an unknown unit, or none.
+        ValueError: no number, or no known unit.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if not found or found[2].upper() not in UNITS:
-        raise ValueError(f"{text!r} is no size: write a number and a unit, such as 8GiB, 6GB or 500MiB")
+        raise ValueError(f"{text!r} is not a size: write a number and a unit, such as 8GiB, 6GB or 500MiB")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def format_size(count: float) -> str:
-    """Bytes in the unit that people read.
+    """Bytes in a readable unit.
 
     >>> format_size(8 << 30), format_size(1536), format_size(0)
     ('8.0 GiB', '1.5 KiB', '0 B')
@@ -42,7 +42,7 @@ def format_size(count: float) -> str:
 
 
 def anonymous(process: int | str = "self") -> int:
-    """A process's anonymous memory in bytes; 0 of one that has ended and was not waited for.
+    """A process's anonymous memory in bytes; 0 for a zombie process.
 
     Raises:
         OSError: this is not Linux.
@@ -52,12 +52,12 @@ def anonymous(process: int | str = "self") -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     if process != "self":
-        return 0  # it is just ending: its memory is gone, its entry is not
+        return 0  # it is exiting: its memory is freed, but its entry still exists
     raise OSError("no RssAnon in /proc/self/status: this needs Linux")
 
 
 def return_freed_memory() -> None:
-    """Ask the C library to return large freed blocks to the system, where it can be asked (glibc).
+    """Ask the C library to return large freed blocks to the system at once (glibc only).
 
     Otherwise freed blocks of up to 32 MiB still count as the process's memory.
     """
@@ -65,9 +65,9 @@ def return_freed_memory() -> None:
 
 
 class Peak:
-    """The highest anonymous memory of this process between start and stop, looked at every few milliseconds.
+    """The peak anonymous memory of this process between start and stop, sampled every few milliseconds.
 
-    Mapped files are not in it: they are the page cache's, which the kernel takes back when it wants.
+    Mapped files are excluded: they are in the page cache, which the kernel can reclaim.
     """
 
     def __init__(self, every: float = 0.002) -> None:
@@ -97,9 +97,9 @@ class Peak:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed: a pass asks for the same few buffers again and again.
+    """Let glibc reuse freed memory, because a pass allocates the same few buffers again and again.
 
-    It would give each of them back to the kernel, which then has to zero its pages the next time.
+    By default it returns each to the kernel, which must zero the pages next time.
     """
     _mallopt(TRIM_THRESHOLD, KEPT)
     _mallopt(MMAP_THRESHOLD, KEPT)

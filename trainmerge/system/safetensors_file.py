@@ -31,30 +31,30 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# A private copy-on-write mapping: torch warns of read-only ones, and a stray write into one is a crash.
-# On Linux with MAP_NORESERVE, which Python 3.11 does not name: a file may be larger than memory.
+# A private copy-on-write mapping: torch warns of read-only ones, and a stray write into those crashes.
+# On Linux with MAP_NORESERVE (not in Python 3.11's mmap), because a file may be larger than memory.
 MAPPING: dict[str, int] = {"access": mmap.ACCESS_COPY}
 if sys.platform == "linux":
     MAPPING = {"flags": mmap.MAP_PRIVATE | 0x4000, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
-# mmap's own method wants the mapping, of which a tensor knows the address only.
+# mmap's own method needs the mapping, but a tensor has only its address.
 MADVISE = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
 
 
 class Hasher(Protocol):
-    """One of `hashlib`'s objects."""
+    """The interface of `hashlib`'s objects."""
 
     def update(self, data: Any, /) -> None:
-        """Go on with these bytes."""
+        """Add these bytes."""
         ...
 
 
 class TensorInfo(NamedTuple):
-    """What a file's header says of one tensor."""
+    """One tensor's entry in a file's header."""
 
     dtype: torch.dtype
     shape: torch.Size
     file: Path
-    begin: int = 0  # byte of the file at which the tensor begins
+    begin: int = 0  # byte offset in the file
 
     @property
     def nbytes(self) -> int:
@@ -63,13 +63,13 @@ class TensorInfo(NamedTuple):
 
 
 class MappedFile:
-    """One safetensors file: its header read and checked, its tensors mapped when they are read.
+    """One safetensors file: reads and checks the header, and maps tensors on access.
 
-    A mapped tensor is the file's pages: no anonymous memory, dropped by the kernel when memory is short.
-    Writing into one never reaches the file, it gives this process its own copy of the page. The file must
-    not be truncated while it is mapped: the kernel answers the next read with SIGBUS.
+    A mapped tensor uses the file's pages, not anonymous memory; the kernel can drop them when memory is
+    short. Writing into one never changes the file, only this process's copy of the page. The file must not be
+    truncated while it is mapped: the next read would raise SIGBUS.
 
-    Raises FileNotFoundError for an absent file, ValueError for one that is not whole and sound.
+    Raises FileNotFoundError for an absent file, ValueError for a damaged or incomplete one.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -99,7 +99,7 @@ class MappedFile:
             self.check_unchanged()
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, **MAPPING)
-        if info.begin % info.dtype.itemsize:  # files of old writers; kernels want aligned data, so copy
+        if info.begin % info.dtype.itemsize:  # files of old writers: copy, because kernels need aligned data
             raw = torch.frombuffer(self._map, dtype=torch.uint8, count=info.nbytes, offset=info.begin)
             return raw.clone().view(info.dtype).view(info.shape)
         count = info.shape.numel()
@@ -108,25 +108,27 @@ class MappedFile:
     def check_unchanged(self) -> None:
         """Raise ValueError if the file was replaced, resized or written to since it was opened."""
         if not self.path.is_file() or _identity(self.path) != self._stat:
-            raise ValueError(f"{self.path} changed since it was opened; start again, let nothing write to it")
+            raise ValueError(
+                f"{self.path} changed since it was opened; start again, and let no other process write to it"
+            )
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header, and the byte at which tensor data begins. safetensors judges all but duplicate names."""
+    """The header and the offset of tensor data. safetensors checks everything but duplicate names."""
     try:
         with safe_open(path, framework="np"), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             pairs = json.loads(file.read(size), object_pairs_hook=_refuse_duplicates)
     except (SafetensorError, ValueError) as error:
         hint = f"({path.stat().st_size} bytes long). It is damaged or unfinished: download or save it again."
-        raise ValueError(f"{path}: not a whole safetensors file: {error} {hint}") from error
+        raise ValueError(f"{path}: not a complete safetensors file: {error} {hint}") from error
     return pairs, 8 + size
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
     if twice:
-        raise ValueError(f"listed twice in the header: {', '.join(twice)}")
+        raise ValueError(f"duplicate names in the header: {', '.join(twice)}")
     return dict(pairs)
 
 
@@ -142,13 +144,13 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     hasher: Hasher | None = None,
 ) -> None:
-    """Write `tensors`, which come one at a time and in any order, in constant memory.
+    """Write `tensors`, an iterator in any order, in constant memory.
 
-    A tensor may come in pieces, consecutive rows of it, with others between. The file appears under its name
-    only when it is whole and on disk; the same input gives the same bytes. What a killed process left of it
-    is removed first. `hasher` is fed the file's bytes on their way; the tensors must then come in
-    `file_order`. Raises ValueError if a tensor's name, dtype or shape differs from its spec, or one is
-    missing or too many.
+    A tensor may come in pieces of consecutive rows, interleaved with other tensors. The file appears under
+    its name only when it is complete and on disk; the same input gives the same bytes. Leftovers of a killed
+    process are removed first. `hasher` is updated with the file's bytes while writing; the tensors must then
+    come in `file_order`. Raises ValueError if a tensor's name, dtype or shape differs from its spec, or a
+    tensor is missing or surplus.
     """
     path = Path(path)
     header, offsets = _layout(path, specs, metadata or {})
@@ -158,20 +160,20 @@ def write_safetensors(
     missing = {name: math.prod(shape) for name, (_, shape) in specs.items()}  # elements
     given: set[str] = set()
     try:
-        with naming(path), temporary.open("xb") as file:  # open(), so that the mode follows the umask
+        with naming(path), temporary.open("xb") as file:  # open() respects the umask
             _write_bytes(file, memoryview(header), hasher)
             for name, tensor in tensors:
                 _check_piece(path, specs, name, tensor, missing.get(name, 0), name in given)
                 written = math.prod(specs[name][1]) - missing[name]
                 place = len(header) + offsets[name] + written * tensor.dtype.itemsize
                 if hasher is not None and place != file.tell():
-                    raise ValueError(f"{path}: {name} is out of the file's order, in which it is hashed")
+                    raise ValueError(f"{path}: {name} is not in the file's order, which hashing needs")
                 file.seek(place)
                 _write_bytes(file, _bytes_of(tensor), hasher)
                 missing[name] -= tensor.numel()
                 given.add(name)
             if absent := [name for name in specs if missing[name] or name not in given]:
-                raise ValueError(f"{path}: tensors promised but not given: {', '.join(absent)}")
+                raise ValueError(f"{path}: tensors in the header but not written: {', '.join(absent)}")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -191,14 +193,14 @@ def _check_piece(path: Path, specs: Specs, name: str, tensor: Tensor, missing: i
     rows = 0 < tensor.dim() == len(shape) and tuple(tensor.shape[1:]) == tuple(shape[1:])
     if dtype != tensor.dtype or not (whole or (rows and 0 < tensor.numel() <= missing)):
         promised = (
-            f"{dtype} {tuple(shape)}, of which {missing} numbers are missing" if dtype else "no such one"
+            f"{dtype} {tuple(shape)}, of which {missing} numbers are missing" if dtype else "no such tensor"
         )
         got = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-        raise ValueError(f"{path}: got {got}, the header promises {promised}")
+        raise ValueError(f"{path}: got {got}, the header has {promised}")
 
 
 def _layout(path: Path, specs: Specs, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The header's bytes, and each tensor's place after them."""
+    """The header's bytes, and each tensor's offset after them."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets: dict[str, int] = {}
     end = 0
@@ -227,7 +229,7 @@ def _write_bytes(file: BinaryIO, values: memoryview, hasher: Hasher | None) -> N
 
 
 def read_ahead(tensor: Tensor) -> None:
-    """Have the kernel read a mapped tensor's pages, without waiting; nothing happens to other tensors."""
+    """Ask the kernel to read ahead a mapped tensor's pages; no effect on unmapped tensors."""
     if MADVISE is not None:
         begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         size = tensor.data_ptr() - begin + tensor.nbytes

@@ -1,4 +1,4 @@
-"""One folder written by several processes: started by torchrun, each its part, all or nothing."""
+"""One output folder written atomically by several processes under torchrun."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """A part of the work that all processes finish, or none: those that could go on give up too.
+    """A section that all processes complete or none: if one fails, the others raise too.
 
-    Raises what failed here, or ChildProcessError with the words of those that failed.
+    Raises this process's own exception, or ChildProcessError with the messages of the failed ones.
     """
     error: Exception | None = None
     try:
@@ -30,7 +30,7 @@ def agreed() -> Iterator[None]:
 
 
 def every_nth(sizes: Mapping[T, int]) -> list[T]:
-    """What falls to this process of some things: the largest first, each to whoever has least so far."""
+    """The share of one process: largest items first, each to the process with the least so far."""
     loads = [0] * distributed.world_size()
     mine = []
     for thing in sorted(sizes, key=lambda thing: -sizes[thing]):
@@ -45,7 +45,7 @@ def every_nth(sizes: Mapping[T, int]) -> list[T]:
 def staging_shared(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """`staging` for all processes: the first makes and renames the folder, all may write into it.
 
-    A failure of any process is one of all, and leaves nothing.
+    If any process fails, all fail, and the folder is removed.
     """
     with ExitStack() as stack:
         with agreed():

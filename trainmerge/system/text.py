@@ -1,10 +1,10 @@
-"""Words for lists of names."""
+"""Format lists of names."""
 
 from collections.abc import Sequence
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
-    """The names, or the first few and how many more there are.
+    """The names, or the first few and the number of others.
 
     >>> listed(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'

@@ -1,4 +1,4 @@
-"""Files named by the digest of what they were made from: made once, found again."""
+"""A cache of files named by a digest of their inputs."""
 
 import hashlib
 from collections.abc import Callable
@@ -13,7 +13,7 @@ def digest(text: str, length: int = 16) -> str:
 
 
 def cached(path: Path, make: Callable[[Path], None]) -> MappedFile:
-    """The file, made first if it is not there; `make` writes it whole or not at all."""
+    """The file, created by `make` if it does not exist; `make` must write it atomically."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         make(path)

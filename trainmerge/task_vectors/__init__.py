@@ -1,1 +1,1 @@
-"""What each expert changed, one parameter at a time."""
+"""Task vectors: the experts' differences from the base, per parameter."""

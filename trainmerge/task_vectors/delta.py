@@ -1,4 +1,4 @@
-"""Task vectors: what each expert changed, one parameter at a time, left on disk until a pass reads it.
+"""Task vectors: the experts' differences from the base, per parameter, on disk until a pass reads them.
 
 Legend: `K` experts, `C` chunks of one parameter, `*S` parameter shape.
 """
@@ -29,7 +29,7 @@ from trainmerge.kernels.quantised import decode
 
 @dataclass(frozen=True)
 class Delta:
-    """One parameter's base and K differences. Nothing is read before a method is called."""
+    """One parameter's base and K differences. No data is read before a method is called."""
 
     base: Tensor  # [*S], usually mapped from a file
     terms: tuple[Term, ...]  # one per expert
@@ -41,7 +41,7 @@ class Delta:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a pass reads: base and terms."""
+        """Bytes of base and terms that a pass reads."""
         return read_bytes(self.base, self.terms)
 
     def merge(self, out: Tensor, coefficients: Tensor) -> None:
@@ -53,11 +53,11 @@ class Delta:
         return inner_products(grad, self.base, self.terms, chunks)
 
     def merges(self, out: Tensor, coefficients: Tensor) -> Iterator[Merge]:
-        """The calls that are `merge`."""
+        """The kernel calls of `merge`."""
         yield Merge(out, self.base, self.terms, coefficients)
 
     def products(self, grad: Tensor, chunks: int) -> Iterator[tuple[slice, Product]]:
-        """The calls that are `inner`, and which chunks each is about."""
+        """The kernel calls of `inner`, and the chunks of each."""
         yield slice(0, chunks), Product(grad, self.base, self.terms, chunks)
 
     def dense(self) -> Tensor:
@@ -72,7 +72,7 @@ class Delta:
         return taus
 
     def rows(self, part: slice) -> "Delta":
-        """The same of these rows of dimension 0: views, nothing is read."""
+        """The same for these rows of dimension 0: views, no data is read."""
         return Delta(self.base[part], tuple(rows_of(term, part) for term in self.terms))
 
 
@@ -94,13 +94,13 @@ def dense_term(term: Term, base: Tensor) -> Tensor:
 
 
 def outside(matrix: Tensor, basis: Tensor) -> Tensor:
-    """Its part outside of the subspace; never the m x m projector."""
+    """Its projection off the subspace, without forming the m x m projector."""
     return matrix - basis @ (basis.T @ matrix)
 
 
 @dataclass(frozen=True)
 class TaskVectors:
-    """Every parameter that some expert changed, under the base checkpoint's own names."""
+    """Every parameter that some expert changed, under the base checkpoint's names."""
 
     experts: tuple[str, ...]  # K names, in coefficient order
     deltas: Mapping[str, Delta]

@@ -1,7 +1,6 @@
 """Geometry of the task vectors: inner products and sign conflicts per parameter, in one pass.
 
-Everything that a report or an inspection says of them (norms, cosines, conflicts) is a quotient of sums of
-these, over any set of parameters.
+Norms, cosines and conflicts, over any set of parameters, are quotients of sums of these.
 
 Legend: `P` parameters, `K` experts, `*S` parameter shape, `n` its size.
 """
@@ -35,7 +34,7 @@ class Geometry:
     sizes: Tensor  # [P, K]: ||tau_k||_1
 
     def of(self, names: Iterable[str]) -> "Geometry":
-        """Their sums over these parameters, as one: P is 1."""
+        """The sums over these parameters: P becomes 1."""
         places = {name: place for place, name in enumerate(self.names)}
         chosen = [places[name] for name in names if name in places]
 
@@ -67,9 +66,9 @@ class Geometry:
         return (self.gram / scale.where(scale > 0, torch.nan)).clamp(-1, 1)
 
     def conflicts(self) -> Tensor:
-        """Of the entries that both change, the share with opposite signs, [P, K, K]; NaN of none.
+        """Among entries that both change, the share with opposite signs, [P, K, K]; NaN if there are none.
 
-        A half is what chance gives.
+        Random signs give one half.
         """
         return self.opposed / self.both.where(self.both > 0, torch.nan)
 
@@ -82,7 +81,7 @@ class Geometry:
 
 @torch.no_grad()
 def measure(task_vectors: TaskVectors) -> Geometry:
-    """Read every task vector once; needs a few MiB per expert."""
+    """Compute the sums; reads every task vector once and needs a few MiB per expert."""
     names = tuple(task_vectors.deltas)
     K = len(task_vectors.experts)
     sums = {name: [torch.zeros(shape, dtype=torch.float64) for shape in _shapes(K)] for name in names}
@@ -138,7 +137,7 @@ FIELDS = ("gram", "base", "base_gram", "both", "opposed", "sizes")
 
 
 def save_geometry(geometry: Geometry, path: Path) -> None:
-    """Write it as safetensors; renamed into place."""
+    """Write it as safetensors, atomically."""
     tensors = {field: getattr(geometry, field) for field in FIELDS}
     specs = {field: (tensor.dtype, tuple(tensor.shape)) for field, tensor in tensors.items()}
     write_safetensors(path, specs, tensors.items(), {"names": json.dumps(geometry.names)})

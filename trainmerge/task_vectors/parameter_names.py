@@ -1,10 +1,10 @@
-"""What kind of module a parameter belongs to, and which block: by its name alone, for any architecture."""
+"""A parameter's kind of module and its block, from its name alone, for any architecture."""
 
 import re
 from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
-# The first pattern that is found in a lower-case name decides. Names are transformers', of many families.
+# The first pattern found in the lower-case name decides. Names are those of many transformers families.
 KINDS = {
     "bias": r"bias$",
     "norm": r"norm|(^|\.)ln_?\w*\.|layer_?scale",
@@ -23,7 +23,7 @@ OTHER = "other"
 
 
 def kind_of(name: str) -> str:
-    """The kind of module that a parameter belongs to; `other` if its name says nothing.
+    """The kind of module of a parameter; `other` if no pattern matches.
 
     >>> kind_of("model.layers.3.self_attn.q_proj.weight")
     'query'
@@ -45,7 +45,7 @@ def kind_of(name: str) -> str:
 
 
 def number_of(name: str) -> tuple[str, int] | None:
-    """The stack that a numbered block belongs to, and its number; None outside of them.
+    """The stack and number of a parameter's block; None outside numbered blocks.
 
     >>> number_of("encoder.layer.3.output.dense.weight")
     ('encoder.layer', 3)
@@ -59,7 +59,7 @@ def number_of(name: str) -> tuple[str, int] | None:
 
 
 def block_labels(blocks: Sequence[str]) -> list[str]:
-    """Short names of blocks: their numbers, with the stack's if there are several, or a module's last name.
+    """Short names of blocks: numbers, prefixed by the stack if there are several, or module names.
 
     >>> block_labels(["model.encoder.layers.0", "model.decoder.layers.0", "model.norm"])
     ['enc 0', 'dec 0', 'norm']
@@ -80,7 +80,7 @@ def block_labels(blocks: Sequence[str]) -> list[str]:
 
 
 def block_of(name: str) -> str:
-    """The block of the network that a parameter belongs to: up to its first number, else its module.
+    """The block of a parameter: its name up to the first number, else its module.
 
     >>> block_of("model.layers.3.mlp.up_proj.weight")
     'model.layers.3'
@@ -92,7 +92,7 @@ def block_of(name: str) -> str:
 
 
 def matches(name: str, patterns: Iterable[str]) -> str:
-    """The first fnmatch pattern that `name` fits; empty if it fits none.
+    """The first fnmatch pattern that matches `name`; empty if none does.
 
     >>> matches("layers.0.norm.weight", ["*.bias", "*norm*"])
     '*norm*'
@@ -101,5 +101,5 @@ def matches(name: str, patterns: Iterable[str]) -> str:
 
 
 def idle_patterns(patterns: Iterable[str], names: Collection[str]) -> list[str]:
-    """The patterns that none of the names fits."""
+    """The patterns that match none of the names."""
     return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]

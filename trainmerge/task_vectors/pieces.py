@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 from trainmerge.task_vectors.delta import Delta
 
-PIECE = 1 << 17  # entries: 512 KiB of float32, so that what is done to K of them stays in the cache
+PIECE = 1 << 17  # entries: 512 KiB of float32, so that K of them fit the cache
 
 
 def in_pieces(name: str, delta: Delta, entries: int | None = None) -> Iterator[tuple[slice, str, Delta]]:
-    """A parameter's rows, in order, a piece's name, and its differences; a small parameter is one piece.
+    """Each piece's rows in order, its name, and its differences; a small parameter is one piece.
 
     Pieces have about `entries` entries. A rule's results may depend on that; the default is `PIECE`.
     """

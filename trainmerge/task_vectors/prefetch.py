@@ -1,11 +1,11 @@
-"""Base and task vectors for a device that does not hold them: one parameter's at a time, the next on its way.
+"""Prefetch base and task vectors to a device, one parameter ahead.
 
-They stay in mapped files. A thread copies the next parameter's to pinned memory and on to the device, on a
-stream of its own, while the present one's are used; so the device holds two parameters' at most (and with
-Triton's kernels those that wait for a launch, `kernels.calls`). Which one is next is what came next in the
-last pass: a backward's order is known only by having seen it.
+They stay in mapped files. While one parameter is processed, a thread copies the next one's to pinned memory
+and to the device, on its own stream. So the device stores at most two parameters' (with Triton's kernels,
+plus those queued for a launch, `kernels.calls`). The next parameter is predicted from the order of the last
+pass, because the order of a backward is not known in advance.
 
-On a CPU nothing is copied: the passes read the mapped files themselves.
+On a CPU nothing is copied: the passes read the mapped files directly.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,22 +21,22 @@ Move = Callable[[Delta], Delta]
 
 
 class Prefetch:
-    """Moves deltas, and the next one ahead of time.
+    """Moves deltas to a device, and prefetches the next one.
 
     Args:
-        move: Brings one delta to where it is used; runs in a thread.
-        arrive: Called with what was moved, in the thread that will use it, before it is used.
+        move: Moves one delta to the device; runs in a thread.
+        arrive: Called with the moved delta, in the consuming thread, before its use.
     """
 
     def __init__(self, move: Move, arrive: Callable[[Delta], None] = lambda _: None) -> None:
         self._move, self._arrive = move, arrive
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._next: dict[str, str] = {}  # what followed a parameter in the last pass
+        self._next: dict[str, str] = {}  # each parameter's successor in the last pass
         self._last = ""
         self._coming: tuple[Mapping[str, Delta], str, Future[Delta]] | None = None
 
     def take(self, deltas: Mapping[str, Delta], name: str) -> Delta:
-        """One parameter's delta, moved; the one that is expected next sets off."""
+        """One parameter's moved delta; starts moving the expected next one."""
         delta = self._arrived(deltas, name)
         self._next[self._last], self._last = name, name
         following = self._next.get(name, name)
@@ -48,7 +48,7 @@ class Prefetch:
     def _arrived(self, deltas: Mapping[str, Delta], name: str) -> Delta:
         coming, self._coming = self._coming, None
         if coming is not None:
-            moved = coming[2].result()  # also if it is of no use: never two on their way
+            moved = coming[2].result()  # also if it is not the wanted one: at most one copy in flight
             if coming[0] is deltas and coming[1] == name:
                 return moved
             del moved
@@ -56,7 +56,7 @@ class Prefetch:
 
 
 def prefetch_to(device: torch.device) -> Prefetch | None:
-    """For a GPU, through pinned memory and a stream of its own; none for a CPU."""
+    """A prefetcher for a GPU, with pinned memory and its own stream; None for a CPU."""
     if device.type != "cuda":
         return None
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -64,7 +64,7 @@ def prefetch_to(device: torch.device) -> Prefetch | None:
     def move(delta: Delta) -> Delta:
         with torch.cuda.stream(stream):
             moved = each_tensor(delta, lambda part: part.pin_memory().to(device, non_blocking=True))
-            stream.synchronize()  # in the thread: the pinned copies may go, and the next pass may read
+            stream.synchronize()  # then the pinned copies can be freed, and the next pass may read
         return moved
 
     def arrive(delta: Delta) -> None:

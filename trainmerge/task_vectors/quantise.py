@@ -1,6 +1,6 @@
-"""Smaller task vectors to fit on: a byte or two bits per weight. The export is always from the exact ones.
+"""Quantised task vectors for the fit: 8 or 2 bits per weight. The export always uses the exact ones.
 
-Matrices are quantised; vectors, scalars and what is low-rank already stay as they are.
+Matrices are quantised; vectors, scalars and low-rank terms are unchanged.
 
 Legend: `R` rows, `W` elements of a row.
 """
@@ -26,29 +26,29 @@ PIECE = 1 << 22  # entries at a time: 16 MiB of float32
 
 @dataclass(frozen=True)
 class Quantise(ABC):
-    """How a matrix becomes whole numbers and a scale."""
+    """A quantisation of matrices to integers and scales."""
 
     @property
     @abstractmethod
     def bytes_per_weight(self) -> float:
-        """On disk, scales apart."""
+        """Bytes per weight on disk, without scales."""
 
     @abstractmethod
     def width(self, width: int) -> int:
-        """Bytes that a row of so many weights takes."""
+        """Bytes of a row with this many weights."""
 
     @abstractmethod
     def scales(self, rows: int) -> int:
-        """Scales of a matrix with so many rows."""
+        """Number of scales of a matrix with this many rows."""
 
     @abstractmethod
     def __call__(self, term: Term, base: Tensor) -> Iterator[Quantised]:
-        """Consecutive pieces of one expert's difference, by rows, each with its own rows' scales."""
+        """Consecutive pieces of rows of one expert's difference, each with the scales of its rows."""
 
 
 @dataclass(frozen=True)
 class Int8(Quantise):
-    """One byte per weight: each row over its largest magnitude, in 127 steps to either side."""
+    """8 bits per weight: each row is scaled by its largest magnitude to -127 .. 127."""
 
     @property
     @override
@@ -73,14 +73,14 @@ class Int8(Quantise):
 
 @dataclass(frozen=True)
 class Ternary(Quantise):
-    """Two bits per weight: the sign of the largest, and one scale per matrix.
+    """2 bits per weight: the signs of the largest entries, and one scale per matrix.
 
     ComPEFT (arXiv 2311.13171) ranks and scales over the whole task vector, and tunes the scale on labelled
-    data; here both are each matrix's own, and the scale is the mean magnitude of the entries that stay: the
-    least-squares fit. A learned coefficient makes up for the rest.
+    data; here both are per matrix, and the scale is the mean magnitude of the kept entries, which is the
+    least-squares fit. Learned coefficients compensate for the rest.
 
     Args:
-        density: Fraction of entries that stay, in (0, 1]; ComPEFT tries 0.05 to 0.5.
+        density: Fraction of entries to keep, in (0, 1]; ComPEFT tries 0.05 to 0.5.
     """
 
     density: float = 0.2
@@ -129,7 +129,7 @@ def _pieces(term: Term, base: Tensor) -> Iterator[Tensor]:
 
 
 def quantised(task_vectors: TaskVectors, method: Quantise, folder: Path, inputs: str) -> TaskVectors:
-    """The same with quantised matrices, written once to `folder` and mapped.
+    """The task vectors with quantised matrices, written once to `folder` and mapped.
 
     `inputs` identifies what the task vectors were made from; with the method's fields it names the file.
     """
@@ -149,7 +149,7 @@ def quantised(task_vectors: TaskVectors, method: Quantise, folder: Path, inputs:
 
 
 def _dense(task_vectors: TaskVectors) -> Iterator[tuple[str, Term, Tensor]]:
-    """What is quantised: key, term, base."""
+    """The matrices to quantise: key, term, base."""
     for name, delta in task_vectors.deltas.items():
         for k, term in enumerate(delta.terms):
             if delta.base.dim() > 1 and isinstance(term, Difference | ExpertWeight):

@@ -1,9 +1,9 @@
-"""Exact top-k of numbers that are never in memory at once: no sort, no copy.
+"""Exact top-k of numbers that do not fit in memory at once, without sort or copy.
 
-Numbers are non-negative float32; the integers that their bits are have the same order, so two passes that
-count the upper and the lower 16 bits find the k-th largest. A sample spares the first of them.
+Numbers are nonnegative float32, whose bit patterns have the same order as integers. So two passes that count
+the upper and the lower 16 bits find the k-th largest. A sample replaces the first of them.
 
-Legend: `K` rows, each with its own order; `n` numbers of one piece.
+Legend: `K` rows, ranked separately; `n` numbers of one piece.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,18 +17,18 @@ from torch import Tensor
 from trainmerge.kernels import Term
 from trainmerge.task_vectors.delta import dense_term
 
-Pieces = Callable[[], Iterable[Tensor]]  # every call goes through all of them: [K, n] each
+Pieces = Callable[[], Iterable[Tensor]]  # each call iterates over all pieces [K, n]
 UPPER, LOWER = 1 << 15, 1 << 16  # values of the upper bits of a non-negative float32, and of the lower
 
 
 class Limit(NamedTuple):
-    """What of one piece passes: entries above a magnitude, and the first few that equal it."""
+    """The limit of one piece: entries above a magnitude pass, and the first few that equal it."""
 
     bits: int  # the magnitude, as a float32's bits
-    admitted: int | None  # how many of those that equal it, in order; None for all
+    admitted: int | None  # how many of the entries equal to it, in order; None for all
 
     def trim_(self, tau: Tensor) -> Tensor:
-        """Set all else of `tau` to zero, in place."""
+        """Set all other entries of `tau` to zero, in place."""
         level = _float(self.bits)
         if self.admitted != 0:
             level = float(np.nextafter(np.float32(level), np.float32(-1)))
@@ -41,20 +41,20 @@ class Limit(NamedTuple):
 
 
 class Cut:
-    """Keeps the entries above a magnitude, and the first `ties` of those that equal it. In order."""
+    """Keeps the entries above a magnitude, and the first `ties` that equal it; pieces come in order."""
 
     def __init__(self, bits: int, ties: int) -> None:
         self.bits, self.ties = bits, ties
 
     def limit(self, tau: Tensor) -> Limit:
-        """What passes of `tau`, the piece that comes next."""
+        """The limit of `tau`, the next piece."""
         equal = int(np.count_nonzero(_bits(tau) == self.bits)) if self.ties else 0
         admitted = min(self.ties, equal)
         self.ties -= admitted
         return Limit(self.bits, None if 0 < equal == admitted else admitted)
 
     def __call__(self, tau: Tensor) -> Tensor:
-        """`tau` with everything below the cut set to zero."""
+        """`tau` with the entries below the cut set to zero."""
         return self.limit(tau).trim_(tau.clone())
 
     @property
@@ -82,8 +82,8 @@ def count(size: int, share: float) -> int:
 def cuts(pieces: Pieces, wanted: int, sample: Pieces | None = None, of_sample: int = 1) -> list[Cut]:
     """K cuts, each keeping the `wanted` largest magnitudes of its row.
 
-    A `sample`, and about how many of it are wanted, say where to look, so that one pass over all pieces is
-    enough; should they mislead, two more follow. They change nothing else.
+    A `sample`, with about how many of it are wanted, narrows the range, so that one pass over all pieces is
+    enough. If the range misses, two more passes follow. The result does not depend on it.
     """
     if sample is not None:
         found = _ranked(pieces, [range(max(b - 1, 0), b + 2) for b in _buckets(sample, of_sample)], wanted)
@@ -102,7 +102,9 @@ def _ranked(pieces: Pieces, buckets: Sequence[range], wanted: int) -> list[Cut] 
         for k, (row, own) in enumerate(zip(piece, buckets, strict=True)):
             bits = _bits(row)
             above[k] += int(np.count_nonzero(bits >= own.stop * LOWER))
-            beyond = np.subtract(bits, own.start * LOWER, out=bits).view(np.uint32)  # what is below wraps
+            beyond = np.subtract(bits, own.start * LOWER, out=bits).view(
+                np.uint32
+            )  # smaller ones wrap around
             inside[k].add(beyond[beyond < len(own) * LOWER].view(np.int32))
     if any(not over < wanted <= over + own.size for over, own in zip(above, inside, strict=True)):
         return None
@@ -114,7 +116,7 @@ def _ranked(pieces: Pieces, buckets: Sequence[range], wanted: int) -> list[Cut] 
 
 
 class _Counter:
-    """Counts of small numbers, many of them at once: a histogram costs its length each time."""
+    """Counts of small integers, in large batches, because each histogram costs its length."""
 
     def __init__(self, length: int) -> None:
         self.size, self._new = 0, list[NDArray[np.int32]]()
@@ -157,7 +159,7 @@ def magnitude_bits(tau: Tensor) -> Tensor:
 
 
 def _bits(tau: Tensor) -> NDArray[np.int32]:
-    """The same as a new array, which numpy filters faster than torch does."""
+    """The same as a new numpy array, which filters faster than torch."""
     bits: NDArray[np.int32] = magnitude_bits(tau).numpy()
     return bits
 
