@@ -71,7 +71,7 @@ def evaluate(
 
     Examples: trainmerge evaluate runs/first
               trainmerge evaluate merged/ --recipe runs/first
-              torchrun --nproc_per_node 2 -m trainmerge.cli evaluate runs/first
+              torchrun --nproc-per-node 2 -m trainmerge.cli evaluate runs/first
               trainmerge evaluate runs/first --harness "[arc_easy, my_task.yaml]"
 
     Args:

@@ -92,7 +92,7 @@ def cut_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit
         ValueError: no plan fits, or the fit is on a GPU or sharded.
     """
     if trainer.strategy.root_device.type != "cpu":
-        raise ValueError("--memory works on CPU only; on a GPU, --dry_run shows the plan")
+        raise ValueError("--memory works on CPU only; on a GPU, --dry-run shows the plan")
     if module.settings.sharded and trainer.world_size > 1:
         raise ValueError(
             "--memory does not work with model.sharded, whose processes need the same micro-batches: leave "

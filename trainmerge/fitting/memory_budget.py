@@ -51,7 +51,7 @@ def watch_memory(limit: int) -> Iterator[None]:
     if peak.highest > limit:
         warnings.warn(
             f"the fit used {format_size(peak.highest)}, over the {format_size(limit)} of `memory`: its plan "
-            "was wrong; please report it with the output of `trainmerge fit ... --dry_run true`",
+            "was wrong; please report it with the output of `trainmerge fit ... --dry-run`",
             stacklevel=2,
         )
 

@@ -42,7 +42,7 @@ DECIDED = {
     "accumulate_grad_batches": "set data.batch_size; model.tasks_per_backward saves memory",
     "gradient_clip_val": "set model.clip",
     "gradient_clip_algorithm": "set model.clip, which clips the norm",
-    "enable_checkpointing": "set --save_every",
+    "enable_checkpointing": "set --save-every",
 }
 
 
