@@ -63,7 +63,7 @@ def options_of(command: Callable[..., None]) -> Options:
     return Options(flags=flags, valued=frozenset(given) - flags)
 
 
-def takes_a_truth(kind: object) -> bool:
+def takes_a_bool(kind: object) -> bool:
     """Whether a type is a union with bool in it."""
     return get_origin(kind) is not None and bool in get_args(kind)
 

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from trainmerge.cli.arguments import Options, split_words, takes_a_truth
+from trainmerge.cli.arguments import Options, split_words, takes_a_bool
 
 NAMES = frozenset({"recipe.experts", "recipe.held_out"})  # mappings with user-chosen keys
 FORMS = "write `trainmerge fit CONFIG RUN [options]`, or --config CONFIG --run RUN"
@@ -36,7 +36,7 @@ def parser_options(parser: ArgumentParser) -> Options:
             alone |= names
         elif kind in (bool, bool | None):
             flags |= names
-        elif takes_a_truth(kind):
+        elif takes_a_bool(kind):
             mixed |= names
         else:
             valued |= names

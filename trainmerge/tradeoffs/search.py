@@ -82,7 +82,7 @@ def search_config(
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What a point of the search means: one scale per expert, or every coefficient.
+    """The meaning of a search point: one scale per expert, or every coefficient.
 
     Raises:
         ValueError: scales of coefficients that are all zero.
