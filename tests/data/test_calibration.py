@@ -69,7 +69,7 @@ def test_formats(tmp_path: Path, suffix: str) -> None:
         ("other.jsonl", '{"body": "x"}\n', r"no column \['text'\]; it has \['body'\]"),
         ("data.pdf", "x", "unknown format"),
         ("broken.jsonl", "{not json\n", "cannot be read"),
-        ("null.jsonl", '{"text": "x"}\n{"text": null}\n', "example 1.*not a text"),
+        ("null.jsonl", '{"text": "x"}\n{"text": null}\n', "example 1.*must be a text"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: str | None, message: str) -> None:
