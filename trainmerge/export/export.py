@@ -22,7 +22,7 @@ from trainmerge.system import distributed
 from trainmerge.system.atomic import check_free_space
 from trainmerge.system.distributed import joined
 from trainmerge.system.safetensors_file import sha256
-from trainmerge.system.shared_output import agreed, every_nth, staging_shared
+from trainmerge.system.shared_output import agreed, balanced_share, staging_shared
 from trainmerge.task_vectors.delta import TaskVectors
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
@@ -62,7 +62,7 @@ def write_checkpoint(merge: CheckpointMerge, folder: Path, workers: int = 1) -> 
         check_free_space(folder, sum(file.stat().st_size for file in base.files))
         shards = shard_names(base)
         sizes = dict(zip(shards, (file.stat().st_size for file in base.shards), strict=True))
-        mine = write_shards(merge, folder, every_nth(sizes), workers)
+        mine = write_shards(merge, folder, balanced_share(sizes), workers)
         base.check_unchanged()
     made = {file: digest for part in distributed.all_gather(mine) for file, digest in part.items()}
     if distributed.rank() > 0:

@@ -29,7 +29,7 @@ def agreed() -> Iterator[None]:
         raise ChildProcessError("; ".join(f"process {i}: {text}" for i, text in enumerate(words) if text))
 
 
-def every_nth(sizes: Mapping[T, int]) -> list[T]:
+def balanced_share(sizes: Mapping[T, int]) -> list[T]:
     """The share of one process: largest items first, each to the process with the least so far."""
     loads = [0] * distributed.world_size()
     mine = []
