@@ -184,7 +184,7 @@ def use_own_cache() -> None:
     folder lies in the user's `TORCHINDUCTOR_CACHE_DIR`, or in inductor's default; a process that inherits
     the variable from one of ours uses the same parent folder.
     """
-    from torch._inductor.codecache import cache_dir  # costs a second: not before it is needed
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # costs a second: not before it is needed
 
     parent = Path(cache_dir())
     if parent.name.startswith(CACHE):
