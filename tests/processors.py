@@ -84,10 +84,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.processors", description="Run the tests per setting."
     )
-    parser.add_argument("--only", default="", help="settings whose name contains this")
+    parser.add_argument("--only", default="", help="a setting, or all whose name contains this")
     chosen, arguments = parser.parse_known_args()
     OUTPUTS.mkdir(parents=True, exist_ok=True)
-    wanted = [setting for setting in settings() if chosen.only in setting.name]
+    wanted = [setting for setting in settings() if setting.name == chosen.only]
+    wanted = wanted or [setting for setting in settings() if chosen.only in setting.name]
     if not wanted:
         parser.error(f"--only must be a part of one of {', '.join(setting.name for setting in settings())}")
     red = [setting.name for setting in wanted if not run(setting, arguments)]
