@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY) ## make .venv with the package and its tools
 
-data: $(READY) ## fetch the base model and the demo's texts (about 130 MB, once)
+data: $(READY) ## fetch the base model and the demo's texts (148 MB, once)
 	@$(BIN)/python data/texts.py --tasks demo
 	@ln -sfn $(CACHE) data/cache
 

@@ -8,7 +8,7 @@ Legend: `*S` shape of the result.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 OWN = 3  # roundings per product before the addition: of the difference, of the product, of a cast
 
@@ -34,6 +34,17 @@ def log_softmax_bound(logits: Tensor, dtype: torch.dtype = torch.float32) -> Ten
     """
     span = logits.double().amax(-1) - logits.double().amin(-1)
     return sum_bound(1 + span, logits.shape[-1], dtype)
+
+
+def aligned(module: nn.Module) -> nn.Module:
+    """The module with its weights copied to where torch aligns them.
+
+    transformers leaves weights at the file's own addresses, and a matrix product of the same numbers at
+    another alignment may be rounded otherwise.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
+    return module
 
 
 TERMS = 1024  # no sum in the passes of the tests' small models is longer: tokens, widths, words

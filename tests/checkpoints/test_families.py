@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import trainmerge as tm
+from tests import bounds
 from tests.world import WORDS, nudge, write_tokenizer
 from trainmerge.data import tokenizer as tokenizers_of_ours
 from trainmerge.data.batch import Batch
@@ -104,10 +105,14 @@ def check_export(module: tm.MergeModule, data: tm.Calibration, run: Path) -> Non
     module.resident.merged.materialise()
     encoded = data.tokenize.encode(data.examples[0][:4])
     batch = Batch(0, encoded.inputs, encoded.mask, torch.arange(4))
+    bounds.aligned(module.resident.merged.module)
     want = module.resident(batch).logits
     folder = tm.export_run(run, run / "merged", overwrite=True)
     kind = type(module.resident.merged.module)
-    ours, module.resident.merged.module = module.resident.merged.module, kind.from_pretrained(folder)
+    ours, module.resident.merged.module = (
+        module.resident.merged.module,
+        bounds.aligned(kind.from_pretrained(folder)),
+    )
     got = module.resident(batch).logits
     module.resident.merged.module = ours
     assert torch.equal(got[encoded.mask], want[encoded.mask])

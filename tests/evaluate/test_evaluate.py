@@ -147,7 +147,9 @@ def test_two_processes_score_as_one(run: Path, tmp_path: Path) -> None:
         for free in (one, two):
             free.bind(("127.0.0.1", 0))
         ports = [free.getsockname()[1] for free in (one, two)]
-    mp.start_processes(_evaluate, (ports, str(run), str(tmp_path)), nprocs=2, start_method="fork")
+    mp.start_processes(
+        _evaluate, (ports, str(run), str(tmp_path)), nprocs=2, start_method="spawn"
+    )  # torch may have threads, which a fork loses
     for limit in (11, 1):
         shared = json.loads((tmp_path / f"{limit}.json").read_text())
         alone = evaluate_run(run, limit, compare=False).to_json()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from tests.bounds import assert_within
+from tests.bounds import aligned, assert_within
 from tests.collectives import CountBytes
 from tests.conftest import MakeDelta
 from tests.contracts import inner_bound, merge_bound
@@ -70,8 +70,8 @@ def test_a_sharded_model_says_what_the_whole_one_says(tmp_path: Path, name: str,
     inputs = torch.arange(12).view(2, 6)
     kind = AutoModel if name == "bert" else AutoModelForCausalLM
     with torch.no_grad():
-        whole = kind.from_pretrained(tmp_path).eval()(inputs)[0]
-        ours = load_model(open_checkpoint(tmp_path)).module(inputs)[0]
+        whole = aligned(kind.from_pretrained(tmp_path)).eval()(inputs)[0]
+        ours = aligned(load_model(open_checkpoint(tmp_path)).module)(inputs)[0]
     assert torch.equal(whole, ours)
     for result in run(3, shards_of, tmp_path, inputs, True):
         assert torch.equal(result["output"], whole)

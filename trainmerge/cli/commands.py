@@ -142,9 +142,11 @@ def inspect(
     """
     from trainmerge.inspection import inspect_path
 
-    inspect_path(
+    findings = inspect_path(
         Path(path), every, weights, Path(suggest) if suggest else None, Path(output) if output else None
     )
+    if errors := [finding for finding in findings if finding.level == "error"]:
+        raise ValueError(f"{len(errors)} error{'s' * (len(errors) > 1)}, listed above")
     if Path(path).is_file():
         from trainmerge.cli.fit import show_plan
 

@@ -84,6 +84,8 @@ def _fit(words: list[str]) -> int:
         return 0
     every_key = bool(HELP_ALL & set(words))
     choice = None if every_key else set_threads(words)
+    if not words:
+        raise ValueError("CONFIG and RUN are missing: trainmerge fit CONFIG RUN (see trainmerge fit --help)")
     from trainmerge.cli.fit import fit_command
 
     return fit_command(["--help"] if every_key else words, choice)
@@ -101,7 +103,13 @@ def _plain(command: Callable[..., None], words: list[str]) -> int:
     positional, options = split_words(words, options_of(command))
     if command is compare and positional:
         positional = [json.dumps(positional)]  # jsonargparse parses it as a list
-    auto_cli(command, args=[*positional, *options], prog=f"trainmerge {command.__name__}", as_positional=True)
+    auto_cli(
+        command,
+        args=[*positional, *options],
+        prog=f"trainmerge {command.__name__}",
+        as_positional=True,
+        allow_abbrev=False,
+    )
     return 0
 
 

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from rich.progress import track
 
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.data.heads import Classifier
@@ -25,6 +24,7 @@ from trainmerge.run.recipe import Opened, Recipe
 from trainmerge.run.scores import Metric, Scores
 from trainmerge.run.sources import text_length
 from trainmerge.system import distributed
+from trainmerge.system.console import progress
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARITHMETIC = "task arithmetic"  # the rows of one coefficient for all experts
@@ -69,7 +69,7 @@ def evaluate_run(
     scored: dict[str, Scored] = {}
     harnessed: dict[str, Mapping[str, HarnessScore]] = {}
     rows = [*uniform, "learned", *["expert"] * compare]
-    for row in track(rows, description="scoring", disable=distributed.rank() > 0):
+    for row in progress(rows, description="scoring", disable=distributed.rank() > 0):
         if row == "expert":
             scored[row] = _experts(resident, subject, held_in)
             continue

@@ -64,5 +64,7 @@ def begin(
     module.opened.save(folder.sources)
     if config:
         write_whole(folder.config, config)
+    if snapshot:
+        print(f"{folder.path}: resuming after step {snapshot.step}", flush=True)
     experts, groups = module.coefficients.raw.shape
     rewind(folder, snapshot.step if snapshot else 0, (experts, groups), trainer.loggers)

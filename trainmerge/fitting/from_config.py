@@ -166,7 +166,12 @@ def _parse(given: list[str] | dict[str, Any], parser: type[FitCLI]) -> FitCLI:
             seed_everything_default=0,
             auto_configure_optimizers=False,  # only `model.optimizer` configures it
             load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "trainmerge fit", "exit_on_error": False, "parser_mode": TEMPLATES},
+            parser_kwargs={
+                "prog": "trainmerge fit",
+                "exit_on_error": False,
+                "parser_mode": TEMPLATES,
+                "allow_abbrev": False,
+            },
         )
 
 

@@ -27,7 +27,9 @@ def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     _recover(target)
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if occupied and (not overwrite or not target.is_dir()):
-        raise FileExistsError(f"{target} is not an empty folder; choose another, or set overwrite")
+        raise FileExistsError(
+            f"{target} is not an empty folder; choose another, or overwrite it (--overwrite)"
+        )
     new, old = aside(target, "new"), aside(target, "old")
     new.mkdir()
     try:
