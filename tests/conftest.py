@@ -19,7 +19,8 @@ MakeTaskVectors = Callable[..., TaskVectors]
 
 limit_threads()
 
-collect_ignore = ["fixtures"]  # files, and a script that runs on an older commit only
+# Files and a script for an older commit; and what the server of ranks imports, which sets its threads.
+collect_ignore = ["fixtures", "ranks_imports.py"]
 
 
 @pytest.fixture
