@@ -16,11 +16,11 @@ from torch import Tensor
 from trainmerge.report.picture import COLOUR_MAP, DARK, LIGHT, QUIET, shortened
 
 
-def symmetric(values: Tensor, middle: float) -> Normalize:
+def symmetric(values: Tensor, middle: float, least: float = 1e-3) -> Normalize:
     """A colour scale that is symmetric about `middle` and covers all finite values."""
     finite = values[values.isfinite()]
     reach = float((finite - middle).abs().max()) if finite.numel() else 0.0
-    reach = max(reach, 1e-3)
+    reach = max(reach, least)
     return Normalize(middle - reach, middle + reach)
 
 

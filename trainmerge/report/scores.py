@@ -13,6 +13,8 @@ from trainmerge.run.scores import Metric, Scores
 
 LEARNED = "learned"
 
+RINGS = "The centre of the radar chart is not 0: see its rings. "
+
 
 def relative(scores: Scores, metric: Metric) -> dict[str, dict[str, float]]:
     """Row -> task -> score relative to the task's expert, which is 1; empty without experts' scores.
@@ -55,9 +57,8 @@ def score_picture(scores: Scores, metric: Metric) -> Picture | None:
     return Picture(
         "scores",
         "Scores",
-        f"Shown is {what}, so the expert of each task is 1 (thick line). The centre of a radar chart is not "
-        "0: see its rings. `task arithmetic` uses the best single coefficient, chosen on these test "
-        "examples.",
+        f"Shown is {what}, so the expert of each task is 1 (thick line). {RINGS if len(tasks) > 2 else ''}"
+        "`task arithmetic` uses the best single coefficient, chosen on these test examples.",
         "Scores relative to the experts, mean over tasks: "
         + ", ".join(f"{row} {mean:.3f}" for row, mean in means.items()),
         figure,

@@ -16,6 +16,8 @@ from trainmerge.report.picture import INK, QUIET, WIDTH, Picture, shortened
 from trainmerge.task_vectors.geometry import Geometry
 from trainmerge.task_vectors.parameter_names import block_labels, block_of, number_of
 
+LEAST = 0.1  # cosine at the darkest colour, at least: smaller ones are nearly orthogonal
+
 PAIRS = 15  # of experts, shown per block
 
 
@@ -36,7 +38,7 @@ def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     shown = pairs[:PAIRS]
     lines = torch.stack([each[:, i, j] for i, j in shown]) if shown else torch.empty(0, len(blocks))
     off = whole[~torch.eye(K, dtype=torch.bool)]
-    scale = symmetric(torch.cat([off, lines.flatten()]), 0.0)
+    scale = symmetric(torch.cat([off, lines.flatten()]), 0.0, LEAST)
     square, wide = max(1.6, min(3.4, 0.42 * K)), max(2.4, min(4.0, 0.42 * len(blocks)))
     height = max(0.36 * K, 0.27 * len(shown)) + 1.5
     figure = Figure(figsize=(min(WIDTH, square + wide + 3.4), height), layout="constrained")
