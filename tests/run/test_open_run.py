@@ -97,3 +97,16 @@ def test_a_line_that_a_killed_run_left_half_written_is_passed_over(run: RunFolde
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 1 is not valid JSON"):
         tm.write_report(run.path)
     assert json.loads(lines[0])["step"] == 0
+
+
+def test_keys_that_an_older_manifest_lacks_are_no_difference(run: RunFolder) -> None:
+    made = run.read_manifest()
+    del made["recipe"]["grouping"]["include"]
+    run.manifest.write_text(json.dumps(made))
+    open_run(run)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_damaged_sources_are_made_again(run: RunFolder, content: str) -> None:
+    run.sources.write_text(content)
+    assert list(open_run(run)[0].experts) == run.read_manifest()["experts"]

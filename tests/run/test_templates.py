@@ -57,3 +57,9 @@ def test_every_reader_of_a_recipe_fills_in(tmp_path: Path) -> None:
     file.write_text("recipe:\n  base: b\n  each:\n    path: experts/{nam}\n  experts: [news]\n")
     with pytest.raises(ValueError, match=r"config\.yaml: recipe\.experts\.news"):
         read_config(Recipe, "recipe", file)
+
+
+@pytest.mark.parametrize("experts", [["a", "b", "a"], ["a", {"b": {}}]])
+def test_a_list_of_experts_has_different_names(experts: list) -> None:
+    with pytest.raises(ValueError, match="must list different names"):
+        expand({"recipe": {"each": {"path": "{name}"}, "experts": experts}})

@@ -60,6 +60,17 @@ def _mismatches(recipe: Recipe, coefficients: Coefficients, manifest: Mapping[st
     if manifest.get("layout", layout) != layout:
         yield "coefficients.safetensors has a different layout than manifest.json"
     made, now = manifest["recipe"], to_config(recipe)
-    known = {key: now[key] for key in MERGED if key in made}
-    if different := differences(made, known):
+    known = {key: _common(now[key], made[key]) for key in MERGED if key in made}
+    if different := differences({key: _common(made[key], now[key]) for key in known}, known):
         yield f"recipe.yaml differs from manifest.json:\n{different}"
+
+
+def _common(own: Any, other: Any) -> Any:
+    """`own` without the keys that `other` lacks, and without the path of a chunk file, which may move.
+
+    A later version may have more keys; the layout is compared as well.
+    """
+    if not isinstance(own, Mapping) or not isinstance(other, Mapping):
+        return own
+    both = {key: _common(value, other[key]) for key, value in own.items() if key in other}
+    return {key: value for key, value in both.items() if not (key == "chunks" and isinstance(value, str))}

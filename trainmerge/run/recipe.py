@@ -126,11 +126,14 @@ class Recipe:
         """
         if not saved.is_file():
             return None
-        content = json.loads(saved.read_text())
         try:
-            if (made := self.stamps()) != content["stamps"]:
-                return None
-            sources = Sources.from_json(content["sources"])
+            content = json.loads(saved.read_text())
+            known, sources = content["stamps"], Sources.from_json(content["sources"])
+        except (ValueError, KeyError, TypeError, AttributeError):  # damaged: the folders are opened anew
+            return None
+        if (made := self.stamps()) != known:
+            return None
+        try:
             base = open_checkpoint(self.base, self.allow_pickle, sources.tied)
             return self._opened(base, sources, made, checksums)
         except FileNotFoundError:  # a merged adapter in the workspace

@@ -28,6 +28,8 @@ def expand(config: Any) -> Any:
     if not isinstance(each, Mapping):
         raise ValueError(f"recipe.each must be a mapping of an expert's fields, not {each!r}")
     if isinstance(experts, list):
+        if strange := [name for name in experts if not isinstance(name, str) or experts.count(name) > 1]:
+            raise ValueError(f"recipe.experts must list different names, not {strange[0]!r} among them")
         experts = dict.fromkeys(experts)
     if not isinstance(experts, Mapping) or not experts:
         raise ValueError("recipe.each describes the experts of recipe.experts: list their names there")
