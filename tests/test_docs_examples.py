@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.world import LABELS, write_languages, write_world
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 from trainmerge.fitting.allocate_chunks import allocate_run
 from trainmerge.run.templates import expand
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import trainmerge as tm
 from tests.tolerances import assert_within
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 
 OLD = Path(__file__).parent / "fixtures" / "old_runs"
 RUNS = ("middle", "finished", "ties", "heads", "teachers")

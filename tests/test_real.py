@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from tests.opening import open_task_vectors
 from trainmerge.checkpoints import load_model, open_checkpoint
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.model.merged_model import MergedModel

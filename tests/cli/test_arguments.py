@@ -9,7 +9,7 @@ import pytest
 from trainmerge.cli.arguments import Options, options_of, split_words
 from trainmerge.cli.commands import evaluate, export
 from trainmerge.cli.fit_help import FIT_HELP
-from trainmerge.cli.main import COMMANDS, main
+from trainmerge.cli.program import COMMANDS, main
 
 OPTIONS = Options(
     flags=frozenset({"dry_run", "model.keep_better"}),
@@ -74,7 +74,7 @@ def test_help_of_fit_is_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_no_help_imports_anything_heavy() -> None:
     code = (
-        "import sys, trainmerge.cli.main as cli\n"
+        "import sys, trainmerge.cli.program as cli\n"
         "[cli.main([name, '--help']) for name in cli.COMMANDS]\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'jsonargparse', 'pytorch_lightning')))"
     )

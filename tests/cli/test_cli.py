@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from tests.world import LABELS, write_world
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 
 
 def write_config(root: Path, **changes: object) -> Path:
@@ -283,7 +283,7 @@ def test_a_mistyped_command_is_answered_with_the_near_one(capsys: pytest.Capture
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys, trainmerge.cli.main as cli; cli.main(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys, trainmerge.cli.program as cli; cli.main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "trainmerge export runs/first merged/" in done.stdout

@@ -12,8 +12,8 @@ import pytest
 
 from tests.cli.test_cli import write_config
 from tests.world import write_world
-from trainmerge.cli import main as cli
-from trainmerge.cli.main import main
+from trainmerge.cli import main
+from trainmerge.cli import program as cli
 
 WAIT = 300.0  # seconds, and no test waits for them unless something hangs
 
@@ -22,7 +22,7 @@ def started(*words: str) -> subprocess.Popen[str]:
     """The command, in a process whose Ctrl-C is not ignored."""
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from trainmerge.cli.main import main; sys.exit(main(sys.argv[1:]))"
+        "from trainmerge.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, *words]
     return subprocess.Popen(

@@ -6,7 +6,7 @@ import pytest
 
 from tests.cli.test_cli import write_config
 from tests.world import write_world
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 
 
 def test_fit_without_words_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:

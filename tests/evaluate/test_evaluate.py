@@ -17,7 +17,7 @@ import trainmerge as tm
 from tests.bounds import SCORE
 from tests.objectives.test_alignment import languages  # noqa: F401 - a fixture
 from tests.world import LABELS, languages_recipe, llama, recipe, write_world
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate import evaluate_run
 from trainmerge.evaluate.bootstrap import score_differences

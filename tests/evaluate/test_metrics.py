@@ -8,7 +8,7 @@ import pytest
 
 from tests.objectives.test_alignment import languages  # noqa: F401 - a fixture
 from tests.world import languages_recipe
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 from trainmerge.evaluate import metric_of
 from trainmerge.run.scores import ACCURACY, PERPLEXITY
 

@@ -28,7 +28,7 @@ from tests.world import (
     write_world,
 )
 from trainmerge.checkpoints import load_model, open_checkpoint
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.preprocess import apply
@@ -128,7 +128,7 @@ FULL_DISK = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit is an OSError, as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 sys.exit(main(["export", sys.argv[1], sys.argv[2]]))
 """
 
@@ -151,7 +151,7 @@ def write_shard(*arguments, original=shards.write_shard):
     original(*arguments)
     os.kill(os.getpid(), signal.SIGKILL)  # all but the rest of the folder is written
 shards.write_shard = write_shard
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 main(["export", *sys.argv[1:]])
 """
 
@@ -169,7 +169,7 @@ def test_a_killed_export_leaves_no_output_and_the_next_one_clears_up(world: Path
 
 LIGHT = """
 import sys
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 assert main(["export", *sys.argv[1:]]) == 0
 print([name for name in ("transformers", "pytorch_lightning", "peft") if name in sys.modules])
 """

@@ -11,7 +11,7 @@ from transformers import AutoModel
 import trainmerge as tm
 from tests.ranks import Failed, Ranks, run
 from tests.world import bert, recipe, write_world
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 from trainmerge.data.calibration import Calibration
 from trainmerge.export import export, shards
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.cli.test_cli import write_config
 from tests.world import languages_recipe, recipe, write_languages, write_world
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 from trainmerge.inspection import inspect_path
 from trainmerge.inspection.attention import changes
 from trainmerge.inspection.suggest import suggest

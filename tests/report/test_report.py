@@ -18,7 +18,7 @@ from tests.conftest import MakeTaskVectors
 from tests.fitting.test_fit import fit_world
 from tests.world import write_world
 from trainmerge import write_report
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 from trainmerge.coefficients.chunk_allocation import magnitude
 from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.coefficients.constraints import Box, Free, Sigmoid

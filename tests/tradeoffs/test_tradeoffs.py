@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.cli.test_cli import write_config
 from tests.world import write_world
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.fitting.reopen import reopen
 from trainmerge.report import write_report

@@ -2,6 +2,6 @@
 
 import sys
 
-from trainmerge.cli.main import main
+from trainmerge.cli import main
 
 sys.exit(main())
