@@ -97,10 +97,10 @@ def suggested(environment: Mapping[str, str], earlier: int | None = None) -> Cho
     """The choice; None if `environment` has the user's, or outside Linux."""
     if sys.platform != "linux" or any(name in environment for name in USERS):
         return None
-    return choose(measure(environment), earlier)
+    return choose(this_machine(environment), earlier)
 
 
-def measure(environment: Mapping[str, str]) -> Machine:
+def this_machine(environment: Mapping[str, str]) -> Machine:
     """The machine's current state; other ranks of the same command do not count as busy."""
     cpus = os.sched_getaffinity(0)
     cores = physical_cores(cpus)
@@ -158,9 +158,9 @@ def busy_cores(cpus: set[int], stat: Path = Path("/proc/stat"), interval: float 
     """The number of these logical processors that others use, measured while this process sleeps."""
     if not stat.is_file():
         return 0.0
-    before = ticks(stat.read_text(), cpus)
+    before = processor_ticks(stat.read_text(), cpus)
     time.sleep(interval)
-    after = ticks(stat.read_text(), cpus)
+    after = processor_ticks(stat.read_text(), cpus)
     shares = [
         (busy - before[cpu][0]) / total
         for cpu, (busy, whole) in after.items()
@@ -169,7 +169,7 @@ def busy_cores(cpus: set[int], stat: Path = Path("/proc/stat"), interval: float 
     return sum(shares)
 
 
-def ticks(stat: str, cpus: set[int]) -> dict[int, tuple[int, int]]:
+def processor_ticks(stat: str, cpus: set[int]) -> dict[int, tuple[int, int]]:
     """Processor -> (busy ticks, all ticks) since the machine started."""
     found = {}
     for line in stat.splitlines():
