@@ -131,6 +131,12 @@ class Layout:
     excluded: Mapping[str, str] = field(default_factory=dict)  # parameter -> why it keeps the base's value
     fixed: tuple[int, ...] = ()  # groups that keep the coefficient they start with
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The parameters with a coefficient that is not fixed."""
+        fixed = {*self.fixed}
+        return tuple(name for name, groups in self.groups.items() if not fixed.issuperset(groups))
+
     def to_json(self) -> str:
         """A text that `from_json` reads back."""
         return json.dumps(asdict(self))
