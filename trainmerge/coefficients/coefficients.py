@@ -5,6 +5,7 @@ Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -73,6 +74,11 @@ class Coefficients(nn.Module):
         """
         projected = self.constraint.project(self.raw)
         self.raw.copy_(projected.index_copy(1, self._fixed_groups(), self._fixed.to(self.raw)))
+
+    def release_(self) -> None:
+        """From now on no coefficient is fixed: all have gradients, and may be changed."""
+        self.layout = replace(self.layout, fixed=())
+        self._fixed = self._fixed[:, :0]
 
     def _fixed_groups(self) -> Tensor:
         return torch.tensor(self.layout.fixed, dtype=torch.int64, device=self.raw.device)

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from rich.progress import track
-from torch import Tensor
 
 from trainmerge.coefficients.chunk_allocation import allocate, magnitude, normalised
-from trainmerge.data.batch import Batch
 from trainmerge.data.calibration import Calibration
-from trainmerge.fitting.calibration_loss import batches
+from trainmerge.fitting.calibration_loss import batches, loss_and_gradient
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.reopen import reopen
 from trainmerge.run.folder import RunFolder
@@ -81,17 +79,7 @@ def energy(module: MergeModule, data: Calibration) -> dict[str, float]:
     module.resident.merged.materialise()
     scores = dict.fromkeys(module.opened.layout.groups, 0.0)
     for batch in track(list(batches(module, data)), description="measuring gradients"):
-        squares = _gradient(module, batch).double().square().sum(dim=0)
+        squares = loss_and_gradient(module, batch)[1].double().square().sum(dim=0)
         for name, groups in module.opened.layout.groups.items():
             scores[name] += squares[list(groups)].sum().item()
     return normalised(scores)
-
-
-def _gradient(module: MergeModule, batch: Batch) -> Tensor:
-    """The coefficient gradient [K, G] of a batch; computed again if it overflows in float16."""
-    merged = module.resident.merged
-    while True:
-        module.loss(batch).backward()  # type: ignore[no-untyped-call]
-        gradient = merged.gradient()
-        if merged.loss_scale.settle(bool(gradient.isfinite().all())):
-            return gradient

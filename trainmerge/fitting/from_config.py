@@ -19,6 +19,7 @@ from trainmerge.fitting.trainer import make_trainer
 from trainmerge.run.config import public_path, public_paths, read_settings
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.sections import check_sections
 from trainmerge.run.templates import expand
 
 TEMPLATES = "trainmerge"  # parser mode: YAML with `recipe.each` as a template of all experts
@@ -74,6 +75,7 @@ def from_config(config: str | Path, run: str | Path, changes: Mapping[str, Any] 
     content = _load(Path(config).read_text(encoding="utf-8"))
     for key, value in {**(changes or {}), "run": str(run)}.items():
         content = _changed(content, key.split("."), value)
+    check_sections(content)
     return build_settings(content)
 
 
@@ -134,11 +136,13 @@ class FitCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Raise ValueError for configuration files with duplicate keys, experts above all, before parsing."""
+        """Check before parsing what the parser would not: see `read_settings` and `check_sections`."""
         for word in args if isinstance(args, list) else ():
             key, _, value = word.partition("=")
             if key == "--config" and Path(value).is_file():
                 read_settings(Path(value))
+            else:
+                check_sections({key.removeprefix("--"): get_loader("yaml")(value)})
         super().parse_arguments(parser, args)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

@@ -35,6 +35,7 @@ from trainmerge.model.teachers import BUDGET, Record
 from trainmerge.objectives import Entropy, Objective
 from trainmerge.plan.micro_batches import StepSchedule
 from trainmerge.run.recipe import Recipe
+from trainmerge.system.ranges import check_option
 from trainmerge.task_vectors.quantise import Quantise
 
 
@@ -93,6 +94,8 @@ class MergeModule(pl.LightningModule):
         sharded: bool = False,
     ) -> None:
         super().__init__()
+        check_option("model.clip", clip, float, "[0, inf)")
+        check_option("model.keep_better", keep_better, bool)
         if keep_gradients and combine is not None:
             raise ValueError(
                 "keep_gradients sums the gradients that `combine` needs separately: set only one of them"
