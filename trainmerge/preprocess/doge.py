@@ -19,6 +19,7 @@ from trainmerge.kernels import accumulation_dtype
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.least_squares import closest
 from trainmerge.preprocess.subspace import shared_subspace
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import TaskVectors, outside
 from trainmerge.task_vectors.parameter_names import matches
 from trainmerge.task_vectors.top_k import cut_at
@@ -57,8 +58,7 @@ class Doge(Preprocess):
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.eta <= 0 or self.subspace < 1 or not 0 < self.density <= 1:
-            raise ValueError("Doge needs eta above 0, subspace of at least 1, and density in (0, 1]")
+        check_fields(self, eta="(0, inf)", subspace="[1, inf)", density="(0, 1]")
         if self.separate and self.solver == "cg":
             raise ValueError("Doge(separate=True) needs solver='adam', whose early stop keeps D small")
 

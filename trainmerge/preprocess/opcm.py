@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.spectrum import truncated
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 
 
@@ -35,8 +36,7 @@ class Opcm(Preprocess):
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha < 1:
-            raise ValueError(f"alpha must be in [0, 1), not {self.alpha}")
+        check_fields(self, alpha="[0, 1)")
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:

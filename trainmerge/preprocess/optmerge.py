@@ -16,6 +16,7 @@ from typing_extensions import override
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.matrices import matrices_or_average
 from trainmerge.preprocess.spectrum import square_norm, truncated, wide_rows
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import TaskVectors
 
 
@@ -40,8 +41,7 @@ class OptMerge(Preprocess):
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.time < 0:
-            raise ValueError(f"time must not be negative, not {self.time}")
+        check_fields(self, time="[0, inf]")
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:

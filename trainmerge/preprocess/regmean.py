@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from trainmerge.preprocess.base import Calibrator, Informed
 from trainmerge.preprocess.spectrum import wide_rows
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.parameter_names import block_of
 
@@ -40,8 +41,7 @@ class RegMean(Informed):
     sequential: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.shrink <= 1:
-            raise ValueError(f"shrink must be in [0, 1], not {self.shrink}")
+        check_fields(self, shrink="[0, 1]")
 
     @override
     def informed(self, task_vectors: TaskVectors, calibrator: Calibrator) -> Iterator[tuple[str, Tensor]]:

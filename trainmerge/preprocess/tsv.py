@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.spectrum import polar, truncated
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 from trainmerge.task_vectors.parameter_names import matches
 
@@ -42,8 +43,7 @@ class Tsv(Preprocess):
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.share is not None and not 0 < self.share <= 1:
-            raise ValueError(f"share must be in (0, 1], not {self.share}")
+        check_fields(self, share="(0, 1]")
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
