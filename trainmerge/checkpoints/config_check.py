@@ -1,8 +1,8 @@
 """Whether an expert's config.json gives its weights the meaning that the base's gives them.
 
-A merge has the base's configuration. So what changes a model's function must be equal in base and experts: the
-rotary base, the number of heads, an activation, a multiplier. What changes decoding or the names of classes
-is a warning, and what matters in training only is not compared.
+A merge has the base's configuration. So what changes a model's function must be equal in base and experts:
+the rotary base, the number of heads, an activation, a multiplier. What changes decoding or the names of
+classes is a warning. What matters in training only is not compared.
 """
 
 import warnings
@@ -31,16 +31,16 @@ def configuration_mismatches(base: PreTrainedModel, expert: PreTrainedConfig, fi
         what = f"{key} is {theirs!r}, the base has {ours!r}"
         if decides_function(base, key):
             problems.append(
-                f"{file}: {what}: the merge has the base's configuration, under which these weights are another "
-                f"model. Leave the expert out; or, if it was trained with the base's value, set {key} to that "
-                f"in {file.name}"
+                f"{file}: {what}: the merge has the base's value, under which these weights are "
+                f"another model. Leave it out; or, if it was trained with the base's value, set {key} "
+                f"to that in {file.name}"
             )
         elif is_known(base, expert, key):
             noted.append(what)
     if noted and not problems:
         warnings.warn(
-            f"{file}: {'; '.join(noted)}. The merge has the base's values; edit its config.json if others are "
-            "right",
+            f"{file}: {'; '.join(noted)}. The merge has the base's values; edit its config.json if others "
+            "are right",
             stacklevel=2,
         )
     return problems
@@ -49,12 +49,12 @@ def configuration_mismatches(base: PreTrainedModel, expert: PreTrainedConfig, fi
 def recorded_mismatches(
     base: PreTrainedModel, base_folder: Path, adapter: Path, recorded: object
 ) -> list[str]:
-    """`configuration_mismatches` of an adapter: of a config.json in its folder, and of the base that it names.
+    """`configuration_mismatches` of a config.json in the adapter's folder and of the base that it names.
 
     `recorded` is its `base_model_name_or_path`; one that is not a folder on disk is not compared.
     """
     folders = [adapter]
-    if isinstance(recorded, str) and recorded and not Path(recorded).absolute() == base_folder.absolute():
+    if isinstance(recorded, str) and recorded and Path(recorded).absolute() != base_folder.absolute():
         folders.append(Path(recorded))
     problems = []
     for folder in folders:
@@ -64,8 +64,8 @@ def recorded_mismatches(
                 problems += configuration_mismatches(base, config, file)
             else:
                 problems.append(
-                    f"{file}: model_type is {config.model_type!r}, the base has {base.config.model_type!r}: the "
-                    "adapter was trained on another base. Leave it out"
+                    f"{file}: model_type is {config.model_type!r}, the base has {base.config.model_type!r}: "
+                    "the adapter was trained on another base. Leave it out"
                 )
     return problems
 

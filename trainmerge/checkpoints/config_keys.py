@@ -11,10 +11,11 @@ from trainmerge.checkpoints.config_values import flat_values
 
 SILENT = (
     # where a checkpoint is from, and how it is stored
-    "transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "auto_map", "_commit_hash",
-    "*attn_implementation*", "*experts_implementation*", "tokenizer_class", "model_type", "quantization_config",
-    "finetuning_task", "pruned_heads", "unsloth*", "pretraining_tp", "chunk_size_feed_forward", "is_composition",
-    "slow_but_exact", "deterministic_*", "reorder_and_upcast_attn", "median_filter_width",
+    "transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "auto_map",
+    "_commit_hash", "*attn_implementation*", "*experts_implementation*", "tokenizer_class", "model_type",
+    "quantization_config", "finetuning_task", "pruned_heads", "unsloth*",
+    "pretraining_tp", "chunk_size_feed_forward",
+    "is_composition", "slow_but_exact", "deterministic_*", "reorder_and_upcast_attn", "median_filter_width",
     # training
     "*drop*", "initializer_*", "*_initializer_range", "init_std", "init_device", "*_init_value",
     "sparse_pred*", "*aux_loss*", "*z_loss*", "*jitter*",
