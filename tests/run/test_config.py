@@ -34,7 +34,7 @@ def test_a_plug_in_is_written_by_its_public_path_and_read_by_that_and_its_module
     content = to_config(value)
     name, module = type(value).__name__, type(value).__module__
     assert content["class_path"] == f"trainmerge.{name}"
-    assert build(kind, content) == build(kind, {**content, "class_path": f"{module}.{name}"})
+    assert build(kind, content, "x") == build(kind, {**content, "class_path": f"{module}.{name}"}, "x")
     assert to_config(build(kind, content)) == content
 
 
