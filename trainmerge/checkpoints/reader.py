@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainmerge.system import json_file
 from trainmerge.system.atomic import seen_from
+from trainmerge.system.links import check_link
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
 
 SAFETENSORS = "model.safetensors"
@@ -135,6 +136,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError or ValueError that names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {path.parent} is not a complete checkpoint folder.")
+    check_link(path.parent, path)
     return json_file.read_json(path, "Download or save it again.")
 
 
@@ -144,6 +146,10 @@ def find_weights(
     """The weight files of `path`, and the index's tensor -> file name where there is one.
 
     transformers' order: the single safetensors file, its shards, then the pickled forms.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: only pickled ones without permission, an unusable index, or a link that leads outside.
     """
     for single in [safe, pickled]:
         if single == pickled and _has(path, pickled) and not allow_pickle:
@@ -152,11 +158,15 @@ def find_weights(
                 "or set allow_pickle if you trust their source."
             )
         if (path / single).is_file():
+            check_link(path, path / single)
             return [path / single], None
         index = path / f"{single}.index.json"
         if index.is_file():
             names = _weight_map(index, Path(single).suffix)
-            return [path / file for file in sorted(set(names.values()))], names
+            files = [path / file for file in sorted(set(names.values()))]
+            for file in files:
+                check_link(path, file)
+            return files, names
     dangling = [path / single for single in (safe, pickled) if (path / single).is_symlink()]
     gone = [f"; {link.name} is a link to {link.readlink()}, which does not exist" for link in dangling]
     raise FileNotFoundError(

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from trainmerge.run.config import public_path, public_paths, read_settings
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe, calibration_files
 from trainmerge.run.templates import expand
+from trainmerge.run.trust import imports_checked, of_a_run
 
 TEMPLATES = "trainmerge"  # parser mode: YAML with `recipe.each` as a template of all experts
 
@@ -74,7 +76,8 @@ def from_config(config: str | Path, run: str | Path, changes: Mapping[str, Any] 
     content = _load(Path(config).read_text(encoding="utf-8"))
     for key, value in {**(changes or {}), "run": str(run)}.items():
         content = _changed(content, key.split("."), value)
-    return build_settings(content)
+    with imports_checked(content, config) if of_a_run(Path(config)) else nullcontext():
+        return build_settings(content)
 
 
 def _changed(content: Any, keys: Sequence[str], value: Any) -> dict[str, Any]:
@@ -134,12 +137,19 @@ class FitCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Raise ValueError for configuration files with duplicate keys, experts above all, before parsing."""
-        for word in args if isinstance(args, list) else ():
-            key, _, value = word.partition("=")
-            if key == "--config" and Path(value).is_file():
-                read_settings(Path(value))
-        super().parse_arguments(parser, args)
+        """Check configuration files before parsing: duplicate keys, and what a run's own may import.
+
+        Raises:
+            ValueError: as `read_settings` and `imports_checked`.
+        """
+        with ExitStack() as guards:
+            for word in args if isinstance(args, list) else ():
+                key, _, value = word.partition("=")
+                if key == "--config" and (path := Path(value)).is_file():
+                    content = public_paths(read_settings(path))
+                    if of_a_run(path):
+                        guards.enter_context(imports_checked(content, path))
+            super().parse_arguments(parser, args)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer of `trainer.make_trainer`, with the configuration's arguments."""
