@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from trainmerge.checkpoints.config_keys import SILENT, decides_function, is_known, is_one_of
 from trainmerge.checkpoints.config_values import flat_values, same_value
+from trainmerge.checkpoints.model_config import read_model_config
 from trainmerge.system.json_file import read_json
 
 ABSENT = "absent"
@@ -59,7 +60,7 @@ def recorded_mismatches(
     problems = []
     for folder in folders:
         if (folder / "config.json").is_file():
-            config, file = parse_config(folder), folder / "config.json"
+            config, file = read_model_config(folder), folder / "config.json"
             if config.model_type == base.config.model_type:
                 problems += configuration_mismatches(base, config, file)
             else:
@@ -94,19 +95,6 @@ def warn_of_generation(
         )
 
 
-def parse_config(folder: Path) -> PreTrainedConfig:
-    """A folder's config.json as transformers parses it. Raises ValueError that names the file."""
-    file = folder / "config.json"
-    read_json(file, "Download or save it again.")
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        return config
-    except Exception as error:  # whatever a class of transformers makes of foreign settings
-        raise ValueError(f"{file}: transformers cannot parse it: {error}. Save it again.") from error
-
-
 def _generation(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
     if not (folder / GENERATION).is_file():
         values: dict[str, Any] = GenerationConfig.from_model_config(config).to_dict()
@@ -114,7 +102,7 @@ def _generation(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
     read_json(folder / GENERATION, "Download or save it again, or remove it.")
     try:
         values = GenerationConfig.from_pretrained(folder, local_files_only=True).to_dict()
-    except Exception as error:  # see `parse_config`
+    except Exception as error:  # whatever a class of transformers makes of foreign settings
         raise ValueError(
             f"{folder / GENERATION}: transformers cannot parse it: {error}. Correct or remove it."
         ) from error
