@@ -12,7 +12,8 @@ from torch import Tensor
 from trainmerge.checkpoints.adapter_config import check_adapter_config
 from trainmerge.checkpoints.meta_model import quiet, shorten
 from trainmerge.checkpoints.parameters import Parameters, fit_prefix
-from trainmerge.checkpoints.reader import PickleFile, WeightFile, find_weights, read_json
+from trainmerge.checkpoints.reader import PickleFile, WeightFile
+from trainmerge.checkpoints.weight_files import find_weights, read_json
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
 from trainmerge.task_vectors.parameter_names import matches
 

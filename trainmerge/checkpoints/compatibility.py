@@ -10,11 +10,10 @@ from trainmerge.checkpoints.config_check import recorded_mismatches
 from trainmerge.checkpoints.full_expert import FullExpert, plan_full
 from trainmerge.checkpoints.low_rank_adapter import plan_adapter
 from trainmerge.checkpoints.parameters import Parameters, open_parameters
-from trainmerge.checkpoints.reader import Checkpoint, read_json
+from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.checkpoints.sources import Source, Sources
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
-
-ADAPTER = "adapter_config.json"
+from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_json
 
 
 class FittingExpert(Protocol):
@@ -54,6 +53,7 @@ def find_sources(
     for expert, folder in experts.items():
         path = Path(folder)
         try:
+            check_one_generation(path)
             if (path / ADAPTER).is_file():
                 plans[expert] = plan_adapter(frame, path, ignore, allow_pickle, workspace)
                 recorded = read_json(path / ADAPTER).get("base_model_name_or_path")
