@@ -15,7 +15,14 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from trainmerge.data.examples import Example
 from trainmerge.system.atomic import seen_from
+from trainmerge.system.links import check_link
 from trainmerge.system.ranges import check_option
+
+FILES = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "merges.txt",
+    "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json",
+    "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
 
 
 class Encoded(NamedTuple):
@@ -47,12 +54,21 @@ class Tokenizer:
             )
         check_option("max_length", max_length, int, "[1, inf)")
         self.path, self.max_length = path, max_length
+        for name in FILES:
+            check_link(folder, folder / name)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
-                path, local_files_only=True, padding_side="right", truncation_side="right"
+                path,
+                local_files_only=True,
+                trust_remote_code=False,
+                padding_side="right",
+                truncation_side="right",
             )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: no tokenizer that transformers can load in it ({error})") from error
+        except Exception as error:  # the file is a stranger's, and the parser's errors are of many types
+            raise ValueError(
+                f"{path}: no tokenizer that transformers can load in it ({error}). Code from checkpoints is "
+                "never run"
+            ) from error
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token  # padding is masked, so any token works
         self._loaded_processor: Any = None  # for pictures; loaded with the first one
@@ -175,8 +191,10 @@ def load_processor(path: str) -> Any:
         ValueError: it cannot be built, usually because torchvision is missing.
     """
     try:
-        return AutoProcessor.from_pretrained(path, local_files_only=True)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, ImportError, AttributeError) as error:
+        return AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # as for the tokenizer
         raise ValueError(
             f"{path}: the processor for pictures cannot be built ({error}). transformers' own need "
             "torchvision, of the version that fits your torch"

@@ -6,6 +6,7 @@ complete.
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from trainmerge.run.recipe import Opened, Recipe
 from trainmerge.system import distributed
 from trainmerge.system.atomic import check_free_space
 from trainmerge.system.distributed import joined
+from trainmerge.system.links import leads_outside
 from trainmerge.system.ranges import check_option
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.system.shared_output import agreed, balanced_share, staging_shared
@@ -84,6 +86,13 @@ def _copy_side_files(source: Path, target: Path) -> None:
         hidden = any(part.startswith(".") for part in place.parts)
         weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
         if path.is_file() and not hidden and not weights and str(place) != "README.md":
+            if leads_outside(source, path):
+                warnings.warn(
+                    f"{path} is a link that leads out of {source}: it is not copied. If the file belongs to "
+                    "the checkpoint, copy it there",
+                    stacklevel=2,
+                )
+                continue
             (target / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / place)
 
