@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer
 
+from trainmerge.data.example_rows import row_counts
 from trainmerge.data.examples import Example
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.links import check_link
@@ -72,6 +73,7 @@ class Tokenizer:
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token  # padding is masked, so any token works
         self._loaded_processor: Any = None  # for pictures; loaded with the first one
+        self._rows_alone: dict[Example, dict[str, int]] = {}
         config = folder / "config.json"
         self._has_decoder = config.is_file() and json.loads(config.read_text()).get("is_encoder_decoder")
 
@@ -131,11 +133,27 @@ class Tokenizer:
 
     def _with_pictures(self, examples: Sequence[Example]) -> Encoded:
         """Encode with the model's own processor, without truncation, which would split pictures."""
+        inputs = self._processed(examples)
+        return Encoded(inputs, inputs["attention_mask"].bool())
+
+    def _processed(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         pictures = [_picture(example.image) for example in examples]
-        inputs = self._processor()(
-            text=[example.text for example in examples], images=pictures, padding=True, return_tensors="pt"
-        )
-        return Encoded(dict(inputs), inputs["attention_mask"].bool())
+        texts = [example.text for example in examples]
+        return dict(self._processor()(text=texts, images=pictures, padding=True, return_tensors="pt"))
+
+    def picture_rows(
+        self, examples: Sequence[Example], inputs: Mapping[str, Tensor]
+    ) -> dict[str, tuple[int, ...]]:
+        """`Batch.rows` of encoded examples, where the inputs do not show it: rows of each example alone."""
+        unknown = [name for name, counts in row_counts(inputs, len(examples), {}).items() if counts is None]
+        if not unknown:
+            return {}
+        for example in set(examples) - self._rows_alone.keys():
+            alone = self._processed([example])
+            self._rows_alone[example] = {name: len(value) for name, value in alone.items() if value.dim()}
+        each = [self._rows_alone[example] for example in examples]
+        found = {name: tuple(rows.get(name, 0) for rows in each) for name in unknown}
+        return {name: counts for name, counts in found.items() if sum(counts) == len(inputs[name])}
 
     def _processor(self) -> Any:
         if self._loaded_processor is None:
