@@ -46,6 +46,8 @@ def find_sources(
             tensors differ, or an adapter that peft cannot merge.
     """
     frame = open_parameters(base, ignore)
+    text = frame.meta_model.config.get_text_config()
+    rows = getattr(text, "vocab_size", None) if shared_vocabulary else None
     plans: dict[str, FittingExpert] = {}
     problems: list[str] = []
     for expert, folder in experts.items():
@@ -55,7 +57,7 @@ def find_sources(
                 plans[expert] = plan_adapter(frame, path, ignore, allow_pickle, workspace)
             else:
                 plans[expert] = plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary)
-            problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path)]
+            problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path, rows)]
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
     _raise(base, problems)
