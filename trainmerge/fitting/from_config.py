@@ -14,6 +14,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.mistakes import explain
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.trainer import make_trainer
 from trainmerge.run.config import public_path, public_paths, read_settings
@@ -134,12 +135,17 @@ class FitCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Raise ValueError for configuration files with duplicate keys, experts above all, before parsing."""
-        for word in args if isinstance(args, list) else ():
-            key, _, value = word.partition("=")
-            if key == "--config" and Path(value).is_file():
-                read_settings(Path(value))
-        super().parse_arguments(parser, args)
+        """Raise ValueError for duplicate keys in files, and for other mistakes in plain words."""
+        words = [word.partition("=") for word in args] if isinstance(args, list) else []
+        files = [Path(value) for key, _, value in words if key == "--config" and Path(value).is_file()]
+        for file in files:
+            read_settings(file)
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            known = [action.dest for action in parser._actions]
+            options = [key[2:] for key, _, _ in words if key != "--config"]
+            raise ValueError(explain(str(error), known, files, options)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer of `trainer.make_trainer`, with the configuration's arguments."""
