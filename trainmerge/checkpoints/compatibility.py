@@ -48,6 +48,8 @@ def find_sources(
             tensors differ, or an adapter that peft cannot merge.
     """
     frame = open_parameters(base, ignore)
+    text = frame.meta_model.config.get_text_config()
+    rows = getattr(text, "vocab_size", None) if shared_vocabulary else None
     plans: dict[str, FittingExpert] = {}
     problems: list[str] = []
     for expert, folder in experts.items():
@@ -61,7 +63,7 @@ def find_sources(
                 problems += [f"{expert}: {line}" for line in mismatches]
             else:
                 plans[expert] = plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary)
-            problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path)]
+            problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path, rows)]
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
     _raise(base, problems)
