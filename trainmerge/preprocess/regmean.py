@@ -16,6 +16,7 @@ from trainmerge.preprocess.base import Calibrator, Informed
 from trainmerge.preprocess.spectrum import wide_rows
 from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.parameter_names import block_of
+from trainmerge.task_vectors.roles import each_matrix
 
 MOMENTS = 1 << 30  # bytes of second moments per pass of each expert
 RIDGE = 1e-6  # of the mean diagonal: a direction that no expert reads keeps the base
@@ -76,7 +77,12 @@ class RegMean(Informed):
         total = torch.stack(moments).sum(dim=0)
         total.diagonal().add_(RIDGE * total.diagonal().mean().clamp_min(torch.finfo(total.dtype).tiny))
         factor = torch.linalg.cholesky(total)
-        return torch.stack([_weighed(tau, moment, factor) for tau, moment in zip(taus, moments, strict=True)])
+
+        def fitted(taus: Tensor) -> Tensor:
+            pairs = zip(taus, moments, strict=True)
+            return torch.stack([_weighed(tau, moment, factor) for tau, moment in pairs])
+
+        return each_matrix(taus, task_vectors.deltas[name].role, fitted)
 
     def _shrunk(self, gram: Tensor) -> Tensor:
         return self.shrink * gram + (1 - self.shrink) * torch.diag(gram.diagonal())
@@ -93,7 +99,8 @@ def _portions(task_vectors: TaskVectors) -> Iterator[list[str]]:
     portion: list[str] = []
     size = 0
     for name, delta in task_vectors.deltas.items():
-        more = 4 * delta.shape[1] ** 2 if len(delta.shape) == 2 else 0
+        inputs = delta.shape[0 if delta.role == "transposed" else -1] if len(delta.shape) == 2 else 0
+        more = 4 * inputs**2
         if portion and size + more > MOMENTS:
             yield portion
             portion, size = [], 0
