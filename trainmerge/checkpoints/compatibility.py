@@ -11,6 +11,7 @@ from trainmerge.checkpoints.full_expert import FullExpert, plan_full
 from trainmerge.checkpoints.low_rank_adapter import plan_adapter
 from trainmerge.checkpoints.parameters import Parameters, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint
+from trainmerge.checkpoints.roles import roles_of
 from trainmerge.checkpoints.sources import Source, Sources
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
 from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_json
@@ -69,7 +70,9 @@ def find_sources(
     _raise(base, problems)
     _check_ties(frame, plans)
     sources = {expert: plan.sources() for expert, plan in plans.items()}
-    return Sources(tuple(frame.files.values()), frame.tied, sources)
+    roles = roles_of(frame.meta_model)
+    known = {name: roles[parameter] for parameter, name in frame.files.items()}
+    return Sources(tuple(known), frame.tied, sources, known)
 
 
 def _check_ties(frame: Parameters, plans: Mapping[str, FittingExpert]) -> None:

@@ -21,7 +21,7 @@ from trainmerge.inspection.console import (
 )
 from trainmerge.inspection.findings import Finding, Texts, header_findings, read_texts
 from trainmerge.inspection.suggest import Suggestion, suggest, write_suggestion
-from trainmerge.inspection.weights import weight_findings
+from trainmerge.inspection.weights import preprocess_findings, weight_findings
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Opened, Recipe
 from trainmerge.run.sources import recipe_of
@@ -65,6 +65,7 @@ def inspect_path(
     findings += texts.findings
     geometry, measured = _measured(opened, weights)
     findings += measured
+    findings += preprocess_findings(recipe, opened, geometry)
     if geometry is not None:
         print_geometry(opened.task_vectors.experts, geometry)
     print_findings(findings)

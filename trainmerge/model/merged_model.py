@@ -24,7 +24,8 @@ from trainmerge.kernels import Gathered, Product, run_merges, run_products, shar
 from trainmerge.model.loss_scale import LossScale
 from trainmerge.model.low_rank_gradient import layer_products, tappable, tapped
 from trainmerge.model.row_shards import DeltaShard, as_shard, delta_shards, local, shares_storage
-from trainmerge.task_vectors.delta import Delta, TaskVectors, outside
+from trainmerge.preprocess.subspace import outside_subspace
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.prefetch import Prefetch, prefetch_to
 
 
@@ -175,8 +176,7 @@ class MergedModel:
             self._found.append((columns, layer_products(inputs, slopes, delta, len(columns))))
 
     def _projected(self, name: str, gradient: Tensor) -> Tensor:
-        basis = self.subspaces.get(name)
-        return gradient if basis is None else outside(gradient.to(basis.dtype), basis.to(gradient.device))
+        return outside_subspace(gradient, self.subspaces.get(name), self.task_vectors.deltas[name].role)
 
     @torch.no_grad()
     def _write(

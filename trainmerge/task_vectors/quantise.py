@@ -7,7 +7,7 @@ Legend: `R` rows, `W` elements of a row.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -140,8 +140,8 @@ def quantised(task_vectors: TaskVectors, method: Quantise, folder: Path, inputs:
 
     file = cached(folder / f"quantised-{digest(f'{inputs} {method!r}')}.safetensors", make)
     deltas = {
-        name: Delta(
-            delta.base, tuple(_mapped(file, _key(name, k), term) for k, term in enumerate(delta.terms))
+        name: replace(
+            delta, terms=tuple(_mapped(file, _key(name, k), term) for k, term in enumerate(delta.terms))
         )
         for name, delta in task_vectors.deltas.items()
     }
