@@ -19,7 +19,7 @@ from trainmerge.run.folder import RunFolder, versions
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import Opened, Recipe
 from trainmerge.system import distributed
-from trainmerge.system.atomic import check_free_space
+from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.distributed import joined
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.system.shared_output import agreed, balanced_share, staging_shared
