@@ -15,7 +15,8 @@ from trainmerge.export.model_card import model_card
 from trainmerge.export.shards import CheckpointMerge, shard_names, write_shards
 from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.run.config import write_config
-from trainmerge.run.folder import RunFolder, versions
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.manifest import versions
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import Opened, Recipe
 from trainmerge.system import distributed
