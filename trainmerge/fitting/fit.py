@@ -68,15 +68,27 @@ def fit_alone(
     resume: str = "auto",
     config: str | None = None,
     limit: int = 0,
+    following: int = 0,
 ) -> None:
-    """`fit` after its checks, in a folder that no other process changes; `limit`: bytes, 0 without."""
+    """`fit` after its checks, in a folder that no other process changes.
+
+    Args:
+        folder: The run.
+        module: The merge to learn.
+        data: The calibration data.
+        trainer: From `make_trainer`.
+        resume: As in `fit`.
+        config: As in `fit`.
+        limit: The process's memory limit in bytes; 0 without.
+        following: The evaluations of a search that follows a fit without steps.
+    """
     snapshot = find_snapshot(folder, resume, first=trainer.is_global_zero)
     if trainer.is_global_zero:  # the other processes wait for this when the fit begins
         begin(folder, module, data, trainer, snapshot, config)
     if trainer.max_steps:
         take_steps(folder, module, data, trainer, snapshot, limit)
     elif trainer.is_global_zero:
-        save_start(folder, module, data)
+        save_start(folder, module, data, following)
 
 
 def take_steps(

@@ -18,11 +18,11 @@ AT_BOUND = 0.25  # share of coefficients at a bound
 ENOUGH = 5  # later steps needed before losses are compared, because batches differ
 
 
-def save_start(folder: RunFolder, module: MergeModule, data: Calibration) -> None:
-    """Save a run without steps: its coefficients are the starting ones."""
+def save_start(folder: RunFolder, module: MergeModule, data: Calibration, following: int = 0) -> None:
+    """Save a run without steps: its coefficients are the starting ones, before `following` evaluations."""
     if needs_examples(module.recipe, module.initial):
         module.load(data)
-    save_moment(folder, module.coefficients, step=0, steps=0)
+    save_moment(folder, module.coefficients, step=0, steps=following)
 
 
 def save_end(folder: RunFolder, module: MergeModule, snapshot: Snapshot) -> None:

@@ -20,15 +20,22 @@ from trainmerge.system.safetensors_file import sha256
 class Saved(NamedTuple):
     """One moment of a run."""
 
-    step: int
-    steps: int  # of the fit at that moment; as `step` if it was finished
+    step: int  # of a search: the number of scored merges
+    steps: int  # of the fit or search at that moment; as `step` if it was finished
     coefficients: str  # SHA-256
     snapshot: str = ""  # SHA-256; empty without a snapshot
 
-    @property
-    def unfinished(self) -> str:
-        """`step 40 of 80`; empty for a finished fit."""
-        return f"step {self.step} of {self.steps}" if self.step < self.steps else ""
+
+def unfinished(folder: RunFolder) -> str:
+    """`step 40 of 80`, or `evaluation 3 of 100` of a search; empty for a finished run and an old manifest.
+
+    Raises:
+        ValueError: the coefficients are not the ones that this run saved.
+    """
+    moment = check_coefficients(folder, folder.read_manifest())
+    if moment is None or moment.step >= moment.steps:
+        return ""
+    return f"{'evaluation' if folder.search.exists() else 'step'} {moment.step} of {moment.steps}"
 
 
 def listed_moments(folder: RunFolder, manifest: Mapping[str, Any]) -> list[Saved] | None:

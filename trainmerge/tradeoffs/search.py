@@ -22,7 +22,6 @@ from trainmerge.fitting.from_config import from_config
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.in_use import in_use
-from trainmerge.run.manifest import write_manifest
 from trainmerge.run.saved import save_moment
 from trainmerge.tradeoffs.cma_es import Search, Tried, maximise
 from trainmerge.tradeoffs.scales import scaled
@@ -59,7 +58,7 @@ def search_config(
     """
     folder = RunFolder(Path(run))
     with in_use(folder, "trainmerge search"):
-        module, data = _begin(config, folder, initial)
+        module, data = _begin(config, folder, initial, search.evaluations)
         return _search(module, data, folder, score, options or {}, over, search, limit)
 
 
@@ -84,26 +83,19 @@ def _search(
         return scoring()
 
     depends_on = {"score": score, "options": dict(options), "over": over, "limit": limit or 0}
-    count_of(folder, search.evaluations)
     points = maximise(score_at, space.first(), search, folder.search, depends_on)
-    best, clock = Tried(space.first(), -math.inf), time.monotonic()
+    best, count, clock = Tried(space.first(), -math.inf), 0, time.monotonic()
     for count, found in enumerate(points, 1):
         if found.score > best.score:
             best = found
             _place(module, space.coefficients(best.x))
-            save_moment(folder, module.coefficients, step=0, steps=0)
+            save_moment(folder, module.coefficients, count, search.evaluations)
         left = (time.monotonic() - clock) / count * (search.evaluations - count)
         ends = f"{found.score:.4f}  best {best.score:.4f}  {left:.0f} s left"
         print(f"{count}/{search.evaluations}  score {ends}", flush=True)
-    count_of(folder, count)  # the method may end before
+    _place(module, space.coefficients(best.x))
+    save_moment(folder, module.coefficients, count, steps=count)  # finished: the method may end early
     return best
-
-
-def count_of(folder: RunFolder, evaluations: int) -> None:
-    """Note in the manifest how many merges the search scores, for exports of an unfinished one."""
-    manifest = folder.read_manifest()
-    if manifest.get("evaluations") != evaluations:
-        write_manifest(folder.manifest, {**manifest, "evaluations": evaluations})
 
 
 @dataclass(frozen=True)
@@ -138,7 +130,9 @@ class SearchSpace:
         return values.view_as(self.start).to(self.start)
 
 
-def _begin(config: str | Path, folder: RunFolder, initial: str | None) -> tuple[MergeModule, Calibration]:
+def _begin(
+    config: str | Path, folder: RunFolder, initial: str | None, evaluations: int
+) -> tuple[MergeModule, Calibration]:
     """Check the settings and create the run folder by a fit without steps."""
     if folder.latest():
         raise ValueError(
@@ -150,7 +144,7 @@ def _begin(config: str | Path, folder: RunFolder, initial: str | None) -> tuple[
     if isinstance(module.coefficients.constraint, Sigmoid):
         raise ValueError("a search changes the coefficients directly: use trainmerge.Box instead of Sigmoid")
     check_settings(module, data, settings.trainer)
-    fit_alone(folder, module, data, settings.trainer, config=settings.text)
+    fit_alone(folder, module, data, settings.trainer, config=settings.text, following=evaluations)
     return module, data
 
 
