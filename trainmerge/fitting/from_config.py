@@ -3,7 +3,6 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.mistakes import explain
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.trainer import make_trainer
 from trainmerge.run.config import public_path, public_paths, read_settings
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe, calibration_files
 from trainmerge.run.templates import expand
-from trainmerge.run.trust import imports_checked, of_a_run
+from trainmerge.run.trust import files_checked
 
 TEMPLATES = "trainmerge"  # parser mode: YAML with `recipe.each` as a template of all experts
 
@@ -76,7 +76,7 @@ def from_config(config: str | Path, run: str | Path, changes: Mapping[str, Any] 
     content = _load(Path(config).read_text(encoding="utf-8"))
     for key, value in {**(changes or {}), "run": str(run)}.items():
         content = _changed(content, key.split("."), value)
-    with imports_checked(content, config) if of_a_run(Path(config)) else nullcontext():
+    with files_checked({Path(config): content}):
         return build_settings(content)
 
 
@@ -140,16 +140,17 @@ class FitCLI(LightningCLI):
         """Check configuration files before parsing: duplicate keys, and what a run's own may import.
 
         Raises:
-            ValueError: as `read_settings` and `imports_checked`.
+            ValueError: as `read_settings` and `imports_checked`; other mistakes, in plain words.
         """
-        with ExitStack() as guards:
-            for word in args if isinstance(args, list) else ():
-                key, _, value = word.partition("=")
-                if key == "--config" and (path := Path(value)).is_file():
-                    content = public_paths(read_settings(path))
-                    if of_a_run(path):
-                        guards.enter_context(imports_checked(content, path))
-            super().parse_arguments(parser, args)
+        words = [word.partition("=") for word in args] if isinstance(args, list) else []
+        files = [Path(value) for key, _, value in words if key == "--config" and Path(value).is_file()]
+        with files_checked({file: public_paths(read_settings(file)) for file in files}):
+            try:
+                super().parse_arguments(parser, args)
+            except ArgumentError as error:
+                known = [action.dest for action in parser._actions]
+                options = [key[2:] for key, _, _ in words if key != "--config"]
+                raise ValueError(explain(str(error), known, files, options)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer of `trainer.make_trainer`, with the configuration's arguments."""

@@ -1,12 +1,10 @@
 """Both passes as one fused loop each, compiled by inductor: C++ on a CPU, Triton on a GPU.
 
 One kernel per K, forms and dtypes, for all shapes: a chunk of rows is a flat, contiguous run of elements.
-    Inductor caches compiled code on disk, in a folder per instruction set in
-`TORCHINDUCTOR_CACHE_DIR`, so that the next process only loads it. Cases that a flat loop does not cover
-(low-rank and quantised terms, float64, strides, small tensors, zero coefficients) run eagerly, and so does
-everything after a failed compilation.
-
-Legend: `K` experts, `C` chunks of one parameter, `n` elements of a chunk.
+Inductor caches compiled code on disk, in a folder per instruction set in `TORCHINDUCTOR_CACHE_DIR`, so
+that the next process only loads it. Cases that a flat loop does not cover (low-rank and quantised terms,
+float64, strides, small tensors, zero coefficients) run eagerly, and so does everything after a failed
+compilation.
 """
 
 import os
