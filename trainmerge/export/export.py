@@ -20,11 +20,13 @@ from trainmerge.export.public import public, public_config, public_manifest
 from trainmerge.export.shards import CheckpointMerge, shard_names, write_shards
 from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.run.config import read_yaml, to_config
-from trainmerge.run.folder import RunFolder, versions
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.manifest import versions
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.saved import unfinished
 from trainmerge.system import distributed
-from trainmerge.system.atomic import check_free_space
+from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.distributed import joined
 from trainmerge.system.links import leads_outside
 from trainmerge.system.safetensors_file import sha256
@@ -133,6 +135,9 @@ def export_run(
     run_folder, target = RunFolder(Path(run)), Path(out)
     with joined():
         recipe, learned, opened = open_run(run_folder)
+        at = unfinished(run_folder)
+        if at and distributed.rank() == 0:
+            print(f"{run_folder.path} is unfinished: its coefficients are those of {at}", flush=True)
         coefficients = coefficients or learned
         check_target(target, [run_folder.path, *opened.folders.values()])
         with staging_shared(target, overwrite) as folder:
@@ -140,7 +145,7 @@ def export_run(
                 merge = merge_of(run_folder, recipe, coefficients, opened)
             made = write_checkpoint(merge, folder, workers)
             if distributed.rank() == 0:
-                _explain(folder, target.name, run_folder, recipe, coefficients, made)
+                _explain(folder, target.name, run_folder, recipe, coefficients, made, at)
     return target
 
 
@@ -151,6 +156,7 @@ def _explain(
     recipe: Recipe,
     coefficients: Coefficients,
     made: Mapping[str, str],
+    at: str,
 ) -> None:
     """Write recipe, coefficients, model card and manifest next to the weights `made`; the manifest last.
 
@@ -161,11 +167,12 @@ def _explain(
     run_made = run_folder.read_manifest()
     if run_folder.config.exists():
         _write_yaml(folder / "trainmerge_config.yaml", public_config(read_yaml(run_folder.config)))
-    (folder / "README.md").write_text(model_card(name, recipe, coefficients, run_made))
+    (folder / "README.md").write_text(model_card(name, recipe, coefficients, run_made, at))
     others = [path for path in folder.rglob("*") if path.is_file() and path.name not in made]
     files = {**made, **{str(path.relative_to(folder)): sha256(path) for path in others}}
     manifest = {
         "versions": versions(),
+        **({"unfinished": at} if at else {}),
         "files": dict(sorted(files.items())),
         "run": public_manifest(run_made),
     }

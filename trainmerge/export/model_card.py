@@ -14,10 +14,13 @@ from trainmerge.run.recipe import Recipe
 from trainmerge.task_vectors.parameter_names import block_of
 
 
-def model_card(name: str, recipe: Recipe, coefficients: Coefficients, run: Mapping[str, Any]) -> str:
+def model_card(
+    name: str, recipe: Recipe, coefficients: Coefficients, run: Mapping[str, Any], at: str = ""
+) -> str:
     """Markdown with the hub's metadata, the coefficients per block, and how to reproduce the merge.
 
-    It names folders, not paths, and no command line: it is for strangers.
+    It names folders, not paths, and no command line: it is for strangers. `at` is the step of an unfinished
+    run, such as `step 40 of 80`.
     """
     sources = [recipe.base, *(expert.path for expert in recipe.experts.values())]
     head = {
@@ -34,7 +37,7 @@ def model_card(name: str, recipe: Recipe, coefficients: Coefficients, run: Mappi
 # {inline(name)}
 
 A merge of {len(recipe.experts)} experts of {code(public_name(recipe.base))}.
-trainmerge learned its coefficients without labels.
+trainmerge learned its coefficients without labels.{f" The run was unfinished: {at}." if at else ""}
 
 ## Coefficients
 
