@@ -9,13 +9,17 @@ import shutil
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.export.model_card import model_card
+from trainmerge.export.public import public, public_config, public_manifest
 from trainmerge.export.shards import CheckpointMerge, shard_names, write_shards
 from trainmerge.preprocess import apply_for_one_pass
-from trainmerge.run.config import write_config
+from trainmerge.run.config import read_yaml, to_config
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.manifest import versions
 from trainmerge.run.open_run import open_run
@@ -154,12 +158,15 @@ def _explain(
     made: Mapping[str, str],
     at: str,
 ) -> None:
-    """Write recipe, coefficients, model card and manifest next to the weights `made`; the manifest last."""
-    write_config(recipe, "recipe", folder / "trainmerge_recipe.yaml")
+    """Write recipe, coefficients, model card and manifest next to the weights `made`; the manifest last.
+
+    They name no path of this machine.
+    """
+    _write_yaml(folder / "trainmerge_recipe.yaml", {"recipe": public(to_config(recipe))})
     save_coefficients(coefficients, folder / "trainmerge_coefficients.safetensors")
     run_made = run_folder.read_manifest()
     if run_folder.config.exists():
-        shutil.copyfile(run_folder.config, folder / "trainmerge_config.yaml")
+        _write_yaml(folder / "trainmerge_config.yaml", public_config(read_yaml(run_folder.config)))
     (folder / "README.md").write_text(model_card(name, recipe, coefficients, run_made, at))
     others = [path for path in folder.rglob("*") if path.is_file() and path.name not in made]
     files = {**made, **{str(path.relative_to(folder)): sha256(path) for path in others}}
@@ -167,9 +174,13 @@ def _explain(
         "versions": versions(),
         **({"unfinished": at} if at else {}),
         "files": dict(sorted(files.items())),
-        "run": run_made,
+        "run": public_manifest(run_made),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+
+
+def _write_yaml(path: Path, content: Any) -> None:
+    path.write_text(yaml.safe_dump(content, sort_keys=False, width=110))
 
 
 def merge_of(

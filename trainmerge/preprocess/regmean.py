@@ -118,8 +118,8 @@ def _warn_of_unseen(task_vectors: TaskVectors, unseen: Sequence[str]) -> None:
         warnings.warn(
             f"RegMean: the inputs of {len(unseen)} linear layers ({listed(unseen)}) cannot be read (experts"
             " in one tensor, layers that no example reaches, weights read without their layer); they are "
-            f"divided by K: {100 * share:.3g}% of the task vectors' squared norm. Tsv, Wudi and OptMerge need "
-            "no inputs",
+            f"divided by K: {100 * share:.3g}% of the task vectors' squared norm. Tsv, Wudi and OptMerge "
+            "need no inputs",
             stacklevel=2,
         )
 

@@ -6,7 +6,6 @@ version 0.1.0 have `trainmerge.preprocess.ties.Ties`; both are read as the same 
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +16,7 @@ from jsonargparse import ArgumentParser
 
 from trainmerge.run.sections import check_sections
 from trainmerge.run.templates import expand
-from trainmerge.run.trust import imports_checked, of_a_run
+from trainmerge.run.trust import files_checked, imports_checked
 from trainmerge.system.atomic import write_whole
 
 T = TypeVar("T")
@@ -145,7 +144,7 @@ def read_config(cls: type[T], key: str, path: Path) -> T:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, key)
     section = public_paths(data[key])
-    with imports_checked(section, path) if of_a_run(path) else nullcontext():
+    with files_checked({path: section}):
         try:
             result: T = parser.instantiate(parser.parse_object({key: section}))[key]
         except Exception as error:  # jsonargparse raises many types; all mean that the file is wrong
