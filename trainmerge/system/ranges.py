@@ -61,7 +61,8 @@ def check_fields(settings: Any, where: str = "", **ranges: str) -> None:
         ValueError: lists every field with an unusable value.
     """
     where = where or type(settings).__name__
-    kinds = hints(type(settings))
+    kind: Any = type(settings)
+    kinds = hints(kind)
     unusable = []
     for field in fields(settings):
         value, interval = getattr(settings, field.name), ranges.get(field.name, FINITE)
