@@ -33,10 +33,10 @@ def magnitude(task_vectors: TaskVectors, coefficients: Coefficients) -> dict[str
             weight * dense_term(term, delta.base).abs().sum(dtype=torch.float64).item()
             for weight, term in zip(weights, delta.terms, strict=True)
         )
-    return normalised(scores)
+    return shares(scores)
 
 
-def normalised(scores: Mapping[str, float]) -> dict[str, float]:
+def shares(scores: Mapping[str, float]) -> dict[str, float]:
     """Scores that sum to one.
 
     Raises:
@@ -48,7 +48,7 @@ def normalised(scores: Mapping[str, float]) -> dict[str, float]:
     return {name: score / total for name, score in scores.items()}
 
 
-def allocate(
+def allocate_chunks(
     importance: Mapping[str, float], rows: Mapping[str, int], budget: float, kappa: float = 1.0
 ) -> dict[str, int]:
     """Chunks per parameter: budget * L of them, shared in proportion to importance^kappa.

@@ -35,7 +35,7 @@ class Fisher(Informed):
     @override
     def informed(self, task_vectors: TaskVectors, calibrator: Calibrator) -> Iterator[tuple[str, Tensor]]:
         weights = [
-            calibrator.keep(normalised(squares(calibrator.gradients(k, sampled=True))))
+            calibrator.keep(unit_norm(squares(calibrator.gradients(k, sampled=True))))
             for k in range(len(task_vectors.experts))
         ]
         for name, delta in task_vectors.deltas.items():
@@ -57,7 +57,7 @@ def squares(gradients: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
     return total
 
 
-def normalised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def unit_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same with norm 1 over all of them; all-zero ones stay zero."""
     norm = sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
     return {name: tensor / norm for name, tensor in tensors.items()} if norm else tensors
