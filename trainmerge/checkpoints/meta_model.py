@@ -28,12 +28,16 @@ RENAMED = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm in files of the f
 SHOWN = 8  # tensors of one kind that an error lists by name
 
 
+DEPTHS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")  # keys of config.json
+
+
 class Output(NamedTuple):
     """The kind of a model's output."""
 
     logits: bool  # its own, without a head from a recipe
     classes: bool  # one row of logits per example, not one per token
     hidden: int | None  # hidden size, if config.json names it
+    layers: int | None = None  # the decoder's, or the encoder's without one, if config.json names it
 
 
 def build_meta_model(path: Path) -> PreTrainedModel:
@@ -62,6 +66,7 @@ def output_of(path: Path) -> Output:
         logits=kind is not headless,
         classes=kind.__name__.endswith("ForSequenceClassification"),
         hidden=getattr(text, "hidden_size", None),
+        layers=next((n for name in DEPTHS if (n := getattr(text, name, None)) is not None), None),
     )
 
 
