@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from trainmerge.system.atomic import seen_from
+from trainmerge.system.ranges import check_fields
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
@@ -48,6 +49,9 @@ class Columns:
     spans: str | None = None
     target: str | None = None
     image: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def names(self) -> list[str]:
         """The columns that a file must have."""

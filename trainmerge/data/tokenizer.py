@@ -15,6 +15,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from trainmerge.data.examples import Example
 from trainmerge.system.atomic import seen_from
+from trainmerge.system.ranges import check_option
 
 
 class Encoded(NamedTuple):
@@ -44,6 +45,7 @@ class Tokenizer:
             raise ValueError(
                 f"{path}: not a folder{seen_from(path)}. Name the base's folder: its tokenizer is used."
             )
+        check_option("max_length", max_length, int, "[1, inf)")
         self.path, self.max_length = path, max_length
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(

@@ -21,6 +21,7 @@ from trainmerge.run.recipe import Opened, Recipe
 from trainmerge.system import distributed
 from trainmerge.system.atomic import check_free_space
 from trainmerge.system.distributed import joined
+from trainmerge.system.ranges import check_option
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.system.shared_output import agreed, balanced_share, staging_shared
 from trainmerge.task_vectors.delta import TaskVectors
@@ -115,8 +116,7 @@ def export_run(
     Raises:
         ValueError: the run has no coefficients yet, or base or experts changed since the fit.
     """
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, not {workers}")
+    check_option("workers", workers, int, "[1, inf)")
     run_folder, target = RunFolder(Path(run)), Path(out)
     with joined():
         recipe, learned, opened = open_run(run_folder)

@@ -16,7 +16,7 @@ from trainmerge.run.recipe import calibration_files
 def reopen(
     folder: RunFolder, grouping: Grouping | None = None, examples: int | None = None
 ) -> tuple[MergeModule, Calibration]:
-    """Module and data of a run; the model is not loaded yet.
+    """Module and data of a run; the model is not loaded yet, and no coefficient is fixed.
 
     `grouping` replaces the run's by a finer one. `examples`: use the first so many per expert; by default
     all.
@@ -34,6 +34,7 @@ def reopen(
         weights=manifest["weights"],
         workspace=str(folder.workspace),
     )
+    module.coefficients.release_()  # trade-offs scale fixed coefficients too, and need their gradients
     settings = manifest["data"] | {"columns": Columns(**manifest["data"]["columns"])}
     if examples is not None:
         settings["max_examples"] = min(examples, settings["max_examples"] or examples)

@@ -26,7 +26,7 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Opened, Recipe
 from trainmerge.run.sources import recipe_of
 from trainmerge.system.atomic import write_whole
-from trainmerge.task_vectors.geometry import Geometry, measure
+from trainmerge.task_vectors.geometry import Geometry, measure_geometry
 
 CHEAP = 2 << 30  # bytes of weights that `auto` reads
 
@@ -89,7 +89,7 @@ def _measured(opened: Opened, weights: Weights) -> tuple[Geometry | None, list[F
     if weights == "no" or (weights == "auto" and needed > CHEAP):
         what = f"{needed / 2**30:.1f} GiB of weights were not read, so they were not checked"
         return None, [Finding("note", what, "--weights yes reads them")]
-    geometry = measure(opened.task_vectors)
+    geometry = measure_geometry(opened.task_vectors)
     experts = opened.task_vectors.experts
     findings = [
         *weight_findings(experts, geometry),

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from trainmerge.data.batch import Batch
+from trainmerge.system.ranges import check_fields, check_option
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class StepSchedule:
     keep: bool = False
 
     def __post_init__(self) -> None:
-        if self.tasks < 1:
-            raise ValueError(f"tasks_per_backward must be at least 1, not {self.tasks}")
+        check_option("tasks_per_backward", self.tasks, int, "[1, inf)")
+        check_option("keep_gradients", self.keep, bool)
+        check_fields(self, examples="[0, inf)")
 
     def __str__(self) -> str:
         parts = [f"{self.tasks} task{'s' * (self.tasks > 1)} per backward"]

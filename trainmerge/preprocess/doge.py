@@ -20,6 +20,7 @@ from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.least_squares import closest
 from trainmerge.preprocess.matrices import is_matrix
 from trainmerge.preprocess.subspace import shared_subspace
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors, outside
 from trainmerge.task_vectors.roles import each_matrix
 from trainmerge.task_vectors.top_k import cut_at
@@ -59,8 +60,7 @@ class Doge(Preprocess):
     otherwise: ClassVar[str] = "left at the base's value"
 
     def __post_init__(self) -> None:
-        if self.eta <= 0 or self.subspace < 1 or not 0 < self.density <= 1:
-            raise ValueError("Doge needs eta above 0, subspace of at least 1, and density in (0, 1]")
+        check_fields(self, eta="(0, inf)", subspace="[1, inf)", density="(0, 1]")
         if self.separate and self.solver == "cg":
             raise ValueError("Doge(separate=True) needs solver='adam', whose early stop keeps D small")
 

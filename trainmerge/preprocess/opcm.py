@@ -17,6 +17,7 @@ from typing_extensions import override
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.matrices import is_matrix
 from trainmerge.preprocess.spectrum import truncated
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 from trainmerge.task_vectors.roles import LINEAR, each_matrix
 
@@ -44,8 +45,7 @@ class Opcm(Preprocess):
     otherwise: ClassVar[str] = "summed, and scaled like the rest"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha < 1:
-            raise ValueError(f"alpha must be in [0, 1), not {self.alpha}")
+        check_fields(self, alpha="[0, 1)")
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:

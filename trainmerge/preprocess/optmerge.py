@@ -16,6 +16,7 @@ from typing_extensions import override
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.matrices import is_matrix, matrices_or_average
 from trainmerge.preprocess.spectrum import square_norm, truncated, wide_rows
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 PUBLISHED = {"sum": 300.0, "mean": 0.6}  # the time of the published runs, by their start
@@ -44,8 +45,7 @@ class OptMerge(Preprocess):
     otherwise: ClassVar[str] = "divided by K"
 
     def __post_init__(self) -> None:
-        if self.time is not None and not self.time >= 0:
-            raise ValueError(f"time must not be negative, not {self.time}")
+        check_fields(self, time="[0, inf]")
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:

@@ -17,6 +17,7 @@ from typing_extensions import override
 from trainmerge.preprocess.base import Calibrator, Informed
 from trainmerge.preprocess.left_out import square_norm
 from trainmerge.preprocess.spectrum import wide_rows
+from trainmerge.system.ranges import check_fields
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.parameter_names import block_of
@@ -46,8 +47,7 @@ class RegMean(Informed):
     otherwise: ClassVar[str] = "divided by K"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.shrink <= 1:
-            raise ValueError(f"shrink must be in [0, 1], not {self.shrink}")
+        check_fields(self, shrink="[0, 1]")
 
     @override
     def informed(self, task_vectors: TaskVectors, calibrator: Calibrator) -> Iterator[tuple[str, Tensor]]:
@@ -116,10 +116,10 @@ def _warn_of_unseen(task_vectors: TaskVectors, unseen: Sequence[str]) -> None:
         squares = {name: square_norm(name, delta) for name, delta in task_vectors.deltas.items()}
         share = sum(squares[name] for name in unseen) / (sum(squares.values()) or 1.0)
         warnings.warn(
-            f"RegMean: the inputs of {len(unseen)} linear layers ({listed(unseen)}) cannot be read (experts"
-            " in one tensor, layers that no example reaches, weights read without their layer); they are "
-            f"divided by K: {100 * share:.3g}% of the task vectors' squared norm. Tsv, Wudi and OptMerge need "
-            "no inputs",
+            f"RegMean: the inputs of {len(unseen)} linear layers cannot be read ({listed(unseen)}): experts "
+            "in one tensor, layers that no example reaches, or weights read without their layer. They are "
+            f"divided by K, {100 * share:.3g}% of the task vectors' squared norm. Tsv and OptMerge need no "
+            "inputs",
             stacklevel=2,
         )
 

@@ -17,6 +17,7 @@ from typing_extensions import override
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.matrices import is_matrix
 from trainmerge.preprocess.spectrum import polar, truncated
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 
 Triples = tuple[Tensor, Tensor, Tensor]  # U [m, r], S [r], V [n, r]
@@ -44,8 +45,7 @@ class Tsv(Preprocess):
     otherwise: ClassVar[str] = "divided by K"
 
     def __post_init__(self) -> None:
-        if self.share is not None and not 0 < self.share <= 1:
-            raise ValueError(f"share must be in (0, 1], not {self.share}")
+        check_fields(self, share="(0, 1]")
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:

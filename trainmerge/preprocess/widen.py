@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.base import Preprocess
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.parameter_names import matches
 from trainmerge.task_vectors.roles import Role, each_matrix
@@ -36,6 +37,9 @@ class Widen(Preprocess):
     above: float = 1.0
     important: float = 1.0
     transposed: Sequence[str] = ("*embed_tokens*", "*word_embeddings*")
+
+    def __post_init__(self) -> None:
+        check_fields(self, above="[0, inf]", important="[0, inf)")
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:

@@ -17,6 +17,7 @@ from typing_extensions import override
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.matrices import is_matrix, matrices_or_average
 from trainmerge.preprocess.spectrum import input_directions, moment_times, square_norm, wide_rows
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 
@@ -46,8 +47,7 @@ class Wudi(Preprocess):
     otherwise: ClassVar[str] = "divided by K"
 
     def __post_init__(self) -> None:
-        if (self.time is not None and self.time < 0) or not 0 < self.keep <= 1:
-            raise ValueError(f"time must not be negative and keep in (0, 1], not {self.time}, {self.keep}")
+        check_fields(self, time="[0, inf]", keep="(0, 1]")
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:

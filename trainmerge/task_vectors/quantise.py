@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from trainmerge.kernels import Difference, ExpertWeight, Quantised, Term
 from trainmerge.kernels.quantised import PER_BYTE, pack
+from trainmerge.system.ranges import check_fields
 from trainmerge.system.safetensors_file import MappedFile, Specs, write_safetensors
 from trainmerge.system.workspace import cached, digest
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
@@ -86,8 +87,7 @@ class Ternary(Quantise):
     density: float = 0.2
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density must be in (0, 1], not {self.density}")
+        check_fields(self, density="(0, 1]")
 
     @property
     @override
