@@ -98,12 +98,22 @@ def test_a_sharded_checkpoint_reads_as_its_model(sharded: Path) -> None:
 
 
 def test_shards_may_be_links_as_in_the_hubs_cache(sharded: Path, tmp_path: Path) -> None:
-    blobs = tmp_path / "blobs"
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
     blobs.mkdir()
-    for shard in sharded.glob("*.safetensors"):
-        shard.rename(blobs / shard.name)
-        shard.symlink_to(Path("..") / "blobs" / shard.name)
-    assert open_checkpoint(sharded).tensors
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(sharded.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
+    assert open_checkpoint(snapshot).tensors
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-*.safetensors", "config.json", "*.index.json"])
+def test_a_link_that_leads_outside_is_refused(sharded: Path, tmp_path: Path, name: str) -> None:
+    file = next(sharded.glob(name))
+    file.rename(tmp_path / "outside")
+    file.symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match=rf"{file.name} is a link to .*outside.*copy it there"):
+        open_checkpoint(sharded)
 
 
 def test_pickled_weights_need_permission(base: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from trainmerge.checkpoints.config_check import recorded_mismatches
 from trainmerge.checkpoints.full_expert import FullExpert, plan_full
 from trainmerge.checkpoints.hidden_changes import Plan, warn_of_hidden_changes
 from trainmerge.checkpoints.low_rank_adapter import plan_adapter
@@ -13,6 +14,7 @@ from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.checkpoints.roles import roles_of
 from trainmerge.checkpoints.sources import Sources
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
+from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_json
 
 
 def find_sources(
@@ -39,16 +41,22 @@ def find_sources(
             tensors differ, or an adapter that peft cannot merge.
     """
     frame = open_parameters(base, ignore)
+    text = frame.meta_model.config.get_text_config()
+    rows = getattr(text, "vocab_size", None) if shared_vocabulary else None
     plans: dict[str, Plan] = {}
     problems: list[str] = []
     for expert, folder in experts.items():
         path = Path(folder)
         try:
-            if (path / "adapter_config.json").is_file():
+            check_one_generation(path)
+            if (path / ADAPTER).is_file():
                 plans[expert] = plan_adapter(frame, path, ignore, allow_pickle, workspace)
+                recorded = read_json(path / ADAPTER).get("base_model_name_or_path")
+                mismatches = recorded_mismatches(frame.meta_model, base.path, path, recorded)
+                problems += [f"{expert}: {line}" for line in mismatches]
             else:
                 plans[expert] = plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary)
-            problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path)]
+            problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path, rows)]
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
     _raise(base, problems)

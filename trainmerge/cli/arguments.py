@@ -114,3 +114,26 @@ def _value(key: str, left: list[str], options: Options) -> str:
         key
     )  # a plug-in's option: its parser knows whether it is a flag
     return "=true" if key in options.mixed or inner else ""
+
+
+def take_trusted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The modules of `--trust NAME`, which every command takes, and the other words.
+
+    Raises:
+        ValueError: `--trust` without a name.
+    """
+    modules: list[str] = []
+    others: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        option, equals, name = word.partition("=")
+        if word == "--":
+            return modules, [*others, word, *left]
+        if option != "--trust":
+            others.append(word)
+            continue
+        if not equals and (not left or is_option(left[0])):
+            raise ValueError("--trust needs the name of a module: --trust my_package")
+        modules += (name if equals else left.pop(0)).split(",")
+    return modules, others

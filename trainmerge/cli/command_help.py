@@ -19,6 +19,7 @@ def command_help(command: Callable[..., None]) -> str:
     lines = [f"usage: {usage(command)} [options]", "", about.strip(), ""]
     for name, parameter in signature(command).parameters.items():
         lines += _entry(_spelling(parameter), _default(parameter, words.get(name, "")))
+    lines += _entry("--trust NAME", "Import this module if a run's files name classes of it.")
     return "\n".join(lines) + "\n"
 
 

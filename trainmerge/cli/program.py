@@ -8,7 +8,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from trainmerge.cli.arguments import options_of, split_words
+from trainmerge.cli.arguments import options_of, split_words, take_trusted
 from trainmerge.cli.command_help import check_words, command_help
 from trainmerge.cli.commands import allocate, compare, evaluate, export, inspect, plan, report
 from trainmerge.cli.threads import run_of, set_threads
@@ -42,6 +42,9 @@ commands:
   plan       memory and time:     trainmerge plan path/to/model 8 --devices 8 --device h100
              of a fit:            trainmerge fit ... --dry-run, and --memory 8GiB limits it
 
+A run that names classes of your own modules: --trust my_package, with any command. The files of a run folder
+or an export import nothing else, so that a stranger's can be opened.
+
 trainmerge COMMAND --help lists a command's options; fit also takes --help-all and --print-config.
 """
 
@@ -64,7 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     try:
-        return COMMANDS[name](words)
+        modules, words = take_trusted(words)
+        if not modules:
+            return COMMANDS[name](words)
+        from trainmerge.run.trust import trusting
+
+        with trusting(*modules):
+            return COMMANDS[name](words)
     except KeyboardInterrupt:
         again = "resumes" if name in RESUMABLE else "starts over"
         print(f"trainmerge {name}: stopped; the same command {again}", file=sys.stderr)

@@ -22,6 +22,7 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe, calibration_files
 from trainmerge.run.sections import check_sections
 from trainmerge.run.templates import expand
+from trainmerge.run.trust import files_checked
 
 TEMPLATES = "trainmerge"  # parser mode: YAML with `recipe.each` as a template of all experts
 
@@ -77,7 +78,8 @@ def from_config(config: str | Path, run: str | Path, changes: Mapping[str, Any] 
     for key, value in {**(changes or {}), "run": str(run)}.items():
         content = _changed(content, key.split("."), value)
     check_sections(content)
-    return build_settings(content)
+    with files_checked({Path(config): content}):
+        return build_settings(content)
 
 
 def _changed(content: Any, keys: Sequence[str], value: Any) -> dict[str, Any]:
@@ -140,20 +142,19 @@ class FitCLI(LightningCLI):
         """Check before parsing what the parser would not, and name its errors in plain words.
 
         Raises:
-            ValueError: a mistake in the words or in a file; see `read_settings`, `check_sections`, `explain`.
+            ValueError: as `read_settings`, `check_sections`, `files_checked` and `explain`.
         """
         words = [word.partition("=") for word in args] if isinstance(args, list) else []
         files = [Path(value) for key, _, value in words if key == "--config" and Path(value).is_file()]
         options = {key[2:]: value for key, _, value in words if key != "--config"}
-        for file in files:
-            read_settings(file)
         for key, value in options.items():
             check_sections({key: get_loader("yaml")(value)})
-        try:
-            super().parse_arguments(parser, args)
-        except ArgumentError as error:
-            known = [action.dest for action in parser._actions]
-            raise ValueError(explain(str(error), known, files, list(options))) from error
+        with files_checked({file: public_paths(read_settings(file)) for file in files}):
+            try:
+                super().parse_arguments(parser, args)
+            except ArgumentError as error:
+                known = [action.dest for action in parser._actions]
+                raise ValueError(explain(str(error), known, files, list(options))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer of `trainer.make_trainer`, with the configuration's arguments."""

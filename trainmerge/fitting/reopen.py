@@ -28,7 +28,7 @@ def reopen(
     manifest = folder.read_manifest()
     module = MergeModule(
         replace(recipe, grouping=grouping or recipe.grouping),
-        build(Objective, manifest["objective"]),  # type: ignore[type-abstract]
+        build(Objective, manifest["objective"], folder.manifest),  # type: ignore[type-abstract]
         initial=str(folder.coefficients),
         teacher_budget=manifest["teacher_budget"],
         weights=manifest["weights"],

@@ -17,7 +17,8 @@ from typing_extensions import override
 from trainmerge.kernels import Difference, ExpertWeight, Quantised, Term
 from trainmerge.kernels.quantised import PER_BYTE, pack
 from trainmerge.system.ranges import check_fields
-from trainmerge.system.safetensors_file import MappedFile, Specs, write_safetensors
+from trainmerge.system.safetensors_file import MappedFile, write_safetensors
+from trainmerge.system.safetensors_format import Specs
 from trainmerge.system.workspace import cached, digest
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 from trainmerge.task_vectors.top_k import count, cuts
