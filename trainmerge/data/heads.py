@@ -69,6 +69,10 @@ class Head(ABC):
         """The hidden size that it needs; None accepts any."""
         return None
 
+    def classes(self) -> int | None:
+        """The number of classes; None if it is known only when the head is built."""
+        return None
+
 
 @dataclass(frozen=True)
 class LabelHead(Head):
@@ -93,6 +97,10 @@ class LabelHead(Head):
     @override
     def identity(self) -> str:
         return f"{self!r} {self.texts()}"
+
+    @override
+    def classes(self) -> int:
+        return len(self.texts())
 
     def texts(self) -> list[str]:
         """The label texts, in class order.
@@ -130,6 +138,10 @@ class LinearHead(Head):
     @override
     def width(self) -> int:
         return self._checked_file().tensors[self.weight].shape[1]
+
+    @override
+    def classes(self) -> int:
+        return self._checked_file().tensors[self.weight].shape[0]
 
     def _checked_file(self) -> MappedFile:
         """The file, with its header checked for this head.

@@ -7,6 +7,7 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.fitting.module import MergeModule
 from trainmerge.objectives import Alignment, Objective
 
+UNUSABLE = ("question-answering model", "model with another output")  # no logits of tokens or classes
 TOGETHER = 64  # examples that are tokenised at a time
 
 
@@ -39,6 +40,11 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
         problems.append(
             f"{base} has no output layer, and {headless} no `head`: give each a LabelHead or a LinearHead, "
             "or use a base and experts that were saved with an output layer"
+        )
+    elif headless and output.kind in UNUSABLE:
+        problems.append(
+            f"{base}: {output.architecture} is a {output.kind}, whose outputs no objective compares: give "
+            f"{headless} a `head`, or merge without learning (trainer.max_steps 0)"
         )
     elif headless and module.objective.needs_classes and not output.classes:
         problems.append(f"{module.objective!r} needs classes, and {headless} have no `head`: give each one")

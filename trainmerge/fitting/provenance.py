@@ -42,8 +42,8 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
 
 
 def _optimisation(module: MergeModule) -> dict[str, str]:
-    optimizer, scheduler = build_optimisation(module)
-    settings = {"optimizer": str(optimizer)}
+    _, optimizer, scheduler = build_optimisation(module)
+    settings = {"optimizer": optimizer}
     if scheduler is not None:
         state = {key: str(value) for key, value in sorted(scheduler.state_dict().items())}
         settings["lr_scheduler"] = f"{type(scheduler).__name__} {state}"
