@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trainmerge.checkpoints.whole import check_whole
 from trainmerge.system import json_file
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
@@ -103,7 +104,8 @@ def open_checkpoint(
 
     Raises:
         FileNotFoundError: the folder, config.json, the weights, or a shard of the index is missing.
-        ValueError: a damaged file, an index that contradicts its shards, only pickled weights.
+        ValueError: a damaged file, an export that is not whole, an index that contradicts its shards, only
+            pickled weights.
     """
     path = Path(path)
     if not path.is_dir():
@@ -112,6 +114,7 @@ def open_checkpoint(
         )
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ValueError(f"{path}: a peft adapter, not a full model. Name the model that it was trained on.")
+    check_whole(path)
     config = read_json(path / "config.json")
     files, index = find_weights(path, SAFETENSORS, PICKLE, allow_pickle)
     sources: dict[Path, WeightFile] = {

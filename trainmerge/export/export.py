@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from trainmerge.checkpoints import Checkpoint
+from trainmerge.checkpoints.whole import MANIFEST, RECIPE
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.export.model_card import model_card
 from trainmerge.export.shards import CheckpointMerge, shard_names, write_shards
@@ -28,7 +29,6 @@ from trainmerge.system.shared_output import agreed, balanced_share, staging_shar
 from trainmerge.task_vectors.delta import TaskVectors
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
-MANIFEST = "trainmerge_manifest.json"
 INDEX = "model.safetensors.index.json"
 
 
@@ -146,7 +146,7 @@ def _explain(
     at: str,
 ) -> None:
     """Write recipe, coefficients, model card and manifest next to the weights `made`; the manifest last."""
-    write_config(recipe, "recipe", folder / "trainmerge_recipe.yaml")
+    write_config(recipe, "recipe", folder / RECIPE)
     save_coefficients(coefficients, folder / "trainmerge_coefficients.safetensors")
     run_made = run_folder.read_manifest()
     if run_folder.config.exists():
@@ -158,6 +158,7 @@ def _explain(
         "versions": versions(),
         **({"unfinished": at} if at else {}),
         "files": dict(sorted(files.items())),
+        "bytes": {name: (folder / name).stat().st_size for name in sorted(made)},  # see `check_whole`
         "run": run_made,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))

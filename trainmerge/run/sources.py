@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from trainmerge.checkpoints.whole import MANIFEST, RECIPE
 from trainmerge.run.config import read_config, read_yaml
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe
@@ -16,7 +17,7 @@ def recipe_of(path: Path) -> Recipe:
     Raises:
         ValueError: it is none of these.
     """
-    for file in (path / "recipe.yaml", path / "trainmerge_recipe.yaml", path):
+    for file in (path / "recipe.yaml", path / RECIPE, path):
         if file.is_file():
             return read_config(Recipe, "recipe", file)
     raise ValueError(f"{path}: not a run folder, exported checkpoint or configuration file")
@@ -31,7 +32,7 @@ def text_length(path: Path, given: int | None = None) -> int:
         return given
     if RunFolder(path).manifest.is_file():
         return int(RunFolder(path).read_manifest()["data"]["max_length"])
-    if (manifest := path / "trainmerge_manifest.json").is_file():
+    if (manifest := path / MANIFEST).is_file():
         return int(read_json(manifest, "Export the run again.")["run"]["data"]["max_length"])
     content = read_yaml(path) if path.is_file() else {}
     return int((content.get("data") or {}).get("max_length", DEFAULT_LENGTH))
