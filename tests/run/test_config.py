@@ -34,8 +34,8 @@ def test_a_plug_in_is_written_by_its_public_path_and_read_by_that_and_its_module
     content = to_config(value)
     name, module = type(value).__name__, type(value).__module__
     assert content["class_path"] == f"trainmerge.{name}"
-    assert build(kind, content) == build(kind, {**content, "class_path": f"{module}.{name}"})
-    assert to_config(build(kind, content)) == content
+    assert build(kind, content, "x") == build(kind, {**content, "class_path": f"{module}.{name}"}, "x")
+    assert to_config(build(kind, content, "x")) == content
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_modules_that_are_gone_and_those_of_others() -> None:
 def test_a_users_own_class_keeps_its_path() -> None:
     content = to_config(Twice())
     assert content == {"class_path": f"{__name__}.Twice", "init_args": {}}
-    assert build(tm.Constraint, content) == Twice()
+    assert build(tm.Constraint, content, "x") == Twice()
 
 
 def test_recipes_of_both_forms_are_the_same(tmp_path: Path) -> None:

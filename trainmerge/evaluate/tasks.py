@@ -8,6 +8,7 @@ from trainmerge.data.examples import load_examples
 from trainmerge.data.heads import Head
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import ACCURACY, PERPLEXITY, Metric
+from trainmerge.system.ranges import check_option
 
 Split = Literal["test", "validation"]
 
@@ -58,8 +59,7 @@ def load_tasks(
             head, `label`; a held-out task has an expert's name; only some tasks have a head.
     """
     metric_of(recipe)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 example, not {limit}; leave it out to score all")
+    check_option("limit", limit, int | None, "[1, inf)")
     if twice := recipe.experts.keys() & recipe.held_out.keys():
         raise ValueError(f"recipe.held_out: {sorted(twice)} are names of experts; rename these tasks")
     files = {name: getattr(expert, split) for name, expert in recipe.experts.items()}

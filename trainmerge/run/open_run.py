@@ -9,6 +9,7 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.run.manifest import differences
 from trainmerge.run.recipe import Opened, Recipe
 from trainmerge.run.saved import check_coefficients
+from trainmerge.run.trust import check_classes
 
 MERGED = ("preprocess", "grouping", "ignore", "vocabulary")  # recipe keys that an export depends on
 
@@ -41,8 +42,10 @@ def read_run(folder: RunFolder) -> tuple[Recipe, Coefficients, dict[str, Any]]:
         raise ValueError(f"{folder.path}: not a run folder (no recipe.yaml); `trainmerge fit` creates one")
     if not folder.coefficients.exists():
         raise ValueError(f"{folder.path}: no coefficients yet; run `trainmerge fit` again to resume")
+    manifest = folder.read_manifest()
+    check_classes(manifest, folder.manifest)
     recipe = read_config(Recipe, "recipe", folder.recipe)
-    coefficients, manifest = load_coefficients(folder.coefficients), folder.read_manifest()
+    coefficients = load_coefficients(folder.coefficients)
     if problems := list(_mismatches(recipe, coefficients, manifest)):
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ValueError(
