@@ -30,7 +30,7 @@ def check_optimisation(module: MergeModule) -> None:
         if group.get("maximize"):
             raise ValueError("model.optimizer: maximize raises the loss; leave it out")
         for key, value in group.items():
-            if key != "params" and (problem := fault(value, Any, FINITE)):
+            if key != "params" and (problem := fault(value, object, FINITE)):
                 raise ValueError(f"model.optimizer.{key} must be {problem}")
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(

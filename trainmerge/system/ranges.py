@@ -37,8 +37,7 @@ class Range(NamedTuple):
         low, high = text[1:-1].split(",")
         return Range(float(low), float(high), text[0] == "[", text[-1] == "]")
 
-    def __contains__(self, number: object) -> bool:
-        assert isinstance(number, Real)
+    def __contains__(self, number: Any) -> bool:
         above = number >= self.low if self.with_low else number > self.low  # false for NaN
         return bool(above and (number <= self.high if self.with_high else number < self.high))
 
@@ -62,7 +61,8 @@ def check_fields(settings: Any, where: str = "", **ranges: str) -> None:
         ValueError: lists every field with an unusable value.
     """
     where = where or type(settings).__name__
-    kinds = hints(type(settings))
+    kind: Any = type(settings)
+    kinds = hints(kind)
     unusable = []
     for field in fields(settings):
         value, interval = getattr(settings, field.name), ranges.get(field.name, FINITE)
@@ -94,12 +94,12 @@ def fault(value: object, kind: Any, interval: str = FINITE) -> str:
 
 
 @cache
-def hints(kind: type) -> dict[str, Any]:
+def hints(kind: Any) -> dict[str, Any]:
     """The types of a class's fields."""
     return get_type_hints(kind)
 
 
-def fits(value: object, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
     """Whether a value has a type. Types that cannot be checked fit."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
@@ -108,7 +108,7 @@ def fits(value: object, kind: Any) -> bool:
         return any(value == each and type(value) is type(each) for each in inner)
     if origin in LISTS:
         listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        return listed and all(fits(each, inner[0]) for each in value)  # type: ignore[union-attr]
+        return listed and all(fits(each, inner[0]) for each in value)
     if origin in MAPPINGS:
         return isinstance(value, Mapping) and all(fits(each, inner[1]) for each in value.values())
     if kind in (int, float):
@@ -117,7 +117,7 @@ def fits(value: object, kind: Any) -> bool:
     return isinstance(value, kind) if isinstance(kind, type) and origin is None else True
 
 
-def numbers(value: object) -> Iterator[Real]:
+def numbers(value: Any) -> Iterator[Real]:
     """The numbers in a value."""
     if isinstance(value, Mapping):
         value = list(value.values())
