@@ -23,6 +23,7 @@ from trainmerge.checkpoints.weight_files import (
     find_weights,
     read_json,
 )
+from trainmerge.checkpoints.whole import check_whole
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
 
@@ -107,8 +108,8 @@ def open_checkpoint(
 
     Raises:
         FileNotFoundError: the folder, config.json, the weights, or a shard of the index is missing.
-        ValueError: a damaged file, an index that contradicts its shards, only pickled weights, two
-            generations of them.
+        ValueError: a damaged file, an export that is not whole, an index that contradicts its shards, only
+            pickled weights, two generations of them.
     """
     path = Path(path)
     if not path.is_dir():
@@ -118,6 +119,7 @@ def open_checkpoint(
     check_one_generation(path)
     if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
         raise ValueError(f"{path}: a peft adapter, not a full model. Name the model that it was trained on.")
+    check_whole(path)
     config = read_json(path / "config.json")
     files, index = find_weights(path, SAFETENSORS, PICKLE, allow_pickle)
     sources: dict[Path, WeightFile] = {

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from trainmerge.checkpoints.whole import MANIFEST, RECIPE
 from trainmerge.data.examples import Columns
 from trainmerge.run.config import read_config, read_yaml
 from trainmerge.run.folder import RunFolder
@@ -21,7 +22,7 @@ def recipe_of(path: Path) -> Recipe:
     Raises:
         ValueError: it is none of these.
     """
-    for file in (path / "recipe.yaml", path / "trainmerge_recipe.yaml", path):
+    for file in (path / "recipe.yaml", path / RECIPE, path):
         if file.is_file():
             return read_config(Recipe, "recipe", file)
     raise ValueError(f"{path}: not a run folder, exported checkpoint or configuration file")
@@ -51,7 +52,7 @@ def _data_of(path: Path) -> Mapping[str, Any]:
     """The settings of the calibration data, as the file has them; empty if `path` has none."""
     if RunFolder(path).manifest.is_file():
         content = RunFolder(path).read_manifest()
-    elif (manifest := path / "trainmerge_manifest.json").is_file():
+    elif (manifest := path / MANIFEST).is_file():
         content = read_json(manifest, "Export the run again.").get("run") or {}
     else:
         content = read_yaml(path) if path.is_file() else {}
