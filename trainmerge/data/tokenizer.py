@@ -3,7 +3,6 @@
 Legend: `B` examples, `T` tokens.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +14,10 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from trainmerge.data.examples import Example
 from trainmerge.system.atomic import seen_from
+from trainmerge.system.json_file import read_json
 from trainmerge.system.links import check_link
 
+REMEDY = "Download or save it again."
 FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "merges.txt",
     "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json",
@@ -71,7 +72,7 @@ class Tokenizer:
             self._tokenizer.pad_token = self._tokenizer.eos_token  # padding is masked, so any token works
         self._loaded_processor: Any = None  # for pictures; loaded with the first one
         config = folder / "config.json"
-        self._has_decoder = config.is_file() and json.loads(config.read_text()).get("is_encoder_decoder")
+        self._has_decoder = config.is_file() and read_json(config, REMEDY).get("is_encoder_decoder")
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Inputs [B, T], truncated to `max_length` and padded to the longest text."""
