@@ -72,8 +72,8 @@ suite-closed: suite suite-lm ## every merge without learning, and learning from 
 	@$(BIN)/python -m tests.closed_suite
 	@$(BIN)/python -m tests.result_tables
 
-bench: data ## measure; ONLY=fit_memory, fit_step, ... for one group
-	@$(BIN)/python -m tests.bench --only $(ONLY)
+bench: data ## measure; ONLY=fit_memory, ... for one group; KEEP="machine" writes tests/results/bench
+	@$(BIN)/python -m tests.bench --only $(ONLY) $(if $(KEEP),--keep "$(KEEP)")
 
 tables: $(READY) ## write the tables of tests/results into README and the documentation
 	@$(BIN)/python -m tests.result_tables

@@ -98,12 +98,22 @@ def test_a_sharded_checkpoint_reads_as_its_model(sharded: Path) -> None:
 
 
 def test_shards_may_be_links_as_in_the_hubs_cache(sharded: Path, tmp_path: Path) -> None:
-    blobs = tmp_path / "blobs"
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
     blobs.mkdir()
-    for shard in sharded.glob("*.safetensors"):
-        shard.rename(blobs / shard.name)
-        shard.symlink_to(Path("..") / "blobs" / shard.name)
-    assert open_checkpoint(sharded).tensors
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(sharded.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
+    assert open_checkpoint(snapshot).tensors
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-*.safetensors", "config.json", "*.index.json"])
+def test_a_link_that_leads_outside_is_refused(sharded: Path, tmp_path: Path, name: str) -> None:
+    file = next(sharded.glob(name))
+    file.rename(tmp_path / "outside")
+    file.symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match=rf"{file.name} is a link to .*outside.*copy it there"):
+        open_checkpoint(sharded)
 
 
 def test_pickled_weights_need_permission(base: Path) -> None:
@@ -326,21 +336,22 @@ def test_every_mismatch_of_every_expert_is_in_one_error(base: Path, tmp_path: Pa
     with pytest.raises(ValueError, match=r"\d+ mismatches between the base") as error:
         open_task_vectors(open_checkpoint(base), experts)
     message = str(error.value)
-    assert "wide: model.layers.0.mlp.gate_proj.weight is (32, 16), the base's" in message
-    assert "(24, 16)" in message
-    assert "short: " in message
-    assert "extra.weight" in message
-    assert "tokens: " in message
-    assert "vocab_size is 50, the base has 48" in message
-    assert (
-        "model.embed_tokens.weight is (50, 16), the base's model.embed_tokens.weight is (48, 16)" in message
-    )
-    assert "other: " in message
-    assert "model_type is 'bert', the base has 'llama'" in message
-    assert "empty: " in message
-    assert "config.json: no such file" in message
-    assert "broken: " in message
-    assert "not a complete safetensors file" in message
+    for words in (
+        "wide: model.layers.0.mlp.gate_proj.weight is (32, 16), the base's",
+        "(24, 16)",
+        "short: ",
+        "extra.weight",
+        "tokens: ",
+        "vocab_size is 50, the base has 48",
+        "model.embed_tokens.weight is (50, 16), the base's model.embed_tokens.weight is (48, 16)",
+        "other: ",
+        "model_type is 'bert', the base has 'llama'",
+        "empty: ",
+        "config.json: no such file",
+        "broken: ",
+        "not a complete safetensors file",
+    ):
+        assert words in message
     assert "\n  shape: " not in message
 
 

@@ -36,6 +36,8 @@ OPTIONS = Options(
         ("--model.objective.at -1.5 x", "x", "--model.objective.at=-1.5"),
         ("--model.objective.couples --dry-run", "", "--model.objective.couples=true --dry_run=true"),
         ("--recipe.experts.my-own.no-such 2", "", "--recipe.experts.my-own.no_such=2"),
+        ("--model.objective.my-part.my-name.x-y 2", "", "--model.objective.my_part.my-name.x-y=2"),
+        ("--model.objective.init_args.my-part.a-x=2", "", "--model.objective.init_args.my_part.a-x=2"),
         ("-h", "", "--help"),
         ("-c x.yaml --print-config", "", "--config=x.yaml --print_config"),
         ("--run", "", "--run"),  # the parser says what is missing

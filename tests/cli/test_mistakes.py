@@ -25,6 +25,47 @@ def test_no_option_is_an_abbreviation(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ("export a b --verfy", "no option --verfy; did you mean --verify?"),
+        ("export a", "OUT is missing: trainmerge export RUN OUT"),
+        ("export", "RUN and OUT are missing"),
+        ("export a b c", "'c' is one word too many"),
+        ("export a b --workers two", "workers must be an integer, not 'two'"),
+        ("inspect a --weights maybe", "weights must be one of auto, yes, no, not 'maybe'"),
+        ("compare", "PATHS is missing"),
+    ],
+)
+def test_a_command_names_its_own_words(words: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words.split()) == 1
+    assert answer in capsys.readouterr().err
+
+
+def test_a_misspelt_key_is_found_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_world(tmp_path)
+    config = write_config(tmp_path)
+    text = config.read_text()
+    line = text[: text.index("max_steps")].count("\n") + 1
+    for wrong, answer in [
+        (text.replace("max_steps:", "max_stepz:"), f"{config}:{line}: no key 'trainer.max_stepz'"),
+        (text.replace("max_steps:", "max_stepz:"), "did you mean 'trainer.max_steps'?"),
+        (text.replace("model:", "modle:"), "no key 'modle'; did you mean 'model'?"),
+        (
+            text.replace("max_steps: ", "max_steps: a"),
+            f"{config}:{line}: trainer.max_steps must be an integer",
+        ),
+    ]:
+        config.write_text(wrong)
+        assert main(["fit", str(config), str(tmp_path / "run")]) == 1
+        assert answer in capsys.readouterr().err
+    config.write_text(text)
+    assert main(["fit", str(config), str(tmp_path / "run"), "--trainer.max-step", "2"]) == 1
+    assert "no key 'trainer.max_step'; did you mean 'trainer.max_steps'?" in capsys.readouterr().err
+    assert main(["fit", str(config)]) == 1
+    assert "run is missing: trainmerge fit CONFIG RUN" in capsys.readouterr().err
+
+
 def test_inspect_ends_with_an_error_where_a_fit_would(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 import trainmerge as tm
 from tests.fitting.test_fit import build, fit_world, learned
 from tests.world import recipe, write_world
-from trainmerge.coefficients.chunk_allocation import allocate, magnitude
+from trainmerge.coefficients.chunk_allocation import allocate_chunks, magnitude
 from trainmerge.coefficients.initial import carried
 from trainmerge.data.batch import Outputs
 from trainmerge.fitting.allocate_chunks import allocate_run, energy
@@ -64,27 +64,27 @@ def test_energy_is_the_squared_gradient_of_every_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("budget", [0.5, 1.0, 1.25, 3.0, 50.0])
 @pytest.mark.parametrize("kappa", [0.0, 0.5, 1.0, 3.0])
 def test_allocations_sum_to_the_budget(budget: float, kappa: float) -> None:
-    chunks = allocate(SCORES, ROWS, budget, kappa)
+    chunks = allocate_chunks(SCORES, ROWS, budget, kappa)
     assert sum(chunks.values()) == round(budget * 4)
     assert all(0 <= count <= 64 for count in chunks.values())
     assert sorted(chunks.values(), reverse=True) == list(chunks.values())  # more important, not fewer
 
 
 def test_kappa_0_is_uniform_and_large_ones_concentrate() -> None:
-    assert allocate(SCORES, ROWS, 5, kappa=0) == dict.fromkeys(SCORES, 5)
-    assert allocate(SCORES, ROWS, 5, kappa=20) == {"a": 20, "b": 0, "c": 0, "d": 0}
+    assert allocate_chunks(SCORES, ROWS, 5, kappa=0) == dict.fromkeys(SCORES, 5)
+    assert allocate_chunks(SCORES, ROWS, 5, kappa=20) == {"a": 20, "b": 0, "c": 0, "d": 0}
 
 
 def test_no_more_chunks_than_rows() -> None:
-    assert allocate(SCORES, {**ROWS, "a": 3}, 5, kappa=20) == {"a": 3, "b": 17, "c": 0, "d": 0}
+    assert allocate_chunks(SCORES, {**ROWS, "a": 3}, 5, kappa=20) == {"a": 3, "b": 17, "c": 0, "d": 0}
     with pytest.raises(ValueError, match="more than the parameters' rows"):
-        allocate(SCORES, dict.fromkeys(SCORES, 2), 5)
+        allocate_chunks(SCORES, dict.fromkeys(SCORES, 2), 5)
 
 
 @pytest.mark.parametrize(("budget", "kappa"), [(0, 1), (-1, 1), (1, -1)])
 def test_bad_budgets(budget: float, kappa: float) -> None:
     with pytest.raises(ValueError, match="budget above 0"):
-        allocate(SCORES, ROWS, budget, kappa)
+        allocate_chunks(SCORES, ROWS, budget, kappa)
 
 
 def test_chunks_with_equal_values_are_the_unchunked_merge_bit_for_bit(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_stage_two_starts_from_stage_one_and_keeps_what_gets_no_chunk(tmp_path: 
     opened = first.opened
     rows = {name: shape[0] for name, shape in opened.task_vectors.shapes.items()}
     importance = magnitude(opened.task_vectors, first.coefficients)
-    chunks = allocate(importance, rows, budget=1.0, kappa=2.0)
+    chunks = allocate_chunks(importance, rows, budget=1.0, kappa=2.0)
     file = tmp_path / "chunks.json"
     file.write_text(json.dumps({"chunks": chunks}))
     options = {

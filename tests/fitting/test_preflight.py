@@ -56,7 +56,9 @@ def test_every_reason_in_one_error(world: Path) -> None:
     experts = merge.experts | {"colour": replace(merge.experts["colour"], calibration=str(silent))}
     with pytest.raises(ValueError, match=r"mood\.head has hidden size 16.*has 32") as error:
         check(replace(merge, experts=experts))
-    assert f"{silent}: 1 of 2 examples have no unmasked token, the first is number 1" in str(error.value)
+    assert f"{silent}: 1 of 2 examples are blank or have no unmasked token, the first is number 1" in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize(

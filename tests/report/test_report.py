@@ -37,7 +37,7 @@ from trainmerge.run.open_run import open_run
 from trainmerge.run.scores import ACCURACY, PERPLEXITY
 from trainmerge.run.trajectory import Trajectory, capacity, read_trajectory, stride
 from trainmerge.task_vectors import pieces
-from trainmerge.task_vectors.geometry import Geometry, load_geometry, measure, save_geometry
+from trainmerge.task_vectors.geometry import Geometry, load_geometry, measure_geometry, save_geometry
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -157,7 +157,7 @@ def test_geometry_is_the_dense_one(
 ) -> None:
     monkeypatch.setattr(pieces, "PIECE", 16)  # parameters in pieces
     vectors = random_task_vectors(tiny_mlp, [ExpertWeight, LowRank, ExpertWeight])
-    save_geometry(measure(vectors), tmp_path / "kept.safetensors")
+    save_geometry(measure_geometry(vectors), tmp_path / "kept.safetensors")
     geometry = load_geometry(tmp_path / "kept.safetensors")
     dense = {name: delta.dense().double().reshape(3, -1) for name, delta in vectors.deltas.items()}
     everything = torch.cat(list(dense.values()), dim=1)

@@ -9,7 +9,7 @@ import pytest
 import trainmerge as tm
 from tests.methods import METHODS
 from trainmerge.run.config import build, public_path, public_paths, read_config, to_config, write_config
-from trainmerge.run.folder import differences
+from trainmerge.run.manifest import differences
 
 HEAD = tm.LabelHead(["yes", "no"])
 PLUG_INS = [
@@ -34,8 +34,8 @@ def test_a_plug_in_is_written_by_its_public_path_and_read_by_that_and_its_module
     content = to_config(value)
     name, module = type(value).__name__, type(value).__module__
     assert content["class_path"] == f"trainmerge.{name}"
-    assert build(kind, content) == build(kind, {**content, "class_path": f"{module}.{name}"})
-    assert to_config(build(kind, content)) == content
+    assert build(kind, content, "x") == build(kind, {**content, "class_path": f"{module}.{name}"}, "x")
+    assert to_config(build(kind, content, "x")) == content
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_modules_that_are_gone_and_those_of_others() -> None:
 def test_a_users_own_class_keeps_its_path() -> None:
     content = to_config(Twice())
     assert content == {"class_path": f"{__name__}.Twice", "init_args": {}}
-    assert build(tm.Constraint, content) == Twice()
+    assert build(tm.Constraint, content, "x") == Twice()
 
 
 def test_recipes_of_both_forms_are_the_same(tmp_path: Path) -> None:
@@ -96,4 +96,6 @@ def test_a_class_that_has_moved_is_no_difference_and_another_class_is() -> None:
     now = {"objective": {"class_path": "trainmerge.Entropy", "init_args": {}}, "clip": 0}
     assert differences(made, now) == ""
     now["objective"]["class_path"] = "trainmerge.Alignment"
-    assert "objective: " in differences(made, now)
+    assert differences(made, now) == (
+        '  objective.class_path: "trainmerge.Entropy" then, "trainmerge.Alignment" now'
+    )

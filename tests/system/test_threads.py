@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from trainmerge.system.threads import USERS, Machine, choose, limits, physical_cores, quota, suggested, ticks
+from trainmerge.system.threads import (
+    USERS,
+    Machine,
+    choose,
+    limits,
+    physical_cores,
+    processor_ticks,
+    quota,
+    suggested,
+)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +89,7 @@ def test_hyperthreads_are_one_core(tmp_path: Path) -> None:
 
 def test_ticks_of_our_processors_only() -> None:
     stat = "cpu  9 9 9 9 9\ncpu0 10 1 2 80 7 0 0 0 0 0\ncpu1 1 1 1 1 1 1 1 1 0 0\nintr 5\n"
-    assert ticks(stat, {0}) == {0: (13, 100)}
+    assert processor_ticks(stat, {0}) == {0: (13, 100)}
 
 
 def test_a_command_says_what_it_chose_before_torch_is_loaded(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 
+from trainmerge.checkpoints.adapter_config import check_adapter_config
 from trainmerge.checkpoints.meta_model import quiet, shorten
 from trainmerge.checkpoints.parameters import Parameters, fit_prefix
-from trainmerge.checkpoints.reader import PickleFile, WeightFile, find_weights, read_json
+from trainmerge.checkpoints.reader import PickleFile, WeightFile
+from trainmerge.checkpoints.weight_files import find_weights, read_json
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
 from trainmerge.task_vectors.parameter_names import matches
 
@@ -55,6 +57,7 @@ def open_adapter(base: Parameters, path: Path, ignore: Sequence[str], allow_pick
     peft, for prompt tuning (it changes inputs, not weights), and for tensors of modules that the base lacks.
     """
     config = read_json(path / "adapter_config.json")
+    check_adapter_config(path / "adapter_config.json", config)
     _check_config(path, config)
     files, _ = find_weights(path, "adapter_model.safetensors", "adapter_model.bin", allow_pickle)
     source: WeightFile = PickleFile(files[0]) if files[0].suffix == ".bin" else MappedFile(files[0])
@@ -97,7 +100,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     try:
         with quiet():
             parsed = kind(**{name: value for name, value in config.items() if name in known})
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # of many types, for a file that is a stranger's
         raise ValueError(f"{file}: peft rejects it: {error}") from error
     if parsed.is_prompt_learning or parsed.is_adaption_prompt:
         raise ValueError(f"{file}: {peft_type} changes inputs, not weights; it cannot be merged.")

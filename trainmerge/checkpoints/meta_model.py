@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging
 
+from trainmerge.checkpoints.model_config import cannot_build, read_model_config
 from trainmerge.system.safetensors_file import TensorInfo
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.parameter_names import matches
@@ -33,17 +33,15 @@ def build_meta_model(path: Path) -> PreTrainedModel:
 
     Raises ValueError if transformers does not know the architecture or rejects config.json.
     """
+    with quiet():
+        config = read_model_config(path)
     try:
         with quiet(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             _for_learning(config)
             meta_model: PreTrainedModel = architecture_of(config)(config)
-            return meta_model
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
-        raise ValueError(
-            f"{path / 'config.json'}: transformers {transformers.__version__} cannot build this "
-            f"model: {error}. Code from checkpoints is never run."
-        ) from error
+    except Exception as error:  # of many types, for a file that is a stranger's
+        raise cannot_build(path, error) from error
+    return meta_model
 
 
 def architecture_of(config: PreTrainedConfig) -> Any:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from trainmerge.checkpoints.meta_model import architecture_of
+from trainmerge.checkpoints.model_config import read_model_config
 
 Kind = Literal[
     "causal language model",
@@ -70,7 +71,7 @@ class Output(NamedTuple):
 
 def output_of(path: Path) -> Output:
     """The kind of a checkpoint's output, from config.json alone. Raises as `build_meta_model`."""
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    config = read_model_config(path)
     return output_of_class(architecture_of(config), config)
 
 

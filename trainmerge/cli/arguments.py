@@ -22,6 +22,9 @@ class Options:
         valued: Options with one value.
         alone: Options without a value.
         mappings: Options whose keys are user-chosen names, in which dashes are not replaced.
+
+    A key inside another option is a plug-in's parameter, in which dashes are replaced; deeper keys may be
+    user-chosen names, so they stay as they are: `model.initial.metrics.my-own`.
     """
 
     flags: frozenset[str] = frozenset()
@@ -45,7 +48,10 @@ class Options:
             if plain.startswith(f"{mapping}."):
                 name, dot, rest = key[len(mapping) + 1 :].partition(".")
                 return f"{mapping}.{name}{dot}{rest.replace('-', '_')}"
-        return plain
+        outer = max((name for name in self.known if plain.startswith(f"{name}.")), key=len, default="")
+        inner = key[len(outer) + 1 :].split(".") if outer else []
+        plugin = 2 if inner[:1] == ["init_args"] else 1  # levels of the plug-in's own
+        return ".".join([*plain.split(".")[: outer.count(".") + 1 + plugin], *inner[plugin:]])
 
     def within(self, key: str) -> bool:
         """Whether it is a key inside a known option, as `model.objective.agreement` in `model.objective`."""
@@ -108,3 +114,26 @@ def _value(key: str, left: list[str], options: Options) -> str:
         key
     )  # a plug-in's option: its parser knows whether it is a flag
     return "=true" if key in options.mixed or inner else ""
+
+
+def take_trusted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The modules of `--trust NAME`, which every command takes, and the other words.
+
+    Raises:
+        ValueError: `--trust` without a name.
+    """
+    modules: list[str] = []
+    others: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        option, equals, name = word.partition("=")
+        if word == "--":
+            return modules, [*others, word, *left]
+        if option != "--trust":
+            others.append(word)
+            continue
+        if not equals and (not left or is_option(left[0])):
+            raise ValueError("--trust needs the name of a module: --trust my_package")
+        modules += (name if equals else left.pop(0)).split(",")
+    return modules, others

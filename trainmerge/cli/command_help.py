@@ -2,9 +2,12 @@
 
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from inspect import Parameter, getdoc, signature
 from typing import Any, get_args, get_origin
+
+from trainmerge.cli.arguments import Options
 
 INDENT = 22  # columns before an option's description
 
@@ -13,13 +16,45 @@ def command_help(command: Callable[..., None]) -> str:
     """Usage, summary, examples, and a line or two per argument."""
     about, _, arguments = (getdoc(command) or "").partition("\nArgs:\n")
     words = argument_words(arguments)
-    parameters = signature(command).parameters
-    positional = [name for name, p in parameters.items() if p.default is Parameter.empty]
-    usage = " ".join(["usage: trainmerge", command.__name__, *(name.upper() for name in positional)])
-    lines = [f"{usage} [options]", "", about.strip(), ""]
-    for name, parameter in parameters.items():
+    lines = [f"usage: {usage(command)} [options]", "", about.strip(), ""]
+    for name, parameter in signature(command).parameters.items():
         lines += _entry(_spelling(parameter), _default(parameter, words.get(name, "")))
+    lines += _entry("--trust NAME", "Import this module if a run's files name classes of it.")
     return "\n".join(lines) + "\n"
+
+
+def usage(command: Callable[..., None]) -> str:
+    """`trainmerge export RUN OUT`."""
+    return " ".join(["trainmerge", command.__name__, *(name.upper() for name in required(command))])
+
+
+def required(command: Callable[..., None]) -> list[str]:
+    """The parameters without a default: the positional words."""
+    parameters = signature(command).parameters.items()
+    return [name for name, parameter in parameters if parameter.default is Parameter.empty]
+
+
+def check_words(
+    command: Callable[..., None], positional: Sequence[str], given: Sequence[str], options: Options
+) -> None:
+    """Check that every option exists, and that there are as many positional words as the command needs.
+
+    Raises:
+        ValueError: another option, or missing or further words.
+    """
+    help_words = f"{usage(command)} (see trainmerge {command.__name__} --help)"
+    for word in given:
+        key = word[2:].partition("=")[0]
+        if key not in options.known:
+            near = get_close_matches(key, sorted(options.known), n=1)
+            hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+            raise ValueError(f"no option --{key.replace('_', '-')}{hint}\n{help_words}")
+    names = required(command)
+    if missing := names[len(positional) :]:
+        are = "are" if len(missing) > 1 else "is"
+        raise ValueError(f"{' and '.join(name.upper() for name in missing)} {are} missing: {help_words}")
+    if names != ["paths"] and len(positional) > len(names):
+        raise ValueError(f"{positional[len(names)]!r} is one word too many: {help_words}")
 
 
 def argument_words(text: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ from trainmerge.fitting.snapshots import Preempted
 from trainmerge.plan.plan import Plan
 from trainmerge.plan.plan_model import print_plan
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.trust import foreign_modules
 from trainmerge.system.threads import Choice
 
 
@@ -92,7 +93,8 @@ def show_plan(config: Path) -> None:
 
 def draw(folder: RunFolder) -> None:
     """`trainmerge report` in its own process, so that a failed figure does not fail the fit."""
-    command = [sys.executable, "-m", "trainmerge.cli", "report", str(folder.path)]
+    trusted = [f"--trust={name}" for name in foreign_modules(folder.read_manifest())]  # this fit's own
+    command = [sys.executable, "-m", "trainmerge.cli", "report", str(folder.path), *trusted]
     if subprocess.run(command, check=False).returncode:
         print(
             f"the report failed; the run is complete. Try again: trainmerge report {folder.path}",

@@ -6,16 +6,18 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
-from trainmerge.cli.arguments import options_of, split_words
-from trainmerge.cli.command_help import command_help
+from trainmerge.cli.arguments import options_of, split_words, take_trusted
+from trainmerge.cli.command_help import check_words, command_help
 from trainmerge.cli.commands import allocate, compare, evaluate, export, inspect, plan, report
-from trainmerge.cli.threads import set_threads
+from trainmerge.cli.threads import run_of, set_threads
 from trainmerge.cli.tradeoffs import pareto, search
+from trainmerge.fitting.mistakes import explain
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
-COMPUTE = (allocate, compare, evaluate, export, inspect, pareto, search)  # plan and report compute little
+COMPUTE = (allocate, compare, evaluate, export, inspect, pareto, plan, report, search)
 RESUMABLE = ("fit", "search")  # commands that resume
 
 USAGE = """usage: trainmerge COMMAND ...
@@ -40,6 +42,9 @@ commands:
   plan       memory and time:     trainmerge plan path/to/model 8 --devices 8 --device h100
              of a fit:            trainmerge fit ... --dry-run, and --memory 8GiB limits it
 
+A run that names classes of your own modules: --trust my_package, with any command. The files of a run folder
+or an export import nothing else, so that a stranger's can be opened.
+
 trainmerge COMMAND --help lists a command's options; fit also takes --help-all and --print-config.
 """
 
@@ -62,7 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     try:
-        return COMMANDS[name](words)
+        modules, words = take_trusted(words)
+        if not modules:
+            return COMMANDS[name](words)
+        from trainmerge.run.trust import trusting
+
+        with trusting(*modules):
+            return COMMANDS[name](words)
     except KeyboardInterrupt:
         again = "resumes" if name in RESUMABLE else "starts over"
         print(f"trainmerge {name}: stopped; the same command {again}", file=sys.stderr)
@@ -83,7 +94,7 @@ def _fit(words: list[str]) -> int:
         print(FIT_HELP, end="")
         return 0
     every_key = bool(HELP_ALL & set(words))
-    choice = None if every_key else set_threads(words)
+    choice = None if every_key else set_threads(run_of(words))
     if not words:
         raise ValueError("CONFIG and RUN are missing: trainmerge fit CONFIG RUN (see trainmerge fit --help)")
     from trainmerge.cli.fit import fit_command
@@ -96,20 +107,25 @@ def _plain(command: Callable[..., None], words: list[str]) -> int:
     if (HELP | HELP_ALL) & set(words):
         print(command_help(command), end="")
         return 0
-    if command in COMPUTE:
-        set_threads()
-    from jsonargparse import auto_cli
+    options = options_of(command)
+    positional, given = split_words(words, options)
+    check_words(command, positional, given, options)
+    set_threads(Path(positional[-1]) if command is search else None)
+    from jsonargparse import ArgumentError, auto_cli
 
-    positional, options = split_words(words, options_of(command))
-    if command is compare and positional:
+    if command is compare:
         positional = [json.dumps(positional)]  # jsonargparse parses it as a list
-    auto_cli(
-        command,
-        args=[*positional, *options],
-        prog=f"trainmerge {command.__name__}",
-        as_positional=True,
-        allow_abbrev=False,
-    )
+    try:
+        auto_cli(
+            command,
+            args=[*positional, *given],
+            prog=f"trainmerge {command.__name__}",
+            as_positional=True,
+            allow_abbrev=False,
+            exit_on_error=False,
+        )
+    except ArgumentError as error:
+        raise ValueError(explain(str(error), options.known)) from error
     return 0
 
 

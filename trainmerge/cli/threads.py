@@ -13,9 +13,9 @@ FLAGS = ("dry_run", "report", "model.keep_better", "model.keep_gradients", "mode
 FIRST = "0"  # the rank that prints
 
 
-def set_threads(fit: Sequence[str] | None = None) -> Choice | None:
-    """Choose and print the threads unless the user has set them; `fit`: the words of `trainmerge fit`."""
-    earlier = threads_of(run_of(fit)) if fit is not None else None
+def set_threads(run: Path | None = None) -> Choice | None:
+    """Choose and print the threads unless the user has set them; `run`: the folder that may be resumed."""
+    earlier = threads_of(run)
     choice = choose_threads(earlier)
     prints = all(os.environ.get(name, FIRST) == FIRST for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     given = os.environ.get("OMP_NUM_THREADS", "")

@@ -9,6 +9,7 @@ import torch
 from rich.progress import track
 
 from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.system.ranges import check_option
 from trainmerge.task_vectors.delta import TaskVectors, dense_term
 
 
@@ -32,10 +33,10 @@ def magnitude(task_vectors: TaskVectors, coefficients: Coefficients) -> dict[str
             weight * dense_term(term, delta.base).abs().sum(dtype=torch.float64).item()
             for weight, term in zip(weights, delta.terms, strict=True)
         )
-    return normalised(scores)
+    return shares(scores)
 
 
-def normalised(scores: Mapping[str, float]) -> dict[str, float]:
+def shares(scores: Mapping[str, float]) -> dict[str, float]:
     """Scores that sum to one.
 
     Raises:
@@ -47,7 +48,7 @@ def normalised(scores: Mapping[str, float]) -> dict[str, float]:
     return {name: score / total for name, score in scores.items()}
 
 
-def allocate(
+def allocate_chunks(
     importance: Mapping[str, float], rows: Mapping[str, int], budget: float, kappa: float = 1.0
 ) -> dict[str, int]:
     """Chunks per parameter: budget * L of them, shared in proportion to importance^kappa.
@@ -59,8 +60,8 @@ def allocate(
     Raises:
         ValueError: a budget that is not positive, a negative kappa, or more chunks than rows in total.
     """
-    if budget <= 0 or kappa < 0:
-        raise ValueError(f"allocation needs a budget above 0 and kappa of at least 0, not {budget}, {kappa}")
+    check_option("budget", budget, float, "(0, inf)")
+    check_option("kappa", kappa, float, "[0, inf)")
     total = round(budget * len(importance))
     if total > sum(rows[name] for name in importance):
         raise ValueError(f"{total} chunks are more than the parameters' rows; use a smaller budget")

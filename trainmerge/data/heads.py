@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from trainmerge.system.ranges import check_fields
 from trainmerge.system.safetensors_file import MappedFile, sha256
 
 Pooling = Literal["mean", "first"]
@@ -84,6 +85,9 @@ class LabelHead(Head):
     scale: float = 20.0
     pooling: Pooling = "mean"
 
+    def __post_init__(self) -> None:
+        check_fields(self, scale="(0, inf)")
+
     @override
     def build(self, encode: Encode) -> Classifier:
         hidden, mask = encode(self.texts())
@@ -117,6 +121,9 @@ class LinearHead(Head):
     weight: str = "classifier.weight"  # [V, D]
     bias: str | None = "classifier.bias"  # [V]
     pooling: Pooling = "first"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @override
     def build(self, encode: Encode) -> Classifier:

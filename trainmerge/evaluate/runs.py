@@ -26,6 +26,7 @@ from trainmerge.run.scores import Metric, Scores
 from trainmerge.run.sources import columns_of, text_length
 from trainmerge.system import distributed
 from trainmerge.system.console import progress
+from trainmerge.system.ranges import check_option
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARITHMETIC = "task arithmetic"  # the rows of one coefficient for all experts
@@ -58,6 +59,7 @@ def evaluate_run(
             prompts.
         harness: lm-evaluation-harness tasks, as held-out ones.
     """
+    check_option("grid", grid, Sequence[float])
     recipe, coefficients, opened = open_run(folder := RunFolder(Path(run)))
     metric, tokenize = metric_of(recipe), Tokenizer(recipe.base, text_length(folder.path, max_length))
     held_in, held_out = load_tasks(recipe, tokenize, columns_of(folder.path), limit)
@@ -91,6 +93,7 @@ def load_subject(
     answers: int = 0,
 ) -> tuple[Resident, Subject]:
     """The run's merge in memory, materialised, and as a `Subject`."""
+    check_option("answers", answers, int, "[0, inf)")
     vectors = preprocess(opened, recipe.preprocess, folder.workspace, folder.examples())
     resident = load_resident(recipe, opened, coefficients, tokenize, Placement(DEVICE)).merging(vectors)
     heads = build_heads(resident.merged.module, tasks, tokenize)  # while the module has the base's weights

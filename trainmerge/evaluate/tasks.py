@@ -11,6 +11,7 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.measure import metric_of, predicted
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import ACCURACY
+from trainmerge.system.ranges import check_option
 
 Split = Literal["test", "validation"]
 
@@ -133,8 +134,7 @@ def load_tasks(
             held-out task has an expert's name.
     """
     labelled = metric_of(recipe) is ACCURACY
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 example, not {limit}; leave it out to score all")
+    check_option("limit", limit, int | None, "[1, inf)")
     if twice := recipe.experts.keys() & recipe.held_out.keys():
         raise ValueError(f"recipe.held_out: {sorted(twice)} are names of experts; rename these tasks")
     files = TestFiles(output_of(recipe.folders["base"]), labelled, columns, tokenize, limit, split)

@@ -6,21 +6,30 @@ complete.
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.export.model_card import model_card
+from trainmerge.export.public import public, public_config, public_manifest
 from trainmerge.export.shards import CheckpointMerge, shard_names, write_shards
 from trainmerge.preprocess import apply_for_one_pass
-from trainmerge.run.config import write_config
-from trainmerge.run.folder import RunFolder, versions
+from trainmerge.run.config import read_yaml, to_config
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.manifest import versions
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.saved import unfinished
 from trainmerge.system import distributed
-from trainmerge.system.atomic import check_free_space
+from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.distributed import joined
+from trainmerge.system.links import leads_outside
+from trainmerge.system.ranges import check_option
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.system.shared_output import agreed, balanced_share, staging_shared
 from trainmerge.task_vectors.delta import TaskVectors
@@ -83,6 +92,13 @@ def _copy_side_files(source: Path, target: Path) -> None:
         hidden = any(part.startswith(".") for part in place.parts)
         weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
         if path.is_file() and not hidden and not weights and str(place) != "README.md":
+            if leads_outside(source, path):
+                warnings.warn(
+                    f"{path} is a link that leads out of {source}: it is not copied. If the file belongs to "
+                    "the checkpoint, copy it there",
+                    stacklevel=2,
+                )
+                continue
             (target / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / place)
 
@@ -115,11 +131,13 @@ def export_run(
     Raises:
         ValueError: the run has no coefficients yet, or base or experts changed since the fit.
     """
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, not {workers}")
+    check_option("workers", workers, int, "[1, inf)")
     run_folder, target = RunFolder(Path(run)), Path(out)
     with joined():
         recipe, learned, opened = open_run(run_folder)
+        at = unfinished(run_folder)
+        if at and distributed.rank() == 0:
+            print(f"{run_folder.path} is unfinished: its coefficients are those of {at}", flush=True)
         coefficients = coefficients or learned
         check_target(target, [run_folder.path, *opened.folders.values()])
         with staging_shared(target, overwrite) as folder:
@@ -127,7 +145,7 @@ def export_run(
                 merge = merge_of(run_folder, recipe, coefficients, opened)
             made = write_checkpoint(merge, folder, workers)
             if distributed.rank() == 0:
-                _explain(folder, target.name, run_folder, recipe, coefficients, made)
+                _explain(folder, target.name, run_folder, recipe, coefficients, made, at)
     return target
 
 
@@ -138,18 +156,31 @@ def _explain(
     recipe: Recipe,
     coefficients: Coefficients,
     made: Mapping[str, str],
+    at: str,
 ) -> None:
-    """Write recipe, coefficients, model card and manifest next to the weights `made`; the manifest last."""
-    write_config(recipe, "recipe", folder / "trainmerge_recipe.yaml")
+    """Write recipe, coefficients, model card and manifest next to the weights `made`; the manifest last.
+
+    They name no path of this machine.
+    """
+    _write_yaml(folder / "trainmerge_recipe.yaml", {"recipe": public(to_config(recipe))})
     save_coefficients(coefficients, folder / "trainmerge_coefficients.safetensors")
     run_made = run_folder.read_manifest()
     if run_folder.config.exists():
-        shutil.copyfile(run_folder.config, folder / "trainmerge_config.yaml")
-    (folder / "README.md").write_text(model_card(name, recipe, coefficients, run_made))
+        _write_yaml(folder / "trainmerge_config.yaml", public_config(read_yaml(run_folder.config)))
+    (folder / "README.md").write_text(model_card(name, recipe, coefficients, run_made, at))
     others = [path for path in folder.rglob("*") if path.is_file() and path.name not in made]
     files = {**made, **{str(path.relative_to(folder)): sha256(path) for path in others}}
-    manifest = {"versions": versions(), "files": dict(sorted(files.items())), "run": run_made}
+    manifest = {
+        "versions": versions(),
+        **({"unfinished": at} if at else {}),
+        "files": dict(sorted(files.items())),
+        "run": public_manifest(run_made),
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+
+
+def _write_yaml(path: Path, content: Any) -> None:
+    path.write_text(yaml.safe_dump(content, sort_keys=False, width=110))
 
 
 def merge_of(

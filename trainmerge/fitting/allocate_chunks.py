@@ -7,9 +7,9 @@ from typing import Literal
 
 from rich.progress import track
 
-from trainmerge.coefficients.chunk_allocation import allocate, magnitude, normalised
+from trainmerge.coefficients.chunk_allocation import allocate_chunks, magnitude, shares
 from trainmerge.data.calibration import Calibration
-from trainmerge.fitting.calibration_loss import batches
+from trainmerge.fitting.calibration_loss import batches, loss_and_gradient
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.reopen import reopen
 from trainmerge.run.folder import RunFolder
@@ -38,7 +38,7 @@ def allocate_run(
     importance = magnitude(opened.task_vectors, coefficients) if by == "magnitude" else energy(*_fine(folder))
     shapes = opened.task_vectors.shapes
     rows = {name: shapes[name][0] if shapes[name] else 1 for name in importance}
-    chunks = allocate(importance, rows, budget, kappa)
+    chunks = allocate_chunks(importance, rows, budget, kappa)
     content = {
         "budget": budget,
         "kappa": kappa,
@@ -76,12 +76,10 @@ def energy(module: MergeModule, data: Calibration) -> dict[str, float]:
     `module` needs a layout with several chunks per parameter.
     """
     module.load(data)
-    merged = module.resident.merged
-    merged.materialise()
+    module.resident.merged.materialise()
     scores = dict.fromkeys(module.opened.layout.groups, 0.0)
     for batch in track(list(batches(module, data)), description="measuring gradients"):
-        module.loss(batch).backward()  # type: ignore[no-untyped-call]
-        squares = merged.gradient().double().square().sum(dim=0)
+        squares = loss_and_gradient(module, batch)[1].double().square().sum(dim=0)
         for name, groups in module.opened.layout.groups.items():
             scores[name] += squares[list(groups)].sum().item()
-    return normalised(scores)
+    return shares(scores)

@@ -12,12 +12,14 @@ from trainmerge.fitting.keep_better import save_better
 from trainmerge.fitting.memory_budget import schedule_within, watch_memory
 from trainmerge.fitting.model_settings import check_data, needs_examples
 from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.optimisation import check_optimisation
 from trainmerge.fitting.outcome import check_learned, save_end, save_start, warn_if_loss_did_not_fall
 from trainmerge.fitting.plan_fit import Precision
 from trainmerge.fitting.preflight import check_tasks
 from trainmerge.fitting.snapshots import Snapshots
 from trainmerge.fitting.trainer import check_strategy
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.in_use import in_use
 from trainmerge.system.memory import parse_size
 
 
@@ -48,20 +50,47 @@ def fit(
 
     Raises:
         ValueError: the run or the checkpoint was made with different experts, data or settings; non-finite
-            weights; invalid settings.
+            weights; invalid settings; a trainer of another run folder; another process changes the run.
     """
+    check_folder(trainer, Path(run))
     check_settings(module, data, trainer)
     if limit := parse_size(memory) if memory else 0:
         cut_steps(module, data, trainer, limit)
     folder = RunFolder(Path(run))
+    with in_use(folder, "trainmerge fit", first=trainer.is_global_zero):
+        fit_alone(folder, module, data, trainer, resume, config, limit)
+    return folder
+
+
+def fit_alone(
+    folder: RunFolder,
+    module: MergeModule,
+    data: Calibration,
+    trainer: pl.Trainer,
+    resume: str = "auto",
+    config: str | None = None,
+    limit: int = 0,
+    following: int = 0,
+) -> None:
+    """`fit` after its checks, in a folder that no other process changes.
+
+    Args:
+        folder: The run.
+        module: The merge to learn.
+        data: The calibration data.
+        trainer: From `make_trainer`.
+        resume: As in `fit`.
+        config: As in `fit`.
+        limit: The process's memory limit in bytes; 0 without.
+        following: The evaluations of a search that follows a fit without steps.
+    """
     snapshot = find_snapshot(folder, resume, first=trainer.is_global_zero)
     if trainer.is_global_zero:  # the other processes wait for this when the fit begins
         begin(folder, module, data, trainer, snapshot, config)
     if trainer.max_steps:
         take_steps(folder, module, data, trainer, snapshot, limit)
     elif trainer.is_global_zero:
-        save_start(folder, module, data)
-    return folder
+        save_start(folder, module, data, following)
 
 
 def take_steps(
@@ -144,6 +173,21 @@ def precision_of(trainer: pl.Trainer) -> Precision:
     return trainer.strategy.precision_plugin.forward_context
 
 
+def check_folder(trainer: pl.Trainer, run: Path) -> None:
+    """Raise ValueError if the trainer does not write into this run folder."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    folders = [callback.folder.path for callback in callbacks if isinstance(callback, Snapshots)]
+    if not folders:
+        raise ValueError(
+            "this trainer saves no snapshots: make it with trainmerge.make_trainer(run, max_steps=...)"
+        )
+    if folders[0].resolve() != run.resolve():
+        raise ValueError(
+            f"the trainer writes into {folders[0]}, and the fit into {run}: give make_trainer and fit the "
+            "same run folder"
+        )
+
+
 def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:
     """Raise ValueError for settings that cannot work or would silently change what is learned."""
     if trainer.max_steps < 0:
@@ -155,6 +199,8 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
             f"precision {trainer.precision} would round the coefficients; use bf16-mixed or 16-mixed"
         )
     check_strategy(trainer)
+    if trainer.max_steps:
+        check_optimisation(module)
     if data.batch_size < trainer.world_size:
         raise ValueError(
             f"data.batch_size {data.batch_size} leaves some of {trainer.world_size} processes without an "

@@ -14,12 +14,15 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.mistakes import explain
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.trainer import make_trainer
 from trainmerge.run.config import public_path, public_paths, read_settings
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.sections import check_sections
 from trainmerge.run.templates import expand
+from trainmerge.run.trust import files_checked
 
 TEMPLATES = "trainmerge"  # parser mode: YAML with `recipe.each` as a template of all experts
 
@@ -74,7 +77,9 @@ def from_config(config: str | Path, run: str | Path, changes: Mapping[str, Any] 
     content = _load(Path(config).read_text(encoding="utf-8"))
     for key, value in {**(changes or {}), "run": str(run)}.items():
         content = _changed(content, key.split("."), value)
-    return build_settings(content)
+    check_sections(content)
+    with files_checked({Path(config): content}):
+        return build_settings(content)
 
 
 def _changed(content: Any, keys: Sequence[str], value: Any) -> dict[str, Any]:
@@ -134,12 +139,22 @@ class FitCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Raise ValueError for configuration files with duplicate keys, experts above all, before parsing."""
-        for word in args if isinstance(args, list) else ():
-            key, _, value = word.partition("=")
-            if key == "--config" and Path(value).is_file():
-                read_settings(Path(value))
-        super().parse_arguments(parser, args)
+        """Check before parsing what the parser would not, and name its errors in plain words.
+
+        Raises:
+            ValueError: as `read_settings`, `check_sections`, `files_checked` and `explain`.
+        """
+        words = [word.partition("=") for word in args] if isinstance(args, list) else []
+        files = [Path(value) for key, _, value in words if key == "--config" and Path(value).is_file()]
+        options = {key[2:]: value for key, _, value in words if key != "--config"}
+        for key, value in options.items():
+            check_sections({key: get_loader("yaml")(value)})
+        with files_checked({file: public_paths(read_settings(file)) for file in files}):
+            try:
+                super().parse_arguments(parser, args)
+            except ArgumentError as error:
+                known = [action.dest for action in parser._actions]
+                raise ValueError(explain(str(error), known, files, list(options))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer of `trainer.make_trainer`, with the configuration's arguments."""

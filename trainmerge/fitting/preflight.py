@@ -47,23 +47,34 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
 
 
 def example_problems(data: Calibration) -> list[str]:
-    """Files that contain examples without an unmasked token: their loss would be NaN."""
+    """Files with examples without an unmasked token, or with a token beyond the model's embedding.
+
+    The loss of the former would be NaN, or that of special tokens alone.
+    """
     found = []
     for file, examples in zip(data.files.values(), data.examples, strict=True):
+        try:
+            data.tokenize.check_rows(examples)
+        except ValueError as error:
+            found.append(f"{file}: {error}")
+            continue
         if silent := without_tokens(examples, data.tokenize):
             found.append(
-                f"{file}: {len(silent)} of {len(examples)} examples have no unmasked token, the first is "
-                f"number {silent[0]}: remove them, or raise data.max_length ({data.max_length})"
+                f"{file}: {len(silent)} of {len(examples)} examples are blank or have no unmasked token, the "
+                f"first is number {silent[0]}: remove them, or raise data.max_length ({data.max_length})"
             )
     return found
 
 
 def without_tokens(examples: list[Example], tokenizer: Tokenizer) -> list[int]:
-    """Indices of the examples without an unmasked token; only blank texts and spans can cause that."""
-    suspects = [i for i, e in enumerate(examples) if e.spans is not None or not e.text.strip()]
-    silent = []
+    """Indices of blank examples, also where special tokens are added, and of those without an unmasked token.
+
+    Only spans can cause the latter; blank texts with a picture are not blank.
+    """
+    silent = [i for i, e in enumerate(examples) if not e.text.strip() and not e.image]
+    suspects = [i for i, e in enumerate(examples) if e.spans is not None and e.text.strip()]
     for first in range(0, len(suspects), TOGETHER):
         some = suspects[first : first + TOGETHER]
         mask = tokenizer.encode([examples[i] for i in some]).mask
         silent += [i for i, counted in zip(some, mask.sum(dim=1).tolist(), strict=True) if not counted]
-    return silent
+    return sorted(silent)

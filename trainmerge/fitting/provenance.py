@@ -11,6 +11,7 @@ import torch
 from trainmerge.coefficients.presets import Preset
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.optimisation import build_optimisation
 from trainmerge.run.config import to_config
 
 
@@ -41,10 +42,9 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
 
 
 def _optimisation(module: MergeModule) -> dict[str, str]:
-    optimizer = module.make_optimizer(iter([torch.nn.Parameter(module.coefficients.raw.detach().clone())]))
+    optimizer, scheduler = build_optimisation(module)
     settings = {"optimizer": str(optimizer)}
-    if module.make_scheduler is not None:
-        scheduler = module.make_scheduler(optimizer)
+    if scheduler is not None:
         state = {key: str(value) for key, value in sorted(scheduler.state_dict().items())}
         settings["lr_scheduler"] = f"{type(scheduler).__name__} {state}"
     return settings

@@ -16,7 +16,7 @@ from trainmerge.run.recipe import calibration_files
 def reopen(
     folder: RunFolder, grouping: Grouping | None = None, examples: int | None = None
 ) -> tuple[MergeModule, Calibration]:
-    """Module and data of a run; the model is not loaded yet.
+    """Module and data of a run; the model is not loaded yet, and no coefficient is fixed.
 
     `grouping` replaces the run's by a finer one. `examples`: use the first so many per expert; by default
     all.
@@ -28,12 +28,13 @@ def reopen(
     manifest = folder.read_manifest()
     module = MergeModule(
         replace(recipe, grouping=grouping or recipe.grouping),
-        build(Objective, manifest["objective"]),  # type: ignore[type-abstract]
+        build(Objective, manifest["objective"], folder.manifest),  # type: ignore[type-abstract]
         initial=str(folder.coefficients),
         teacher_budget=manifest["teacher_budget"],
         weights=manifest["weights"],
         workspace=str(folder.workspace),
     )
+    module.coefficients.release_()  # trade-offs scale fixed coefficients too, and need their gradients
     settings = manifest["data"] | {"columns": Columns(**manifest["data"]["columns"])}
     if examples is not None:
         settings["max_examples"] = min(examples, settings["max_examples"] or examples)

@@ -21,12 +21,12 @@ from trainmerge.inspection.console import (
 )
 from trainmerge.inspection.findings import Finding, Texts, header_findings, read_texts
 from trainmerge.inspection.suggest import Suggestion, suggest, write_suggestion
-from trainmerge.inspection.weights import weight_findings
+from trainmerge.inspection.weights import preprocess_findings, weight_findings
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Opened, Recipe
 from trainmerge.run.sources import recipe_of
 from trainmerge.system.atomic import write_whole
-from trainmerge.task_vectors.geometry import Geometry, measure
+from trainmerge.task_vectors.geometry import Geometry, measure_geometry
 
 CHEAP = 2 << 30  # bytes of weights that `auto` reads
 
@@ -65,6 +65,7 @@ def inspect_path(
     findings += texts.findings
     geometry, measured = _measured(opened, weights)
     findings += measured
+    findings += preprocess_findings(recipe, opened, geometry)
     if geometry is not None:
         print_geometry(opened.task_vectors.experts, geometry)
     print_findings(findings)
@@ -88,7 +89,7 @@ def _measured(opened: Opened, weights: Weights) -> tuple[Geometry | None, list[F
     if weights == "no" or (weights == "auto" and needed > CHEAP):
         what = f"{needed / 2**30:.1f} GiB of weights were not read, so they were not checked"
         return None, [Finding("note", what, "--weights yes reads them")]
-    geometry = measure(opened.task_vectors)
+    geometry = measure_geometry(opened.task_vectors)
     experts = opened.task_vectors.experts
     findings = [
         *weight_findings(experts, geometry),

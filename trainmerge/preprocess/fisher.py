@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.base import Calibrator, Informed
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import TaskVectors
 
 
@@ -29,13 +30,12 @@ class Fisher(Informed):
     floor: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.floor <= 0:
-            raise ValueError(f"floor must be above 0, not {self.floor}")
+        check_fields(self, floor="(0, inf)")
 
     @override
     def informed(self, task_vectors: TaskVectors, calibrator: Calibrator) -> Iterator[tuple[str, Tensor]]:
         weights = [
-            calibrator.keep(normalised(squares(calibrator.gradients(k, sampled=True))))
+            calibrator.keep(unit_norm(squares(calibrator.gradients(k, sampled=True))))
             for k in range(len(task_vectors.experts))
         ]
         for name, delta in task_vectors.deltas.items():
@@ -57,7 +57,7 @@ def squares(gradients: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
     return total
 
 
-def normalised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def unit_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same with norm 1 over all of them; all-zero ones stay zero."""
     norm = sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
     return {name: tensor / norm for name, tensor in tensors.items()} if norm else tensors

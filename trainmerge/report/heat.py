@@ -68,7 +68,7 @@ def signless(number: str) -> str:
     return number if float(number) else number.lstrip("-")
 
 
-def ticks(ax: Axes, rows: Sequence[str], columns: Sequence[str], shift: float = 0.5) -> None:
+def label_axes(ax: Axes, rows: Sequence[str], columns: Sequence[str], shift: float = 0.5) -> None:
     """Row and column labels. Long ones are rotated; with more than 24 columns only some are labelled."""
     if rows:
         ax.set_yticks(np.arange(len(rows)) + shift, [shortened(row, 26) for row in rows])

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from trainmerge.coefficients.layout import Layout
-from trainmerge.report.heat import colour_bar, heat, symmetric, ticks
+from trainmerge.report.heat import colour_bar, heat, label_axes, symmetric
 from trainmerge.report.picture import INK, QUIET, WIDTH, Picture, panels, shortened
 from trainmerge.task_vectors.parameter_names import KINDS, OTHER, block_labels, block_of, kind_of, number_of
 
@@ -101,13 +101,13 @@ def _cells(experts: Sequence[str], grid: Grid, middle: float) -> Figure:
     for ax, (kind, cells) in zip(axes, grid.inside.items(), strict=False):
         heat(ax, cells, scale, cell=cell)
         ax.set_title(kind)
-        ticks(ax, experts, grid.blocks)
+        label_axes(ax, experts, grid.blocks)
         ax.set_xlabel("block", labelpad=1, size=7.5)
     if grid.outside:
         ax = axes[-1]
         heat(ax, outside, scale, cell=cell)
         ax.set_title("outside the blocks")
-        ticks(ax, experts, list(grid.outside))
+        label_axes(ax, experts, list(grid.outside))
     colour_bar(figure, axes, scale, f"coefficient (start {middle:.2f} in the middle)")
     return figure
 

@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from trainmerge.report.heat import colour_bar, heat, symmetric, ticks
+from trainmerge.report.heat import colour_bar, heat, label_axes, symmetric
 from trainmerge.report.picture import INK, QUIET, WIDTH, Picture, shortened
 from trainmerge.task_vectors.geometry import Geometry
 from trainmerge.task_vectors.parameter_names import block_labels, block_of, number_of
@@ -47,11 +47,11 @@ def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
         left, whole.masked_fill(torch.eye(K, dtype=torch.bool), torch.nan), scale, cell=0.42 if K <= 10 else 0
     )
     left.set_title("all weights")
-    ticks(left, experts, experts)
+    label_axes(left, experts, experts)
     heat(right, lines, scale, cell=0.42 if len(blocks) <= 14 else 0)
     right.set_title("per block" + (f", {PAIRS} of {len(pairs)} pairs" if len(pairs) > PAIRS else ""))
     names = [f"{shortened(experts[i], 11)} · {shortened(experts[j], 11)}" for i, j in shown]
-    ticks(right, names, block_labels(list(blocks)))
+    label_axes(right, names, block_labels(list(blocks)))
     colour_bar(figure, [left, right], scale, "cosine similarity (0 in the middle)")
     top = (
         f"{experts[pairs[0][0]]} and {experts[pairs[0][1]]}, {float(whole[pairs[0]]):.2f}"
@@ -89,14 +89,14 @@ def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     heat(top, 100 * norms, scale, number="{:.1f}", cell=0.42 if L <= 18 else 0)
     top.set_title("norm of the task vector, in % of the base's norm")
     names = block_labels(list(blocks))
-    ticks(top, experts, names)
+    label_axes(top, experts, names)
     heights = conflicts.nan_to_num(0).tolist()
     bottom.bar(range(L), heights, width=0.7, color=QUIET, edgecolor=INK, hatch="//", linewidth=0.6)
     bottom.axhline(0.5, color=INK, linestyle="--", linewidth=1)
     bottom.annotate("chance", (L - 0.5, 0.5), (0, 3), textcoords="offset points", ha="right", size=7.5)
     bottom.set(ylim=(0, max(0.65, 1.1 * max(heights))), xlim=(-0.5, L - 0.5))
     bottom.set_title("sign conflicts, share of entries")
-    ticks(bottom, (), names, shift=0)
+    label_axes(bottom, (), names, shift=0)
     whole = geometry.of(geometry.names)
     far = ", ".join(
         f"{name} {100 * n:.2f}%" for name, n in zip(experts, whole.relative_norms()[0].tolist(), strict=True)

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser
 
+from trainmerge.run.sections import check_sections
 from trainmerge.run.templates import expand
+from trainmerge.run.trust import files_checked, imports_checked
 from trainmerge.system.atomic import write_whole
 
 T = TypeVar("T")
@@ -79,18 +81,20 @@ def to_config(value: Any) -> Any:
     return value
 
 
-def build(kind: type[T], content: Any) -> T:
-    """Undo `to_config` for a plug-in: an instance of a subclass of `kind`.
+def build(kind: type[T], content: Any, where: str | Path) -> T:
+    """Undo `to_config` for a plug-in in a run's file `where`: an instance of a subclass of `kind`.
 
     Raises:
-        ValueError: the content is something else.
+        ValueError: the content is something else, or a class of a module that the user did not name.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
-    try:
-        result: T = parser.instantiate(parser.parse_object({"value": public_paths(content)}))["value"]
-    except Exception as error:  # as in `read_config`
-        raise ValueError(f"not a {kind.__name__}: {content!r} ({error})") from error
+    content = public_paths(content)
+    with imports_checked(content, where):
+        try:
+            result: T = parser.instantiate(parser.parse_object({"value": content}))["value"]
+        except Exception as error:  # as in `read_config`
+            raise ValueError(f"{where}: not a {kind.__name__}: {content!r} ({error})") from error
     return result
 
 
@@ -115,10 +119,11 @@ def read_settings(path: Path) -> Any:
     """A configuration's data, with `recipe.each` filled in for every expert.
 
     Raises:
-        ValueError: as `read_yaml`, and for templates that cannot be filled in.
+        ValueError: as `read_yaml` and `check_sections`, and for templates that cannot be filled in.
     """
     data = read_yaml(path)
     try:
+        check_sections(data)
         return expand(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -127,17 +132,21 @@ def read_settings(path: Path) -> Any:
 def read_config(cls: type[T], key: str, path: Path) -> T:
     """Undo `write_config`; other keys of the file are ignored.
 
+    A run's file imports only this package's classes and modules that the user named.
+
     Raises:
-        ValueError: the file lacks `key`, or has a key or value that the class does not accept.
+        ValueError: the file lacks `key`, has a key or value that the class does not accept, or names a class
+            that may not be imported.
     """
     data = read_settings(path)
     if not isinstance(data, dict) or key not in data:
         raise ValueError(f"{path}: no section {key!r} in it")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, key)
-    try:
-        parsed = parser.parse_object({key: public_paths(data[key])})
-        result: T = parser.instantiate(parsed)[key]
-    except Exception as error:  # jsonargparse raises many types; all mean that the file is wrong
-        raise ValueError(f"{path}: {error}") from error
+    section = public_paths(data[key])
+    with files_checked({path: section}):
+        try:
+            result: T = parser.instantiate(parser.parse_object({key: section}))[key]
+        except Exception as error:  # jsonargparse raises many types; all mean that the file is wrong
+            raise ValueError(f"{path}: {error}") from error
     return result

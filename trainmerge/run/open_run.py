@@ -5,8 +5,11 @@ from typing import Any
 
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.run.config import read_config, to_config
-from trainmerge.run.folder import RunFolder, differences
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.manifest import differences
 from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.saved import check_coefficients
+from trainmerge.run.trust import check_classes
 
 MERGED = ("preprocess", "grouping", "ignore", "vocabulary")  # recipe keys that an export depends on
 
@@ -39,14 +42,17 @@ def read_run(folder: RunFolder) -> tuple[Recipe, Coefficients, dict[str, Any]]:
         raise ValueError(f"{folder.path}: not a run folder (no recipe.yaml); `trainmerge fit` creates one")
     if not folder.coefficients.exists():
         raise ValueError(f"{folder.path}: no coefficients yet; run `trainmerge fit` again to resume")
+    manifest = folder.read_manifest()
+    check_classes(manifest, folder.manifest)
     recipe = read_config(Recipe, "recipe", folder.recipe)
-    coefficients, manifest = load_coefficients(folder.coefficients), folder.read_manifest()
+    coefficients = load_coefficients(folder.coefficients)
     if problems := list(_mismatches(recipe, coefficients, manifest)):
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ValueError(
             f"{folder.path}: its files are not of one run:\n{lines}\nRestore the files that the fit wrote, "
             "or fit again in another folder."
         )
+    check_coefficients(folder, manifest)
     return recipe, coefficients, manifest
 
 

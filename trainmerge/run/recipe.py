@@ -1,7 +1,6 @@
 """A recipe: base, experts, preprocessing of their task vectors, and the grouping of coefficients."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,8 +13,11 @@ from trainmerge.data.heads import Head
 from trainmerge.preprocess import Preprocess
 from trainmerge.system import distributed
 from trainmerge.system.atomic import write_whole
+from trainmerge.system.ranges import check_fields
 from trainmerge.system.workspace import digest
 from trainmerge.task_vectors.delta import TaskVectors
+
+LONGEST_NAME = 120  # characters
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,7 @@ class Expert:
     validation: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise ValueError(f"{self.path}: the weight of a task must be 0 or more, not {self.weight}")
+        check_fields(self, f"expert {self.path}", weight="[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class HeldOut:
 
     test: str
     head: Head | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,16 @@ class Recipe:
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self, "recipe")
         if not self.experts:
             raise ValueError("recipe.experts is empty: name at least one expert")
         if unnamed := [name for name in self.experts if name in ("", "base")]:
             raise ValueError(f"recipe.experts: {unnamed} are not valid names of experts")
+        if strange := [name for name in (*self.experts, *self.held_out) if not _is_name(name)]:
+            raise ValueError(
+                f"recipe: {ascii(strange[0])[:80]} is not a valid name of an expert or task: use at most "
+                f"{LONGEST_NAME} printable characters"
+            )
         if not any(expert.weight for expert in self.experts.values()):
             raise ValueError("recipe.experts: every weight is 0, so there is nothing to learn from")
         owners: dict[Path, str] = {Path(self.base).resolve(): "the base"}
@@ -158,6 +168,11 @@ class Recipe:
     def stamps(self) -> dict[str, dict[str, Stamp]]:
         """The file system's stamps of all files of base and experts."""
         return {name: stamps(folder) for name, folder in self.folders.items()}
+
+
+def _is_name(name: str) -> bool:
+    """Whether it can be shown in a table, a picture and a file: printable, not blank, not too long."""
+    return bool(name.strip()) and name.isprintable() and len(name) <= LONGEST_NAME
 
 
 def calibration_files(recipe: Recipe) -> dict[str, str]:

@@ -5,7 +5,7 @@
       experts: [news, movie]
 
 is equivalent to `experts: {news: {path: experts/news, ...}, movie: {path: experts/movie, ...}}`. To give an
-    expert fields of its own, make `experts` a mapping; its keys replace those of `each`.
+expert fields of its own, make `experts` a mapping; its keys replace those of `each`.
 """
 
 import re
@@ -32,7 +32,7 @@ def expand(config: Any) -> Any:
             raise ValueError(f"recipe.experts must list different names, not {strange[0]!r} among them")
         experts = dict.fromkeys(experts)
     if not isinstance(experts, Mapping) or not experts:
-        raise ValueError("recipe.each describes the experts of recipe.experts: list their names there")
+        raise ValueError("recipe.each describes recipe.experts: list their names there, in the same file")
     written = {str(name): _expert(str(name), each, own) for name, own in experts.items()}
     rest = {key: value for key, value in recipe.items() if key != "each"}
     return {**config, "recipe": {**rest, "experts": written}}

@@ -9,9 +9,11 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file; with the remedy.
         ValueError: it is not JSON in UTF-8, or not an object; with the remedy.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file. {remedy}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ free cores, which sleep at barriers if other programs are busy.
 
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -96,16 +97,30 @@ def suggested(environment: Mapping[str, str], earlier: int | None = None) -> Cho
     """The choice; None if `environment` has the user's, or outside Linux."""
     if sys.platform != "linux" or any(name in environment for name in USERS):
         return None
-    return choose(measure(environment), earlier)
+    return choose(this_machine(environment), earlier)
 
 
-def measure(environment: Mapping[str, str]) -> Machine:
+def this_machine(environment: Mapping[str, str]) -> Machine:
     """The machine's current state; other ranks of the same command do not count as busy."""
     cpus = os.sched_getaffinity(0)
     cores = physical_cores(cpus)
     ranks = any(name in environment for name in ("LOCAL_WORLD_SIZE", "SLURM_PROCID"))
     busy = 0.0 if ranks else busy_cores(cpus) * cores / len(cpus)
-    return Machine(cores, quota(), busy, int(environment.get("LOCAL_WORLD_SIZE", "1")))
+    return Machine(cores, quota(), busy, ranks_here(environment, len(cpus)))
+
+
+def ranks_here(environment: Mapping[str, str], cpus: int) -> int:
+    """Ranks that share these cores: torchrun's number, or Slurm's where it binds none of them; else 1.
+
+    >>> slurm = {"SLURM_PROCID": "5", "SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_CPUS_ON_NODE": "64"}
+    >>> ranks_here({"LOCAL_WORLD_SIZE": "4"}, 64), ranks_here(slurm, 64), ranks_here(slurm, 8)
+    (4, 8, 1)
+    """
+    if "LOCAL_WORLD_SIZE" in environment:
+        return int(environment["LOCAL_WORLD_SIZE"])
+    ranks = re.match(r"\d+", environment.get("SLURM_TASKS_PER_NODE", ""))
+    bound = cpus < int(environment.get("SLURM_CPUS_ON_NODE", "0"))
+    return int(ranks[0]) if "SLURM_PROCID" in environment and ranks and not bound else 1
 
 
 def physical_cores(cpus: Iterable[int], root: Path = Path("/sys/devices/system/cpu")) -> int:
@@ -131,8 +146,8 @@ def quota(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/c
 def limits(folder: Path) -> list[float]:
     """The limit of one control group, in cores; empty without."""
     if (file := folder / "cpu.max").is_file():  # version 2
-        most, period = file.read_text().split()
-        return [] if most == "max" else [int(most) / int(period)]
+        most, *period = file.read_text().split()
+        return [] if most == "max" else [int(most) / int(period[0] if period else 100_000)]
     if (file := folder / "cpu.cfs_quota_us").is_file():  # version 1
         limit = int(file.read_text())
         return [limit / int((folder / "cpu.cfs_period_us").read_text())] if limit > 0 else []
@@ -143,9 +158,9 @@ def busy_cores(cpus: set[int], stat: Path = Path("/proc/stat"), interval: float 
     """The number of these logical processors that others use, measured while this process sleeps."""
     if not stat.is_file():
         return 0.0
-    before = ticks(stat.read_text(), cpus)
+    before = processor_ticks(stat.read_text(), cpus)
     time.sleep(interval)
-    after = ticks(stat.read_text(), cpus)
+    after = processor_ticks(stat.read_text(), cpus)
     shares = [
         (busy - before[cpu][0]) / total
         for cpu, (busy, whole) in after.items()
@@ -154,7 +169,7 @@ def busy_cores(cpus: set[int], stat: Path = Path("/proc/stat"), interval: float 
     return sum(shares)
 
 
-def ticks(stat: str, cpus: set[int]) -> dict[int, tuple[int, int]]:
+def processor_ticks(stat: str, cpus: set[int]) -> dict[int, tuple[int, int]]:
     """Processor -> (busy ticks, all ticks) since the machine started."""
     found = {}
     for line in stat.splitlines():

@@ -80,7 +80,7 @@ class Geometry:
 
 
 @torch.no_grad()
-def measure(task_vectors: TaskVectors) -> Geometry:
+def measure_geometry(task_vectors: TaskVectors) -> Geometry:
     """Compute the sums; reads every task vector once and needs a few MiB per expert."""
     names = tuple(task_vectors.deltas)
     K = len(task_vectors.experts)
@@ -123,8 +123,10 @@ def _sums(delta: Delta) -> list[Tensor]:
 
 
 def cached_geometry(task_vectors: TaskVectors, folder: Path, identity: str) -> Geometry:
-    """As `measure`, cached in `folder` under a digest of `identity`."""
-    file = cached(geometry_path(folder, identity), lambda path: save_geometry(measure(task_vectors), path))
+    """As `measure_geometry`, cached in `folder` under a digest of `identity`."""
+    file = cached(
+        geometry_path(folder, identity), lambda path: save_geometry(measure_geometry(task_vectors), path)
+    )
     return load_geometry(file.path)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from trainmerge.system.atomic import write_whole
+from trainmerge.system.atomic import append_line, write_whole
+from trainmerge.system.ranges import check_fields
 
 WORST = 1e30  # replaces non-finite scores; only the order of scores matters
 
@@ -37,8 +38,9 @@ class Search:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.evaluations < 1 or self.spread <= 0:
-            raise ValueError("a search needs at least one evaluation and a positive spread")
+        check_fields(
+            self, "search", evaluations="[1, inf)", spread="(0, inf)", population="[1, inf)", seed="[0, inf)"
+        )
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,7 @@ class LoggedScores:
                 )
         else:
             found = Tried(point, self.score(point))
-            with self.log.open("a") as file:
-                file.write(json.dumps(asdict(found)) + "\n")
+            append_line(self.log, json.dumps(asdict(found)), durable=True)
         self.count += 1
         return found
 

@@ -1,0 +1,128 @@
+"""Whose classes may be imported when files of a run are read: this package's, and those that the user names.
+
+A recipe or configuration names classes by path, and importing a class runs its module. A configuration file
+is the user's own word. The files of a run folder or an export may come from a stranger: only classes of this
+package, of torch.optim and of Lightning's components are imported for them, unless the user trusts further
+modules (`--trust NAME`, or `trusting` in a program). A plug-in that the program has imported itself is known.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import _common, set_parsing_settings
+
+PACKAGE = __name__.partition(".")[0]
+LIGHTNING = ("accelerators", "callbacks", "loggers", "plugins", "profilers", "strategies")
+KNOWN = (
+    PACKAGE,
+    "torch.optim",
+    "pytorch_lightning.cli.ReduceLROnPlateau",
+    *(f"{package}.{part}" for package in ("pytorch_lightning", "lightning_fabric") for part in LIGHTNING),
+)
+RUN_FILES = ("recipe.yaml", "trainmerge_recipe.yaml", "trainmerge_config.yaml")
+MARKS = ("manifest.json", "trainmerge_manifest.json", "coefficients.safetensors")
+
+_trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
+
+
+@contextmanager
+def trusting(*modules: str) -> Iterator[None]:
+    """In this context the files of a run may name classes of these modules or packages too.
+
+    Raises:
+        ValueError: a name that is not a module's.
+    """
+    for name in modules:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(f"--trust {name}: not the name of a module; write it as in `import my_package`")
+    token = _trusted.set((*_trusted.get(), *modules))
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
+
+def of_a_run(path: Path) -> bool:
+    """Whether a file belongs to a run folder or an export, which may be a stranger's."""
+    return path.name in RUN_FILES or any((path.parent / mark).is_file() for mark in MARKS)
+
+
+def check_classes(data: Any, where: str | Path) -> None:
+    """Raise ValueError if plain data name a class that may not be imported; imports nothing."""
+    refused = sorted({path for path in class_paths(data) if not _allowed(path)})
+    if refused:
+        modules = sorted({path.rpartition(".")[0] or path for path in refused})
+        raise ValueError(
+            f"{where} names {', '.join(refused)}, which is not part of {PACKAGE}: importing it runs its "
+            f"code. If you trust it, add {' '.join(f'--trust {name}' for name in modules)} (in a program: "
+            f"import it first)"
+        )
+
+
+@contextmanager
+def imports_checked(data: Any, where: str | Path) -> Iterator[None]:
+    """In this context jsonargparse imports only allowed classes, wherever a value names one.
+
+    Raises:
+        ValueError: as `check_classes`.
+    """
+    check_classes(data, where)
+    known = {path for path in class_paths(data) if _allowed(path)}
+    settings: dict[str, Any] = _common.parsing_settings
+    before = dict(settings)
+    set_parsing_settings(
+        import_path_denylist=["*"], import_path_allowlist=[*KNOWN, *_trusted.get(), *sorted(known)]
+    )
+    try:
+        yield
+    finally:
+        settings.update(before)
+
+
+@contextmanager
+def files_checked(contents: Mapping[Path, Any]) -> Iterator[None]:
+    """`imports_checked` for those files that are a run's; a user's configuration may import anything."""
+    with ExitStack() as guards:
+        for path, content in contents.items():
+            if of_a_run(path):
+                guards.enter_context(imports_checked(content, path))
+        yield
+
+
+def class_paths(data: Any) -> Iterator[str]:
+    """Every `class_path` with a dot in plain data; a name without one imports nothing."""
+    if isinstance(data, Mapping):
+        path = data.get("class_path")
+        if isinstance(path, str) and "." in path:
+            yield path
+        for value in data.values():
+            yield from class_paths(value)
+    elif isinstance(data, list | tuple):
+        for value in data:
+            yield from class_paths(value)
+
+
+def foreign_modules(data: Any) -> list[str]:
+    """The modules of classes in plain data that a reader of the run has to trust."""
+    paths = (path for path in class_paths(data) if not _within(path, KNOWN))
+    return sorted({path.rpartition(".")[0] for path in paths})
+
+
+def _allowed(path: str) -> bool:
+    return _within(path, (*KNOWN, *_trusted.get())) or _imported(path)
+
+
+def _within(path: str, names: tuple[str, ...]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in names)
+
+
+def _imported(path: str) -> bool:
+    """Whether it is a plug-in, a subclass of this package's classes, that the program has imported itself."""
+    module, _, name = path.rpartition(".")
+    found = vars(sys.modules[module]).get(name) if module in sys.modules else None
+    bases = found.__mro__[1:] if isinstance(found, type) else ()
+    return any(base.__module__.partition(".")[0] == PACKAGE for base in bases)
