@@ -41,6 +41,9 @@ ONE_ROW: dict[str, Kind] = {  # endings that transformers uses for nothing else
 }
 
 
+DEPTHS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")  # keys of config.json
+
+
 class Output(NamedTuple):
     """A model's class, and the kind of its output.
 
@@ -50,6 +53,7 @@ class Output(NamedTuple):
         labels: The number of classes of a classifier of its own.
         problem: That classifier's `problem_type` in config.json, if it has one.
         hidden: The hidden size, if config.json names it.
+        layers: The number of layers, the decoder's if it has one, if config.json names it.
     """
 
     architecture: str
@@ -57,6 +61,7 @@ class Output(NamedTuple):
     labels: int | None = None
     problem: str | None = None
     hidden: int | None = None
+    layers: int | None = None
 
     @property
     def logits(self) -> bool:
@@ -77,13 +82,14 @@ def output_of(path: Path) -> Output:
 
 def output_of_class(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Output:
     """The kind of output of a model of this class and configuration."""
-    found = _kind(kind, config)
+    found, text = _kind(kind, config), config.get_text_config()
     return Output(
         kind.__name__,
         found,
         labels=config.num_labels if found == "classifier" else None,
         problem=config.problem_type if found == "classifier" else None,
-        hidden=getattr(config.get_text_config(), "hidden_size", None),
+        hidden=getattr(text, "hidden_size", None),
+        layers=next((n for name in DEPTHS if (n := getattr(text, name, None)) is not None), None),
     )
 
 
