@@ -20,12 +20,25 @@ def recipe_of(path: Path) -> Recipe:
     """The recipe of a run folder, an exported checkpoint, or a configuration file.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these, or an export whose test files cannot be found.
     """
     for file in (path / "recipe.yaml", path / RECIPE, path):
         if file.is_file():
-            return read_config(Recipe, "recipe", file)
+            recipe = read_config(Recipe, "recipe", file)
+            if file == path / RECIPE:
+                _check_tasks(path, recipe)
+            return recipe
     raise ValueError(f"{path}: not a run folder, exported checkpoint or configuration file")
+
+
+def _check_tasks(path: Path, recipe: Recipe) -> None:
+    """An export names its test files without their folders; they exist only where it was made so."""
+    tests = [task.test for task in (*recipe.experts.values(), *recipe.held_out.values()) if task.test]
+    if missing := [file for file in tests if not Path(file).exists()]:
+        raise ValueError(
+            f"{path} names its tasks' files without their folders ({missing[0]} is not in {Path.cwd()}). "
+            "Name the run or the configuration that has them: --recipe RUN"
+        )
 
 
 def text_length(path: Path, given: int | None = None) -> int:
