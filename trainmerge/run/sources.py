@@ -33,8 +33,9 @@ def recipe_of(path: Path) -> Recipe:
 
 def _check_tasks(path: Path, recipe: Recipe) -> None:
     """An export names its test files without their folders; they exist only where it was made so."""
-    tests = [task.test for task in (*recipe.experts.values(), *recipe.held_out.values()) if task.test]
-    if missing := [file for file in tests if not Path(file).exists()]:
+    tests = [expert.test for expert in recipe.experts.values()]
+    tests += [task.test for task in recipe.held_out.values()]
+    if missing := [file for file in tests if file and not Path(file).exists()]:
         raise ValueError(
             f"{path} names its tasks' files without their folders ({missing[0]} is not in {Path.cwd()}). "
             "Name the run or the configuration that has them: --recipe RUN"
