@@ -61,8 +61,8 @@ def _warn_of_others(path: Path, taken: list[Path], safe: str, pickled: str) -> N
     ]
     if others:
         warnings.warn(
-            f"{path}: {listed(sorted(names), SHOWN)} is read, as transformers does; {listed(others, SHOWN)} is "
-            "not. If that is the newer copy of the weights, move the other away",
+            f"{path}: {listed(sorted(names), SHOWN)} is read, as transformers does; {listed(others, SHOWN)} "
+            "is not. If that is the newer copy of the weights, move the other away",
             stacklevel=3,
         )
 

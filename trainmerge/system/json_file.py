@@ -12,13 +12,18 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON in UTF-8, or not an object; with the remedy.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}. {remedy}") from error
+    value = read_value(path, remedy)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object, but a {type(value).__name__}. {remedy}")
     return value
+
+
+def read_value(path: Path, remedy: str) -> Any:
+    """The value in a JSON file. Raises as `read_json`, for any value."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}. {remedy}") from error
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
