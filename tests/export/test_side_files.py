@@ -15,12 +15,14 @@ from trainmerge.export.side_files import copy_side_files
 
 FOREIGN = [
     "tf_model.h5", "flax_model.msgpack", "rust_model.ot", "model.onnx", "model.onnx_data",
-    "model.onnx.data", "model.tflite", "model.npz", "model-q4.gguf", "pytorch_model.bin", "training_args.bin", "weights",
-    "onnx/model_int8.onnx", "onnx/config.json", "openvino/openvino_model.xml", "openvino/openvino_model.bin",
-    "coreml/text.mlpackage/Data/weight.bin", "coreml/text.mlpackage/Manifest.json", "saved_model/saved_model.pb",
-    "saved_model/variables/variables.data-00000-of-00001", "saved_model/variables/variables.index",
-    "checkpoint-500/model.safetensors", "checkpoint-500/config.json", "original/consolidated.00.pth",
-    "model.safetensors.index.json", "trainmerge_manifest.json", "README.md", ".cache/x.json", "m.unheard",
+    "model.onnx.data", "model.tflite", "model.npz", "model-q4.gguf", "pytorch_model.bin",
+    "training_args.bin", "weights", "onnx/model_int8.onnx", "onnx/config.json",
+    "openvino/openvino_model.xml", "openvino/openvino_model.bin",
+    "coreml/text.mlpackage/Data/weight.bin", "coreml/text.mlpackage/Manifest.json",
+    "saved_model/saved_model.pb", "saved_model/variables/variables.data-00000-of-00001",
+    "saved_model/variables/variables.index", "checkpoint-500/model.safetensors",
+    "checkpoint-500/config.json", "original/consolidated.00.pth", "model.safetensors.index.json",
+    "trainmerge_manifest.json", "README.md", ".cache/x.json", "m.unheard",
 ]  # fmt: skip
 TRAVELS = [
     "config.json", "generation_config.json", "tokenizer.json", "vocab.txt", "merges.txt", "spiece.model",
