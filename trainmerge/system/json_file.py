@@ -32,10 +32,15 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         FileNotFoundError: there is no such file; with the remedy.
         ValueError: it cannot be read, is not JSON in UTF-8, or not an object; with the remedy.
     """
-    value = parse_json(read_bytes(path, remedy), path, remedy)
+    value = read_value(path, remedy)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object, but a {type(value).__name__}. {remedy}")
     return value
+
+
+def read_value(path: Path, remedy: str) -> Any:
+    """The value in a JSON file. Raises as `read_json`, for any value."""
+    return parse_json(read_bytes(path, remedy), path, remedy)
 
 
 def read_bytes(path: Path, remedy: str) -> bytes:
