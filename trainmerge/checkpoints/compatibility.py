@@ -58,7 +58,7 @@ def find_sources(
         try:
             check_one_generation(path)
             if (path / ADAPTER).is_file():
-                plans[expert] = plan_adapter(frame, path, ignore, allow_pickle, workspace)
+                plans[expert] = plan_adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
                 recorded = read_json(path / ADAPTER).get("base_model_name_or_path")
                 mismatches = recorded_mismatches(frame.meta_model, base.path, path, recorded)
                 problems += [f"{expert}: {line}" for line in mismatches]
