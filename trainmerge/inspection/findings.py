@@ -10,6 +10,7 @@ from typing import Literal
 from trainmerge.checkpoints import open_checkpoint
 from trainmerge.data.examples import Columns, Render, read_examples
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.run.heads import linear_problems
 from trainmerge.run.recipe import Opened, Recipe
 from trainmerge.run.sources import DEFAULT_LENGTH as LENGTH
 from trainmerge.system.text import listed
@@ -61,6 +62,8 @@ def expert_findings(recipe: Recipe) -> Iterator[Finding]:
                 f"{name}: its chat template differs from the base's, which is used and exported",
                 "if it was trained with its own template, render its chats with it into a column of texts",
             )
+    for problem in linear_problems(recipe):
+        yield Finding("error", problem)
     if len({expert.head is None for expert in recipe.experts.values()}) > 1:
         yield Finding(
             "warning", "only some experts have a head", "evaluate the two kinds in separate recipes"
@@ -89,18 +92,20 @@ def _template(folder: Path) -> str:
         return ""
 
 
-def read_texts(recipe: Recipe, columns: Columns = Columns()) -> Texts:  # noqa: B008 - frozen
+def read_texts(recipe: Recipe, columns: Columns = Columns(), learning: bool = True) -> Texts:  # noqa: B008 - frozen
     """Problems of the calibration examples: none, few, shared by two experts, or in the test set.
 
-    The files are read as a fit reads them: chats are rendered, and every value is checked.
+    The files are read as a fit reads them: chats are rendered, and every value is checked. A merge without
+    `learning` needs none.
     """
     found: list[Finding] = []
     texts: dict[str, list[str]] = {}
     tokenizer = cache(lambda: Tokenizer(recipe.base, LENGTH))  # loaded for the first chat only
     for name, expert in recipe.experts.items():
         if not expert.calibration:
-            remedy = "set its `calibration`, or use a closed-form merge (trainer.max_steps 0)"
-            found.append(Finding("error", f"{name}: no calibration examples to learn from", remedy))
+            if learning:
+                remedy = "set its `calibration`, or use a closed-form merge (trainer.max_steps 0)"
+                found.append(Finding("error", f"{name}: no calibration examples to learn from", remedy))
             continue
         try:
             examples = read_examples(expert.calibration, columns, lambda chat: tokenizer().render(chat))

@@ -22,9 +22,10 @@ from trainmerge.inspection.fence import attempt, fenced
 from trainmerge.inspection.findings import Finding, Texts, expert_findings, read_texts, unchanged_tensors
 from trainmerge.inspection.suggest import Suggestion, check_new, suggest, write_suggestion
 from trainmerge.inspection.weights import preprocess_findings, weight_findings
+from trainmerge.preprocess import Informed
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Opened, Recipe
-from trainmerge.run.sources import columns_of, recipe_of
+from trainmerge.run.sources import columns_of, learns, recipe_of
 from trainmerge.system.atomic import write_whole
 from trainmerge.task_vectors.geometry import Geometry, measure_geometry
 
@@ -92,7 +93,8 @@ def _look(path: Path, recipe: Recipe, workspace: Path, weights: Weights, every: 
     print_parameters(opened, every)
     findings += fenced("the tensors", lambda: unchanged_tensors(opened))
     findings += fenced("the experts' own tensors and templates", lambda: expert_findings(recipe))
-    texts = read_texts(recipe, columns_of(path))
+    informed = any(isinstance(method, Informed) for method in recipe.preprocess)
+    texts = read_texts(recipe, columns_of(path), informed or learns(path))
     findings += texts.findings
     geometry, measured = _measured(opened, weights)
     findings += measured

@@ -47,6 +47,14 @@ def columns_of(path: Path) -> Columns:
     return Columns(**given)
 
 
+def learns(path: Path) -> bool:
+    """Whether the fit of a configuration, a run or an export has steps; True if it is unknown."""
+    files = (path / "config.yaml", path / "trainmerge_config.yaml", path)
+    content = next((read_yaml(file) for file in files if file.is_file()), None)
+    trainer = content.get("trainer") if isinstance(content, Mapping) else None
+    return not isinstance(trainer, Mapping) or trainer.get("max_steps") != 0
+
+
 def _data_of(path: Path) -> Mapping[str, Any]:
     """The settings of the calibration data, as the file has them; empty if `path` has none."""
     if RunFolder(path).manifest.is_file():
