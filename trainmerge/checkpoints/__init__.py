@@ -13,11 +13,13 @@ from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
     from trainmerge.checkpoints.compatibility import find_sources
+    from trainmerge.checkpoints.linear_head import beyond_linear
     from trainmerge.checkpoints.meta_model import build_meta_model, locate
     from trainmerge.checkpoints.model import LoadedModel, load_meta_model, load_model
     from trainmerge.checkpoints.output import Output, output_of, output_of_class
 
 _HEAVY = {
+    "beyond_linear": "linear_head",
     "find_sources": "compatibility",
     "LoadedModel": "model",
     "load_meta_model": "model",
@@ -35,6 +37,7 @@ __all__ = [
     "Output",
     "Sources",
     "Stamp",
+    "beyond_linear",
     "build_meta_model",
     "find_sources",
     "fingerprint",
