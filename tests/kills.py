@@ -41,7 +41,7 @@ from trainmerge.system.atomic import write_whole
 from trainmerge.system.safetensors_file import sha256
 
 FORK = multiprocessing.get_context("fork")  # a command costs no imports; torch has one thread, so it may fork
-HITS = 4  # kills of one command before it is left alone, at most
+HITS = 7  # kills of one command before it is left alone, at most
 HANG = 1800  # seconds: only a hang takes so long, however busy the machine
 VARYING = {"usage.jsonl", "manifest.json", "trainmerge_manifest.json", "index.html"}  # times and commands
 PICTURES = (".png",)
@@ -179,7 +179,7 @@ def run(kills: int, seed: int) -> dict[str, int]:
         write_configuration(root)
         found = Kills(root, seed)
         while found.seen.total() < kills:
-            found.kill(min(COMMANDS, key=lambda name: (found.seen[name] + 1) * found.usual[name] ** 0.5))
+            found.kill(found.dice.choices(list(found.usual), [s**-0.5 for s in found.usual.values()])[0])
             print(found.seen.total(), dict(found.seen), flush=True)
         return dict(sorted(found.seen.items()))
 

@@ -12,9 +12,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add this file to an OSError that names none, such as that of a full disk."""
+    """Add this file to an error that names none, such as that of a full disk or a full memory."""
     try:
         yield
+    except MemoryError as error:
+        raise MemoryError(f"{path}: {str(error) or 'no memory is left'}") from error
     except OSError as error:
         if error.errno is None or (error.filename is not None and error.errno not in FULL):
             raise
