@@ -44,7 +44,7 @@ FORK = multiprocessing.get_context("fork")  # a command costs no imports; torch 
 HITS = 7  # kills of one command before it is left alone, at most
 HANG = 1800  # seconds: only a hang takes so long, however busy the machine
 VARYING = {"usage.jsonl", "manifest.json", "trainmerge_manifest.json", "index.html"}  # times and commands
-PICTURES = (".png",)
+OTHER_BITS = (".png", ".ckpt")  # a snapshot counts what its process did
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def call(words: list[str], log: Path) -> None:
 def contents(place: Path) -> dict[str, str]:
     """File -> SHA-256, or only its name where it differs from call to call."""
     files = sorted(path for path in place.rglob("*") if path.is_file())
-    fixed = {path: path.name not in VARYING and path.suffix not in PICTURES for path in files}
+    fixed = {path: path.name not in VARYING and path.suffix not in OTHER_BITS for path in files}
     return {str(path.relative_to(place)): sha256(path) if fixed[path] else "" for path in files}
 
 

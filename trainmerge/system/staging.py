@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainmerge.system.atomic import abandoned, aside, sync
-from trainmerge.system.disk_space import naming
+from trainmerge.system.disk_space import naming_inside
 from trainmerge.system.lock import locked
 
 
@@ -33,7 +33,7 @@ def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
         new, old = aside(target, "new"), aside(target, "old")
         new.mkdir()
         try:
-            with naming(target):
+            with naming_inside(new, target):
                 yield new
             _publish(new, target, old, overwrite)
         except BaseException:
