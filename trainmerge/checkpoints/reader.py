@@ -4,7 +4,6 @@ Three layouts: one `model.safetensors`, shards named by `model.safetensors.index
     of both (`pytorch_model.bin`), which need `allow_pickle`.
 """
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,6 @@ from pathlib import Path, PureWindowsPath
 from types import MappingProxyType
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from trainmerge.checkpoints.weight_files import (
@@ -26,6 +24,7 @@ from trainmerge.checkpoints.weight_files import (
 from trainmerge.checkpoints.whole import check_whole
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
+from trainmerge.system.torch_file import check_tensors, load_torch
 
 
 class WeightFile(Protocol):
@@ -50,15 +49,12 @@ class PickleFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            state = check_tensors(load_torch(path, mmap=True), path)
+        except ValueError as error:
             raise ValueError(
-                f"{path}: torch cannot load it: {reason} Save it again as safetensors."
+                f"{path}: torch cannot load it: {error}. Save it again as safetensors."
             ) from error
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError(f"{path}: not a dictionary of tensors. Save the model again as safetensors.")
-        self._state: dict[str, Tensor] = state
+        self._state = state
         self.tensors = {name: TensorInfo(t.dtype, t.shape, path) for name, t in state.items()}
 
     def read(self, name: str) -> Tensor:

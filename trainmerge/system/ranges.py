@@ -9,7 +9,6 @@ import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -61,8 +60,7 @@ def check_fields(settings: Any, where: str = "", **ranges: str) -> None:
         ValueError: lists every field with an unusable value.
     """
     where = where or type(settings).__name__
-    kind: Any = type(settings)
-    kinds = hints(kind)
+    kinds = hints(type(settings))
     unusable = []
     for field in fields(settings):
         value, interval = getattr(settings, field.name), ranges.get(field.name, FINITE)
@@ -93,7 +91,6 @@ def fault(value: object, kind: Any, interval: str = FINITE) -> str:
     return "" if outside is None else f"{allowed}, not {outside!r}"
 
 
-@cache
 def hints(kind: Any) -> dict[str, Any]:
     """The types of a class's fields."""
     return get_type_hints(kind)
