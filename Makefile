@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm demo test fuzz test-processors lower-bounds lint suite suite-lm suite-closed bench tables docs soak clean
+.PHONY: help setup data data-suite data-lm demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-closed bench tables docs soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -55,6 +55,9 @@ fuzz: $(READY) ## 100,000 mutated files at every door: SECONDS per door, ONLY so
 test-processors: $(READY) ## the tests as other processors, with other threads, on a busy machine (hours)
 	@$(BIN)/python -m tests.processors --only "$(SETTING)"
 
+families: $(READY) ## the gradient of every family of models against autograd (a minute); FAMILY=mamba for one
+	@$(BIN)/python -m tests.gradient_sweep --only "$(FAMILY)"
+
 lower-bounds: ## install the oldest dependencies that pyproject.toml promises, run the quick tests with them
 	@$(PYTHON) -m tests.lower_bounds
 
@@ -75,8 +78,8 @@ suite-closed: suite suite-lm ## every merge without learning, and learning from 
 	@$(BIN)/python -m tests.closed_suite
 	@$(BIN)/python -m tests.result_tables
 
-bench: data ## measure; ONLY=fit_memory, fit_step, ... for one group
-	@$(BIN)/python -m tests.bench --only $(ONLY)
+bench: data ## measure; ONLY=fit_memory, ... for one group; KEEP="machine" writes tests/results/bench
+	@$(BIN)/python -m tests.bench --only $(ONLY) $(if $(KEEP),--keep "$(KEEP)")
 
 tables: $(READY) ## write the tables of tests/results into README and the documentation
 	@$(BIN)/python -m tests.result_tables

@@ -32,5 +32,5 @@ def test_it_is_inert_at_the_anchor() -> None:
 
 
 def test_it_never_pushes() -> None:
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match=r"Anchor\.weight must be 0 or more"):
         Anchor(-1.0)

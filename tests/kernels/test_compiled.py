@@ -122,3 +122,17 @@ def test_choice(monkeypatch):
     with pytest.raises(ValueError, match="not 'fast'"), using("fast"):
         pass
     assert chosen(torch.device("cpu")) == "compiled"
+
+
+def test_one_long_row_has_the_same_sum_on_any_number_of_threads():
+    rows = torch.randn(1, 3 << 14, generator=torch.Generator().manual_seed(0))
+    before, sums = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            sums.append(compiled._row_sums(rows))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])
+    assert float(sums[0]) == pytest.approx(float(rows.double().sum()), rel=1e-12)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainmerge.kernels.inductor_cache import processor
+
 ROOT = Path(__file__).parents[2]
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 COMPILED = """
@@ -52,3 +54,12 @@ def test_an_instruction_set_never_runs_loops_of_another(tmp_path):
     assert first.parent == second.parent == tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {first.name, second.name}
     assert (own in first.name, other in second.name) == (True, True)
+
+
+def test_processors_with_other_instructions_have_other_names(tmp_path):
+    names = []
+    for flags in ("fma avx2", "avx2 fma", "fma avx2 avx_vnni"):
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nprocessor\t: 1\n")
+        names.append(processor(tmp_path / "cpuinfo"))
+    assert names[0] == names[1] != names[2]
+    assert processor(tmp_path / "none") != names[0]

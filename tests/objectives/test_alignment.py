@@ -91,7 +91,7 @@ def test_it_asks_for_what_it_uses() -> None:
     ("settings", "words"),
     [
         ({"logits": 0.0}, "logits or hidden above 0"),
-        ({"hidden": -1.0}, "nonnegative"),
+        ({"hidden": -1.0}, "must be 0 or more"),
         ({"temperature": 0.0}, "above 0"),
         ({"hidden": 1.0, "layers": ()}, "at least one"),
     ],

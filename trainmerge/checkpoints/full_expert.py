@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainmerge.checkpoints.config_check import configuration_mismatches, warn_of_generation
 from trainmerge.checkpoints.meta_model import shorten
 from trainmerge.checkpoints.parameters import Parameters, fit_prefix, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
@@ -51,11 +52,13 @@ def plan_full(
     names = {
         name: own.files[fitted[key]] for key, name in frame.files.items() if fitted.get(key) in own.files
     }
+    problems += configuration_mismatches(frame.meta_model, own.meta_model.config, path / "config.json")
     problems += _shapes(checkpoint, base, names, shared_vocabulary)
     problems += _ties(own, frame, fitted)
     problems += _one_sided(own, frame, fitted, names)
     if problems:
         raise ValueError("\n".join(problems))
+    warn_of_generation(base.path, frame.meta_model.config, path, own.meta_model.config)
     _warn_of_dtypes(expert, checkpoint, base, names)
     return FullExpert(own, names)
 

@@ -13,14 +13,18 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from trainmerge.system import json_file
+from trainmerge.checkpoints.weight_files import (
+    ADAPTER,
+    PICKLE,
+    SAFETENSORS,
+    check_one_generation,
+    find_weights,
+    read_json,
+)
+from trainmerge.checkpoints.whole import check_whole
 from trainmerge.system.atomic import seen_from
-from trainmerge.system.links import check_link
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
 from trainmerge.system.torch_file import check_tensors, load_torch
-
-SAFETENSORS = "model.safetensors"
-PICKLE = "pytorch_model.bin"
 
 
 class WeightFile(Protocol):
@@ -100,15 +104,18 @@ def open_checkpoint(
 
     Raises:
         FileNotFoundError: the folder, config.json, the weights, or a shard of the index is missing.
-        ValueError: a damaged file, an index that contradicts its shards, only pickled weights.
+        ValueError: a damaged file, an export that is not whole, an index that contradicts its shards, only
+            pickled weights, two generations of them.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path}: not a folder{seen_from(path)}. Name a checkpoint folder on disk; download it first."
         )
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+    check_one_generation(path)
+    if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
         raise ValueError(f"{path}: a peft adapter, not a full model. Name the model that it was trained on.")
+    check_whole(path)
     config = read_json(path / "config.json")
     files, index = find_weights(path, SAFETENSORS, PICKLE, allow_pickle)
     sources: dict[Path, WeightFile] = {
@@ -126,75 +133,6 @@ def open_checkpoint(
         MappingProxyType(sources),
         known_ties,
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError or ValueError that names the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; {path.parent} is not a complete checkpoint folder.")
-    check_link(path.parent, path)
-    return json_file.read_json(path, "Download or save it again.")
-
-
-def find_weights(
-    path: Path, safe: str, pickled: str, allow_pickle: bool
-) -> tuple[list[Path], dict[str, str] | None]:
-    """The weight files of `path`, and the index's tensor -> file name where there is one.
-
-    transformers' order: the single safetensors file, its shards, then the pickled forms.
-
-    Raises:
-        FileNotFoundError: there are none.
-        ValueError: only pickled ones without permission, an unusable index, or a link that leads outside.
-    """
-    for single in [safe, pickled]:
-        if single == pickled and _has(path, pickled) and not allow_pickle:
-            raise ValueError(
-                f"{path}: only pickled weights ({pickled}), which can run code. Save them as safetensors, "
-                "or set allow_pickle if you trust their source."
-            )
-        if (path / single).is_file():
-            check_link(path, path / single)
-            return [path / single], None
-        index = path / f"{single}.index.json"
-        if index.is_file():
-            names = _weight_map(index, Path(single).suffix)
-            files = [path / file for file in sorted(set(names.values()))]
-            for file in files:
-                check_link(path, file)
-            return files, names
-    dangling = [path / single for single in (safe, pickled) if (path / single).is_symlink()]
-    gone = [f"; {link.name} is a link to {link.readlink()}, which does not exist" for link in dangling]
-    raise FileNotFoundError(
-        f"{path}: no weights: neither {safe} nor {safe}.index.json exists{''.join(gone)}. Check the path, "
-        "or download them again."
-    )
-
-
-def _has(path: Path, name: str) -> bool:
-    return (path / name).is_file() or (path / f"{name}.index.json").is_file()
-
-
-def _weight_map(index: Path, suffix: str) -> dict[str, str]:
-    """The index's tensor -> file name. Untrusted input: only plain relative `.safetensors` paths."""
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
-        raise ValueError(f"{index}: no usable 'weight_map' (tensor name -> file name). Download it again.")
-    problems = []
-    for file in sorted(set(names.values())):
-        # PureWindowsPath parses both kinds of slashes and drives, on any system.
-        parts = PureWindowsPath(file)
-        if parts.drive or parts.root or ".." in parts.parts or not file.endswith(suffix):
-            problems.append(f"{file!r} is not a {suffix} file inside the folder")
-        elif not (index.parent / file).is_file():
-            problems.append(f"{file} is missing, with {sum(f == file for f in names.values())} tensors")
-    if problems:
-        missing = all("is missing" in problem for problem in problems)
-        kind = FileNotFoundError if missing else ValueError
-        raise kind(
-            f"{index}: " + "; ".join(problems) + ". Download the checkpoint again, from a source you trust."
-        )
-    return names
 
 
 def _check_index(path: Path, index: dict[str, str] | None, sources: Mapping[Path, WeightFile]) -> None:

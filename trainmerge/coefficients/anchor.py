@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trainmerge.system.ranges import check_fields
+
 
 @dataclass(frozen=True)
 class Anchor:
@@ -32,8 +34,7 @@ class Anchor:
     scale: Literal["paper", "reference"] = "paper"
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"anchor.weight must not be negative, not {self.weight}")
+        check_fields(self, weight="[0, inf)")
 
     def __call__(self, coefficients: Tensor, start: Tensor) -> Tensor:
         """The penalty of coefficients [K, G] that started at `start` [K, G].

@@ -9,6 +9,7 @@ import torch
 from rich.progress import track
 
 from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.system.ranges import check_option
 from trainmerge.task_vectors.delta import TaskVectors, dense_term
 
 
@@ -59,8 +60,8 @@ def allocate_chunks(
     Raises:
         ValueError: a budget that is not positive, a negative kappa, or more chunks than rows in total.
     """
-    if budget <= 0 or kappa < 0:
-        raise ValueError(f"allocation needs a budget above 0 and kappa of at least 0, not {budget}, {kappa}")
+    check_option("budget", budget, float, "(0, inf)")
+    check_option("kappa", kappa, float, "[0, inf)")
     total = round(budget * len(importance))
     if total > sum(rows[name] for name in importance):
         raise ValueError(f"{total} chunks are more than the parameters' rows; use a smaller budget")

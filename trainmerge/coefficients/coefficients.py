@@ -5,6 +5,7 @@ Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,18 +40,25 @@ class Coefficients(nn.Module):
         self._fixed = self.raw.detach()[:, list(layout.fixed)].clone()  # [K, fixed groups]
 
     def forward(self) -> Tensor:
-        """The coefficients, [K, G], differentiable in `raw`."""
-        return self.constraint.values(self.raw)
+        """The coefficients, [K, G], differentiable in `raw`, except for fixed ones."""
+        raw: Tensor = self.raw
+        if self.layout.fixed:  # whatever an optimizer did to them within its step
+            raw = raw.index_copy(1, self._fixed_groups(), self._fixed.to(raw))
+        return self.constraint.values(raw)
 
     def of(self, name: str, values: Tensor) -> Tensor:
         """One parameter's columns of `values` [K, G] -> [K, C]."""
         return values[:, list(self.layout.groups[name])]
 
+    def slope(self, gradient: Tensor) -> Tensor:
+        """d loss / d raw, given d loss / d coefficients, both [K, G]; 0 where coefficients are fixed."""
+        # Not `backward`: DDP's hooks would reduce the already reduced gradient again.
+        (found,) = torch.autograd.grad(self(), self.raw, gradient.to(self.raw))
+        return found
+
     def backward(self, gradient: Tensor) -> None:
         """Add d loss / d raw to `raw.grad`, given d loss / d coefficients [K, G]."""
-        learned = gradient.to(self.raw).index_fill(1, self._fixed_groups(), 0.0)
-        # Not `backward`: DDP's hooks would reduce the already reduced gradient again.
-        (found,) = torch.autograd.grad(self(), self.raw, learned)
+        found = self.slope(gradient)
         self.raw.grad = found if self.raw.grad is None else self.raw.grad + found
 
     @torch.no_grad()
@@ -67,6 +75,11 @@ class Coefficients(nn.Module):
         """
         projected = self.constraint.project(self.raw)
         self.raw.copy_(projected.index_copy(1, self._fixed_groups(), self._fixed.to(self.raw)))
+
+    def release_(self) -> None:
+        """From now on no coefficient is fixed: all have gradients, and may be changed."""
+        self.layout = replace(self.layout, fixed=())
+        self._fixed = self._fixed[:, :0]
 
     def _fixed_groups(self) -> Tensor:
         return torch.tensor(self.layout.fixed, dtype=torch.int64, device=self.raw.device)

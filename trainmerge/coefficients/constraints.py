@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from trainmerge.system.ranges import check_fields
+
 
 @dataclass(frozen=True)
 class Constraint(ABC):
@@ -60,6 +62,7 @@ class Box(Constraint):
     high: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self, low="[-inf, inf)", high="(-inf, inf]")
         if not self.low < self.high:
             raise ValueError(f"box needs low < high, not [{self.low}, {self.high}]")
 
@@ -113,8 +116,7 @@ class Simplex(Constraint):
     base: bool = False
 
     def __post_init__(self) -> None:
-        if self.total <= 0:
-            raise ValueError(f"a simplex needs a positive total, not {self.total}")
+        check_fields(self, total="(0, inf)")
 
     @override
     def start(self, values: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from trainmerge.system.ranges import check_option
+
 
 class FrankWolfe(Optimizer):
     """Optimises coefficients [K, G] over a simplex; use it with `constraint: trainmerge.Simplex`.
@@ -37,8 +39,9 @@ class FrankWolfe(Optimizer):
         shared: bool = False,
         search: bool = False,
     ) -> None:
-        if total <= 0:
-            raise ValueError(f"total must be positive, not {total}")
+        check_option("FrankWolfe.total", total, float, "(0, inf)")
+        for name, value in (("base", base), ("shared", shared), ("search", search)):
+            check_option(f"FrankWolfe.{name}", value, bool)
         super().__init__(params, {"total": total, "base": base, "shared": shared, "search": search})
         if len(self.param_groups) != 1 or len(self.param_groups[0]["params"]) != 1:
             raise ValueError("FrankWolfe optimises a single tensor of coefficients")

@@ -12,6 +12,7 @@ from torch import Tensor
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.coefficients.layout import Layout
 from trainmerge.coefficients.presets import Preset
+from trainmerge.system.ranges import check_option
 
 Initial = float | Sequence[float] | str | Preset
 
@@ -22,8 +23,9 @@ def read_initial(initial: Initial, experts: Sequence[str], layout: Layout) -> Te
     A file may have a coarser grouping: every chunk then starts with its parameter's coefficient.
 
     Raises:
-        ValueError: the wrong number of experts, or a file of a different merge.
+        ValueError: numbers that are not finite, the wrong number of experts, or a file of a different merge.
     """
+    check_option("initial", initial, float | Sequence[float] | str | Preset)
     if isinstance(initial, Preset):
         return initial(experts, layout)
     if isinstance(initial, str):

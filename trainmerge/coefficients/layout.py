@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from trainmerge.system.json_file import parse_json, read_json
+from trainmerge.system.ranges import check_fields
 from trainmerge.system.text import listed
 from trainmerge.system.workspace import digest
 from trainmerge.task_vectors.parameter_names import block_of, idle_patterns, matches
@@ -39,8 +40,7 @@ class Grouping:
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.chunks, int) and self.chunks < 1:
-            raise ValueError(f"chunks must be at least 1, not {self.chunks}")
+        check_fields(self, chunks="[1, inf)" if isinstance(self.chunks, int) else "[0, inf)")
         if self.chunks != 1 and self.granularity != "chunk":
             raise ValueError(f"chunks={self.chunks} needs granularity=chunk, not {self.granularity}")
 
@@ -133,6 +133,12 @@ class Layout:
     groups: Mapping[str, tuple[int, ...]]  # parameter -> the group of each of its C chunks
     excluded: Mapping[str, str] = field(default_factory=dict)  # parameter -> why it keeps the base's value
     fixed: tuple[int, ...] = ()  # groups that keep the coefficient they start with
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The parameters with a coefficient that is not fixed."""
+        fixed = {*self.fixed}
+        return tuple(name for name, groups in self.groups.items() if not fixed.issuperset(groups))
 
     def to_json(self) -> str:
         """A text that `from_json` reads back."""

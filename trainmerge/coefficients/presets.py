@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from trainmerge.coefficients.layout import Layout
 from trainmerge.data.examples import Columns, Example, load_examples
+from trainmerge.system.ranges import check_fields
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class LayerSwap(Preset):
     bottom: int = 5
     top: int = 2
     transition: int = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self, bottom="[0, inf)", top="[0, inf)", transition="[0, inf)")
 
     @override
     def __call__(self, experts: Sequence[str], layout: Layout) -> Tensor:
@@ -98,6 +102,9 @@ class MetricsWeighted(Preset):
     metrics: Mapping[str, float]
     power: float = 1.0
     best: Literal["lowest", "highest"] = "lowest"
+
+    def __post_init__(self) -> None:
+        check_fields(self, metrics="(0, inf)", power="[0, inf)")
 
     @override
     def __call__(self, experts: Sequence[str], layout: Layout) -> Tensor:
@@ -160,8 +167,7 @@ class DomainPosterior(MeasuredPreset):
     rate: float = 0.3
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate <= 1 or self.max_texts < 1:
-            raise ValueError("DomainPosterior needs a rate in (0, 1] and at least one text")
+        check_fields(self, rate="(0, 1]", max_texts="[1, inf)")
 
     @override
     def measured(self, experts: Sequence[str], measure: Measures) -> Tensor:
@@ -197,6 +203,9 @@ class T3(MeasuredPreset):
     high: float = 1.0
     gamma: float = 0.5
     centred: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, gamma="[0, inf)", max_texts="[1, inf)")
 
     @override
     def measured(self, experts: Sequence[str], measure: Measures) -> Tensor:

@@ -26,6 +26,7 @@ from trainmerge.data.examples import (
     warn_of_overlap,
 )
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.system.ranges import check_option
 from trainmerge.system.safetensors_file import sha256 as file_sha256
 
 
@@ -72,9 +73,11 @@ class Steps(Dataset[Step]):
     def _batch(self, expert: int, step: int) -> Batch:
         own = self.examples[expert]
         chosen = sample(self.seed, expert, step, self.batch_size, len(own))[self.rank :: self.world_size]
-        encoded = self.tokenize.encode([own[i] for i in chosen])
+        examples = [own[i] for i in chosen]
+        encoded = self.tokenize.encode(examples)
         share = len(chosen) * self.world_size / self.batch_size
-        return Batch(expert, encoded.inputs, encoded.mask, torch.tensor(chosen), share=share)
+        rows = self.tokenize.picture_rows(examples, encoded.inputs)
+        return Batch(expert, encoded.inputs, encoded.mask, torch.tensor(chosen), share=share, rows=rows)
 
 
 def _contents(example: Example) -> list[Any]:
@@ -123,8 +126,11 @@ class Calibration(pl.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if min(batch_size, max_length, 1 if max_examples is None else max_examples) < 1:
-            raise ValueError("data.batch_size, data.max_length and data.max_examples must be at least 1")
+        check_option("data.batch_size", batch_size, int, "[1, inf)")
+        check_option("data.max_length", max_length, int, "[1, inf)")
+        check_option("data.max_examples", max_examples, int | None, "[1, inf)")
+        check_option("data.seed", seed, int, "[0, inf)")
+        check_option("data.num_workers", num_workers, int, "[0, inf)")
         self.files, self.test_files = dict(files), dict(test_files or {})
         self.batch_size, self.columns = batch_size, columns
         self.seed, self.num_workers = seed, num_workers

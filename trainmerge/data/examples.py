@@ -13,8 +13,15 @@ from typing import Any, NamedTuple
 import datasets
 
 from trainmerge.system.atomic import seen_from
+from trainmerge.system.ranges import check_fields
 from trainmerge.system.text import reason
 
+REWRITTEN = (
+    "the chat template writes a turn of the assistant in another way once later turns follow (it leaves out "
+    "earlier reasoning, say), so the chat up to that turn is no prefix of the whole: its tokens cannot be "
+    "located. Mark them in the template with {% generation %}, or give texts with a column of spans "
+    "(data.columns.text and data.columns.spans)"
+)
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -50,6 +57,9 @@ class Columns:
     target: str | None = None
     image: str | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def names(self) -> list[str]:
         """The columns that a file must have."""
         chosen = [self.messages or self.text, self.spans, self.target, self.image]
@@ -76,6 +86,8 @@ def _example(row: Mapping[str, Any], columns: Columns, render: Render, path: Pat
             example = render(row[columns.messages])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where} has no chat in {columns.messages!r}: {error}") from error
+        if not (example.spans or columns.spans or columns.image):
+            raise ValueError(f"{where}: {REWRITTEN}")
     else:
         example = Example(_text(row, columns.text, where))
     if columns.image and columns.spans:

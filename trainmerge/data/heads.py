@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.system.json_file import parse_json, read_bytes
+from trainmerge.system.ranges import check_fields
 from trainmerge.system.safetensors_file import MappedFile, sha256
 
 Pooling = Literal["mean", "first"]
@@ -68,6 +69,10 @@ class Head(ABC):
         """The hidden size that it needs; None accepts any."""
         return None
 
+    def classes(self) -> int | None:
+        """The number of classes; None if it is known only when the head is built."""
+        return None
+
 
 @dataclass(frozen=True)
 class LabelHead(Head):
@@ -80,6 +85,9 @@ class LabelHead(Head):
     scale: float = 20.0
     pooling: Pooling = "mean"
 
+    def __post_init__(self) -> None:
+        check_fields(self, scale="(0, inf)")
+
     @override
     def build(self, encode: Encode) -> Classifier:
         hidden, mask = encode(self.texts())
@@ -89,6 +97,10 @@ class LabelHead(Head):
     @override
     def identity(self) -> str:
         return f"{self!r} {self.texts()}"
+
+    @override
+    def classes(self) -> int:
+        return len(self.texts())
 
     def texts(self) -> list[str]:
         """The label texts, in class order.
@@ -110,6 +122,9 @@ class LinearHead(Head):
     bias: str | None = "classifier.bias"  # [V]
     pooling: Pooling = "first"
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @override
     def build(self, encode: Encode) -> Classifier:
         file = self._checked_file()
@@ -123,6 +138,10 @@ class LinearHead(Head):
     @override
     def width(self) -> int:
         return self._checked_file().tensors[self.weight].shape[1]
+
+    @override
+    def classes(self) -> int:
+        return self._checked_file().tensors[self.weight].shape[0]
 
     def _checked_file(self) -> MappedFile:
         """The file, with its header checked for this head.

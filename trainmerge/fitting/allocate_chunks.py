@@ -9,7 +9,7 @@ from rich.progress import track
 
 from trainmerge.coefficients.chunk_allocation import allocate_chunks, magnitude, shares
 from trainmerge.data.calibration import Calibration
-from trainmerge.fitting.calibration_loss import batches
+from trainmerge.fitting.calibration_loss import batches, loss_and_gradient
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.reopen import reopen
 from trainmerge.run.folder import RunFolder
@@ -76,12 +76,10 @@ def energy(module: MergeModule, data: Calibration) -> dict[str, float]:
     `module` needs a layout with several chunks per parameter.
     """
     module.load(data)
-    merged = module.resident.merged
-    merged.materialise()
+    module.resident.merged.materialise()
     scores = dict.fromkeys(module.opened.layout.groups, 0.0)
     for batch in track(list(batches(module, data)), description="measuring gradients"):
-        module.loss(batch).backward()  # type: ignore[no-untyped-call]
-        squares = merged.gradient().double().square().sum(dim=0)
+        squares = loss_and_gradient(module, batch)[1].double().square().sum(dim=0)
         for name, groups in module.opened.layout.groups.items():
             scores[name] += squares[list(groups)].sum().item()
     return shares(scores)

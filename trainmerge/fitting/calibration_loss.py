@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from trainmerge.data.batch import Batch
 from trainmerge.data.calibration import Calibration
@@ -42,6 +43,19 @@ def batches(module: MergeModule, data: Calibration) -> Iterator[Batch]:
                 part = slice(0, 1)
             batch = module.resident.batch(expert, own[part], data.tokenize, first + part.start)
             yield batch._replace(share=share)
+
+
+def loss_and_gradient(
+    module: MergeModule, batch: Batch, count: int = 1, of: int = 1
+) -> tuple[Tensor, Tensor]:
+    """A batch's loss times count / of, and its coefficient gradient [K, G]; again if float16 overflows."""
+    merged = module.resident.merged
+    while True:
+        loss = module.loss(batch) * count / of
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradient = merged.gradient()
+        if merged.loss_scale.settle(bool(gradient.isfinite().all())):
+            return loss.detach(), gradient
 
 
 def _count(batch: Batch) -> float:

@@ -8,6 +8,8 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
+from trainmerge.system.ranges import check_option
+
 
 class StopWhenFlat(Callback):
     """Stop when the smoothed loss has had no new minimum for `patience` steps.
@@ -23,11 +25,9 @@ class StopWhenFlat(Callback):
     """
 
     def __init__(self, patience: int = 20, smoothing: float = 0.9, least: float = 0.0) -> None:
-        if patience < 1 or not 0 <= smoothing < 1 or least < 0:
-            raise ValueError(
-                f"StopWhenFlat needs patience of at least 1, smoothing in [0, 1), least of at least 0, "
-                f"not {patience}, {smoothing}, {least}"
-            )
+        check_option("StopWhenFlat.patience", patience, int, "[1, inf)")
+        check_option("StopWhenFlat.smoothing", smoothing, float, "[0, 1)")
+        check_option("StopWhenFlat.least", least, float, "[0, inf)")
         self.patience, self.smoothing, self.least = patience, smoothing, least
         self.total, self.weight = 0.0, 0.0
         self.lowest, self.lowest_step = math.inf, 0

@@ -12,6 +12,7 @@ from trainmerge.fitting.keep_better import save_better
 from trainmerge.fitting.memory_budget import schedule_within, watch_memory
 from trainmerge.fitting.model_settings import check_data, needs_examples
 from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.optimisation import check_optimisation
 from trainmerge.fitting.outcome import check_learned, save_end, save_start, warn_if_loss_did_not_fall
 from trainmerge.fitting.plan_fit import Precision
 from trainmerge.fitting.preflight import check_tasks
@@ -49,8 +50,9 @@ def fit(
 
     Raises:
         ValueError: the run or the checkpoint was made with different experts, data or settings; non-finite
-            weights; invalid settings; another process changes the run.
+            weights; invalid settings; a trainer of another run folder; another process changes the run.
     """
+    check_folder(trainer, Path(run))
     check_settings(module, data, trainer)
     if limit := parse_size(memory) if memory else 0:
         cut_steps(module, data, trainer, limit)
@@ -171,6 +173,21 @@ def precision_of(trainer: pl.Trainer) -> Precision:
     return trainer.strategy.precision_plugin.forward_context
 
 
+def check_folder(trainer: pl.Trainer, run: Path) -> None:
+    """Raise ValueError if the trainer does not write into this run folder."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    folders = [callback.folder.path for callback in callbacks if isinstance(callback, Snapshots)]
+    if not folders:
+        raise ValueError(
+            "this trainer saves no snapshots: make it with trainmerge.make_trainer(run, max_steps=...)"
+        )
+    if folders[0].resolve() != run.resolve():
+        raise ValueError(
+            f"the trainer writes into {folders[0]}, and the fit into {run}: give make_trainer and fit the "
+            "same run folder"
+        )
+
+
 def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:
     """Raise ValueError for settings that cannot work or would silently change what is learned."""
     if trainer.max_steps < 0:
@@ -182,6 +199,8 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
             f"precision {trainer.precision} would round the coefficients; use bf16-mixed or 16-mixed"
         )
     check_strategy(trainer)
+    if trainer.max_steps:
+        check_optimisation(module)
     if data.batch_size < trainer.world_size:
         raise ValueError(
             f"data.batch_size {data.batch_size} leaves some of {trainer.world_size} processes without an "

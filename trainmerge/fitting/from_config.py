@@ -20,6 +20,7 @@ from trainmerge.fitting.trainer import make_trainer
 from trainmerge.run.config import public_path, public_paths, read_settings
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.sections import check_sections
 from trainmerge.run.templates import expand
 from trainmerge.run.trust import files_checked
 
@@ -76,6 +77,7 @@ def from_config(config: str | Path, run: str | Path, changes: Mapping[str, Any] 
     content = _load(Path(config).read_text(encoding="utf-8"))
     for key, value in {**(changes or {}), "run": str(run)}.items():
         content = _changed(content, key.split("."), value)
+    check_sections(content)
     with files_checked({Path(config): content}):
         return build_settings(content)
 
@@ -137,20 +139,22 @@ class FitCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Check configuration files before parsing: duplicate keys, and what a run's own may import.
+        """Check before parsing what the parser would not, and name its errors in plain words.
 
         Raises:
-            ValueError: as `read_settings` and `imports_checked`; other mistakes, in plain words.
+            ValueError: as `read_settings`, `check_sections`, `files_checked` and `explain`.
         """
         words = [word.partition("=") for word in args] if isinstance(args, list) else []
         files = [Path(value) for key, _, value in words if key == "--config" and Path(value).is_file()]
+        options = {key[2:]: value for key, _, value in words if key != "--config"}
+        for key, value in options.items():
+            check_sections({key: get_loader("yaml")(value)})
         with files_checked({file: public_paths(read_settings(file)) for file in files}):
             try:
                 super().parse_arguments(parser, args)
             except ArgumentError as error:
                 known = [action.dest for action in parser._actions]
-                options = [key[2:] for key, _, _ in words if key != "--config"]
-                raise ValueError(explain(str(error), known, files, options)) from error
+                raise ValueError(explain(str(error), known, files, list(options))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer of `trainer.make_trainer`, with the configuration's arguments."""

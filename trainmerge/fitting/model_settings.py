@@ -12,6 +12,7 @@ from trainmerge.data.calibration import Calibration
 from trainmerge.model.teachers import BUDGET
 from trainmerge.preprocess import Informed
 from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.quantise import Quantise
 
 
@@ -27,8 +28,7 @@ class ModelSettings:
     sharded: bool = False
 
     def __post_init__(self) -> None:
-        if self.subspace < 0:
-            raise ValueError(f"subspace must be 0 or more, not {self.subspace}")
+        check_fields(self, "model", subspace="[0, inf)", teacher_budget="[1, inf)")
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -6,8 +6,9 @@ are hidden from Lightning, which would otherwise save, move and synchronise them
 Legend: `K` experts, `G` coefficient groups.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,6 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.coefficients.aggregation import combined
 from trainmerge.coefficients.anchor import Anchor
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.constraints import Constraint, Free
@@ -27,12 +27,15 @@ from trainmerge.coefficients.initial import Initial, read_initial
 from trainmerge.data.batch import Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.model_settings import ModelSettings, check_data, check_sharding, needs_examples
+from trainmerge.fitting.precision import scale_of, without_scaler
 from trainmerge.fitting.prepare import FitInputs, prepare
+from trainmerge.fitting.step_gradient import StepGradient
 from trainmerge.model.resident import Resident
 from trainmerge.model.teachers import BUDGET, Record
 from trainmerge.objectives import Entropy, Objective
-from trainmerge.plan.micro_batches import StepSchedule, rounds
+from trainmerge.plan.micro_batches import StepSchedule
 from trainmerge.run.recipe import Recipe
+from trainmerge.system.ranges import check_option
 from trainmerge.task_vectors.quantise import Quantise
 
 
@@ -91,6 +94,8 @@ class MergeModule(pl.LightningModule):
         sharded: bool = False,
     ) -> None:
         super().__init__()
+        check_option("model.clip", clip, float, "[0, inf)")
+        check_option("model.keep_better", keep_better, bool)
         if keep_gradients and combine is not None:
             raise ValueError(
                 "keep_gradients sums the gradients that `combine` needs separately: set only one of them"
@@ -163,11 +168,21 @@ class MergeModule(pl.LightningModule):
             raise TypeError("fit with trainer.fit(module, datamodule=Calibration(...))")
         strategy = self.trainer.strategy  # `self.device` is still the CPU here
         self.load(data, strategy.root_device, strategy.precision_plugin.forward_context)
+        if scale := scale_of(strategy.precision_plugin):
+            self.resident.merged.loss_scale = scale
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the run depends on to the checkpoint."""
+        """Add what the run depends on to the checkpoint, and the scale of float16 gradients."""
         checkpoint["trainmerge"] = self.description
+        if self.resident.merged.loss_scale.active:
+            checkpoint["loss_scale"] = self.resident.merged.loss_scale.state_dict()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue with the checkpoint's scale of float16 gradients."""
+        if "loss_scale" in checkpoint:
+            self.resident.merged.loss_scale.load_state_dict(checkpoint["loss_scale"])
 
     @override
     def training_step(self, step: Step, index: int) -> None:
@@ -175,20 +190,22 @@ class MergeModule(pl.LightningModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         reports: list[dict[str, Tensor]] = []
+        gradient = self._step_gradient()
 
         def closure() -> Tensor:
-            losses, gradient = self._gradient_of(step)
+            losses, slopes = gradient(step, self.global_step)
             reports.append(losses)
             optimizer.zero_grad()
+            self.coefficients.raw.grad = slopes
             penalty = self.anchor(self.coefficients(), self.start.to(self.device))
-            self.coefficients.backward(gradient)
             if self.anchor.weight:
                 self.manual_backward(penalty)
             if self.clip:
                 torch.nn.utils.clip_grad_norm_(self.coefficients.parameters(), self.clip)
-            return torch.stack(list(reports[-1].values())).sum() + penalty.detach()
+            return torch.stack(list(losses.values())).sum() + penalty.detach()
 
-        optimizer.step(closure)
+        with without_scaler(self.trainer.strategy.precision_plugin):
+            optimizer.step(closure)
         self.coefficients.project_()
         self._step_scheduler()
         if isinstance(optimizer.optimizer, FrankWolfe):
@@ -198,47 +215,27 @@ class MergeModule(pl.LightningModule):
         # Not loss/NAME: a logger that stores each metric as a file would need `loss` as file and as folder.
         self.log_dict({f"losses/{name}": loss for name, loss in losses.items()})
 
-    def _gradient_of(self, step: Step) -> tuple[dict[str, Tensor], Tensor]:
-        """The losses of all tasks at the current coefficients, and the step's gradient [K, G].
-
-        Gradients of several processes are averaged before they are combined.
-        """
-        merged = self.resident.merged
-        merged.materialise()
-        losses: dict[str, Tensor] = {}
-        with merged.tapped():
-            if self.rule is None:
-                for batches in rounds(step, self.schedule):
-                    for name, loss in self._backward(batches).items():
-                        losses[name] = losses[name] + loss if name in losses else loss
-                return self._averaged(losses, merged.gradient())
-            rows = []
-            for batch in step:
-                losses |= self._backward([batch])
-                rows.append(merged.gradient())
-        losses, gradients = self._averaged(losses, torch.stack(rows))
-        return losses, combined(gradients, self.rule, self.global_step)
-
-    def _backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Forwards of some tasks and one backward; the tasks' weighted losses."""
-        names = list(self.recipe.experts)
-        losses = {names[batch.expert]: self.loss(batch) for batch in batches}
-        self.manual_backward(torch.stack(list(losses.values())).sum())
-        return {name: loss.detach() for name, loss in losses.items()}
+    def _step_gradient(self) -> StepGradient:
+        return StepGradient(
+            self.resident.merged,
+            tuple(self.recipe.experts),
+            self.loss,
+            self.manual_backward,
+            partial(self.trainer.strategy.reduce, reduce_op="mean"),
+            self.schedule,
+            self.rule,
+        )
 
     def loss(self, batch: Batch) -> Tensor:
-        """The weighted loss of one expert's batch at the resident model's current weights."""
+        """The weighted loss of one expert's batch at the resident model's current weights.
+
+        Its backward has the model's `loss_scale`, which `MergedModel.gradient` takes out again.
+        """
         expert = list(self.recipe.experts.values())[batch.expert]
         if self.teachers:
             batch = batch._replace(teacher=self.teachers[batch.expert].of(batch.ids, self.resident.device))
         losses = self.objective(self.resident(batch, self.objective.asks.layers), batch)
-        return expert.weight * batch.share * losses.mean()
-
-    def _averaged(self, losses: dict[str, Tensor], gradient: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Means over processes of the K losses and the K x G gradient (per row): all that is reduced."""
-        mine = torch.cat([torch.stack(list(losses.values())).to(gradient), gradient.flatten()])
-        mean: Tensor = self.trainer.strategy.reduce(mine, reduce_op="mean")
-        return dict(zip(losses, mean, strict=False)), mean[len(losses) :].view_as(gradient)
+        return self.resident.merged.loss_scale(expert.weight * batch.share * losses.mean())
 
     def _step_scheduler(self) -> None:
         scheduler = self.lr_schedulers()

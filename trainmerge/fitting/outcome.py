@@ -58,8 +58,10 @@ def warn_if_unchanged(module: MergeModule) -> None:
 def warn_if_at_bound(module: MergeModule) -> None:
     """Warn if many coefficients are at a bound of the constraint."""
     coefficients = module.coefficients
+    fixed = {*coefficients.layout.fixed}
+    learned = [group for group in range(coefficients.raw.shape[1]) if group not in fixed]
     with torch.no_grad():
-        share = coefficients.constraint.at_bound(coefficients()).float().mean().item()
+        share = coefficients.constraint.at_bound(coefficients())[:, learned].float().mean().item()
     if share >= AT_BOUND:
         warnings.warn(
             f"{100 * share:.0f}% of the coefficients are at a bound of {coefficients.constraint}: widen it, "

@@ -58,9 +58,9 @@ def plan_fit(
         recompute_blocks(model.module)
     parts = list(rounds(step, schedule))
     heads = {k: e.head for k, e in enumerate(module.recipe.experts.values()) if e.head is not None}
-    merged = {model.names[name] for name in module.opened.layout.groups}
+    learned = {model.names[name] for name in module.opened.layout.learned}
     needs = dry_run(
-        model.module, merged, parts, module.objective, heads, model.dtypes, precision, records.width
+        model.module, learned, parts, module.objective, heads, model.dtypes, precision, records.width
     )
     device = device or measured(next(iter(model.dtypes.values())))
     before = anonymous() if sys.platform == "linux" and not device.link else 0
@@ -148,4 +148,5 @@ def _longest(data: Calibration, expert: int, count: int) -> Batch:
     own = sorted(data.examples[expert], key=lambda example: -len(example.text))
     chosen = (own * count)[:count] if len(own) < count else own[:count]
     encoded = data.tokenize.encode(chosen)
-    return Batch(expert, encoded.inputs, encoded.mask, torch.arange(count))
+    rows = data.tokenize.picture_rows(chosen, encoded.inputs)
+    return Batch(expert, encoded.inputs, encoded.mask, torch.arange(count), rows=rows)

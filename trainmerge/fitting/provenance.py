@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trainmerge.coefficients.presets import Preset
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.optimisation import build_optimisation
 from trainmerge.run.config import to_config
 from trainmerge.system.json_file import parse_json
 from trainmerge.system.torch_file import load_torch
@@ -43,10 +43,9 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
 
 
 def _optimisation(module: MergeModule) -> dict[str, str]:
-    optimizer = module.make_optimizer(iter([torch.nn.Parameter(module.coefficients.raw.detach().clone())]))
-    settings = {"optimizer": str(optimizer)}
-    if module.make_scheduler is not None:
-        scheduler = module.make_scheduler(optimizer)
+    _, optimizer, scheduler = build_optimisation(module)
+    settings = {"optimizer": optimizer}
+    if scheduler is not None:
         state = {key: str(value) for key, value in sorted(scheduler.state_dict().items())}
         settings["lr_scheduler"] = f"{type(scheduler).__name__} {state}"
     return settings

@@ -9,23 +9,27 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.objectives import Objective
 from trainmerge.run.config import build
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.manifest import NEEDED, read_manifest
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import calibration_files
+
+SETTINGS = ("objective", "teacher_budget", "weights")  # of the module, in the manifest
 
 
 def reopen(
     folder: RunFolder, grouping: Grouping | None = None, examples: int | None = None
 ) -> tuple[MergeModule, Calibration]:
-    """Module and data of a run; the model is not loaded yet.
+    """Module and data of a run; the model is not loaded yet, and no coefficient is fixed.
 
     `grouping` replaces the run's by a finer one. `examples`: use the first so many per expert; by default
     all.
 
     Raises:
-        ValueError: no run, no coefficients, or base or experts changed since the fit.
+        ValueError: no run, no coefficients, a manifest without its settings, or base or experts changed
+            since the fit.
     """
     recipe, _, _ = open_run(folder)
-    manifest = folder.read_manifest()
+    manifest = read_manifest(folder.manifest, needed=(*NEEDED, *SETTINGS))
     module = MergeModule(
         replace(recipe, grouping=grouping or recipe.grouping),
         build(Objective, manifest["objective"], folder.manifest),  # type: ignore[type-abstract]
@@ -34,6 +38,7 @@ def reopen(
         weights=manifest["weights"],
         workspace=str(folder.workspace),
     )
+    module.coefficients.release_()  # trade-offs scale fixed coefficients too, and need their gradients
     settings = manifest["data"] | {"columns": Columns(**manifest["data"]["columns"])}
     if examples is not None:
         settings["max_examples"] = min(examples, settings["max_examples"] or examples)

@@ -19,6 +19,7 @@ from trainmerge.fitting.progress import progress_bar
 from trainmerge.fitting.snapshots import Snapshots
 from trainmerge.fitting.usage_log import UsageLog
 from trainmerge.run.folder import RunFolder
+from trainmerge.system.ranges import check_option
 
 SETTINGS: dict[str, Any] = {
     "max_epochs": -1,  # a fit counts steps; its single epoch is the remaining ones
@@ -53,8 +54,8 @@ def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.
         ValueError: `save_every` is not positive, an argument is set by the fit itself, or the folder cannot
             be written.
     """
-    if save_every < 1:
-        raise ValueError(f"save_every must be at least 1, not {save_every}")
+    check_option("run", run, str | Path)
+    check_option("save_every", save_every, int, "[1, inf)")
     folder = RunFolder(Path(run))
     folder.check_place()
     given_callbacks = arguments.pop("callbacks", None) or []

@@ -1,31 +1,30 @@
 """Both passes as one fused loop each, compiled by inductor: C++ on a CPU, Triton on a GPU.
 
 One kernel per K, forms and dtypes, for all shapes: a chunk of rows is a flat, contiguous run of elements.
-Inductor caches compiled code on disk, in a folder per instruction set in `TORCHINDUCTOR_CACHE_DIR`, so
+Inductor caches compiled code on disk, in a folder per processor in `TORCHINDUCTOR_CACHE_DIR`, so
 that the next process only loads it. Cases that a flat loop does not cover (low-rank and quantised terms,
 float64, strides, small tensors, zero coefficients) run eagerly, and so does everything after a failed
 compilation.
 """
 
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from types import FunctionType
 
 import torch
 from torch import Tensor
 
 import trainmerge.kernels.eager as eager
+from trainmerge.kernels.inductor_cache import use_own_cache
 from trainmerge.kernels.quantised import Quantised
 from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, rows_of
 
 SMALL = 1 << 15  # elements of a chunk below which the call costs more than the loop saves (measured: 40 us)
 ROW = 2048  # products summed in float32, in registers, before float64
-CACHE = "trainmerge-torch-"  # prefix of our folder in inductor's cache
+PIECE = 1 << 14  # row sums that one thread adds: torch splits a sum of 2^15 and more among threads
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 _failed = False  # compilation failed once; do not try again
@@ -99,12 +98,21 @@ def _chunk_products(grad: Tensor, base: Tensor, terms: Sequence[Term]) -> Tensor
     places = [
         k for form in (ExpertWeight, Difference) for k, term in enumerate(terms) if isinstance(term, form)
     ]
-    sums[places] = dense.sum(1, dtype=torch.float64)
+    sums[places] = _row_sums(dense)
     if whole < grad.numel():  # the remaining elements, one per row
         rest = slice(whole, None)
         flat = [rows_of(_column(term), rest) for term in terms]
         sums += eager.inner_products(grad.view(-1)[rest], base.view(-1)[rest], flat, 1)[:, 0]
     return sums
+
+
+def _row_sums(rows: Tensor) -> Tensor:
+    """Float64 sums of [K, n] -> [K]; one long row in pieces, since torch would split it among threads."""
+    if len(rows) > 1:
+        return rows.sum(1, dtype=torch.float64)
+    return torch.stack([piece.sum(1, dtype=torch.float64) for piece in torch.split(rows, PIECE, dim=1)]).sum(
+        0
+    )
 
 
 def _column(term: Term) -> Term:
@@ -171,21 +179,3 @@ def _fused(function: Callable[..., Tensor], dtypes: str) -> Callable[..., Tensor
     code = function.__code__.replace(co_name=f"{function.__name__}_{dtypes}")
     own = FunctionType(code, function.__globals__)
     return torch.compile(own, fullgraph=True, dynamic=True, options={"cpp.dynamic_threads": True})
-
-
-@cache
-def use_own_cache() -> None:
-    """Let inductor cache in a folder of this instruction set and this torch, once per process.
-
-    Inductor finds a cached loop by its source, not by the instruction set: one compiled for AVX-512 gives
-    wrong numbers in a process that runs as AVX2, and computers of a cluster share their home folders. The
-    folder lies in the user's `TORCHINDUCTOR_CACHE_DIR`, or in inductor's default; a process that inherits
-    the variable from one of ours uses the same parent folder.
-    """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir  # takes a second: only when needed
-
-    parent = Path(cache_dir())
-    if parent.name.startswith(CACHE):
-        parent = parent.parent
-    capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(parent / f"{CACHE}{torch.__version__}-{capability}")

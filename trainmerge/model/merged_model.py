@@ -13,7 +13,7 @@ Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Gathered, Product, run_merges, run_products, shareable
-from trainmerge.model.low_rank_gradient import layer_products, tap, tappable
+from trainmerge.model.loss_scale import LossScale
+from trainmerge.model.low_rank_gradient import layer_products, tappable, tapped
 from trainmerge.model.row_shards import DeltaShard, as_shard, delta_shards, local, shares_storage
-from trainmerge.task_vectors.delta import Delta, TaskVectors, outside
+from trainmerge.preprocess.subspace import outside_subspace
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.prefetch import Prefetch, prefetch_to
 
 
@@ -32,12 +34,12 @@ class MergedModel:
 
     `names` maps a task vector's name to the module's parameter name, where they differ; `parameters` has the
     module's parameters under the task vectors' names. If `task_vectors` are preprocessed, `originals` are the
-    experts' own, which `teacher` and `uniform` merge. The module's weights are overwritten; only merged
-    parameters require gradients. Gradients are projected onto the orthogonal complement of `subspaces`,
-    orthonormal columns [m, k]. With `keep_gradients`, weight gradients accumulate until `gradient` processes
-    them in one pass over the task vectors: several backwards then cost one pass and the memory of one more
-        model. Under FSDP2, which must sum gradients (`sharded`), the coefficient gradients of all processes
-        add up to the sum of each process's own.
+    experts' own, which `teacher` and `uniform` merge. The module's weights are overwritten; only parameters
+    with a learned coefficient require gradients. Gradients are projected onto the orthogonal complement of
+    `subspaces`, orthonormal columns [m, k]. With `keep_gradients`, weight gradients accumulate until
+    `gradient` processes them in one pass over the task vectors: several backwards then cost one pass and the
+    memory of one more model. Under FSDP2, which must sum gradients (`sharded`), the coefficient gradients of
+    all processes add up to the sum of each process's own.
 
     Raises ValueError if its parameters share storage with the task vectors' base.
     """
@@ -58,6 +60,7 @@ class MergedModel:
         own, deltas = dict(module.named_parameters()), task_vectors.deltas
         self.parameters = {name: own[self.names.get(name, name)] for name in deltas}
         self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
+        self._learned = {name: self.parameters[name] for name in coefficients.layout.learned}
         if aliased := [n for n, p in self.parameters.items() if shares_storage(p, deltas[n].base)]:
             raise ValueError(
                 f"the model's weights share storage with the base of {aliased[:3]}: give the task vectors a "
@@ -69,14 +72,15 @@ class MergedModel:
             prefetch_to(device),
         )  # each pass has its own order
         self._mine: tuple[TaskVectors, Mapping[str, Delta]] | None = None  # this process's rows of them
+        self.loss_scale = LossScale.of(module)  # for losses whose backward `gradient` collects
         self._products = Gathered(self._run_products)
         self._found: list[tuple[Sequence[int], Tensor]] = []  # groups, and the sums to add to each
         module.requires_grad_(False)
-        for parameter in self._parameters.values():
+        for parameter in self._learned.values():
             parameter.requires_grad_(True)
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))  # type: ignore[no-untyped-call]
-            for name, parameter in self._parameters.items()
+            for name, parameter in self._learned.items()
         ]
 
     def with_task_vectors(
@@ -117,8 +121,11 @@ class MergedModel:
             self.materialise()
 
     def gradient(self) -> Tensor:
-        """The coefficient gradient [K, G] of all backwards since the last call, and resets it to zero."""
-        for name, parameter in self._parameters.items():
+        """The coefficient gradient [K, G] of all backwards since the last call, and resets it to zero.
+
+        Fixed coefficients have none: everything that reads a gradient sees 0 there.
+        """
+        for name, parameter in self._learned.items():
             if parameter.grad is not None:
                 self._collect(name, parameter)
         self._products.flush()
@@ -127,27 +134,22 @@ class MergedModel:
         if found:  # on the CPU, in a fixed order: a GPU's index_add_ is nondeterministic
             columns = torch.tensor([column for columns, _ in found for column in columns])
             total.index_add_(1, columns, torch.cat([inner for _, inner in found], 1).cpu().double())
-        return total.to(self.coefficients.raw)
+        total[:, list(self.coefficients.layout.fixed)] = 0.0
+        return self.loss_scale.unscaled(total).to(self.coefficients.raw)
 
     @contextmanager
     def tapped(self) -> Iterator[nn.Module]:
         """The module for forwards and backwards that need the coefficients' gradient only.
 
         If all experts of a linear layer are low-rank, `gradient` is computed from the layer's input and its
-        output's gradient, and no weight gradient is formed. Not for models that use such a weight outside its
-        layer's forward, or change a layer's output in place.
+        output's gradient, and the layer forms no weight gradient. Where a model reads such a weight outside
+        its layer's forward, this part's gradient is an ordinary one.
         """
-        ordinary = {n: p for n, p in self._parameters.items() if n not in self.subspaces}
-        layers = dict(tappable(self.module, ordinary, self.task_vectors.deltas))
-        handles = [tap(layer, partial(self._collect_at_layer, name)) for name, layer in layers.items()]
-        for layer in layers.values():
-            layer.weight.requires_grad_(False)
-        try:
+        ordinary = {n: p for n, p in self._learned.items() if n not in self.subspaces}
+        with ExitStack() as layers:
+            for name, layer in tappable(self.module, ordinary, self.task_vectors.deltas):
+                layers.enter_context(tapped(layer, partial(self._collect_at_layer, name)))
             yield self.module
-        finally:
-            for handle, layer in zip(handles, layers.values(), strict=True):
-                handle.remove()
-                layer.weight.requires_grad_(True)
 
     def _arrived(self, name: str, parameter: Tensor) -> None:
         if not self.keep_gradients:
@@ -174,8 +176,7 @@ class MergedModel:
             self._found.append((columns, layer_products(inputs, slopes, delta, len(columns))))
 
     def _projected(self, name: str, gradient: Tensor) -> Tensor:
-        basis = self.subspaces.get(name)
-        return gradient if basis is None else outside(gradient.to(basis.dtype), basis.to(gradient.device))
+        return outside_subspace(gradient, self.subspaces.get(name), self.task_vectors.deltas[name].role)
 
     @torch.no_grad()
     def _write(

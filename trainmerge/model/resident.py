@@ -108,7 +108,7 @@ def load_base(opened: Opened, placement: Placement) -> tuple[LoadedModel, Root |
     device = torch.device(placement.device)
     if placement.sharded and distributed.world_size() > 1:
         loaded = load_meta_model(opened.base, opened.ignore)
-        return loaded, shard_model(loaded, opened.base, opened.layout.groups, device, placement.dtype)
+        return loaded, shard_model(loaded, opened.base, opened.layout.learned, device, placement.dtype)
     loaded = load_model(opened.base, opened.ignore)
     loaded.module.to(device)
     return loaded, None

@@ -15,6 +15,7 @@ from trainmerge.data.batch import Asks, Batch, Outputs
 from trainmerge.objectives.base import Objective
 from trainmerge.objectives.divergence import divergence
 from trainmerge.objectives.rows import counted, example_mean, recorded
+from trainmerge.system.ranges import check_fields
 
 Distance = Literal["squared", "mse", "normalised", "cosine"]
 
@@ -45,10 +46,9 @@ class Alignment(Objective):
     distance: Distance = "normalised"
 
     def __post_init__(self) -> None:
-        if self.logits < 0 or self.hidden < 0 or not (self.logits or self.hidden):
-            raise ValueError("Alignment needs nonnegative weights, and logits or hidden above 0")
-        if self.temperature <= 0:
-            raise ValueError(f"Alignment.temperature must be above 0, not {self.temperature}")
+        check_fields(self, logits="[0, inf)", hidden="[0, inf)", temperature="(0, inf)")
+        if not (self.logits or self.hidden):
+            raise ValueError("Alignment needs logits or hidden above 0")
         if self.hidden and not self.layers:
             raise ValueError("Alignment.hidden is set: name at least one of the layers")
 

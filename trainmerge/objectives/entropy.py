@@ -14,6 +14,7 @@ from trainmerge.objectives.base import Objective
 from trainmerge.objectives.divergence import divergence
 from trainmerge.objectives.rows import counted, example_mean, recorded
 from trainmerge.system import distributed
+from trainmerge.system.ranges import check_fields
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -58,6 +59,9 @@ class Entropy(Objective):
 
     diversity: float = 0.0
     agreement: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, diversity="[0, inf)", agreement="[0, inf)")
 
     @property
     @override

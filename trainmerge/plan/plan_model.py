@@ -14,6 +14,7 @@ from trainmerge.plan.micro_batches import StepSchedule, rounds
 from trainmerge.plan.plan import Plan
 from trainmerge.plan.sizes import sizes_of
 from trainmerge.system.console import print_table
+from trainmerge.system.ranges import check_option
 
 
 def plan_model(
@@ -39,8 +40,9 @@ def plan_model(
     Raises:
         ValueError: transformers does not know the architecture, or a number is not positive.
     """
-    if min(experts, batch, length, devices) < 1:
-        raise ValueError("experts, batch, length and devices must be at least 1")
+    counts = {"experts": experts, "batch": batch, "length": length, "devices": devices}
+    for name, count in counts.items():
+        check_option(name, count, int, "[1, inf)")
     meta_model = build_meta_model(Path(folder))
     dtype = getattr(meta_model.config, "dtype", None) or torch.float32
     own = {name: p.numel() * dtype.itemsize for name, p in meta_model.named_parameters()}

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.base import Preprocess
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import TaskVectors, dense_term
 
 
@@ -32,6 +33,7 @@ class Breadcrumbs(Preprocess):
     outliers: float = 0.007
 
     def __post_init__(self) -> None:
+        check_fields(self, density="(0, 1]", outliers="[0, 1]")
         if not 0 < self.density <= 1 or not 0 <= self.outliers <= 1 - self.density + 1e-9:
             raise ValueError(
                 "density must be in (0, 1] and outliers in [0, 1 - density], not "

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.piecewise import Piecewise, Rule
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 
@@ -33,8 +34,7 @@ class Consensus(Piecewise):
     threshold: float | Sequence[float] = 0.4
 
     def __post_init__(self) -> None:
-        if self.agree < 0:
-            raise ValueError(f"agree must not be negative, not {self.agree}")
+        check_fields(self, agree="[0, inf)", threshold="[0, inf)")
 
     @override
     def rule(self, task_vectors: TaskVectors) -> Rule:

@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.piecewise import Piecewise, Rule
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 LARGE = 0.005  # mean |difference|: the paper's experts, which tolerate dropping 90%, are below it
@@ -39,8 +40,7 @@ class Dare(Piecewise):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"drop must be in [0, 1), not {self.drop}")
+        check_fields(self, drop="[0, 1)")
 
     @override
     def rule(self, task_vectors: TaskVectors) -> Rule:
@@ -54,7 +54,7 @@ class Dare(Piecewise):
         for delta in task_vectors.deltas.values():
             rows = slice(0, max(1, SAMPLE // max(1, delta.shape[1:].numel())))
             taus = (delta.rows(rows) if delta.shape else delta).dense()
-            sums += taus.abs().flatten(1).sum(dim=1, dtype=torch.float64).cpu()
+            sums += taus.abs().reshape(len(taus), -1).sum(dim=1, dtype=torch.float64).cpu()
             count += taus[0].numel()
         means = (sums / max(1, count)).tolist()
         large = {e: f"{m:.2g}" for e, m in zip(task_vectors.experts, means, strict=True) if m > LARGE}

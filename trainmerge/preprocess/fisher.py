@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.base import Calibrator, Informed
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import TaskVectors
 
 
@@ -29,8 +30,7 @@ class Fisher(Informed):
     floor: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.floor <= 0:
-            raise ValueError(f"floor must be above 0, not {self.floor}")
+        check_fields(self, floor="(0, inf)")
 
     @override
     def informed(self, task_vectors: TaskVectors, calibrator: Calibrator) -> Iterator[tuple[str, Tensor]]:

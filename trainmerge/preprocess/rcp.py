@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from trainmerge.preprocess.base import Calibrator, Informed
 from trainmerge.preprocess.fisher import squares
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import TaskVectors
 
 
@@ -36,6 +37,9 @@ class Rcp(Informed):
     keep: str
     add: str
     weight: float = 1000.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, weight="[0, inf)")
 
     @override
     def informed(self, task_vectors: TaskVectors, calibrator: Calibrator) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.base import Preprocess
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import TaskVectors
 
 PARALLEL = 1e-4  # radians: below, the great circle is the straight line
@@ -32,8 +33,7 @@ class Slerp(Preprocess):
     t: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.t <= 1:
-            raise ValueError(f"t must be in [0, 1], not {self.t}")
+        check_fields(self, t="[0, 1]")
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:

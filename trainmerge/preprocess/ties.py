@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.piecewise import Piecewise, Rule
+from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.pieces import in_pieces
 from trainmerge.task_vectors.top_k import Limit, count, cuts
@@ -43,8 +44,7 @@ class Ties(Piecewise):
     merge: Literal["sum", "mean"] = "sum"
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density must be in (0, 1], not {self.density}")
+        check_fields(self, density="(0, 1]")
 
     @override
     def rule(self, task_vectors: TaskVectors) -> Rule:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser
 
+from trainmerge.run.sections import check_sections
 from trainmerge.run.templates import expand
 from trainmerge.run.trust import files_checked, imports_checked
 from trainmerge.system.atomic import write_whole
@@ -125,10 +126,11 @@ def read_settings(path: Path) -> Any:
     """A configuration's data, with `recipe.each` filled in for every expert.
 
     Raises:
-        ValueError: as `read_yaml`, and for templates that cannot be filled in.
+        ValueError: as `read_yaml` and `check_sections`, and for templates that cannot be filled in.
     """
     data = read_yaml(path)
     try:
+        check_sections(data)
         return expand(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

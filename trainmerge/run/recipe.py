@@ -1,7 +1,6 @@
 """A recipe: base, experts, preprocessing of their task vectors, and the grouping of coefficients."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +13,7 @@ from trainmerge.data.heads import Head
 from trainmerge.preprocess import Preprocess
 from trainmerge.system import distributed
 from trainmerge.system.atomic import write_whole
+from trainmerge.system.ranges import check_fields
 from trainmerge.system.workspace import digest
 from trainmerge.task_vectors.delta import TaskVectors
 
@@ -41,8 +41,7 @@ class Expert:
     validation: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise ValueError(f"{self.path}: the weight of a task must be 0 or more, not {self.weight}")
+        check_fields(self, f"expert {self.path}", weight="[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,9 @@ class HeldOut:
 
     test: str
     head: Head | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Recipe:
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self, "recipe")
         if not self.experts:
             raise ValueError("recipe.experts is empty: name at least one expert")
         if unnamed := [name for name in self.experts if name in ("", "base")]:

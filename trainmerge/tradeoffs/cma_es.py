@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from trainmerge.system.atomic import append_line, write_whole
+from trainmerge.system.ranges import check_fields
 
 WORST = 1e30  # replaces non-finite scores; only the order of scores matters
 
@@ -37,8 +38,9 @@ class Search:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.evaluations < 1 or self.spread <= 0:
-            raise ValueError("a search needs at least one evaluation and a positive spread")
+        check_fields(
+            self, "search", evaluations="[1, inf)", spread="(0, inf)", population="[1, inf)", seed="[0, inf)"
+        )
 
 
 @dataclass(frozen=True)

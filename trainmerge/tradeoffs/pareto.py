@@ -23,6 +23,7 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.run.in_use import in_use
 from trainmerge.system.atomic import write_whole
 from trainmerge.system.json_file import read_json
+from trainmerge.system.ranges import check_option
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.tradeoffs.front import front, spread
 from trainmerge.tradeoffs.scales import losses_at, named, scaled
@@ -52,8 +53,11 @@ def pareto_run(
     Raises:
         ValueError: too few points for a quadratic, or a radius that is not positive.
     """
-    if radius <= 0 or checks < 2:
-        raise ValueError("a front needs a positive radius and two checks or more")
+    check_option("radius", radius, float, "(0, inf)")
+    for name, value, least in (("points", points, 1), ("checks", checks, 2), ("count", count, 1)):
+        check_option(name, value, int, f"[{least}, inf)")
+    check_option("examples", examples, int | None, "[1, inf)")
+    check_option("seed", seed, int, "[0, inf)")
     folder = RunFolder(Path(run))
     with in_use(folder, "trainmerge pareto"):
         module, data = reopen(folder, examples=examples)

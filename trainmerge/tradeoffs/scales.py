@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainmerge.data.calibration import Calibration
-from trainmerge.fitting.calibration_loss import batches
+from trainmerge.fitting.calibration_loss import batches, loss_and_gradient
 from trainmerge.fitting.module import MergeModule
 
 
@@ -26,17 +26,14 @@ def losses_at(
     One forward and backward per example; the gradient follows from the coefficient gradient by the chain
     rule.
     """
-    merged = module.resident.merged
     module.coefficients.reset_(scaled(coefficients, scales))
-    merged.materialise()
+    module.resident.merged.materialise()
     losses = torch.zeros(len(data.examples), dtype=torch.float64)
     slopes = torch.zeros(len(data.examples), len(coefficients), dtype=torch.float64)
     for batch in batches(module, data):
-        loss = module.loss(batch) * len(batch.ids) / len(data.examples[batch.expert])
-        loss.backward()  # type: ignore[no-untyped-call]
-        losses[batch.expert] += loss.detach().cpu().double()
-        gradient = merged.gradient().cpu().double()
-        slopes[batch.expert] += (gradient * coefficients.cpu().double()).sum(dim=1)
+        loss, gradient = loss_and_gradient(module, batch, len(batch.ids), len(data.examples[batch.expert]))
+        losses[batch.expert] += loss.cpu().double()
+        slopes[batch.expert] += (gradient.cpu().double() * coefficients.cpu().double()).sum(dim=1)
     return losses, slopes
 
 

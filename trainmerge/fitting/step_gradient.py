@@ -1,0 +1,83 @@
+"""The gradient of one step: forwards and backwards of all tasks at one merge, and their aggregation.
+
+Legend: `K` experts, `G` coefficient groups.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainmerge.coefficients.aggregation import combined
+from trainmerge.data.batch import Batch, Step
+from trainmerge.model.merged_model import MergedModel
+from trainmerge.plan.micro_batches import StepSchedule, rounds
+
+
+@dataclass(frozen=True)
+class StepGradient:
+    """Computes the losses of all tasks and the gradient of the coefficients' optimised values.
+
+    Args:
+        merged: The merged model.
+        names: The experts' names, K.
+        loss: The weighted loss of one expert's batch, with the model's `loss_scale`.
+        backward: The backward of a loss.
+        mean: The mean of a tensor over processes.
+        schedule: How a step is split into backwards.
+        rule: Aggregates the experts' gradients; None sums them.
+    """
+
+    merged: MergedModel
+    names: Sequence[str]
+    loss: Callable[[Batch], Tensor]
+    backward: Callable[[Tensor], None]
+    mean: Callable[[Tensor], Tensor]
+    schedule: StepSchedule
+    rule: nn.Module | None
+
+    def __call__(self, step: Step, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The K losses at the current coefficients, and d loss / d raw [K, G]; `seed` is the rule's.
+
+        Rows of experts are combined as gradients of `raw`, which is what the optimizer moves.
+        """
+        self.merged.materialise()
+        losses, rows = self._means(step)
+        # An overflow is computed again with a smaller scale; a loss that is not finite is no overflow.
+        while not self.merged.loss_scale.settle(_finite(rows) or not _finite(*losses.values())):
+            losses, rows = self._means(step)
+        slopes = torch.stack([self.merged.coefficients.slope(row) for row in rows])
+        return losses, slopes[0] if self.rule is None else combined(slopes, self.rule, seed)
+
+    def _means(self, step: Step) -> tuple[dict[str, Tensor], Tensor]:
+        """Means over processes of the losses and of the rows [m, K, G]: all that is reduced."""
+        losses, rows = self._rows(step)
+        mine = torch.cat([torch.stack(list(losses.values())).to(rows), rows.flatten()])
+        mean = self.mean(mine)
+        return dict(zip(losses, mean, strict=False)), mean[len(losses) :].view_as(rows)
+
+    def _rows(self, step: Step) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses of this process, and one gradient per expert with a rule, else their sum: [m, K, G]."""
+        losses: dict[str, Tensor] = {}
+        rows = []
+        with self.merged.tapped():
+            if self.rule is None:
+                for batches in rounds(step, self.schedule):
+                    for name, loss in self._backward(batches).items():
+                        losses[name] = losses[name] + loss if name in losses else loss
+                return losses, self.merged.gradient()[None]
+            for batch in step:
+                losses |= self._backward([batch])
+                rows.append(self.merged.gradient())
+        return losses, torch.stack(rows)
+
+    def _backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Forwards of some tasks and one backward; the tasks' weighted losses."""
+        losses = {self.names[batch.expert]: self.loss(batch) for batch in batches}
+        self.backward(torch.stack(list(losses.values())).sum())
+        return {name: loss.detach() for name, loss in losses.items()}
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
