@@ -16,6 +16,7 @@ from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.reader import PickleFile, WeightFile
 from trainmerge.checkpoints.weight_files import find_weights, read_json
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
+from trainmerge.system.text import reason
 from trainmerge.task_vectors.parameter_names import matches
 
 
@@ -110,7 +111,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         with quiet():
             parsed = kind(**{name: value for name, value in config.items() if name in known})
     except Exception as error:  # of many types, for a file that is a stranger's
-        raise ValueError(f"{file}: peft rejects it: {error}") from error
+        raise ValueError(f"{file}: peft rejects it: {reason(error)}") from error
     if parsed.is_prompt_learning or parsed.is_adaption_prompt:
         raise ValueError(f"{file}: {peft_type} changes inputs, not weights; it cannot be merged.")
 

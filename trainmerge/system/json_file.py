@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainmerge.system.plain_data import check_plain
+from trainmerge.system.text import reason
 
 
 def parse_json(text: str | bytes, where: str | Path, remedy: str) -> Any:
@@ -21,7 +22,7 @@ def parse_json(text: str | bytes, where: str | Path, remedy: str) -> Any:
         )
         check_plain(value)
     except (ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{where}: not valid JSON: {error or type(error).__name__}. {remedy}") from error
+        raise ValueError(f"{where}: not valid JSON: {reason(error)}. {remedy}") from error
     return value
 
 
@@ -86,7 +87,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}: line {number} is not valid JSON: {error}. Remove the line.") from error
+            raise ValueError(
+                f"{path}: line {number} is not valid JSON: {reason(error)}. Remove the line."
+            ) from error
         if not isinstance(value, dict):
             raise ValueError(f"{path}: line {number} is not a JSON object. Remove the line.")
         found.append(value)
