@@ -54,10 +54,13 @@ class MergeModule(pl.LightningModule):
         keep_better: After the fit, compare the loss over all calibration examples at start and end, and save
             the coefficients with the lower one.
         combine: Aggregates the experts' coefficient gradients: a `torchjd.aggregation` rule, or any module
-            [m, n] -> [n]; every expert then has its own backward. By default they are summed.
+            [m, n] -> [n]; every expert then has its own backward. By default they are summed. Rules see the
+            gradients of what the optimizer moves: under `Sigmoid` those of the logits, not of the
+            coefficients.
         subspace: Project weight gradients onto the orthogonal complement of the experts' shared subspace, of
             dimension floor(min(rows, columns) / subspace), as DOGE does; 0 projects nothing.
-        clip: Maximal norm of the gradient over all coefficients; 0 does not clip.
+        clip: Maximal norm of the gradient over all coefficients; 0 does not clip. The gradient is that of the
+            sum over tasks: code that averages K tasks clips at `clip` / K.
         weights: Dtype of the resident model: `stored` is the base files' own; `bfloat16` halves a float32
             model, and the merge is rounded to it once. Coefficients and reductions are always float32.
         tasks_per_backward: Tasks whose forwards share one backward. Each backward reads the task vectors once

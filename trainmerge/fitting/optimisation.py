@@ -1,6 +1,6 @@
 """A fit's optimizer and learning-rate schedule, built on a copy of the coefficients to look at them."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -10,28 +10,19 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.system.ranges import FINITE, fault
 
 
-class Optimisation(NamedTuple):
-    """The optimizer, and its schedule if there is one."""
-
-    optimizer: Optimizer
-    scheduler: Any = None
-
-
-def build_optimisation(module: MergeModule) -> Optimisation:
-    """Both, over a copy of the coefficients."""
-    optimizer = module.make_optimizer(iter([torch.nn.Parameter(module.coefficients.raw.detach().clone())]))
-    return Optimisation(optimizer, module.make_scheduler(optimizer) if module.make_scheduler else None)
+def build_optimizer(module: MergeModule) -> Optimizer:
+    """The optimizer over a copy of the coefficients."""
+    return module.make_optimizer(iter([torch.nn.Parameter(module.coefficients.raw.detach().clone())]))
 
 
 def check_optimisation(module: MergeModule) -> None:
-    """Raise ValueError for settings under which a fit would ascend, not move, or stop at its first step."""
-    optimizer, scheduler = build_optimisation(module)
+    """Raise ValueError for settings under which a fit could not take its steps."""
+    optimizer = build_optimizer(module)
     for group in optimizer.param_groups:
-        if group.get("maximize"):
-            raise ValueError("model.optimizer: maximize raises the loss; leave it out")
         for key, value in group.items():
             if key != "params" and (problem := fault(value, object, FINITE)):
                 raise ValueError(f"model.optimizer.{key} must be {problem}")
+    scheduler: Any = module.make_scheduler(optimizer) if module.make_scheduler else None
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(
             "model.lr_scheduler: ReduceLROnPlateau waits for a measure at the end of an epoch, and a fit has "

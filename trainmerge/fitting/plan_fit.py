@@ -117,7 +117,7 @@ def _records(module: MergeModule, data: Calibration, step: Step, meta_model: nn.
     config: Any = meta_model.config
     config = getattr(config, "text_config", None) or config
     positions = [len(own) * batch.mask.shape[1] for own, batch in zip(data.examples, step, strict=True)]
-    hidden = [2 * config.hidden_size * len(asks.layers) * count for count in positions]
+    hidden = [asks.dtype.itemsize * config.hidden_size * len(asks.layers) * count for count in positions]
     experts = list(module.recipe.experts.values())
     rows = [
         len(own) if e.head else count for own, e, count in zip(data.examples, experts, positions, strict=True)

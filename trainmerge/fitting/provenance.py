@@ -11,7 +11,7 @@ import torch
 from trainmerge.coefficients.presets import Preset
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
-from trainmerge.fitting.optimisation import build_optimisation
+from trainmerge.fitting.optimisation import build_optimizer
 from trainmerge.run.config import to_config
 
 
@@ -42,9 +42,10 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
 
 
 def _optimisation(module: MergeModule) -> dict[str, str]:
-    optimizer, scheduler = build_optimisation(module)
-    settings = {"optimizer": str(optimizer)}
-    if scheduler is not None:
+    optimizer = build_optimizer(module)
+    settings = {"optimizer": str(optimizer)}  # before a schedule, which adds keys to it
+    if module.make_scheduler is not None:
+        scheduler = module.make_scheduler(optimizer)
         state = {key: str(value) for key, value in sorted(scheduler.state_dict().items())}
         settings["lr_scheduler"] = f"{type(scheduler).__name__} {state}"
     return settings
