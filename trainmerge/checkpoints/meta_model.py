@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from logging import CRITICAL
 from pathlib import Path
 from re import search
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -28,18 +28,6 @@ RENAMED = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm in files of the f
 SHOWN = 8  # tensors of one kind that an error lists by name
 
 
-DEPTHS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")  # keys of config.json
-
-
-class Output(NamedTuple):
-    """The kind of a model's output."""
-
-    logits: bool  # its own, without a head from a recipe
-    classes: bool  # one row of logits per example, not one per token
-    hidden: int | None  # hidden size, if config.json names it
-    layers: int | None = None  # the decoder's, or the encoder's without one, if config.json names it
-
-
 def build_meta_model(path: Path) -> PreTrainedModel:
     """The model on the meta device (without storage), dropout 0.
 
@@ -50,27 +38,13 @@ def build_meta_model(path: Path) -> PreTrainedModel:
     try:
         with quiet(), torch.device("meta"):
             _for_learning(config)
-            meta_model: PreTrainedModel = _architecture(config)(config)
+            meta_model: PreTrainedModel = architecture_of(config)(config)
     except Exception as error:  # of many types, for a file that is a stranger's
         raise cannot_build(path, error) from error
     return meta_model
 
 
-def output_of(path: Path) -> Output:
-    """The kind of a checkpoint's output, from config.json alone. Raises as `build_meta_model`."""
-    config = read_model_config(path)
-    kind = _architecture(config)
-    headless = transformers.MODEL_MAPPING.get(type(config), None)
-    text = config.get_text_config()
-    return Output(
-        logits=kind is not headless,
-        classes=kind.__name__.endswith("ForSequenceClassification"),
-        hidden=getattr(text, "hidden_size", None),
-        layers=next((n for name in DEPTHS if (n := getattr(text, name, None)) is not None), None),
-    )
-
-
-def _architecture(config: PreTrainedConfig) -> Any:
+def architecture_of(config: PreTrainedConfig) -> Any:
     """The class that the checkpoint was saved with, or the one without a head."""
     kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
@@ -157,12 +131,12 @@ def memory_names(module: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> 
         {name: _modern(name, known) for name in names},
         {name: _modern(f"{prefix}.{name}", known) for name in names},
         {name: _modern(name.removeprefix(f"{prefix}."), known) for name in names},
-        _renamed(module, names),
+        renamed(module, names),
     ]
     return max(ways, key=lambda way: sum(name in known for name in way.values()))
 
 
-def _renamed(module: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
+def renamed(module: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
     """Names after transformers' renamings for this model; names of tensors that it fuses are unchanged."""
     steps = [step for step in get_model_conversion_mapping(module) if isinstance(step, WeightRenaming)]
     in_model = module.state_dict()

@@ -1,6 +1,6 @@
 """A fit's optimizer and learning-rate schedule, built on a copy of the coefficients to look at them."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
@@ -10,19 +10,29 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.system.ranges import FINITE, fault
 
 
-def build_optimizer(module: MergeModule) -> Optimizer:
-    """The optimizer over a copy of the coefficients."""
-    return module.make_optimizer(iter([torch.nn.Parameter(module.coefficients.raw.detach().clone())]))
+class Optimisation(NamedTuple):
+    """The optimizer, its settings before a schedule changes them, and the schedule if there is one."""
+
+    optimizer: Optimizer
+    settings: str
+    scheduler: Any = None
+
+
+def build_optimisation(module: MergeModule) -> Optimisation:
+    """Both, over a copy of the coefficients."""
+    optimizer = module.make_optimizer(iter([torch.nn.Parameter(module.coefficients.raw.detach().clone())]))
+    settings = str(optimizer)
+    scheduler = module.make_scheduler(optimizer) if module.make_scheduler else None
+    return Optimisation(optimizer, settings, scheduler)
 
 
 def check_optimisation(module: MergeModule) -> None:
     """Raise ValueError for settings under which a fit could not take its steps."""
-    optimizer = build_optimizer(module)
+    optimizer, _, scheduler = build_optimisation(module)
     for group in optimizer.param_groups:
         for key, value in group.items():
             if key != "params" and (problem := fault(value, object, FINITE)):
                 raise ValueError(f"model.optimizer.{key} must be {problem}")
-    scheduler: Any = module.make_scheduler(optimizer) if module.make_scheduler else None
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(
             "model.lr_scheduler: ReduceLROnPlateau waits for a measure at the end of an epoch, and a fit has "

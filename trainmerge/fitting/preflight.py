@@ -6,7 +6,9 @@ from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.fitting.module import MergeModule
 from trainmerge.objectives import Alignment, Objective
+from trainmerge.run.heads import linear_problems
 
+UNUSABLE = ("question-answering model", "model with another output")  # no logits of tokens or classes
 TOGETHER = 64  # examples that are tokenised at a time
 
 
@@ -19,6 +21,12 @@ def check_tasks(module: MergeModule, data: Calibration) -> None:
         *example_problems(data),
     ]
     if problems:
+        raise ValueError("\n".join(problems))
+
+
+def check_heads(module: MergeModule) -> None:
+    """Raise ValueError for heads that are another function than their file's classifier."""
+    if problems := list(linear_problems(module.recipe)):
         raise ValueError("\n".join(problems))
 
 
@@ -39,6 +47,11 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
         problems.append(
             f"{base} has no output layer, and {headless} no `head`: give each a LabelHead or a LinearHead, "
             "or use a base and experts that were saved with an output layer"
+        )
+    elif headless and output.kind in UNUSABLE:
+        problems.append(
+            f"{base}: {output.architecture} is a {output.kind}, whose outputs no objective compares: give "
+            f"{headless} a `head`, or merge without learning (trainer.max_steps 0)"
         )
     elif headless and module.objective.needs_classes and not output.classes:
         problems.append(f"{module.objective!r} needs classes, and {headless} have no `head`: give each one")
