@@ -15,7 +15,7 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.optimisation import check_optimisation
 from trainmerge.fitting.outcome import check_learned, save_end, save_start, warn_if_loss_did_not_fall
 from trainmerge.fitting.plan_fit import Precision
-from trainmerge.fitting.preflight import check_tasks
+from trainmerge.fitting.preflight import check_heads, check_tasks
 from trainmerge.fitting.snapshots import Snapshots
 from trainmerge.fitting.trainer import check_strategy
 from trainmerge.run.folder import RunFolder
@@ -206,6 +206,7 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
             f"data.batch_size {data.batch_size} leaves some of {trainer.world_size} processes without an "
             f"example of each expert: set it to {trainer.world_size} or more"
         )
+    check_heads(module)
     if trainer.max_steps or needs_examples(module.recipe, module.initial):
         check_data(module.recipe, module.opened, data)
         check_tasks(module, data)

@@ -20,6 +20,7 @@ from trainmerge.run.trust import files_checked, imports_checked
 from trainmerge.system.atomic import write_whole
 from trainmerge.system.json_file import read_bytes
 from trainmerge.system.plain_data import check_plain
+from trainmerge.system.text import reason
 
 T = TypeVar("T")
 
@@ -117,7 +118,7 @@ def read_yaml(path: Path) -> Any:
         data = yaml.load(text.decode("utf-8"), UniqueKeys)
         check_plain(data)
     except Exception as error:  # PyYAML lets through what the constructors of dates and numbers raise
-        raise ValueError(f"{path}: not usable YAML: {error or type(error).__name__}") from error
+        raise ValueError(f"{path}: not usable YAML: {reason(error)}") from error
     return data
 
 
