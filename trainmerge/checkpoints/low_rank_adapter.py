@@ -171,5 +171,10 @@ def _check_tensors(adapter: Adapter, expected: Mapping[str, torch.Size]) -> None
             problems.append(f"{file}: {key} {got} does not belong to a module that its config adapts")
         elif key in expected and got != tuple(expected[key]):
             problems.append(f"{file}: {key} is {got}, this base needs {tuple(expected[key])}: another base?")
+    if len(problems) > 1:
+        verdict = (
+            f"{file}: this adapter is of another base: {len(problems)} of its tensors do not fit this one:"
+        )
+        problems.insert(0, verdict)
     if problems:
         raise ValueError("\n".join(problems))
