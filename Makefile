@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm demo test test-processors families lower-bounds lint suite suite-lm suite-closed bench tables docs soak clean
+.PHONY: help setup data data-suite data-lm demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-closed bench tables docs soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -48,6 +48,9 @@ demo: data ## learn a merge of five experts, resume it, export it, score it, dra
 
 test: data ## run the tests
 	@$(BIN)/python -m pytest
+
+fuzz: $(READY) ## 100,000 mutated files at every door: SECONDS per door, ONLY some of the doors (hours)
+	@$(BIN)/python -m tests.fuzz --seconds "$(or $(SECONDS),3600)" --only "$(filter-out all,$(ONLY))"
 
 test-processors: $(READY) ## the tests as other processors, with other threads, on a busy machine (hours)
 	@$(BIN)/python -m tests.processors --only "$(SETTING)"

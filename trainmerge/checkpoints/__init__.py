@@ -6,8 +6,9 @@ Names that need transformers or peft are imported on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trainmerge.checkpoints.integrity import Stamp, fingerprint, stamps, verify
+from trainmerge.checkpoints.integrity import Stamp, fingerprint, same_weights, stamps, verify
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
+from trainmerge.checkpoints.side_modules import module_folders
 from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
@@ -43,9 +44,11 @@ __all__ = [
     "load_meta_model",
     "load_model",
     "locate",
+    "module_folders",
     "open_checkpoint",
     "output_of",
     "output_of_class",
+    "same_weights",
     "stamps",
     "verify",
 ]

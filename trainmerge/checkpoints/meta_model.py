@@ -131,12 +131,12 @@ def memory_names(module: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> 
         {name: _modern(name, known) for name in names},
         {name: _modern(f"{prefix}.{name}", known) for name in names},
         {name: _modern(name.removeprefix(f"{prefix}."), known) for name in names},
-        _renamed(module, names),
+        renamed(module, names),
     ]
     return max(ways, key=lambda way: sum(name in known for name in way.values()))
 
 
-def _renamed(module: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
+def renamed(module: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
     """Names after transformers' renamings for this model; names of tensors that it fuses are unchanged."""
     steps = [step for step in get_model_conversion_mapping(module) if isinstance(step, WeightRenaming)]
     in_model = module.state_dict()

@@ -23,6 +23,8 @@ Kind = Literal[
     "model with another output",
 ]
 
+DEPTHS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")  # keys of config.json
+
 
 def _classes(names: Mapping[str, Any]) -> frozenset[str]:
     """The class names in one of transformers' own lists; a value is one name or several."""
@@ -41,9 +43,6 @@ ONE_ROW: dict[str, Kind] = {  # endings that transformers uses for nothing else
 }
 
 
-DEPTHS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")  # keys of config.json
-
-
 class Output(NamedTuple):
     """A model's class, and the kind of its output.
 
@@ -53,7 +52,7 @@ class Output(NamedTuple):
         labels: The number of classes of a classifier of its own.
         problem: That classifier's `problem_type` in config.json, if it has one.
         hidden: The hidden size, if config.json names it.
-        layers: The number of layers, the decoder's if it has one, if config.json names it.
+        layers: The decoder's layers, or the encoder's without one, if config.json names their number.
     """
 
     architecture: str

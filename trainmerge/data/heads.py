@@ -3,7 +3,6 @@
 Legend: `B` examples, `T` tokens, `D` hidden size, `V` classes.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from trainmerge.system.json_file import parse_json, read_bytes
 from trainmerge.system.ranges import check_fields
 from trainmerge.system.safetensors_file import MappedFile, sha256
 
@@ -172,12 +172,11 @@ def read_labels(path: Path) -> list[str]:
     Raises:
         ValueError: the file does not exist, or is not such a list.
     """
+    remedy = "Write a JSON list of label texts."
     try:
-        return _checked(str(path), json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"{path}: the label texts cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON in UTF-8: {error}") from error
+        return _checked(str(path), parse_json(read_bytes(path, remedy), path, remedy))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: the label texts cannot be read: no such file") from error
 
 
 def _checked(where: str, labels: Any) -> list[str]:

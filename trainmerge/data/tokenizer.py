@@ -3,7 +3,6 @@
 Legend: `B` examples, `T` tokens.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +18,12 @@ from trainmerge.data.example_rows import row_counts
 from trainmerge.data.examples import Example
 from trainmerge.data.special_tokens import SpecialTokens, check_rows, embedding_rows
 from trainmerge.system.atomic import seen_from
+from trainmerge.system.json_file import read_json
 from trainmerge.system.links import check_link
 from trainmerge.system.ranges import check_option
+from trainmerge.system.text import reason
 
+REMEDY = "Download or save it again."
 FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "merges.txt",
     "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json",
@@ -70,15 +72,15 @@ class Tokenizer:
             )
         except Exception as error:  # the file is a stranger's, and the parser's errors are of many types
             raise ValueError(
-                f"{path}: no tokenizer that transformers can load in it ({error}). Code from checkpoints is "
-                "never run"
+                f"{path}: no tokenizer that transformers can load in it ({reason(error)}). Code from "
+                "checkpoints is never run"
             ) from error
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token  # padding is masked, so any token works
         self._loaded_processor: Any = None  # for pictures; loaded with the first one
         self._rows_alone: dict[Example, dict[str, int]] = {}
         config = folder / "config.json"
-        self._has_decoder = config.is_file() and json.loads(config.read_text()).get("is_encoder_decoder")
+        self._has_decoder = config.is_file() and read_json(config, REMEDY).get("is_encoder_decoder")
         self._rows = embedding_rows(folder)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -234,7 +236,7 @@ def load_processor(path: str) -> Any:
         )
     except Exception as error:  # as for the tokenizer
         raise ValueError(
-            f"{path}: the processor for pictures cannot be built ({error}). transformers' own need "
+            f"{path}: the processor for pictures cannot be built ({reason(error)}). transformers' own need "
             "torchvision, of the version that fits your torch"
         ) from error
 

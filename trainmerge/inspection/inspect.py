@@ -7,7 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
-from trainmerge.coefficients.coefficients import load_coefficients
+from trainmerge.checkpoints.whole import RECIPE
+from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.inspection.attention import attention_findings
 from trainmerge.inspection.console import (
     parameter_counts,
@@ -24,6 +25,7 @@ from trainmerge.inspection.suggest import Suggestion, check_new, suggest, write_
 from trainmerge.inspection.weights import preprocess_findings, weight_findings
 from trainmerge.preprocess import Informed
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.open_run import read_run
 from trainmerge.run.recipe import Opened, Recipe
 from trainmerge.run.sources import columns_of, learns, recipe_of
 from trainmerge.system.atomic import write_whole
@@ -32,6 +34,13 @@ from trainmerge.task_vectors.geometry import Geometry, measure_geometry
 CHEAP = 2 << 30  # bytes of weights that `auto` reads
 
 Weights = Literal["auto", "yes", "no"]
+WITHOUT_SOURCES = [
+    Finding(
+        "note",
+        "an export names base and experts without their folders, so only its coefficients are shown",
+        "inspect the run that it was exported from",
+    )
+]
 
 
 def inspect_path(
@@ -57,13 +66,17 @@ def inspect_path(
     recipe = recipe_of(path)
     if suggestion is not None:
         check_new(suggestion)  # before the work
+    coefficients = _coefficients(path)
+    if coefficients is not None and (path / RECIPE).is_file() and not Path(recipe.base).exists():
+        print_coefficients(coefficients)
+        print_findings(WITHOUT_SOURCES)
+        return WITHOUT_SOURCES
     with TemporaryDirectory() as place:
         workspace = RunFolder(path).workspace if RunFolder(path).manifest.is_file() else Path(place)
         found = _look(path, recipe, workspace, weights, every)
         print_findings(found.findings)
-        for name in ("coefficients.safetensors", "trainmerge_coefficients.safetensors"):
-            if (path / name).is_file():
-                print_coefficients(load_coefficients(path / name))
+        if coefficients is not None:
+            print_coefficients(coefficients)
         if found.suggested is not None and (suggestion is not None or path.is_file()):
             print_suggestion(found.suggested)
         if found.suggested is not None and suggestion is not None:
@@ -71,6 +84,14 @@ def inspect_path(
         if output is not None:
             write_whole(output, json.dumps(_as_json(recipe, found), indent=1))
     return found.findings
+
+
+def _coefficients(path: Path) -> Coefficients | None:
+    """The coefficients of a run folder or an export; None for others."""
+    run, exported = RunFolder(path), path / "trainmerge_coefficients.safetensors"
+    if run.manifest.is_file() and run.coefficients.is_file():
+        return read_run(run)[1]
+    return load_coefficients(exported) if exported.is_file() else None
 
 
 class _Found(NamedTuple):

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from trainmerge.checkpoints.whole import MANIFEST, RECIPE
 from trainmerge.data.examples import Columns
 from trainmerge.run.config import read_config, read_yaml
 from trainmerge.run.folder import RunFolder
@@ -21,10 +22,28 @@ def recipe_of(path: Path) -> Recipe:
     Raises:
         ValueError: it is none of these.
     """
-    for file in (path / "recipe.yaml", path / "trainmerge_recipe.yaml", path):
+    for file in (path / "recipe.yaml", path / RECIPE, path):
         if file.is_file():
             return read_config(Recipe, "recipe", file)
     raise ValueError(f"{path}: not a run folder, exported checkpoint or configuration file")
+
+
+def tasks_of(path: Path) -> Recipe:
+    """The same, for its tasks.
+
+    Raises:
+        ValueError: as `recipe_of`; an export whose test files are elsewhere: it names them without folders.
+    """
+    recipe = recipe_of(path)
+    tests = [expert.test for expert in recipe.experts.values()]
+    tests += [task.test for task in recipe.held_out.values()]
+    missing = [file for file in tests if file and not Path(file).exists()]
+    if missing and (path / RECIPE).is_file():
+        raise ValueError(
+            f"{path} names its tasks' files without their folders ({missing[0]} is not in {Path.cwd()}). "
+            "Name the run or the configuration that has them: --recipe RUN"
+        )
+    return recipe
 
 
 def text_length(path: Path, given: int | None = None) -> int:
@@ -59,7 +78,7 @@ def _data_of(path: Path) -> Mapping[str, Any]:
     """The settings of the calibration data, as the file has them; empty if `path` has none."""
     if RunFolder(path).manifest.is_file():
         content = RunFolder(path).read_manifest()
-    elif (manifest := path / "trainmerge_manifest.json").is_file():
+    elif (manifest := path / MANIFEST).is_file():
         content = read_json(manifest, "Export the run again.").get("run") or {}
     else:
         content = read_yaml(path) if path.is_file() else {}

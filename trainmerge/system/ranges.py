@@ -111,7 +111,8 @@ def fits(value: Any, kind: Any) -> bool:
     if kind in (int, float):
         number = Integral if kind is int else Real
         return isinstance(value, number) and not isinstance(value, bool)
-    return isinstance(value, kind) if isinstance(kind, type) and origin is None else True
+    checkable = isinstance(kind, type) and origin is None and kind is not Any  # a class since Python 3.11
+    return isinstance(value, kind) if checkable else True
 
 
 def numbers(value: Any) -> Iterator[Real]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from trainmerge.system.text import reason
+
 Specs = Mapping[str, tuple[torch.dtype, torch.Size | tuple[int, ...]]]
 HEADER_LIMIT = 100_000_000  # bytes; safetensors refuses to read a longer one
 DTYPES = {
@@ -25,14 +27,22 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header and the offset of tensor data. safetensors checks everything but duplicate names."""
+    """The header and the offset of tensor data. safetensors checks all but duplicate names and metadata.
+
+    Raises:
+        ValueError: damaged or incomplete.
+    """
     try:
         with safe_open(path, framework="np"), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             pairs = json.loads(file.read(size), object_pairs_hook=_refuse_duplicates)
-    except (SafetensorError, ValueError) as error:
+        if not isinstance(pairs.setdefault("__metadata__", {}), dict):
+            raise ValueError(f"__metadata__ is {pairs['__metadata__']!r}, not a mapping")
+        for entry in (entry for name, entry in pairs.items() if name != "__metadata__"):
+            torch.Size(entry["shape"]).numel()
+    except (SafetensorError, ValueError, RuntimeError, OverflowError, TypeError, OSError) as error:
         hint = f"({path.stat().st_size} bytes long). It is damaged or unfinished: download or save it again."
-        raise ValueError(f"{path}: not a complete safetensors file: {error} {hint}") from error
+        raise ValueError(f"{path}: not a complete safetensors file: {reason(error)} {hint}") from error
     return pairs, 8 + size
 
 
