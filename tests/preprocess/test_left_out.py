@@ -16,7 +16,7 @@ from trainmerge.inspection.weights import preprocess_findings
 from trainmerge.preprocess import apply
 from trainmerge.preprocess.left_out import left_out, sentence
 from trainmerge.task_vectors.delta import TaskVectors
-from trainmerge.task_vectors.geometry import measure as geometry_of
+from trainmerge.task_vectors.geometry import measure_geometry
 
 
 def kinds() -> TaskVectors:
@@ -60,7 +60,7 @@ def test_convolutions_are_a_warning_and_biases_a_line(
 def test_inspect_names_it(tmp_path: Path) -> None:
     recipe = languages_recipe(write_languages(tmp_path), preprocess=[tm.Opcm()])
     opened = recipe.open()
-    (found,) = preprocess_findings(recipe, opened, geometry_of(opened.task_vectors))
+    (found,) = preprocess_findings(recipe, opened, measure_geometry(opened.task_vectors))
     (unread,) = preprocess_findings(recipe, opened, None)
     assert re.match(r"Opcm: 1 embeddings \(model.embed_tokens.weight; [0-9.]+% of", found.what)
     assert "squared norm" not in unread.what
@@ -75,7 +75,7 @@ def test_regmean_says_which_layers_it_cannot_measure() -> None:
             for n, d in given.deltas.items()
         },
     )
-    with pytest.warns(UserWarning, match=r"inputs of 2 linear layers \(wide.weight, experts\).*squared norm"):
+    with pytest.warns(UserWarning, match=r"2 linear layers .* \(wide.weight, experts\).*squared norm"):
         got = applied(tm.RegMean(), given)
     assert torch.equal(got["experts"], given.deltas["experts"].dense() / 3)
     with pytest.warns(UserWarning, match="inputs of 2 linear layers"):

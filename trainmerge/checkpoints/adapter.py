@@ -1,7 +1,7 @@
 """A peft adapter folder on disk: its config and its tensors, under the base's module names."""
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Adapter:
     config: Mapping[str, Any]  # adapter_config.json
     keys: Mapping[str, str]  # key -> its name in the file
     source: WeightFile
+    ignored: Mapping[str, str] = field(default_factory=dict)  # the same of `ignore`d tensors of the base
     whole: Set[str] = frozenset()  # keys of no module, VeRA's projections say: peft's names as they are
 
     @property
@@ -37,6 +38,10 @@ class Adapter:
     def peft_name(self, key: str) -> str:
         """peft's name of a key."""
         return key if key in self.whole else ROOT + key
+
+    def module_of(self, key: str) -> str:
+        """The module that a tensor belongs to."""
+        return place_of(self.config["peft_type"])(key)
 
     def info(self, key: str) -> TensorInfo:
         """The header of one tensor."""
@@ -74,17 +79,19 @@ def open_adapter(base: Parameters, path: Path, ignore: Sequence[str], allow_pick
     modules = {name for name, _ in base.meta_model.named_modules() if name}
     own = {name: name.removeprefix(ROOT) for name in names}
     fits, old = base_names(base, sorted({place(key) for key in own.values()}), modules)
-    found = {fits[place(key)] + key.removeprefix(place(key)): name for name, key in own.items()}
-    keys = {
-        key: name
-        for key, name in found.items()
-        if not matches(key, ignore) and not matches(own[name], ignore)
-    }
+    keys, ignored = {}, {}
+    for name, key in own.items():
+        found = fits[place(key)] + key.removeprefix(place(key))
+        if not matches(found, ignore) and not matches(key, ignore):
+            keys[found] = name
+        elif fits[place(key)] in modules:
+            ignored[found] = name
     _check_modules(files[0], list(keys), place, modules)
     if old:
         adapted = {place(key) for key in keys if key not in base.names.values()}
         config = with_modern_names(config, sorted(adapted), str(path / "adapter_config.json"))
-    return Adapter(path, config, keys | {name: name for name in whole}, source, frozenset(whole))
+    keys |= {name: name for name in whole}
+    return Adapter(path, config, keys, source, ignored, frozenset(whole))
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:

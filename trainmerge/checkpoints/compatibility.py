@@ -2,27 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from trainmerge.checkpoints.config_check import recorded_mismatches
 from trainmerge.checkpoints.full_expert import FullExpert, plan_full
+from trainmerge.checkpoints.hidden_changes import Plan, warn_of_hidden_changes
 from trainmerge.checkpoints.low_rank_adapter import plan_adapter
 from trainmerge.checkpoints.parameters import Parameters, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.checkpoints.roles import roles_of
-from trainmerge.checkpoints.sources import Source, Sources
+from trainmerge.checkpoints.sources import Sources
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
 from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_json
-
-
-class FittingExpert(Protocol):
-    """One expert that matches the base, and the places of its tensors."""
-
-    def sources(self) -> dict[str, Source]:
-        """The base's tensor name -> the place of the expert's change. Absent names are unchanged."""
-        ...
 
 
 def find_sources(
@@ -51,7 +43,7 @@ def find_sources(
     frame = open_parameters(base, ignore)
     text = frame.meta_model.config.get_text_config()
     rows = getattr(text, "vocab_size", None) if shared_vocabulary else None
-    plans: dict[str, FittingExpert] = {}
+    plans: dict[str, Plan] = {}
     problems: list[str] = []
     for expert, folder in experts.items():
         path = Path(folder)
@@ -69,13 +61,14 @@ def find_sources(
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
     _raise(base, problems)
     _check_ties(frame, plans)
+    warn_of_hidden_changes(frame, plans)
     sources = {expert: plan.sources() for expert, plan in plans.items()}
     roles = roles_of(frame.meta_model)
     known = {name: roles[parameter] for parameter, name in frame.files.items()}
     return Sources(tuple(known), frame.tied, sources, known)
 
 
-def _check_ties(frame: Parameters, plans: Mapping[str, FittingExpert]) -> None:
+def _check_ties(frame: Parameters, plans: Mapping[str, Plan]) -> None:
     sides = {"base": frame} | {
         name: plan.parameters for name, plan in plans.items() if isinstance(plan, FullExpert)
     }

@@ -3,7 +3,6 @@
 Legend: `B` examples, `T` tokens.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +18,11 @@ from trainmerge.data.example_rows import row_counts
 from trainmerge.data.examples import Example
 from trainmerge.data.special_tokens import SpecialTokens, check_rows, embedding_rows
 from trainmerge.system.atomic import seen_from
+from trainmerge.system.json_file import read_json
 from trainmerge.system.links import check_link
 from trainmerge.system.ranges import check_option
 
+REMEDY = "Download or save it again."
 FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "merges.txt",
     "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json",
@@ -78,7 +79,7 @@ class Tokenizer:
         self._loaded_processor: Any = None  # for pictures; loaded with the first one
         self._rows_alone: dict[Example, dict[str, int]] = {}
         config = folder / "config.json"
-        self._has_decoder = config.is_file() and json.loads(config.read_text()).get("is_encoder_decoder")
+        self._has_decoder = config.is_file() and read_json(config, REMEDY).get("is_encoder_decoder")
         self._rows = embedding_rows(folder)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:

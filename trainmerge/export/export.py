@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from trainmerge.checkpoints import Checkpoint
+from trainmerge.checkpoints.whole import MANIFEST, RECIPE
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.export.model_card import model_card
 from trainmerge.export.public import public, public_config, public_manifest
@@ -35,7 +36,6 @@ from trainmerge.system.shared_output import agreed, balanced_share, staging_shar
 from trainmerge.task_vectors.delta import TaskVectors
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
-MANIFEST = "trainmerge_manifest.json"
 INDEX = "model.safetensors.index.json"
 
 
@@ -162,7 +162,7 @@ def _explain(
 
     They name no path of this machine.
     """
-    _write_yaml(folder / "trainmerge_recipe.yaml", {"recipe": public(to_config(recipe))})
+    _write_yaml(folder / RECIPE, {"recipe": public(to_config(recipe))})
     save_coefficients(coefficients, folder / "trainmerge_coefficients.safetensors")
     run_made = run_folder.read_manifest()
     if run_folder.config.exists():
@@ -174,6 +174,7 @@ def _explain(
         "versions": versions(),
         **({"unfinished": at} if at else {}),
         "files": dict(sorted(files.items())),
+        "bytes": {name: (folder / name).stat().st_size for name in sorted(made)},  # see `check_whole`
         "run": public_manifest(run_made),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))

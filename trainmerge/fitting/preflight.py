@@ -5,14 +5,20 @@ from trainmerge.data.calibration import Calibration
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.fitting.module import MergeModule
+from trainmerge.objectives import Alignment, Objective
 
+UNUSABLE = ("question-answering model", "model with another output")  # no logits of tokens or classes
 TOGETHER = 64  # examples that are tokenised at a time
 
 
 def check_tasks(module: MergeModule, data: Calibration) -> None:
     """Raise ValueError for experts whose loss is undefined; lists every reason, by expert and file."""
     output = output_of(module.opened.base.path)
-    problems = [*head_problems(module, output), *example_problems(data)]
+    problems = [
+        *head_problems(module, output),
+        *layer_problems(module.objective, output),
+        *example_problems(data),
+    ]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -35,9 +41,27 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
             f"{base} has no output layer, and {headless} no `head`: give each a LabelHead or a LinearHead, "
             "or use a base and experts that were saved with an output layer"
         )
+    elif headless and output.kind in UNUSABLE:
+        problems.append(
+            f"{base}: {output.architecture} is a {output.kind}, whose outputs no objective compares: give "
+            f"{headless} a `head`, or merge without learning (trainer.max_steps 0)"
+        )
     elif headless and module.objective.needs_classes and not output.classes:
         problems.append(f"{module.objective!r} needs classes, and {headless} have no `head`: give each one")
     return problems
+
+
+def layer_problems(objective: Objective, output: Output) -> list[str]:
+    """Layers of the objective that the model does not have; 0 is the embedding, so L layers have L + 1."""
+    layers = objective.layers if isinstance(objective, Alignment) else objective.asks.layers
+    if (depth := output.layers) is None:
+        return []
+    return [
+        f"model.objective.layers: no layer {layer}; the model has {depth}, so choose from 0 (the embedding) "
+        f"to {depth}, or from -1 (the last) to {-depth - 1}"
+        for layer in layers
+        if not -depth - 1 <= layer <= depth
+    ]
 
 
 def example_problems(data: Calibration) -> list[str]:

@@ -116,10 +116,10 @@ def _warn_of_unseen(task_vectors: TaskVectors, unseen: Sequence[str]) -> None:
         squares = {name: square_norm(name, delta) for name, delta in task_vectors.deltas.items()}
         share = sum(squares[name] for name in unseen) / (sum(squares.values()) or 1.0)
         warnings.warn(
-            f"RegMean: the inputs of {len(unseen)} linear layers ({listed(unseen)}) cannot be read (experts"
-            " in one tensor, layers that no example reaches, weights read without their layer); they are "
-            f"divided by K: {100 * share:.3g}% of the task vectors' squared norm. Tsv, Wudi and OptMerge "
-            "need no inputs",
+            f"RegMean: the inputs of {len(unseen)} linear layers cannot be read ({listed(unseen)}): experts "
+            "in one tensor, layers that no example reaches, or weights read without their layer. They are "
+            f"divided by K, {100 * share:.3g}% of the task vectors' squared norm. Tsv and OptMerge need no "
+            "inputs",
             stacklevel=2,
         )
 

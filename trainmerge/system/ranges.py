@@ -9,7 +9,6 @@ import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -92,7 +91,6 @@ def fault(value: object, kind: Any, interval: str = FINITE) -> str:
     return "" if outside is None else f"{allowed}, not {outside!r}"
 
 
-@cache
 def hints(kind: Any) -> dict[str, Any]:
     """The types of a class's fields."""
     return get_type_hints(kind)
@@ -113,7 +111,8 @@ def fits(value: Any, kind: Any) -> bool:
     if kind in (int, float):
         number = Integral if kind is int else Real
         return isinstance(value, number) and not isinstance(value, bool)
-    return isinstance(value, kind) if isinstance(kind, type) and origin is None else True
+    checkable = isinstance(kind, type) and origin is None and kind is not Any  # a class since Python 3.11
+    return isinstance(value, kind) if checkable else True
 
 
 def numbers(value: Any) -> Iterator[Real]:

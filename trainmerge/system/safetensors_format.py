@@ -25,12 +25,20 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header and the offset of tensor data. safetensors checks everything but duplicate names."""
+    """The header and the offset of tensor data. safetensors checks all but duplicate names and metadata.
+
+    Raises:
+        ValueError: damaged or incomplete.
+    """
     try:
         with safe_open(path, framework="np"), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             pairs = json.loads(file.read(size), object_pairs_hook=_refuse_duplicates)
-    except (SafetensorError, ValueError) as error:
+        if not isinstance(pairs.setdefault("__metadata__", {}), dict):
+            raise ValueError(f"__metadata__ is {pairs['__metadata__']!r}, not a mapping")
+        for entry in (entry for name, entry in pairs.items() if name != "__metadata__"):
+            torch.Size(entry["shape"]).numel()
+    except (SafetensorError, ValueError, RuntimeError, OverflowError, TypeError, OSError) as error:
         hint = f"({path.stat().st_size} bytes long). It is damaged or unfinished: download or save it again."
         raise ValueError(f"{path}: not a complete safetensors file: {error} {hint}") from error
     return pairs, 8 + size
