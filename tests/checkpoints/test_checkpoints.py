@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from tests.opening import open_task_vectors
-from trainmerge.checkpoints import fingerprint, load_model, open_checkpoint, verify
+from trainmerge.checkpoints import fingerprint, load_model, open_checkpoint, same_weights, verify
 from trainmerge.checkpoints.meta_model import quiet
 from trainmerge.kernels import ExpertWeight
 from trainmerge.system.safetensors_file import sha256
@@ -458,7 +458,17 @@ def test_tied_against_untied_is_refused(base: Path, tmp_path: Path) -> None:
 # checks on the whole
 
 
-def test_fingerprints_are_of_every_file(sharded: Path) -> None:
+def test_fingerprints_are_of_every_file_that_a_merge_depends_on(sharded: Path) -> None:
+    (sharded / "tokenizer_config.json").write_text("{}")
+    marks = fingerprint(sharded)
+    edit_json(sharded / "generation_config.json", eos_token_id=7)
+    assert fingerprint(sharded) == marks
+    (sharded / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    corrected = fingerprint(sharded)
+    assert corrected != marks
+    assert same_weights(corrected, marks)
+    edit_json(sharded / "config.json", rms_norm_eps=0.5)
+    assert not same_weights(fingerprint(sharded), marks)
     marks = fingerprint(sharded)
     assert len([name for name in marks if name.endswith(".safetensors")]) > 2
     assert all(mark == sha256(sharded / name) for name, mark in marks.items())

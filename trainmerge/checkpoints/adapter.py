@@ -16,6 +16,7 @@ from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.reader import PickleFile, WeightFile
 from trainmerge.checkpoints.weight_files import find_weights, read_json
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
+from trainmerge.system.text import reason
 from trainmerge.task_vectors.parameter_names import matches
 
 
@@ -35,13 +36,13 @@ class Adapter:
         """The file of its tensors."""
         return next(iter(self.source.tensors.values())).file
 
+    def module_of(self, key: str) -> str:
+        """The name of the module that a key belongs to."""
+        return place_of(self.config["peft_type"])(key)
+
     def peft_name(self, key: str) -> str:
         """peft's name of a key."""
         return key if key in self.whole else ROOT + key
-
-    def module_of(self, key: str) -> str:
-        """The module that a tensor belongs to."""
-        return place_of(self.config["peft_type"])(key)
 
     def info(self, key: str) -> TensorInfo:
         """The header of one tensor."""
@@ -81,17 +82,16 @@ def open_adapter(base: Parameters, path: Path, ignore: Sequence[str], allow_pick
     fits, old = base_names(base, sorted({place(key) for key in own.values()}), modules)
     keys, ignored = {}, {}
     for name, key in own.items():
-        found = fits[place(key)] + key.removeprefix(place(key))
-        if not matches(found, ignore) and not matches(key, ignore):
-            keys[found] = name
+        ours = fits[place(key)] + key.removeprefix(place(key))
+        if not matches(ours, ignore) and not matches(key, ignore):
+            keys[ours] = name
         elif fits[place(key)] in modules:
-            ignored[found] = name
+            ignored[ours] = name
     _check_modules(files[0], list(keys), place, modules)
     if old:
         adapted = {place(key) for key in keys if key not in base.names.values()}
         config = with_modern_names(config, sorted(adapted), str(path / "adapter_config.json"))
-    keys |= {name: name for name in whole}
-    return Adapter(path, config, keys, source, ignored, frozenset(whole))
+    return Adapter(path, config, keys | {name: name for name in whole}, source, ignored, frozenset(whole))
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -111,7 +111,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         with quiet():
             parsed = kind(**{name: value for name, value in config.items() if name in known})
     except Exception as error:  # of many types, for a file that is a stranger's
-        raise ValueError(f"{file}: peft rejects it: {error}") from error
+        raise ValueError(f"{file}: peft rejects it: {reason(error)}") from error
     if parsed.is_prompt_learning or parsed.is_adaption_prompt:
         raise ValueError(f"{file}: {peft_type} changes inputs, not weights; it cannot be merged.")
 

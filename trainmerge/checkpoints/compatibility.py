@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from trainmerge.checkpoints.config_check import recorded_mismatches
 from trainmerge.checkpoints.full_expert import FullExpert, plan_full
 from trainmerge.checkpoints.hidden_changes import Plan, warn_of_hidden_changes
@@ -12,7 +10,9 @@ from trainmerge.checkpoints.low_rank_adapter import plan_adapter
 from trainmerge.checkpoints.parameters import Parameters, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.checkpoints.roles import roles_of
+from trainmerge.checkpoints.side_modules import warn_of_side_modules
 from trainmerge.checkpoints.sources import Sources
+from trainmerge.checkpoints.ties import differing_ties, lost_ties, one_sided_updates
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
 from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_json
 
@@ -44,18 +44,18 @@ def find_sources(
     text = frame.meta_model.config.get_text_config()
     rows = getattr(text, "vocab_size", None) if shared_vocabulary else None
     plans: dict[str, Plan] = {}
-    problems: list[str] = []
+    problems = [f"base: {line}" for line in lost_ties(frame, ignore)]
     for expert, folder in experts.items():
         path = Path(folder)
         try:
             check_one_generation(path)
             if (path / ADAPTER).is_file():
-                plans[expert] = plan_adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
-                recorded = read_json(path / ADAPTER).get("base_model_name_or_path")
-                mismatches = recorded_mismatches(frame.meta_model, base.path, path, recorded)
-                problems += [f"{expert}: {line}" for line in mismatches]
+                plan = _adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
+                plans[expert], found = plan
+                problems += [f"{expert}: {line}" for line in found]
             else:
                 plans[expert] = plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary)
+                warn_of_side_modules(base.path, path)
             problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path, rows)]
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
@@ -68,26 +68,31 @@ def find_sources(
     return Sources(tuple(known), frame.tied, sources, known)
 
 
+def _adapter(
+    frame: Parameters,
+    path: Path,
+    ignore: Sequence[str],
+    allow_pickle: bool,
+    workspace: Path | None,
+    shared_vocabulary: bool,
+) -> tuple[Plan, list[str]]:
+    """An adapter, and its mismatches with the base's configuration and ties."""
+    plan = plan_adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
+    recorded = read_json(path / ADAPTER).get("base_model_name_or_path")
+    mismatches = recorded_mismatches(frame.meta_model, frame.checkpoint.path, path, recorded)
+    return plan, mismatches + one_sided_updates(frame, path, plan.adapter.keys)
+
+
 def _check_ties(frame: Parameters, plans: Mapping[str, Plan]) -> None:
     sides = {"base": frame} | {
         name: plan.parameters for name, plan in plans.items() if isinstance(plan, FullExpert)
     }
-    _raise(frame.checkpoint, [f"{side}: {line}" for side, own in sides.items() for line in _untied(own)])
+    _raise(
+        frame.checkpoint, [f"{side}: {line}" for side, own in sides.items() for line in differing_ties(own)]
+    )
 
 
 def _raise(base: Checkpoint, problems: Sequence[str]) -> None:
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ValueError(f"{len(problems)} mismatches between the base {base.path} and its experts:\n{lines}")
-
-
-def _untied(parameters: Parameters) -> list[str]:
-    """Tensors that config.json ties but that differ in the files."""
-    read = parameters.checkpoint.read
-    return [
-        f"{parameters.checkpoint.path}: {name} and {other} differ, config.json ties them; set "
-        "tie_word_embeddings to false in base and experts, or save the model again"
-        for name, others in parameters.duplicates().items()
-        for other in others
-        if not torch.equal(read(name), read(other))
-    ]

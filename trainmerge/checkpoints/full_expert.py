@@ -10,6 +10,7 @@ from trainmerge.checkpoints.meta_model import shorten
 from trainmerge.checkpoints.parameters import Parameters, fit_prefix, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
 from trainmerge.checkpoints.sources import FullSource, Source
+from trainmerge.checkpoints.ties import lost_ties, tie_mismatches
 
 RESIZED = "resize both to one vocabulary, or set vocabulary=shared to merge the common tokens"
 
@@ -54,7 +55,8 @@ def plan_full(
     }
     problems += configuration_mismatches(frame.meta_model, own.meta_model.config, path / "config.json")
     problems += _shapes(checkpoint, base, names, shared_vocabulary)
-    problems += _ties(own, frame, fitted)
+    problems += tie_mismatches(own, frame, fitted)
+    problems += lost_ties(own, ignore)
     problems += _one_sided(own, frame, fitted, names)
     if problems:
         raise ValueError("\n".join(problems))
@@ -84,7 +86,8 @@ def _one_sided(
 ) -> list[str]:
     """Tensors that only the expert, or only the base, has."""
     tied = {*frame.meta_model.all_tied_weights_keys, *own.meta_model.all_tied_weights_keys}
-    known = {*frame.names.values(), *tied}  # including ignored ones
+    # Including ignored ones, and those that `lost_ties` finds missing from the base's files.
+    known = {*frame.names.values(), *tied, *(frame.meta_model._tied_weights_keys or {})}
     extra = [own.files[name] for key, name in fitted.items() if key not in known and name in own.files]
     missing = [name for key, name in frame.files.items() if key not in fitted and key not in tied]
     return [
@@ -104,24 +107,6 @@ def _fitted(own: Parameters, frame: Parameters) -> dict[str, str]:
     prefixes = {frame.meta_model.base_model_prefix, own.meta_model.base_model_prefix}
     fits = fit_prefix(own.names.values(), frame.names.values(), sorted(prefixes))
     return {theirs: name for name, theirs in fits.items()}
-
-
-def _ties(own: Parameters, frame: Parameters, fitted: Mapping[str, str]) -> list[str]:
-    """Parameters that are tied on one side and untied on the other."""
-    remedy = "set tie_word_embeddings alike and save again, or exclude it with ignore"
-    ours, theirs = frame.meta_model.all_tied_weights_keys, own.meta_model.all_tied_weights_keys
-    problems = [
-        f"{own.files[fitted[key]]} {tuple(own.checkpoint.tensors[own.files[fitted[key]]].shape)} is untied, "
-        f"the base ties it to {ours[key]}; {remedy}"
-        for key in fitted
-        if key in ours and key not in frame.files and fitted[key] in own.files
-    ]
-    return problems + [
-        f"{name} {tuple(frame.checkpoint.tensors[name].shape)} is untied in the base, the expert ties it to "
-        f"{theirs[key]}; {remedy}"
-        for key, name in frame.files.items()
-        if key in theirs and key not in fitted
-    ]
 
 
 def _groups(checkpoint: Checkpoint, names: Iterable[str], common: Iterable[str], what: str) -> list[str]:

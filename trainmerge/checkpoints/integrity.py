@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -13,19 +14,53 @@ from trainmerge.kernels import Difference, ExpertWeight, LowRank, Term
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.task_vectors.delta import TaskVectors
 
-WEIGHTS = (".safetensors", ".bin", ".json")
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "config.json", "adapter_config.json")
+# Calibration depends on these, so a fit cannot be resumed with others; the weights of its merge do not.
+TOKENIZER = (
+    "*token*.json", "*.model", "vocab*", "merges*", "chat_template*", "*processor_config.json", "*.tiktoken",
+)  # fmt: skip
 WORKERS = min(8, os.cpu_count() or 1)
 Stamp = list[int]  # device, inode, size, mtime and ctime
 
 
 def fingerprint(path: str | Path) -> dict[str, str]:
-    """SHA-256 of every weight and config file of a checkpoint or adapter folder, by file name.
+    """SHA-256 of a checkpoint's or adapter's weights, configuration and tokenizer, by file name.
+
+    Not of other files, such as generation_config.json: nothing learned depends on them.
 
     Raises FileNotFoundError if there is none.
     """
     files = _files(Path(path))
     with ThreadPoolExecutor(WORKERS) as pool:
         return dict(zip([file.name for file in files], pool.map(sha256, files), strict=True))
+
+
+def same_weights(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two fingerprints are of equal weights and configurations; other files are not compared."""
+
+    def weights(files: Mapping[str, str]) -> dict[str, str]:
+        return {
+            name: digest
+            for name, digest in files.items()
+            if any(fnmatchcase(name, pattern) for pattern in WEIGHTS)
+        }
+
+    return weights(one) == weights(other)
+
+
+def as_recorded(
+    found: Mapping[str, Mapping[str, str]], recorded: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, str]]:
+    """Fingerprints as a run recorded them, where they agree: older versions recorded further files too."""
+
+    def counted(files: Mapping[str, str]) -> dict[str, str]:
+        patterns = (*WEIGHTS, *TOKENIZER)
+        return {n: d for n, d in files.items() if any(fnmatchcase(n, pattern) for pattern in patterns)}
+
+    return {
+        name: dict(recorded[name]) if name in recorded and counted(recorded[name]) == files else dict(files)
+        for name, files in found.items()
+    }
 
 
 def stamps(path: str | Path) -> dict[str, Stamp]:
@@ -41,7 +76,11 @@ def _stamp(stat: os.stat_result) -> tuple[int, ...]:
 
 
 def _files(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.glob("*") if file.suffix in WEIGHTS and file.is_file())
+    files = sorted(
+        file
+        for file in folder.glob("*")
+        if any(fnmatchcase(file.name, pattern) for pattern in (*WEIGHTS, *TOKENIZER)) and file.is_file()
+    )
     if not files:
         raise FileNotFoundError(
             f"{folder}: no weights or configs in it. Name a checkpoint or adapter folder."

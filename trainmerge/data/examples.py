@@ -14,6 +14,7 @@ import datasets
 
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.ranges import check_fields
+from trainmerge.system.text import reason
 
 REWRITTEN = (
     "the chat template writes a turn of the assistant in another way once later turns follow (it leaves out "
@@ -140,9 +141,9 @@ def load_examples(
     if not len(data):
         raise ValueError(f"{path}: no examples in it")
     try:
-        values = list(data[columns[0]])
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not in UTF-8: {error}") from error
+        values, *_ = [list(data[column]) for column in columns]
+    except Exception as error:  # an arrow file is read here, and may be damaged anywhere
+        raise ValueError(f"{path}: damaged, or not in UTF-8: {reason(error)}. Save it again.") from error
     for i, value in enumerate(values):
         if value is None:
             raise ValueError(f"{path}: example {i} has no value for {columns[0]!r}, which must be a text")
@@ -171,12 +172,12 @@ def _read(source: Path, texts: Sequence[str]) -> datasets.Dataset:
         ):  # the texts are in memory anyway; a disk cache would remain
             data = reader(str(source), keep_in_memory=True, cache_dir=cache, **options)
             return _undated(data, source, texts) if FORMATS[source.suffix] == "json" else data
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+    except Exception as error:  # pyarrow's and datasets' own, and whatever they let through
         if "corresponds to no data" in str(error):  # a header without rows, blank lines
             raise ValueError(f"{source}: no examples in it") from error
-        reason = error.__cause__ or error  # the reader's own error, before it was wrapped
+        cause = error.__cause__ or error  # the reader's own error, before it was wrapped
         raise ValueError(
-            f"{source}: cannot be read as {FORMATS[source.suffix]} in UTF-8: {reason}"
+            f"{source}: cannot be read as {FORMATS[source.suffix]} in UTF-8: {reason(cause)}"
         ) from error
 
 
@@ -199,8 +200,10 @@ def _undated(data: datasets.Dataset, source: Path, texts: Sequence[str]) -> data
 def _saved(folder: Path) -> datasets.Dataset:
     try:
         data = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: not a dataset saved by `save_to_disk`: {error}") from error
+    except Exception as error:  # as in `_read`
+        raise ValueError(
+            f"{folder}: not a dataset saved by `save_to_disk`: {type(error).__name__}: {reason(error)}"
+        ) from error
     if isinstance(data, datasets.DatasetDict):
         raise ValueError(f"{folder}: has the splits {list(data)}; name the folder of one, {folder}/SPLIT")
     return data

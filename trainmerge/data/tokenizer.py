@@ -21,6 +21,7 @@ from trainmerge.system.atomic import seen_from
 from trainmerge.system.json_file import read_json
 from trainmerge.system.links import check_link
 from trainmerge.system.ranges import check_option
+from trainmerge.system.text import reason
 
 REMEDY = "Download or save it again."
 FILES = (
@@ -71,8 +72,8 @@ class Tokenizer:
             )
         except Exception as error:  # the file is a stranger's, and the parser's errors are of many types
             raise ValueError(
-                f"{path}: no tokenizer that transformers can load in it ({error}). Code from checkpoints is "
-                "never run"
+                f"{path}: no tokenizer that transformers can load in it ({reason(error)}). Code from "
+                "checkpoints is never run"
             ) from error
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token  # padding is masked, so any token works
@@ -235,7 +236,7 @@ def load_processor(path: str) -> Any:
         )
     except Exception as error:  # as for the tokenizer
         raise ValueError(
-            f"{path}: the processor for pictures cannot be built ({error}). transformers' own need "
+            f"{path}: the processor for pictures cannot be built ({reason(error)}). transformers' own need "
             "torchvision, of the version that fits your torch"
         ) from error
 

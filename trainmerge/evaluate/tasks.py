@@ -9,6 +9,7 @@ from trainmerge.data.examples import Columns, Example, load_examples, read_examp
 from trainmerge.data.heads import Head
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.measure import metric_of, predicted
+from trainmerge.run.heads import linear_problems
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import ACCURACY
 from trainmerge.system.ranges import check_option
@@ -134,6 +135,8 @@ def load_tasks(
             held-out task has an expert's name.
     """
     labelled = metric_of(recipe) is ACCURACY
+    if problems := list(linear_problems(recipe)):
+        raise ValueError("\n".join(problems))
     check_option("limit", limit, int | None, "[1, inf)")
     if twice := recipe.experts.keys() & recipe.held_out.keys():
         raise ValueError(f"recipe.held_out: {sorted(twice)} are names of experts; rename these tasks")

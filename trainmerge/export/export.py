@@ -5,8 +5,6 @@ complete.
 """
 
 import json
-import shutil
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.export.model_card import model_card
 from trainmerge.export.public import public, public_config, public_manifest
 from trainmerge.export.shards import CheckpointMerge, shard_names, write_shards
+from trainmerge.export.side_files import copy_side_files
 from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.run.config import read_yaml, to_config
 from trainmerge.run.folder import RunFolder
@@ -29,13 +28,11 @@ from trainmerge.run.saved import unfinished
 from trainmerge.system import distributed
 from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.distributed import joined
-from trainmerge.system.links import leads_outside
 from trainmerge.system.ranges import check_option
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.system.shared_output import agreed, balanced_share, staging_shared
 from trainmerge.task_vectors.delta import TaskVectors
 
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
 INDEX = "model.safetensors.index.json"
 
 
@@ -76,31 +73,13 @@ def write_checkpoint(merge: CheckpointMerge, folder: Path, workers: int = 1) -> 
     made = {file: digest for part in distributed.all_gather(mine) for file, digest in part.items()}
     if distributed.rank() > 0:
         return made
-    _copy_side_files(base.path, folder)
+    copy_side_files(base.path, folder)
     if len(made) > 1:
         size = sum((folder / file).stat().st_size for file in made)
         homes = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
     return made
-
-
-def _copy_side_files(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and remote code, with subfolders: all but weights, index and model card."""
-    for path in sorted(source.rglob("*")):
-        place = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in place.parts)
-        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        if path.is_file() and not hidden and not weights and str(place) != "README.md":
-            if leads_outside(source, path):
-                warnings.warn(
-                    f"{path} is a link that leads out of {source}: it is not copied. If the file belongs to "
-                    "the checkpoint, copy it there",
-                    stacklevel=2,
-                )
-                continue
-            (target / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / place)
 
 
 def check_target(out: Path, sources: Iterable[Path]) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainmerge.export.export import INDEX, WEIGHT_SUFFIXES, merge_of
+from trainmerge.export.export import INDEX, merge_of
 from trainmerge.export.shards import CheckpointMerge, shard_names
+from trainmerge.export.side_files import WEIGHTS
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
 from trainmerge.system.json_file import read_json
@@ -39,7 +40,7 @@ def verify_export(run: str | Path, out: str | Path) -> int:
 
 def _differences(merge: CheckpointMerge, folder: Path) -> Iterator[str]:
     shards = shard_names(merge.base)
-    there = {path.name for path in folder.glob("*") if path.suffix in WEIGHT_SUFFIXES}
+    there = {path.name for path in folder.glob("*") if path.suffix in WEIGHTS}
     own = {"trainmerge_coefficients.safetensors"}
     yield from (f"{file} is missing" for file in shards if file not in there)
     yield from (f"{file} is not part of the export" for file in sorted(there - shards.keys() - own))

@@ -1,8 +1,10 @@
 """Open a run folder: read its recipe, coefficients and manifest, and check that they agree."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+from trainmerge.checkpoints import same_weights
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.run.config import read_config, to_config
 from trainmerge.run.folder import RunFolder
@@ -24,12 +26,15 @@ def open_run(folder: RunFolder) -> tuple[Recipe, Coefficients, Opened]:
     fitted = manifest["checksums"]
     opened = recipe.reopen(folder.sources, fitted) or recipe.open(folder.workspace)
     opened.share_checksums()
-    changed = [name for name, files in opened.checksums.items() if fitted.get(name) != files]
+    changed = [
+        name for name, files in opened.checksums.items() if not same_weights(fitted.get(name, {}), files)
+    ]
     if changed:
         raise ValueError(
             f"{folder.path}: the weights of {changed} changed since the fit; restore them, or fit again"
         )
-    return recipe, coefficients, opened
+    # What was made for the fit is found again, even if a tokenizer was corrected since.
+    return recipe, coefficients, replace(opened, known_checksums=fitted)
 
 
 def read_run(folder: RunFolder) -> tuple[Recipe, Coefficients, dict[str, Any]]:
