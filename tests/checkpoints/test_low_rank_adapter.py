@@ -304,3 +304,56 @@ def test_what_peft_cannot_merge_is_an_error_and_writes_nothing(
     with pytest.raises(ValueError, match="merging it changes the base's parameters, lm_head"):
         open_task_vectors(base, {"a": adapter}, workspace=tmp_path / "w")
     assert list((tmp_path / "w").iterdir()) == []
+
+
+OTHERS = {
+    "oft": peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"]),
+    "layer norm": peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "vera": peft.VeraConfig(r=2, target_modules=["q_proj"]),
+    "vblora": peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=4, target_modules=["q_proj"]),
+    "randlora": peft.RandLoraConfig(r=2, target_modules=["q_proj"]),
+    "boft": peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_kinds_with_tensors_of_their_own_equal_peft(
+    bases: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    adapter = train(bases["llama"], tmp_path / "a", OTHERS[name])
+    opened = open_task_vectors(open_checkpoint(bases["llama"]), {"a": adapter}, workspace=tmp_path / "w")
+    compare(bases["llama"], opened, adapter, exact=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "lost"),
+    [
+        (LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), "lm_head"),
+        (LoraConfig(r=2, target_modules=["q_proj"]), "layers.1"),
+        (LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5]), "embed_tokens"),
+        (peft.LoHaConfig(r=2, target_modules=["q_proj"]), "layers.1"),
+        (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "layers.1"),
+        (peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj"]), "layers.1"),
+    ],
+)
+def test_everything_that_an_adapter_promises_is_demanded(
+    bases: dict[str, Path], tmp_path: Path, config: peft.PeftConfig, lost: str
+) -> None:
+    file = train(bases["llama"], tmp_path / "a", config) / "adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if lost not in name}
+    save_file(kept, file)
+    with pytest.raises(ValueError, match=rf"{lost}.* is missing"):
+        open_task_vectors(open_checkpoint(bases["llama"]), {"a": tmp_path / "a"}, workspace=tmp_path / "w")
+
+
+def test_copies_of_embeddings_count_where_they_differ(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = train(bases["llama"], tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
+    file = adapter / "adapter_model.safetensors"
+    tensors, base = load_file(file), load_file(bases["llama"] / "model.safetensors")
+    copy = base["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"base_model.model.model.embed_tokens.weight": copy}, file)
+    opened = open_task_vectors(open_checkpoint(bases["llama"]), {"a": adapter})
+    assert "model.embed_tokens.weight" not in opened.deltas
+    save_file(tensors | {"base_model.model.model.embed_tokens.weight": copy + 0.5}, file)
+    opened = open_task_vectors(open_checkpoint(bases["llama"]), {"a": adapter})
+    assert torch.equal(weights(bases["llama"], opened)["model.embed_tokens.weight"], copy + 0.5)

@@ -74,7 +74,7 @@ class TestFiles:
         columns = self._columns()
         names = [*columns.names(), *["label"] * self.labelled]
         try:
-            data = load_examples(file, names, optional=["prompt"])
+            data = load_examples(file, names, optional=["prompt"], numbers=["label"])
         except ValueError as error:
             raise ValueError(
                 f"{error}. A {self.split} file needs the columns {names}: data.columns of the fit names the "
