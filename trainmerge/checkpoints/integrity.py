@@ -35,15 +35,6 @@ def fingerprint(path: str | Path) -> dict[str, str]:
         return dict(zip([file.name for file in files], pool.map(sha256, files), strict=True))
 
 
-def compared(files: Mapping[str, str]) -> dict[str, str]:
-    """A fingerprint without the further files that version 0.1.0 listed, such as generation_config.json."""
-    return {name: digest for name, digest in files.items() if _is_read(name)}
-
-
-def _is_read(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in (*WEIGHTS, *TOKENIZER))
-
-
 def same_weights(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     """Whether two fingerprints are of equal weights and configurations; other files are not compared."""
 
@@ -85,7 +76,11 @@ def _stamp(stat: os.stat_result) -> tuple[int, ...]:
 
 
 def _files(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.glob("*") if _is_read(file.name) and file.is_file())
+    files = sorted(
+        file
+        for file in folder.glob("*")
+        if any(fnmatchcase(file.name, pattern) for pattern in (*WEIGHTS, *TOKENIZER)) and file.is_file()
+    )
     if not files:
         raise FileNotFoundError(
             f"{folder}: no weights or configs in it. Name a checkpoint or adapter folder."
