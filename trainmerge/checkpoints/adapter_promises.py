@@ -127,11 +127,20 @@ def differences(
             f"{file}: {shorten(strange)} does not belong to a module that its config adapts, so peft does "
             "not use it: save the adapter again with the config of its training"
         )
+    return [*_shapes(adapter, have, expected), *problems]
+
+
+def _shapes(adapter: Adapter, have: Mapping[str, str], expected: Mapping[str, torch.Size]) -> list[str]:
+    """Tensors of other shapes, after one line that says what several of them mean."""
+    file, found = adapter.file, []
     for name, key in have.items():
         got = tuple(adapter.info(key).shape)
         if name in expected and got != tuple(expected[name]):
-            problems.append(f"{file}: {key} is {got}, this base needs {tuple(expected[name])}: another base?")
-    return problems
+            found.append(f"{file}: {key} is {got}, this base needs {tuple(expected[name])}: another base?")
+    if len(found) < 2:
+        return found
+    verdict = f"{len(found)} of its {len(have)} tensors have other shapes than this base needs"
+    return [f"{file}: an adapter of another base: {verdict}, as listed below", *found]
 
 
 def _embeddings(base: Parameters) -> list[str]:

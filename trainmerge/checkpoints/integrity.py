@@ -35,15 +35,6 @@ def fingerprint(path: str | Path) -> dict[str, str]:
         return dict(zip([file.name for file in files], pool.map(sha256, files), strict=True))
 
 
-def compared(files: Mapping[str, str]) -> dict[str, str]:
-    """A fingerprint without the further files that version 0.1.0 listed, such as generation_config.json."""
-    return {name: digest for name, digest in files.items() if _is_read(name)}
-
-
-def _is_read(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in (*WEIGHTS, *TOKENIZER))
-
-
 def same_weights(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     """Whether two fingerprints are of equal weights and configurations; other files are not compared."""
 
@@ -55,6 +46,21 @@ def same_weights(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
         }
 
     return weights(one) == weights(other)
+
+
+def as_recorded(
+    found: Mapping[str, Mapping[str, str]], recorded: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, str]]:
+    """Fingerprints as a run recorded them, where they agree: older versions recorded further files too."""
+
+    def counted(files: Mapping[str, str]) -> dict[str, str]:
+        patterns = (*WEIGHTS, *TOKENIZER)
+        return {n: d for n, d in files.items() if any(fnmatchcase(n, pattern) for pattern in patterns)}
+
+    return {
+        name: dict(recorded[name]) if name in recorded and counted(recorded[name]) == files else dict(files)
+        for name, files in found.items()
+    }
 
 
 def stamps(path: str | Path) -> dict[str, Stamp]:
@@ -70,7 +76,11 @@ def _stamp(stat: os.stat_result) -> tuple[int, ...]:
 
 
 def _files(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.glob("*") if _is_read(file.name) and file.is_file())
+    files = sorted(
+        file
+        for file in folder.glob("*")
+        if any(fnmatchcase(file.name, pattern) for pattern in (*WEIGHTS, *TOKENIZER)) and file.is_file()
+    )
     if not files:
         raise FileNotFoundError(
             f"{folder}: no weights or configs in it. Name a checkpoint or adapter folder."

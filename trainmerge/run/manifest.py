@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trainmerge.checkpoints.integrity import compared
 from trainmerge.run.config import public_paths
 from trainmerge.system.atomic import write_whole
 from trainmerge.system.json_file import read_json
@@ -48,8 +47,6 @@ def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     A class's public path and its path in older files count as equal.
     """
     before, plain = public_paths(made), public_paths(json.loads(json.dumps(now)))
-    if "checksums" in before:
-        before["checksums"] = {name: compared(files) for name, files in before["checksums"].items()}
     pairs = ((key, before.get(key, ABSENT), value) for key, value in plain.items())
     return "\n".join(line for key, old, new in pairs if old != new for line in _lines(key, old, new))
 
