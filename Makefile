@@ -87,8 +87,9 @@ tables: $(READY) ## write the tables of tests/results into README and the docume
 docs: $(READY) ## build the pages of notebooks/docs into build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file notebooks/mkdocs.yml
 
-soak: $(READY) ## kill and resume at random for SOAK_MINUTES (20 by default), on two processes
+soak: $(READY) ## kill and resume for SOAK_MINUTES (20) on two processes; then every command, KILLS times (200)
 	@$(BIN)/python -m tests.soak
+	@$(BIN)/python -m tests.kills
 
 clean: ## remove the demo's run and caches of tools; other runs, downloads and .venv stay
 	@rm -rf runs/demo .mypy_cache .ruff_cache .pytest_cache

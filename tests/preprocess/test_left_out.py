@@ -112,3 +112,12 @@ def test_parameters_without_dimensions(method: tm.Preprocess, tmp_path: Path) ->
     given = vectors({"logit_scale": torch.tensor([1e-3, 2e-3]), "w": 1e-3 * torch.stack(matrices(0, 1))})
     made = apply(given, [method], tmp_path, "a")
     assert made.deltas["logit_scale"].dense().shape == (2,)
+
+
+def test_fisher_names_parameters_without_a_gradient(capsys: pytest.CaptureFixture[str]) -> None:
+    applied(tm.Fisher(), vectors(random()))  # whose network reads one layer only
+    words = capsys.readouterr().err
+    assert re.match(
+        r"Fisher: no prediction depends on 3 parameters \(wide.weight, norm.weight, scale; ", words
+    )
+    assert words.endswith("% of the task vectors' squared norm): they are averaged\n")

@@ -6,7 +6,7 @@ Names that need transformers or peft are imported on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trainmerge.checkpoints.integrity import Stamp, fingerprint, same_weights, stamps, verify
+from trainmerge.checkpoints.integrity import Stamp, as_recorded, fingerprint, same_weights, stamps, verify
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
 from trainmerge.checkpoints.side_modules import module_folders
 from trainmerge.checkpoints.sources import Sources
@@ -37,6 +37,7 @@ __all__ = [
     "Output",
     "Sources",
     "Stamp",
+    "as_recorded",
     "beyond_linear",
     "build_meta_model",
     "find_sources",

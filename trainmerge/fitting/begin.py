@@ -55,7 +55,10 @@ def begin(
         ValueError: non-finite weights; the folder's run or the snapshot has different experts, data or
             settings.
     """
-    module.opened.verify()
+    made = json.loads(snapshot.content["trainmerge"]) if snapshot else {}
+    if folder.began and folder.manifest.exists():
+        made = folder.read_manifest()
+    module.opened.verify(made.get("checksums"))
     description = describe(module, data)
     folder.check(description)
     if snapshot and (different := differences(json.loads(snapshot.content["trainmerge"]), description)):

@@ -17,7 +17,7 @@ from trainmerge.fitting.outcome import check_learned, save_end, save_start, warn
 from trainmerge.fitting.plan_fit import Precision
 from trainmerge.fitting.preflight import check_heads, check_tasks
 from trainmerge.fitting.snapshots import Snapshots
-from trainmerge.fitting.trainer import check_strategy
+from trainmerge.fitting.trainer import check_folder, check_strategy
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.in_use import in_use
 from trainmerge.system.memory import parse_size
@@ -171,21 +171,6 @@ def is_collective_error(error: RuntimeError) -> bool:
 def precision_of(trainer: pl.Trainer) -> Precision:
     """The autocast of the trainer's steps."""
     return trainer.strategy.precision_plugin.forward_context
-
-
-def check_folder(trainer: pl.Trainer, run: Path) -> None:
-    """Raise ValueError if the trainer does not write into this run folder."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    folders = [callback.folder.path for callback in callbacks if isinstance(callback, Snapshots)]
-    if not folders:
-        raise ValueError(
-            "this trainer saves no snapshots: make it with trainmerge.make_trainer(run, max_steps=...)"
-        )
-    if folders[0].resolve() != run.resolve():
-        raise ValueError(
-            f"the trainer writes into {folders[0]}, and the fit into {run}: give make_trainer and fit the "
-            "same run folder"
-        )
 
 
 def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:

@@ -120,7 +120,7 @@ def _records(module: MergeModule, data: Calibration, step: Step, meta_model: nn.
         if not isinstance(getattr(config, name, None), int):
             raise ValueError(f"the size of the recorded outputs is unknown: config.json names no {name}")
     positions = [len(own) * batch.mask.shape[1] for own, batch in zip(data.examples, step, strict=True)]
-    hidden = [2 * config.hidden_size * len(asks.layers) * count for count in positions]
+    hidden = [asks.dtype.itemsize * config.hidden_size * len(asks.layers) * count for count in positions]
     own_classes = output_of(module.opened.base.path).classes
     by_class = [own_classes or expert.head is not None for expert in module.recipe.experts.values()]
     rows = [

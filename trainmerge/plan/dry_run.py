@@ -133,7 +133,7 @@ def _loss(
 
 def _signals(asks: Asks, outputs: Outputs, recorded: int) -> Signals:
     """Placeholders of an expert's recorded outputs."""
-    hidden = {i: state.flatten(0, -2).to(torch.bfloat16) for i, state in outputs.hidden.items()}
+    hidden = {i: state.flatten(0, -2).to(asks.dtype) for i, state in outputs.hidden.items()}
     if asks.temperature is None:
         return Signals(None, hidden)
     rows, classes = outputs.logits.shape[:-1].numel(), outputs.logits.shape[-1]

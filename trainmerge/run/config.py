@@ -73,7 +73,12 @@ def public_paths(data: Any) -> Any:
 def to_config(value: Any) -> Any:
     """A frozen dataclass as plain YAML data; a plug-in (one with a base class) with its class path."""
     if is_dataclass(value) and not isinstance(value, type):
-        content = {field.name: to_config(getattr(value, field.name)) for field in fields(value)}
+        content = {
+            field.name: to_config(getattr(value, field.name))
+            for field in fields(value)
+            # A field that older versions lack, at its default: their files have the same settings without it.
+            if "added" not in field.metadata or getattr(value, field.name) != field.default
+        }
         if type(value).__mro__[1] is object:
             return content
         path = public_path(f"{type(value).__module__}.{type(value).__qualname__}")

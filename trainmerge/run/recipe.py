@@ -7,7 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from trainmerge.checkpoints import Checkpoint, Sources, Stamp, fingerprint, open_checkpoint, stamps, verify
+from trainmerge.checkpoints import (
+    Checkpoint,
+    Sources,
+    Stamp,
+    as_recorded,
+    fingerprint,
+    open_checkpoint,
+    stamps,
+    verify,
+)
 from trainmerge.coefficients.layout import Grouping, Layout
 from trainmerge.data.heads import Head
 from trainmerge.preprocess import Preprocess
@@ -200,11 +209,13 @@ class Opened:
             return {name: dict(files) for name, files in self.known_checksums.items()}
         return {name: fingerprint(folder) for name, folder in self.folders.items()}
 
-    def verify(self) -> None:
-        """Compute the checksums and raise ValueError for every NaN and infinity, in one reading."""
-        vars(self)["checksums"] = verify(
-            self.base, self.task_vectors, self.folders
-        )  # sets the cached property
+    def verify(self, recorded: Mapping[str, Mapping[str, str]] | None = None) -> None:
+        """Compute the checksums and raise ValueError for every NaN and infinity, in one reading.
+
+        `recorded` are those of the run that is resumed; where they agree, they are used as they are.
+        """
+        found = verify(self.base, self.task_vectors, self.folders)
+        vars(self)["checksums"] = as_recorded(found, recorded or {})  # sets the cached property
 
     def share_checksums(self) -> None:
         """Use process 0's checksums, so that only one process reads every file."""
