@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-closed bench tables docs soak clean
+.PHONY: help setup data data-suite data-lm demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-closed bench tables docs soak cases clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -90,6 +90,9 @@ docs: $(READY) ## build the pages of notebooks/docs into build/site
 soak: $(READY) ## kill and resume for SOAK_MINUTES (20) on two processes; then every command, KILLS times (200)
 	@$(BIN)/python -m tests.soak
 	@$(BIN)/python -m tests.kills
+
+cases: data ## run every script in the folder CASES, and list what each says
+	@$(BIN)/python -m tests.cases "$(CASES)"
 
 clean: ## remove the demo's run and caches of tools; other runs, downloads and .venv stay
 	@rm -rf runs/demo .mypy_cache .ruff_cache .pytest_cache
