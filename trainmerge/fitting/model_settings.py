@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from trainmerge.coefficients.initial import Initial
-from trainmerge.coefficients.presets import MeasuredPreset
+from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.calibration import Calibration
 from trainmerge.model.teachers import BUDGET
 from trainmerge.preprocess import Informed

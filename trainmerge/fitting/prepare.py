@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.initial import Initial
-from trainmerge.coefficients.presets import MeasuredPreset
+from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.batch import Asks
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.model_settings import ModelSettings
