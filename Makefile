@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm demo test test-processors lower-bounds lint suite suite-lm suite-closed bench tables docs soak clean
+.PHONY: help setup data data-suite data-lm demo test test-processors families lower-bounds lint suite suite-lm suite-closed bench tables docs soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -51,6 +51,9 @@ test: data ## run the tests
 
 test-processors: $(READY) ## the tests as other processors, with other threads, on a busy machine (hours)
 	@$(BIN)/python -m tests.processors --only "$(SETTING)"
+
+families: $(READY) ## the gradient of every family of models against autograd (a minute); FAMILY=mamba for one
+	@$(BIN)/python -m tests.gradient_sweep --only "$(FAMILY)"
 
 lower-bounds: ## install the oldest dependencies that pyproject.toml promises, run the quick tests with them
 	@$(PYTHON) -m tests.lower_bounds

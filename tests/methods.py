@@ -105,8 +105,12 @@ class SoftmaxLayer:
 
     def inputs(self, expert: int) -> Tensor:
         seed = ord(self.given.experts[expert])  # an expert's examples go with its name
-        width = self.given.deltas["layer.weight"].shape[1]
+        width = self.given.deltas["layer.weight"].shape[0 if self.flipped else 1]
         return torch.randn(12, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+    @property
+    def flipped(self) -> bool:
+        return self.given.deltas["layer.weight"].role == "transposed"
 
     def in_order(self, names: Iterable[str]) -> list[str]:
         return list(names)
@@ -120,10 +124,11 @@ class SoftmaxLayer:
         del sampled  # one label or another: nothing here depends on how it was drawn
         weight, bias = (self._own(name, expert) for name in ("layer.weight", "layer.bias"))
         for number, x in enumerate(self.inputs(expert)):
-            slope = (weight @ x + bias).softmax(0)
+            slope = ((weight.T if self.flipped else weight) @ x + bias).softmax(0)
             slope[number % len(slope)] -= 1
             zeros = {name: torch.zeros(delta.shape) for name, delta in self.given.deltas.items()}
-            yield {**zeros, "layer.weight": torch.outer(slope, x), "layer.bias": slope}
+            outer = torch.outer(slope, x)
+            yield {**zeros, "layer.weight": outer.T if self.flipped else outer, "layer.bias": slope}
 
     def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors)

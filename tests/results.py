@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainmerge.run.config import read_settings
-from trainmerge.run.folder import versions
+from trainmerge.run.manifest import versions
 from trainmerge.system.atomic import write_whole
 
 FOLDER = Path("tests/results")

@@ -28,7 +28,8 @@ from tests.ranks import Failed, Ranks, sound
 from tests.results import FOLDER
 from tests.world import write_world
 from trainmerge.fitting.provenance import load_snapshot
-from trainmerge.run.folder import RunFolder, versions
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.manifest import versions
 from trainmerge.system.atomic import write_whole
 
 STEPS = 12

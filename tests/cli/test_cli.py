@@ -92,7 +92,10 @@ def test_fit_resume_export_evaluate_inspect(world: Path, capsys: pytest.CaptureF
     assert {"base", "average", "learned", "expert"} < scores.keys()
     assert scores["expert"]["normalised"] == 1.0
     capsys.readouterr()
-    assert main(["evaluate", out, "--max_length", "16", "--output", str(world / "again.json")]) == 0
+    assert main(["evaluate", out, "--max_length", "16"]) == 1
+    assert "--recipe RUN" in capsys.readouterr().err  # an export holds no path of the machine
+    words = ["evaluate", out, "--recipe", run, "--max_length", "16"]
+    assert main([*words, "--output", str(world / "again.json")]) == 0
     (again,) = json.loads((world / "again.json").read_text()).values()
     assert again["mean"] == scores["learned"]["mean"]
     (world / "bare.yaml").write_text(

@@ -77,7 +77,7 @@ def test_the_oracle_is_the_best_vertex(generator: torch.Generator) -> None:
 
 
 def test_bad_settings() -> None:
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="above 0"):
         FrankWolfe([nn.Parameter(torch.ones(2, 1))], total=0)
     with pytest.raises(ValueError, match="single tensor"):
         FrankWolfe([nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))])

@@ -18,6 +18,7 @@ from tests.bounds import SCORE
 from tests.objectives.test_alignment import languages  # noqa: F401 - a fixture
 from tests.world import LABELS, languages_recipe, llama, recipe, write_world
 from trainmerge.cli import main
+from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate import evaluate_run
 from trainmerge.evaluate.bootstrap import score_differences
@@ -45,8 +46,12 @@ def test_a_token_without_probability_has_a_finite_loss(languages: Path) -> None:
     model = llama().eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
-    losses, _ = token_losses(subject(languages, model), "t", ["red blue green"])
+    losses, _ = token_losses(subject(languages, model), "t", examples("red blue green"))
     assert 200 < losses.item() < math.inf  # exp of it is 0 in float32
+
+
+def examples(*texts: str) -> list[Example]:
+    return [Example(text) for text in texts]
 
 
 def subject(root: Path, model: torch.nn.Module, **settings: int) -> Subject:
@@ -58,7 +63,7 @@ def test_perplexity_and_bits_per_byte_are_of_the_models_own_loss(languages: Path
     model = llama().eval()
     texts = ["red blue green", "one two", "cat dog bird fish good"]
     own = subject(languages, model)
-    found = score_task(own, Task("t", texts))
+    found = score_task(own, Task("t", examples(*texts)))
     nats, count = 0.0, 0
     for text in texts:
         ids = own.tokenize([text])["input_ids"]
@@ -75,7 +80,7 @@ def test_perplexity_and_bits_per_byte_are_of_the_models_own_loss(languages: Path
 
 def test_answers_are_greedy_and_as_long_as_allowed(languages: Path) -> None:  # noqa: F811
     model = llama().eval()
-    task = Task("t", ["red"], prompts=["red blue", "one"])
+    task = Task("t", examples("red"), prompts=["red blue", "one"])
     found = score_task(subject(languages, model, answers=3), task).measures
     assert (found["answer_tokens"], found["answers_cut"]) == (3, 1)
     model.generation_config.eos_token_id = list(range(model.config.vocab_size))  # whatever comes ends it
@@ -113,10 +118,11 @@ def test_a_run_with_a_task_held_out(run: Path) -> None:
     assert "forgetting" not in found["expert"]
     out = HeldOut("x", recipe(run.parent).experts["mood"].head)
     kept = Recipe(**{**vars(recipe(run.parent)), "held_out": {"mood": out}})
+    tokenize = Tokenizer(kept.base, LENGTH)
     with pytest.raises(ValueError, match=r"\['mood'\] are names of experts"):
-        load_tasks(kept)
+        load_tasks(kept, tokenize)
     with pytest.raises(ValueError, match="limit must be at least 1"):
-        load_tasks(recipe(run.parent), -1)
+        load_tasks(recipe(run.parent), tokenize, limit=-1)
 
 
 def test_a_checkpoint_is_cut_as_the_run_was(run: Path, tmp_path: Path) -> None:
@@ -216,7 +222,7 @@ def test_the_harness_agrees_with_the_models_likelihoods(languages: Path, tmp_pat
     model = llama().eval()
     found = run_harness(model, str(languages / "base"), [task])["inline"]
     assert found.better["acc,none"] == 1
-    losses, _ = token_losses(subject(languages, model), "t", ["red blue green", "red blue cat"])
+    losses, _ = token_losses(subject(languages, model), "t", examples("red blue green", "red blue cat"))
     says = int(losses.argmin())
     assert found.metrics["acc,none"] == sum(row["gold"] == says for row in rows) / 4
 
@@ -229,8 +235,8 @@ def test_without_the_harness_its_name_is_said(languages: Path, monkeypatch: pyte
 
 def test_wrong_labels_are_said(run: Path) -> None:
     head = recipe(run.parent).experts["mood"].head
-    task = Task("mood", ["red"], [len(LABELS["mood"])], head=head)
-    with pytest.raises(ValueError, match="its file has label 2; its head has 2"):
+    task = Task("mood", examples("red"), [len(LABELS["mood"])], head=head)
+    with pytest.raises(ValueError, match="its file has label 2; its classifier has 2 classes"):
         score_task(evaluated(run, task), task)
 
 

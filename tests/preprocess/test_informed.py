@@ -256,6 +256,7 @@ def test_a_measured_merge_is_exported_and_its_loss_is_told(languages: Path, tmp_
     silent = languages_recipe(languages, preprocess=[tm.RegMean()])
     experts = {n: replace(e, calibration=None) for n, e in silent.experts.items()}
     module = tm.MergeModule(replace(silent, experts=experts), workspace=str(tmp_path / "none"))
+    trainer = tm.make_trainer(tmp_path / "none", max_steps=0, accelerator="cpu", enable_progress_bar=False)
     with pytest.raises(ValueError, match="have no `calibration` file"):
         tm.fit(module, tm.Calibration({}, merge.base), trainer, tmp_path / "none")
 

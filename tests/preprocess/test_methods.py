@@ -141,6 +141,8 @@ def test_scale(name: str) -> None:
         vectors({n: 4.0 * t for n, t in taus.items()}, {n: 4.0 * b for n, b in base.items()}),
     )
     for parameter in got:
+        if name == "widen" and taus[parameter].dim() < 3:  # a softmax of |tau| itself, as published
+            continue
         torch.testing.assert_close(scaled[parameter], 4.0 * got[parameter], rtol=1e-8, atol=1e-10)
 
 

@@ -534,10 +534,14 @@ def test_pcb_prefers_what_all_agree_on() -> None:
 
 
 def widen_scores(changes: Tensor, above: float, important: float) -> Tensor:
-    """[K, n] of numbers without ties -> weights, one at a time."""
-    ranks = torch.stack([(row[:, None] > row[None]).sum(1).double() / len(row) for row in changes])
-    scores = ranks.exp() / ranks.exp().sum(0)
-    return torch.where(ranks > above * ranks.mean(1, keepdim=True), important, scores)
+    """[K, n] -> weights: the published `compute_importance_scores`."""
+    scores = changes.exp() / changes.exp().sum(0)
+    return torch.where(changes > above * changes.mean(1, keepdim=True), important, scores)
+
+
+def widen_ranks(changes: Tensor) -> Tensor:
+    """[K, n] of numbers without ties -> ranks, one at a time."""
+    return torch.stack([(row[:, None] > row[None]).sum(1).double() / len(row) for row in changes])
 
 
 @pytest.mark.parametrize(("above", "important"), [(1.0, 1.0), (0.5, 2.0)])
@@ -556,7 +560,7 @@ def test_widen_is_its_formula(above: float, important: float) -> None:
             turned = 1 - (models * base).sum(1 + outputs) / models.norm(dim=1 + outputs) / base.norm(
                 dim=outputs
             )
-            weights = sum(widen_scores(x, above, important) for x in (longer, turned)) / 2
+            weights = sum(widen_scores(widen_ranks(x), above, important) for x in (longer, turned)) / 2
             want = tau * weights.unsqueeze(1 + outputs)
         torch.testing.assert_close(got[name], want)
 

@@ -9,7 +9,7 @@ import pytest
 import trainmerge as tm
 from tests.methods import METHODS
 from trainmerge.run.config import build, public_path, public_paths, read_config, to_config, write_config
-from trainmerge.run.folder import differences
+from trainmerge.run.manifest import differences
 
 HEAD = tm.LabelHead(["yes", "no"])
 PLUG_INS = [
@@ -96,4 +96,6 @@ def test_a_class_that_has_moved_is_no_difference_and_another_class_is() -> None:
     now = {"objective": {"class_path": "trainmerge.Entropy", "init_args": {}}, "clip": 0}
     assert differences(made, now) == ""
     now["objective"]["class_path"] = "trainmerge.Alignment"
-    assert "objective: " in differences(made, now)
+    assert differences(made, now) == (
+        '  objective.class_path: "trainmerge.Entropy" then, "trainmerge.Alignment" now'
+    )

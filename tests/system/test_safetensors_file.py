@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainmerge.system.atomic import check_free_space, staging
+from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.safetensors_file import MappedFile, sha256, write_safetensors
+from trainmerge.system.staging import staging
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8, torch.float64]
 
@@ -203,7 +204,7 @@ def test_staging_takes_an_empty_folder_but_no_file(tmp_path: Path) -> None:
 
 KILLED = """
 import sys
-from trainmerge.system.atomic import staging
+from trainmerge.system.staging import staging
 with staging(sys.argv[1], overwrite=True) as folder:
     (folder / "a").write_text("half")
     print("ready", flush=True)
@@ -221,9 +222,10 @@ def test_kill_9_keeps_the_old_output_and_disturbs_no_later_run(tmp_path: Path) -
     assert process.stdout is not None
     with process.stdin, process.stdout:
         assert process.stdout.readline() == "ready\n"
-        with staging(target, overwrite=True) as folder:  # leaves a living process's folder alone
-            (folder / "a").write_text("old")
-        assert len(list(tmp_path.glob(".out.new-*"))) == 1
+        words = rf"in use by a command that writes it, process {process.pid} on "
+        with pytest.raises(ValueError, match=words), staging(target, overwrite=True):
+            pytest.fail("the body must not run")
+        assert len(list(tmp_path.glob(".out.new-*"))) == 1  # a living process's folder is left alone
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert (target / "a").read_text() == "old"

@@ -13,18 +13,20 @@ from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
     from trainmerge.checkpoints.compatibility import find_sources
-    from trainmerge.checkpoints.meta_model import Output, build_meta_model, locate, output_of
+    from trainmerge.checkpoints.meta_model import build_meta_model, locate
     from trainmerge.checkpoints.model import LoadedModel, load_meta_model, load_model
+    from trainmerge.checkpoints.output import Output, output_of, output_of_class
 
 _HEAVY = {
     "find_sources": "compatibility",
     "LoadedModel": "model",
     "load_meta_model": "model",
     "load_model": "model",
-    "Output": "meta_model",
+    "Output": "output",
     "build_meta_model": "meta_model",
     "locate": "meta_model",
-    "output_of": "meta_model",
+    "output_of": "output",
+    "output_of_class": "output",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "module_folders",
     "open_checkpoint",
     "output_of",
+    "output_of_class",
     "same_weights",
     "stamps",
     "verify",

@@ -1,7 +1,7 @@
 """A peft adapter folder on disk: its config and its tensors, under the base's module names."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Adapter:
     config: Mapping[str, Any]  # adapter_config.json
     keys: Mapping[str, str]  # key -> its name in the file
     source: WeightFile
+    ignored: Mapping[str, str] = field(default_factory=dict)  # the same of `ignore`d tensors of the base
 
     def info(self, key: str) -> TensorInfo:
         """The header of one tensor."""
@@ -66,18 +67,20 @@ def open_adapter(base: Parameters, path: Path, ignore: Sequence[str], allow_pick
         raise ValueError(f"{files[0]}: {shorten(strange)} are outside {ROOT!r}: not a supported adapter.")
     modules = {name for name, _ in base.meta_model.named_modules() if name}
     own = {name: name.removeprefix(ROOT) for name in source.tensors}
-    places = {name: _module(key) for name, key in own.items()}
+    places = {name: module_of(key) for name, key in own.items()}
     fits = fit_prefix(places.values(), modules, [base.meta_model.base_model_prefix])
-    keys = {}
+    keys, ignored = {}, {}
     for name, place in places.items():
         key = fits[place] + own[name].removeprefix(place)
         if not matches(key, ignore) and not matches(own[name], ignore):
             keys[key] = name
+        elif fits[place] in modules:
+            ignored[key] = name
     _check_modules(files[0], list(keys), modules)
-    return Adapter(path, config, keys, source)
+    return Adapter(path, config, keys, source, ignored)
 
 
-def _module(key: str) -> str:
+def module_of(key: str) -> str:
     """The module of a tensor: its name up to `.lora_A` and similar, or up to the last dot."""
     words = key.split(".")
     ends = [i for i, word in enumerate(words) if word in MARKS]
@@ -109,7 +112,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 def _check_modules(file: Path, keys: Sequence[str], modules: set[str]) -> None:
     absent: dict[str, list[str]] = {}
     for key in keys:
-        place = _module(key)
+        place = module_of(key)
         if place not in modules:
             absent.setdefault(_unknown_part(place, modules), []).append(key)
     if absent:

@@ -33,7 +33,7 @@ def check_adapter_config(file: Path, config: Mapping[str, Any]) -> None:
             "by a checkpoint is never run. Remove both keys"
         )
     for key in KEYED:
-        given = config.get(key) or {}
+        given = config.get(key, {})
         if not isinstance(given, Mapping) or not all(_is_number(value) for value in given.values()):
             raise ValueError(f"{file}: {key} must map patterns to numbers, not {given!r}. Save it again.")
     for key, pattern in _patterns(config):
@@ -53,7 +53,7 @@ def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         listed = given if isinstance(given, list) and key in LISTED else [given]
         yield from ((key, pattern) for pattern in listed if isinstance(pattern, str))
     for key in KEYED:
-        yield from ((key, str(pattern)) for pattern in config.get(key) or {})
+        yield from ((key, str(pattern)) for pattern in config.get(key, {}))
 
 
 def _problem(pattern: str) -> str | None:

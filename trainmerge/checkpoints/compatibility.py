@@ -2,26 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from trainmerge.checkpoints.config_check import recorded_mismatches
 from trainmerge.checkpoints.full_expert import FullExpert, plan_full
+from trainmerge.checkpoints.hidden_changes import Plan, warn_of_hidden_changes
 from trainmerge.checkpoints.low_rank_adapter import plan_adapter
 from trainmerge.checkpoints.parameters import Parameters, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint
+from trainmerge.checkpoints.roles import roles_of
 from trainmerge.checkpoints.side_modules import warn_of_side_modules
-from trainmerge.checkpoints.sources import Source, Sources
+from trainmerge.checkpoints.sources import Sources
 from trainmerge.checkpoints.ties import differing_ties, lost_ties, one_sided_updates
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
 from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_json
-
-
-class FittingExpert(Protocol):
-    """One expert that matches the base, and the places of its tensors."""
-
-    def sources(self) -> dict[str, Source]:
-        """The base's tensor name -> the place of the expert's change. Absent names are unchanged."""
-        ...
 
 
 def find_sources(
@@ -48,7 +41,9 @@ def find_sources(
             tensors differ, or an adapter that peft cannot merge.
     """
     frame = open_parameters(base, ignore)
-    plans: dict[str, FittingExpert] = {}
+    text = frame.meta_model.config.get_text_config()
+    rows = getattr(text, "vocab_size", None) if shared_vocabulary else None
+    plans: dict[str, Plan] = {}
     problems = [f"base: {line}" for line in lost_ties(frame, ignore)]
     for expert, folder in experts.items():
         path = Path(folder)
@@ -60,18 +55,21 @@ def find_sources(
             else:
                 plans[expert] = plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary)
                 warn_of_side_modules(base.path, path)
-            problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path)]
+            problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path, rows)]
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
     _raise(base, problems)
     _check_ties(frame, plans)
+    warn_of_hidden_changes(frame, plans)
     sources = {expert: plan.sources() for expert, plan in plans.items()}
-    return Sources(tuple(frame.files.values()), frame.tied, sources)
+    roles = roles_of(frame.meta_model)
+    known = {name: roles[parameter] for parameter, name in frame.files.items()}
+    return Sources(tuple(known), frame.tied, sources, known)
 
 
 def _adapter(
     frame: Parameters, path: Path, ignore: Sequence[str], allow_pickle: bool, workspace: Path | None
-) -> tuple[FittingExpert, list[str]]:
+) -> tuple[Plan, list[str]]:
     """An adapter, and its mismatches with the base's configuration and ties."""
     plan = plan_adapter(frame, path, ignore, allow_pickle, workspace)
     recorded = read_json(path / ADAPTER).get("base_model_name_or_path")
@@ -79,7 +77,7 @@ def _adapter(
     return plan, mismatches + one_sided_updates(frame, path, plan.adapter.keys)
 
 
-def _check_ties(frame: Parameters, plans: Mapping[str, FittingExpert]) -> None:
+def _check_ties(frame: Parameters, plans: Mapping[str, Plan]) -> None:
     sides = {"base": frame} | {
         name: plan.parameters for name, plan in plans.items() if isinstance(plan, FullExpert)
     }

@@ -85,7 +85,7 @@ def warn_of_generation(
     different = [
         f"{key} is {theirs.get(key)!r}, the base has {ours.get(key)!r}"
         for key in sorted(ours.keys() | theirs.keys())
-        if not same_value(key, ours.get(key), theirs.get(key)) and not key.startswith(("_", "transformers_"))
+        if not same_value(key, ours.get(key), theirs.get(key)) and not is_one_of(key, (*SILENT, "_*"))
     ]
     if different:
         warnings.warn(

@@ -73,6 +73,7 @@ def plan_adapter(
     it needs `workspace` and that is None.
     """
     adapter = open_adapter(base, path, ignore, allow_pickle)
+    _check_start(adapter)
     dense = MergedAdapter(base, adapter, ignore, workspace)
     reason = _not_linear(adapter)
     if reason is None:
@@ -85,6 +86,19 @@ def plan_adapter(
             "weights"
         )
     return dense
+
+
+def _check_start(adapter: Adapter) -> None:
+    """Raise ValueError if the adapter was trained on a base that every load draws anew."""
+    start = adapter.config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith("pissa_niter"):
+        raise ValueError(
+            f"{adapter.path / 'adapter_config.json'}: init_lora_weights is {start!r}: a random factorisation "
+            "of the base, which peft draws anew at every load, so the weights that this adapter was trained "
+            "on are lost. Convert it where it was trained: model.save_pretrained(FOLDER, "
+            "path_initial_model_for_weight_conversion=FOLDER_OF_THE_ADAPTER_BEFORE_TRAINING) writes a plain "
+            "LoRA of twice the rank; or train with init_lora_weights='pissa', which is not random"
+        )
 
 
 def _not_linear(adapter: Adapter) -> str | None:

@@ -19,7 +19,7 @@ from trainmerge.checkpoints.meta_model import quiet, shorten
 from trainmerge.checkpoints.model import load_model
 from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.sources import FullSource, Source
-from trainmerge.system.atomic import check_free_space
+from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.safetensors_file import sha256, write_safetensors
 from trainmerge.system.workspace import cached, digest
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from logging import CRITICAL
 from pathlib import Path
 from re import search
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -28,14 +28,6 @@ RENAMED = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm in files of the f
 SHOWN = 8  # tensors of one kind that an error lists by name
 
 
-class Output(NamedTuple):
-    """The kind of a model's output."""
-
-    logits: bool  # its own, without a head from a recipe
-    classes: bool  # one row of logits per example, not one per token
-    hidden: int | None  # hidden size, if config.json names it
-
-
 def build_meta_model(path: Path) -> PreTrainedModel:
     """The model on the meta device (without storage), dropout 0.
 
@@ -46,26 +38,13 @@ def build_meta_model(path: Path) -> PreTrainedModel:
     try:
         with quiet(), torch.device("meta"):
             _for_learning(config)
-            meta_model: PreTrainedModel = _architecture(config)(config)
+            meta_model: PreTrainedModel = architecture_of(config)(config)
     except Exception as error:  # of many types, for a file that is a stranger's
         raise cannot_build(path, error) from error
     return meta_model
 
 
-def output_of(path: Path) -> Output:
-    """The kind of a checkpoint's output, from config.json alone. Raises as `build_meta_model`."""
-    config = read_model_config(path)
-    kind = _architecture(config)
-    headless = transformers.MODEL_MAPPING.get(type(config), None)
-    text = config.get_text_config()
-    return Output(
-        logits=kind is not headless,
-        classes=kind.__name__.endswith("ForSequenceClassification"),
-        hidden=getattr(text, "hidden_size", None),
-    )
-
-
-def _architecture(config: PreTrainedConfig) -> Any:
+def architecture_of(config: PreTrainedConfig) -> Any:
     """The class that the checkpoint was saved with, or the one without a head."""
     kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):

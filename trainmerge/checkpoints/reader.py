@@ -4,7 +4,6 @@ Three layouts: one `model.safetensors`, shards named by `model.safetensors.index
     of both (`pytorch_model.bin`), which need `allow_pickle`.
 """
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,6 @@ from pathlib import Path, PureWindowsPath
 from types import MappingProxyType
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from trainmerge.checkpoints.weight_files import (
@@ -23,8 +21,10 @@ from trainmerge.checkpoints.weight_files import (
     find_weights,
     read_json,
 )
+from trainmerge.checkpoints.whole import check_whole
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
+from trainmerge.system.torch_file import check_tensors, load_torch
 
 
 class WeightFile(Protocol):
@@ -49,15 +49,12 @@ class PickleFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            state = check_tensors(load_torch(path, mmap=True), path)
+        except ValueError as error:
             raise ValueError(
-                f"{path}: torch cannot load it: {reason} Save it again as safetensors."
+                f"{path}: torch cannot load it: {error}. Save it again as safetensors."
             ) from error
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError(f"{path}: not a dictionary of tensors. Save the model again as safetensors.")
-        self._state: dict[str, Tensor] = state
+        self._state = state
         self.tensors = {name: TensorInfo(t.dtype, t.shape, path) for name, t in state.items()}
 
     def read(self, name: str) -> Tensor:
@@ -107,8 +104,8 @@ def open_checkpoint(
 
     Raises:
         FileNotFoundError: the folder, config.json, the weights, or a shard of the index is missing.
-        ValueError: a damaged file, an index that contradicts its shards, only pickled weights, two
-            generations of them.
+        ValueError: a damaged file, an export that is not whole, an index that contradicts its shards, only
+            pickled weights, two generations of them.
     """
     path = Path(path)
     if not path.is_dir():
@@ -118,6 +115,7 @@ def open_checkpoint(
     check_one_generation(path)
     if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
         raise ValueError(f"{path}: a peft adapter, not a full model. Name the model that it was trained on.")
+    check_whole(path)
     config = read_json(path / "config.json")
     files, index = find_weights(path, SAFETENSORS, PICKLE, allow_pickle)
     sources: dict[Path, WeightFile] = {

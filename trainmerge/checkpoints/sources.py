@@ -16,6 +16,7 @@ from trainmerge.checkpoints.reader import Checkpoint, PickleFile, WeightFile
 from trainmerge.kernels import ExpertWeight, LowRank, Term, Untouched
 from trainmerge.system.safetensors_file import MappedFile
 from trainmerge.task_vectors.delta import Delta, TaskVectors
+from trainmerge.task_vectors.roles import Role
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Sources:
     parameters: Sequence[str]  # the base's, in order
     tied: Mapping[str, str]  # tensor of the base's files -> the one that it must equal, if both exist
     experts: Mapping[str, Mapping[str, Source]]
+    roles: Mapping[str, Role] = field(default_factory=dict)  # of the parameters, by the modules
 
     def to_json(self) -> str:
         """A text that `from_json` reads back."""
@@ -63,7 +65,7 @@ class Sources:
             }
             for expert, places in data["experts"].items()
         }
-        return Sources(tuple(data["parameters"]), data["tied"], experts)
+        return Sources(tuple(data["parameters"]), data["tied"], experts, data["roles"])
 
     def open(self, base: Checkpoint) -> TaskVectors:
         """The task vectors over mapped files; reads their headers."""
@@ -73,7 +75,7 @@ class Sources:
             own = base.read(name)
             row = tuple(_term(places.get(name), own, files) for places in self.experts.values())
             if not all(isinstance(term, Untouched) for term in row):
-                deltas[name] = Delta(own, row)
+                deltas[name] = Delta(own, row, self.roles.get(name, ""))
         return TaskVectors(tuple(self.experts), deltas)
 
 

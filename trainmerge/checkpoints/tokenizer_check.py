@@ -1,55 +1,89 @@
 """Whether an expert's tokenizer has the same token ids as the base's."""
 
-import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
-FILE = "tokenizer.json"
+from trainmerge.checkpoints.vocabulary import (
+    Vocabulary,
+    is_vocabulary,
+    read_vocabularies,
+    same_files,
+    tokenizer_files,
+)
+from trainmerge.system.text import listed
+
+USED = "the base's tokenizer is used and exported"
 
 
-def tokenizer_mismatches(base: Path, expert: Path) -> list[str]:
-    """One line if ordinary tokens have different ids; a warning if only added tokens have.
+def tokenizer_mismatches(base: Path, expert: Path, rows: int | None = None) -> list[str]:
+    """One line if an ordinary token of the base has an id that means another token to the expert.
 
-    Folders without a `tokenizer.json` are not checked.
+    Warns, with id and tokens, if only added tokens differ, or if one side lacks a token of the other. Folders
+    without tokenizer files are not compared.
+
+    Args:
+        base: The base's folder.
+        expert: The expert's.
+        rows: With a shared vocabulary, the rows of the base's embedding: the expert's later tokens are not
+            merged, and tokens that it lacks have the base's embeddings.
+
+    Raises:
+        ValueError: a damaged file.
     """
-    files = base / FILE, expert / FILE
-    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+    if not tokenizer_files(base) or not tokenizer_files(expert) or same_files(base, expert):
         return []
-    (ours, our_added), (theirs, their_added) = (_tokens(file) for file in files)
-    different = [i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]]
-    if different:
-        first = min(different)
+    ours, theirs = read_vocabularies(base, expert)
+    if not _comparable(ours, theirs):
+        warnings.warn(
+            f"{theirs.file}: its tokens cannot be compared with the base's, {ours.file}: transformers cannot "
+            "build both tokenizers here (sentencepiece or mistral-common may be missing); save both as "
+            "tokenizer.json",
+            stacklevel=2,
+        )
+        return []
+    different = [i for i in ours.tokens.keys() & theirs.tokens.keys() if ours.tokens[i] != theirs.tokens[i]]
+    ordinary = [i for i in different if i not in ours.added]
+    if ordinary:
+        first = min(ordinary)
         return [
-            f"{files[1]}: token {first} is {theirs[first]!r}, the base's is {ours[first]!r} "
+            f"{theirs.file}: token {first} is {theirs.tokens[first]!r}, the base's is {ours.tokens[first]!r} "
             f"({len(different)} differ): its embeddings belong to other tokens than the base's. Use experts "
             "with the base's tokenizer; if this file is not the one of the expert's training, replace it"
         ]
-    added = [i for i in our_added.keys() & their_added.keys() if our_added[i] != their_added[i]]
-    if added:
-        first = min(added)
-        warnings.warn(
-            f"{files[1]}: added token {first} is {their_added[first]!r}, the base's is "
-            f"{our_added[first]!r}; the base's tokenizer is used and exported",
-            stacklevel=2,
-        )
+    _warn_of_added(ours, theirs, different, rows)
     return []
 
 
-def _tokens(file: Path) -> tuple[dict[int, str], dict[int, str]]:
-    """Id -> token: the model's own, and the added ones.
+def _comparable(ours: Vocabulary, theirs: Vocabulary) -> bool:
+    """Whether both were read; of two formats, most ids must agree: some tokenizers shift a file's ids."""
+    if any(is_vocabulary(own.file) and not own.whole for own in (ours, theirs)):
+        return False
+    common = ours.tokens.keys() & theirs.tokens.keys()
+    same = sum(ours.tokens[i] == theirs.tokens[i] for i in common)
+    return ours.file.name == theirs.file.name or 2 * same >= len(common)
 
-    Raises:
-        ValueError: the file is not a tokenizer.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        vocabulary = content["model"]["vocab"]
-        pairs = (
-            ((i, token) for token, i in vocabulary.items())
-            if isinstance(vocabulary, dict)
-            else ((i, token) for i, (token, _) in enumerate(vocabulary))  # Unigram: in order, with scores
+
+def _warn_of_added(ours: Vocabulary, theirs: Vocabulary, different: list[int], rows: int | None) -> None:
+    if different:
+        pairs = [f"{i} is {theirs.tokens[i]!r}, the base's {ours.tokens[i]!r}" for i in sorted(different)]
+        warnings.warn(f"{theirs.file}: added token {listed(pairs)}; {USED}", stacklevel=3)
+    more = [i for i in theirs.tokens.keys() - ours.tokens.keys() if rows is None or i < rows]
+    if more:
+        warnings.warn(
+            f"{theirs.file}: the base's tokenizer lacks {_named(theirs, more)}, and {USED}: it splits them "
+            "into others. If the experts need them, copy their tokenizer's files into the base's folder",
+            stacklevel=3,
         )
-        added = {int(entry["id"]): str(entry["content"]) for entry in content.get("added_tokens") or []}
-        return {i: token for i, token in pairs if i not in added}, added
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: not a tokenizer ({error}); download or save it again") from error
+    fewer = ours.tokens.keys() - theirs.tokens.keys()
+    if fewer and theirs.whole and rows is None:
+        warnings.warn(
+            f"{theirs.file}: it lacks {_named(ours, fewer)} of the base's tokenizer: the expert was trained "
+            f"without them; {USED}",
+            stacklevel=3,
+        )
+
+
+def _named(vocabulary: Vocabulary, ids: Iterable[int]) -> str:
+    """`token 35 '<|im_start|>'`, the first few."""
+    return listed([f"token {i} {vocabulary.tokens[i]!r}" for i in sorted(ids)])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trainmerge.coefficients.constraints import Constraint, Free
 from trainmerge.coefficients.layout import Layout
 from trainmerge.kernels import accumulation_dtype
+from trainmerge.system.json_file import parse_json
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 
 
@@ -102,12 +103,16 @@ def load_coefficients(path: Path) -> Coefficients:
     if not {"experts", "layout"} <= file.metadata.keys() or "coefficients" not in file.tensors:
         raise ValueError(f"{path}: not a coefficients file of trainmerge (no layout in its header)")
     try:
-        layout, experts = Layout.from_json(file.metadata["layout"]), json.loads(file.metadata["experts"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        layout = Layout.from_json(file.metadata["layout"])
+        experts = parse_json(file.metadata["experts"], "experts", "")
+        if not isinstance(experts, list) or not all(isinstance(name, str) for name in experts):
+            raise ValueError("experts: not a list of names")
+    except ValueError as error:
         raise ValueError(f"{path}: its header is damaged ({error}). Restore the file from a copy.") from error
     values, shape = file.read("coefficients").clone(), (len(experts), len(layout.labels))
     groups = {group for chunks in layout.groups.values() for group in chunks} | {*layout.fixed}
-    if values.shape != shape or not groups <= {*range(shape[1])} or not bool(values.isfinite().all()):
+    sound = values.dtype == torch.float32 and values.shape == shape and bool(values.isfinite().all())
+    if not sound or not groups <= {*range(shape[1])}:
         raise ValueError(
             f"{path}: its values do not match its header, or are not finite: the file is damaged"
         )

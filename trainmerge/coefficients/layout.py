@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from trainmerge.system.json_file import parse_json, read_json
 from trainmerge.system.ranges import check_fields
 from trainmerge.system.text import listed
 from trainmerge.system.workspace import digest
@@ -116,10 +117,12 @@ def read_chunks(path: Path) -> dict[str, int]:
         ValueError: the file is not such a file.
     """
     try:
-        chunks = json.loads(path.read_text())["chunks"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not an allocation of chunks (see `trainmerge allocate --help`)") from error
-    return {name: int(count) for name, count in chunks.items()}
+        chunks = read_json(path, "See `trainmerge allocate --help`.").get("chunks")
+    except FileNotFoundError as error:
+        raise ValueError(error) from error
+    if not isinstance(chunks, dict) or any(type(count) is not int for count in chunks.values()):
+        raise ValueError(f"{path}: not an allocation of chunks (see `trainmerge allocate --help`)")
+    return chunks
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,19 @@ class Layout:
 
     @staticmethod
     def from_json(text: str) -> "Layout":
-        """Undo `to_json`."""
-        data = json.loads(text)
-        groups = {name: tuple(chunks) for name, chunks in data["groups"].items()}
-        return Layout(tuple(data["labels"]), groups, data["excluded"], tuple(data.get("fixed", ())))
+        """Undo `to_json`.
+
+        Raises:
+            ValueError: another text.
+        """
+        data = parse_json(text, "layout", "")
+        try:
+            groups = {name: tuple(chunks) for name, chunks in data["groups"].items()}
+            labels, excluded, fixed = tuple(data["labels"]), data["excluded"], tuple(data.get("fixed", ()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"layout: {error!r}") from error
+        numbers = [group for chunks in groups.values() for group in chunks] + [*fixed]
+        texts = [*labels, *(excluded.values() if isinstance(excluded, dict) else [None])]
+        if any(type(number) is not int for number in numbers) or any(not isinstance(t, str) for t in texts):
+            raise ValueError("layout: labels are texts, and groups are numbers")
+        return Layout(labels, groups, excluded, fixed)

@@ -4,7 +4,7 @@ Legend: `B` examples, `T` tokens, `V` vocabulary or classes, `D` hidden size; `P
 batch, row-major over its mask; `R` rows of logits: `P` for a language model, `B` under a classification head.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -38,11 +38,12 @@ class Batch(NamedTuple):
     """Unlabeled examples of one expert. A NamedTuple, so that Lightning moves it to the device."""
 
     expert: int  # the expert whose calibration data these are
-    inputs: Mapping[str, Tensor]  # the model's arguments, each [B, ...]
+    inputs: Mapping[str, Tensor]  # the model's arguments, each [B, ...] unless in `rows`
     mask: Tensor  # [B, T] bool: positions that enter the loss
     ids: Tensor  # [B] int64: indices among the expert's calibration examples
     teacher: Signals | None = None  # if the objective needs it
     share: float = 1.0  # these examples over an equal part of the step's; not 1 if a batch is split
+    rows: Mapping[str, Sequence[int]] = {}  # inputs with other than one row per example: B numbers of rows
 
 
 class Outputs(NamedTuple):

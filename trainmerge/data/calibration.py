@@ -73,9 +73,11 @@ class Steps(Dataset[Step]):
     def _batch(self, expert: int, step: int) -> Batch:
         own = self.examples[expert]
         chosen = sample(self.seed, expert, step, self.batch_size, len(own))[self.rank :: self.world_size]
-        encoded = self.tokenize.encode([own[i] for i in chosen])
+        examples = [own[i] for i in chosen]
+        encoded = self.tokenize.encode(examples)
         share = len(chosen) * self.world_size / self.batch_size
-        return Batch(expert, encoded.inputs, encoded.mask, torch.tensor(chosen), share=share)
+        rows = self.tokenize.picture_rows(examples, encoded.inputs)
+        return Batch(expert, encoded.inputs, encoded.mask, torch.tensor(chosen), share=share, rows=rows)
 
 
 def _contents(example: Example) -> list[Any]:

@@ -15,6 +15,12 @@ import datasets
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.ranges import check_fields
 
+REWRITTEN = (
+    "the chat template writes a turn of the assistant in another way once later turns follow (it leaves out "
+    "earlier reasoning, say), so the chat up to that turn is no prefix of the whole: its tokens cannot be "
+    "located. Mark them in the template with {% generation %}, or give texts with a column of spans "
+    "(data.columns.text and data.columns.spans)"
+)
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -79,6 +85,8 @@ def _example(row: Mapping[str, Any], columns: Columns, render: Render, path: Pat
             example = render(row[columns.messages])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where} has no chat in {columns.messages!r}: {error}") from error
+        if not (example.spans or columns.spans or columns.image):
+            raise ValueError(f"{where}: {REWRITTEN}")
     else:
         example = Example(_text(row, columns.text, where))
     if columns.image and columns.spans:

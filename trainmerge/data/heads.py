@@ -3,7 +3,6 @@
 Legend: `B` examples, `T` tokens, `D` hidden size, `V` classes.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from trainmerge.system.json_file import parse_json, read_bytes
 from trainmerge.system.ranges import check_fields
 from trainmerge.system.safetensors_file import MappedFile, sha256
 
@@ -69,6 +69,10 @@ class Head(ABC):
         """The hidden size that it needs; None accepts any."""
         return None
 
+    def classes(self) -> int | None:
+        """The number of classes; None if it is known only when the head is built."""
+        return None
+
 
 @dataclass(frozen=True)
 class LabelHead(Head):
@@ -93,6 +97,10 @@ class LabelHead(Head):
     @override
     def identity(self) -> str:
         return f"{self!r} {self.texts()}"
+
+    @override
+    def classes(self) -> int:
+        return len(self.texts())
 
     def texts(self) -> list[str]:
         """The label texts, in class order.
@@ -131,6 +139,10 @@ class LinearHead(Head):
     def width(self) -> int:
         return self._checked_file().tensors[self.weight].shape[1]
 
+    @override
+    def classes(self) -> int:
+        return self._checked_file().tensors[self.weight].shape[0]
+
     def _checked_file(self) -> MappedFile:
         """The file, with its header checked for this head.
 
@@ -160,12 +172,11 @@ def read_labels(path: Path) -> list[str]:
     Raises:
         ValueError: the file does not exist, or is not such a list.
     """
+    remedy = "Write a JSON list of label texts."
     try:
-        return _checked(str(path), json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"{path}: the label texts cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON in UTF-8: {error}") from error
+        return _checked(str(path), parse_json(read_bytes(path, remedy), path, remedy))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: the label texts cannot be read: no such file") from error
 
 
 def _checked(where: str, labels: Any) -> list[str]:

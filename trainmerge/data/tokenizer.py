@@ -3,8 +3,8 @@
 Legend: `B` examples, `T` tokens.
 """
 
-import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +13,16 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer
 
+from trainmerge.data.chat import render_chat
+from trainmerge.data.example_rows import row_counts
 from trainmerge.data.examples import Example
+from trainmerge.data.special_tokens import SpecialTokens, check_rows, embedding_rows
 from trainmerge.system.atomic import seen_from
+from trainmerge.system.json_file import read_json
 from trainmerge.system.links import check_link
 from trainmerge.system.ranges import check_option
 
+REMEDY = "Download or save it again."
 FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "merges.txt",
     "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json",
@@ -72,8 +77,10 @@ class Tokenizer:
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token  # padding is masked, so any token works
         self._loaded_processor: Any = None  # for pictures; loaded with the first one
+        self._rows_alone: dict[Example, dict[str, int]] = {}
         config = folder / "config.json"
-        self._has_decoder = config.is_file() and json.loads(config.read_text()).get("is_encoder_decoder")
+        self._has_decoder = config.is_file() and read_json(config, REMEDY).get("is_encoder_decoder")
+        self._rows = embedding_rows(folder)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Inputs [B, T], truncated to `max_length` and padded to the longest text."""
@@ -131,11 +138,30 @@ class Tokenizer:
 
     def _with_pictures(self, examples: Sequence[Example]) -> Encoded:
         """Encode with the model's own processor, without truncation, which would split pictures."""
+        inputs = self._processed(examples)
+        return Encoded(inputs, inputs["attention_mask"].bool())
+
+    def _processed(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         pictures = [_picture(example.image) for example in examples]
-        inputs = self._processor()(
-            text=[example.text for example in examples], images=pictures, padding=True, return_tensors="pt"
-        )
-        return Encoded(dict(inputs), inputs["attention_mask"].bool())
+        texts = [example.text for example in examples]
+        done = examples[0].templated or any(self._special.present(text) for text in texts)
+        options = {"add_special_tokens": False} if done else {}
+        made = self._processor()(text=texts, images=pictures, padding=True, return_tensors="pt", **options)
+        return dict(made)
+
+    def picture_rows(
+        self, examples: Sequence[Example], inputs: Mapping[str, Tensor]
+    ) -> dict[str, tuple[int, ...]]:
+        """`Batch.rows` of encoded examples, where the inputs do not show it: rows of each example alone."""
+        unknown = [name for name, counts in row_counts(inputs, len(examples), {}).items() if counts is None]
+        if not unknown:
+            return {}
+        for example in set(examples) - self._rows_alone.keys():
+            alone = self._processed([example])
+            self._rows_alone[example] = {name: len(value) for name, value in alone.items() if value.dim()}
+        each = [self._rows_alone[example] for example in examples]
+        found = {name: tuple(rows.get(name, 0) for rows in each) for name in unknown}
+        return {name: counts for name, counts in found.items() if sum(counts) == len(inputs[name])}
 
     def _processor(self) -> Any:
         if self._loaded_processor is None:
@@ -148,30 +174,43 @@ class Tokenizer:
         long = [e.text for e in examples if len(e.text.encode()) >= limit] if self.max_length > limit else []
         return max((len(self._padded([text])["input_ids"][0]) for text in long), default=0)
 
+    def check_rows(self, examples: Sequence[Example], together: int = 64) -> None:
+        """Raise ValueError if a text has a token that the model's embedding has no row for.
+
+        Reads the texts only if the tokenizer has such tokens.
+        """
+        if self._rows is None or max(self._tokenizer.get_vocab().values(), default=0) < self._rows:
+            return
+        for first in range(0, len(examples), together):
+            self.encode(examples[first : first + together])
+
     def render(self, messages: Sequence[Mapping[str, str]]) -> Example:
         """A chat rendered by the model's template; only the assistant's tokens enter the loss.
 
         Raises:
-            ValueError: the tokenizer has no template, or the chat no assistant's turn.
+            ValueError: the tokenizer has no template, or as `render_chat`.
         """
         if not self._tokenizer.chat_template:
             raise ValueError(f"{self.path}: the tokenizer has no chat template; use a text column")
-        whole = self._templated(messages)
-        spans = []
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                begin = len(self._templated(messages[:turn], add_generation_prompt=True))
-                spans.append((begin, len(self._templated(messages[: turn + 1]))))
-        if not spans:
-            raise ValueError("it has no turn with the role 'assistant'")
-        return Example(whole, tuple(spans), templated=True)
+        return render_chat(self._tokenizer, messages)
 
-    def _templated(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
-        return str(
-            self._tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options)
-        )
+    @cached_property
+    def _special(self) -> SpecialTokens:
+        return SpecialTokens(self._tokenizer)
 
     def _padded(self, texts: list[str], special: bool = True, offsets: bool = False) -> dict[str, Tensor]:
+        """One row per text, special tokens added where they are missing and `special` is set."""
+        done = [i for i, text in enumerate(texts) if special and self._special.present(text)]
+        rest = [i for i in range(len(texts)) if i not in set(done)]
+        given = self._special.completed([texts[i] for i in done]) if done else []
+        parts = [(self._encoded(given, False, offsets), done)] if done else []
+        parts += [(self._encoded([texts[i] for i in rest], special, offsets), rest)] if rest else []
+        fillers = {"input_ids": self.padding, "token_type_ids": self._tokenizer.pad_token_type_id}
+        encoded = parts[0][0] if len(parts) == 1 else _joined(parts, fillers)
+        check_rows(self._tokenizer, encoded["input_ids"], self._rows)
+        return encoded
+
+    def _encoded(self, texts: list[str], special: bool, offsets: bool) -> dict[str, Tensor]:
         encoded = self._tokenizer(
             texts,
             truncation=True,
@@ -209,6 +248,21 @@ def _picture(path: str | None) -> Image.Image:
             return picture.convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: not a picture that can be read") from error
+
+
+def _joined(
+    parts: Sequence[tuple[dict[str, Tensor], list[int]]], fillers: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Batches and the rows that they become, in one batch: padded on the right."""
+    count, longest = sum(len(rows) for _, rows in parts), max(p["input_ids"].shape[1] for p, _ in parts)
+    joined = {
+        key: first.new_full((count, longest, *first.shape[2:]), fillers.get(key, 0))
+        for key, first in parts[0][0].items()
+    }
+    for part, rows in parts:
+        for key, tensor in part.items():
+            joined[key][torch.tensor(rows), : tensor.shape[1]] = tensor
+    return joined
 
 
 def _answers(offsets: Tensor, spans: tuple[tuple[int, int], ...] | None, real: Tensor) -> Tensor:

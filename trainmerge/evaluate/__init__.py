@@ -3,8 +3,9 @@
 from trainmerge.evaluate.checkpoints import evaluate_checkpoint
 from trainmerge.evaluate.comparison import Comparison, compare
 from trainmerge.evaluate.evaluation import Evaluation
+from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.runs import evaluate_run
-from trainmerge.evaluate.tasks import load_tasks, metric_of
+from trainmerge.evaluate.tasks import load_tasks
 from trainmerge.run.sources import recipe_of, text_length
 
 __all__ = [

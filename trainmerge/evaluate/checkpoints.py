@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainmerge.checkpoints import load_model, open_checkpoint
+from trainmerge.checkpoints import load_model, open_checkpoint, output_of
+from trainmerge.data.examples import Columns
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessTask, run_harness
+from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.runs import DEVICE, Heads, build_heads
-from trainmerge.evaluate.score_task import Subject, TaskScore, score_task
-from trainmerge.evaluate.tasks import Task, load_tasks, metric_of
+from trainmerge.evaluate.score_task import Subject, score_tasks
+from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import DEFAULT_LENGTH
 
@@ -21,14 +23,20 @@ def evaluate_checkpoint(
     max_length: int = DEFAULT_LENGTH,
     answers: int = 0,
     harness: Sequence[HarnessTask] = (),
+    columns: Columns = Columns(),  # noqa: B008 - frozen
 ) -> Evaluation:
     """Scores of one checkpoint folder, and of the base if the recipe has held-out tasks.
 
     Label heads use the recipe's base. Texts are truncated to `max_length` tokens; `text_length` gives the
-    length of a run's fit.
+    length of a run's fit, and `columns_of` its columns.
+
+    Raises:
+        ValueError: as `load_tasks`; or the checkpoint is of another kind than the recipe's base.
     """
-    held_in, held_out = load_tasks(recipe, limit)
-    tasks, tokenize = [*held_in, *held_out], Tokenizer(recipe.base, max_length)
+    metric, tokenize = metric_of(recipe), Tokenizer(recipe.base, max_length)
+    held_in, held_out = load_tasks(recipe, tokenize, columns, limit)
+    tasks = [*held_in, *held_out]
+    check_kind(Path(checkpoint), recipe, tasks)
     folders = {str(checkpoint): Path(checkpoint)}
     if held_out or harness:
         folders = {"base": Path(recipe.base), **folders}
@@ -40,7 +48,20 @@ def evaluate_checkpoint(
         if harness:
             found[row] = run_harness(subject.module, recipe.base, harness, limit)
     names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
-    return Evaluation(metric_of(recipe), *names, rows, found)
+    return Evaluation(metric, *names, rows, found)
+
+
+def check_kind(checkpoint: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
+    """Raise ValueError if tasks without a head would score the checkpoint otherwise than the base."""
+    if all(task.head for task in tasks):
+        return
+    base, own = output_of(Path(recipe.base)), output_of(checkpoint)
+    if (own.kind, own.labels) != (base.kind, base.labels):
+        theirs, ours = (f"a {o.kind} ({o.architecture}, {o.labels or 'no'} classes)" for o in (own, base))
+        raise ValueError(
+            f"{checkpoint} is {theirs}, the recipe's base {recipe.base} is {ours}: score it on a recipe of "
+            "its own kind"
+        )
 
 
 def heads_of(recipe: Recipe, tasks: Sequence[Task], tokenize: Tokenizer) -> Heads:
@@ -55,8 +76,3 @@ def load_checkpoint(
     """A checkpoint as a `Subject`."""
     module = load_model(open_checkpoint(folder, recipe.allow_pickle), recipe.ignore).module.to(DEVICE)
     return Subject(module, heads, tokenize, answers)
-
-
-def score_tasks(subject: Subject, tasks: Sequence[Task]) -> dict[str, TaskScore]:
-    """Scores of one model on several tasks."""
-    return {task.name: score_task(subject, task) for task in tasks}

@@ -10,15 +10,16 @@ from rich.progress import track
 
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.bootstrap import ScoreDifference, score_differences
-from trainmerge.evaluate.checkpoints import heads_of, load_checkpoint, score_tasks
+from trainmerge.evaluate.checkpoints import check_kind, heads_of, load_checkpoint
 from trainmerge.evaluate.evaluation import Evaluation
+from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.runs import Heads, load_subject
-from trainmerge.evaluate.score_task import TaskScore
-from trainmerge.evaluate.tasks import Task, load_tasks, metric_of
+from trainmerge.evaluate.score_task import TaskScore, score_tasks
+from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.sources import recipe_of, text_length
+from trainmerge.run.sources import columns_of, recipe_of, text_length
 from trainmerge.system import distributed
 from trainmerge.system.atomic import write_whole
 
@@ -63,8 +64,9 @@ def compare(
         raise ValueError("give two or more different runs or checkpoints to compare")
     source = Path(recipe or paths[0])
     tasks_of = recipe_of(source)
-    held_in, held_out = load_tasks(tasks_of, limit)
-    tasks, tokenize = [*held_in, *held_out], Tokenizer(tasks_of.base, text_length(source, max_length))
+    metric, tokenize = metric_of(tasks_of), Tokenizer(tasks_of.base, text_length(source, max_length))
+    held_in, held_out = load_tasks(tasks_of, tokenize, columns_of(source), limit)
+    tasks = [*held_in, *held_out]
     heads = heads_of(tasks_of, tasks, tokenize)
     folders = {name: Path(name) for name in names}
     if held_out:
@@ -72,7 +74,7 @@ def compare(
     bar = track(folders.items(), description="comparing", disable=distributed.rank() > 0)
     rows = {name: _score(folder, tasks_of, heads, tasks, tokenize) for name, folder in bar}
     held = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
-    return _compared(Evaluation(metric_of(tasks_of), *held, rows))
+    return _compared(Evaluation(metric, *held, rows))
 
 
 def _score(
@@ -80,6 +82,7 @@ def _score(
 ) -> dict[str, TaskScore]:
     run = RunFolder(folder)
     if not run.manifest.exists():
+        check_kind(folder, recipe, tasks)
         return score_tasks(load_checkpoint(folder, recipe, heads, tokenize), tasks)
     own, coefficients, opened = open_run(run)
     _, subject = load_subject(own, coefficients, opened, tokenize, run, [])

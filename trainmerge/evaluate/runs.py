@@ -14,15 +14,16 @@ from trainmerge.data.heads import Classifier
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessScore, HarnessTask, run_harness
-from trainmerge.evaluate.score_task import Subject, TaskScore, score_task
-from trainmerge.evaluate.tasks import Task, load_tasks, metric_of
+from trainmerge.evaluate.measure import metric_of
+from trainmerge.evaluate.score_task import Subject, TaskScore, score_task, score_tasks
+from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.model.forward import build_classifier
 from trainmerge.model.resident import Placement, Resident, load_resident, preprocess
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import Opened, Recipe
 from trainmerge.run.scores import Metric, Scores
-from trainmerge.run.sources import text_length
+from trainmerge.run.sources import columns_of, text_length
 from trainmerge.system import distributed
 from trainmerge.system.console import progress
 from trainmerge.system.ranges import check_option
@@ -60,11 +61,10 @@ def evaluate_run(
     """
     check_option("grid", grid, Sequence[float])
     recipe, coefficients, opened = open_run(folder := RunFolder(Path(run)))
-    held_in, held_out = load_tasks(recipe, limit)
-    tokenize = Tokenizer(recipe.base, text_length(folder.path, max_length))
-    resident, subject = load_subject(
-        recipe, coefficients, opened, tokenize, folder, [*held_in, *held_out], answers
-    )
+    metric, tokenize = metric_of(recipe), Tokenizer(recipe.base, text_length(folder.path, max_length))
+    held_in, held_out = load_tasks(recipe, tokenize, columns_of(folder.path), limit)
+    tasks = [*held_in, *held_out]
+    resident, subject = load_subject(recipe, coefficients, opened, tokenize, folder, tasks, answers)
     uniform = {"base": 0.0} if compare or held_out or harness else {}
     if compare:
         uniform |= {"average": 1 / len(held_in)} | {f"{ARITHMETIC} {c}": c for c in grid}
@@ -78,9 +78,9 @@ def evaluate_run(
         with _uniform(resident, uniform[row]) if row in uniform else nullcontext():
             if harness and not row.startswith(ARITHMETIC):
                 harnessed[row] = run_harness(subject.module, recipe.base, harness, limit)
-            scored[row] = {task.name: score_task(subject, task) for task in [*held_in, *held_out]}
+            scored[row] = score_tasks(subject, tasks)
     names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
-    return _with_best_arithmetic(Evaluation(metric_of(recipe), *names, scored, harnessed))
+    return _with_best_arithmetic(Evaluation(metric, *names, scored, harnessed))
 
 
 def load_subject(

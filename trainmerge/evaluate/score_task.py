@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from trainmerge.data.batch import Batch
+from trainmerge.data.examples import Example
 from trainmerge.data.heads import Classifier
-from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.data.tokenizer import Encoded, Tokenizer
+from trainmerge.evaluate.measure import check_causal, predicted
 from trainmerge.evaluate.tasks import Task
 from trainmerge.evaluate.torchmetrics_states import AnswerLengths, TokenLosses, class_measures
 from trainmerge.model.forward import forward
@@ -58,32 +60,36 @@ class Subject:
         """The same model with other tasks' heads."""
         return replace(self, heads=heads)
 
-    def logits(self, task: str, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits of inputs [B, T]: [B, V] with the task's head, [B, T, V] without; and the encoded inputs."""
-        here = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        mask = here["attention_mask"].bool()
-        ids = torch.arange(len(mask), device=self.device)
-        return forward(self.module, Batch(0, here, mask, ids), self.heads[task]).logits, here
+    def logits(self, task: str, encoded: Encoded) -> Tensor:
+        """Logits [B, V] of the task's head or of the model's own classifier, else [B, T, V]."""
+        here = {name: tensor.to(self.device) for name, tensor in encoded.inputs.items()}
+        ids = torch.arange(len(encoded.mask), device=self.device)
+        return forward(self.module, Batch(0, here, encoded.mask, ids), self.heads[task]).logits
 
 
 @torch.inference_mode()
 def score_task(subject: Subject, task: Task) -> TaskScore:
     """All measures of a task. Several processes split the examples, and all get the result."""
-    return _classes(subject, task) if task.head else _texts(subject, task)
+    return _classes(subject, task) if task.labels else _texts(subject, task)
+
+
+def score_tasks(subject: Subject, tasks: Sequence[Task]) -> dict[str, TaskScore]:
+    """Scores of one model on several tasks."""
+    return {task.name: score_task(subject, task) for task in tasks}
 
 
 def _classes(subject: Subject, task: Task) -> TaskScore:
     """Texts are sorted by length, to reduce padding."""
-    classifier = subject.heads[task.name]
-    assert classifier is not None
-    if (highest := max(task.labels)) >= len(classifier.weight):
-        raise ValueError(f"{task.name}: its file has label {highest}; its head has {len(classifier.weight)}")
-    metric = class_measures(len(classifier.weight))
+    classifier, config = subject.heads[task.name], subject.module.config
+    classes = len(classifier.weight) if classifier is not None else int(config.num_labels)  # type: ignore
+    if (highest := max(task.labels)) >= classes:
+        raise ValueError(f"{task.name}: its file has label {highest}; its classifier has {classes} classes")
+    metric = class_measures(classes)
     right: dict[int, tuple[float, float]] = {}
-    order = own_share(sorted(range(len(task.texts)), key=lambda i: len(task.texts[i])))
+    order = own_share(sorted(range(len(task.examples)), key=lambda i: len(task.examples[i].text)))
     for first in range(0, len(order), TOGETHER):
         chosen = order[first : first + TOGETHER]
-        logits, _ = subject.logits(task.name, subject.tokenize([task.texts[i] for i in chosen]))
+        logits = subject.logits(task.name, subject.tokenize.encode([task.examples[i] for i in chosen]))
         p = logits.float().softmax(-1).cpu()  # torchmetrics mistakes logits in [0, 1] for probabilities
         labels = torch.tensor([task.labels[i] for i in chosen])
         metric.update(p, labels)
@@ -95,15 +101,18 @@ def _classes(subject: Subject, task: Task) -> TaskScore:
 
 
 def _texts(subject: Subject, task: Task) -> TaskScore:
-    """Losses over all tokens but the first of each text."""
-    metric = TokenLosses()
+    """Losses over the tokens that count: of plain texts, all but the first; of targets, all."""
+    plain = [e.spans is None and e.target is None and e.image is None for e in task.examples]
+    if all(plain):
+        _check(subject, task)
+    metric = TokenLosses(bits=all(plain))
     found: dict[int, tuple[float, float]] = {}
-    order = own_share(range(len(task.texts)))
-    encoded = {i: subject.tokenize.located(task.texts[i]) for i in order}
+    order = own_share(range(len(task.examples)))
+    encoded = {i: subject.tokenize.located(task.examples[i].text) for i in order}
     size = max(1, TOKENS // max((e.length for e in encoded.values()), default=1))
     for first in range(0, len(order), size):
         chosen = order[first : first + size]
-        losses, counts = token_losses(subject, task.name, [task.texts[i] for i in chosen])
+        losses, counts = token_losses(subject, task.name, [task.examples[i] for i in chosen])
         metric.update(losses, counts, torch.tensor([encoded[i].bytes for i in chosen], dtype=torch.float64))
         pairs = zip(losses.tolist(), counts.tolist(), strict=True)
         found |= dict(zip(chosen, pairs, strict=True))
@@ -113,16 +122,33 @@ def _texts(subject: Subject, task: Task) -> TaskScore:
     return TaskScore(measures, _in_order(merge_shares(found)))
 
 
-def token_losses(subject: Subject, task: str, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Each text's negative log-likelihood in nats and number of tokens predicted, both [B] float64."""
-    logits, inputs = subject.logits(task, subject.tokenize(texts))
-    told = inputs["attention_mask"][:, 1:].bool()
+def _check(subject: Subject, task: Task) -> None:
+    """Refuse a model whose perplexity would be undefined, by its longest text."""
+    longest = max(task.examples, key=lambda example: len(example.text))
+    inputs = subject.tokenize.encode([longest]).inputs
+    if "labels" not in inputs:
+        check_causal(subject.module, {name: tensor.to(subject.device) for name, tensor in inputs.items()})
+
+
+def token_losses(subject: Subject, task: str, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Each example's negative log-likelihood in nats and number of tokens predicted, both [B] float64."""
+    encoded = subject.tokenize.encode(examples)
+    logits, told = subject.logits(task, encoded), predicted(encoded).to(subject.device)
+    if "labels" in encoded.inputs:  # decoders get them shifted: position t predicts target t
+        tokens = encoded.inputs["labels"].to(subject.device)
+    else:
+        logits, tokens = logits[:, :-1], encoded.inputs["input_ids"][:, 1:].to(subject.device)
+        told &= ~_placeholders(subject.module, tokens)
     losses = torch.zeros(told.shape, dtype=torch.float64, device=told.device)
-    tokens = inputs["input_ids"][:, 1:][told]
-    losses[told] = nn.functional.cross_entropy(
-        logits[:, :-1][told].float(), tokens, reduction="none"
-    ).double()
+    losses[told] = nn.functional.cross_entropy(logits[told].float(), tokens[told], reduction="none").double()
     return losses.sum(-1).cpu(), told.sum(-1).double().cpu()
+
+
+def _placeholders(module: nn.Module, tokens: Tensor) -> Tensor:
+    """Which tokens [B, T] stand for a picture or a video: they are not text."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    own = [getattr(module.config, name, None) for name in names]
+    return torch.isin(tokens, tokens.new_tensor([i for i in own if isinstance(i, int)]))
 
 
 def _answer_lengths(subject: Subject, task: Task) -> dict[str, float]:

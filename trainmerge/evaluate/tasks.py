@@ -1,13 +1,16 @@
-"""Tasks to score a model on: test examples, with labels for a head, and prompts to answer."""
+"""Tasks to score a model on: test examples, with labels for a classifier, and prompts to answer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from trainmerge.data.examples import load_examples
+from trainmerge.checkpoints import Output, output_of
+from trainmerge.data.examples import Columns, Example, load_examples, read_examples
 from trainmerge.data.heads import Head
+from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.evaluate.measure import metric_of, predicted
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.scores import ACCURACY, PERPLEXITY, Metric
+from trainmerge.run.scores import ACCURACY
 from trainmerge.system.ranges import check_option
 
 Split = Literal["test", "validation"]
@@ -15,10 +18,10 @@ Split = Literal["test", "validation"]
 
 @dataclass(frozen=True)
 class Task:
-    """One task's examples; labels if it has a head, prompts if its file has them."""
+    """One task's examples; labels if its measure is accuracy, prompts if its file has them."""
 
     name: str
-    texts: Sequence[str]
+    examples: Sequence[Example]
     labels: Sequence[int] = ()
     prompts: Sequence[str] = ()
     head: Head | None = None
@@ -36,50 +39,119 @@ class HasTest(Protocol):
         """The task's classifier."""
 
 
-def metric_of(recipe: Recipe) -> Metric:
-    """The metric of the tasks.
+@dataclass(frozen=True)
+class TestFiles:
+    """How test files are read: as the fit read its calibration files.
 
-    Raises:
-        ValueError: only some have a head.
+    Args:
+        output: What the base is.
+        labelled: Whether the tasks' measure is accuracy.
+        columns: The fit's columns.
+        tokenize: The base's tokenizer, which renders chats.
+        limit: Read the first so many examples of each file; None reads all.
+        split: Which of a task's files to read.
     """
-    tasks: list[HasTest] = [*recipe.experts.values(), *recipe.held_out.values()]
-    heads = {task.head is not None for task in tasks}
-    if len(heads) > 1:
-        raise ValueError("only some tasks have a head: score the two kinds in separate recipes")
-    return ACCURACY if heads == {True} else PERPLEXITY
+
+    output: Output
+    labelled: bool
+    columns: Columns
+    tokenize: Tokenizer
+    limit: int | None
+    split: Split
+
+    def task(self, name: str, file: str | None, head: Head | None) -> Task:
+        """One task.
+
+        Raises:
+            ValueError: see `load_tasks`.
+        """
+        if not file:
+            raise ValueError(
+                f"{name}: scoring needs `{self.split}`, a file with the fit's columns and, for classifiers, "
+                "a column label"
+            )
+        columns = self._columns()
+        names = [*columns.names(), *["label"] * self.labelled]
+        try:
+            data = load_examples(file, names, optional=["prompt"])
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. A {self.split} file needs the columns {names}: data.columns of the fit names the "
+                "text's"
+            ) from error
+        count = len(data) if self.limit is None else min(self.limit, len(data))
+        examples = read_examples(file, columns, self.tokenize.render, count)
+        self._check(file, examples)
+        labels = list(data["label"][:count]) if self.labelled else []
+        _check_labels(file, labels, head.classes() if head else self.output.labels)
+        prompts = list(data["prompt"][:count]) if "prompt" in data.column_names else []
+        if wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str) or not prompt]:
+            raise ValueError(f"{file}: example {wrong[0]} has no text for 'prompt': write one, or remove it")
+        return Task(name, examples, labels, prompts, head)
+
+    def _columns(self) -> Columns:
+        """The columns that the measure depends on: no spans or targets for accuracy."""
+        if self.labelled:
+            return replace(self.columns, spans=None, target=None)
+        if self.output.kind != "sequence-to-sequence model":
+            return replace(self.columns, target=None)
+        if self.columns.target is None:
+            raise ValueError(
+                f"{self.output.architecture} is a {self.output.kind}: its perplexity is that of the "
+                "decoder's targets. Set data.columns.target to their column, in calibration and test files"
+            )
+        return self.columns
+
+    def _check(self, file: str, examples: Sequence[Example]) -> None:
+        """Every example has a text and, for perplexity, a token that is predicted."""
+        for i, example in enumerate(examples):
+            blank = not example.text.strip() or (example.target is not None and not example.target.strip())
+            if blank:
+                raise ValueError(f"{file}: example {i} is blank: remove it, or write its text")
+            if self.labelled or example.image:
+                continue
+            if not predicted(self.tokenize.encode([example])).any():
+                raise ValueError(
+                    f"{file}: example {i} has no token to predict in its first {self.tokenize.max_length}: "
+                    "remove it, or raise --max-length"
+                )
 
 
 def load_tasks(
-    recipe: Recipe, limit: int | None = None, split: Split = "test"
+    recipe: Recipe,
+    tokenize: Tokenizer,
+    columns: Columns = Columns(),  # noqa: B008 - frozen
+    limit: int | None = None,
+    split: Split = "test",
 ) -> tuple[list[Task], list[Task]]:
     """The experts' tasks (held in) and the held-out ones, the first `limit` examples of each.
 
+    `columns` are the fit's; `tokenize` is the base's tokenizer.
+
     Raises:
-        ValueError: `limit` is not positive; a task has no such file, or the file lacks `text` or, with a
-            head, `label`; a held-out task has an expert's name; only some tasks have a head.
+        ValueError: the base has no measure; `limit` is not positive; a task has no such file, or the file
+            lacks a column; an example has no text, no label that is a class, or no token to predict; a
+            held-out task has an expert's name.
     """
-    metric_of(recipe)
+    labelled = metric_of(recipe) is ACCURACY
     check_option("limit", limit, int | None, "[1, inf)")
     if twice := recipe.experts.keys() & recipe.held_out.keys():
         raise ValueError(f"recipe.held_out: {sorted(twice)} are names of experts; rename these tasks")
-    files = {name: getattr(expert, split) for name, expert in recipe.experts.items()}
-    held_in = [_load(name, files[name], e.head, limit, split) for name, e in recipe.experts.items()]
+    files = TestFiles(output_of(recipe.folders["base"]), labelled, columns, tokenize, limit, split)
+    held_in = [
+        files.task(name, getattr(expert, split), expert.head) for name, expert in recipe.experts.items()
+    ]
     if split != "test":
         return held_in, []
-    return held_in, [
-        _load(name, task.test, task.head, limit, split) for name, task in recipe.held_out.items()
-    ]
+    return held_in, [files.task(name, task.test, task.head) for name, task in recipe.held_out.items()]
 
 
-def _load(name: str, file: str | None, head: Head | None, limit: int | None, split: Split) -> Task:
-    if not file:
-        raise ValueError(
-            f"{name}: scoring needs `{split}`, a file with a column text and, with a `head`, a column label"
-        )
-    data = load_examples(file, ["text", "label"] if head else ["text"], optional=["prompt"])
-    count = len(data) if limit is None else min(limit, len(data))
-    labels = list(data["label"][:count]) if head else []
-    if wrong := [label for label in labels if not isinstance(label, int) or label < 0]:
-        raise ValueError(f"{file}: label {wrong[0]!r} is not a class number (0, 1, ...)")
-    prompts = list(data["prompt"][:count]) if "prompt" in data.column_names else []
-    return Task(name, list(data["text"][:count]), labels, prompts, head)
+def _check_labels(file: str, labels: Sequence[object], classes: int | None) -> None:
+    for i, label in enumerate(labels):
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise ValueError(f"{file}: example {i} has the label {label!r}, not a class number (0, 1, ...)")
+        if classes is not None and label >= classes:
+            raise ValueError(
+                f"{file}: example {i} has the label {label}, but the task has {classes} classes, 0 to "
+                f"{classes - 1}: correct the label or the classifier"
+            )

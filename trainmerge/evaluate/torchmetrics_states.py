@@ -26,7 +26,7 @@ def class_measures(classes: int) -> MetricCollection:
 
 
 class TokenLosses(Metric):
-    """Perplexity and bits per byte from summed negative log-likelihoods.
+    """Perplexity and, with `bits`, bits per byte from summed negative log-likelihoods.
 
     In the log domain and float64: torchmetrics' own Perplexity takes the logarithm of a float32 probability,
         which is infinite if that underflows.
@@ -37,8 +37,9 @@ class TokenLosses(Metric):
     tokens: Tensor
     bytes: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, bits: bool = True) -> None:
         super().__init__()
+        self.bits = bits
         for name in ("loss", "tokens", "bytes"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -52,10 +53,8 @@ class TokenLosses(Metric):
     @override
     def compute(self) -> dict[str, Tensor]:
         """Exp of the mean loss per token, and bits per byte; NaN if nothing was predicted."""
-        return {
-            "perplexity": torch.exp(self.loss / self.tokens),
-            "bits_per_byte": self.loss / math.log(2) / self.bytes,
-        }
+        bits = {"bits_per_byte": self.loss / math.log(2) / self.bytes} if self.bits else {}
+        return {"perplexity": torch.exp(self.loss / self.tokens), **bits}
 
 
 class AnswerLengths(Metric):

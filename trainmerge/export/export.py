@@ -5,29 +5,34 @@ complete.
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from trainmerge.checkpoints import Checkpoint
+from trainmerge.checkpoints.whole import MANIFEST, RECIPE
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.export.model_card import model_card
+from trainmerge.export.public import public, public_config, public_manifest
 from trainmerge.export.shards import CheckpointMerge, shard_names, write_shards
 from trainmerge.export.side_files import copy_side_files
 from trainmerge.preprocess import apply_for_one_pass
-from trainmerge.run.config import write_config
-from trainmerge.run.folder import RunFolder, versions
+from trainmerge.run.config import read_yaml, to_config
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.manifest import versions
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.saved import unfinished
 from trainmerge.system import distributed
-from trainmerge.system.atomic import check_free_space
+from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.distributed import joined
 from trainmerge.system.ranges import check_option
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.system.shared_output import agreed, balanced_share, staging_shared
 from trainmerge.task_vectors.delta import TaskVectors
 
-MANIFEST = "trainmerge_manifest.json"
 INDEX = "model.safetensors.index.json"
 
 
@@ -109,6 +114,9 @@ def export_run(
     run_folder, target = RunFolder(Path(run)), Path(out)
     with joined():
         recipe, learned, opened = open_run(run_folder)
+        at = unfinished(run_folder)
+        if at and distributed.rank() == 0:
+            print(f"{run_folder.path} is unfinished: its coefficients are those of {at}", flush=True)
         coefficients = coefficients or learned
         check_target(target, [run_folder.path, *opened.folders.values()])
         with staging_shared(target, overwrite) as folder:
@@ -116,7 +124,7 @@ def export_run(
                 merge = merge_of(run_folder, recipe, coefficients, opened)
             made = write_checkpoint(merge, folder, workers)
             if distributed.rank() == 0:
-                _explain(folder, target.name, run_folder, recipe, coefficients, made)
+                _explain(folder, target.name, run_folder, recipe, coefficients, made, at)
     return target
 
 
@@ -127,18 +135,34 @@ def _explain(
     recipe: Recipe,
     coefficients: Coefficients,
     made: Mapping[str, str],
+    at: str,
 ) -> None:
-    """Write recipe, coefficients, model card and manifest next to the weights `made`; the manifest last."""
-    write_config(recipe, "recipe", folder / "trainmerge_recipe.yaml")
+    """Write recipe, coefficients, model card and manifest next to the weights `made`; the manifest last.
+
+    They name no path of this machine.
+    """
+    _write_yaml(folder / RECIPE, {"recipe": public(to_config(recipe))})
     save_coefficients(coefficients, folder / "trainmerge_coefficients.safetensors")
     run_made = run_folder.read_manifest()
     if run_folder.config.exists():
-        shutil.copyfile(run_folder.config, folder / "trainmerge_config.yaml")
-    (folder / "README.md").write_text(model_card(name, recipe, coefficients, run_made))
-    others = [path for path in folder.rglob("*") if path.is_file() and path.name not in made]
+        _write_yaml(folder / "trainmerge_config.yaml", public_config(read_yaml(run_folder.config)))
+    (folder / "README.md").write_text(model_card(name, recipe, coefficients, run_made, at))
+    others = [
+        path for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in made
+    ]
     files = {**made, **{str(path.relative_to(folder)): sha256(path) for path in others}}
-    manifest = {"versions": versions(), "files": dict(sorted(files.items())), "run": run_made}
+    manifest = {
+        "versions": versions(),
+        **({"unfinished": at} if at else {}),
+        "files": dict(sorted(files.items())),
+        "bytes": {name: (folder / name).stat().st_size for name in sorted(made)},  # see `check_whole`
+        "run": public_manifest(run_made),
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+
+
+def _write_yaml(path: Path, content: Any) -> None:
+    path.write_text(yaml.safe_dump(content, sort_keys=False, width=110))
 
 
 def merge_of(

@@ -7,29 +7,37 @@ import yaml
 from torch import Tensor
 
 from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.export.markdown import code, fenced, inline
+from trainmerge.export.public import public, public_name
 from trainmerge.run.config import to_config
 from trainmerge.run.recipe import Recipe
 from trainmerge.task_vectors.parameter_names import block_of
 
 
-def model_card(name: str, recipe: Recipe, coefficients: Coefficients, run: Mapping[str, Any]) -> str:
-    """Markdown with the hub's metadata, the coefficients per block, and how to reproduce the merge."""
+def model_card(
+    name: str, recipe: Recipe, coefficients: Coefficients, run: Mapping[str, Any], at: str = ""
+) -> str:
+    """Markdown with the hub's metadata, the coefficients per block, and how to reproduce the merge.
+
+    It names folders, not paths, and no command line: it is for strangers. `at` is the step of an unfinished
+    run, such as `step 40 of 80`.
+    """
     sources = [recipe.base, *(expert.path for expert in recipe.experts.values())]
     head = {
-        "base_model": sources,
+        "base_model": [public_name(source) for source in sources],
         "base_model_relation": "merge",
         "library_name": "transformers",
         "tags": ["merge", "trainmerge"],
     }
-    recipe_text = yaml.safe_dump({"recipe": to_config(recipe)}, sort_keys=False, width=110)
+    recipe_text = yaml.safe_dump({"recipe": public(to_config(recipe))}, sort_keys=False, width=110)
     settings = {key: run[key] for key in ("objective", "constraint", "data", "optimizer") if key in run}
-    settings_text = yaml.safe_dump(settings, sort_keys=False, width=110)
+    settings_text = yaml.safe_dump(public(settings), sort_keys=False, width=110)
     return f"""---
 {yaml.safe_dump(head, sort_keys=False)}---
-# {name}
+# {inline(name)}
 
-A merge of {len(recipe.experts)} experts of `{recipe.base}`.
-trainmerge learned its coefficients without labels.
+A merge of {len(recipe.experts)} experts of {code(public_name(recipe.base))}.
+trainmerge learned its coefficients without labels.{f" The run was unfinished: {at}." if at else ""}
 
 ## Coefficients
 
@@ -39,16 +47,14 @@ Mean coefficient per block and expert; `trainmerge_coefficients.safetensors` has
 
 ## Reproduce
 
-Fitted with `{run["started"]["command"]}` in `{run["started"]["folder"]}`, with this recipe
-(`trainmerge_recipe.yaml`; the whole configuration, if the fit had one, is in `trainmerge_config.yaml`):
+Fitted with this recipe (`trainmerge_recipe.yaml`; the whole configuration, if the fit had one, is in
+`trainmerge_config.yaml`). Absolute paths are replaced by the names of their files and folders.
 
-```yaml
-{recipe_text}```
+{fenced(recipe_text, "yaml")}
 
 Settings of the fit (`trainmerge_manifest.json` has all of them, with checksums and versions):
 
-```yaml
-{settings_text}```
+{fenced(settings_text, "yaml")}
 """
 
 
@@ -58,8 +64,11 @@ def coefficient_table(coefficients: Coefficients) -> str:
     for parameter, groups in coefficients.layout.groups.items():
         blocks.setdefault(block_of(parameter), []).extend(groups)
     values = coefficients().detach()
-    lines = [_row("block", list(coefficients.experts)), _row("---", ["---"] * len(coefficients.experts))]
-    lines += [_row(f"`{block}`", _means(values[:, groups])) for block, groups in blocks.items()]
+    lines = [
+        _row("block", [inline(name) for name in coefficients.experts]),
+        _row("---", ["---"] * len(coefficients.experts)),
+    ]
+    lines += [_row(code(block), _means(values[:, groups])) for block, groups in blocks.items()]
     return "\n".join([*lines, _row("all", _means(values))])
 
 

@@ -22,7 +22,8 @@ from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Difference, LowRank, chunk_bounds
 from trainmerge.preprocess import Rule
 from trainmerge.system.background import ahead
-from trainmerge.system.safetensors_file import file_order, read_ahead, write_safetensors
+from trainmerge.system.safetensors_file import read_ahead, write_safetensors
+from trainmerge.system.safetensors_format import file_order
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.pieces import in_pieces
 

@@ -9,8 +9,10 @@ from torch import nn
 
 from trainmerge.checkpoints import build_meta_model, locate, open_checkpoint
 from trainmerge.export.side_files import copy_side_files
-from trainmerge.system.atomic import check_free_space, staging
-from trainmerge.system.safetensors_file import file_order, write_safetensors
+from trainmerge.system.disk_space import check_free_space
+from trainmerge.system.safetensors_file import write_safetensors
+from trainmerge.system.safetensors_format import file_order
+from trainmerge.system.staging import staging
 
 KEY = "tie_word_embeddings"
 

@@ -11,7 +11,9 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.provenance import describe, load_snapshot
 from trainmerge.fitting.rewind import rewind
 from trainmerge.run.config import write_config
-from trainmerge.run.folder import RunFolder, differences
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.manifest import differences
+from trainmerge.run.resume import resume_from
 from trainmerge.system.atomic import write_whole
 
 
@@ -35,7 +37,7 @@ def find_snapshot(folder: RunFolder, resume: str, first: bool) -> Snapshot | Non
     Raises:
         ValueError: `never` in a folder that has a run, a path that does not exist, or a damaged file.
     """
-    path = None if resume == "never" and not first else folder.resume_from(resume)
+    path = None if resume == "never" and not first else resume_from(folder, resume)
     return Snapshot(path, load_snapshot(path)) if path else None
 
 
@@ -68,3 +70,5 @@ def begin(
         print(f"{folder.path}: resuming after step {snapshot.step}", flush=True)
     experts, groups = module.coefficients.raw.shape
     rewind(folder, snapshot.step if snapshot else 0, (experts, groups), trainer.loggers)
+    if snapshot and snapshot.path == folder.snapshots().get(snapshot.step):
+        folder.drop_snapshots_before(snapshot.step)  # those of a process killed right after it saved

@@ -19,6 +19,7 @@ from trainmerge.fitting.preflight import check_tasks
 from trainmerge.fitting.snapshots import Snapshots
 from trainmerge.fitting.trainer import check_strategy
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.in_use import in_use
 from trainmerge.system.memory import parse_size
 
 
@@ -49,21 +50,47 @@ def fit(
 
     Raises:
         ValueError: the run or the checkpoint was made with different experts, data or settings; non-finite
-            weights; invalid settings; a trainer of another run folder.
+            weights; invalid settings; a trainer of another run folder; another process changes the run.
     """
     check_folder(trainer, Path(run))
     check_settings(module, data, trainer)
     if limit := parse_size(memory) if memory else 0:
         cut_steps(module, data, trainer, limit)
     folder = RunFolder(Path(run))
+    with in_use(folder, "trainmerge fit", first=trainer.is_global_zero):
+        fit_alone(folder, module, data, trainer, resume, config, limit)
+    return folder
+
+
+def fit_alone(
+    folder: RunFolder,
+    module: MergeModule,
+    data: Calibration,
+    trainer: pl.Trainer,
+    resume: str = "auto",
+    config: str | None = None,
+    limit: int = 0,
+    following: int = 0,
+) -> None:
+    """`fit` after its checks, in a folder that no other process changes.
+
+    Args:
+        folder: The run.
+        module: The merge to learn.
+        data: The calibration data.
+        trainer: From `make_trainer`.
+        resume: As in `fit`.
+        config: As in `fit`.
+        limit: The process's memory limit in bytes; 0 without.
+        following: The evaluations of a search that follows a fit without steps.
+    """
     snapshot = find_snapshot(folder, resume, first=trainer.is_global_zero)
     if trainer.is_global_zero:  # the other processes wait for this when the fit begins
         begin(folder, module, data, trainer, snapshot, config)
     if trainer.max_steps:
         take_steps(folder, module, data, trainer, snapshot, limit)
     elif trainer.is_global_zero:
-        save_start(folder, module, data)
-    return folder
+        save_start(folder, module, data, following)
 
 
 def take_steps(

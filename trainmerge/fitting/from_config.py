@@ -3,7 +3,6 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe, calibration_files
 from trainmerge.run.sections import check_sections
 from trainmerge.run.templates import expand
-from trainmerge.run.trust import imports_checked, of_a_run
+from trainmerge.run.trust import files_checked
 
 TEMPLATES = "trainmerge"  # parser mode: YAML with `recipe.each` as a template of all experts
 
@@ -79,7 +78,7 @@ def from_config(config: str | Path, run: str | Path, changes: Mapping[str, Any] 
     for key, value in {**(changes or {}), "run": str(run)}.items():
         content = _changed(content, key.split("."), value)
     check_sections(content)
-    with imports_checked(content, config) if of_a_run(Path(config)) else nullcontext():
+    with files_checked({Path(config): content}):
         return build_settings(content)
 
 
@@ -143,18 +142,14 @@ class FitCLI(LightningCLI):
         """Check before parsing what the parser would not, and name its errors in plain words.
 
         Raises:
-            ValueError: as `read_settings`, `check_sections`, `imports_checked` and `explain`.
+            ValueError: as `read_settings`, `check_sections`, `files_checked` and `explain`.
         """
         words = [word.partition("=") for word in args] if isinstance(args, list) else []
         files = [Path(value) for key, _, value in words if key == "--config" and Path(value).is_file()]
         options = {key[2:]: value for key, _, value in words if key != "--config"}
         for key, value in options.items():
             check_sections({key: get_loader("yaml")(value)})
-        with ExitStack() as guards:
-            for file in files:
-                content = public_paths(read_settings(file))
-                if of_a_run(file):
-                    guards.enter_context(imports_checked(content, file))
+        with files_checked({file: public_paths(read_settings(file)) for file in files}):
             try:
                 super().parse_arguments(parser, args)
             except ArgumentError as error:

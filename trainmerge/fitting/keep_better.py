@@ -6,11 +6,11 @@ import warnings
 from rich.progress import track
 from torch import Tensor
 
-from trainmerge.coefficients.coefficients import save_coefficients
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.calibration_loss import calibration_loss
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.saved import save_moment
 from trainmerge.system import distributed
 from trainmerge.system.atomic import write_whole
 
@@ -35,7 +35,7 @@ def _leave(module: MergeModule, folder: RunFolder, losses: dict[str, float], bet
     print(f"loss over all calibration examples: {losses['start']:.4f} -> {losses['end']:.4f}")
     if better == "end":
         return
-    save_coefficients(module.coefficients, folder.coefficients)
+    save_moment(folder, module.coefficients, step=0, steps=0)  # those of step 0, and the fit is finished
     warnings.warn(
         f"the loss over the calibration examples did not fall ({losses['start']:.4f} -> "
         f"{losses['end']:.4f}): the starting coefficients were saved instead. Lower the learning rate, or "

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.apply_func import convert_tensors_to_scalars
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
@@ -13,7 +14,7 @@ from typing_extensions import override
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.trajectory import append
-from trainmerge.system.atomic import write_whole
+from trainmerge.system.atomic import append_line, sync, write_whole
 
 
 class JsonLines(Logger):
@@ -22,6 +23,7 @@ class JsonLines(Logger):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
+        self._ahead: tuple[int, frozenset[str]] = (-1, frozenset())  # the step written early, and its keys
 
     @property
     @override
@@ -40,9 +42,17 @@ class JsonLines(Logger):
     @override
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        values = {key: value for key, value in metrics.items() if key != "epoch"}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        early = self._ahead[1] if step == self._ahead[0] else frozenset()
+        values = {key: value for key, value in metrics.items() if key != "epoch" and key not in early}
+        if values or not early:
+            append_line(self.path, json.dumps({"step": step, **values}))
+
+    def log_early(self, metrics: dict[str, float], step: int) -> None:
+        """Force a step's line to disk now; `log_metrics` of the same step adds only what is new."""
+        self.log_metrics(metrics, step)
+        if self.path.exists():
+            sync(self.path)
+        self._ahead = (step, frozenset(metrics))
 
     def keep_until(self, step: int) -> None:
         """Drop the lines of `step` and later, and an incomplete line of a killed run."""
@@ -57,6 +67,20 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError):
         return float("inf")
+
+
+def log_before_saving(trainer: pl.Trainer) -> None:
+    """Force the logged line of the current step to disk; Lightning itself logs a step after its callbacks.
+
+    Otherwise a process killed between a snapshot and its step's line would lose the line for ever.
+    """
+    connector = trainer._logger_connector
+    if not connector.should_update_logs:
+        return
+    values = convert_tensors_to_scalars(connector.metrics["log"])
+    for logger in trainer.loggers:
+        if isinstance(logger, JsonLines):
+            logger.log_early(dict(values), trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 class TrajectoryLog(Callback):

@@ -11,26 +11,29 @@ from trainmerge.system.ranges import FINITE, fault
 
 
 class Optimisation(NamedTuple):
-    """The optimizer, and its schedule if there is one."""
+    """The optimizer, its settings before a schedule changes them, and the schedule if there is one."""
 
     optimizer: Optimizer
+    settings: str
     scheduler: Any = None
 
 
 def build_optimisation(module: MergeModule) -> Optimisation:
     """Both, over a copy of the coefficients."""
     optimizer = module.make_optimizer(iter([torch.nn.Parameter(module.coefficients.raw.detach().clone())]))
-    return Optimisation(optimizer, module.make_scheduler(optimizer) if module.make_scheduler else None)
+    settings = str(optimizer)
+    scheduler = module.make_scheduler(optimizer) if module.make_scheduler else None
+    return Optimisation(optimizer, settings, scheduler)
 
 
 def check_optimisation(module: MergeModule) -> None:
     """Raise ValueError for settings under which a fit would ascend, not move, or stop at its first step."""
-    optimizer, scheduler = build_optimisation(module)
+    optimizer, _, scheduler = build_optimisation(module)
     for group in optimizer.param_groups:
         if group.get("maximize"):
             raise ValueError("model.optimizer: maximize raises the loss; leave it out")
         for key, value in group.items():
-            if key != "params" and (problem := fault(value, Any, FINITE)):
+            if key != "params" and (problem := fault(value, object, FINITE)):
                 raise ValueError(f"model.optimizer.{key} must be {problem}")
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(

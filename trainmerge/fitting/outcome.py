@@ -5,12 +5,12 @@ import warnings
 
 import torch
 
-from trainmerge.coefficients.coefficients import save_coefficients
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.begin import Snapshot
 from trainmerge.fitting.model_settings import needs_examples
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.saved import save_moment
 from trainmerge.system.json_file import read_json_lines
 
 MOVED = 1e-4  # change of a coefficient, below which nothing was learned
@@ -18,18 +18,18 @@ AT_BOUND = 0.25  # share of coefficients at a bound
 ENOUGH = 5  # later steps needed before losses are compared, because batches differ
 
 
-def save_start(folder: RunFolder, module: MergeModule, data: Calibration) -> None:
-    """Save a run without steps: its coefficients are the starting ones."""
+def save_start(folder: RunFolder, module: MergeModule, data: Calibration, following: int = 0) -> None:
+    """Save a run without steps: its coefficients are the starting ones, before `following` evaluations."""
     if needs_examples(module.recipe, module.initial):
         module.load(data)
-    save_coefficients(module.coefficients, folder.coefficients)
+    save_moment(folder, module.coefficients, step=0, steps=following)
 
 
 def save_end(folder: RunFolder, module: MergeModule, snapshot: Snapshot) -> None:
     """Save a run that has all its steps already: its coefficients are those of the last step."""
     with torch.no_grad():
         module.coefficients.raw.copy_(snapshot.content["state_dict"]["coefficients.raw"])
-    save_coefficients(module.coefficients, folder.coefficients)
+    save_moment(folder, module.coefficients, snapshot.step, steps=snapshot.step)
     print(f"{folder.path}: finished at step {snapshot.step}; raise trainer.max_steps to continue")
 
 

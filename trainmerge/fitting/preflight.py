@@ -5,14 +5,20 @@ from trainmerge.data.calibration import Calibration
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.fitting.module import MergeModule
+from trainmerge.objectives import Alignment, Objective
 
+UNUSABLE = ("question-answering model", "model with another output")  # no logits of tokens or classes
 TOGETHER = 64  # examples that are tokenised at a time
 
 
 def check_tasks(module: MergeModule, data: Calibration) -> None:
     """Raise ValueError for experts whose loss is undefined; lists every reason, by expert and file."""
     output = output_of(module.opened.base.path)
-    problems = [*head_problems(module, output), *example_problems(data)]
+    problems = [
+        *head_problems(module, output),
+        *layer_problems(module.objective, output),
+        *example_problems(data),
+    ]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -35,29 +41,58 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
             f"{base} has no output layer, and {headless} no `head`: give each a LabelHead or a LinearHead, "
             "or use a base and experts that were saved with an output layer"
         )
+    elif headless and output.kind in UNUSABLE:
+        problems.append(
+            f"{base}: {output.architecture} is a {output.kind}, whose outputs no objective compares: give "
+            f"{headless} a `head`, or merge without learning (trainer.max_steps 0)"
+        )
     elif headless and module.objective.needs_classes and not output.classes:
         problems.append(f"{module.objective!r} needs classes, and {headless} have no `head`: give each one")
     return problems
 
 
+def layer_problems(objective: Objective, output: Output) -> list[str]:
+    """Layers of the objective that the model does not have; 0 is the embedding, so L layers have L + 1."""
+    layers = objective.layers if isinstance(objective, Alignment) else objective.asks.layers
+    if (depth := output.layers) is None:
+        return []
+    return [
+        f"model.objective.layers: no layer {layer}; the model has {depth}, so choose from 0 (the embedding) "
+        f"to {depth}, or from -1 (the last) to {-depth - 1}"
+        for layer in layers
+        if not -depth - 1 <= layer <= depth
+    ]
+
+
 def example_problems(data: Calibration) -> list[str]:
-    """Files that contain examples without an unmasked token: their loss would be NaN."""
+    """Files with examples without an unmasked token, or with a token beyond the model's embedding.
+
+    The loss of the former would be NaN, or that of special tokens alone.
+    """
     found = []
     for file, examples in zip(data.files.values(), data.examples, strict=True):
+        try:
+            data.tokenize.check_rows(examples)
+        except ValueError as error:
+            found.append(f"{file}: {error}")
+            continue
         if silent := without_tokens(examples, data.tokenize):
             found.append(
-                f"{file}: {len(silent)} of {len(examples)} examples have no unmasked token, the first is "
-                f"number {silent[0]}: remove them, or raise data.max_length ({data.max_length})"
+                f"{file}: {len(silent)} of {len(examples)} examples are blank or have no unmasked token, the "
+                f"first is number {silent[0]}: remove them, or raise data.max_length ({data.max_length})"
             )
     return found
 
 
 def without_tokens(examples: list[Example], tokenizer: Tokenizer) -> list[int]:
-    """Indices of the examples without an unmasked token; only blank texts and spans can cause that."""
-    suspects = [i for i, e in enumerate(examples) if e.spans is not None or not e.text.strip()]
-    silent = []
+    """Indices of blank examples, also where special tokens are added, and of those without an unmasked token.
+
+    Only spans can cause the latter; blank texts with a picture are not blank.
+    """
+    silent = [i for i, e in enumerate(examples) if not e.text.strip() and not e.image]
+    suspects = [i for i, e in enumerate(examples) if e.spans is not None and e.text.strip()]
     for first in range(0, len(suspects), TOGETHER):
         some = suspects[first : first + TOGETHER]
         mask = tokenizer.encode([examples[i] for i in some]).mask
         silent += [i for i, counted in zip(some, mask.sum(dim=1).tolist(), strict=True) if not counted]
-    return silent
+    return sorted(silent)

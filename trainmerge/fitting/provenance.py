@@ -1,18 +1,19 @@
 """Everything that a run depends on, and a check of its checkpoints."""
 
 import hashlib
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from trainmerge.coefficients.presets import Preset
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.optimisation import build_optimisation
 from trainmerge.run.config import to_config
+from trainmerge.system.json_file import parse_json
+from trainmerge.system.torch_file import load_torch
 
 
 def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
@@ -42,8 +43,8 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
 
 
 def _optimisation(module: MergeModule) -> dict[str, str]:
-    optimizer, scheduler = build_optimisation(module)
-    settings = {"optimizer": str(optimizer)}
+    _, optimizer, scheduler = build_optimisation(module)
+    settings = {"optimizer": optimizer}
     if scheduler is not None:
         state = {key: str(value) for key, value in sorted(scheduler.state_dict().items())}
         settings["lr_scheduler"] = f"{type(scheduler).__name__} {state}"
@@ -57,11 +58,15 @@ def load_snapshot(path: Path) -> dict[str, Any]:
         ValueError: the file is damaged, or not a fit's checkpoint.
     """
     try:
-        snapshot: dict[str, Any] = torch.load(path, weights_only=True)
-        snapshot["global_step"], snapshot["trainmerge"], snapshot["state_dict"]["coefficients.raw"]
-    except (RuntimeError, KeyError, TypeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        snapshot: dict[str, Any] = load_torch(path)
+        step, raw = snapshot["global_step"], snapshot["state_dict"]["coefficients.raw"]
+        made = parse_json(snapshot["trainmerge"], "its description", "")
+        if not (isinstance(step, int) and isinstance(raw, Tensor) and isinstance(made, dict)):
+            raise ValueError("it lacks the step, the coefficients or the run's description")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = error if isinstance(error, ValueError) else type(error).__name__
         raise ValueError(
-            f"{path}: not a checkpoint of a fit, or damaged ({type(error).__name__}). Resume from another "
-            "one, or remove it to start anew"
+            f"{path}: not a checkpoint of a fit, or damaged ({reason}). Resume from another one, or remove "
+            "it to start anew"
         ) from error
     return snapshot

@@ -9,8 +9,11 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.objectives import Objective
 from trainmerge.run.config import build
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.manifest import NEEDED, read_manifest
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import calibration_files
+
+SETTINGS = ("objective", "teacher_budget", "weights")  # of the module, in the manifest
 
 
 def reopen(
@@ -22,10 +25,11 @@ def reopen(
     all.
 
     Raises:
-        ValueError: no run, no coefficients, or base or experts changed since the fit.
+        ValueError: no run, no coefficients, a manifest without its settings, or base or experts changed
+            since the fit.
     """
     recipe, _, _ = open_run(folder)
-    manifest = folder.read_manifest()
+    manifest = read_manifest(folder.manifest, needed=(*NEEDED, *SETTINGS))
     module = MergeModule(
         replace(recipe, grouping=grouping or recipe.grouping),
         build(Objective, manifest["objective"], folder.manifest),  # type: ignore[type-abstract]

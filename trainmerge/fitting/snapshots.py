@@ -8,13 +8,18 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback
 from typing_extensions import override
 
-from trainmerge.coefficients.coefficients import save_coefficients
+from trainmerge.fitting.checkpoint_file import LocalFile
+from trainmerge.fitting.early_stopping import StopWhenFlat
+from trainmerge.fitting.metrics_log import log_before_saving
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
-from trainmerge.system.atomic import naming, sync
+from trainmerge.run.saved import save_moment
+from trainmerge.system.atomic import aside, sync
+from trainmerge.system.disk_space import naming
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: try again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
@@ -62,6 +67,11 @@ class Snapshots(Callback):
                 signal.signal(number, handler)
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # which writes to TMPDIR first
+            trainer.strategy.checkpoint_io = LocalFile()
+
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning would now register handlers that broadcast inside the handler, which can hang in another
         # collective (pytorch-lightning #20806), and that requeue Slurm jobs in the middle of a step.
@@ -91,6 +101,8 @@ class Snapshots(Callback):
         self._stopping = trainer.strategy.reduce_boolean_decision(self._stop, all=False)
         last = step == trainer.max_steps or trainer.should_stop
         if self._stopping or step % self.every == 0 or last:
+            if trainer.is_global_zero:
+                log_before_saving(trainer)
             self._save(trainer, pl_module)
 
     @override
@@ -115,20 +127,29 @@ class Snapshots(Callback):
         return Preempted(f"stopped {when}; run the same command again to resume from the last snapshot", code)
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Save the coefficients first, so that after a kill they are at least as recent as the snapshot."""
+        """Save a snapshot and its coefficients; the logs up to it are on disk before."""
         assert isinstance(module, MergeModule)
-        path = self.folder.checkpoints / f"step-{trainer.global_step}.ckpt"
-        aside = path.with_suffix(".saving")
-        with naming(path):
-            trainer.save_checkpoint(aside)
-        self._saved = trainer.global_step
-        if trainer.is_global_zero:
-            save_coefficients(module.coefficients, self.folder.coefficients)
-            sync(aside)
-            aside.replace(path)
-            for earlier, snapshot in self.folder.snapshots().items():
-                if earlier < trainer.global_step:
-                    snapshot.unlink()
+        step, folder = trainer.global_step, self.folder
+        path = folder.checkpoints / f"step-{step}.ckpt"
+        new = aside(path, "new")
+        if trainer.is_global_zero and folder.trajectory.exists():
+            sync(folder.trajectory)
+        try:
+            with naming(path):
+                trainer.save_checkpoint(new)
+            self._saved = step
+            if trainer.is_global_zero:
+                save_moment(folder, module.coefficients, step, _last_step(trainer), (new, path))
+                folder.drop_snapshots_before(step)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+def _last_step(trainer: pl.Trainer) -> int:
+    """The step at which the fit is finished: the current one, if it was stopped because its loss is flat."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    flat = any(isinstance(callback, StopWhenFlat) and callback.stopped for callback in callbacks)
+    return trainer.global_step if flat else trainer.max_steps
 
 
 def check_finite(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import Callback
 from typing_extensions import override
 
 from trainmerge.run.folder import RunFolder
+from trainmerge.system.atomic import append_line
 from trainmerge.system.memory import anonymous
 
 UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of getrusage's resident memory
@@ -58,5 +59,4 @@ class UsageLog(Callback):
             "processes": trainer.world_size,
             "threads": torch.get_num_threads(),
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path, json.dumps(line))

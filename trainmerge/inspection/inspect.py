@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from trainmerge.coefficients.coefficients import load_coefficients
+from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.inspection.attention import attention_findings
 from trainmerge.inspection.console import (
     parameter_counts,
@@ -21,8 +21,9 @@ from trainmerge.inspection.console import (
 )
 from trainmerge.inspection.findings import Finding, Texts, header_findings, read_texts
 from trainmerge.inspection.suggest import Suggestion, suggest, write_suggestion
-from trainmerge.inspection.weights import weight_findings
+from trainmerge.inspection.weights import preprocess_findings, weight_findings
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.open_run import read_run
 from trainmerge.run.recipe import Opened, Recipe
 from trainmerge.run.sources import recipe_of
 from trainmerge.system.atomic import write_whole
@@ -58,6 +59,7 @@ def inspect_path(
         warnings.simplefilter("always")
         opened = recipe.open(RunFolder(path).workspace if path.is_dir() else None)
     findings = [Finding("warning", str(word.message)) for word in words]
+    coefficients = _coefficients(path)
     print_sources(recipe, opened)
     print_parameters(opened, every)
     findings += header_findings(recipe, opened)
@@ -65,12 +67,12 @@ def inspect_path(
     findings += texts.findings
     geometry, measured = _measured(opened, weights)
     findings += measured
+    findings += preprocess_findings(recipe, opened, geometry)
     if geometry is not None:
         print_geometry(opened.task_vectors.experts, geometry)
     print_findings(findings)
-    for name in ("coefficients.safetensors", "trainmerge_coefficients.safetensors"):
-        if (path / name).is_file():
-            print_coefficients(load_coefficients(path / name))
+    if coefficients is not None:
+        print_coefficients(coefficients)
     suggested = suggest(recipe, {name: len(own) for name, own in texts.calibration.items()}, geometry)
     if suggestion is not None:
         write_suggestion(suggested, suggestion)
@@ -100,6 +102,14 @@ def _measured(opened: Opened, weights: Weights) -> tuple[Geometry | None, list[F
 def weight_bytes(opened: Opened) -> int:
     """Bytes of base and experts that one pass over the task vectors reads."""
     return sum(delta.nbytes for delta in opened.task_vectors.deltas.values())
+
+
+def _coefficients(path: Path) -> Coefficients | None:
+    """The coefficients of a run folder or an export; None for others."""
+    run, exported = RunFolder(path), path / "trainmerge_coefficients.safetensors"
+    if run.manifest.is_file() and run.coefficients.is_file():
+        return read_run(run)[1]
+    return load_coefficients(exported) if exported.is_file() else None
 
 
 def _column(path: Path) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from trainmerge.inspection.findings import Finding
+from trainmerge.preprocess.left_out import sentence
+from trainmerge.run.recipe import Opened, Recipe
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.geometry import Geometry
 from trainmerge.task_vectors.parameter_names import kind_of
@@ -21,6 +23,17 @@ def weight_findings(experts: Sequence[str], geometry: Geometry) -> Iterator[Find
     yield from _twins(experts, geometry)
     yield from _lengths(experts, geometry)
     yield from _scratch(experts, geometry)
+
+
+def preprocess_findings(recipe: Recipe, opened: Opened, geometry: Geometry | None) -> Iterator[Finding]:
+    """What each preprocessor leaves out, with its share of the task vectors if the weights were read."""
+    squares = {}
+    if geometry is not None:
+        sums = geometry.gram.diagonal(dim1=1, dim2=2).sum(dim=1).tolist()
+        squares = dict(zip(geometry.names, sums, strict=True))
+    for method in recipe.preprocess:
+        if words := sentence(method, opened.task_vectors, squares):
+            yield Finding("note", words)
 
 
 def _twins(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:

@@ -110,7 +110,9 @@ def _row_sums(rows: Tensor) -> Tensor:
     """Float64 sums of [K, n] -> [K]; one long row in pieces, since torch would split it among threads."""
     if len(rows) > 1:
         return rows.sum(1, dtype=torch.float64)
-    return torch.stack([piece.sum(1, dtype=torch.float64) for piece in rows.split(PIECE, dim=1)]).sum(0)
+    return torch.stack([piece.sum(1, dtype=torch.float64) for piece in torch.split(rows, PIECE, dim=1)]).sum(
+        0
+    )
 
 
 def _column(term: Term) -> Term:

@@ -5,22 +5,22 @@ Legend: `B` examples, `T` tokens, `R` rows, `n` inputs of a linear layer, `V` vo
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from math import log
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from trainmerge.data.batch import Batch
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.model.layer_inputs import Moment, watching
 from trainmerge.model.resident import Resident
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
+from trainmerge.task_vectors.roles import LINEAR
 
 TOGETHER = 8  # examples per forward pass
 PREDICTIONS = 256 << 20  # bytes of the base's predictions stored at a time
@@ -57,26 +57,30 @@ class ExpertStatistics:
     def grams(self, expert: int, names: Sequence[str], merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Mean x x^T [n, n], float32, of the inputs x of each linear layer among `names`, without padding.
 
+        Layers that read no row are left out, and weights that are read without their layer's forward.
         `merged` are weights that replace the expert's own. Needs n^2 numbers per layer.
         """
         parameters = self.resident.merged.parameters
-        modules = list(self.resident.merged.module.modules())
-        owners = {id(m.weight): m for m in modules if isinstance(m, nn.Linear)}
-        for embedding in modules:  # an embedding tied to the output layer
-            if isinstance(embedding, nn.Embedding):
-                owners.pop(id(embedding.weight), None)
-        layers = {name: owners[id(parameters[name])] for name in names if id(parameters[name]) in owners}
+        layers = self._layers(names)
         if not layers:
             return {}
-        moments = {name: _Moment() for name in layers}
+        moments = {name: Moment() for name in layers}
         with self.resident.merged.teacher(expert):
             for name, weight in merged.items():
                 parameters[name].copy_(weight)
             for batch in self._batches(expert, "measuring inputs"):
-                real = batch.inputs["attention_mask"].bool()
-                with _watching(layers, moments, real):
+                real = batch.inputs.get("attention_mask")
+                with watching(layers, moments, real):
                     self.resident(batch)
-        return {name: moment.mean() for name, moment in moments.items()}
+        return {name: moment.mean() for name, moment in moments.items() if moment.count}
+
+    def _layers(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        """The linear layer (nn.Linear, Conv1D) of each parameter that is one's weight."""
+        merged = self.resident.merged
+        owners = {id(m.weight): m for m in merged.module.modules() if isinstance(m, nn.Linear | Conv1D)}
+        linear = [name for name in names if merged.task_vectors.deltas[name].role in LINEAR]
+        found = {name: owners.get(id(merged.parameters[name])) for name in linear}
+        return {name: layer for name, layer in found.items() if layer is not None}
 
     def gradients(self, expert: int, sampled: bool) -> Iterator[dict[str, Tensor]]:
         """Gradients of a loss with respect to every merged parameter, example by example.
@@ -159,42 +163,3 @@ def _jensen_shannon(one: Tensor, other: Tensor) -> Tensor:
     middle = torch.logaddexp(one, other) - log(2)
     both = torch.stack([(log_p.exp() * (log_p - middle)).sum(-1) for log_p in (one, other)])
     return both.mean(dim=0).double().mean()
-
-
-class _Moment:
-    """A running sum of x x^T."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.count = 0
-
-    def add(self, rows: Tensor) -> None:
-        """Add these rows [R, n]."""
-        wide = rows.float()
-        self.total = wide.T @ wide if self.total is None else self.total.addmm_(wide.T, wide)
-        self.count += len(rows)
-
-    def mean(self) -> Tensor:
-        """The second moment, [n, n]."""
-        assert self.total is not None
-        return (self.total / self.count).cpu()
-
-
-@contextmanager
-def _watching(
-    layers: Mapping[str, nn.Linear], moments: Mapping[str, _Moment], real: Tensor
-) -> Iterator[None]:
-    """Add the layers' inputs in a forward pass, without rows of padding where the shape identifies them."""
-
-    def read(moment: _Moment, _: nn.Module, given: tuple[Any, ...]) -> None:
-        states: Tensor = given[0]
-        moment.add(states[real] if states.shape[:-1] == real.shape else states.flatten(0, -2))
-
-    handles = [
-        layer.register_forward_pre_hook(partial(read, moments[name])) for name, layer in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

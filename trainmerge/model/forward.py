@@ -39,13 +39,30 @@ def backbone(module: nn.Module) -> nn.Module:
 
 
 def _model_inputs(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The model's inputs: a decoder gets the labels shifted by one, so transformers computes no loss."""
+    """The model's inputs: a decoder gets the labels shifted by one, so transformers computes no loss.
+
+    Classifiers with a decoder make its inputs themselves, from the text.
+    """
     given = dict(inputs)
     labels = given.pop("labels", None)
-    if labels is not None:
-        shift: Any = module.prepare_decoder_input_ids_from_labels
-        given["decoder_input_ids"] = shift(labels)
+    if labels is not None and module.can_generate():  # type: ignore[operator]
+        own: Any = getattr(module, "prepare_decoder_input_ids_from_labels", None)
+        given["decoder_input_ids"] = shifted(labels, module.config) if own is None else own(labels)
     return given
+
+
+def shifted(labels: Tensor, config: Any) -> Tensor:
+    """A decoder's inputs [B, T]: its start token, then the labels [B, T] without their last.
+
+    M2M-100, Whisper and others have no method of their own for it.
+
+    Raises:
+        ValueError: config.json names no start token.
+    """
+    start = config.decoder_start_token_id
+    if start is None:
+        raise ValueError("the base's config.json names no decoder_start_token_id: set it")
+    return torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
 
 
 def _chosen(output: Any, layers: Sequence[int]) -> dict[int, Tensor]:

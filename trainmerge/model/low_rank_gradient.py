@@ -6,15 +6,20 @@ For Y = X W^T and tau = s B A, with the layer's input X [T, in] and its output's
 
 Two thin products replace the T x out x in one, and nothing of the weight's size is written.
 
+This covers what the layer's own forward does with its weight, and no more: every other use of the weight gets
+an ordinary gradient (`tapped`), so the sum is right wherever a model reads it.
+
 Legend: `K` experts, `C` chunks of rows, `T` tokens, `R` the sum of the experts' ranks.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -32,7 +37,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, inputs: Tensor, _asks: Tensor, collect: Collect) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.collect = collect
-        return output.view_as(output)
+        return output.data  # not the input, not a view of it: a model may write to it in place
 
     @staticmethod
     @override
@@ -43,21 +48,31 @@ class _Tap(torch.autograd.Function):
         return gradients[0], None, None, None
 
 
-def tap(layer: nn.Linear, collect: Collect) -> torch.utils.hooks.RemovableHandle:
-    """Call `collect` in each backward through the layer, recomputed ones of checkpointed blocks too."""
+@contextmanager
+def tapped(layer: nn.Linear, collect: Collect) -> Iterator[None]:
+    """Call `collect` in each backward through the layer's forward, recomputed forwards too.
 
-    def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled():
-            return None
-        asks = torch.zeros(
-            (), device=output.device, requires_grad=True
-        )  # nothing before it may require a gradient
+    The layer's forward reads a detached weight: its part of the weight's gradient is never formed. The weight
+    itself still requires a gradient, so whatever else reads it (`layer.weight.T @ x`, a fused kernel, another
+    module) contributes an ordinary gradient, and the two add up to the whole one.
+    """
+    weight = layer.weight
+
+    def forward(input: Tensor) -> Tensor:  # nn.Linear's own name, for callers with a keyword
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or layer.weight is not weight:
+            return F.linear(input, layer.weight, layer.bias)
+        output = F.linear(input, weight.detach(), layer.bias)
+        # A leaf that asks for the gradient: nothing before the layer may need one.
+        asks = torch.zeros((), device=output.device, requires_grad=True)
         # In the output's dtype, to which autocast cast the input.
-        went_in = inputs[0].detach().to(output.dtype)
-        tapped: Tensor = _Tap.apply(output, went_in, asks, collect)  # type: ignore[no-untyped-call]
-        return tapped
+        result: Tensor = _Tap.apply(output, input.detach().to(output.dtype), asks, collect)  # type: ignore[no-untyped-call]
+        return result
 
-    return layer.register_forward_hook(after)
+    layer.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
 def tappable(
@@ -65,15 +80,17 @@ def tappable(
 ) -> Iterator[tuple[str, nn.Linear]]:
     """The parameters whose gradients need not be formed: (name, layer) of each.
 
-    The weight must belong to a plain `nn.Linear` only, not be sharded, and every expert's change must be
-    low-rank or zero, with ranks small enough that two thin products cost less than the gradient. A weight
-    that the model uses outside its layer's forward must not be among `parameters`.
+    The weight must belong to a plain `nn.Linear` only, whose forward nothing has replaced, and not be
+    sharded. Every expert's change must be low-rank or zero, with ranks small enough that two thin products
+    cost less than the gradient. Every process finds the same parameters.
     """
     own = {id(parameter): name for name, parameter in parameters.items()}
     # each module once, and each parameter once per module that has it
     users = Counter(id(p) for layer in module.modules() for p in layer.parameters(recurse=False))
     for layer in module.modules():
-        if type(layer) is not nn.Linear or id(layer.weight) not in own or users[id(layer.weight)] > 1:
+        if type(layer) is not nn.Linear or "forward" in vars(layer):
+            continue
+        if id(layer.weight) not in own or users[id(layer.weight)] > 1:
             continue
         name = own[id(layer.weight)]
         terms = deltas[name].terms

@@ -13,7 +13,7 @@ Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Gathered, Product, run_merges, run_products, shareable
 from trainmerge.model.loss_scale import LossScale
-from trainmerge.model.low_rank_gradient import layer_products, tap, tappable
+from trainmerge.model.low_rank_gradient import layer_products, tappable, tapped
 from trainmerge.model.row_shards import DeltaShard, as_shard, delta_shards, local, shares_storage
-from trainmerge.task_vectors.delta import Delta, TaskVectors, outside
+from trainmerge.preprocess.subspace import outside_subspace
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.prefetch import Prefetch, prefetch_to
 
 
@@ -141,20 +142,14 @@ class MergedModel:
         """The module for forwards and backwards that need the coefficients' gradient only.
 
         If all experts of a linear layer are low-rank, `gradient` is computed from the layer's input and its
-        output's gradient, and no weight gradient is formed. Not for models that use such a weight outside its
-        layer's forward, or change a layer's output in place.
+        output's gradient, and the layer forms no weight gradient. Where a model reads such a weight outside
+        its layer's forward, this part's gradient is an ordinary one.
         """
         ordinary = {n: p for n, p in self._learned.items() if n not in self.subspaces}
-        layers = dict(tappable(self.module, ordinary, self.task_vectors.deltas))
-        handles = [tap(layer, partial(self._collect_at_layer, name)) for name, layer in layers.items()]
-        for layer in layers.values():
-            layer.weight.requires_grad_(False)
-        try:
+        with ExitStack() as layers:
+            for name, layer in tappable(self.module, ordinary, self.task_vectors.deltas):
+                layers.enter_context(tapped(layer, partial(self._collect_at_layer, name)))
             yield self.module
-        finally:
-            for handle, layer in zip(handles, layers.values(), strict=True):
-                handle.remove()
-                layer.weight.requires_grad_(True)
 
     def _arrived(self, name: str, parameter: Tensor) -> None:
         if not self.keep_gradients:
@@ -181,8 +176,7 @@ class MergedModel:
             self._found.append((columns, layer_products(inputs, slopes, delta, len(columns))))
 
     def _projected(self, name: str, gradient: Tensor) -> Tensor:
-        basis = self.subspaces.get(name)
-        return gradient if basis is None else outside(gradient.to(basis.dtype), basis.to(gradient.device))
+        return outside_subspace(gradient, self.subspaces.get(name), self.task_vectors.deltas[name].role)
 
     @torch.no_grad()
     def _write(

@@ -1,7 +1,7 @@
 """Run the experts on their examples and gather the outputs that `teachers` writes.
 
 Legend: `K` experts, `N` examples of one, `P` counted positions of all of them, `R` rows of logits (`P`, or
-`N` under a head), `V` vocabulary or classes, `D` hidden size.
+`N` under a head or in a classifier), `V` vocabulary or classes, `D` hidden size.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,16 +27,18 @@ class OutputSizes(NamedTuple):
 
     logits: Sequence[int]  # K: each expert's V
     hidden: Mapping[int, int]  # layer -> D
+    classes: bool  # whether the model's own logits are one row per example
 
 
 @torch.no_grad()
 def output_sizes(resident: Resident, tokenizer: Tokenizer, asks: Asks, example: Example) -> OutputSizes:
-    """The sizes of logits and hidden states, from one forward pass."""
-    outputs = resident(resident.batch(0, [example], tokenizer), asks.layers)
-    hidden = {layer: state.shape[-1] for layer, state in outputs.hidden.items()}
-    classes = [None if head is None else len(head.weight) for head in resident.classifiers]
-    width = outputs.logits.shape[-1]
-    return OutputSizes([width if classes_ is None else classes_ for classes_ in classes], hidden)
+    """The sizes of logits and hidden states, from one forward pass, of an expert without a head if any."""
+    heads = resident.classifiers
+    k = next((k for k, head in enumerate(heads) if head is None), 0)
+    logits, states = resident(resident.batch(k, [example], tokenizer), asks.layers)
+    hidden = {layer: state.shape[-1] for layer, state in states.items()}
+    widths = [logits.shape[-1] if head is None else len(head.weight) for head in heads]
+    return OutputSizes(widths, hidden, classes=logits.dim() == 2)
 
 
 def count_positions(expert: int, examples: Sequence[Example], tokenizer: Tokenizer) -> list[int]:
@@ -152,7 +154,7 @@ class Recorder:
         return signals
 
     def _under_head(self, k: int) -> bool:
-        return self.resident.classifiers[k] is not None
+        return self.sizes.classes or self.resident.classifiers[k] is not None
 
     def _rows(self, k: int) -> int:
         return len(self.counts[k]) if self._under_head(k) else sum(self.counts[k])

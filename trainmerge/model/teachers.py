@@ -22,7 +22,7 @@ from trainmerge.model.resident import Resident
 from trainmerge.model.teacher_recorder import Recorder, count_positions, cumulated, output_sizes
 from trainmerge.system import distributed
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
-from trainmerge.system.workspace import digest
+from trainmerge.system.workspace import digest, open_cached
 
 BUDGET = 256 << 20  # bytes of recorded probabilities, of all experts
 
@@ -76,7 +76,7 @@ def record_teachers(
     path = folder / f"teachers-{digest(repr([depends_on, asks, budget]))}.safetensors"
     if not distributed.broadcast(path.exists()):
         _make(path, resident, examples, tokenizer, asks, budget)
-    file = MappedFile(path)
+    file = open_cached(path)
     records = [_open(file, k, starts, asks) for k, starts in enumerate(json.loads(file.metadata["starts"]))]
     if distributed.rank() == 0:
         _print_left_out(records)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from trainmerge.data.batch import Batch
+from trainmerge.data.example_rows import split_rows
 from trainmerge.system.ranges import check_fields, check_option
 
 
@@ -41,7 +42,11 @@ class StepSchedule:
 
 
 def rounds(step: Sequence[Batch], schedule: StepSchedule) -> Iterator[list[Batch]]:
-    """The batches, or parts of them, whose forwards share a backward; two parts of one task never do."""
+    """The batches, or parts of them, whose forwards share a backward; two parts of one task never do.
+
+    Raises:
+        ValueError: a batch to split has an input whose rows cannot be assigned to examples (`split_rows`).
+    """
     if schedule.examples:
         for batch in step:
             for part in _parts(batch, schedule.examples):
@@ -53,12 +58,16 @@ def rounds(step: Sequence[Batch], schedule: StepSchedule) -> Iterator[list[Batch
 
 def _parts(batch: Batch, size: int) -> Iterator[Batch]:
     count = len(batch.ids)
-    for first in range(0, count, size):
-        rows = slice(first, first + size)
-        inputs = {name: tensor[rows] for name, tensor in batch.inputs.items()}
-        ids = batch.ids[rows]
+    if size >= count:
+        yield batch
+        return
+    parts = split_rows(batch.inputs, count, batch.rows, size)
+    for first, inputs in zip(range(0, count, size), parts, strict=True):
+        own = slice(first, first + size)
+        ids = batch.ids[own]
+        rows = {name: counts[own] for name, counts in batch.rows.items()}
         share = batch.share * len(ids) / count
-        yield batch._replace(inputs=inputs, mask=batch.mask[rows], ids=ids, share=share)
+        yield batch._replace(inputs=inputs, mask=batch.mask[own], ids=ids, share=share, rows=rows)
 
 
 def smaller_schedules(schedule: StepSchedule, examples: int, separable: bool) -> Iterator[StepSchedule]:

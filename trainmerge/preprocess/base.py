@@ -6,21 +6,28 @@ Legend: `K` experts, `*S` parameter shape, `n` inputs of a linear layer.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.task_vectors.delta import TaskVectors
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 
 @dataclass(frozen=True)
 class Preprocess(ABC):
     """New task vectors from old ones, one parameter at a time, in bounded memory."""
 
+    otherwise: ClassVar[str] = "left as they are"  # parameters to which the method does not apply
+
     @abstractmethod
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
         """Every parameter's name and its K new differences [K, *S], in the order of `task_vectors.deltas`."""
+
+    def applies_to(self, name: str, delta: Delta) -> bool:
+        """Whether the method itself computes this parameter's result; if not, `otherwise` says what does."""
+        del name, delta
+        return True
 
 
 class Calibrator(Protocol):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainmerge.kernels import accumulation_dtype
 from trainmerge.preprocess.base import Calibrator, Informed, Preprocess
+from trainmerge.preprocess.left_out import announced
 from trainmerge.preprocess.piecewise import Piecewise, Rule
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 from trainmerge.system.workspace import cached, digest
@@ -80,7 +81,7 @@ def _write(task_vectors: TaskVectors, method: Preprocess, calibrator: Calibrator
     }
     tensors = (
         (_key(name, expert), tau)
-        for name, taus in _results(path, task_vectors, method, calibrator)
+        for name, taus in announced(method, task_vectors, _results(path, task_vectors, method, calibrator))
         for expert, tau in zip(task_vectors.experts, taus, strict=True)
     )
     write_safetensors(path, specs, tensors, {"method": repr(method)})

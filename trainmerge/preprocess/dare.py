@@ -54,7 +54,7 @@ class Dare(Piecewise):
         for delta in task_vectors.deltas.values():
             rows = slice(0, max(1, SAMPLE // max(1, delta.shape[1:].numel())))
             taus = (delta.rows(rows) if delta.shape else delta).dense()
-            sums += taus.abs().flatten(1).sum(dim=1, dtype=torch.float64).cpu()
+            sums += taus.abs().reshape(len(taus), -1).sum(dim=1, dtype=torch.float64).cpu()
             count += taus[0].numel()
         means = (sums / max(1, count)).tolist()
         large = {e: f"{m:.2g}" for e, m in zip(task_vectors.experts, means, strict=True) if m > LARGE}

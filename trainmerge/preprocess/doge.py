@@ -9,7 +9,7 @@ Legend: `K` experts, `m x n` a matrix, `k` directions of the shared subspace.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from typing_extensions import override
 from trainmerge.kernels import accumulation_dtype
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.least_squares import closest
+from trainmerge.preprocess.matrices import is_matrix
 from trainmerge.preprocess.subspace import shared_subspace
 from trainmerge.system.ranges import check_fields
-from trainmerge.task_vectors.delta import TaskVectors, outside
-from trainmerge.task_vectors.parameter_names import matches
+from trainmerge.task_vectors.delta import Delta, TaskVectors, outside
+from trainmerge.task_vectors.roles import each_matrix
 from trainmerge.task_vectors.top_k import cut_at
 
 PAPER_STEPS, PAPER_RATE = 400, 1e-4
@@ -56,6 +57,7 @@ class Doge(Preprocess):
     solver: Literal["cg", "adam"] = "cg"
     separate: bool = False
     exclude: Sequence[str] = ()
+    otherwise: ClassVar[str] = "left at the base's value"
 
     def __post_init__(self) -> None:
         check_fields(self, eta="(0, inf)", subspace="[1, inf)", density="(0, 1]")
@@ -64,9 +66,7 @@ class Doge(Preprocess):
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
-        matrices = {
-            n: d for n, d in task_vectors.deltas.items() if len(d.shape) == 2 and not self._left_out(n)
-        }
+        matrices = {n: d for n, d in task_vectors.deltas.items() if self.applies_to(n, d)}
         cuts = [
             cut_at([(d.terms[k], d.base) for d in matrices.values()], self.density) if matrices else None
             for k in range(len(task_vectors.experts))
@@ -76,15 +76,21 @@ class Doge(Preprocess):
                 yield name, torch.zeros(len(cuts), *delta.shape, dtype=accumulation_dtype(delta.base.dtype))
                 continue
             taus = delta.dense()
-            weights = self._weights(taus)
-            changes = self._modification(taus, weights).expand_as(taus)
             masks = [cut(tau) != 0 for cut, tau in zip(cuts, taus, strict=True) if cut]
-            scales = torch.ones_like(weights) if self.separate else weights
-            parts = zip(scales, masks, taus, changes, strict=True)
-            yield name, torch.stack([scale * mask * (tau + change) for scale, mask, tau, change in parts])
+            results = each_matrix(taus, delta.role, self._changed)
+            for result, mask in zip(results, masks, strict=True):
+                result *= mask
+            yield name, results
 
-    def _left_out(self, name: str) -> bool:
-        return bool(matches(name, self.exclude))
+    @override
+    def applies_to(self, name: str, delta: Delta) -> bool:
+        return is_matrix(name, delta, self.exclude)
+
+    def _changed(self, taus: Tensor) -> Tensor:
+        """The results of one matrix [K, m, n] before the mask."""
+        weights = self._weights(taus)
+        changed = taus + self._modification(taus, weights)
+        return changed if self.separate else changed.mul_(weights[:, None, None])
 
     def _weights(self, taus: Tensor) -> Tensor:
         """l_k = eta / |tau_k|, [K]; 0 for an expert that does not change the matrix."""

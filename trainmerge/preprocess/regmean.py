@@ -5,18 +5,23 @@ Jin et al., ICLR 2023 (arXiv 2212.09849); RegMean++ (arXiv 2508.03121).
 Legend: `K` experts, `m x n` a weight (outputs x inputs), `G` [n, n] second moment of a layer's inputs.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.base import Calibrator, Informed
+from trainmerge.preprocess.left_out import square_norm
 from trainmerge.preprocess.spectrum import wide_rows
 from trainmerge.system.ranges import check_fields
-from trainmerge.task_vectors.delta import TaskVectors
+from trainmerge.system.text import listed
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.parameter_names import block_of
+from trainmerge.task_vectors.roles import LINEAR, each_matrix
 
 MOMENTS = 1 << 30  # bytes of second moments per pass of each expert
 RIDGE = 1e-6  # of the mean diagonal: a direction that no expert reads keeps the base
@@ -39,6 +44,7 @@ class RegMean(Informed):
 
     shrink: float = 0.9
     sequential: bool = False
+    otherwise: ClassVar[str] = "divided by K"
 
     def __post_init__(self) -> None:
         check_fields(self, shrink="[0, 1]")
@@ -49,10 +55,24 @@ class RegMean(Informed):
             results = self._block_by_block(task_vectors, calibrator)
             yield from ((name, results[name]) for name in task_vectors.deltas)
             return
+        unseen: list[str] = []
         for names in _portions(task_vectors):
             grams = _grams(task_vectors, calibrator, names, {})
             for name in names:
                 yield name, self._result(task_vectors, name, grams)
+            unseen += self._unseen(task_vectors, names, grams)
+        _warn_of_unseen(task_vectors, unseen)
+
+    @override
+    def applies_to(self, name: str, delta: Delta) -> bool:
+        return delta.matrices > 0 and delta.role in (*LINEAR, "")
+
+    def _unseen(
+        self, task_vectors: TaskVectors, names: Sequence[str], grams: Sequence[Mapping[str, Tensor]]
+    ) -> list[str]:
+        """Weights of linear layers without a second moment of some expert's inputs."""
+        linear = [name for name in names if self.applies_to(name, task_vectors.deltas[name])]
+        return [name for name in linear if any(name not in gram for gram in grams)]
 
     def _block_by_block(self, task_vectors: TaskVectors, calibrator: Calibrator) -> dict[str, Tensor]:
         blocks: dict[str, list[str]] = {}
@@ -60,26 +80,48 @@ class RegMean(Informed):
             blocks.setdefault(block_of(name), []).append(name)
         results: dict[str, Tensor] = {}
         merged: dict[str, Tensor] = {}
+        unseen: list[str] = []
         for names in blocks.values():
             grams = _grams(task_vectors, calibrator, names, merged)
+            unseen += self._unseen(task_vectors, names, grams)
             results |= calibrator.keep({name: self._result(task_vectors, name, grams) for name in names})
             merged |= calibrator.keep(
                 {name: task_vectors.deltas[name].base + results[name].sum(dim=0) for name in names}
             )
+        _warn_of_unseen(task_vectors, unseen)
         return results
 
     def _result(self, task_vectors: TaskVectors, name: str, grams: Sequence[Mapping[str, Tensor]]) -> Tensor:
         taus = task_vectors.deltas[name].dense()
-        if name not in grams[0]:
+        if any(name not in gram for gram in grams):
             return taus / len(taus)
         moments = [self._shrunk(gram[name].double()) for gram in grams]
         total = torch.stack(moments).sum(dim=0)
         total.diagonal().add_(RIDGE * total.diagonal().mean().clamp_min(torch.finfo(total.dtype).tiny))
         factor = torch.linalg.cholesky(total)
-        return torch.stack([_weighed(tau, moment, factor) for tau, moment in zip(taus, moments, strict=True)])
+
+        def fitted(taus: Tensor) -> Tensor:
+            pairs = zip(taus, moments, strict=True)
+            return torch.stack([_weighed(tau, moment, factor) for tau, moment in pairs])
+
+        return each_matrix(taus, task_vectors.deltas[name].role, fitted)
 
     def _shrunk(self, gram: Tensor) -> Tensor:
         return self.shrink * gram + (1 - self.shrink) * torch.diag(gram.diagonal())
+
+
+def _warn_of_unseen(task_vectors: TaskVectors, unseen: Sequence[str]) -> None:
+    """Say which linear layers are averaged for want of inputs, and how much of the task vectors they are."""
+    if unseen:
+        squares = {name: square_norm(name, delta) for name, delta in task_vectors.deltas.items()}
+        share = sum(squares[name] for name in unseen) / (sum(squares.values()) or 1.0)
+        warnings.warn(
+            f"RegMean: the inputs of {len(unseen)} linear layers cannot be read ({listed(unseen)}): experts "
+            "in one tensor, layers that no example reaches, or weights read without their layer. They are "
+            f"divided by K, {100 * share:.3g}% of the task vectors' squared norm. Tsv and OptMerge need no "
+            "inputs",
+            stacklevel=2,
+        )
 
 
 def _weighed(tau: Tensor, moment: Tensor, factor: Tensor) -> Tensor:
@@ -93,7 +135,8 @@ def _portions(task_vectors: TaskVectors) -> Iterator[list[str]]:
     portion: list[str] = []
     size = 0
     for name, delta in task_vectors.deltas.items():
-        more = 4 * delta.shape[1] ** 2 if len(delta.shape) == 2 else 0
+        inputs = delta.shape[0 if delta.role == "transposed" else -1] if len(delta.shape) == 2 else 0
+        more = 4 * inputs**2
         if portion and size + more > MOMENTS:
             yield portion
             portion, size = [], 0

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from trainmerge.preprocess.spectrum import truncated
 from trainmerge.system.safetensors_file import write_safetensors
 from trainmerge.system.workspace import cached, digest
-from trainmerge.task_vectors.delta import TaskVectors
+from trainmerge.task_vectors.delta import Delta, TaskVectors, outside
+from trainmerge.task_vectors.roles import Role
 
 
 def shared_subspace(taus: Tensor, directions: int) -> Tensor:
@@ -26,6 +28,7 @@ def shared_subspace(taus: Tensor, directions: int) -> Tensor:
 def shared_subspaces(task_vectors: TaskVectors, divisor: int, folder: Path, inputs: str) -> dict[str, Tensor]:
     """Every matrix's shared subspace of floor(min(m, n) / divisor) directions, [m, k], mapped from `folder`.
 
+    m are the outputs, in either orientation. A stack of matrices has [E, m, k]; shorter bases end in zeros.
     `inputs` identifies the task vectors. Matrices whose subspace is empty are left out. K + 1 singular value
     decompositions per matrix, once.
     """
@@ -33,11 +36,29 @@ def shared_subspaces(task_vectors: TaskVectors, divisor: int, folder: Path, inpu
     def make(path: Path) -> None:
         found: dict[str, Tensor] = {}
         for name, delta in task_vectors.deltas.items():
-            if len(delta.shape) == 2:
-                basis = shared_subspace(delta.dense(), min(delta.shape) // divisor)
-                found |= {name: basis.contiguous()} if basis.shape[1] else {}
+            if delta.matrices:
+                basis = _basis(delta, min(delta.shape[-2:]) // divisor)
+                found |= {name: basis.contiguous()} if basis.shape[-1] else {}
         specs = {name: (basis.dtype, tuple(basis.shape)) for name, basis in found.items()}
         write_safetensors(path, specs, found.items())
 
-    file = cached(folder / f"subspaces-{digest(f'{inputs} {divisor}')}.safetensors", make)
+    file = cached(folder / f"subspaces-{digest(f'{inputs} {divisor} outputs')}.safetensors", make)
     return {name: file.read(name) for name in file.tensors}
+
+
+def _basis(delta: Delta, directions: int) -> Tensor:
+    taus = delta.dense()
+    turned = taus.mT if delta.role == "transposed" else taus
+    if taus.dim() == 3:
+        return shared_subspace(turned, directions)
+    bases = [shared_subspace(matrix, directions) for matrix in turned.unbind(dim=1)]
+    width = max(basis.shape[1] for basis in bases)
+    return torch.stack([pad(basis, (0, width - basis.shape[1])) for basis in bases])
+
+
+def outside_subspace(gradient: Tensor, basis: Tensor | None, role: Role) -> Tensor:
+    """A weight's gradient without its part in the subspace of the layer's outputs, if there is one."""
+    if basis is None:
+        return gradient
+    wide, basis = gradient.to(basis.dtype), basis.to(gradient.device)
+    return outside(wide.mT, basis).mT.contiguous() if role == "transposed" else outside(wide, basis)

@@ -6,18 +6,19 @@ Legend: `K` experts, `m x n` a matrix, `r` leading singular values of one expert
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.base import Preprocess
+from trainmerge.preprocess.matrices import is_matrix
 from trainmerge.preprocess.spectrum import polar, truncated
 from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
-from trainmerge.task_vectors.parameter_names import matches
 
 Triples = tuple[Tensor, Tensor, Tensor]  # U [m, r], S [r], V [n, r]
 TWINS = 0.95  # cosine of nearly equal experts; those of different tasks are far below
@@ -41,6 +42,7 @@ class Tsv(Preprocess):
     share: float | None = None
     orthogonal: bool = True
     exclude: Sequence[str] = ()
+    otherwise: ClassVar[str] = "divided by K"
 
     def __post_init__(self) -> None:
         check_fields(self, share="(0, 1]")
@@ -50,19 +52,26 @@ class Tsv(Preprocess):
         experts = task_vectors.experts
         overlaps = torch.zeros(len(experts), len(experts), dtype=torch.float64)
         for name, delta in task_vectors.deltas.items():
-            if len(delta.shape) != 2 or matches(name, self.exclude):
+            if not self.applies_to(name, delta):
                 yield name, delta.dense() / len(experts)
                 continue
-            triples = self._triples(delta)
-            overlaps += _inner_products(triples)
-            yield name, self._merged(triples)
+            results = []
+            for matrices in _matrices(delta):  # inputs and outputs enter alike, so their order is irrelevant
+                triples = self._triples(matrices, delta)
+                overlaps += _inner_products(triples)
+                results.append(self._merged(triples))
+            yield name, results[0] if len(delta.shape) == 2 else torch.stack(results, dim=1)
         if self.orthogonal:
             _warn_of_twins(experts, overlaps)
 
-    def _triples(self, delta: Delta) -> list[Triples]:
+    @override
+    def applies_to(self, name: str, delta: Delta) -> bool:
+        return is_matrix(name, delta, self.exclude)
+
+    def _triples(self, matrices: Iterable[Tensor], delta: Delta) -> list[Triples]:
         share = 1 / len(delta.terms) if self.share is None else self.share
-        rank = max(1, int(min(delta.shape) * share + 1e-9))
-        return [truncated(dense_term(term, delta.base), rank) for term in delta.terms]
+        rank = max(1, int(min(delta.shape[-2:]) * share + 1e-9))
+        return [truncated(matrix, rank) for matrix in matrices]
 
     def _merged(self, triples: Sequence[Triples]) -> Tensor:
         left, values, right = (tuple(part) for part in zip(*triples, strict=True))
@@ -74,6 +83,14 @@ class Tsv(Preprocess):
         for tau, u, s, v in zip(taus, left, values, right, strict=True):
             torch.mm(u * s, v.T, out=tau)
         return taus
+
+
+def _matrices(delta: Delta) -> Iterator[Iterable[Tensor]]:
+    """Each matrix of a parameter: its K differences [m, n], those of a single one not all at once."""
+    if len(delta.shape) == 2:
+        yield (dense_term(term, delta.base) for term in delta.terms)
+    else:
+        yield from delta.dense().unbind(dim=1)
 
 
 def _inner_products(triples: Sequence[Triples]) -> Tensor:

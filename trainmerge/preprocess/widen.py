@@ -16,6 +16,7 @@ from trainmerge.preprocess.base import Preprocess
 from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.parameter_names import matches
+from trainmerge.task_vectors.roles import Role, each_matrix
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,13 @@ class Widen(Preprocess):
 
     A column's changes of norm and of direction are ranked within the expert; its weight is the softmax of the
     ranks over the experts, or `important` where the rank is above `above` times the mean. (So two equal
-    experts give more than one of them: the paper's method.) Parameters that are not matrices are weighted per
-        entry, by |tau|.
+    experts give more than one of them: the paper's method.) Norms, biases and other parameters that are not
+    matrices are weighted per entry in the same way, by |tau| in place of the ranks.
 
     Args:
         above: Ranks over this multiple of their mean get the weight `important`; infinity leaves the softmax.
         important: That weight.
-        transposed: fnmatch patterns of matrices whose rows are inputs, embeddings say.
+        transposed: fnmatch patterns of matrices whose rows are inputs, besides embeddings and Conv1D layers.
     """
 
     above: float = 1.0
@@ -44,25 +45,33 @@ class Widen(Preprocess):
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
         for name, delta in task_vectors.deltas.items():
             taus = delta.dense()
-            if taus.dim() != 3:
+            if not delta.matrices:
                 yield name, taus * self._scores(taus.abs().reshape(len(taus), -1)).view(taus.shape)
                 continue
-            flip = bool(matches(name, self.transposed))
-            base, moved = (x.mT if flip else x for x in (delta.base.to(taus), taus))
-            weighed = moved * self._columns(base, moved)[:, None, :]
-            yield name, weighed.mT if flip else weighed
+            flip = delta.role in ("transposed", "embedding") or matches(name, self.transposed)
+            role: Role = "transposed" if flip else "linear"
+            models = torch.cat([delta.base.to(taus)[None], taus])
+            yield name, each_matrix(models, role, lambda both: self._weighted(both[0], both[1:]))
+
+    def _weighted(self, base: Tensor, taus: Tensor) -> Tensor:
+        """One matrix's results, [K, m, n]."""
+        return taus * self._columns(base, taus)[:, None, :]
 
     def _columns(self, base: Tensor, taus: Tensor) -> Tensor:
         """One weight per column, [K, n]."""
         moves = [_changes(base, base + tau) for tau in taus]
         lengths, turned = (torch.stack(part) for part in zip(*moves, strict=True))
-        return (self._scores(lengths) + self._scores(turned)) / 2
+        return (self._scores(_ranks(lengths)) + self._scores(_ranks(turned))) / 2
 
-    def _scores(self, changes: Tensor) -> Tensor:
-        """[K, n] changes -> [K, n] weights."""
-        ranks = changes.argsort(dim=1, stable=True).argsort(dim=1).to(changes) / changes.shape[1]
-        important = ranks > self.above * ranks.mean(dim=1, keepdim=True)
-        return torch.where(important, self.important, ranks.softmax(dim=0))
+    def _scores(self, sizes: Tensor) -> Tensor:
+        """[K, n] ranks or changes -> [K, n] weights."""
+        important = sizes > self.above * sizes.mean(dim=1, keepdim=True)
+        return torch.where(important, self.important, sizes.softmax(dim=0))
+
+
+def _ranks(changes: Tensor) -> Tensor:
+    """Each change's rank within its expert, [K, n], in [0, 1)."""
+    return changes.argsort(dim=1, stable=True).argsort(dim=1).to(changes) / changes.shape[1]
 
 
 def _changes(base: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:

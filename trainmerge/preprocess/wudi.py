@@ -8,16 +8,17 @@ Legend: `K` experts, `m x n` a matrix.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.base import Preprocess
-from trainmerge.preprocess.matrices import matrices_or_average
+from trainmerge.preprocess.matrices import is_matrix, matrices_or_average
 from trainmerge.preprocess.spectrum import input_directions, moment_times, square_norm, wide_rows
 from trainmerge.system.ranges import check_fields
-from trainmerge.task_vectors.delta import TaskVectors
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Wudi(Preprocess):
     time: float | None = None
     keep: float = 1.0
     exclude: Sequence[str] = ()
+    otherwise: ClassVar[str] = "divided by K"
 
     def __post_init__(self) -> None:
         check_fields(self, time="[0, inf]", keep="(0, 1]")
@@ -50,6 +52,10 @@ class Wudi(Preprocess):
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
         return matrices_or_average(task_vectors, self.exclude, self._matrices)
+
+    @override
+    def applies_to(self, name: str, delta: Delta) -> bool:
+        return is_matrix(name, delta, self.exclude)
 
     def _matrices(self, taus: Tensor) -> Tensor:
         values, vectors = input_directions(taus)

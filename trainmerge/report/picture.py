@@ -27,6 +27,7 @@ STYLE: Mapping[str, Any] = {
     "grid.alpha": 0.35, "grid.linewidth": 0.6, "legend.frameon": False, "figure.facecolor": "none",
     "axes.facecolor": "none", "savefig.facecolor": "none", "hatch.linewidth": 0.4, "svg.fonttype": "path",
     "axes.linewidth": 0.7, "xtick.major.width": 0.7, "ytick.major.width": 0.7, "lines.linewidth": 1.6,
+    "text.parse_math": False,  # names may have dollar signs
 }  # fmt: skip
 WIDTH = 9.6  # inches of the widest picture
 COLOUR_MAP = "viridis"  # lightness rises evenly, so it prints in greyscale

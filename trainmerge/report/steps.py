@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter, NullFormatter
 from torch import Tensor
 
 from trainmerge.report.picture import COLOURS, INK, QUIET, Picture, look, panels, shortened
@@ -104,5 +105,7 @@ def _scale(ax: Axes, values: Tensor) -> None:
     low, high = float(values.min()), float(values.max())
     if low > 0 and high > 100 * low:
         ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(LogFormatter())  # the scale's own is in mathtext, which is off
+        ax.yaxis.set_minor_formatter(NullFormatter())
     elif 0 <= low < 0.5 * high:
         ax.set_ylim(bottom=0)

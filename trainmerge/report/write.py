@@ -14,7 +14,7 @@ from trainmerge.report.read_run import Numbers, read_numbers
 from trainmerge.report.scores import score_picture
 from trainmerge.report.steps import loss_picture, path_picture
 from trainmerge.report.task_vectors import norm_picture, similarity_picture
-from trainmerge.system.atomic import staging
+from trainmerge.system.staging import staging
 
 RESOLUTION = 144  # dots per inch
 PAGE = "index.html"

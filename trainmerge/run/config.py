@@ -6,7 +6,6 @@ version 0.1.0 have `trainmerge.preprocess.ties.Ties`; both are read as the same 
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,8 +16,10 @@ from jsonargparse import ArgumentParser
 
 from trainmerge.run.sections import check_sections
 from trainmerge.run.templates import expand
-from trainmerge.run.trust import imports_checked, of_a_run
+from trainmerge.run.trust import files_checked, imports_checked
 from trainmerge.system.atomic import write_whole
+from trainmerge.system.json_file import read_bytes
+from trainmerge.system.plain_data import check_plain
 
 T = TypeVar("T")
 
@@ -34,7 +35,8 @@ class UniqueKeys(yaml.SafeLoader):
         Raises:
             yaml.YAMLError: a duplicate key.
         """
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        keys = [key for key, _ in pairs if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         words = [key.value for key in keys]
         for place, key in enumerate(keys):
             if key.value in words[:place]:
@@ -108,12 +110,15 @@ def read_yaml(path: Path) -> Any:
     """The plain data of a file.
 
     Raises:
-        ValueError: not YAML in UTF-8, or a duplicate key.
+        ValueError: not YAML in UTF-8, a duplicate key, or data nested too deeply.
     """
+    text = read_bytes(path, "Check the path.")
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not usable YAML: {error}") from error
+        data = yaml.load(text.decode("utf-8"), UniqueKeys)
+        check_plain(data)
+    except Exception as error:  # PyYAML lets through what the constructors of dates and numbers raise
+        raise ValueError(f"{path}: not usable YAML: {error or type(error).__name__}") from error
+    return data
 
 
 def read_settings(path: Path) -> Any:
@@ -145,7 +150,7 @@ def read_config(cls: type[T], key: str, path: Path) -> T:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, key)
     section = public_paths(data[key])
-    with imports_checked(section, path) if of_a_run(path) else nullcontext():
+    with files_checked({path: section}):
         try:
             result: T = parser.instantiate(parser.parse_object({key: section}))[key]
         except Exception as error:  # jsonargparse raises many types; all mean that the file is wrong

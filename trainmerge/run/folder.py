@@ -1,27 +1,18 @@
 """A run folder: the paths of a run's files, and whether a run may resume in it."""
 
-import json
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainmerge.data.examples import examples_identity
-from trainmerge.run.config import public_paths
+from trainmerge.run.manifest import differences, read_manifest, versions, write_manifest
 from trainmerge.system.atomic import write_whole
-from trainmerge.system.json_file import read_json
-
-PACKAGES = ("trainmerge", "torch", "pytorch-lightning", "transformers", "peft", "datasets", "safetensors")
-
-NEEDED = ("experts", "checksums", "recipe", "calibration", "data")  # of a manifest
-LOST = "Restore it from a copy, or fit again in another folder."
 
 README = """# A trainmerge run
 
@@ -36,6 +27,7 @@ README = """# A trainmerge run
 | `trajectory.bin` | the coefficients over the steps, thinned to about a megabyte at most |
 | `usage.jsonl` | seconds and memory, one line per process that was not killed |
 | `report/` | figures, their data, and the page `index.html` |
+| `search.jsonl` | the merges that `trainmerge search` scored |
 | `pareto.json` | the Pareto front of the tasks, once `trainmerge pareto` has run |
 | `calibration_loss.json` | the loss over all calibration examples at start and end, with `keep_better` |
 | `checkpoints/` | the optimizer's state after the last saved step; `--resume auto` continues from it |
@@ -98,6 +90,16 @@ class RunFolder:
         return self.path / "report"
 
     @property
+    def lock(self) -> Path:
+        """The file that a fit, a search or a Pareto front locks; see `run.in_use`."""
+        return self.path / ".lock"
+
+    @property
+    def search(self) -> Path:
+        """The merges that `trainmerge search` scored, one per line after a header."""
+        return self.path / "search.jsonl"
+
+    @property
     def front(self) -> Path:
         """The Pareto front of `trainmerge pareto`."""
         return self.path / "pareto.json"
@@ -121,14 +123,10 @@ class RunFolder:
         """The manifest: everything the run depends on.
 
         Raises:
+            FileNotFoundError: there is none.
             ValueError: the file is damaged, or not a manifest of a run.
         """
-        made = read_json(self.manifest, LOST)
-        if absent := [key for key in NEEDED if key not in made]:
-            raise ValueError(
-                f"{self.manifest}: not a manifest of a run: it lacks {', '.join(absent)}. {LOST}"
-            )
-        return made
+        return read_manifest(self.manifest)
 
     def snapshots(self) -> dict[int, Path]:
         """Step -> its snapshot."""
@@ -156,24 +154,6 @@ class RunFolder:
         if not os.access(place, os.W_OK | os.X_OK):
             raise ValueError(f"{place}: no permission to write there: choose another folder")
 
-    def resume_from(self, resume: str) -> Path | None:
-        """The checkpoint for `resume` (auto, never, or a path); None for a new run.
-
-        Raises:
-            ValueError: `never` in a folder that has a run, or a path that does not exist.
-        """
-        if resume == "auto":
-            return self.latest()
-        if resume == "never":
-            if self.began:
-                raise ValueError(f"{self.path} already has a run: use --resume auto, or another folder")
-            return None
-        if not Path(resume).is_file():
-            raise ValueError(
-                f"--resume {resume}: no such checkpoint (auto, never, or the path of a .ckpt file)"
-            )
-        return Path(resume)
-
     def check(self, description: Mapping[str, Any]) -> None:
         """Check that the run in the folder, if there is one, has the same experts, data and settings.
 
@@ -194,40 +174,22 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         if self.began and self.manifest.exists():
             return
-        (self.path / "README.md").write_text(README)
+        write_whole(self.path / "README.md", README)
         started = {
             "command": shlex.join(sys.argv),
             "folder": str(Path.cwd()),
             "threads": torch.get_num_threads(),  # of each process: sums depend on them
         }
-        manifest = {**description, "versions": versions(), "started": started}
-        write_whole(self.manifest, json.dumps(manifest, indent=2))
+        write_manifest(self.manifest, {**description, "versions": versions(), "started": started})
+
+    def drop_snapshots_before(self, step: int) -> None:
+        """Remove the snapshots before `step`, whose own snapshot is on disk."""
+        for earlier, snapshot in self.snapshots().items():
+            if earlier < step:
+                snapshot.unlink()
 
     def drop_snapshots_after(self, step: int) -> None:
         """Remove the snapshots after `step`, because a run rewound to it writes new ones."""
         for later, snapshot in self.snapshots().items():
             if later > step:
                 snapshot.unlink()
-
-
-def versions() -> dict[str, str]:
-    """Python's and the packages' versions."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """One line for each entry of `now` that differs from `made`; empty if there is none.
-
-    A class's public path and its path in older files count as equal.
-    """
-    before, plain = public_paths(made), public_paths(json.loads(json.dumps(now)))
-    return "\n".join(
-        f"  {key}: {_short(before.get(key))} then, {_short(value)} now"
-        for key, value in plain.items()
-        if before.get(key) != value
-    )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

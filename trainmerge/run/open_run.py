@@ -7,8 +7,10 @@ from typing import Any
 from trainmerge.checkpoints import same_weights
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.run.config import read_config, to_config
-from trainmerge.run.folder import RunFolder, differences
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.manifest import differences
 from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.saved import check_coefficients
 from trainmerge.run.trust import check_classes
 
 MERGED = ("preprocess", "grouping", "ignore", "vocabulary")  # recipe keys that an export depends on
@@ -55,6 +57,7 @@ def read_run(folder: RunFolder) -> tuple[Recipe, Coefficients, dict[str, Any]]:
             f"{folder.path}: its files are not of one run:\n{lines}\nRestore the files that the fit wrote, "
             "or fit again in another folder."
         )
+    check_coefficients(folder, manifest)
     return recipe, coefficients, manifest
 
 

@@ -17,6 +17,8 @@ from trainmerge.system.ranges import check_fields
 from trainmerge.system.workspace import digest
 from trainmerge.task_vectors.delta import TaskVectors
 
+LONGEST_NAME = 120  # characters
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -89,6 +91,11 @@ class Recipe:
             raise ValueError("recipe.experts is empty: name at least one expert")
         if unnamed := [name for name in self.experts if name in ("", "base")]:
             raise ValueError(f"recipe.experts: {unnamed} are not valid names of experts")
+        if strange := [name for name in (*self.experts, *self.held_out) if not _is_name(name)]:
+            raise ValueError(
+                f"recipe: {ascii(strange[0])[:80]} is not a valid name of an expert or task: use at most "
+                f"{LONGEST_NAME} printable characters"
+            )
         if not any(expert.weight for expert in self.experts.values()):
             raise ValueError("recipe.experts: every weight is 0, so there is nothing to learn from")
         owners: dict[Path, str] = {Path(self.base).resolve(): "the base"}
@@ -161,6 +168,11 @@ class Recipe:
     def stamps(self) -> dict[str, dict[str, Stamp]]:
         """The file system's stamps of all files of base and experts."""
         return {name: stamps(folder) for name, folder in self.folders.items()}
+
+
+def _is_name(name: str) -> bool:
+    """Whether it can be shown in a table, a picture and a file: printable, not blank, not too long."""
+    return bool(name.strip()) and name.isprintable() and len(name) <= LONGEST_NAME
 
 
 def calibration_files(recipe: Recipe) -> dict[str, str]:

@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainmerge.system.atomic import write_whole_bytes
+from trainmerge.system.disk_space import naming
+
 FEWEST, MOST = 16, 128  # records
 NUMBERS = 1 << 18  # in all records together, if that leaves at least `FEWEST`
 
@@ -72,9 +75,7 @@ def thin(path: Path, last: int, shape: tuple[int, int], every: int = 0) -> None:
     records = np.fromfile(path, kind, count=path.stat().st_size // kind.itemsize)
     every = every or stride(last, shape[0] * shape[1])
     kept = records[(records["step"] <= last) & (records["step"] % every == 0)]
-    aside = path.with_suffix(".tmp")
-    aside.write_bytes(kept.tobytes())
-    aside.replace(path)
+    write_whole_bytes(path, kept.tobytes())
 
 
 def append(path: Path, step: int, values: Tensor) -> None:
@@ -87,5 +88,5 @@ def append(path: Path, step: int, values: Tensor) -> None:
         return
     record = np.zeros(1, record_of(experts, groups))
     record["step"], record["values"] = step, values.detach().float().cpu().numpy()
-    with path.open("ab") as file:
+    with naming(path), path.open("ab", buffering=0) as file:
         file.write(record.tobytes())

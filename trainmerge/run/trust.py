@@ -8,7 +8,7 @@ modules (`--trust NAME`, or `trusting` in a program). A plug-in that the program
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,16 @@ def imports_checked(data: Any, where: str | Path) -> Iterator[None]:
         yield
     finally:
         settings.update(before)
+
+
+@contextmanager
+def files_checked(contents: Mapping[Path, Any]) -> Iterator[None]:
+    """`imports_checked` for those files that are a run's; a user's configuration may import anything."""
+    with ExitStack() as guards:
+        for path, content in contents.items():
+            if of_a_run(path):
+                guards.enter_context(imports_checked(content, path))
+        yield
 
 
 def class_paths(data: Any) -> Iterator[str]:

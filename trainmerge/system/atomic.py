@@ -1,63 +1,65 @@
-"""Atomic writes of folders and texts, and checks for disk space."""
+"""Files that are at any moment the old or the new one, also after a power cut.
 
-import errno
+A file is written under a hidden temporary name in the same folder, forced to disk, and renamed; then the
+folder is forced to disk, because a rename is a change of the folder. The temporary name has the host and the
+process of its writer, so that the next writer can remove what a killed one left.
+"""
+
 import os
-import shutil
 import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FREE_SPACE_MARGIN = 1.05
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from trainmerge.system.disk_space import naming
+
+KINDS = ("new", "old")  # of temporary names
 
 
 @contextmanager
-def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder next to `target`; on success it is renamed to `target`, on any exception it is removed.
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name for a file; on success it is on disk as `path`, on any exception it is removed.
 
-    With `overwrite` the old folder stays in place until the new one is complete and on disk. Leftovers of a
-    killed process are restored or removed first.
+    Temporary files of killed writers of `path` are removed first.
 
-    Raises FileExistsError before any work if `target` is a file, or is not empty and `overwrite` is off.
+    Raises:
+        OSError: with `path` as its name, if the error names no file: a full disk, say.
     """
-    target = Path(target).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _recover(target)
-    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if occupied and (not overwrite or not target.is_dir()):
-        raise FileExistsError(
-            f"{target} is not an empty folder; choose another, or overwrite it (--overwrite)"
-        )
-    new, old = aside(target, "new"), aside(target, "old")
-    new.mkdir()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in abandoned(path, "new"):
+        left.unlink(missing_ok=True)
+    temporary = aside(path, "new")
     try:
-        yield new
-        for path in [*sorted(new.rglob("*")), new]:
-            sync(path)
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-        sync(target.parent)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
+        with naming(path):
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
     finally:
-        for path in (new, old):
-            shutil.rmtree(path, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
 
 
-def _recover(target: Path) -> None:
-    """Remove leftovers of dead processes of this machine next to `target`; restore an old folder."""
-    for path in abandoned(target, "old"):
-        if target.exists():
-            shutil.rmtree(path)
-        else:
-            path.rename(target)
-    for path in abandoned(target, "new"):
-        shutil.rmtree(path)
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that at any moment it is the old or the new one."""
+    write_whole_bytes(path, text.encode("utf-8"))
+
+
+def write_whole_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that at any moment it is the old or the new one."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def append_line(path: Path, line: str, durable: bool = False) -> None:
+    """Append a line to a text file in one write; `durable` waits until it is on disk.
+
+    A killed process leaves the line, a beginning of it, or nothing.
+    """
+    with naming(path), path.open("ab", buffering=0) as file:
+        file.write(f"{line}\n".encode())
+        if durable:
+            os.fsync(file.fileno())
 
 
 def aside(target: Path, kind: str) -> Path:
@@ -68,16 +70,28 @@ def aside(target: Path, kind: str) -> Path:
 
 def abandoned(target: Path, kind: str) -> list[Path]:
     """Paths named by `aside` whose processes on this machine no longer exist."""
-    prefix = f".{target.name}.{kind}-{socket.gethostname()}-"
-    owners = {
-        path: path.name.removeprefix(prefix).partition("-")[0]
-        for path in target.parent.iterdir()
-        if path.name.startswith(prefix)
-    }
-    return [path for path, process in owners.items() if process.isdigit() and not _alive(int(process))]
+    return [path for path in target.parent.iterdir() if _is_abandoned(path, f".{target.name}.{kind}-")]
 
 
-def _alive(process: int) -> bool:
+def sweep(folder: Path) -> None:
+    """Remove the temporary files in a folder whose writers on this machine no longer exist."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        marks = [path.name.rfind(f".{kind}-") for kind in KINDS]
+        if path.name.startswith(".") and max(marks) > 0 and path.is_file():
+            end = path.name.index("-", max(marks)) + 1
+            if _is_abandoned(path, path.name[:end]):
+                path.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path, prefix: str) -> bool:
+    """Whether a path has a name of `aside` that begins with `prefix`, and its process ended."""
+    own = f"{prefix}{socket.gethostname()}-"
+    process = path.name.removeprefix(own).partition("-")[0] if path.name.startswith(own) else ""
+    return process.isdigit() and not is_alive(int(process))
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine exists."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -93,45 +107,15 @@ def seen_from(path: str | Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
+    """Wait until a file or folder is on disk.
+
+    Some network file systems cannot force a folder to disk; then its files' own `sync` is all there is.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file through a temporary one, so that at any moment it is the old or the new one."""
-    aside = path.with_name(f"{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with naming(path):
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Add this file to an OSError that names none, such as that of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        remedy = ": free some space, or write elsewhere" if error.errno in FULL else ""
-        raise OSError(error.errno, f"{error.strerror}{remedy}", str(path)) from error
-
-
-def check_free_space(folder: str | Path, bytes_needed: int) -> None:
-    """Raise OSError with both numbers unless `folder`'s filesystem has `bytes_needed` and 5% more free."""
-    folder = Path(folder).resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free, needed = shutil.disk_usage(folder).free, int(bytes_needed * FREE_SPACE_MARGIN)
-    if free < needed:
-        raise OSError(
-            f"{folder}: {needed} bytes are needed, {free} are free. Free some space, or write elsewhere."
-        )

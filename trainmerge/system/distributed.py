@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainmerge.system.text import listed
+
 T = TypeVar("T")
 
 
@@ -22,22 +24,39 @@ def joined() -> Iterator[None]:
     Uses gloo, because these commands exchange a few numbers on the CPU.
 
     Raises:
-        ValueError: WORLD_SIZE names several processes, but the variables of their rendezvous are not set.
+        ValueError: see `processes_started`.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = processes_started(os.environ)
     if started == 1 or world_size() > 1:
         yield
         return
-    if absent := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise ValueError(
-            f"WORLD_SIZE is {started}, but {', '.join(absent)} is not set: start with torchrun, which sets "
-            "them all, or unset WORLD_SIZE to run one process"
-        )
     dist.init_process_group("gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def processes_started(environment: Mapping[str, str]) -> int:
+    """The number of processes that torchrun started, from its environment variables; 1 without torchrun.
+
+    Raises:
+        ValueError: WORLD_SIZE is not a positive number, or it names several processes, but the variables of
+            their rendezvous are not set.
+    """
+    given = environment.get("WORLD_SIZE", "").strip() or "1"
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(
+            f"WORLD_SIZE is {given!r}, not a number of processes: start with torchrun, which sets it, or "
+            "unset it to run one process"
+        )
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name, "")]
+    if int(given) > 1 and absent:
+        raise ValueError(
+            f"WORLD_SIZE is {given}, but {listed(absent)} {'is' if len(absent) == 1 else 'are'} not set: "
+            "start with torchrun, which sets them all, or unset WORLD_SIZE to run one process"
+        )
+    return int(given)
 
 
 def world_size() -> int:
@@ -95,12 +114,24 @@ def all_reduce(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Process 0 runs this context first, the others after it, so that they find its files."""
+    """Process 0 runs this context first, the others after it, so that they find its files.
+
+    If process 0 fails, no other process runs it.
+
+    Raises:
+        ChildProcessError: on the other processes, with the error of process 0.
+    """
     if rank() > 0:
-        barrier()
-    yield
-    if rank() == 0:
-        barrier()
+        if words := broadcast(""):
+            raise ChildProcessError(f"process 0: {words}")
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        broadcast(f"{type(error).__name__}: {error}")
+        raise
+    broadcast("")
 
 
 def own_share(items: Sequence[T]) -> Sequence[T]:

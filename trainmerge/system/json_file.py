@@ -1,29 +1,66 @@
 """Read JSON files, with errors that name the file."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from trainmerge.system.plain_data import check_plain
+
+
+def parse_json(text: str | bytes, where: str | Path, remedy: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON in UTF-8, has a key twice, or is nested too deeply; names `where`, and the
+            remedy.
+    """
+    try:
+        value = json.loads(
+            text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_unique
+        )
+        check_plain(value)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{where}: not valid JSON: {error or type(error).__name__}. {remedy}") from error
+    return value
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON in UTF-8, or not an object; with the remedy.
+        FileNotFoundError: there is no such file; with the remedy.
+        ValueError: it cannot be read, is not JSON in UTF-8, or not an object; with the remedy.
     """
-    value = read_value(path, remedy)
+    value = parse_json(read_bytes(path, remedy), path, remedy)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object, but a {type(value).__name__}. {remedy}")
     return value
 
 
-def read_value(path: Path, remedy: str) -> Any:
-    """The value in a JSON file. Raises as `read_json`, for any value."""
+def read_bytes(path: Path, remedy: str) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file; with the remedy.
+        ValueError: it is not a file, or cannot be read; with the remedy.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file. {remedy}")
+    if not path.is_file():
+        raise ValueError(f"{path}: not a file. {remedy}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}. {remedy}") from error
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}. {remedy}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"duplicate keys {', '.join(map(repr, twice[:3]))}")
+    return found
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -34,12 +71,14 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: another line is not a JSON object.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    text = read_bytes(path, "Remove it.").decode("utf-8", "replace") if path.exists() else ""
+    lines = text.splitlines()
     found: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line)
-        except ValueError as error:
+            check_plain(value)
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path}: line {number} is not valid JSON: {error}. Remove the line.") from error

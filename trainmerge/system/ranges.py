@@ -9,7 +9,6 @@ import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -37,8 +36,7 @@ class Range(NamedTuple):
         low, high = text[1:-1].split(",")
         return Range(float(low), float(high), text[0] == "[", text[-1] == "]")
 
-    def __contains__(self, number: object) -> bool:
-        assert isinstance(number, Real)
+    def __contains__(self, number: Any) -> bool:
         above = number >= self.low if self.with_low else number > self.low  # false for NaN
         return bool(above and (number <= self.high if self.with_high else number < self.high))
 
@@ -93,13 +91,12 @@ def fault(value: object, kind: Any, interval: str = FINITE) -> str:
     return "" if outside is None else f"{allowed}, not {outside!r}"
 
 
-@cache
-def hints(kind: type) -> dict[str, Any]:
+def hints(kind: Any) -> dict[str, Any]:
     """The types of a class's fields."""
     return get_type_hints(kind)
 
 
-def fits(value: object, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
     """Whether a value has a type. Types that cannot be checked fit."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
@@ -108,16 +105,17 @@ def fits(value: object, kind: Any) -> bool:
         return any(value == each and type(value) is type(each) for each in inner)
     if origin in LISTS:
         listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        return listed and all(fits(each, inner[0]) for each in value)  # type: ignore[union-attr]
+        return listed and all(fits(each, inner[0]) for each in value)
     if origin in MAPPINGS:
         return isinstance(value, Mapping) and all(fits(each, inner[1]) for each in value.values())
     if kind in (int, float):
         number = Integral if kind is int else Real
         return isinstance(value, number) and not isinstance(value, bool)
-    return isinstance(value, kind) if isinstance(kind, type) and origin is None else True
+    checkable = isinstance(kind, type) and origin is None and kind is not Any  # a class since Python 3.11
+    return isinstance(value, kind) if checkable else True
 
 
-def numbers(value: object) -> Iterator[Real]:
+def numbers(value: Any) -> Iterator[Real]:
     """The numbers in a value."""
     if isinstance(value, Mapping):
         value = list(value.values())

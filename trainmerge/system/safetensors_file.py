@@ -1,36 +1,21 @@
-"""Tensors on disk: mapped reads and streamed writes.
-
-A safetensors file: 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
-"""
+"""Tensors on disk: mapped reads and streamed writes."""
 
 import ctypes
 import hashlib
-import json
 import math
 import mmap
-import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainmerge.system.atomic import abandoned, aside, naming, sync
+from trainmerge.system.atomic import replacing
+from trainmerge.system.safetensors_format import DTYPES, Specs, header_of, read_header
 
-Specs = Mapping[str, tuple[torch.dtype, torch.Size | tuple[int, ...]]]
-HEADER_LIMIT = 100_000_000  # bytes; safetensors refuses to read a longer one
 WRITE_BLOCK = 1 << 24
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # A private copy-on-write mapping: torch warns of read-only ones, and a stray write into those crashes.
 # On Linux with MAP_NORESERVE (not in Python 3.11's mmap), because a file may be larger than memory.
 MAPPING: dict[str, int] = {"access": mmap.ACCESS_COPY}
@@ -76,7 +61,7 @@ class MappedFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: no such file. Check the path, or download it again.")
-        header, data = _read_header(self.path)
+        header, data = read_header(self.path)
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
         if unknown:
@@ -113,25 +98,6 @@ class MappedFile:
             )
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header and the offset of tensor data. safetensors checks everything but duplicate names."""
-    try:
-        with safe_open(path, framework="np"), path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            pairs = json.loads(file.read(size), object_pairs_hook=_refuse_duplicates)
-    except (SafetensorError, ValueError) as error:
-        hint = f"({path.stat().st_size} bytes long). It is damaged or unfinished: download or save it again."
-        raise ValueError(f"{path}: not a complete safetensors file: {error} {hint}") from error
-    return pairs, 8 + size
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-    if twice:
-        raise ValueError(f"duplicate names in the header: {', '.join(twice)}")
-    return dict(pairs)
-
-
 def _identity(path: Path) -> tuple[int, int, int, int]:
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
@@ -153,38 +119,36 @@ def write_safetensors(
     tensor is missing or surplus.
     """
     path = Path(path)
-    header, offsets = _layout(path, specs, metadata or {})
-    for left in abandoned(path, "new"):
-        left.unlink(missing_ok=True)
-    temporary = aside(path, "new")
+    header, offsets = header_of(path, specs, metadata or {})
+    with replacing(path) as temporary, temporary.open("xb") as file:  # open() respects the umask
+        _write_bytes(file, memoryview(header), hasher)
+        _write_tensors(path, file, specs, tensors, {n: len(header) + o for n, o in offsets.items()}, hasher)
+        file.flush()
+
+
+def _write_tensors(
+    path: Path,
+    file: BinaryIO,
+    specs: Specs,
+    tensors: Iterable[tuple[str, Tensor]],
+    places: Mapping[str, int],
+    hasher: Hasher | None,
+) -> None:
+    """Write every piece at its place."""
     missing = {name: math.prod(shape) for name, (_, shape) in specs.items()}  # elements
     given: set[str] = set()
-    try:
-        with naming(path), temporary.open("xb") as file:  # open() respects the umask
-            _write_bytes(file, memoryview(header), hasher)
-            for name, tensor in tensors:
-                _check_piece(path, specs, name, tensor, missing.get(name, 0), name in given)
-                written = math.prod(specs[name][1]) - missing[name]
-                place = len(header) + offsets[name] + written * tensor.dtype.itemsize
-                if hasher is not None and place != file.tell():
-                    raise ValueError(f"{path}: {name} is not in the file's order, which hashing needs")
-                file.seek(place)
-                _write_bytes(file, _bytes_of(tensor), hasher)
-                missing[name] -= tensor.numel()
-                given.add(name)
-            if absent := [name for name in specs if missing[name] or name not in given]:
-                raise ValueError(f"{path}: tensors in the header but not written: {', '.join(absent)}")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def file_order(specs: Specs) -> list[str]:
-    """The order of the tensors in a file: widest dtypes first, so that all are aligned."""
-    return sorted(specs, key=lambda name: -specs[name][0].itemsize)
+    for name, tensor in tensors:
+        _check_piece(path, specs, name, tensor, missing.get(name, 0), name in given)
+        written = math.prod(specs[name][1]) - missing[name]
+        place = places[name] + written * tensor.dtype.itemsize
+        if hasher is not None and place != file.tell():
+            raise ValueError(f"{path}: {name} is not in the file's order, which hashing needs")
+        file.seek(place)
+        _write_bytes(file, _bytes_of(tensor), hasher)
+        missing[name] -= tensor.numel()
+        given.add(name)
+    if absent := [name for name in specs if missing[name] or name not in given]:
+        raise ValueError(f"{path}: tensors in the header but not written: {', '.join(absent)}")
 
 
 def _check_piece(path: Path, specs: Specs, name: str, tensor: Tensor, missing: int, begun: bool) -> None:
@@ -197,23 +161,6 @@ def _check_piece(path: Path, specs: Specs, name: str, tensor: Tensor, missing: i
         )
         got = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
         raise ValueError(f"{path}: got {got}, the header has {promised}")
-
-
-def _layout(path: Path, specs: Specs, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The header's bytes, and each tensor's offset after them."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offsets: dict[str, int] = {}
-    end = 0
-    for name in file_order(specs):
-        dtype, shape = specs[name]
-        offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
-        place = [offsets[name], end]
-        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": place}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > HEADER_LIMIT:
-        raise ValueError(f"{path}: a header of {len(text)} bytes is over {HEADER_LIMIT}; use shards")
-    return len(text).to_bytes(8, "little") + text, offsets
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from trainmerge.system import distributed
-from trainmerge.system.atomic import staging
+from trainmerge.system.staging import staging
 
 T = TypeVar("T")
 

@@ -13,8 +13,24 @@ def digest(text: str, length: int = 16) -> str:
 
 
 def cached(path: Path, make: Callable[[Path], None]) -> MappedFile:
-    """The file, created by `make` if it does not exist; `make` must write it atomically."""
+    """The file, created by `make` if it does not exist; `make` must write it atomically.
+
+    Raises:
+        ValueError: the file is damaged; it must be removed, and is made again.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         make(path)
-    return MappedFile(path)
+    return open_cached(path)
+
+
+def open_cached(path: Path) -> MappedFile:
+    """An existing file of the cache.
+
+    Raises:
+        ValueError: the file is damaged; it must be removed, and is made again.
+    """
+    try:
+        return MappedFile(path)
+    except ValueError as error:
+        raise ValueError(f"{error} Remove {path}: it is made again when it is needed.") from error

@@ -4,7 +4,7 @@ Legend: `K` experts, `C` chunks of one parameter, `*S` parameter shape.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from trainmerge.kernels import (
     weighted_sum,
 )
 from trainmerge.kernels.quantised import decode
+from trainmerge.task_vectors.roles import Role, num_matrices
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,17 @@ class Delta:
 
     base: Tensor  # [*S], usually mapped from a file
     terms: tuple[Term, ...]  # one per expert
+    role: Role = ""  # what it is in its layer
 
     @property
     def shape(self) -> torch.Size:
         """The parameter's shape, [*S]."""
         return self.base.shape
+
+    @property
+    def matrices(self) -> int:
+        """1 for a matrix, E for a stack of matrices [E, *, *], 0 for everything else."""
+        return num_matrices(self.base.shape, self.role)
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +80,7 @@ class Delta:
 
     def rows(self, part: slice) -> "Delta":
         """The same for these rows of dimension 0: views, no data is read."""
-        return Delta(self.base[part], tuple(rows_of(term, part) for term in self.terms))
+        return Delta(self.base[part], tuple(rows_of(term, part) for term in self.terms), self.role)
 
 
 def dense_term(term: Term, base: Tensor) -> Tensor:
@@ -95,7 +102,7 @@ def dense_term(term: Term, base: Tensor) -> Tensor:
 
 def outside(matrix: Tensor, basis: Tensor) -> Tensor:
     """Its projection off the subspace, without forming the m x m projector."""
-    return matrix - basis @ (basis.T @ matrix)
+    return matrix - basis @ (basis.mT @ matrix)
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class TaskVectors:
     def replaced(self, taus: Mapping[str, Sequence[Tensor]]) -> "TaskVectors":
         """The same experts and bases with the given differences, K tensors [*S] per parameter."""
         deltas = {
-            name: Delta(delta.base, tuple(Difference(tau) for tau in taus[name]))
+            name: replace(delta, terms=tuple(Difference(tau) for tau in taus[name]))
             for name, delta in self.deltas.items()
         }
         return TaskVectors(self.experts, deltas)

@@ -15,8 +15,8 @@ from rich.progress import track
 from torch import Tensor
 
 from trainmerge.kernels import Untouched
-from trainmerge.system.safetensors_file import MappedFile, write_safetensors
-from trainmerge.system.workspace import cached, digest
+from trainmerge.system.safetensors_file import write_safetensors
+from trainmerge.system.workspace import cached, digest, open_cached
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 from trainmerge.task_vectors.pieces import in_pieces
 
@@ -147,5 +147,5 @@ def save_geometry(geometry: Geometry, path: Path) -> None:
 
 def load_geometry(path: Path) -> Geometry:
     """Undo `save_geometry`."""
-    file = MappedFile(path)
+    file = open_cached(path)
     return Geometry(tuple(json.loads(file.metadata["names"])), *(file.read(f).clone() for f in FIELDS))

@@ -82,4 +82,4 @@ def each_tensor(delta: Delta, do: Callable[[Tensor], Tensor]) -> Delta:
         type(term)._make(do(part) if isinstance(part, Tensor) else part for part in term)
         for term in delta.terms
     ]
-    return Delta(do(delta.base), tuple(terms))
+    return Delta(do(delta.base), tuple(terms), delta.role)

@@ -7,7 +7,7 @@ Legend: `R` rows, `W` elements of a row.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ from typing_extensions import override
 from trainmerge.kernels import Difference, ExpertWeight, Quantised, Term
 from trainmerge.kernels.quantised import PER_BYTE, pack
 from trainmerge.system.ranges import check_fields
-from trainmerge.system.safetensors_file import MappedFile, Specs, write_safetensors
+from trainmerge.system.safetensors_file import MappedFile, write_safetensors
+from trainmerge.system.safetensors_format import Specs
 from trainmerge.system.workspace import cached, digest
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 from trainmerge.task_vectors.top_k import count, cuts
@@ -140,8 +141,8 @@ def quantised(task_vectors: TaskVectors, method: Quantise, folder: Path, inputs:
 
     file = cached(folder / f"quantised-{digest(f'{inputs} {method!r}')}.safetensors", make)
     deltas = {
-        name: Delta(
-            delta.base, tuple(_mapped(file, _key(name, k), term) for k, term in enumerate(delta.terms))
+        name: replace(
+            delta, terms=tuple(_mapped(file, _key(name, k), term) for k, term in enumerate(delta.terms))
         )
         for name, delta in task_vectors.deltas.items()
     }

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trainmerge.system.atomic import write_whole
+from trainmerge.system.atomic import append_line, write_whole
 from trainmerge.system.ranges import check_fields
 
 WORST = 1e30  # replaces non-finite scores; only the order of scores matters
@@ -111,8 +111,7 @@ class LoggedScores:
                 )
         else:
             found = Tried(point, self.score(point))
-            with self.log.open("a") as file:
-                file.write(json.dumps(asdict(found)) + "\n")
+            append_line(self.log, json.dumps(asdict(found)), durable=True)
         self.count += 1
         return found
 

@@ -15,10 +15,12 @@ from rich.progress import track
 from torch import Tensor
 
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
+from trainmerge.data.calibration import Calibration
 from trainmerge.export.export import export_run
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.reopen import reopen
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.in_use import in_use
 from trainmerge.system.atomic import write_whole
 from trainmerge.system.json_file import read_json
 from trainmerge.system.ranges import check_option
@@ -57,9 +59,20 @@ def pareto_run(
     check_option("examples", examples, int | None, "[1, inf)")
     check_option("seed", seed, int, "[0, inf)")
     folder = RunFolder(Path(run))
-    module, data = reopen(folder, examples=examples)
+    with in_use(folder, "trainmerge pareto"):
+        module, data = reopen(folder, examples=examples)
+        content = _measured(module, data, points, checks, radius, count, seed)
+        content["coefficients"] = sha256(folder.coefficients)
+        write_whole(folder.front, json.dumps(content, indent=1))
+    return content
+
+
+def _measured(
+    module: MergeModule, data: Calibration, points: int, checks: int, radius: float, count: int, seed: int
+) -> dict[str, Any]:
+    """Measure merges, and fit the quadratics to them."""
     if len(data.examples) < 2:
-        raise ValueError(f"{run}: one expert has no trade-offs; a front needs two or more")
+        raise ValueError("one expert has no trade-offs; a front needs two or more")
     check_points(points, len(data.examples))
     module.load(data)
     start = module.start
@@ -69,10 +82,7 @@ def pareto_run(
     ]
     losses, slopes = (torch.stack(part) for part in zip(*found, strict=True))
     quadratics = fit_quadratics(at[:points], losses[:points], radius * slopes[:points])
-    content = _content(module, quadratics, at, losses, points, radius, count)
-    content["coefficients"] = sha256(folder.coefficients)
-    write_whole(folder.front, json.dumps(content, indent=1))
-    return content
+    return _content(module, quadratics, at, losses, points, radius, count)
 
 
 def places(n: int, count: int, seed: int) -> Tensor:

@@ -61,7 +61,7 @@ def imported(path: str, options: Mapping[str, Any]) -> Callable[[nn.Module], flo
 
 
 def _measured(name: str, module: MergeModule, data: Calibration, limit: int | None) -> Score:
-    tasks, _ = load_tasks(module.recipe, limit, "validation")
+    tasks, _ = load_tasks(module.recipe, data.tokenize, data.columns, limit, "validation")
     resident = module.resident
     model = resident.merged.module
     with resident.merged.uniform(module.start.new_zeros(len(tasks)), everywhere=True):

@@ -15,19 +15,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trainmerge.coefficients.coefficients import save_coefficients
 from trainmerge.coefficients.constraints import Sigmoid
 from trainmerge.data.calibration import Calibration
-from trainmerge.fitting.fit import fit
+from trainmerge.fitting.fit import check_settings, fit_alone
 from trainmerge.fitting.from_config import from_config
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.in_use import in_use
+from trainmerge.run.saved import save_moment
 from trainmerge.tradeoffs.cma_es import Search, Tried, maximise
 from trainmerge.tradeoffs.scales import scaled
 from trainmerge.tradeoffs.scores import make_score
 
 Over = Literal["experts", "coefficients"]
-LOG = "search.jsonl"
 
 
 def search_config(
@@ -56,9 +56,25 @@ def search_config(
         ValueError: the folder has a fit, or a search with other settings; an expert's coefficients are all
             zero.
     """
-    module, data, folder = _begin(config, Path(run), initial)
+    folder = RunFolder(Path(run))
+    with in_use(folder, "trainmerge search"):
+        module, data = _begin(config, folder, initial, search.evaluations)
+        return _search(module, data, folder, score, options or {}, over, search, limit)
+
+
+def _search(
+    module: MergeModule,
+    data: Calibration,
+    folder: RunFolder,
+    score: str,
+    options: Mapping[str, Any],
+    over: Over,
+    search: Search,
+    limit: int | None,
+) -> Tried:
+    """Score merges, from the first or from where the log ends; save the best at once."""
     module.load(data)
-    scoring = make_score(score, options or {}, module, data, limit)
+    scoring = make_score(score, options, module, data, limit)
     space = SearchSpace(module.start, over)
 
     def score_at(x: Sequence[float]) -> float:
@@ -66,17 +82,19 @@ def search_config(
         module.resident.merged.materialise()
         return scoring()
 
-    depends_on = {"score": score, "options": dict(options or {}), "over": over, "limit": limit or 0}
-    points = maximise(score_at, space.first(), search, folder.path / LOG, depends_on)
-    best, clock = Tried(space.first(), -math.inf), time.monotonic()
+    depends_on = {"score": score, "options": dict(options), "over": over, "limit": limit or 0}
+    points = maximise(score_at, space.first(), search, folder.search, depends_on)
+    best, count, clock = Tried(space.first(), -math.inf), 0, time.monotonic()
     for count, found in enumerate(points, 1):
         if found.score > best.score:
             best = found
             _place(module, space.coefficients(best.x))
-            save_coefficients(module.coefficients, folder.coefficients)
+            save_moment(folder, module.coefficients, count, search.evaluations)
         left = (time.monotonic() - clock) / count * (search.evaluations - count)
         ends = f"{found.score:.4f}  best {best.score:.4f}  {left:.0f} s left"
         print(f"{count}/{search.evaluations}  score {ends}", flush=True)
+    _place(module, space.coefficients(best.x))
+    save_moment(folder, module.coefficients, count, steps=count)  # finished: the method may end early
     return best
 
 
@@ -112,16 +130,22 @@ class SearchSpace:
         return values.view_as(self.start).to(self.start)
 
 
-def _begin(config: str | Path, run: Path, initial: str | None) -> tuple[MergeModule, Calibration, RunFolder]:
+def _begin(
+    config: str | Path, folder: RunFolder, initial: str | None, evaluations: int
+) -> tuple[MergeModule, Calibration]:
     """Check the settings and create the run folder by a fit without steps."""
-    if RunFolder(run).latest():
-        raise ValueError(f"{run} has a fit, whose coefficients a search would replace: choose another folder")
+    if folder.latest():
+        raise ValueError(
+            f"{folder.path} has a fit, whose coefficients a search would replace: choose another folder"
+        )
     changes: dict[str, Any] = {"trainer.max_steps": 0, "model.keep_better": False}
-    settings = from_config(config, run, changes | ({"model.initial": initial} if initial else {}))
+    settings = from_config(config, folder.path, changes | ({"model.initial": initial} if initial else {}))
     module, data = settings.module, settings.data
     if isinstance(module.coefficients.constraint, Sigmoid):
         raise ValueError("a search changes the coefficients directly: use trainmerge.Box instead of Sigmoid")
-    return module, data, fit(module, data, settings.trainer, run, config=settings.text)
+    check_settings(module, data, settings.trainer)
+    fit_alone(folder, module, data, settings.trainer, config=settings.text, following=evaluations)
+    return module, data
 
 
 @torch.no_grad()

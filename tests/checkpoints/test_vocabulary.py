@@ -1,0 +1,166 @@
+"""Tokenizers compared as maps id -> token, in every file format; differences have id and tokens."""
+
+import json
+import struct
+import warnings
+from base64 import b64encode
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
+
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<|endoftext|>", "red", "blue", "cat", "dog"]
+SWAPPED = [*TOKENS[:7], "cat", "blue", "dog"]
+Write = Callable[[Path, list[str]], None]
+
+
+def ids(tokens: list[str]) -> dict[str, int]:
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def bert_words(folder: Path, tokens: list[str]) -> None:
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+
+
+def words_alone(folder: Path, tokens: list[str]) -> None:
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens))
+
+
+def gpt2(folder: Path, tokens: list[str]) -> None:
+    (folder / "vocab.json").write_text(json.dumps(ids(tokens)))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+
+
+def whole(folder: Path, tokens: list[str]) -> None:
+    model = {"type": "WordLevel", "vocab": ids(tokens), "unk_token": "[UNK]"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+
+
+def unigram(folder: Path, tokens: list[str]) -> None:
+    model = {"type": "Unigram", "unk_id": 1, "vocab": [[token, -1.0] for token in tokens]}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+
+
+def sentencepiece(folder: Path, tokens: list[str]) -> None:
+    pieces = [b"\n" + bytes([len(t)]) + t.encode() + b"\x15" + struct.pack("<f", -1.0) for t in tokens]
+    trainer = b"\x12\x02\x18\x02"  # trainer_spec {model_type: 2}
+    (folder / "tokenizer.model").write_bytes(b"".join(b"\n" + bytes([len(p)]) + p for p in pieces) + trainer)
+
+
+def tiktoken(folder: Path, tokens: list[str]) -> None:
+    lines = [b64encode(token.encode()).decode() + f" {i}\n" for i, token in enumerate(tokens)]
+    (folder / "qwen.tiktoken").write_text("".join(lines))
+
+
+FORMATS = [bert_words, words_alone, gpt2, whole, unigram, sentencepiece, tiktoken]
+
+
+def folders(path: Path) -> tuple[Path, Path]:
+    for name in ("base", "expert"):
+        (path / name).mkdir(exist_ok=True)
+    return path / "base", path / "expert"
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_an_ordinary_token_with_another_id_is_named(tmp_path: Path, write: Write) -> None:
+    base, expert = folders(tmp_path)
+    write(base, TOKENS)
+    write(expert, TOKENS)
+    assert tokenizer_mismatches(base, expert) == []
+    write(expert, SWAPPED)
+    (line,) = tokenizer_mismatches(base, expert)
+    assert "token 7 is 'cat', the base's is 'blue' (2 differ)" in line
+
+
+@pytest.mark.parametrize("theirs", [whole, gpt2, sentencepiece, words_alone])
+def test_two_formats_of_one_vocabulary_agree(tmp_path: Path, theirs: Write) -> None:
+    base, expert = folders(tmp_path)
+    bert_words(base, TOKENS)
+    theirs(expert, TOKENS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokenizer_mismatches(base, expert) == []
+    theirs(expert, SWAPPED)
+    (line,) = tokenizer_mismatches(base, expert)
+    assert "token 7 is 'cat', the base's is 'blue'" in line
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_a_token_of_the_expert_only_is_named(tmp_path: Path, write: Write) -> None:
+    base, expert = folders(tmp_path)
+    write(base, TOKENS)
+    write(expert, [*TOKENS, "<|turn|>"])
+    with pytest.warns(UserWarning, match=r"the base's tokenizer lacks token 10 '<\|turn\|>'"):
+        assert tokenizer_mismatches(base, expert) == []
+    assert tokenizer_mismatches(base, expert, rows=10) == []  # beyond the merged rows
+    with pytest.warns(UserWarning, match=r"lacks token 10 '<\|turn\|>' of the base's tokenizer"):
+        assert tokenizer_mismatches(expert, base) == []
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("write", [bert_words, gpt2, words_alone])
+def test_added_tokens_are_read_from_either_file(tmp_path: Path, write: Write, file: str) -> None:
+    base, expert = folders(tmp_path)
+    write(base, TOKENS)
+    write(expert, TOKENS)
+    if file == "added_tokens.json":
+        (expert / file).write_text('{"<|turn|>": 10}')
+    else:
+        old = json.loads((expert / file).read_text()) if (expert / file).is_file() else {}
+        token = {"content": "<|turn|>", "special": True} | dict.fromkeys(
+            ("lstrip", "rstrip", "normalized", "single_word"), False
+        )
+        (expert / file).write_text(json.dumps(old | {"added_tokens_decoder": {"10": token}}))
+    with pytest.warns(UserWarning, match=r"token 10 '<\|turn\|>'"):
+        assert tokenizer_mismatches(base, expert) == []
+
+
+def test_an_adapters_added_tokens_are_compared_without_its_vocabulary(tmp_path: Path) -> None:
+    base, expert = folders(tmp_path)
+    bert_words(base, TOKENS)
+    (expert / "added_tokens.json").write_text('{"<|turn|>": 10}')
+    with pytest.warns(UserWarning, match=r"token 10 '<\|turn\|>'") as seen:
+        assert tokenizer_mismatches(base, expert) == []
+    assert len(seen) == 1  # none about the ordinary tokens, which the folder doesn't have
+
+
+def test_added_tokens_that_differ_are_a_warning(tmp_path: Path) -> None:
+    base, expert = folders(tmp_path)
+    for folder, token in ((base, "<reserved>"), (expert, "<|turn|>")):
+        gpt2(folder, TOKENS)
+        (folder / "added_tokens.json").write_text(json.dumps({token: 10}))
+    with pytest.warns(UserWarning, match=r"added token 10 is '<\|turn\|>', the base's '<reserved>'"):
+        assert tokenizer_mismatches(base, expert) == []
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    base, expert = folders(tmp_path)
+    sentencepiece(base, TOKENS)
+    whole(expert, ["<s>", *TOKENS])  # as fairseq's tokenizers shift sentencepiece's ids
+    with pytest.warns(UserWarning, match="cannot be compared"):
+        assert tokenizer_mismatches(base, expert) == []
+    (expert / "tokenizer.json").rename(expert / "tekken.json")
+    with pytest.warns(UserWarning, match="cannot be compared"):
+        assert tokenizer_mismatches(base, expert) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"model": 3}', '{"model": {"vocab": {"a": "b"}}}', "[" * 100_000]
+)
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, text: str) -> None:
+    base, expert = folders(tmp_path)
+    whole(base, TOKENS)
+    (expert / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"expert/tokenizer.json: not a tokenizer"):
+        tokenizer_mismatches(base, expert)
+
+
+def test_folders_without_a_tokenizer_are_not_compared(tmp_path: Path) -> None:
+    base, expert = folders(tmp_path)
+    whole(base, TOKENS)
+    assert tokenizer_mismatches(base, expert) == []
+    assert tokenizer_mismatches(expert, base) == []

@@ -1,0 +1,82 @@
+"""Optimizers, schedules and run folders that a fit refuses before it makes its folder."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+import trainmerge as tm
+from tests.world import languages_recipe, write_languages
+from trainmerge.run.recipe import calibration_files
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_languages(tmp_path_factory.mktemp("languages"))
+
+
+def start(world: Path, run: Path, trainer: pl.Trainer | None = None, **settings: Any) -> None:
+    recipe = languages_recipe(world)
+    module = tm.MergeModule(recipe, **{"objective": tm.Alignment(), **settings}, workspace=str(run / "w"))
+    data = tm.Calibration(calibration_files(recipe), recipe.base, batch_size=2, max_length=16)
+    trainer = trainer or tm.make_trainer(run, max_steps=2, accelerator="cpu", enable_progress_bar=False)
+    tm.fit(module, data, trainer, run)
+
+
+class Halving:
+    """A schedule that Lightning would accept and nobody would step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None: ...
+
+    def step(self) -> None: ...
+
+    def state_dict(self) -> dict[str, float]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr_scheduler": ReduceLROnPlateau}, "ReduceLROnPlateau waits for a measure"),
+        ({"lr_scheduler": Halving}, r"Halving is no torch\.optim\.lr_scheduler\.LRScheduler"),
+        ({"optimizer": lambda values: torch.optim.SGD(values, lr=0.1, maximize=True)}, "maximize raises"),
+        ({"optimizer": lambda values: torch.optim.SGD(values, lr=math.inf)}, r"optimizer\.lr must be finite"),
+        (
+            {"objective": tm.Alignment(hidden=1.0, layers=[9])},
+            r"no layer 9; the model has 2, so choose from 0",
+        ),
+        ({"objective": tm.Alignment(hidden=1.0, layers=[-4])}, r"or from -1 \(the last\) to -3"),
+    ],
+)
+def test_settings_are_refused_before_the_run_folder_is_made(
+    world: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        start(world, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("clip", -1.0), ("clip", math.nan), ("clip", True), ("initial", math.nan), ("initial", [0.3, math.inf]),
+     ("initial", ""), ("keep_better", 1), ("tasks_per_backward", 0), ("teacher_budget", 0), ("weights", "x"),
+     ("subspace", -1)],
+)  # fmt: skip
+def test_arguments_of_the_module(world: Path, name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        tm.MergeModule(languages_recipe(world), **{name: value})
+
+
+def test_two_run_folders_are_refused(world: Path, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    trainer = tm.make_trainer(one, max_steps=1, accelerator="cpu", enable_progress_bar=False)
+    with pytest.raises(ValueError, match=r"writes into .*one, and the fit into .*other: give make_trainer"):
+        start(world, other, trainer)
+    with pytest.raises(ValueError, match=r"make it with trainmerge\.make_trainer"):
+        start(world, other, pl.Trainer(max_steps=1, accelerator="cpu", logger=False))
+    assert not one.exists()
+    assert not other.exists()

@@ -1,0 +1,144 @@
+"""The coefficients' gradient of every family of models, against autograd through the merge: `make families`.
+
+Experts are full, low-rank or one of each; low-rank ones also with recomputed blocks. `FAMILY=Mamba` runs the
+families whose name contains that. Each family's line has the worst relative error of the whole gradient and
+of one tensor's, and the number of weights whose gradient is taken at their layer. It is an error if one
+exceeds LIMIT, or if a tensor has a gradient of exactly 0 that should have another.
+
+Legend: `K` experts, `G` coefficient groups.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from tests.contracts import relative_error
+from tests.model_families import FAMILIES, Family
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.coefficients.layout import Grouping
+from trainmerge.kernels import ExpertWeight, LowRank, Term, Untouched
+from trainmerge.model.activation_checkpointing import recompute_blocks
+from trainmerge.model.functional import merged_weights
+from trainmerge.model.low_rank_gradient import tappable
+from trainmerge.model.merged_model import MergedModel
+from trainmerge.task_vectors.delta import Delta, TaskVectors
+
+LIMIT = 1e-4
+SMALL = 1e-2  # a tensor's share of the gradient below which rounding counts against this share
+SIZE = 0.02  # of the experts' changes
+FORMS: dict[str, Sequence[type[Term]]] = {
+    "full": (ExpertWeight, ExpertWeight),
+    "low-rank": (LowRank, LowRank),
+    "mixed": (LowRank, ExpertWeight),
+}
+ADAPTED = nn.Linear | Conv1D | nn.Embedding
+
+
+class Found(NamedTuple):
+    """The relative errors of a gradient [K, G]."""
+
+    whole: float
+    tensor: float  # the largest one of a tensor's K coefficients
+    tapped: int
+    missing: int  # tensors whose gradient is 0 and should not be
+
+    @property
+    def right(self) -> bool:
+        """Whether all is within LIMIT; False for NaN."""
+        return self.whole <= LIMIT and self.tensor <= LIMIT and not self.missing
+
+
+def sweep(family: Family, form: str, recompute: bool = False) -> Found | None:
+    """The errors of one family's gradient; None if it has no blocks to recompute."""
+    module = family.build()
+    vectors = task_vectors(module, FORMS[form])
+    layout = Grouping("tensor").layout(vectors.shapes)
+    start = 0.2 + 0.4 * torch.rand(2, len(layout.labels), generator=torch.Generator().manual_seed(1))
+    coefficients = Coefficients(vectors.experts, layout, start)
+    plain = deepcopy(module)
+    if recompute and not recompute_blocks(module):
+        return None
+    merged = MergedModel(module, vectors, coefficients)
+    merged.materialise()
+    tapped = len(list(tappable(module, merged.parameters, vectors.deltas)))
+    with merged.tapped():
+        loss(merged.module(**family.inputs())).backward()
+    got = merged.gradient()
+    weights = merged_weights(vectors, coefficients)
+    (want,) = torch.autograd.grad(
+        loss(functional_call(plain, weights, (), family.inputs())), coefficients.raw
+    )
+    missing = int(((got == 0) & (want != 0)).all(dim=0).sum())
+    return Found(relative_error(got, want), worst_tensor(got, want), tapped, missing)
+
+
+def worst_tensor(got: Tensor, want: Tensor) -> float:
+    """The largest relative error of a column [K]; small columns relative to SMALL of the whole."""
+    sizes = want.norm(dim=0).clamp(min=SMALL * float(want.norm()))
+    return float(((got - want).norm(dim=0) / sizes).max())
+
+
+def task_vectors(module: nn.Module, forms: Sequence[type[Term]]) -> TaskVectors:
+    """Random experts around a module; low-rank ones change the weights that adapters change."""
+    generator = torch.Generator().manual_seed(2)
+    adapted = {id(layer.weight) for layer in module.modules() if isinstance(layer, ADAPTED)}
+
+    def term(form: type[Term], base: Tensor, low: bool) -> Term:
+        if form is ExpertWeight:
+            return ExpertWeight(base + SIZE * torch.randn(base.shape, generator=generator))
+        if not low:
+            return Untouched()
+        up, down = (torch.randn(shape, generator=generator) for shape in ((len(base), 1), (1, base.shape[1])))
+        return LowRank(up, down, SIZE)
+
+    deltas = {}
+    for name, parameter in module.named_parameters():
+        base = parameter.detach().clone()
+        deltas[name] = Delta(base, tuple(term(form, base, id(parameter) in adapted) for form in forms))
+    return TaskVectors(("a", "b"), deltas)
+
+
+def loss(outputs: object) -> Tensor:
+    """A random smooth function of the logits."""
+    logits: Tensor = getattr(outputs, "logits", None)
+    logits = outputs.logits_per_image if logits is None else logits  # type: ignore[attr-defined]
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
+    return (logits * weights).sum() + (logits.tanh() * weights).mean()
+
+
+def main() -> None:
+    """Print a line for each family."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="", help="families whose name contains this")
+    only = parser.parse_args().only
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    cases = [(form, recompute) for form in FORMS for recompute in (False, form == "low-rank")]
+    bad = []
+    print(f"{'family':20} {'whole':>8} {'a tensor':>8} {'tapped':>6} {'missing':>7}  worst with")
+    for name, family in FAMILIES.items():
+        if only.lower() not in name.lower():
+            continue
+        all_found = {f"{f}, recomputed" if r else f: sweep(family, f, r) for f, r in dict.fromkeys(cases)}
+        found = {case: one for case, one in all_found.items() if one is not None}
+        case, worst = max(found.items(), key=lambda item: item[1].tensor)
+        whole, missing = (max(one[i] for one in found.values()) for i in (0, 3))
+        line = f"{name:20} {whole:8.1e} {worst.tensor:8.1e} {found['low-rank'].tapped:6} {missing:7}  {case}"
+        print(line, flush=True)
+        bad += [name] * (not all(one.right for one in found.values()))
+    if bad:
+        sys.exit(f"above {LIMIT}, or missing: {', '.join(bad)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Changes of an expert that no merge contains, so that its one-hot merge is not the expert: each is named.
+
+Statistics of batch normalisation are buffers, and buffers are never merged. Tensors that `ignore` names keep
+the base's values.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from trainmerge.checkpoints.adapter import Adapter, module_of
+from trainmerge.checkpoints.full_expert import FullExpert
+from trainmerge.checkpoints.low_rank_adapter import LowRankAdapter
+from trainmerge.checkpoints.merged_adapter import MergedAdapter
+from trainmerge.checkpoints.meta_model import memory_names, shorten
+from trainmerge.checkpoints.parameters import Parameters
+
+# A factor whose partner may be zero, and a copy of the base's embedding
+UNCHANGING = (".lora_A.weight", ".lora_embedding_A", ".base_layer.weight")
+Plan = FullExpert | LowRankAdapter | MergedAdapter
+
+
+def warn_of_hidden_changes(frame: Parameters, plans: Mapping[str, Plan]) -> None:
+    """One warning per expert and kind of change; reads buffers and ignored tensors."""
+    for expert, plan in plans.items():
+        if isinstance(plan, FullExpert):
+            _warn_of_ignored(expert, _ignored(frame, plan.parameters))
+            _warn_of_buffers(expert, list(_buffers(frame, plan.parameters)))
+        else:
+            _warn_of_ignored(expert, _ignored_by_adapter(frame, plan.adapter))
+
+
+def _warn_of_ignored(expert: str, names: Sequence[str]) -> None:
+    if names:
+        warnings.warn(
+            f"expert {expert} changed {shorten(names)}, which `ignore` leaves at the base's values: neither "
+            "the merge nor this expert's recorded outputs contain that change, so its teacher is not the "
+            "expert. Narrow `ignore` to tensors that the base lacks",
+            stacklevel=4,
+        )
+
+
+def _warn_of_buffers(expert: str, names: Sequence[str]) -> None:
+    if names:
+        warnings.warn(
+            f"expert {expert} has statistics of its own, {shorten(names)}: buffers are not merged, so the "
+            "merge and the recorded outputs use the base's. Run the exported model in training mode on "
+            "unlabeled examples to estimate them again",
+            stacklevel=4,
+        )
+
+
+def _ignored(frame: Parameters, own: Parameters) -> list[str]:
+    """The base's ignored parameters that a full expert changed."""
+    theirs = _by_parameter(own)
+    found = []
+    for parameter, name in _by_parameter(frame).items():
+        if parameter not in frame.files and parameter in theirs:
+            ours, other = frame.checkpoint.read(name), own.checkpoint.read(theirs[parameter])
+            found += [name] if _differ(ours, other) else []
+    return found
+
+
+def _ignored_by_adapter(frame: Parameters, adapter: Adapter) -> list[str]:
+    """The ignored parameters of the base that an adapter changes."""
+    hidden = set(frame.names.values()) - frame.files.keys()
+    found: dict[str, None] = {}  # an ordered set
+    for key, name in {**adapter.keys, **adapter.ignored}.items():
+        parameter = key if key in hidden else f"{module_of(key)}.weight"
+        known = parameter in hidden and not key.endswith(UNCHANGING)
+        if known and _changes(frame, key, adapter.source.read(name)):
+            found[parameter] = None
+    return list(found)
+
+
+def _changes(frame: Parameters, key: str, tensor: Tensor) -> bool:
+    """Whether a factor is not zero, or a whole tensor is not the base's."""
+    name = _by_parameter(frame).get(key)
+    return bool(tensor.any()) if name is None else _differ(frame.checkpoint.read(name), tensor)
+
+
+def _by_parameter(parameters: Parameters) -> dict[str, str]:
+    """Every parameter, ignored ones too -> one of its tensors in the files."""
+    return {parameter: name for name, parameter in parameters.names.items()}
+
+
+def _buffers(frame: Parameters, own: Parameters) -> Iterator[str]:
+    """Floating-point buffers that differ from the base's."""
+    ours, theirs = _buffer_names(frame), _buffer_names(own)
+    for buffer, name in ours.items():
+        if buffer in theirs and _differ(frame.checkpoint.read(name), own.checkpoint.read(theirs[buffer])):
+            yield name
+
+
+def _buffer_names(parameters: Parameters) -> dict[str, str]:
+    """Buffer -> its tensor in the files."""
+    known = {name for name, _ in parameters.meta_model.named_buffers()}
+    inside = memory_names(parameters.meta_model, parameters.checkpoint.tensors)
+    return {buffer: name for name, buffer in inside.items() if buffer in known}
+
+
+def _differ(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape != theirs.shape or not torch.equal(ours.to(theirs.dtype), theirs)

@@ -1,0 +1,29 @@
+"""Whether an export of this package is whole: its manifest, written last, lists its weight files' bytes.
+
+Where a rename is not atomic, on object stores and some network file systems, a folder may be seen before all
+of its files are complete. Exports of older versions list no bytes and are taken as they are.
+"""
+
+from pathlib import Path
+
+from trainmerge.system.json_file import read_json
+
+MANIFEST = "trainmerge_manifest.json"
+RECIPE = "trainmerge_recipe.yaml"
+
+
+def check_whole(folder: Path) -> None:
+    """Raise ValueError for an export without its manifest, or with a weight file of another size."""
+    if not (folder / MANIFEST).is_file():
+        if (folder / RECIPE).is_file():
+            raise ValueError(
+                f"{folder}: an export that is not whole: {MANIFEST}, which is written last, is missing. "
+                f"Export it again; if you removed that file yourself, remove {RECIPE} too"
+            )
+        return
+    listed = read_json(folder / MANIFEST, "Export the run again.").get("bytes", {})
+    found = {name: (folder / name).stat().st_size for name in listed if (folder / name).is_file()}
+    wrong = [f"{name} has {found.get(name, 0)} of {size} bytes" for name, size in listed.items()
+             if found.get(name) != size]  # fmt: skip
+    if wrong:
+        raise ValueError(f"{folder}: an export that is not whole: {'; '.join(wrong)}. Export it again.")

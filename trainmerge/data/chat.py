@@ -1,0 +1,73 @@
+"""A chat as the text of the model's template, and the characters of the assistant's turns."""
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from trainmerge.data.examples import Example
+
+GENERATION = r"\{%-?\s*generation\b"  # a template's own mark of what the assistant writes
+CLOCK = "strftime_now"  # transformers' function of a template for the current date
+DATE = datetime(2024, 7, 26)  # the date that Llama 3's template has where there is no clock
+CODES = ["%-d", "%-m", "%e", *(f"%{code}" for code in "aAbBcdDfFHIjmMpSTuwxXyYZz")]
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Example:
+    """A chat as a text with special tokens; the assistant's characters are its spans.
+
+    The template's `{% generation %}` marks them. Without such marks, a turn begins where the turns before it
+    end, with the prompt for an answer, and ends where the chat up to it ends. A template that asks for the
+    current date gets a fixed one: 26 July 2024.
+
+    No spans: the template writes a turn in another way once later turns follow (it leaves out earlier
+    reasoning, say), so that the assistant's characters cannot be located.
+
+    Raises:
+        ValueError: the template rejects the chat, or the chat has no assistant's turn.
+    """
+    chat = [dict(message) for message in messages]
+    if not any(message["role"] == "assistant" for message in chat):
+        raise ValueError("it has no turn with the role 'assistant'")
+    template = tokenizer.get_chat_template()
+    if re.search(GENERATION, template):
+        whole, spans = _rendered(tokenizer, template, chat, return_assistant_tokens_mask=True)
+    else:
+        whole, spans = _located(tokenizer, template, chat)
+    return Example(whole, tuple((begin, end) for begin, end in spans if begin < end), templated=True)
+
+
+def _located(tokenizer: Any, template: str, chat: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    """The whole text, and the assistant's turns as differences of its prefixes; none if one is no prefix."""
+    whole, _ = _rendered(tokenizer, template, chat)
+    spans = []
+    for turn, message in enumerate(chat):
+        if message["role"] == "assistant":
+            before, _ = _rendered(tokenizer, template, chat[:turn], add_generation_prompt=True)
+            after, _ = _rendered(tokenizer, template, chat[: turn + 1])
+            if not (whole.startswith(after) and after.startswith(before)):
+                return whole, []
+            spans.append((len(before), len(after)))
+    return whole, spans
+
+
+def _rendered(
+    tokenizer: Any, template: str, chat: list[dict[str, Any]], **options: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and the characters within `{% generation %}` if they are requested."""
+    fixed = _clock() + template if CLOCK in template else template
+    names: dict[str, Any] = {**tokenizer.special_tokens_map, **options}
+    try:
+        result: Any = render_jinja_template([chat], chat_template=fixed, **names)
+    except Exception as error:  # of any type: the template is a stranger's program
+        raise ValueError(f"the chat template rejects it: {error}") from error
+    (text,), spans = result
+    return str(text), [(int(begin), int(end)) for begin, end in (spans[0] if spans else [])]
+
+
+def _clock() -> str:
+    """A macro in place of transformers' clock, so that a text does not depend on the day."""
+    changes = "".join(f"|replace({code!r}, {DATE.strftime(code)!r})" for code in CODES)
+    return f"{{% macro {CLOCK}(form) %}}{{{{ form{changes} }}}}{{% endmacro +%}}"

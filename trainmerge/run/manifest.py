@@ -1,0 +1,74 @@
+"""A run's manifest: everything that the run depends on, and a comparison of two of them, key by key."""
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from trainmerge.run.config import public_paths
+from trainmerge.system.atomic import write_whole
+from trainmerge.system.json_file import read_json
+
+PACKAGES = ("trainmerge", "torch", "pytorch-lightning", "transformers", "peft", "datasets", "safetensors")
+NEEDED = ("experts", "checksums", "recipe", "calibration", "data")
+LOST = "Restore it from a copy, or fit again in another folder."
+LONGEST = 200  # characters of a value in a message
+ABSENT = object()
+
+
+def read_manifest(path: Path, needed: tuple[str, ...] = NEEDED) -> dict[str, Any]:
+    """The manifest: everything the run depends on.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is damaged, or not a manifest of a run.
+    """
+    made = read_json(path, LOST)
+    if absent := [key for key in needed if key not in made]:
+        raise ValueError(f"{path}: not a manifest of a run: it lacks {', '.join(absent)}. {LOST}")
+    return made
+
+
+def write_manifest(path: Path, content: Mapping[str, Any]) -> None:
+    """Write it so that at any moment it is the old or the new one."""
+    write_whole(path, json.dumps(content, indent=2))
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """One line for each key of `now`, nested ones too, whose value differs in `made`; empty without any.
+
+    A class's public path and its path in older files count as equal.
+    """
+    before, plain = public_paths(made), public_paths(json.loads(json.dumps(now)))
+    pairs = ((key, before.get(key, ABSENT), value) for key, value in plain.items())
+    return "\n".join(line for key, old, new in pairs if old != new for line in _lines(key, old, new))
+
+
+def _lines(key: str, old: Any, new: Any) -> Iterator[str]:
+    """The differing keys inside a value; a value that is several lines of text is compared by line."""
+    if isinstance(old, str) and isinstance(new, str) and "\n" in old + new:
+        old, new = _by_line(old), _by_line(new)
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in dict.fromkeys([*old, *new]):
+            if (then := old.get(name, ABSENT)) != (here := new.get(name, ABSENT)):
+                yield from _lines(f"{key}.{name}", then, here)
+    else:
+        yield f"  {key}: {_short(old)} then, {_short(new)} now"
+
+
+def _by_line(text: str) -> dict[str, str]:
+    """`name: value` of each line, as an optimizer prints itself."""
+    parts = (line.strip().partition(": ") for line in text.splitlines())
+    return {name: value for name, _, value in parts if name}
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is ABSENT else json.dumps(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
