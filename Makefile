@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm demo test test-processors families lower-bounds lint suite suite-lm suite-closed bench tables docs soak clean
+.PHONY: help setup data data-suite data-lm demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-closed bench tables docs soak cases clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -49,6 +49,9 @@ demo: data ## learn a merge of five experts, resume it, export it, score it, dra
 test: data ## run the tests
 	@$(BIN)/python -m pytest
 
+fuzz: $(READY) ## 100,000 mutated files at every door: SECONDS per door, ONLY some of the doors (hours)
+	@$(BIN)/python -m tests.fuzz --seconds "$(or $(SECONDS),3600)" --only "$(filter-out all,$(ONLY))"
+
 test-processors: $(READY) ## the tests as other processors, with other threads, on a busy machine (hours)
 	@$(BIN)/python -m tests.processors --only "$(SETTING)"
 
@@ -84,8 +87,12 @@ tables: $(READY) ## write the tables of tests/results into README and the docume
 docs: $(READY) ## build the pages of notebooks/docs into build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file notebooks/mkdocs.yml
 
-soak: $(READY) ## kill and resume at random for SOAK_MINUTES (20 by default), on two processes
+soak: $(READY) ## kill and resume for SOAK_MINUTES (20) on two processes; then every command, KILLS times (200)
 	@$(BIN)/python -m tests.soak
+	@$(BIN)/python -m tests.kills
+
+cases: data ## run every script in the folder CASES, and list what each says
+	@$(BIN)/python -m tests.cases "$(CASES)"
 
 clean: ## remove the demo's run and caches of tools; other runs, downloads and .venv stay
 	@rm -rf runs/demo .mypy_cache .ruff_cache .pytest_cache

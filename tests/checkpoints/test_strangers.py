@@ -12,7 +12,8 @@ from tests.world import bert, write_tokenizer
 from trainmerge.checkpoints.adapter_config import check_adapter_config
 from trainmerge.checkpoints.meta_model import build_meta_model
 from trainmerge.checkpoints.output import output_of
-from trainmerge.data.tokenizer import Tokenizer, load_processor
+from trainmerge.data.pictures import load_processor
+from trainmerge.data.tokenizer import Tokenizer
 
 FILE = Path("adapter_config.json")
 
@@ -119,7 +120,7 @@ def test_patterns_in_use_are_accepted(pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [None, [], [1], {"query": "x"}, {"query": None}, {"query": float("nan")}, "query"]
+    "given", [[], [1], {"query": "x"}, {"query": None}, {"query": float("nan")}, "query"]
 )
 def test_patterns_map_to_numbers(given: Any) -> None:
     with pytest.raises(ValueError, match="alpha_pattern must map patterns to numbers"):

@@ -61,7 +61,8 @@ def test_help_is_a_screen_and_names_every_argument(name: str, capsys: pytest.Cap
     assert text.startswith(f"usage: trainmerge {name} ")
     assert len(text.splitlines()) <= 40
     entries = [line for line in text.splitlines() if line.startswith("  ") and line[2] != " "]
-    assert len(entries) == COMMANDS[name].args[0].__code__.co_argcount  # type: ignore[attr-defined]
+    arguments = COMMANDS[name].args[0].__code__.co_argcount  # type: ignore[attr-defined]
+    assert len(entries) == arguments + 1  # and --trust, which all commands have
 
 
 def test_help_of_fit_is_a_screen(capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,7 +218,7 @@ def empty_calibration(world: Path) -> None:
         ),
         (write_calibration(b'{"text": "red"}\n{"text": "r\n'), ["mood/calibration.jsonl", "row 1"]),
         (write_calibration(b'{"text": "\xe9"}\n'), ["mood/calibration.jsonl", "UTF-8"]),
-        (lose_the_labels, ["mood/labels.json", "No such file"]),
+        (lose_the_labels, ["mood/labels.json", "no such file"]),
         (list_an_expert_twice, ["config.yaml", "'mood' again", "line"]),
         (run_is_a_file, ["run is not a folder", "choose another one"]),
     ],

@@ -125,18 +125,22 @@ def test_a_run_with_a_task_held_out(run: Path) -> None:
         load_tasks(recipe(run.parent), tokenize, limit=-1)
 
 
-def test_a_checkpoint_is_cut_as_the_run_was(run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_cut_as_the_run_was(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     merged, config = run.parent / "merged", tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({"recipe": to_config(recipe(run.parent)), "data": {"max_length": 7}}))
     lengths = [text_length(path) for path in (run, merged, config, run.parent)]
     assert lengths == [LENGTH, LENGTH, 7, 256]
     assert text_length(run, 9) == 9
     own = evaluate_run(run, compare=False).rows["learned"]
-    for source in ([], ["--recipe", str(run)]):
-        assert main(["evaluate", str(merged), *source, "--output", str(tmp_path / "out.json")]) == 0
-        found = json.loads((tmp_path / "out.json").read_text())[str(merged)]
-        for task, score in own.items():
-            assert found["measures"][task] == pytest.approx(score.measures, rel=SCORE, abs=SCORE)
+    assert main(["evaluate", str(merged)]) == 1  # an export names no folders of this machine
+    assert "--recipe RUN" in capsys.readouterr().err
+    given = ["--recipe", str(run), "--output", str(tmp_path / "out.json")]
+    assert main(["evaluate", str(merged), *given]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())[str(merged)]
+    for task, score in own.items():
+        assert found["measures"][task] == pytest.approx(score.measures, rel=SCORE, abs=SCORE)
 
 
 def _evaluate(rank: int, ports: list[int], run: str, out: str) -> None:

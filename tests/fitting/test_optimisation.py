@@ -43,7 +43,6 @@ class Halving:
     [
         ({"lr_scheduler": ReduceLROnPlateau}, "ReduceLROnPlateau waits for a measure"),
         ({"lr_scheduler": Halving}, r"Halving is no torch\.optim\.lr_scheduler\.LRScheduler"),
-        ({"optimizer": lambda values: torch.optim.SGD(values, lr=0.1, maximize=True)}, "maximize raises"),
         ({"optimizer": lambda values: torch.optim.SGD(values, lr=math.inf)}, r"optimizer\.lr must be finite"),
         (
             {"objective": tm.Alignment(hidden=1.0, layers=[9])},

@@ -177,3 +177,20 @@ def test_a_scale_halves_on_overflow_and_doubles_after_many_steps() -> None:
     assert LossScale.of(nn.Linear(2, 2)).settle(finite=False)
     assert LossScale.of(nn.Linear(2, 2).half()).value == 2.0**16
     assert not LossScale.like(torch.amp.GradScaler("cpu", enabled=False)).active
+
+
+@pytest.mark.parametrize("distance", ["squared", "mse", "normalised", "cosine"])
+def test_an_expert_is_at_no_distance_from_its_exact_record(
+    world: Path, tmp_path: Path, distance: str
+) -> None:
+    found = {}
+    for record in ("bfloat16", "float32"):
+        objective = tm.Alignment(0.0, hidden=1.0, layers=(1, 2), distance=distance, record=record)
+        recipe = languages_recipe(world)
+        module = tm.MergeModule(recipe, objective, initial=[1.0, 0.0], workspace=str(tmp_path / "w"))
+        module.load(data := tm.Calibration(calibration_files(recipe), recipe.base, max_length=16))
+        module.resident.merged.materialise()
+        batch = Steps(data.examples, data.tokenize, 2, 0)[0][0]
+        found[record] = float(module.loss(batch).detach())
+    assert abs(found["float32"]) < 1e-7
+    assert found["bfloat16"] > 1e-6  # the rounding of bfloat16, in its own file

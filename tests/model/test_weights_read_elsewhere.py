@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.contracts import relative_error
 from tests.model.test_merged_model import autograd_gradient, make, resident_gradient
 from trainmerge.coefficients.layout import Grouping
-from trainmerge.kernels import LowRank
+from trainmerge.kernels import ExpertWeight, LowRank
 from trainmerge.model.low_rank_gradient import tappable
 
 
@@ -106,6 +106,37 @@ def test_recomputed_uses(use, reentrant, random_task_vectors):
     with merged.tapped():
         got = resident_gradient(merged)
     assert relative_error(got, autograd_gradient(merged, plain)) < 1e-10
+
+
+def test_sparse_gradients_of_embeddings(random_task_vectors):
+    module, found = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 4)), []
+    merged, _ = make(module, random_task_vectors(module, [ExpertWeight]), Grouping("tensor"))
+    for sparse in (False, True):
+        module[0].sparse = sparse
+        module(torch.tensor([1, 2, 2, 8])).tanh().sum().backward()
+        found.append(merged.gradient())
+    assert relative_error(found[1], found[0]) < 1e-10
+    assert found[0].abs().min() > 1e-4
+
+
+def test_gradients_kept_over_backwards(random_task_vectors):
+    module = Unusual(USES["called and read"], True)
+    merged, plain = make(module, random_task_vectors(module, [LowRank]), Grouping("tensor"))
+    merged.keep_gradients = True
+    with merged.tapped():
+        got = resident_gradient(merged, seeds=(0, 1))
+    assert relative_error(got, autograd_gradient(merged, plain, seeds=(0, 1))) < 1e-10
+
+
+@pytest.mark.parametrize("use", ["called and read", "twice in place"])
+def test_mixed_precision(use, random_task_vectors):
+    module = Unusual(USES[use], True)
+    vectors = random_task_vectors(module, [LowRank])
+    merged, plain = make(module, vectors, Grouping("tensor"), torch.float32)
+    exact = autograd_gradient(merged, plain)
+    with torch.autocast("cpu", torch.bfloat16), merged.tapped():
+        got = resident_gradient(merged)
+    assert relative_error(got, exact) < 0.05
 
 
 def test_a_layer_with_another_forward_is_left_alone(random_task_vectors):

@@ -104,3 +104,20 @@ def test_regmean_on_gpt2_is_least_squares(tmp_path: Path) -> None:
     assert (result[name].double().sum(0) - want).norm() < 1e-3 * want.norm()
     for single in informed(tm.RegMean(sequential=True), made, given).values():
         assert single.isfinite().all()
+
+
+@pytest.mark.parametrize("method", [tm.Dare(), tm.Ties(), tm.Pcb(), tm.Breadcrumbs(), tm.Opcm(), tm.Doge()])
+def test_parameters_without_dimensions(method: tm.Preprocess, tmp_path: Path) -> None:
+    """CLIP's logit_scale is one; DARE's estimate of large differences reads it too."""
+    given = vectors({"logit_scale": torch.tensor([1e-3, 2e-3]), "w": 1e-3 * torch.stack(matrices(0, 1))})
+    made = apply(given, [method], tmp_path, "a")
+    assert made.deltas["logit_scale"].dense().shape == (2,)
+
+
+def test_fisher_names_parameters_without_a_gradient(capsys: pytest.CaptureFixture[str]) -> None:
+    applied(tm.Fisher(), vectors(random()))  # whose network reads one layer only
+    words = capsys.readouterr().err
+    assert re.match(
+        r"Fisher: no prediction depends on 3 parameters \(wide.weight, norm.weight, scale; ", words
+    )
+    assert words.endswith("% of the task vectors' squared norm): they are averaged\n")

@@ -23,11 +23,12 @@ from trainmerge.coefficients.chunk_allocation import magnitude
 from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.coefficients.constraints import Box, Free, Sigmoid
 from trainmerge.coefficients.layout import Grouping
+from trainmerge.fitting.rewind import drop_incomplete
 from trainmerge.kernels import ExpertWeight, LowRank, Untouched
 from trainmerge.report.heatmap import EVERYTHING, grid_of, heatmap
 from trainmerge.report.importance import importance_picture, magnitudes
 from trainmerge.report.picture import style
-from trainmerge.report.read_run import read_numbers
+from trainmerge.report.read_run import _metric, read_numbers
 from trainmerge.report.scores import relative, score_picture
 from trainmerge.report.steps import loss_picture, path_picture
 from trainmerge.report.task_vectors import norm_picture, similarity_picture
@@ -132,6 +133,46 @@ def test_without_its_experts_a_run_is_still_drawn(run: Path, tmp_path: Path) -> 
         write_report(copy, foreign)
     with pytest.raises(ValueError, match="not a run folder"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("pareto.json", "{}", "`tasks` is not a list of names"),
+        ("pareto.json", '{"tasks": ["mood"], "coefficients": "x", "front": [3]}', "an entry of `front`"),
+        ("scores.json", '{"learned": [1, 2]}', "'learned' is [1, 2], not scores per task"),
+        ("scores.json", "[]", "not a JSON object"),
+        ("evaluation.json", "5", "not a JSON object"),
+        ("usage.jsonl", '{"first_step": 0}\n', "no number for 'last_step'"),
+        ("usage.jsonl", '{"first_\n{}\n', "line 1 is not valid JSON"),
+        ("metrics.jsonl", '{"loss": 1.0}\n', "no number for 'step'"),
+    ],
+)
+def test_files_of_another_form_are_named(
+    run: Path, tmp_path: Path, name: str, content: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    assert main(["report", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert f"run/{name}: " in said
+    assert words in said
+
+
+def test_the_metric_is_that_of_the_evaluation(tmp_path: Path) -> None:
+    """A classifier of its own has no heads in the recipe."""
+    file = tmp_path / "evaluation.json"
+    assert _metric(file, heads=False) == PERPLEXITY
+    file.write_text(json.dumps({"learned": {"mood": 0.5, "measures": {"mood": {"accuracy": 0.5}}}}))
+    assert _metric(file, heads=False) == ACCURACY
+
+
+def test_a_resumed_fit_drops_an_incomplete_line(tmp_path: Path) -> None:
+    log = tmp_path / "usage.jsonl"
+    log.write_text('{"first_step": 0}\n{"first_st')
+    drop_incomplete(log)
+    assert log.read_text() == '{"first_step": 0}\n'
+    drop_incomplete(tmp_path / "absent")
 
 
 def test_a_fit_draws_itself_and_outlives_its_report(

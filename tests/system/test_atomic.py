@@ -10,6 +10,7 @@ import pytest
 
 from trainmerge.system.atomic import append_line, aside, replacing, sweep, write_whole
 from trainmerge.system.disk_space import naming
+from trainmerge.system.staging import staging
 
 
 def dead() -> int:
@@ -76,3 +77,14 @@ def test_lines_are_appended_whole(tmp_path: Path) -> None:
     append_line(tmp_path / "a", "one")
     append_line(tmp_path / "a", "zwei ü", durable=True)
     assert (tmp_path / "a").read_text(encoding="utf-8") == "one\nzwei ü\n"
+
+
+def test_a_full_disk_names_the_file_in_the_folder_to_be(tmp_path: Path) -> None:
+    def fill(*names: str) -> None:
+        with staging(tmp_path / "out") as new:
+            raise OSError(errno.ENOSPC, "No space left on device", *(str(new / name) for name in names))
+
+    for names, named in (([], "out/'"), (["a"], "out/a'")):
+        with pytest.raises(OSError, match=rf"free some space, or write elsewhere: '.*/{named}$"):
+            fill(*names)
+    assert list(tmp_path.iterdir()) == []

@@ -178,7 +178,7 @@ def test_a_front_and_the_model_of_a_point_on_it(world: Path, capsys: pytest.Capt
     )
     scales = torch.tensor([point["scales"][name] for name in own.experts])
     torch.testing.assert_close(got(), own() * scales[:, None])
-    assert main(["evaluate", str(out), "--limit", "5"]) == 0
+    assert main(["evaluate", str(out), "--limit", "5", "--recipe", run]) == 0
     assert main(["pareto", run, "--export", "999", "--out", str(out), "--overwrite", "true"]) == 1
     assert main(["pareto", run, "--out", str(out)]) == 1
     folder = write_report(run).parent

@@ -6,18 +6,20 @@ Names that need transformers or peft are imported on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trainmerge.checkpoints.integrity import Stamp, fingerprint, same_weights, stamps, verify
+from trainmerge.checkpoints.integrity import Stamp, as_recorded, fingerprint, same_weights, stamps, verify
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
 from trainmerge.checkpoints.side_modules import module_folders
 from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
     from trainmerge.checkpoints.compatibility import find_sources
+    from trainmerge.checkpoints.linear_head import beyond_linear
     from trainmerge.checkpoints.meta_model import build_meta_model, locate
     from trainmerge.checkpoints.model import LoadedModel, load_meta_model, load_model
     from trainmerge.checkpoints.output import Output, output_of, output_of_class
 
 _HEAVY = {
+    "beyond_linear": "linear_head",
     "find_sources": "compatibility",
     "LoadedModel": "model",
     "load_meta_model": "model",
@@ -35,6 +37,8 @@ __all__ = [
     "Output",
     "Sources",
     "Stamp",
+    "as_recorded",
+    "beyond_linear",
     "build_meta_model",
     "find_sources",
     "fingerprint",

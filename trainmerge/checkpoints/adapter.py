@@ -1,6 +1,6 @@
 """A peft adapter folder on disk: its config and its tensors, under the base's module names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -10,29 +10,39 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 
 from trainmerge.checkpoints.adapter_config import check_adapter_config
+from trainmerge.checkpoints.adapter_names import ROOT, WHOLE, Place, base_names, place_of, with_modern_names
 from trainmerge.checkpoints.meta_model import quiet, shorten
-from trainmerge.checkpoints.parameters import Parameters, fit_prefix
+from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.reader import PickleFile, WeightFile
 from trainmerge.checkpoints.weight_files import find_weights, read_json
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
+from trainmerge.system.text import reason
 from trainmerge.task_vectors.parameter_names import matches
-
-ROOT = "base_model.model."  # peft's name for the model that it wraps
-MARKS = {
-    "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "token_adapter",
-    "base_layer",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's headers. Keys are peft's without `base_model.model.`, and with the base's own prefix."""
+    """An adapter's headers. Keys are peft's names without `base_model.model.`, with the base's own prefix."""
 
     path: Path
     config: Mapping[str, Any]  # adapter_config.json
     keys: Mapping[str, str]  # key -> its name in the file
     source: WeightFile
     ignored: Mapping[str, str] = field(default_factory=dict)  # the same of `ignore`d tensors of the base
+    whole: Set[str] = frozenset()  # keys of no module, VeRA's projections say: peft's names as they are
+
+    @property
+    def file(self) -> Path:
+        """The file of its tensors."""
+        return next(iter(self.source.tensors.values())).file
+
+    def module_of(self, key: str) -> str:
+        """The name of the module that a key belongs to."""
+        return place_of(self.config["peft_type"])(key)
+
+    def peft_name(self, key: str) -> str:
+        """peft's name of a key."""
+        return key if key in self.whole else ROOT + key
 
     def info(self, key: str) -> TensorInfo:
         """The header of one tensor."""
@@ -62,29 +72,26 @@ def open_adapter(base: Parameters, path: Path, ignore: Sequence[str], allow_pick
     _check_config(path, config)
     files, _ = find_weights(path, "adapter_model.safetensors", "adapter_model.bin", allow_pickle)
     source: WeightFile = PickleFile(files[0]) if files[0].suffix == ".bin" else MappedFile(files[0])
-    strange = [name for name in source.tensors if not name.startswith(ROOT)]
-    if strange:
-        raise ValueError(f"{files[0]}: {shorten(strange)} are outside {ROOT!r}: not a supported adapter.")
+    names = [name for name in source.tensors if name.startswith(ROOT)]
+    whole = [name for name in source.tensors if name.startswith(WHOLE) and name not in names]
+    if strange := [name for name in source.tensors if not name.startswith(WHOLE)]:
+        raise ValueError(f"{files[0]}: {shorten(strange)} are outside {WHOLE!r}: not a supported adapter.")
+    place = place_of(config["peft_type"])
     modules = {name for name, _ in base.meta_model.named_modules() if name}
-    own = {name: name.removeprefix(ROOT) for name in source.tensors}
-    places = {name: module_of(key) for name, key in own.items()}
-    fits = fit_prefix(places.values(), modules, [base.meta_model.base_model_prefix])
+    own = {name: name.removeprefix(ROOT) for name in names}
+    fits, old = base_names(base, sorted({place(key) for key in own.values()}), modules)
     keys, ignored = {}, {}
-    for name, place in places.items():
-        key = fits[place] + own[name].removeprefix(place)
-        if not matches(key, ignore) and not matches(own[name], ignore):
-            keys[key] = name
-        elif fits[place] in modules:
-            ignored[key] = name
-    _check_modules(files[0], list(keys), modules)
-    return Adapter(path, config, keys, source, ignored)
-
-
-def module_of(key: str) -> str:
-    """The module of a tensor: its name up to `.lora_A` and similar, or up to the last dot."""
-    words = key.split(".")
-    ends = [i for i, word in enumerate(words) if word in MARKS]
-    return ".".join(words[: ends[0]] if ends else words[:-1])
+    for name, key in own.items():
+        ours = fits[place(key)] + key.removeprefix(place(key))
+        if not matches(ours, ignore) and not matches(key, ignore):
+            keys[ours] = name
+        elif fits[place(key)] in modules:
+            ignored[ours] = name
+    _check_modules(files[0], list(keys), place, modules)
+    if old:
+        adapted = {place(key) for key in keys if key not in base.names.values()}
+        config = with_modern_names(config, sorted(adapted), str(path / "adapter_config.json"))
+    return Adapter(path, config, keys | {name: name for name in whole}, source, ignored, frozenset(whole))
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -104,17 +111,16 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         with quiet():
             parsed = kind(**{name: value for name, value in config.items() if name in known})
     except Exception as error:  # of many types, for a file that is a stranger's
-        raise ValueError(f"{file}: peft rejects it: {error}") from error
+        raise ValueError(f"{file}: peft rejects it: {reason(error)}") from error
     if parsed.is_prompt_learning or parsed.is_adaption_prompt:
         raise ValueError(f"{file}: {peft_type} changes inputs, not weights; it cannot be merged.")
 
 
-def _check_modules(file: Path, keys: Sequence[str], modules: set[str]) -> None:
+def _check_modules(file: Path, keys: Sequence[str], place: Place, modules: set[str]) -> None:
     absent: dict[str, list[str]] = {}
     for key in keys:
-        place = module_of(key)
-        if place not in modules:
-            absent.setdefault(_unknown_part(place, modules), []).append(key)
+        if place(key) not in modules:
+            absent.setdefault(_unknown_part(place(key), modules), []).append(key)
     if absent:
         raise ValueError(
             "\n".join(

@@ -33,8 +33,8 @@ def check_adapter_config(file: Path, config: Mapping[str, Any]) -> None:
             "by a checkpoint is never run. Remove both keys"
         )
     for key in KEYED:
-        given = config.get(key, {})
-        if not isinstance(given, Mapping) or not all(_is_number(value) for value in given.values()):
+        given = {} if config.get(key) is None else config[key]
+        if not isinstance(given, Mapping) or not all(_is_rank(value) for value in given.values()):
             raise ValueError(f"{file}: {key} must map patterns to numbers, not {given!r}. Save it again.")
     for key, pattern in _patterns(config):
         if problem := _problem(pattern):
@@ -43,7 +43,10 @@ def check_adapter_config(file: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _is_number(value: Any) -> bool:
+def _is_rank(value: Any) -> bool:
+    """A finite number, or AdaLoRA's list of which ranks remain."""
+    if isinstance(value, list):
+        return all(isinstance(one, bool) for one in value)
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -53,7 +56,7 @@ def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         listed = given if isinstance(given, list) and key in LISTED else [given]
         yield from ((key, pattern) for pattern in listed if isinstance(pattern, str))
     for key in KEYED:
-        yield from ((key, str(pattern)) for pattern in config.get(key, {}))
+        yield from ((key, str(pattern)) for pattern in config.get(key) or {})
 
 
 def _problem(pattern: str) -> str | None:

@@ -50,7 +50,8 @@ def find_sources(
         try:
             check_one_generation(path)
             if (path / ADAPTER).is_file():
-                plans[expert], found = _adapter(frame, path, ignore, allow_pickle, workspace)
+                plan = _adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
+                plans[expert], found = plan
                 problems += [f"{expert}: {line}" for line in found]
             else:
                 plans[expert] = plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary)
@@ -68,10 +69,15 @@ def find_sources(
 
 
 def _adapter(
-    frame: Parameters, path: Path, ignore: Sequence[str], allow_pickle: bool, workspace: Path | None
+    frame: Parameters,
+    path: Path,
+    ignore: Sequence[str],
+    allow_pickle: bool,
+    workspace: Path | None,
+    shared_vocabulary: bool,
 ) -> tuple[Plan, list[str]]:
     """An adapter, and its mismatches with the base's configuration and ties."""
-    plan = plan_adapter(frame, path, ignore, allow_pickle, workspace)
+    plan = plan_adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
     recorded = read_json(path / ADAPTER).get("base_model_name_or_path")
     mismatches = recorded_mismatches(frame.meta_model, frame.checkpoint.path, path, recorded)
     return plan, mismatches + one_sided_updates(frame, path, plan.adapter.keys)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints.adapter import Adapter, module_of
+from trainmerge.checkpoints.adapter import Adapter
 from trainmerge.checkpoints.full_expert import FullExpert
 from trainmerge.checkpoints.low_rank_adapter import LowRankAdapter
 from trainmerge.checkpoints.merged_adapter import MergedAdapter
@@ -68,7 +68,7 @@ def _ignored_by_adapter(frame: Parameters, adapter: Adapter) -> list[str]:
     hidden = set(frame.names.values()) - frame.files.keys()
     found: dict[str, None] = {}  # an ordered set
     for key, name in {**adapter.keys, **adapter.ignored}.items():
-        parameter = key if key in hidden else f"{module_of(key)}.weight"
+        parameter = key if key in hidden else f"{adapter.module_of(key)}.weight"
         known = parameter in hidden and not key.endswith(UNCHANGING)
         if known and _changes(frame, key, adapter.source.read(name)):
             found[parameter] = None

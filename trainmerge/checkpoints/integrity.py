@@ -48,6 +48,21 @@ def same_weights(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     return weights(one) == weights(other)
 
 
+def as_recorded(
+    found: Mapping[str, Mapping[str, str]], recorded: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, str]]:
+    """Fingerprints as a run recorded them, where they agree: older versions recorded further files too."""
+
+    def counted(files: Mapping[str, str]) -> dict[str, str]:
+        patterns = (*WEIGHTS, *TOKENIZER)
+        return {n: d for n, d in files.items() if any(fnmatchcase(n, pattern) for pattern in patterns)}
+
+    return {
+        name: dict(recorded[name]) if name in recorded and counted(recorded[name]) == files else dict(files)
+        for name, files in found.items()
+    }
+
+
 def stamps(path: str | Path) -> dict[str, Stamp]:
     """The file system's stamps of the files that `fingerprint` reads; every change gives another stamp.
 

@@ -6,18 +6,20 @@ Names, transposes and s are peft's own: the adapter is injected into the base's 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.tuners import lora
-from torch import Tensor
+from torch import nn
 
 from trainmerge.checkpoints.adapter import Adapter, open_adapter
+from trainmerge.checkpoints.adapter_promises import Promises, check_promises
 from trainmerge.checkpoints.merged_adapter import MergedAdapter
-from trainmerge.checkpoints.meta_model import build_meta_model, quiet, shorten
+from trainmerge.checkpoints.meta_model import shorten
 from trainmerge.checkpoints.parameters import Parameters
-from trainmerge.checkpoints.sources import LowRankSource, Source
+from trainmerge.checkpoints.sources import FullSource, LowRankSource, Source
 
 # These do not change the form scale * up @ down. Any other field must have its default.
 LINEAR_FIELDS = {
@@ -28,7 +30,7 @@ LINEAR_FIELDS = {
     "init_lora_weights",
 }  # fmt: skip
 LINEAR_STARTS = (True, False, "gaussian")  # the others change the base's weights, or may
-BASE_LAYER = ".base_layer.weight"  # peft saves a copy of an embedding that it adapts
+ADAPTED = ".base_layer."  # in the key of an adapted embedding's copy
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,35 @@ class LowRankAdapter:
     base: Parameters
     adapter: Adapter
     factors: Mapping[str, Factor]  # the base's tensor -> its factors
+    copies: Sequence[str]  # keys of embeddings that were saved whole
     dense: MergedAdapter
 
     def sources(self) -> dict[str, Source]:
-        """The base's tensor name -> the places of its update's factors."""
-        for key in self.adapter.keys:
-            if key.endswith(BASE_LAYER):
-                name = self.base.file_of(key.removesuffix(BASE_LAYER) + ".weight")
-                if name and not torch.equal(self.adapter.read(key), self.base.checkpoint.read(name)):
-                    return self.dense.sources()
-        return {name: self._source(factor) for name, factor in self.factors.items()}
+        """The base's tensor name -> the places of its update's factors, or of its copy in the adapter.
+
+        Raises ValueError if the adapter's copies of tied embeddings differ.
+        """
+        found: dict[str, Source] = {name: self._source(factor) for name, factor in self.factors.items()}
+        for key, name in self._changed_copies().items():
+            if ADAPTED in key or name in self.factors:  # both its base and its update
+                return self.dense.sources()
+            found[name] = FullSource(str(self.adapter.info(key).file), self.adapter.keys[key])
+        return found
+
+    def _changed_copies(self) -> dict[str, str]:
+        """Key -> the base's tensor, of copies that differ from the base's."""
+        changed: dict[str, str] = {}
+        for key in self.copies:
+            name = self.base.file_of(key.replace(ADAPTED, "."))
+            if name and not torch.equal(self.adapter.read(key), self.base.checkpoint.read(name)):
+                changed[key] = name
+        for one, other in combinations(changed, 2):
+            if changed[one] == changed[other] and not torch.equal(*map(self.adapter.read, (one, other))):
+                raise ValueError(
+                    f"{self.adapter.file}: {one} and {other} differ, the base ties them: untie the base "
+                    "first (save it with tie_word_embeddings false and both weights)"
+                )
+        return changed
 
     def _source(self, factor: Factor) -> Source:
         file, keys = self.adapter.info(factor.up).file, self.adapter.keys
@@ -65,21 +86,28 @@ class LowRankAdapter:
 
 
 def plan_adapter(
-    base: Parameters, path: Path, ignore: Sequence[str], allow_pickle: bool, workspace: Path | None
+    base: Parameters,
+    path: Path,
+    ignore: Sequence[str],
+    allow_pickle: bool,
+    workspace: Path | None,
+    shared_vocabulary: bool = False,
 ) -> LowRankAdapter | MergedAdapter:
     """The expert of the adapter at `path`, low-rank or merged, from headers alone.
 
-    Raises ValueError, with one line per mismatch, if it has another base, if peft does not support it, or if
-    it needs `workspace` and that is None.
+    Raises ValueError, with one line per mismatch, if it has another base, if its tensors are not those that
+    its config promises, if peft does not support it, or if it needs `workspace` and that is None.
     """
     adapter = open_adapter(base, path, ignore, allow_pickle)
     _check_start(adapter)
-    dense = MergedAdapter(base, adapter, ignore, workspace)
-    reason = _not_linear(adapter)
+    promises = check_promises(base, adapter, ignore, shared_vocabulary)
+    dense = MergedAdapter(base, adapter, promises, ignore, workspace)
+    reason = _not_linear(adapter, promises)
+    factors: dict[str, Factor] = {}
+    if reason is None and promises.model is not None:
+        factors, reason = _factors(base, adapter, promises.model)
     if reason is None:
-        factors, reason = _factors(base, adapter)
-    if reason is None:
-        return LowRankAdapter(base, adapter, factors, dense)
+        return LowRankAdapter(base, adapter, factors, promises.copies, dense)
     if workspace is None:
         raise ValueError(
             f"{path}: {reason}, so its update is not plainly low-rank; set a workspace folder for its merged "
@@ -101,7 +129,7 @@ def _check_start(adapter: Adapter) -> None:
         )
 
 
-def _not_linear(adapter: Adapter) -> str | None:
+def _not_linear(adapter: Adapter, promises: Promises) -> str | None:
     """Why, by config or tensors, the update is not of the form scale * up @ down; None if it is."""
     config = adapter.peft_config()
     if type(config) is not LoraConfig:
@@ -112,64 +140,36 @@ def _not_linear(adapter: Adapter) -> str | None:
             return f"{name} is {value!r}"
     if config.init_lora_weights not in LINEAR_STARTS:
         return f"init_lora_weights is {config.init_lora_weights!r}"
-    ends = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", BASE_LAYER)
-    whole = [key for key in adapter.keys if not key.endswith(ends)]
+    if promises.rows is not None and any(ADAPTED in key for key in promises.copies):
+        return "it adapts an embedding of another vocabulary"
+    ends = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+    whole = [key for key in adapter.keys if not key.endswith(ends) and key not in promises.copies]
     return f"it contains {shorten(whole)}" if whole else None
 
 
-def _factors(base: Parameters, adapter: Adapter) -> tuple[dict[str, Factor], str | None]:
+def _factors(base: Parameters, adapter: Adapter, model: nn.Module) -> tuple[dict[str, Factor], str | None]:
     """Each adapted tensor's factors, by peft's own layers; or the reason why the update is not low-rank."""
-    meta_model = build_meta_model(base.checkpoint.path)
-    owners = {id(parameter): name for name, parameter in meta_model.named_parameters()}
-    try:
-        with quiet(), torch.device("meta"):
-            config = adapter.peft_config(modules_to_save=None, task_type=None, init_lora_weights=True)
-            get_peft_model(meta_model, config)  # inserts its layers into `meta_model`
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{adapter.path}: does not match the base: {error}".replace("\n", " ")) from error
+    parameters = dict(base.meta_model.named_parameters(remove_duplicate=False))
+    owners = {id(parameter): name for name, parameter in base.meta_model.named_parameters()}
     factors: dict[str, Factor] = {}
-    expected: dict[str, torch.Size] = {}
-    for name, layer in meta_model.named_modules():
+    for name, layer in model.named_modules():
         if not isinstance(layer, lora.LoraLayer):
             continue
         if not isinstance(layer, lora.Linear | lora.Embedding) or layer.lora_variant:
             return {}, f"{name} is adapted as {type(layer).__name__}"
-        parts = _parts(name, layer)
-        expected |= {key: tensor.shape for key, tensor in parts.items()}
-        file = base.files.get(owners[id(layer.get_base_layer().weight)])
+        file = base.files.get(owners[id(parameters[f"{name}.weight"])])
         if file in factors:
             return {}, f"two adapted modules share {file}"
-        if file is not None:  # None: excluded by `ignore`
-            down, up = parts
+        down, up = _parts(name, layer)
+        if file is not None and up in adapter.keys:  # otherwise excluded by `ignore`
             flip = isinstance(layer, lora.Embedding) or bool(layer.fan_in_fan_out)
             scale = float(layer.scaling["default"])
             factors[file] = Factor(down, up, True, scale) if flip else Factor(up, down, False, scale)
-    _check_tensors(adapter, expected)
     return factors, None
 
 
-def _parts(name: str, layer: lora.Linear | lora.Embedding) -> dict[str, Tensor]:
-    """Key -> tensor of A [r, in], then of B [out, r]."""
-    ends = ["lora_embedding_A", "lora_embedding_B"]
-    if not isinstance(layer, lora.Embedding):
-        ends = ["lora_A.weight", "lora_B.weight"]
-    tensors = {key.replace(".default", ""): tensor for key, tensor in layer.named_parameters()}
-    return {f"{name}.{end}": tensors[end] for end in ends}
-
-
-def _check_tensors(adapter: Adapter, expected: Mapping[str, torch.Size]) -> None:
-    file = adapter.path
-    copies = {key for key in adapter.keys if key.endswith(BASE_LAYER)}
-    problems = [
-        f"{file}: {key} {tuple(shape)} is missing"
-        for key, shape in expected.items()
-        if key not in adapter.keys
-    ]
-    for key in adapter.keys:
-        got = tuple(adapter.info(key).shape)
-        if key not in expected and key not in copies:
-            problems.append(f"{file}: {key} {got} does not belong to a module that its config adapts")
-        elif key in expected and got != tuple(expected[key]):
-            problems.append(f"{file}: {key} is {got}, this base needs {tuple(expected[key])}: another base?")
-    if problems:
-        raise ValueError("\n".join(problems))
+def _parts(name: str, layer: lora.Linear | lora.Embedding) -> tuple[str, str]:
+    """The keys of A [r, in] and of B [out, r]."""
+    if isinstance(layer, lora.Embedding):
+        return f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
+    return f"{name}.lora_A.weight", f"{name}.lora_B.weight"

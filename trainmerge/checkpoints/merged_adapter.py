@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import peft
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from torch import Tensor
 
-from trainmerge.checkpoints.adapter import ROOT, Adapter
+from trainmerge.checkpoints.adapter import Adapter
+from trainmerge.checkpoints.adapter_promises import Promises, differences, modules_to_save, saved_tensors
 from trainmerge.checkpoints.meta_model import quiet, shorten
 from trainmerge.checkpoints.model import load_model
 from trainmerge.checkpoints.parameters import Parameters
-from trainmerge.checkpoints.sources import FullSource, Source
+from trainmerge.checkpoints.sources import FullSource, Source, fit_rows
 from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.safetensors_file import sha256, write_safetensors
 from trainmerge.system.workspace import cached, digest
@@ -30,6 +32,7 @@ class MergedAdapter:
 
     base: Parameters
     adapter: Adapter
+    promises: Promises
     ignore: Sequence[str]
     workspace: Path | None
 
@@ -62,47 +65,45 @@ class MergedAdapter:
         before = {name for name, _ in loaded.module.named_parameters()}
         try:
             with quiet(), TemporaryDirectory(dir=workspace, prefix=".adapter-") as folder:
-                _rewrite(self.adapter, Path(folder))
+                self._rewrite(Path(folder))
+                if self.promises.rows is not None:  # new rows are the adapter's own
+                    resize: Any = loaded.module
+                    resize.resize_token_embeddings(self.promises.rows, mean_resizing=False)
                 wrapped = PeftModel.from_pretrained(loaded.module, folder, torch_device="cpu")
                 self._check_loaded(wrapped)
                 merged = dict(wrapped.merge_and_unload().named_parameters())
-        except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, KeyError) as error:
-            raise ValueError(f"{path}: peft cannot merge it into {base.checkpoint.path}: {error}") from error
+        except Exception as error:  # of many types: peft has dozens of kinds
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{path}: peft cannot merge it into {base.checkpoint.path}: {reason}") from error
         changed = sorted(before ^ merged.keys())
         if changed:
             raise ValueError(
                 f"{path}: merging it changes the base's parameters, {shorten(changed)}: the adapter unties "
                 "the head, or repeats layers. Untie the base first, or remove the adapter."
             )
-        tensors = {name: merged[parameter] for parameter, name in base.files.items()}
-        return {n: t for n, t in tensors.items() if not torch.equal(t, base.checkpoint.read(n))}
+        read = base.checkpoint.read
+        tensors = {name: fit_rows(merged[own], read(name)) for own, name in base.files.items()}
+        return {name: tensor for name, tensor in tensors.items() if not torch.equal(tensor, read(name))}
 
     def _check_loaded(self, wrapped: PeftModel) -> None:
-        """Raise ValueError for tensors that peft would silently drop."""
-        state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        unused = [key for key in self.adapter.keys if ROOT + key not in state and ".base_layer." not in key]
-        if unused:
-            raise ValueError(f"peft does not use {shorten(unused)}")
-        missing = [
-            key for key in state if ".lora_" in key and key.removeprefix(ROOT) not in self.adapter.keys
-        ]
-        if missing:
-            raise ValueError(f"{shorten(missing)} are missing from the adapter")
+        """Raise ValueError for tensors that peft would silently drop, or start anew."""
+        expected = saved_tensors(wrapped)
+        if problems := differences(self.adapter, expected, self.ignore, self.promises.copies):
+            raise ValueError("; ".join(problems))
+
+    def _rewrite(self, folder: Path) -> None:
+        """The adapter without ignored tensors, under the base's names, for peft to load."""
+        adapter = self.adapter
+        kept = modules_to_save(self.base, adapter, self.ignore)
+        # A task type would add the heads that were removed.
+        config = {**adapter.config, "modules_to_save": kept, "task_type": None, "auto_mapping": None}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        infos = {adapter.peft_name(key): adapter.info(key) for key in adapter.keys}
+        specs = {name: (info.dtype, info.shape) for name, info in infos.items()}
+        tensors = ((adapter.peft_name(key), adapter.read(key)) for key in adapter.keys)
+        write_safetensors(folder / "adapter_model.safetensors", specs, tensors)
 
     def _write(self, file: Path, tensors: dict[str, Tensor]) -> None:
         check_free_space(file.parent, sum(tensor.nbytes for tensor in tensors.values()))
         specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
         write_safetensors(file, specs, tensors.items(), {"adapter": self.adapter.path.name})
-
-
-def _rewrite(adapter: Adapter, folder: Path) -> None:
-    """The adapter without ignored tensors, under the base's names, for peft to load."""
-    words = {word for key in adapter.keys for word in key.split(".")}
-    modules = adapter.config.get("modules_to_save")
-    kept = [name for name in modules or [] if name.split(".")[-1] in words] or None
-    # A task type would add the heads that were removed.
-    config = {**adapter.config, "modules_to_save": kept, "task_type": None, "auto_mapping": None}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    specs = {ROOT + key: (adapter.info(key).dtype, adapter.info(key).shape) for key in adapter.keys}
-    tensors = ((ROOT + key, adapter.read(key)) for key in adapter.keys)
-    write_safetensors(folder / "adapter_model.safetensors", specs, tensors)

@@ -81,7 +81,8 @@ def _checked(base: Checkpoint, ignore: Sequence[str]) -> tuple[PreTrainedModel, 
     meta_model = build_meta_model(base.path)
     names = locate(meta_model, base.path, base.tensors, ignore)
     absent = [name for name, _ in meta_model.named_parameters() if name not in names.values()]
-    absent = [name for name in absent if not matches(name, ignore)]
+    computed = meta_model._keys_to_ignore_on_save or ()  # Marian's positions, which files never hold
+    absent = [name for name in absent if not matches(name, ignore) and name not in computed]
     if absent:
         raise ValueError(
             f"{base.path}: {type(meta_model).__name__} has parameters that the files lack and that would be "

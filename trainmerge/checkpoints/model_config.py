@@ -4,6 +4,7 @@ Transformers downloads and runs a kernel where the configuration names one as it
 `flash_attention_2` without flash-attn). Only torch's own implementations are accepted.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from trainmerge.system.json_file import read_json
 from trainmerge.system.links import check_link
+from trainmerge.system.text import reason
 
 CHOICES = (
     "attn_implementation",
     "experts_implementation",
 )  # also with underscores before and `_internal` after
 OWN = {"eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm", None}  # in torch and transformers
+DEPTH = re.compile(r"(layers?|depths?)$")
+DEEPEST = 2_000  # layers: building more would take minutes
 
 
 def read_model_config(path: Path) -> PreTrainedConfig:
@@ -30,7 +34,12 @@ def read_model_config(path: Path) -> PreTrainedConfig:
     """
     file = path / "config.json"
     check_link(path, file)
-    for key, value in _implementations(read_json(file, "Download or save it again.")):
+    content = read_json(file, "Download or save it again.")
+    if many := [(key, value) for key, value in content.items() if DEPTH.search(key) and _over(value)]:
+        raise ValueError(
+            f"{file}: {many[0][0]} is {many[0][1]!r}, more than any model has. Download it again."
+        )
+    for key, value in _implementations(content):
         raise ValueError(
             f"{file}: {key} is {value!r}, which would run a kernel from outside torch, possibly a downloaded "
             f"one. Remove {key} from the file: then torch's own is used, with the same results up to rounding"
@@ -44,11 +53,16 @@ def read_model_config(path: Path) -> PreTrainedConfig:
     return config
 
 
+def _over(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return any(isinstance(number, int | float) and number > DEEPEST for number in numbers)
+
+
 def cannot_build(path: Path, error: Exception) -> ValueError:
     """The error for a configuration that transformers rejects."""
     return ValueError(
         f"{path / 'config.json'}: transformers {transformers.__version__} cannot build this model: "
-        f"{error or type(error).__name__}. Code from checkpoints is never run."
+        f"{reason(error)}. Code from checkpoints is never run."
     )
 
 

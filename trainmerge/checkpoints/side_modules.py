@@ -8,7 +8,6 @@ from trainmerge.system import json_file
 from trainmerge.system.safetensors_file import sha256
 
 MODULES = "modules.json"
-AGAIN = "Download or save it again."
 WEIGHTS = (".safetensors", ".bin")
 
 
@@ -16,7 +15,7 @@ def module_folders(path: Path) -> set[Path]:
     """The subfolders, relative to `path`, that modules.json names. Raises ValueError if it is damaged."""
     if not (path / MODULES).is_file():
         return set()
-    entries = json_file.parse_json(json_file.read_bytes(path / MODULES, AGAIN), path / MODULES, AGAIN)
+    entries = json_file.read_value(path / MODULES, "Download or save it again.")
     entries = entries if isinstance(entries, list) else []
     named = [entry.get("path") for entry in entries if isinstance(entry, Mapping)]
     places = [PureWindowsPath(name) for name in named if isinstance(name, str) and name.strip("./")]

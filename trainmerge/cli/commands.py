@@ -140,17 +140,19 @@ def inspect(
         suggest: Write a suggested configuration, with its reasons, to this YAML file.
         output: Write everything to this JSON file too.
     """
-    from trainmerge.inspection import inspect_path
+    from trainmerge.inspection import closing_words, inspect_path
 
-    findings = inspect_path(
-        Path(path), every, weights, Path(suggest) if suggest else None, Path(output) if output else None
-    )
-    if errors := [finding for finding in findings if finding.level == "error"]:
-        raise ValueError(f"{len(errors)} error{'s' * (len(errors) > 1)}, listed above")
-    if Path(path).is_file():
+    file = Path(suggest) if suggest else None
+    findings = inspect_path(Path(path), every, weights, file, Path(output) if output else None)
+    errors = [finding for finding in findings if finding.level == "error"]
+    if Path(path).is_file() and not errors:
         from trainmerge.cli.fit import show_plan
 
         show_plan(Path(path))
+    if file is not None or Path(path).is_file():
+        print(closing_words(file))
+    if errors:
+        raise ValueError(f"{len(errors)} error{'s' * (len(errors) > 1)}, listed above")
 
 
 def report(run: str, out: str | None = None) -> None:

@@ -85,8 +85,9 @@ def show_plan(config: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         try:
             plan = plan_of(from_config(config, Path(place) / "run"))
-        except ValueError as error:
-            print(f"no plan of memory and time: {error}")
+        except Exception as error:  # of any type: the model's own code runs, on tensors without values
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            print(f"no plan of memory and time: {kind}{' '.join(str(error).split())}")
             return
     print_plan(plan)
 

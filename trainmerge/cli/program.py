@@ -14,6 +14,7 @@ from trainmerge.cli.commands import allocate, compare, evaluate, export, inspect
 from trainmerge.cli.threads import run_of, set_threads
 from trainmerge.cli.tradeoffs import pareto, search
 from trainmerge.fitting.mistakes import explain
+from trainmerge.system.memory import is_out_of_memory
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
@@ -84,6 +85,15 @@ def main(arguments: list[str] | None = None) -> int:
         OSError,
     ) as error:  # errors that a user can cause; any other is a bug, with a traceback
         print(f"trainmerge {name}: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        again = "resumes" if name in RESUMABLE else "starts over"
+        full = (
+            f"memory is full ({str(error) or 'no more was given'}): close other programs, or raise the limit"
+        )
+        print(f"trainmerge {name}: {full}; the same command {again}", file=sys.stderr)
         return 1
 
 

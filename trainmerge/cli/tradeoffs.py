@@ -25,8 +25,8 @@ def pareto(
 
     Args:
         run: A finished run.
-        export: Only export the merge of this point of an existing front.
-        out: The folder to create, with `export`.
+        export: Only export the merge of this point of an existing front, as the folder `out`.
+        out: The folder to create.
         overwrite: Replace the folder if it exists.
         points: Merges to fit the quadratics to.
         checks: Further merges to validate them on.
@@ -35,16 +35,20 @@ def pareto(
         count: Approximate number of points on the front.
         seed: Seed of the points.
     """
-    if (export is None) != (out is None):
+    if export is not None or out is not None:
+        write_point(run, export, out, overwrite)
+    else:
+        used = None if examples in (0, "all") else int(examples)
+        print_front(run, points, checks, radius, used, count, seed)
+
+
+def write_point(run: str, export: int | None, out: str | None, overwrite: bool) -> None:
+    """Export the merge of a point of an existing front."""
+    from trainmerge.tradeoffs import export_point
+
+    if export is None or out is None:
         raise ValueError("to export a point, give both: --export POINT --out FOLDER")
-    if export is not None and out is not None:
-        from trainmerge.tradeoffs import export_point
-
-        print(f"merged checkpoint: {export_point(run, export, out, overwrite)}")
-        return
-
-    used = None if examples in (0, "all") else int(examples)
-    print_front(run, points, checks, radius, used, count, seed)
+    print(f"merged checkpoint: {export_point(run, export, out, overwrite)}")
 
 
 def search(

@@ -1,7 +1,9 @@
 """Aggregate the experts' coefficient gradients, one row per expert, when objectives conflict.
 
 The rules are TorchJD's aggregators (`torchjd.aggregation`: Mean, PCGrad, MGDA, CAGrad, UPGrad, ...), or any
-module that maps [m, n] to [n].
+module that maps [m, n] to [n]. A fit gives them the gradients of the values that the optimizer moves, so that
+a rule's promise (to first order no task's loss rises) holds for the step: under `Sigmoid` rows are multiplied
+by its slope first. Groups with fixed coefficients are 0.
 
 Legend: `m` rows, one per expert's loss; `K` experts, `G` coefficient groups, n = K * G.
 """

@@ -17,9 +17,13 @@ from trainmerge.system.ranges import check_fields
 class Anchor:
     """weight * mean |c - at|^power over all K x G coefficients.
 
-    With power 1 it is R of Expert Merging (arXiv 2509.25712); its reference code divides by G instead of K *
-    G, so its gamma has K times the effect: `scale="reference"`. With power 1 the gradient at the anchor is 0,
-        so the penalty has no effect before the first step.
+    With power 1 it is R of Expert Merging (arXiv 2509.25712), whose gradient at the anchor is 0: it has no
+    effect before the first step. Fixed coefficients count in the mean.
+
+    Its reference code differs twice: it divides by G instead of K * G (`scale="reference"`), and averages the
+    K tasks' losses, which a fit sums. So its gradient is that of a fit over K, and its gamma and its clip of
+    1.0 are reached in one of two ways: `Anchor(K * gamma, scale="reference")` with `clip` K, or
+    `Expert.weight` 1 / K with `Anchor(gamma, scale="reference")` and `clip` 1.
 
     Args:
         weight: The paper's gamma.

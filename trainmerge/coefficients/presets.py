@@ -15,7 +15,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.coefficients.layout import Layout
-from trainmerge.data.examples import Columns, Example, load_examples
+from trainmerge.data.examples import Columns, Example
+from trainmerge.data.text_files import load_examples
 from trainmerge.system.ranges import check_fields
 
 

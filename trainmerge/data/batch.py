@@ -7,6 +7,7 @@ batch, row-major over its mask; `R` rows of logits: `P` for a language model, `B
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -14,9 +15,13 @@ class Asks(NamedTuple):
     """The expert outputs that an objective needs, recorded on each expert's own calibration examples."""
 
     temperature: float | None = None  # record log-probabilities at this temperature; None: none
-    layers: tuple[
-        int, ...
-    ] = ()  # hidden states to record, by transformers' index: 0 the embeddings, -1 the last
+    layers: tuple[int, ...] = ()  # hidden states to record, by transformers' index: 0 the embeddings
+    dtype: torch.dtype = torch.bfloat16  # of the recorded hidden states
+
+    def identity(self) -> str:
+        """A text that identifies them; as in version 0.1.0 for what that could record."""
+        exact = "" if self.dtype == torch.bfloat16 else f", dtype={self.dtype}"
+        return f"Asks(temperature={self.temperature!r}, layers={self.layers!r}{exact})"
 
 
 class Predictions(NamedTuple):
@@ -31,7 +36,7 @@ class Signals(NamedTuple):
     """The recorded outputs of the batch's expert that the objective needs."""
 
     predictions: Predictions | None = None
-    hidden: Mapping[int, Tensor] = {}  # layer -> [P, D] bfloat16
+    hidden: Mapping[int, Tensor] = {}  # layer -> [P, D] of `Asks.dtype`
 
 
 class Batch(NamedTuple):

@@ -7,7 +7,7 @@ mid-epoch, with a different number of workers or processes.
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from typing import Any
@@ -21,7 +21,6 @@ from trainmerge.data.examples import (
     Columns,
     Example,
     examples_identity,
-    load_examples,
     read_examples,
     warn_of_overlap,
 )
@@ -76,7 +75,7 @@ class Steps(Dataset[Step]):
         examples = [own[i] for i in chosen]
         encoded = self.tokenize.encode(examples)
         share = len(chosen) * self.world_size / self.batch_size
-        rows = self.tokenize.picture_rows(examples, encoded.inputs)
+        rows = self.tokenize.pictures.rows(examples, encoded.inputs)
         return Batch(expert, encoded.inputs, encoded.mask, torch.tensor(chosen), share=share, rows=rows)
 
 
@@ -144,8 +143,9 @@ class Calibration(pl.LightningDataModule):
                     f"{name}: only one calibration example; the merge will overfit it", stacklevel=2
                 )
             if name in self.test_files:
-                test = load_examples(self.test_files[name], [columns.text])[columns.text]
-                warn_of_overlap(name, [example.text for example in examples], test)
+                plain = replace(columns, spans=None, target=None, image=None)
+                test = read_examples(self.test_files[name], plain, self._render)
+                warn_of_overlap(name, [e.text for e in examples], [e.text for e in test])
         self._consumed = 0
 
     @cached_property

@@ -19,7 +19,7 @@ from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.sources import columns_of, recipe_of, text_length
+from trainmerge.run.sources import columns_of, tasks_of, text_length
 from trainmerge.system import distributed
 from trainmerge.system.atomic import write_whole
 
@@ -63,16 +63,16 @@ def compare(
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise ValueError("give two or more different runs or checkpoints to compare")
     source = Path(recipe or paths[0])
-    tasks_of = recipe_of(source)
-    metric, tokenize = metric_of(tasks_of), Tokenizer(tasks_of.base, text_length(source, max_length))
-    held_in, held_out = load_tasks(tasks_of, tokenize, columns_of(source), limit)
+    shared = tasks_of(source)
+    metric, tokenize = metric_of(shared), Tokenizer(shared.base, text_length(source, max_length))
+    held_in, held_out = load_tasks(shared, tokenize, columns_of(source), limit)
     tasks = [*held_in, *held_out]
-    heads = heads_of(tasks_of, tasks, tokenize)
+    heads = heads_of(shared, tasks, tokenize)
     folders = {name: Path(name) for name in names}
     if held_out:
-        folders = {"base": Path(tasks_of.base), **folders}
+        folders = {"base": Path(shared.base), **folders}
     bar = track(folders.items(), description="comparing", disable=distributed.rank() > 0)
-    rows = {name: _score(folder, tasks_of, heads, tasks, tokenize) for name, folder in bar}
+    rows = {name: _score(folder, shared, heads, tasks, tokenize) for name, folder in bar}
     held = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
     return _compared(Evaluation(metric, *held, rows))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from trainmerge.evaluate import Comparison, Evaluation, compare, evaluate_checkpoint, evaluate_run
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.scores import score_rows
-from trainmerge.run.sources import columns_of, recipe_of, text_length
+from trainmerge.run.sources import columns_of, tasks_of, text_length
 from trainmerge.system.console import print_table
 from trainmerge.system.distributed import joined, rank
 
@@ -29,7 +29,7 @@ def evaluate_path(
         else:
             length = text_length(recipe, max_length)
             columns = columns_of(recipe)
-            found = evaluate_checkpoint(path, recipe_of(recipe), limit, length, answers, harness, columns)
+            found = evaluate_checkpoint(path, tasks_of(recipe), limit, length, answers, harness, columns)
         if rank() == 0:
             print_evaluation(str(path), found)
             if is_run:

@@ -21,7 +21,8 @@ from trainmerge.model.forward import build_classifier
 from trainmerge.model.resident import Placement, Resident, load_resident, preprocess
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
-from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import Metric, Scores
 from trainmerge.run.sources import columns_of, text_length
 from trainmerge.system import distributed
@@ -46,41 +47,43 @@ def evaluate_run(
 ) -> Evaluation:
     """Scores of a run's merge and of the baselines: base, average, best task arithmetic and the experts.
 
-    The best task-arithmetic coefficient is chosen on the test scores themselves, an oracle that the learned
-    merge does not have. With held-out tasks the base is always scored, because forgetting is relative to it.
+    The best task-arithmetic coefficient is an oracle's: it is chosen on the test scores themselves.
 
     Args:
         run: The run folder.
         limit: Score the first so many examples of each task; by default all.
         max_length: Truncate texts to this many tokens; by default as in the run's fit.
         grid: The task-arithmetic coefficients.
-        compare: Score the baselines too.
-        answers: Maximal tokens of an answer to a prompt, for test files with a column `prompt`; 0 skips
-            prompts.
+        compare: Score the baselines too; the base is scored anyway if there are held-out tasks.
+        answers: Maximal tokens of an answer to a test file's column `prompt`; 0 skips prompts.
         harness: lm-evaluation-harness tasks, as held-out ones.
     """
     check_option("grid", grid, Sequence[float])
     recipe, coefficients, opened = open_run(folder := RunFolder(Path(run)))
-    metric, tokenize = metric_of(recipe), Tokenizer(recipe.base, text_length(folder.path, max_length))
+    tokenize = Tokenizer(recipe.base, text_length(folder.path, max_length))
     held_in, held_out = load_tasks(recipe, tokenize, columns_of(folder.path), limit)
     tasks = [*held_in, *held_out]
     resident, subject = load_subject(recipe, coefficients, opened, tokenize, folder, tasks, answers)
-    uniform = {"base": 0.0} if compare or held_out or harness else {}
-    if compare:
-        uniform |= {"average": 1 / len(held_in)} | {f"{ARITHMETIC} {c}": c for c in grid}
+    rows = _baselines(len(held_in), grid, compare, bool(held_out or harness)) | {"learned": None}
     scored: dict[str, Scored] = {}
     harnessed: dict[str, Mapping[str, HarnessScore]] = {}
-    rows = [*uniform, "learned", *["expert"] * compare]
-    for row in progress(rows, description="scoring", disable=distributed.rank() > 0):
+    for row in progress([*rows, *["expert"] * compare], "scoring", disable=distributed.rank() > 0):
         if row == "expert":
             scored[row] = _experts(resident, subject, held_in)
             continue
-        with _uniform(resident, uniform[row]) if row in uniform else nullcontext():
+        with _uniform(resident, rows[row]):
             if harness and not row.startswith(ARITHMETIC):
                 harnessed[row] = run_harness(subject.module, recipe.base, harness, limit)
             scored[row] = score_tasks(subject, tasks)
-    names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
-    return _with_best_arithmetic(Evaluation(metric, *names, scored, harnessed))
+    return _evaluation(metric_of(recipe), held_in, held_out, scored, harnessed)
+
+
+def _baselines(experts: int, grid: Sequence[float], compare: bool, base: bool) -> dict[str, float | None]:
+    """Row -> the coefficient of all experts: the base, the average and task arithmetic."""
+    rows: dict[str, float | None] = {"base": 0.0} if compare or base else {}
+    if compare:
+        rows |= {"average": 1 / experts} | {f"{ARITHMETIC} {c}": c for c in grid}
+    return rows
 
 
 def load_subject(
@@ -106,8 +109,10 @@ def build_heads(base: torch.nn.Module, tasks: Sequence[Task], tokenize: Tokenize
     return {task.name: build_classifier(task.head, base, tokenize) for task in tasks}
 
 
-def _uniform(resident: Resident, coefficient: float) -> AbstractContextManager[torch.nn.Module]:
-    """In this context all experts have the same coefficient."""
+def _uniform(resident: Resident, coefficient: float | None) -> AbstractContextManager[object]:
+    """In this context all experts have the same coefficient; None leaves the run's."""
+    if coefficient is None:
+        return nullcontext()
     return resident.merged.uniform(torch.full((len(resident.classifiers),), coefficient))
 
 
@@ -120,10 +125,17 @@ def _experts(resident: Resident, subject: Subject, tasks: Sequence[Task]) -> Sco
     return scores
 
 
-def _with_best_arithmetic(found: Evaluation) -> Evaluation:
-    kept = keep_best_arithmetic(found.scores, found.metric)
-    rows = {row: scores for row, scores in found.rows.items() if row in kept}
-    return Evaluation(found.metric, found.held_in, found.held_out, rows, found.harness)
+def _evaluation(
+    metric: Metric,
+    held_in: Sequence[Task],
+    held_out: Sequence[Task],
+    rows: Mapping[str, Scored],
+    harness: Mapping[str, Mapping[str, HarnessScore]],
+) -> Evaluation:
+    """The rows, with only the best task-arithmetic one by mean."""
+    names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
+    kept = keep_best_arithmetic(Evaluation(metric, *names, rows).scores, metric)
+    return Evaluation(metric, *names, {row: own for row, own in rows.items() if row in kept}, harness)
 
 
 def keep_best_arithmetic(rows: Scores, metric: Metric) -> Scores:

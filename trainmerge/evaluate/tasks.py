@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from trainmerge.checkpoints import Output, output_of
-from trainmerge.data.examples import Columns, Example, load_examples, read_examples
+from trainmerge.data.examples import Columns, Example, read_examples
 from trainmerge.data.heads import Head
+from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.measure import metric_of, predicted
+from trainmerge.run.heads import linear_problems
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import ACCURACY
 from trainmerge.system.ranges import check_option
@@ -73,7 +75,7 @@ class TestFiles:
         columns = self._columns()
         names = [*columns.names(), *["label"] * self.labelled]
         try:
-            data = load_examples(file, names, optional=["prompt"])
+            data = load_examples(file, names, optional=["prompt"], numbers=["label"])
         except ValueError as error:
             raise ValueError(
                 f"{error}. A {self.split} file needs the columns {names}: data.columns of the fit names the "
@@ -134,6 +136,8 @@ def load_tasks(
             held-out task has an expert's name.
     """
     labelled = metric_of(recipe) is ACCURACY
+    if problems := list(linear_problems(recipe)):
+        raise ValueError("\n".join(problems))
     check_option("limit", limit, int | None, "[1, inf)")
     if twice := recipe.experts.keys() & recipe.held_out.keys():
         raise ValueError(f"recipe.held_out: {sorted(twice)} are names of experts; rename these tasks")

@@ -23,7 +23,8 @@ from trainmerge.run.config import read_yaml, to_config
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.manifest import versions
 from trainmerge.run.open_run import open_run
-from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
 from trainmerge.run.saved import unfinished
 from trainmerge.system import distributed
 from trainmerge.system.disk_space import check_free_space

@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
+import yaml
 
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.provenance import describe, load_snapshot
 from trainmerge.fitting.rewind import rewind
-from trainmerge.run.config import write_config
+from trainmerge.run.config import read_yaml, write_config
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.manifest import differences
 from trainmerge.run.resume import resume_from
 from trainmerge.system.atomic import write_whole
+
+LEARNED_BY = ("seed_everything", "recipe", "model", "data")  # sections of a configuration
 
 
 class Snapshot(NamedTuple):
@@ -55,9 +58,12 @@ def begin(
         ValueError: non-finite weights; the folder's run or the snapshot has different experts, data or
             settings.
     """
-    module.opened.verify()
+    made = json.loads(snapshot.content["trainmerge"]) if snapshot else {}
+    if folder.began and folder.manifest.exists():
+        made = folder.read_manifest()
+    module.opened.verify(made.get("checksums"))
     description = describe(module, data)
-    folder.check(description)
+    folder.check(description, by_key(folder, config))
     if snapshot and (different := differences(json.loads(snapshot.content["trainmerge"]), description)):
         raise ValueError(f"{snapshot.path} was made with different experts, data or settings:\n{different}")
     module.description = json.dumps(description)
@@ -72,3 +78,15 @@ def begin(
     rewind(folder, snapshot.step if snapshot else 0, (experts, groups), trainer.loggers)
     if snapshot and snapshot.path == folder.snapshots().get(snapshot.step):
         folder.drop_snapshots_before(snapshot.step)  # those of a process killed right after it saved
+
+
+def by_key(folder: RunFolder, config: str | None) -> str:
+    """The settings of a configuration that differ from the run's own `config.yaml`; empty without both."""
+    if not config or not folder.config.is_file():
+        return ""
+    try:
+        before, now = read_yaml(folder.config), yaml.safe_load(config)
+    except ValueError:  # damaged: the fit writes it again
+        return ""
+    both = [{key: content.get(key) for key in LEARNED_BY} for content in (before, now) if content]
+    return differences(*both) if len(both) == 2 else ""

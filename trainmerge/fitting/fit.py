@@ -15,9 +15,9 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.optimisation import check_optimisation
 from trainmerge.fitting.outcome import check_learned, save_end, save_start, warn_if_loss_did_not_fall
 from trainmerge.fitting.plan_fit import Precision
-from trainmerge.fitting.preflight import check_tasks
+from trainmerge.fitting.preflight import check_heads, check_tasks
 from trainmerge.fitting.snapshots import Snapshots
-from trainmerge.fitting.trainer import check_strategy
+from trainmerge.fitting.trainer import check_folder, check_strategy
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.in_use import in_use
 from trainmerge.system.memory import parse_size
@@ -173,21 +173,6 @@ def precision_of(trainer: pl.Trainer) -> Precision:
     return trainer.strategy.precision_plugin.forward_context
 
 
-def check_folder(trainer: pl.Trainer, run: Path) -> None:
-    """Raise ValueError if the trainer does not write into this run folder."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    folders = [callback.folder.path for callback in callbacks if isinstance(callback, Snapshots)]
-    if not folders:
-        raise ValueError(
-            "this trainer saves no snapshots: make it with trainmerge.make_trainer(run, max_steps=...)"
-        )
-    if folders[0].resolve() != run.resolve():
-        raise ValueError(
-            f"the trainer writes into {folders[0]}, and the fit into {run}: give make_trainer and fit the "
-            "same run folder"
-        )
-
-
 def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:
     """Raise ValueError for settings that cannot work or would silently change what is learned."""
     if trainer.max_steps < 0:
@@ -206,6 +191,7 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
             f"data.batch_size {data.batch_size} leaves some of {trainer.world_size} processes without an "
             f"example of each expert: set it to {trainer.world_size} or more"
         )
+    check_heads(module)
     if trainer.max_steps or needs_examples(module.recipe, module.initial):
         check_data(module.recipe, module.opened, data)
         check_tasks(module, data)

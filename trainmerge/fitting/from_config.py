@@ -164,10 +164,8 @@ class FitCLI(LightningCLI):
 
 def _parse(given: list[str] | dict[str, Any], parser: type[FitCLI]) -> FitCLI:
     """Lightning's own parsing and building."""
-    for chatty in (
-        "pytorch_lightning",
-        "lightning_fabric",
-    ):  # notes on hardware and seeds, and advertisements
+    # notes on hardware and seeds, and advertisements
+    for chatty in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # The launcher of further processes runs sys.argv again, so it must not change; hence `args`.

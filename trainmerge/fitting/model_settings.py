@@ -11,8 +11,9 @@ from trainmerge.coefficients.presets import MeasuredPreset
 from trainmerge.data.calibration import Calibration
 from trainmerge.model.teachers import BUDGET
 from trainmerge.preprocess import Informed
-from trainmerge.run.recipe import Opened, Recipe
-from trainmerge.system.ranges import check_fields
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
+from trainmerge.system.ranges import check_fields, check_option
 from trainmerge.task_vectors.quantise import Quantise
 
 
@@ -40,6 +41,18 @@ def needs_examples(recipe: Recipe, initial: Initial) -> bool:
     """Whether the starting coefficients or task vectors need calibration examples."""
     informed = any(isinstance(method, Informed) for method in recipe.preprocess)
     return informed or isinstance(initial, MeasuredPreset)
+
+
+def check_learning(
+    clip: float, keep_better: bool, keep_gradients: bool, combine: torch.nn.Module | None
+) -> None:
+    """Raise ValueError for arguments of `MergeModule` out of range, or that exclude each other."""
+    check_option("model.clip", clip, float, "[0, inf)")
+    check_option("model.keep_better", keep_better, bool)
+    if keep_gradients and combine is not None:
+        raise ValueError(
+            "keep_gradients sums the gradients that `combine` needs separately: set only one of them"
+        )
 
 
 def check_sharding(settings: ModelSettings, needs_examples: bool) -> None:

@@ -8,38 +8,39 @@ Legend: `K` experts, `G` coefficient groups.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.coefficients.anchor import Anchor
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.constraints import Constraint, Free
-from trainmerge.coefficients.frank_wolfe import FrankWolfe
 from trainmerge.coefficients.initial import Initial, read_initial
-from trainmerge.data.batch import Batch, Step
+from trainmerge.data.batch import Batch
 from trainmerge.data.calibration import Calibration
-from trainmerge.fitting.model_settings import ModelSettings, check_data, check_sharding, needs_examples
-from trainmerge.fitting.precision import scale_of, without_scaler
+from trainmerge.fitting.model_settings import (
+    ModelSettings,
+    check_data,
+    check_learning,
+    check_sharding,
+    needs_examples,
+)
+from trainmerge.fitting.precision import scale_of
 from trainmerge.fitting.prepare import FitInputs, prepare
-from trainmerge.fitting.step_gradient import StepGradient
+from trainmerge.fitting.steps import CoefficientSteps
 from trainmerge.model.resident import Resident
 from trainmerge.model.teachers import BUDGET, Record
 from trainmerge.objectives import Entropy, Objective
 from trainmerge.plan.micro_batches import StepSchedule
 from trainmerge.run.recipe import Recipe
-from trainmerge.system.ranges import check_option
 from trainmerge.task_vectors.quantise import Quantise
 
 
-class MergeModule(pl.LightningModule):
+class MergeModule(CoefficientSteps):
     """Learns a merge's coefficients from unlabeled data.
 
     Args:
@@ -54,10 +55,13 @@ class MergeModule(pl.LightningModule):
         keep_better: After the fit, compare the loss over all calibration examples at start and end, and save
             the coefficients with the lower one.
         combine: Aggregates the experts' coefficient gradients: a `torchjd.aggregation` rule, or any module
-            [m, n] -> [n]; every expert then has its own backward. By default they are summed.
+            [m, n] -> [n]; every expert then has its own backward. By default they are summed. Rules see the
+            gradients of what the optimizer moves: under `Sigmoid` those of the logits, not of the
+            coefficients.
         subspace: Project weight gradients onto the orthogonal complement of the experts' shared subspace, of
             dimension floor(min(rows, columns) / subspace), as DOGE does; 0 projects nothing.
-        clip: Maximal norm of the gradient over all coefficients; 0 does not clip.
+        clip: Maximal norm of the gradient over all coefficients; 0 does not clip. The gradient is that of the
+            sum over tasks: code that averages K tasks clips at `clip` / K.
         weights: Dtype of the resident model: `stored` is the base files' own; `bfloat16` halves a float32
             model, and the merge is rounded to it once. Coefficients and reductions are always float32.
         tasks_per_backward: Tasks whose forwards share one backward. Each backward reads the task vectors once
@@ -94,13 +98,7 @@ class MergeModule(pl.LightningModule):
         sharded: bool = False,
     ) -> None:
         super().__init__()
-        check_option("model.clip", clip, float, "[0, inf)")
-        check_option("model.keep_better", keep_better, bool)
-        if keep_gradients and combine is not None:
-            raise ValueError(
-                "keep_gradients sums the gradients that `combine` needs separately: set only one of them"
-            )
-        self.automatic_optimization = False
+        check_learning(clip, keep_better, keep_gradients, combine)
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
         self.settings = ModelSettings(weights, subspace, quantise, teacher_budget, Path(workspace), sharded)
         self.schedule = StepSchedule(tasks_per_backward, keep=keep_gradients)
@@ -117,6 +115,7 @@ class MergeModule(pl.LightningModule):
         self.description = "{}"  # what the run depends on, as JSON: saved in its checkpoints
 
     @property
+    @override
     def resident(self) -> Resident:
         """The merged model; loaded when a fit begins.
 
@@ -130,6 +129,7 @@ class MergeModule(pl.LightningModule):
         return self._resident
 
     @property
+    @override
     def rule(self) -> torch.nn.Module | None:
         """The aggregation of the experts' gradients; None is their sum."""
         return self._combine[0]
@@ -172,60 +172,6 @@ class MergeModule(pl.LightningModule):
             self.resident.merged.loss_scale = scale
 
     @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the run depends on to the checkpoint, and the scale of float16 gradients."""
-        checkpoint["trainmerge"] = self.description
-        if self.resident.merged.loss_scale.active:
-            checkpoint["loss_scale"] = self.resident.merged.loss_scale.state_dict()
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue with the checkpoint's scale of float16 gradients."""
-        if "loss_scale" in checkpoint:
-            self.resident.merged.loss_scale.load_state_dict(checkpoint["loss_scale"])
-
-    @override
-    def training_step(self, step: Step, index: int) -> None:
-        """One optimizer step: all tasks' losses at one merge."""
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
-        reports: list[dict[str, Tensor]] = []
-        gradient = self._step_gradient()
-
-        def closure() -> Tensor:
-            losses, slopes = gradient(step, self.global_step)
-            reports.append(losses)
-            optimizer.zero_grad()
-            self.coefficients.raw.grad = slopes
-            penalty = self.anchor(self.coefficients(), self.start.to(self.device))
-            if self.anchor.weight:
-                self.manual_backward(penalty)
-            if self.clip:
-                torch.nn.utils.clip_grad_norm_(self.coefficients.parameters(), self.clip)
-            return torch.stack(list(losses.values())).sum() + penalty.detach()
-
-        with without_scaler(self.trainer.strategy.precision_plugin):
-            optimizer.step(closure)
-        self.coefficients.project_()
-        self._step_scheduler()
-        if isinstance(optimizer.optimizer, FrankWolfe):
-            self.log("gap", optimizer.optimizer.gap())
-        losses = reports[0]  # at the step's starting coefficients
-        self.log("loss", torch.stack(list(losses.values())).sum(), prog_bar=True)
-        # Not loss/NAME: a logger that stores each metric as a file would need `loss` as file and as folder.
-        self.log_dict({f"losses/{name}": loss for name, loss in losses.items()})
-
-    def _step_gradient(self) -> StepGradient:
-        return StepGradient(
-            self.resident.merged,
-            tuple(self.recipe.experts),
-            self.loss,
-            self.manual_backward,
-            partial(self.trainer.strategy.reduce, reduce_op="mean"),
-            self.schedule,
-            self.rule,
-        )
-
     def loss(self, batch: Batch) -> Tensor:
         """The weighted loss of one expert's batch at the resident model's current weights.
 
@@ -236,16 +182,3 @@ class MergeModule(pl.LightningModule):
             batch = batch._replace(teacher=self.teachers[batch.expert].of(batch.ids, self.resident.device))
         losses = self.objective(self.resident(batch, self.objective.asks.layers), batch)
         return self.resident.merged.loss_scale(expert.weight * batch.share * losses.mean())
-
-    def _step_scheduler(self) -> None:
-        scheduler = self.lr_schedulers()
-        if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
-            scheduler.step()
-
-    @override
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer of the coefficients, and its learning-rate schedule if there is one."""
-        optimizer = self.make_optimizer(self.coefficients.parameters())
-        if self.make_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer)}}

@@ -27,11 +27,9 @@ def build_optimisation(module: MergeModule) -> Optimisation:
 
 
 def check_optimisation(module: MergeModule) -> None:
-    """Raise ValueError for settings under which a fit would ascend, not move, or stop at its first step."""
+    """Raise ValueError for settings under which a fit could not take its steps."""
     optimizer, _, scheduler = build_optimisation(module)
     for group in optimizer.param_groups:
-        if group.get("maximize"):
-            raise ValueError("model.optimizer: maximize raises the loss; leave it out")
         for key, value in group.items():
             if key != "params" and (problem := fault(value, object, FINITE)):
                 raise ValueError(f"model.optimizer.{key} must be {problem}")

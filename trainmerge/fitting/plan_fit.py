@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trainmerge.checkpoints import build_meta_model, locate
+from trainmerge.checkpoints import build_meta_model, locate, output_of
 from trainmerge.data.batch import Asks, Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
@@ -116,14 +116,19 @@ def _records(module: MergeModule, data: Calibration, step: Step, meta_model: nn.
         return _Records()
     config: Any = meta_model.config
     config = getattr(config, "text_config", None) or config
+    for name in ("hidden_size", "vocab_size"):
+        if not isinstance(getattr(config, name, None), int):
+            raise ValueError(f"the size of the recorded outputs is unknown: config.json names no {name}")
     positions = [len(own) * batch.mask.shape[1] for own, batch in zip(data.examples, step, strict=True)]
-    hidden = [2 * config.hidden_size * len(asks.layers) * count for count in positions]
-    experts = list(module.recipe.experts.values())
+    hidden = [asks.dtype.itemsize * config.hidden_size * len(asks.layers) * count for count in positions]
+    own_classes = output_of(module.opened.base.path).classes
+    by_class = [own_classes or expert.head is not None for expert in module.recipe.experts.values()]
     rows = [
-        len(own) if e.head else count for own, e, count in zip(data.examples, experts, positions, strict=True)
+        len(own) if classes else count
+        for own, classes, count in zip(data.examples, by_class, positions, strict=True)
     ]
     width, probabilities = 0, [4 * config.vocab_size * count for count in rows]
-    if asks.temperature is None or all(e.head for e in experts):
+    if asks.temperature is None or all(by_class):
         probabilities = [0] * len(rows)  # a few classes: negligible
     elif sum(probabilities) > module.settings.teacher_budget:
         width = max(1, module.settings.teacher_budget // (8 * sum(rows)))
@@ -148,5 +153,5 @@ def _longest(data: Calibration, expert: int, count: int) -> Batch:
     own = sorted(data.examples[expert], key=lambda example: -len(example.text))
     chosen = (own * count)[:count] if len(own) < count else own[:count]
     encoded = data.tokenize.encode(chosen)
-    rows = data.tokenize.picture_rows(chosen, encoded.inputs)
+    rows = data.tokenize.pictures.rows(chosen, encoded.inputs)
     return Batch(expert, encoded.inputs, encoded.mask, torch.arange(count), rows=rows)

@@ -6,6 +6,7 @@ from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.fitting.module import MergeModule
 from trainmerge.objectives import Alignment, Objective
+from trainmerge.run.heads import linear_problems
 
 UNUSABLE = ("question-answering model", "model with another output")  # no logits of tokens or classes
 TOGETHER = 64  # examples that are tokenised at a time
@@ -20,6 +21,12 @@ def check_tasks(module: MergeModule, data: Calibration) -> None:
         *example_problems(data),
     ]
     if problems:
+        raise ValueError("\n".join(problems))
+
+
+def check_heads(module: MergeModule) -> None:
+    """Raise ValueError for heads that are another function than their file's classifier."""
+    if problems := list(linear_problems(module.recipe)):
         raise ValueError("\n".join(problems))
 
 

@@ -100,6 +100,21 @@ def trainer_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**SETTINGS, **changed}
 
 
+def check_folder(trainer: pl.Trainer, run: Path) -> None:
+    """Raise ValueError if the trainer does not write into this run folder."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    folders = [callback.folder.path for callback in callbacks if isinstance(callback, Snapshots)]
+    if not folders:
+        raise ValueError(
+            "this trainer saves no snapshots: make it with trainmerge.make_trainer(run, max_steps=...)"
+        )
+    if folders[0].resolve() != run.resolve():
+        raise ValueError(
+            f"the trainer writes into {folders[0]}, and the fit into {run}: give make_trainer and fit the "
+            "same run folder"
+        )
+
+
 def check_strategy(trainer: pl.Trainer) -> None:
     """Raise ValueError for a strategy that would give wrong results, or none."""
     strategy = trainer.strategy

@@ -9,7 +9,7 @@ Legend: `H` heads, `d` their size, `D` hidden size.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,27 +24,54 @@ MOVED = 0.05  # relative change of the factors, below which nothing is reported
 LOCKED = 0.2  # change of the product over that of the factors; fine-tuning has about 1
 
 
+class _Pair(NamedTuple):
+    """Two factors of attention and their numbers of heads."""
+
+    left: str
+    right: str
+    across: bool  # W_O has the heads in its columns, so its transpose has them in its rows
+    heads: int
+    shared: int
+
+    def __str__(self) -> str:
+        return f"{block_of(self.left)} ({kind_of(self.left)} and {kind_of(self.right)})"
+
+    def fits(self, task_vectors: TaskVectors) -> bool:
+        """Whether the rows of both are whole heads of one size."""
+        left = task_vectors.deltas[self.left].shape[int(self.across)]
+        right = task_vectors.deltas[self.right].shape[0]
+        whole = self.heads % self.shared == left % self.heads == right % self.shared == 0
+        return whole and left // self.heads == right // self.shared
+
+
 def attention_findings(base: Checkpoint, task_vectors: TaskVectors) -> Iterator[Finding]:
     """Experts whose attention weights changed while their products did not. Reads the attention weights."""
-    heads, shared = _heads(base.config)
-    pairs = list(_pairs(task_vectors))
+    pairs = [_Pair(*pair, *_heads(base.config, pair[0])) for pair in _pairs(task_vectors)]
+    if unknown := [str(pair) for pair in pairs if not pair.fits(task_vectors)]:
+        yield Finding(
+            "note",
+            f"the attention of {listed(unknown)} was not checked: its shapes are not those of the numbers of "
+            "heads in config.json",
+        )
     for k, expert in enumerate(task_vectors.experts):
-        found = []
-        for left, right, across in pairs:
-            before = [_of(task_vectors, name, None) for name in (left, right)]
-            after = [_of(task_vectors, name, k) for name in (left, right)]
-            if across:  # W_O has the heads in its columns, so its transpose has them in its rows
-                before[0], after[0] = before[0].T, after[0].T
-            factors, product = changes(before[0], before[1], after[0], after[1], heads, shared)
-            if factors > MOVED and product < LOCKED * factors:
-                found.append(f"{block_of(left)} ({kind_of(left)} and {kind_of(right)})")
-        if found:
+        moved = [str(p) for p in pairs if p.fits(task_vectors) and _only_factors(task_vectors, p, k)]
+        if moved:
             yield Finding(
                 "warning",
-                f"{expert}: the attention weights of {listed(found)} changed, but their products hardly did: "
+                f"{expert}: the attention weights of {listed(moved)} changed, but their products hardly did: "
                 "a gauge shift, or protection against merging",
                 "exclude these, or get the expert as it was trained",
             )
+
+
+def _only_factors(task_vectors: TaskVectors, pair: _Pair, expert: int) -> bool:
+    """Whether an expert changed the factors, but hardly their product."""
+    before = [_of(task_vectors, name, None) for name in (pair.left, pair.right)]
+    after = [_of(task_vectors, name, expert) for name in (pair.left, pair.right)]
+    if pair.across:
+        before[0], after[0] = before[0].T, after[0].T
+    factors, product = changes(before[0], before[1], after[0], after[1], pair.heads, pair.shared)
+    return factors > MOVED and product < LOCKED * factors
 
 
 def changes(
@@ -72,14 +99,30 @@ def changes(
     return float((moved / size).sqrt()), float((difference / inner(0, 0)).sqrt())
 
 
-def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Numbers of query and key heads; 1 where the configuration gives none."""
-    own = config.get("text_config") or config
-    heads = next(
-        (own[key] for key in ("num_attention_heads", "n_head", "n_heads", "num_heads") if key in own), 1
-    )
-    shared = own.get("num_key_value_heads") or heads
-    return int(heads), int(shared)
+def _heads(config: Mapping[str, Any], name: str) -> tuple[int, int]:
+    """Numbers of query and key heads of the part of a model that has parameter `name`.
+
+    1 where its configuration gives none, or one number per stage.
+    """
+    own = _part(config, name.lower())
+    keys = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")
+    heads = next((own[key] for key in keys if isinstance(own.get(key), int) and own[key] > 0), 1)
+    shared = own.get("num_key_value_heads")
+    return heads, shared if isinstance(shared, int) and shared > 0 else heads
+
+
+def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The configuration of a part: `vision_config` of `vision_tower...`; the text model's elsewhere."""
+    parts = {
+        key.removesuffix("_config"): part
+        for key, part in config.items()
+        if key.endswith("_config") and isinstance(part, Mapping)
+    }
+    words = {stem: (stem, "visual") if stem == "vision" else (stem,) for stem in parts if stem != "text"}
+    for stem, known in words.items():
+        if any(word in name for word in known):
+            return parts[stem]
+    return parts.get("text", config)
 
 
 def _pairs(task_vectors: TaskVectors) -> Iterator[tuple[str, str, bool]]:

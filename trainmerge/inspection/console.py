@@ -9,7 +9,8 @@ from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.inspection.findings import Finding
 from trainmerge.inspection.suggest import Suggestion
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Quantised, Untouched
-from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
 from trainmerge.system.console import print_table
 from trainmerge.task_vectors.delta import Delta
 from trainmerge.task_vectors.geometry import Geometry
@@ -90,15 +91,17 @@ def print_findings(findings: Sequence[Finding]) -> None:
         print("no problems found")
 
 
-def print_suggestion(suggestion: Suggestion, path: Path | None) -> None:
+def print_suggestion(suggestion: Suggestion) -> None:
     """The suggested settings, with reasons."""
     rows = [[key, _value(suggestion, key), reason] for key, reason in suggestion.reasons.items()]
     print_table("suggested", ["key", "value", "why"], rows)
-    print(
-        f"written: {path}; next: trainmerge fit {path} runs/first"
-        if path
-        else "--suggest FILE.yaml writes it as a configuration"
-    )
+
+
+def closing_words(path: Path | None) -> str:
+    """What to do with a suggestion, the last line of `inspect`; `path` is the file that it was written to."""
+    if path is None:
+        return "--suggest FILE.yaml writes the suggestion as a configuration"
+    return f"written: {path}; next: trainmerge fit {path} runs/first"
 
 
 def _value(suggestion: Suggestion, key: str) -> str:

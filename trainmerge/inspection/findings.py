@@ -1,14 +1,19 @@
 """Findings from headers and calibration texts, without reading a weight."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from trainmerge.checkpoints import open_checkpoint
-from trainmerge.data.examples import load_examples
-from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.data.examples import Columns, Render, read_examples
+from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.run.heads import linear_problems
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.sources import DEFAULT_LENGTH as LENGTH
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.parameter_names import matches
 
@@ -32,13 +37,16 @@ class Texts:
     findings: tuple[Finding, ...]
 
 
-def header_findings(recipe: Recipe, opened: Opened) -> Iterator[Finding]:
-    """Tensors that no expert changes, tensors of an expert only, and differing chat templates."""
+def unchanged_tensors(opened: Opened) -> Iterator[Finding]:
+    """Tensors that no expert changes."""
     untouched = [name for name in opened.base.tensors if name not in opened.task_vectors.deltas]
-    tied = [name for name in untouched if name in opened.base.tied]
-    untouched = [name for name in untouched if name not in tied]
+    untouched = [name for name in untouched if name not in opened.base.tied]
     if untouched:
         yield Finding("note", f"no expert changes {listed(untouched)}: they keep the base's values")
+
+
+def expert_findings(recipe: Recipe) -> Iterator[Finding]:
+    """Tensors of an expert only, differing chat templates, and heads of some experts."""
     for name, expert in recipe.experts.items():
         own = _own_tensors(Path(expert.path), recipe)
         if own:
@@ -55,6 +63,8 @@ def header_findings(recipe: Recipe, opened: Opened) -> Iterator[Finding]:
                 f"{name}: its chat template differs from the base's, which is used and exported",
                 "if it was trained with its own template, render its chats with it into a column of texts",
             )
+    for problem in linear_problems(recipe):
+        yield Finding("error", problem)
     if len({expert.head is None for expert in recipe.experts.values()}) > 1:
         yield Finding(
             "warning", "only some experts have a head", "evaluate the two kinds in separate recipes"
@@ -83,34 +93,50 @@ def _template(folder: Path) -> str:
         return ""
 
 
-def read_texts(recipe: Recipe, column: str = "text") -> Texts:
-    """Problems of the calibration examples: none, few, shared by two experts, or in the test set."""
+def read_texts(recipe: Recipe, columns: Columns = Columns(), learning: bool = True) -> Texts:  # noqa: B008 - frozen
+    """Problems of the calibration examples: none, few, shared by two experts, or in the test set.
+
+    The files are read as a fit reads them: chats are rendered, and every value is checked. A merge without
+    `learning` needs none.
+    """
     found: list[Finding] = []
     texts: dict[str, list[str]] = {}
+    tokenizer = cache(lambda: Tokenizer(recipe.base, LENGTH))  # loaded for the first chat only
     for name, expert in recipe.experts.items():
         if not expert.calibration:
-            remedy = "set its `calibration`, or use a closed-form merge (trainer.max_steps 0)"
-            found.append(Finding("error", f"{name}: no calibration examples to learn from", remedy))
+            if learning:
+                remedy = "set its `calibration`, or use a closed-form merge (trainer.max_steps 0)"
+                found.append(Finding("error", f"{name}: no calibration examples to learn from", remedy))
             continue
         try:
-            texts[name] = list(load_examples(expert.calibration, [column])[column])
-            test = set(load_examples(expert.test, [column])[column]) if expert.test else set()
-        except ValueError as error:
+            examples = read_examples(expert.calibration, columns, lambda chat: tokenizer().render(chat))
+            texts[name] = [example.text for example in examples]
+            test = _test_texts(expert.test, columns, lambda chat: tokenizer().render(chat))
+        except (ValueError, OSError) as error:
             found.append(Finding("error", f"{name}: {error}"))
             continue
-        if len(texts[name]) < FEW:
-            found.append(Finding("warning", f"{name}: {len(texts[name])} calibration examples", "use more"))
-        if shared := len(test & set(texts[name])):
-            found.append(
-                Finding(
-                    "warning",
-                    f"{name}: {shared} of {len(test)} test examples are also calibration examples",
-                    "use separate splits: scores on examples that were fitted are too high",
-                )
-            )
+        found += _of_texts(name, texts[name], test)
     firsts: dict[str, str] = {}
     for name, own in texts.items():
         twin = firsts.setdefault(json.dumps(own), name)
         if twin != name:
             found.append(Finding("warning", f"{twin} and {name} have the same calibration examples"))
     return Texts(texts, tuple(found))
+
+
+def _test_texts(file: str | None, columns: Columns, render: Render) -> set[str]:
+    """The texts of a test file, whose spans and targets are not needed."""
+    if file is None:
+        return set()
+    return {e.text for e in read_examples(file, replace(columns, spans=None, target=None), render)}
+
+
+def _of_texts(name: str, texts: Sequence[str], test: Set[str]) -> Iterator[Finding]:
+    if len(texts) < FEW:
+        yield Finding("warning", f"{name}: {len(texts)} calibration examples", "use more")
+    if shared := len(test & set(texts)):
+        yield Finding(
+            "warning",
+            f"{name}: {shared} of {len(test)} test examples are also calibration examples",
+            "use separate splits: scores on examples that were fitted are too high",
+        )

@@ -4,10 +4,10 @@ import json
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple
 
-import yaml
-
+from trainmerge.checkpoints.whole import RECIPE
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.inspection.attention import attention_findings
 from trainmerge.inspection.console import (
@@ -19,19 +19,29 @@ from trainmerge.inspection.console import (
     print_sources,
     print_suggestion,
 )
-from trainmerge.inspection.findings import Finding, Texts, header_findings, read_texts
-from trainmerge.inspection.suggest import Suggestion, suggest, write_suggestion
+from trainmerge.inspection.fence import attempt, fenced
+from trainmerge.inspection.findings import Finding, Texts, expert_findings, read_texts, unchanged_tensors
+from trainmerge.inspection.suggest import Suggestion, check_new, suggest, write_suggestion
 from trainmerge.inspection.weights import preprocess_findings, weight_findings
+from trainmerge.preprocess import Informed
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import read_run
-from trainmerge.run.recipe import Opened, Recipe
-from trainmerge.run.sources import recipe_of
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.sources import columns_of, learns, recipe_of
 from trainmerge.system.atomic import write_whole
 from trainmerge.task_vectors.geometry import Geometry, measure_geometry
 
 CHEAP = 2 << 30  # bytes of weights that `auto` reads
 
 Weights = Literal["auto", "yes", "no"]
+WITHOUT_SOURCES = [
+    Finding(
+        "note",
+        "an export names base and experts without their folders, so only its coefficients are shown",
+        "inspect the run that it was exported from",
+    )
+]
 
 
 def inspect_path(
@@ -55,53 +65,26 @@ def inspect_path(
         FileExistsError: `suggestion` already exists.
     """
     recipe = recipe_of(path)
-    with warnings.catch_warnings(record=True) as words:
-        warnings.simplefilter("always")
-        opened = recipe.open(RunFolder(path).workspace if path.is_dir() else None)
-    findings = [Finding("warning", str(word.message)) for word in words]
-    coefficients = _coefficients(path)
-    print_sources(recipe, opened)
-    print_parameters(opened, every)
-    findings += header_findings(recipe, opened)
-    texts = read_texts(recipe, _column(path))
-    findings += texts.findings
-    geometry, measured = _measured(opened, weights)
-    findings += measured
-    findings += preprocess_findings(recipe, opened, geometry)
-    if geometry is not None:
-        print_geometry(opened.task_vectors.experts, geometry)
-    print_findings(findings)
-    if coefficients is not None:
-        print_coefficients(coefficients)
-    suggested = suggest(recipe, {name: len(own) for name, own in texts.calibration.items()}, geometry)
     if suggestion is not None:
-        write_suggestion(suggested, suggestion)
-    if suggestion is not None or path.is_file():
-        print_suggestion(suggested, suggestion)
-    if output is not None:
-        content = _as_json(recipe, opened, texts, findings, geometry, suggested)
-        write_whole(output, json.dumps(content, indent=1))
-    return findings
-
-
-def _measured(opened: Opened, weights: Weights) -> tuple[Geometry | None, list[Finding]]:
-    """The task vectors' geometry and the findings from it; neither, if the weights are not read."""
-    needed = weight_bytes(opened)
-    if weights == "no" or (weights == "auto" and needed > CHEAP):
-        what = f"{needed / 2**30:.1f} GiB of weights were not read, so they were not checked"
-        return None, [Finding("note", what, "--weights yes reads them")]
-    geometry = measure_geometry(opened.task_vectors)
-    experts = opened.task_vectors.experts
-    findings = [
-        *weight_findings(experts, geometry),
-        *attention_findings(opened.base, opened.task_vectors),
-    ]
-    return geometry, findings
-
-
-def weight_bytes(opened: Opened) -> int:
-    """Bytes of base and experts that one pass over the task vectors reads."""
-    return sum(delta.nbytes for delta in opened.task_vectors.deltas.values())
+        check_new(suggestion)  # before the work
+    coefficients = _coefficients(path)
+    if coefficients is not None and (path / RECIPE).is_file() and not Path(recipe.base).exists():
+        print_coefficients(coefficients)
+        print_findings(WITHOUT_SOURCES)
+        return WITHOUT_SOURCES
+    with TemporaryDirectory() as place:
+        workspace = RunFolder(path).workspace if RunFolder(path).manifest.is_file() else Path(place)
+        found = _look(path, recipe, workspace, weights, every)
+        print_findings(found.findings)
+        if coefficients is not None:
+            print_coefficients(coefficients)
+        if found.suggested is not None and (suggestion is not None or path.is_file()):
+            print_suggestion(found.suggested)
+        if found.suggested is not None and suggestion is not None:
+            write_suggestion(found.suggested, suggestion)
+        if output is not None:
+            write_whole(output, json.dumps(_as_json(recipe, found), indent=1))
+    return found.findings
 
 
 def _coefficients(path: Path) -> Coefficients | None:
@@ -112,33 +95,70 @@ def _coefficients(path: Path) -> Coefficients | None:
     return load_coefficients(exported) if exported.is_file() else None
 
 
-def _column(path: Path) -> str:
-    """The text column of a configuration, or of a run's."""
-    for file in (path / "config.yaml", path / "trainmerge_config.yaml", path):
-        if file.is_file():
-            data = (yaml.safe_load(file.read_text()) or {}).get("data") or {}
-            columns = data.get("columns") or {}
-            return str(columns.get("messages") or columns.get("text") or "text")
-    return "text"
+class _Found(NamedTuple):
+    """All that is known of a recipe."""
+
+    opened: Opened
+    texts: Texts
+    findings: list[Finding]
+    geometry: Geometry | None
+    suggested: Suggestion | None
 
 
-def _as_json(
-    recipe: Recipe,
-    opened: Opened,
-    texts: Texts,
-    findings: list[Finding],
-    geometry: Geometry | None,
-    suggested: Suggestion,
-) -> dict[str, Any]:
+def _look(path: Path, recipe: Recipe, workspace: Path, weights: Weights, every: bool) -> _Found:
+    """Check a recipe, and print its tables; adapters that peft merges are merged in `workspace`."""
+    with warnings.catch_warnings(record=True) as words:
+        warnings.simplefilter("always")
+        opened = recipe.open(workspace)
+    findings = [Finding("warning", str(word.message)) for word in words]
+    print_sources(recipe, opened)
+    print_parameters(opened, every)
+    findings += fenced("the tensors", lambda: unchanged_tensors(opened))
+    findings += fenced("the experts' own tensors and templates", lambda: expert_findings(recipe))
+    informed = any(isinstance(method, Informed) for method in recipe.preprocess)
+    texts = read_texts(recipe, columns_of(path), informed or learns(path))
+    findings += texts.findings
+    geometry, measured = _measured(opened, weights)
+    findings += measured
+    findings += fenced("preprocessing", lambda: preprocess_findings(recipe, opened, geometry))
+    if geometry is not None:
+        print_geometry(opened.task_vectors.experts, geometry)
+    counts = {name: len(own) for name, own in texts.calibration.items()}
+    suggested, failed = attempt("a suggestion", lambda: suggest(recipe, counts, geometry))
+    return _Found(opened, texts, findings + failed, geometry, suggested)
+
+
+def _measured(opened: Opened, weights: Weights) -> tuple[Geometry | None, list[Finding]]:
+    """The task vectors' geometry and the findings from it; neither, if the weights are not read."""
+    needed = weight_bytes(opened)
+    if weights == "no" or (weights == "auto" and needed > CHEAP):
+        what = f"{needed / 2**30:.1f} GiB of weights were not read, so they were not checked"
+        return None, [Finding("note", what, "--weights yes reads them")]
+    geometry, findings = attempt("the task vectors", lambda: measure_geometry(opened.task_vectors))
+    if geometry is not None:
+        known, experts = geometry, opened.task_vectors.experts
+        findings += fenced("norms and cosines", lambda: weight_findings(experts, known))
+    findings += fenced("attention", lambda: attention_findings(opened.base, opened.task_vectors))
+    return geometry, findings
+
+
+def weight_bytes(opened: Opened) -> int:
+    """Bytes of base and experts that one pass over the task vectors reads."""
+    return sum(delta.nbytes for delta in opened.task_vectors.deltas.values())
+
+
+def _as_json(recipe: Recipe, found: _Found) -> dict[str, Any]:
+    opened, geometry, suggested = found.opened, found.geometry, found.suggested
     experts = list(opened.task_vectors.experts)
     content: dict[str, Any] = {
         "base": recipe.base,
         "experts": {name: expert.path for name, expert in recipe.experts.items()},
-        "examples": {name: len(own) for name, own in texts.calibration.items()},
+        "examples": {name: len(own) for name, own in found.texts.calibration.items()},
         **parameter_counts(opened),
-        "findings": [asdict(finding) for finding in findings],
-        "suggestion": {"settings": suggested.settings, "reasons": suggested.reasons},
+        "findings": [asdict(finding) for finding in found.findings],
     }
+    if suggested is not None:
+        content["suggestion"] = {"settings": suggested.settings, "reasons": suggested.reasons}
     if geometry is not None:
         whole = geometry.of(geometry.names)
         content["geometry"] = {

@@ -97,14 +97,15 @@ def _start(K: int, geometry: Geometry | None) -> tuple[float, str]:
     return start, f"{K} experts: close to the best single coefficient in most of this project's suites"
 
 
-def write_suggestion(suggestion: Suggestion, path: Path) -> None:
-    """A configuration for `trainmerge fit`, with the reasons as comments on top.
-
-    Raises:
-        FileExistsError: the file already exists.
-    """
+def check_new(path: Path) -> None:
+    """Raise FileExistsError if the file already exists."""
     if path.exists():
         raise FileExistsError(f"{path} already exists: choose another file, or remove it")
+
+
+def write_suggestion(suggestion: Suggestion, path: Path) -> None:
+    """A configuration for `trainmerge fit`, with the reasons as comments on top. Raises as `check_new`."""
+    check_new(path)
     lines = ["# Suggested by `trainmerge inspect` from rules of thumb: a starting point."]
     lines += [f"# {key}: {reason}" for key, reason in suggestion.reasons.items()]
     text = yaml.safe_dump(dict(suggestion.settings), sort_keys=False, width=110)

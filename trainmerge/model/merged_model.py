@@ -141,9 +141,7 @@ class MergedModel:
     def tapped(self) -> Iterator[nn.Module]:
         """The module for forwards and backwards that need the coefficients' gradient only.
 
-        If all experts of a linear layer are low-rank, `gradient` is computed from the layer's input and its
-        output's gradient, and the layer forms no weight gradient. Where a model reads such a weight outside
-        its layer's forward, this part's gradient is an ordinary one.
+        Linear layers whose experts are all low-rank form no weight gradient (`low_rank_gradient`).
         """
         ordinary = {n: p for n, p in self._learned.items() if n not in self.subspaces}
         with ExitStack() as layers:
@@ -158,7 +156,10 @@ class MergedModel:
     def _collect(self, name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
         with exact(parameter):
-            slope = self._projected(name, local(parameter.grad))
+            slope = local(parameter.grad)
+            if slope.is_sparse:  # an embedding's
+                slope = slope.to_dense()
+            slope = outside_subspace(slope, self.subspaces.get(name), self.task_vectors.deltas[name].role)
             delta = self._delta(self._to_collect, self.task_vectors, name)
             columns = self.coefficients.layout.groups[name]
             for chunks, product in delta.products(slope, len(columns)):
@@ -174,9 +175,6 @@ class MergedModel:
         columns, delta = self.coefficients.layout.groups[name], self.task_vectors.deltas[name]
         with exact(slopes):
             self._found.append((columns, layer_products(inputs, slopes, delta, len(columns))))
-
-    def _projected(self, name: str, gradient: Tensor) -> Tensor:
-        return outside_subspace(gradient, self.subspaces.get(name), self.task_vectors.deltas[name].role)
 
     @torch.no_grad()
     def _write(

@@ -88,7 +88,7 @@ class Recorder:
                     specs[f"{k}.tokens"] = (torch.int32, (rows, width))
                     specs[f"{k}.tail"] = (torch.float32, (rows,))
             for layer in self.asks.layers:
-                specs[f"{k}.hidden.{layer}"] = (torch.bfloat16, (sum(of_expert), self.sizes.hidden[layer]))
+                specs[f"{k}.hidden.{layer}"] = (self.asks.dtype, (sum(of_expert), self.sizes.hidden[layer]))
         return specs
 
     def run(self, examples: Sequence[Sequence[Example]]) -> Iterator[tuple[str, Tensor]]:

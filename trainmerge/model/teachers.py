@@ -73,7 +73,8 @@ def record_teachers(
     Raises:
         ValueError: an example has no unmasked position.
     """
-    path = folder / f"teachers-{digest(repr([depends_on, asks, budget]))}.safetensors"
+    identity = digest(f"[{depends_on!r}, {asks.identity()}, {budget!r}]")
+    path = folder / f"teachers-{identity}.safetensors"
     if not distributed.broadcast(path.exists()):
         _make(path, resident, examples, tokenizer, asks, budget)
     file = open_cached(path)

@@ -4,7 +4,7 @@ Legend: `B` examples, `T` tokens, `D` hidden size, `P` counted positions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -27,7 +27,8 @@ class Alignment(Objective):
     Expert Merging (arXiv 2509.25712), its L_logit and L_hid. Task weights are `Expert.weight`, the paper's
     beta_k. The reference code minimises the cross-entropy instead of the KL divergence: same gradient, other
     value; here the loss is 0 at the expert's own weights. It also averages `mse` over the layers where the
-    paper sums `squared` over them: here layers are averaged, so multiply `hidden` by their number.
+    paper sums `squared` over them: here layers are averaged, so multiply `hidden` by their number. And it
+    averages the tasks' losses where the paper and a fit sum them: see `Anchor`.
 
     Args:
         logits: Weight of the output term; 0 disables it.
@@ -37,6 +38,9 @@ class Alignment(Objective):
             the last, after the final norm.
         distance: `squared` |h - h_k|^2 as in the paper; `mse` the same over D, as in the reference code;
             `normalised` |h - h_k|^2 / |h_k|^2, which no layer's scale dominates; `cosine` 1 - cos.
+        record: Dtype of the experts' recorded hidden states. With `bfloat16` an expert's own hidden term is
+            its rounding (1e-6 to 3e-6 of |h|^2) instead of 0, which is noise near an expert; `float32` is
+            exact, and its file is twice as large.
     """
 
     logits: float = 1.0
@@ -44,6 +48,7 @@ class Alignment(Objective):
     hidden: float = 0.0
     layers: Sequence[int] = (-1,)
     distance: Distance = "normalised"
+    record: Literal["bfloat16", "float32"] = field(default="bfloat16", metadata={"added": "0.2.0"})
 
     def __post_init__(self) -> None:
         check_fields(self, logits="[0, inf)", hidden="[0, inf)", temperature="(0, inf)")
@@ -58,6 +63,7 @@ class Alignment(Objective):
         return Asks(
             self.temperature if self.logits else None,
             tuple(dict.fromkeys(self.layers)) if self.hidden else (),
+            torch.float32 if self.hidden and self.record == "float32" else torch.bfloat16,
         )
 
     @override

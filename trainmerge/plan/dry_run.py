@@ -6,8 +6,9 @@ storage. So a plan needs no formula per architecture, and the dry run of a 70B m
 Legend: `B` examples, `T` tokens.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -58,14 +59,33 @@ def dry_run(
         recorded: Recorded probabilities of an expert per row; 0 is all of them.
 
     Raises:
-        ValueError: the model's forward depends on tensor values, which fake tensors lack.
+        ValueError: the model's forward depends on tensor values, which fake tensors lack, or needs inputs
+            that `rounds` have not.
     """
     try:
-        return _on_fake_tensors(module, trained, rounds, objective, heads or {}, dtypes, precision, recorded)
+        with _silent():
+            return _on_fake_tensors(
+                module, trained, rounds, objective, heads or {}, dtypes, precision, recorded
+            )
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"{type(module).__name__} cannot be dry-run: its forward depends on tensor values ({error})"
         ) from error
+    except Exception as error:  # of any type: the model's own code, and torch's kernels without storage
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{type(module).__name__} cannot be dry-run: {reason}") from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """In this context torch does not log the tracebacks of kernels that fake tensors lack."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _on_fake_tensors(
@@ -113,7 +133,7 @@ def _loss(
 
 def _signals(asks: Asks, outputs: Outputs, recorded: int) -> Signals:
     """Placeholders of an expert's recorded outputs."""
-    hidden = {i: state.flatten(0, -2).to(torch.bfloat16) for i, state in outputs.hidden.items()}
+    hidden = {i: state.flatten(0, -2).to(asks.dtype) for i, state in outputs.hidden.items()}
     if asks.temperature is None:
         return Signals(None, hidden)
     rows, classes = outputs.logits.shape[:-1].numel(), outputs.logits.shape[-1]

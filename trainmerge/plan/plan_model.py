@@ -50,6 +50,8 @@ def plan_model(
     sizes = sizes_of(meta_model, own, read, experts, experts * len(own), sum(read.values()))
     tokens = torch.zeros(-(-batch // devices), length, dtype=torch.int64)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if meta_model.config.is_encoder_decoder:
+        inputs["labels"] = tokens  # a target as long as the text
     step = [Batch(k, inputs, tokens == 0, torch.arange(len(tokens))) for k in range(experts)]
     if schedule.recompute:
         recompute_blocks(meta_model)

@@ -5,7 +5,8 @@ Matena and Raffel, NeurIPS 2022 (arXiv 2111.09832).
 Legend: `K` experts, `*S` parameter shape.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.base import Calibrator, Informed
+from trainmerge.preprocess.left_out import share_of
 from trainmerge.system.ranges import check_fields
+from trainmerge.system.text import listed
 from trainmerge.task_vectors.delta import TaskVectors
 
 
@@ -38,6 +41,7 @@ class Fisher(Informed):
             calibrator.keep(unit_norm(squares(calibrator.gradients(k, sampled=True))))
             for k in range(len(task_vectors.experts))
         ]
+        _name_flat(task_vectors, weights)
         for name, delta in task_vectors.deltas.items():
             taus = delta.dense()
             if name not in weights[0]:  # not merged
@@ -45,6 +49,14 @@ class Fisher(Informed):
                 continue
             shares = torch.stack([weight[name].to(taus).clamp_min(self.floor) for weight in weights])
             yield name, shares / shares.sum(dim=0) * taus
+
+
+def _name_flat(task_vectors: TaskVectors, weights: Sequence[Mapping[str, Tensor]]) -> None:
+    """One line on stderr about merged parameters without a gradient in any expert: they are averaged."""
+    flat = [name for name in weights[0] if not any(bool(weight[name].any()) for weight in weights)]
+    if flat:
+        words = f"{len(flat)} parameters ({listed(flat)}; {share_of(task_vectors, flat)})"
+        print(f"Fisher: no prediction depends on {words}: they are averaged", file=sys.stderr, flush=True)
 
 
 def squares(gradients: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -67,6 +67,13 @@ def announced(
         print(sentence(method, task_vectors, squares), file=sys.stderr, flush=True)
 
 
+def share_of(task_vectors: TaskVectors, names: Iterable[str]) -> str:
+    """The part of the task vectors' squared norm that these parameters have, in words."""
+    squares = {name: square_norm(name, delta) for name, delta in task_vectors.deltas.items()}
+    share = sum(squares[name] for name in names) / (sum(squares.values()) or 1.0)
+    return f"{100 * share:.3g}% of the task vectors' squared norm"
+
+
 def square_norm(name: str, delta: Delta) -> float:
     """The squared norm of its K task vectors, a piece at a time."""
     pieces = (part for _, _, part in in_pieces(name, delta))

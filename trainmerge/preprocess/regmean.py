@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.base import Calibrator, Informed
-from trainmerge.preprocess.left_out import square_norm
+from trainmerge.preprocess.left_out import share_of
 from trainmerge.preprocess.spectrum import wide_rows
 from trainmerge.system.ranges import check_fields
 from trainmerge.system.text import listed
@@ -71,7 +71,8 @@ class RegMean(Informed):
         self, task_vectors: TaskVectors, names: Sequence[str], grams: Sequence[Mapping[str, Tensor]]
     ) -> list[str]:
         """Weights of linear layers without a second moment of some expert's inputs."""
-        linear = [name for name in names if self.applies_to(name, task_vectors.deltas[name])]
+        deltas = task_vectors.deltas
+        linear = [name for name in names if deltas[name].matrices and deltas[name].role in LINEAR]
         return [name for name in linear if any(name not in gram for gram in grams)]
 
     def _block_by_block(self, task_vectors: TaskVectors, calibrator: Calibrator) -> dict[str, Tensor]:
@@ -113,13 +114,10 @@ class RegMean(Informed):
 def _warn_of_unseen(task_vectors: TaskVectors, unseen: Sequence[str]) -> None:
     """Say which linear layers are averaged for want of inputs, and how much of the task vectors they are."""
     if unseen:
-        squares = {name: square_norm(name, delta) for name, delta in task_vectors.deltas.items()}
-        share = sum(squares[name] for name in unseen) / (sum(squares.values()) or 1.0)
         warnings.warn(
             f"RegMean: the inputs of {len(unseen)} linear layers cannot be read ({listed(unseen)}): experts "
             "in one tensor, layers that no example reaches, or weights read without their layer. They are "
-            f"divided by K, {100 * share:.3g}% of the task vectors' squared norm. Tsv and OptMerge need no "
-            "inputs",
+            f"divided by K: {share_of(task_vectors, unseen)}. Tsv and OptMerge need no inputs",
             stacklevel=2,
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainmerge.coefficients.layout import Layout
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.front import read_front
 from trainmerge.run.open_run import open_run, read_run
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import ACCURACY, PERPLEXITY, Metric, Scores
@@ -50,6 +51,7 @@ class Numbers:
         return float((self.values if self.start is None else self.start).mean())
 
 
+USAGE = ("first_step", "last_step", "wall_seconds", "cpu_seconds", "peak_bytes", "processes", "threads")
 AGAIN = "Remove the file and make it again."
 
 
@@ -79,8 +81,8 @@ def read_numbers(run: str | Path) -> Numbers:
         trajectory=trajectory,
         losses=read_losses(folder.metrics),
         scores=_scores(folder.path / "scores.json", coefficients.experts),
-        metric=ACCURACY if heads else PERPLEXITY,
-        usage=read_json_lines(folder.usage),
+        metric=_metric(folder.path / "evaluation.json", heads),
+        usage=checked_lines(folder.usage, USAGE),
         manifest=manifest,
         geometry=geometry,
         missing=missing,
@@ -88,9 +90,38 @@ def read_numbers(run: str | Path) -> Numbers:
     )
 
 
+def checked_lines(path: Path, numbers: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of a file with one per line, each with these numbers.
+
+    Raises:
+        ValueError: a line is not such an object.
+    """
+    lines = read_json_lines(path)
+    for line in lines:
+        if lacking := [name for name in numbers if not isinstance(line.get(name), int | float)]:
+            raise ValueError(f"{path}: the line {line} has no number for {lacking[0]!r}. Remove the line.")
+    return lines
+
+
+def _metric(evaluation: Path, heads: bool) -> Metric:
+    """The metric of the scores: the first measure that `trainmerge evaluate` wrote, or by the heads."""
+    content = read_json(evaluation, AGAIN) if evaluation.exists() else {}
+    learned = content.get("learned")
+    measures = learned.get("measures") if isinstance(learned, Mapping) else None
+    for own in measures.values() if isinstance(measures, Mapping) else ():
+        names = list(own) if isinstance(own, Mapping) else []
+        if names[:1] == [ACCURACY.name]:
+            return ACCURACY
+        if names[:1] == [PERPLEXITY.name]:
+            return PERPLEXITY
+    return ACCURACY if heads else PERPLEXITY
+
+
 def _front(folder: RunFolder) -> Mapping[str, Any] | None:
-    found = read_json(folder.front, AGAIN) if folder.front.exists() else {}
-    return found if found.get("coefficients") == sha256(folder.coefficients) else None
+    if not folder.front.exists():
+        return None
+    found = read_front(folder.front)
+    return found if found["coefficients"] == sha256(folder.coefficients) else None
 
 
 def _geometry(folder: RunFolder, manifest: Mapping[str, Any]) -> tuple[Geometry | None, str]:
@@ -106,11 +137,11 @@ def _geometry(folder: RunFolder, manifest: Mapping[str, Any]) -> tuple[Geometry 
 
 def read_losses(path: Path) -> dict[str, Tensor]:
     """`all` and expert -> [S, 2], from a run's metrics."""
-    rows = read_json_lines(path)
+    rows = checked_lines(path, ("step",))
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for key, value in row.items():
-            if key == "loss" or key.startswith("losses/"):
+            if (key == "loss" or key.startswith("losses/")) and isinstance(value, int | float):
                 found.setdefault(key.removeprefix("losses/") if key != "loss" else "all", []).append(
                     (row["step"], value)
                 )
@@ -118,8 +149,14 @@ def read_losses(path: Path) -> dict[str, Tensor]:
 
 
 def _scores(path: Path, experts: Sequence[str]) -> Scores:
-    """Row -> task -> score, of a file that `trainmerge evaluate` wrote."""
+    """Row -> task -> score, of a file that `trainmerge evaluate` wrote.
+
+    Raises:
+        ValueError: a row is not a mapping of tasks to scores.
+    """
     rows = read_json(path, AGAIN) if path.exists() else {}
+    if wrong := [row for row, scores in rows.items() if not isinstance(scores, Mapping)]:
+        raise ValueError(f"{path}: {wrong[0]!r} is {rows[wrong[0]]!r}, not scores per task. {AGAIN}")
     return {
         row: {task: scores[task] for task in experts}
         for row, scores in rows.items()

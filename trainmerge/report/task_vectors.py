@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -39,10 +40,7 @@ def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     lines = torch.stack([each[:, i, j] for i, j in shown]) if shown else torch.empty(0, len(blocks))
     off = whole[~torch.eye(K, dtype=torch.bool)]
     scale = symmetric(torch.cat([off, lines.flatten()]), 0.0, LEAST)
-    square, wide = max(1.6, min(3.4, 0.42 * K)), max(2.4, min(4.0, 0.42 * len(blocks)))
-    height = max(0.36 * K, 0.27 * len(shown)) + 1.5
-    figure = Figure(figsize=(min(WIDTH, square + wide + 3.4), height), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(square, wide))
+    figure, left, right = _two_panels(K, len(blocks), len(shown))
     heat(
         left, whole.masked_fill(torch.eye(K, dtype=torch.bool), torch.nan), scale, cell=0.42 if K <= 10 else 0
     )
@@ -53,11 +51,8 @@ def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     names = [f"{shortened(experts[i], 11)} · {shortened(experts[j], 11)}" for i, j in shown]
     label_axes(right, names, block_labels(list(blocks)))
     colour_bar(figure, [left, right], scale, "cosine similarity (0 in the middle)")
-    top = (
-        f"{experts[pairs[0][0]]} and {experts[pairs[0][1]]}, {float(whole[pairs[0]]):.2f}"
-        if pairs
-        else "none"
-    )
+    i, j = pairs[0] if pairs else (0, 0)
+    top = f"{experts[i]} and {experts[j]}, {float(whole[i, j]):.2f}" if pairs else "none"
     return Picture(
         "similarity",
         "Similarity of the task vectors",
@@ -72,6 +67,15 @@ def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
             for i, j in pairs
         ],
     )
+
+
+def _two_panels(experts: int, blocks: int, pairs: int) -> tuple[Figure, Axes, Axes]:
+    """A figure with a square map of experts, and one of pairs and blocks."""
+    square, wide = max(1.6, min(3.4, 0.42 * experts)), max(2.4, min(4.0, 0.42 * blocks))
+    height = max(0.36 * experts, 0.27 * pairs) + 1.5
+    figure = Figure(figsize=(min(WIDTH, square + wide + 3.4), height), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(square, wide))
+    return figure, left, right
 
 
 def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:

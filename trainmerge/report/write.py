@@ -14,10 +14,12 @@ from trainmerge.report.read_run import Numbers, read_numbers
 from trainmerge.report.scores import score_picture
 from trainmerge.report.steps import loss_picture, path_picture
 from trainmerge.report.task_vectors import norm_picture, similarity_picture
+from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.staging import staging
 
 RESOLUTION = 144  # dots per inch
 PAGE = "index.html"
+ROOM = 1 << 20  # bytes that a report may take
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
@@ -30,6 +32,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
         out: The folder to write; by default `report` in the run folder.
 
     Raises:
+        OSError: the disk has no room for it.
         ValueError: no such run, or `out` is a folder that is not a report.
     """
     target = Path(out) if out is not None else Path(run) / "report"
@@ -37,6 +40,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
         raise ValueError(
             f"{target} exists and is not a report: nothing was overwritten. Choose another folder."
         )
+    check_free_space(target, ROOM)  # before the task vectors are measured
     numbers = read_numbers(run)
     with staging(target, overwrite=True) as folder, style():
         sections = [_shown(picture, folder, numbers) for picture in pictures(numbers)]

@@ -20,6 +20,7 @@ from trainmerge.run.trust import files_checked, imports_checked
 from trainmerge.system.atomic import write_whole
 from trainmerge.system.json_file import read_bytes
 from trainmerge.system.plain_data import check_plain
+from trainmerge.system.text import reason
 
 T = TypeVar("T")
 
@@ -72,7 +73,12 @@ def public_paths(data: Any) -> Any:
 def to_config(value: Any) -> Any:
     """A frozen dataclass as plain YAML data; a plug-in (one with a base class) with its class path."""
     if is_dataclass(value) and not isinstance(value, type):
-        content = {field.name: to_config(getattr(value, field.name)) for field in fields(value)}
+        content = {
+            field.name: to_config(getattr(value, field.name))
+            for field in fields(value)
+            # A field that older versions lack, at its default: their files have the same settings without it.
+            if "added" not in field.metadata or getattr(value, field.name) != field.default
+        }
         if type(value).__mro__[1] is object:
             return content
         path = public_path(f"{type(value).__module__}.{type(value).__qualname__}")
@@ -117,7 +123,7 @@ def read_yaml(path: Path) -> Any:
         data = yaml.load(text.decode("utf-8"), UniqueKeys)
         check_plain(data)
     except Exception as error:  # PyYAML lets through what the constructors of dates and numbers raise
-        raise ValueError(f"{path}: not usable YAML: {error or type(error).__name__}") from error
+        raise ValueError(f"{path}: not usable YAML: {reason(error)}") from error
     return data
 
 

@@ -154,8 +154,10 @@ class RunFolder:
         if not os.access(place, os.W_OK | os.X_OK):
             raise ValueError(f"{place}: no permission to write there: choose another folder")
 
-    def check(self, description: Mapping[str, Any]) -> None:
+    def check(self, description: Mapping[str, Any], by_key: str = "") -> None:
         """Check that the run in the folder, if there is one, has the same experts, data and settings.
+
+        `by_key` lists the configuration's changed keys, because some differences are of digests.
 
         Raises:
             ValueError: lists the differences.
@@ -164,9 +166,10 @@ class RunFolder:
             return
         different = differences(self.read_manifest(), description)
         if different:
+            keys = f"In the configuration:\n{by_key}\n" if by_key else ""
             raise ValueError(
                 f"{self.path} holds a run with different experts, data or settings:\n{different}\n"
-                "Undo the change to resume it, or use another folder."
+                f"{keys}Undo the change to resume it, or use another folder."
             )
 
     def create(self, description: Mapping[str, Any]) -> None:

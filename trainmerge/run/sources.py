@@ -20,25 +20,30 @@ def recipe_of(path: Path) -> Recipe:
     """The recipe of a run folder, an exported checkpoint, or a configuration file.
 
     Raises:
-        ValueError: it is none of these, or an export whose test files cannot be found.
+        ValueError: it is none of these.
     """
     for file in (path / "recipe.yaml", path / RECIPE, path):
         if file.is_file():
-            recipe = read_config(Recipe, "recipe", file)
-            if file == path / RECIPE:
-                _check_tasks(path, recipe)
-            return recipe
+            return read_config(Recipe, "recipe", file)
     raise ValueError(f"{path}: not a run folder, exported checkpoint or configuration file")
 
 
-def _check_tasks(path: Path, recipe: Recipe) -> None:
-    """An export names its test files without their folders; they exist only where it was made so."""
-    tests = [task.test for task in (*recipe.experts.values(), *recipe.held_out.values()) if task.test]
-    if missing := [file for file in tests if not Path(file).exists()]:
+def tasks_of(path: Path) -> Recipe:
+    """The same, for its tasks.
+
+    Raises:
+        ValueError: as `recipe_of`; an export whose test files are elsewhere: it names them without folders.
+    """
+    recipe = recipe_of(path)
+    tests = [expert.test for expert in recipe.experts.values()]
+    tests += [task.test for task in recipe.held_out.values()]
+    missing = [file for file in tests if file and not Path(file).exists()]
+    if missing and (path / RECIPE).is_file():
         raise ValueError(
             f"{path} names its tasks' files without their folders ({missing[0]} is not in {Path.cwd()}). "
             "Name the run or the configuration that has them: --recipe RUN"
         )
+    return recipe
 
 
 def text_length(path: Path, given: int | None = None) -> int:
@@ -59,6 +64,14 @@ def columns_of(path: Path) -> Columns:
     if not isinstance(given, Mapping) or given.keys() - COLUMNS:
         raise ValueError(f"{path}: data.columns is {given!r}; it is a mapping with keys of {sorted(COLUMNS)}")
     return Columns(**given)
+
+
+def learns(path: Path) -> bool:
+    """Whether the fit of a configuration, a run or an export has steps; True if it is unknown."""
+    files = (path / "config.yaml", path / "trainmerge_config.yaml", path)
+    content = next((read_yaml(file) for file in files if file.is_file()), None)
+    trainer = content.get("trainer") if isinstance(content, Mapping) else None
+    return not isinstance(trainer, Mapping) or trainer.get("max_steps") != 0
 
 
 def _data_of(path: Path) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainmerge.system.plain_data import check_plain
+from trainmerge.system.text import reason
 
 
 def parse_json(text: str | bytes, where: str | Path, remedy: str) -> Any:
@@ -21,7 +22,7 @@ def parse_json(text: str | bytes, where: str | Path, remedy: str) -> Any:
         )
         check_plain(value)
     except (ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{where}: not valid JSON: {error or type(error).__name__}. {remedy}") from error
+        raise ValueError(f"{where}: not valid JSON: {reason(error)}. {remedy}") from error
     return value
 
 
@@ -32,10 +33,15 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         FileNotFoundError: there is no such file; with the remedy.
         ValueError: it cannot be read, is not JSON in UTF-8, or not an object; with the remedy.
     """
-    value = parse_json(read_bytes(path, remedy), path, remedy)
+    value = read_value(path, remedy)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object, but a {type(value).__name__}. {remedy}")
     return value
+
+
+def read_value(path: Path, remedy: str) -> Any:
+    """The value in a JSON file. Raises as `read_json`, for any value."""
+    return parse_json(read_bytes(path, remedy), path, remedy)
 
 
 def read_bytes(path: Path, remedy: str) -> bytes:
@@ -81,7 +87,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}: line {number} is not valid JSON: {error}. Remove the line.") from error
+            raise ValueError(
+                f"{path}: line {number} is not valid JSON: {reason(error)}. Remove the line."
+            ) from error
         if not isinstance(value, dict):
             raise ValueError(f"{path}: line {number} is not a JSON object. Remove the line.")
         found.append(value)

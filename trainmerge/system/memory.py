@@ -108,3 +108,13 @@ def keep_freed_memory() -> None:
 def _mallopt(option: int, value: int) -> None:
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # musl: none
         mallopt(option, value)
+
+
+NO_MEMORY = ("can't start new thread", "can't allocate memory", "out of memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is full: also as torch and the interpreter's threads say it, in a RuntimeError."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trainmerge.system.atomic import replacing
+from trainmerge.system.disk_space import naming
 from trainmerge.system.safetensors_format import DTYPES, Specs, header_of, read_header
 
 WRITE_BLOCK = 1 << 24
@@ -82,7 +83,7 @@ class MappedFile:
             return torch.empty(info.shape, dtype=info.dtype)
         if self._map is None:
             self.check_unchanged()
-            with self.path.open("rb") as file:
+            with naming(self.path), self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, **MAPPING)
         if info.begin % info.dtype.itemsize:  # files of old writers: copy, because kernels need aligned data
             raw = torch.frombuffer(self._map, dtype=torch.uint8, count=info.nbytes, offset=info.begin)

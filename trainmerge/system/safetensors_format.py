@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from trainmerge.system.text import reason
+
 Specs = Mapping[str, tuple[torch.dtype, torch.Size | tuple[int, ...]]]
 HEADER_LIMIT = 100_000_000  # bytes; safetensors refuses to read a longer one
 DTYPES = {
@@ -40,7 +42,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             torch.Size(entry["shape"]).numel()
     except (SafetensorError, ValueError, RuntimeError, OverflowError, TypeError, OSError) as error:
         hint = f"({path.stat().st_size} bytes long). It is damaged or unfinished: download or save it again."
-        raise ValueError(f"{path}: not a complete safetensors file: {error} {hint}") from error
+        raise ValueError(f"{path}: not a complete safetensors file: {reason(error)} {hint}") from error
     return pairs, 8 + size
 
 

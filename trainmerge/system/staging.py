@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainmerge.system.atomic import abandoned, aside, sync
+from trainmerge.system.disk_space import naming_inside
 from trainmerge.system.lock import locked
 
 
@@ -32,7 +33,8 @@ def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
         new, old = aside(target, "new"), aside(target, "old")
         new.mkdir()
         try:
-            yield new
+            with naming_inside(new, target):
+                yield new
             _publish(new, target, old, overwrite)
         except BaseException:
             if old.exists() and not target.exists():

@@ -11,3 +11,9 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def reason(error: BaseException, length: int = 600) -> str:
+    """A foreign error in at most so many characters: its words, or its type if it has none."""
+    words = str(error).strip() or type(error).__name__
+    return words if len(words) <= length else f"{words[:length]}..."

@@ -20,9 +20,9 @@ from trainmerge.export.export import export_run
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.reopen import reopen
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.front import read_front
 from trainmerge.run.in_use import in_use
 from trainmerge.system.atomic import write_whole
-from trainmerge.system.json_file import read_json
 from trainmerge.system.ranges import check_option
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.tradeoffs.front import front, spread
@@ -147,7 +147,7 @@ def export_point(run: str | Path, point: int, out: str | Path, overwrite: bool =
     file = folder.front
     if not file.is_file():
         raise ValueError(f"{file}: no front yet; `trainmerge pareto {run}` computes it")
-    content = read_json(file, f"Compute it again: trainmerge pareto {run}")
+    content = read_front(file)
     if content["coefficients"] != sha256(folder.coefficients):
         raise ValueError(f"{file} is from other coefficients than the run's current ones; compute it again")
     points = {entry["point"]: entry["scales"] for entry in content["front"]}

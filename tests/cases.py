@@ -1,0 +1,120 @@
+"""`make cases CASES=FOLDER`: run each script of a folder of small inputs, and say what it answers.
+
+A script passes if the last line of its output with PASS or FAIL says PASS; a script without such a line
+gives a figure, its last line. Scripts may name modules as they were in version 0.1.0.
+
+    python -m tests.cases FOLDER [part of a path ...]
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 900  # seconds for one script
+LIBRARIES = {"common.py", "fam.py", "tok.py"}  # that the other scripts import
+WORDS = {  # of scripts that take some
+    "bug_misc.py": "scaler combine anchor plateau",
+    "grad.py": "gpt2 bert mamba",
+    "pre.py": "gpt2 bert",
+    "kill_fit.py": "timed 20 0",
+}
+MOVED = {  # name in a script's import -> the module that has it now
+    "Batch": "data.batch", "Outputs": "data.batch", "Steps": "data.calibration", "Columns": "data.examples",
+    "read_examples": "data.examples", "Tokenizer": "data.tokenizer", "Delta": "task_vectors.delta",
+    "ExpertWeight": "kernels.terms", "MappedFile": "system.safetensors_file",
+    "write_safetensors": "system.safetensors_file", "RunFolder": "run.folder",
+    "calibration_files": "run.recipe", "apply": "preprocess.cache", "combined": "coefficients.aggregation",
+    "load_coefficients": "coefficients.coefficients", "load_model": "checkpoints.model",
+    "load_snapshot": "fitting.provenance", "merged_weights": "model.functional",
+    "open_checkpoint": "checkpoints.reader", "PickleFile": "checkpoints.reader",
+    "recompute_blocks": "model.activation_checkpointing", "reopen": "fitting.reopen",
+    "rounds": "plan.micro_batches", "Economy": "plan.micro_batches",
+}  # fmt: skip
+MODULES = {
+    "trainmerge.forward": "trainmerge.model.forward",
+    "trainmerge.reopen": "trainmerge.fitting.reopen",
+    "trainmerge.fit_cli": "trainmerge.cli.fit",
+    "trainmerge.scoring": "trainmerge.evaluate.console",
+    "trainmerge.allocation": "trainmerge.fitting.allocate_chunks",
+    "trainmerge.tradeoff_cli": "trainmerge.cli.tradeoffs",
+    "trainmerge.verify": "trainmerge.export.verify",
+    "trainmerge.tradeoffs.run_search": "trainmerge.tradeoffs.search",
+    "tests.test_informed": "tests.preprocess.test_informed",
+}
+IMPORT = re.compile(r"from trainmerge(?:\.[\w.]+)? import (\w+(?: *, *\w+)*)")
+
+
+def mended(text: str) -> str:
+    """A script with today's modules in its imports."""
+
+    def names(found: re.Match[str]) -> str:
+        parts = [name.strip() for name in found[1].split(",")]
+        if not all(name in MOVED for name in parts):
+            return found[0]
+        was = {"Economy": "StepSchedule as Economy"}
+        return "; ".join(f"from trainmerge.{MOVED[name]} import {was.get(name, name)}" for name in parts)
+
+    for old, new in MODULES.items():
+        text = re.sub(rf"\b{re.escape(old)}\b", new, text)
+    return IMPORT.sub(names, text)
+
+
+def run(script: Path, place: Path) -> dict[str, object]:
+    """The answer of one script, which may write to `place`, and its seconds."""
+    words = WORDS.get(script.name, "").split()
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(place),
+        "CASES": str(place / "work"),
+    }  # fmt: skip
+    began = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, str(script), *words],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False,
+        )  # fmt: skip
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        verdicts = [line for line in lines if re.match(r"(PASS|FAIL)\b", line)]
+        error = (done.stderr.strip().splitlines() or [""])[-1]
+        answer = verdicts[-1] if verdicts else lines[-1] if lines and not done.returncode else error
+    except subprocess.TimeoutExpired:
+        answer = f"no answer in {LIMIT} s"
+    return {"answer": answer.strip()[:200], "seconds": round(time.monotonic() - began)}
+
+
+def main() -> int:
+    """Run the scripts; 1 if one says FAIL."""
+    parser = argparse.ArgumentParser(prog="python -m tests.cases", description="Run a folder of cases.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("only", nargs="*", help="parts of the scripts' paths")
+    parser.add_argument("--keep", type=Path, help="write the answers to this JSON file too")
+    chosen = parser.parse_args()
+    answers = {}
+    with tempfile.TemporaryDirectory(prefix="cases-") as place:
+        scripts = Path(place) / "scripts"
+        shutil.copytree(chosen.folder, scripts)
+        for script in sorted(scripts.rglob("*.py")):
+            script.chmod(0o644)
+            script.write_text(mended(script.read_text()))
+        for script in sorted(scripts.rglob("*.py")):
+            name = str(script.relative_to(scripts))
+            if script.name in LIBRARIES or (chosen.only and not any(part in name for part in chosen.only)):
+                continue
+            answers[name] = run(script, Path(place))
+            print(f"{name:45} {answers[name]['seconds']:4} s  {answers[name]['answer']}", flush=True)
+            if chosen.keep:
+                chosen.keep.write_text(json.dumps(answers, indent=1) + "\n")
+    failed = sum(str(found["answer"]).startswith("FAIL") for found in answers.values())
+    print(f"{len(answers)} scripts, {failed} say FAIL")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""Columns of texts are read as they are written, whatever their words look like."""
+
+from pathlib import Path
+
+import pytest
+
+from trainmerge.data.text_files import load_examples
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["null", "NA", "None", "nan"], ["12", "007", "1e5"], ["True", "False"], ["2024-01-31", "2024-02-01"]],
+)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "txt"])
+def test_words_that_look_like_something_else_stay_texts(
+    tmp_path: Path, suffix: str, texts: list[str]
+) -> None:
+    rows = [f'{{"text": "{text}"}}' for text in texts]
+    content = {
+        "csv": "text,label\n" + "".join(f"{text},1\n" for text in texts),
+        "jsonl": "\n".join(rows),
+        "json": "[" + ",".join(rows) + "]",
+        "txt": "\n".join(texts),
+    }[suffix]
+    file = tmp_path / f"texts.{suffix}"
+    file.write_text(content)
+    assert list(load_examples(str(file), ["text"])["text"]) == texts
+
+
+def test_labels_are_still_numbers_and_an_empty_cell_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "texts.csv"
+    file.write_text("text,label\nnull,1\n7,0\n")
+    assert list(load_examples(str(file), ["text", "label"], numbers=["label"])["label"]) == [1, 0]
+    file.write_text("text,label\nred,1\n,0\n")
+    with pytest.raises(ValueError, match="example 1 has no value for 'text'"):
+        load_examples(str(file), ["text", "label"], numbers=["label"])

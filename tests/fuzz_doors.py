@@ -1,0 +1,157 @@
+"""The doors through which foreign bytes enter: a valid file, and the function that reads it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import trainmerge as tm
+from tests.fitting.test_fit import fit_world
+from tests.world import write_world
+from trainmerge.checkpoints.adapter import open_adapter
+from trainmerge.checkpoints.meta_model import build_meta_model
+from trainmerge.checkpoints.parameters import open_parameters
+from trainmerge.checkpoints.reader import PickleFile, open_checkpoint
+from trainmerge.coefficients.coefficients import load_coefficients
+from trainmerge.coefficients.layout import read_chunks
+from trainmerge.data.examples import Columns, Example, read_examples
+from trainmerge.data.heads import read_labels
+from trainmerge.data.text_files import load_examples
+from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.fitting.provenance import load_snapshot
+from trainmerge.run.config import read_config
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.open_run import read_run
+from trainmerge.system.json_file import read_json_lines
+from trainmerge.system.safetensors_file import MappedFile
+
+
+class Door(NamedTuple):
+    """One kind of file."""
+
+    file: Path  # is overwritten
+    valid: bytes
+    read: Callable[[], object]
+    json: bool = False  # its values are changed too
+    slow: bool = False  # more than some milliseconds per input
+    forks: bool = True  # False where a reader's threads would hang in a forked process
+
+
+def doors(root: Path) -> dict[str, Door]:
+    """All doors, with their files in an empty folder."""
+    write_world(root)
+    fit_world(root, root / "run", steps=1)
+    return {**_checkpoints(root), **_runs(root), **_texts(root)}
+
+
+def _door(
+    file: Path, read: Callable[[], object], json: bool = False, slow: bool = False, forks: bool = True
+) -> Door:
+    return Door(file, file.read_bytes(), read, json, slow, forks)
+
+
+def _checkpoints(root: Path) -> dict[str, Door]:
+    base, adapter, shards, own = root / "base", root / "experts" / "animal", root / "shards", root / "own"
+    parameters = open_parameters(open_checkpoint(base))
+    for folder in (shards, own):
+        folder.mkdir()
+        (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    for name in ("a", "b"):
+        save_file({name: torch.ones(2, 3)}, shards / f"{name}.safetensors")
+    index = shards / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}))
+    pickled, single = own / "pytorch_model.bin", own / "model.safetensors"
+    torch.save({"a": torch.arange(12.0).view(3, 4), "b": torch.ones(2, dtype=torch.bfloat16)}, pickled)
+    save_file({"a": torch.arange(12.0).view(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}, single)
+
+    def read_adapter() -> None:
+        found = open_adapter(parameters, adapter, (), allow_pickle=False)
+        found.peft_config()
+
+    return {
+        "config.json": _door(own / "config.json", lambda: build_meta_model(own), json=True, slow=True),
+        "adapter_config.json": _door(adapter / "adapter_config.json", read_adapter, json=True),
+        "safetensors": _door(single, lambda: _read_all(MappedFile(single))),
+        "index.json": _door(index, lambda: open_checkpoint(shards), json=True),
+        "pickle": _door(pickled, lambda: _read_all(PickleFile(pickled))),
+        "tokenizer.json": _door(base / "tokenizer.json", lambda: Tokenizer(str(base), 8), True, slow=True),
+        "tokenizer_config.json": _door(
+            base / "tokenizer_config.json", lambda: Tokenizer(str(base), 8), True, slow=True
+        ),
+    }
+
+
+def _read_all(file: MappedFile | PickleFile) -> None:
+    for name, info in file.tensors.items():
+        assert file.read(name).numel() == info.shape.numel()
+        file.read(name).float().sum()
+
+
+def _runs(root: Path) -> dict[str, Door]:
+    run = RunFolder(root / "run")
+    chunks = root / "chunks.json"
+    chunks.write_text(json.dumps({"chunks": {"encoder.layer.0.output.dense.weight": 2, "*": 1}}))
+    snapshot = run.latest()
+    assert snapshot is not None
+    return {
+        "recipe.yaml": _door(run.recipe, lambda: read_config(tm.Recipe, "recipe", run.recipe), slow=True),
+        "recipe.yaml, values": Door(
+            run.recipe,
+            json.dumps(yaml.safe_load(run.recipe.read_bytes())).encode(),
+            lambda: read_config(tm.Recipe, "recipe", run.recipe),
+            json=True,
+            slow=True,
+        ),
+        "manifest.json": _door(run.manifest, lambda: read_run(run), json=True, slow=True),
+        "coefficients.safetensors": _door(run.coefficients, lambda: load_coefficients(run.coefficients)),
+        "coefficients' header": _header(run.coefficients),
+        "snapshot": _door(snapshot, lambda: load_snapshot(snapshot)),
+        "chunks.json": _door(chunks, lambda: read_chunks(chunks), json=True),
+        "metrics.jsonl": _door(run.metrics, lambda: read_json_lines(run.metrics)),
+    }
+
+
+def _header(file: Path) -> Door:
+    """The layout in the metadata of coefficients, as a JSON file that is put there first."""
+    layout, values = file.with_name("layout.json"), load_file(file)
+    layout.write_text(MappedFile(file).metadata["layout"])
+
+    def read() -> object:
+        text = layout.read_bytes().decode("utf-8", "replace")
+        save_file(values, file, {"layout": text, "experts": '["mood", "colour", "animal"]'})
+        return load_coefficients(file)
+
+    return _door(layout, read, json=True)
+
+
+def _texts(root: Path) -> dict[str, Door]:
+    rows = {"text": ["good happy", "bad", "red blue"], "label": [0, 1, 1]}
+    folder = root / "texts"
+    folder.mkdir()
+    made = datasets.Dataset.from_dict(rows)
+    made.to_json(folder / "a.jsonl")
+    made.to_csv(folder / "a.csv", index=False)
+    made.to_parquet(folder / "a.parquet")
+    (folder / "a.txt").write_text("good happy\nbad\n")
+    made.save_to_disk(str(folder / "saved"))
+    labels = root / "mood" / "labels.json"
+
+    def reader(file: Path) -> Callable[[], object]:
+        return lambda: read_examples(str(file), Columns(), lambda _: Example("x"))
+
+    return {
+        **{f"texts.{end}": _door(folder / f"a.{end}", reader(folder / f"a.{end}"), slow=True, forks=False)
+           for end in ("jsonl", "csv", "parquet", "txt")},
+        **{f"saved, {file}": _door(folder / "saved" / file, reader(folder / "saved"), slow=True, forks=False)
+           for file in ("state.json", "dataset_info.json", "data-00000-of-00001.arrow")},
+        "labels.json": _door(labels, lambda: read_labels(labels), json=True),
+        "labelled texts": _door(
+            folder / "a.jsonl", lambda: load_examples(str(folder / "a.jsonl"), ["text", "label"]),
+            slow=True, forks=False,
+        ),
+    }  # fmt: skip

@@ -1,0 +1,39 @@
+"""Some mutated files at every door; `make fuzz` tries 100,000 of each."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz import FINE, attempt
+from tests.fuzz_doors import Door, doors
+
+FAST, SLOW = 100, 15  # inputs per door
+NAMES = (
+    "config.json", "adapter_config.json", "safetensors", "index.json", "pickle", "tokenizer.json",
+    "tokenizer_config.json", "recipe.yaml", "recipe.yaml, values", "manifest.json",
+    "coefficients.safetensors", "coefficients' header", "snapshot", "chunks.json", "metrics.jsonl",
+    "texts.jsonl", "texts.csv", "texts.parquet", "texts.txt", "saved, state.json", "saved, dataset_info.json",
+    "saved, data-00000-of-00001.arrow", "labels.json", "labelled texts",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Door]:
+    return doors(tmp_path_factory.mktemp("doors"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mutated_files_end_in_an_error_of_ours(name: str, every: dict[str, Door], tmp_path: Path) -> None:
+    door = every[name]
+    door.read()  # the file as it was
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for seed in range(SLOW if door.slow else FAST):
+            ended, data = attempt(door, seed)
+            (tmp_path / "input").write_bytes(data)
+            assert ended in FINE, f"seed {seed}: {ended}"
+
+
+def test_every_door_is_tried(every: dict[str, Door]) -> None:
+    assert every.keys() == set(NAMES)

@@ -1,0 +1,127 @@
+"""Lightning's hooks of a fit's steps: an optimizer step, its checkpoint, its optimizer.
+
+Legend: `K` experts, `G` coefficient groups.
+"""
+
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from typing_extensions import override
+
+from trainmerge.coefficients.anchor import Anchor
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.coefficients.frank_wolfe import FrankWolfe
+from trainmerge.data.batch import Batch, Step
+from trainmerge.fitting.precision import without_scaler
+from trainmerge.fitting.step_gradient import StepGradient
+from trainmerge.model.resident import Resident
+from trainmerge.plan.micro_batches import StepSchedule
+from trainmerge.run.recipe import Recipe
+
+
+class CoefficientSteps(pl.LightningModule):
+    """The steps of a fit, given its merge, its losses and its settings; `MergeModule` has these.
+
+    Its checkpoint contains the coefficients, the optimizer's state and what the run depends on.
+    """
+
+    recipe: Recipe
+    coefficients: Coefficients
+    start: Tensor  # [K, G]
+    anchor: Anchor
+    clip: float
+    schedule: StepSchedule
+    make_optimizer: OptimizerCallable
+    make_scheduler: LRSchedulerCallable | None
+    description: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    @property
+    def resident(self) -> Resident:
+        """The merged model."""
+        raise NotImplementedError
+
+    @property
+    def rule(self) -> nn.Module | None:
+        """The aggregation of the experts' gradients; None is their sum."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The weighted loss of one expert's batch, with the model's `loss_scale`."""
+        raise NotImplementedError
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the run depends on to the checkpoint, and the scale of float16 gradients."""
+        checkpoint["trainmerge"] = self.description
+        if self.resident.merged.loss_scale.active:
+            checkpoint["loss_scale"] = self.resident.merged.loss_scale.state_dict()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue with the checkpoint's scale of float16 gradients."""
+        if "loss_scale" in checkpoint:
+            self.resident.merged.loss_scale.load_state_dict(checkpoint["loss_scale"])
+
+    @override
+    def training_step(self, step: Step, index: int) -> None:
+        """One optimizer step: all tasks' losses at one merge."""
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        reports: list[dict[str, Tensor]] = []
+        gradient = self._step_gradient()
+
+        def closure() -> Tensor:
+            losses, slopes = gradient(step, self.global_step)
+            reports.append(losses)
+            optimizer.zero_grad()
+            self.coefficients.raw.grad = slopes
+            penalty = self.anchor(self.coefficients(), self.start.to(self.device))
+            if self.anchor.weight:
+                self.manual_backward(penalty)
+            if self.clip:
+                torch.nn.utils.clip_grad_norm_(self.coefficients.parameters(), self.clip)
+            return torch.stack(list(losses.values())).sum() + penalty.detach()
+
+        with without_scaler(self.trainer.strategy.precision_plugin):
+            optimizer.step(closure)
+        self.coefficients.project_()
+        self._step_scheduler()
+        if isinstance(optimizer.optimizer, FrankWolfe):
+            self.log("gap", optimizer.optimizer.gap())
+        losses = reports[0]  # at the step's starting coefficients
+        self.log("loss", torch.stack(list(losses.values())).sum(), prog_bar=True)
+        # Not loss/NAME: a logger that stores each metric as a file would need `loss` as file and as folder.
+        self.log_dict({f"losses/{name}": loss for name, loss in losses.items()})
+
+    def _step_gradient(self) -> StepGradient:
+        return StepGradient(
+            self.resident.merged,
+            tuple(self.recipe.experts),
+            self.loss,
+            self.manual_backward,
+            partial(self.trainer.strategy.reduce, reduce_op="mean"),
+            self.schedule,
+            self.rule,
+        )
+
+    def _step_scheduler(self) -> None:
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+            scheduler.step()
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer of the coefficients, and its learning-rate schedule if there is one."""
+        optimizer = self.make_optimizer(self.coefficients.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer)}}
