@@ -76,8 +76,8 @@ def _chosen(output: Any, layers: Sequence[int]) -> dict[int, Tensor]:
     for layer, state in found.items():
         if state.dim() != 3:
             raise ValueError(
-                f"the hidden states of layer {layer} are {tuple(state.shape)}, not one vector per token: align "
-                "the logits only (hidden: 0)"
+                f"the hidden states of layer {layer} are {tuple(state.shape)}, not one vector per token: "
+                "align the logits only (hidden: 0)"
             )
     return found
 
