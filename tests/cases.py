@@ -109,6 +109,7 @@ def main() -> int:
     chosen = parser.parse_args()
     answers = {}
     with tempfile.TemporaryDirectory(prefix="cases-") as place:
+        (Path(place) / "work" / "w").mkdir(parents=True)
         scripts = Path(place) / "scripts"
         shutil.copytree(chosen.folder, scripts)
         for script in sorted(scripts.rglob("*.py")):

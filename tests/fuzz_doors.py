@@ -19,8 +19,9 @@ from trainmerge.checkpoints.parameters import open_parameters
 from trainmerge.checkpoints.reader import PickleFile, open_checkpoint
 from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.coefficients.layout import read_chunks
-from trainmerge.data.examples import Columns, Example, load_examples, read_examples
+from trainmerge.data.examples import Columns, Example, read_examples
 from trainmerge.data.heads import read_labels
+from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.fitting.provenance import load_snapshot
 from trainmerge.run.config import read_config

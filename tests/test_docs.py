@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import trainmerge as tm
-from trainmerge.coefficients.presets import MeasuredPreset
+from trainmerge.coefficients.measured_presets import MeasuredPreset
 
 DOCS = Path("notebooks/docs")
 KINDS = (tm.Objective, tm.Preprocess, tm.Preset)

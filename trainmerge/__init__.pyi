@@ -14,8 +14,8 @@ from .coefficients.constraints import Simplex as Simplex
 from .coefficients.frank_wolfe import FrankWolfe as FrankWolfe
 from .coefficients.layout import Grouping as Grouping
 from .coefficients.layout import Layout as Layout
-from .coefficients.presets import T3 as T3
-from .coefficients.presets import DomainPosterior as DomainPosterior
+from .coefficients.measured_presets import T3 as T3
+from .coefficients.measured_presets import DomainPosterior as DomainPosterior
 from .coefficients.presets import LayerSwap as LayerSwap
 from .coefficients.presets import MetricsWeighted as MetricsWeighted
 from .coefficients.presets import Preset as Preset

@@ -114,7 +114,7 @@ def plain(steps: int) -> dict[str, float]:
 
 def _inputs():
     """Model inputs, [expert][example]."""
-    from trainmerge.data.examples import load_examples
+    from trainmerge.data.text_files import load_examples
     from trainmerge.data.tokenizer import Tokenizer
 
     recipe = _recipe()

@@ -12,6 +12,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -192,3 +198,17 @@ def test_an_adapters_recorded_base_is_compared(tmp_path: Path) -> None:
     (tmp_path / "adapter/config.json").write_text((trained_on / "config.json").read_text())
     with pytest.raises(ValueError, match=r"adapter/config\.json: rms_norm_eps is 0\.001"):
         compare(base, tmp_path / "adapter")
+
+
+def test_a_tower_of_the_base_is_named_as_its_part(tmp_path: Path) -> None:
+    text = {**SIZES, "vocab_size": 24}
+    vision = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"image_size": 8, "patch_size": 4}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path / "base")
+    CLIPVisionModel(CLIPVisionConfig(**vision)).save_pretrained(tmp_path / "tower")
+    CLIPTextModel(CLIPTextConfig(**text)).save_pretrained(tmp_path / "text")
+    for name, part in (("tower", "vision_model"), ("text", "text_model")):
+        with pytest.raises(ValueError, match=f"is the part '{part}' of the base's CLIPModel"):
+            open_task_vectors(open_checkpoint(tmp_path / "base"), {"a": tmp_path / name})
+    opened = open_task_vectors(open_checkpoint(tmp_path / "tower"), {"a": tmp_path / "tower"})
+    assert opened.deltas  # that part alone as the base

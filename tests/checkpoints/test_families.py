@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import trainmerge as tm
 from tests import bounds
 from tests.world import WORDS, nudge, write_tokenizer
-from trainmerge.data import tokenizer as tokenizers_of_ours
+from trainmerge.data import pictures as pictures_of_ours
 from trainmerge.data.batch import Batch
 from trainmerge.run.recipe import calibration_files
 
@@ -274,7 +274,7 @@ def test_pictures(
 ) -> None:
     write_experts(tmp_path, build)
     tokenizer = write_picture_tokenizer(tmp_path / "base")
-    monkeypatch.setattr(tokenizers_of_ours, "load_processor", lambda _: processor(tokenizer))
+    monkeypatch.setattr(pictures_of_ours, "load_processor", lambda _: processor(tokenizer))
     holder = "<start><picture><end>" if build is qwen2_vl else "<picture>"
     for k, name in enumerate("ab"):
         rows = []

@@ -1,6 +1,7 @@
 """Adapters as terms equal peft's own `merge_and_unload`, whatever the adapter is."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -146,6 +147,15 @@ def test_embedding_adapters_equal_peft(
     opened = open_task_vectors(open_checkpoint(bases[kind]), {"a": adapter})
     assert [type(delta.terms[0]) for delta in opened.deltas.values()] == [LowRank]
     compare(bases[kind], opened, adapter)
+
+
+@pytest.fixture(autouse=True)
+def compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restored after each test: peft's BOFT leaves CC and CXX changed."""
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+        if not os.environ[name]:
+            monkeypatch.delenv(name)
 
 
 DENSE = {
@@ -325,6 +335,16 @@ OTHERS = {
     "randlora": peft.RandLoraConfig(r=2, target_modules=["q_proj"]),
     "boft": peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj"]),
 }
+
+
+def test_peft_leaves_the_compilers_as_they_are(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = train(bases["llama"], tmp_path / "a", OTHERS["boft"])
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.delenv("CXX", raising=False)
+    open_task_vectors(open_checkpoint(bases["llama"]), {"a": adapter}, workspace=tmp_path / "w")
+    assert (os.environ["CC"], os.environ.get("CXX")) == ("cc", None)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -12,7 +12,8 @@ from tests.world import bert, write_tokenizer
 from trainmerge.checkpoints.adapter_config import check_adapter_config
 from trainmerge.checkpoints.meta_model import build_meta_model
 from trainmerge.checkpoints.output import output_of
-from trainmerge.data.tokenizer import Tokenizer, load_processor
+from trainmerge.data.pictures import load_processor
+from trainmerge.data.tokenizer import Tokenizer
 
 FILE = Path("adapter_config.json")
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import trainmerge as tm
 from tests.world import languages_recipe, write_languages
 from trainmerge.cli import main
-from trainmerge.coefficients.presets import posterior, t3_coefficients
+from trainmerge.coefficients.measured_presets import posterior, t3_coefficients
 from trainmerge.run.config import read_settings
 from trainmerge.run.recipe import calibration_files
 

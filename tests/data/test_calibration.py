@@ -10,7 +10,8 @@ import pytest
 
 from tests.world import write_tokenizer
 from trainmerge.data.calibration import Steps, sample
-from trainmerge.data.examples import Example, load_examples, warn_of_overlap
+from trainmerge.data.examples import Example, warn_of_overlap
+from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
 
 

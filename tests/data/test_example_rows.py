@@ -20,7 +20,7 @@ from tests.checkpoints.test_families import (
     without_video,
     write_picture_tokenizer,
 )
-from trainmerge.data import tokenizer as tokenizers_of_ours
+from trainmerge.data import pictures as pictures_of_ours
 from trainmerge.data.batch import Batch
 from trainmerge.data.calibration import Steps
 from trainmerge.data.example_rows import row_counts, split_rows
@@ -79,7 +79,7 @@ def tokenizer_of(folder: Path, make: Callable[[Any], Any], patch: pytest.MonkeyP
     if make is idefics:
         words.add_special_tokens({"additional_special_tokens": ["<image>", "<fake_token_around_image>"]})
     processor = make(words)
-    patch.setattr(tokenizers_of_ours, "load_processor", lambda _: processor)
+    patch.setattr(pictures_of_ours, "load_processor", lambda _: processor)
     return Tokenizer(str(folder), 64)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainmerge.data.examples import load_examples
+from trainmerge.data.text_files import load_examples
 
 
 @pytest.mark.parametrize(

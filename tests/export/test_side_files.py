@@ -78,7 +78,8 @@ def test_a_corrected_side_file_is_exported(tmp_path: Path) -> None:
     (base / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     tokenizer = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "model_max_length": 77}))
-    tm.export_run(tmp_path / "run", tmp_path / "after")
+    with pytest.warns(UserWarning, match=r"eos_token_id is None, the base has \[1, 2\]\. The merge"):
+        tm.export_run(tmp_path / "run", tmp_path / "after")
     for name in ("generation_config.json", "tokenizer_config.json"):
         assert (tmp_path / "after" / name).read_text() == (base / name).read_text()
     weights = [(tmp_path / side / "model.safetensors").read_bytes() for side in ("before", "after")]

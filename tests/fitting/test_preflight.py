@@ -67,6 +67,7 @@ def test_every_reason_in_one_error(world: Path) -> None:
         ({"a": tm.Expert("x"), "b": tm.Expert("y/../x")}, r"experts\.b: y/\.\./x is already a"),
         ({"a": tm.Expert("x/../base")}, r"is already the base"),
         ({"base": tm.Expert("x")}, "not valid names"),
+        ({1: tm.Expert("x")}, r"the name 1 is not a text: write '1'"),
         ({"a": tm.Expert("x", weight=0.0)}, "every weight is 0"),
     ],
 )

@@ -60,6 +60,11 @@ def find_sources(
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
     _raise(base, problems)
+    return _sources(frame, plans)
+
+
+def _sources(frame: Parameters, plans: Mapping[str, Plan]) -> Sources:
+    """The places of every expert's tensors; reads what ties and `ignore` hide."""
     _check_ties(frame, plans)
     warn_of_hidden_changes(frame, plans)
     sources = {expert: plan.sources() for expert, plan in plans.items()}

@@ -19,6 +19,8 @@ from trainmerge.system.json_file import read_json
 
 ABSENT = "absent"
 GENERATION = "generation_config.json"
+# Keys that change no generated text: what is returned beside it, the cache, padding
+SAME_TEXT = ("_", "transformers_", "output_", "return_dict", "use_cache", "pad_token")
 
 
 def configuration_mismatches(base: PreTrainedModel, expert: PreTrainedConfig, file: Path) -> list[str]:
@@ -85,7 +87,7 @@ def warn_of_generation(
     different = [
         f"{key} is {theirs.get(key)!r}, the base has {ours.get(key)!r}"
         for key in sorted(ours.keys() | theirs.keys())
-        if not same_value(key, ours.get(key), theirs.get(key)) and not key.startswith(("_", "transformers_"))
+        if not key.startswith(SAME_TEXT) and not same_value(key, ours.get(key), theirs.get(key))
     ]
     if different:
         warnings.warn(

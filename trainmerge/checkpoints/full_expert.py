@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from trainmerge.checkpoints.config_check import configuration_mismatches, warn_of_generation
 from trainmerge.checkpoints.meta_model import shorten
 from trainmerge.checkpoints.parameters import Parameters, fit_prefix, open_parameters
@@ -41,6 +43,12 @@ def plan_full(
     base = frame.checkpoint
     remedies = {"model_type": "leave it out"} | ({} if shared_vocabulary else {"vocab_size": RESIZED})
     different = [key for key in remedies if _setting(checkpoint, key) != _setting(base, key)]
+    if "model_type" in different and (part := _part(frame, str(_setting(checkpoint, "model_type")))):
+        raise ValueError(
+            f"{path}: a {_setting(checkpoint, 'model_type')}, which is the part {part!r} of the base's "
+            f"{type(frame.meta_model).__name__}. Use that part alone as the base (save it to a folder of its "
+            "own), or save the expert as the whole model"
+        )
     problems = [
         f"{path}: {key} is {_setting(checkpoint, key)!r}, the base has {_setting(base, key)!r}: not a "
         f"fine-tuned copy of this base; {remedies[key]}"
@@ -63,6 +71,15 @@ def plan_full(
     warn_of_generation(base.path, frame.meta_model.config, path, own.meta_model.config)
     _warn_of_dtypes(expert, checkpoint, base, names)
     return FullExpert(own, names)
+
+
+def _part(frame: Parameters, model_type: str) -> str | None:
+    """The base's submodel of this type, a tower say."""
+    name: str
+    for name, module in frame.meta_model.named_modules():
+        if name and isinstance(module, PreTrainedModel) and module.config.model_type == model_type:
+            return name
+    return None
 
 
 def _shapes(

@@ -4,6 +4,7 @@ transformers renames, fuses and ties tensors on loading. So names, shapes and ti
 on the meta device, which has no storage, before a weight is read.
 """
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -163,7 +164,11 @@ def _for_learning(config: PreTrainedConfig) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """In this context transformers and peft are silent; their settings are restored afterwards."""
+    """In this context transformers and peft are silent; their settings are restored afterwards.
+
+    The compilers' names too: peft's BOFT leaves gcc for C++, and then torch.compile links no loop.
+    """
+    compilers = {name: os.environ.get(name) for name in ("CC", "CXX")}
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -172,6 +177,9 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        for name, value in compilers.items():
+            os.environ.pop(name, None)
+            os.environ |= {name: value} if value is not None else {}
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]

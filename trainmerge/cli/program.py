@@ -67,6 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    return _run(name, words)
+
+
+def _run(name: str, words: list[str]) -> int:
+    """Run a command; errors that a user can cause are a line on stderr, any other is a bug's traceback."""
     try:
         modules, words = take_trusted(words)
         if not modules:
@@ -79,11 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         again = "resumes" if name in RESUMABLE else "starts over"
         print(f"trainmerge {name}: stopped; the same command {again}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (
-        ValueError,
-        TypeError,
-        OSError,
-    ) as error:  # errors that a user can cause; any other is a bug, with a traceback
+    except (ValueError, TypeError, OSError) as error:
         print(f"trainmerge {name}: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:

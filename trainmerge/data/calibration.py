@@ -75,7 +75,7 @@ class Steps(Dataset[Step]):
         examples = [own[i] for i in chosen]
         encoded = self.tokenize.encode(examples)
         share = len(chosen) * self.world_size / self.batch_size
-        rows = self.tokenize.picture_rows(examples, encoded.inputs)
+        rows = self.tokenize.pictures.rows(examples, encoded.inputs)
         return Batch(expert, encoded.inputs, encoded.mask, torch.tensor(chosen), share=share, rows=rows)
 
 

@@ -1,20 +1,14 @@
-"""Read calibration and test files."""
+"""Examples of calibration and test files."""
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from logging import CRITICAL
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import datasets
-
-from trainmerge.system.atomic import seen_from
+from trainmerge.data.text_files import load_examples
 from trainmerge.system.ranges import check_fields
-from trainmerge.system.text import reason
 
 REWRITTEN = (
     "the chat template writes a turn of the assistant in another way once later turns follow (it leaves out "
@@ -22,7 +16,6 @@ REWRITTEN = (
     "located. Mark them in the template with {% generation %}, or give texts with a column of spans "
     "(data.columns.text and data.columns.spans)"
 )
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 class Example(NamedTuple):
@@ -120,107 +113,6 @@ def _spans(given: Any, length: int, where: str) -> tuple[tuple[int, int], ...]:
     if not spans or any(not 0 <= begin < end <= length for begin, end in spans):
         raise ValueError(f"{where}: spans {given!r} are not within its {length} characters")
     return spans
-
-
-def load_examples(
-    path: str, columns: Sequence[str], optional: Sequence[str] = (), numbers: Sequence[str] = ()
-) -> datasets.Dataset:
-    """A JSONL, CSV, parquet or text file, or a dataset saved with `save_to_disk`, as these columns.
-
-    `optional` columns are read if they exist. All columns but `numbers` are texts, as they are written: 007,
-    null, NA and 2024-01-31 too.
-
-    Raises:
-        ValueError: no such file, unknown format, unreadable, no examples, a missing column, or an example
-            without its first column.
-    """
-    data = _read(Path(path), [name for name in (*columns, *optional) if name not in numbers])
-    absent = [column for column in columns if column not in data.column_names]
-    if absent:
-        raise ValueError(f"{path}: no column {absent}; it has {data.column_names}")
-    if not len(data):
-        raise ValueError(f"{path}: no examples in it")
-    try:
-        values, *_ = [list(data[column]) for column in columns]
-    except Exception as error:  # an arrow file is read here, and may be damaged anywhere
-        raise ValueError(f"{path}: damaged, or not in UTF-8: {reason(error)}. Save it again.") from error
-    for i, value in enumerate(values):
-        if value is None:
-            raise ValueError(f"{path}: example {i} has no value for {columns[0]!r}, which must be a text")
-    return data.select_columns([*columns, *(name for name in optional if name in data.column_names)])
-
-
-def _read(source: Path, texts: Sequence[str]) -> datasets.Dataset:
-    if not source.exists():
-        raise ValueError(f"{source}: no such file or folder{seen_from(source)}")
-    if source.is_dir():
-        return _saved(source)
-    if source.suffix not in FORMATS:
-        raise ValueError(
-            f"{source}: unknown format; use one of {', '.join(FORMATS)}, or a saved dataset's folder"
-        )
-    if not source.stat().st_size:
-        raise ValueError(f"{source}: the file is empty")
-    reader = getattr(datasets.Dataset, f"from_{FORMATS[source.suffix]}")
-    options: dict[str, Any] = {}
-    if source.suffix == ".csv":  # an empty cell is no value; all else is as written
-        options = {"converters": dict.fromkeys(texts, _cell), "keep_default_na": False, "na_values": [""]}
-    try:
-        with (
-            TemporaryDirectory() as cache,
-            _quiet(),
-        ):  # the texts are in memory anyway; a disk cache would remain
-            data = reader(str(source), keep_in_memory=True, cache_dir=cache, **options)
-            return _undated(data, source, texts) if FORMATS[source.suffix] == "json" else data
-    except Exception as error:  # pyarrow's and datasets' own, and whatever they let through
-        if "corresponds to no data" in str(error):  # a header without rows, blank lines
-            raise ValueError(f"{source}: no examples in it") from error
-        cause = error.__cause__ or error  # the reader's own error, before it was wrapped
-        raise ValueError(
-            f"{source}: cannot be read as {FORMATS[source.suffix]} in UTF-8: {reason(cause)}"
-        ) from error
-
-
-def _cell(written: str) -> str | None:
-    return written or None
-
-
-def _undated(data: datasets.Dataset, source: Path, texts: Sequence[str]) -> datasets.Dataset:
-    """Columns of JSON texts that all look like dates, which the reader takes for times, as texts again."""
-    for name in texts:
-        if str(getattr(data.features.get(name), "dtype", "")).startswith(("timestamp", "date", "time")):
-            content = source.read_text(encoding="utf-8")
-            rows = json.loads(content) if content.lstrip().startswith("[") else content.splitlines()
-            values = [(json.loads(row) if isinstance(row, str) else row).get(name) for row in rows if row]
-            data = data.add_column(f"{name} as written", values).remove_columns(name)
-            data = data.rename_column(f"{name} as written", name)
-    return data
-
-
-def _saved(folder: Path) -> datasets.Dataset:
-    try:
-        data = datasets.load_from_disk(str(folder))
-    except Exception as error:  # as in `_read`
-        raise ValueError(
-            f"{folder}: not a dataset saved by `save_to_disk`: {type(error).__name__}: {reason(error)}"
-        ) from error
-    if isinstance(data, datasets.DatasetDict):
-        raise ValueError(f"{folder}: has the splits {list(data)}; name the folder of one, {folder}/SPLIT")
-    return data
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Disable progress bars, and the log lines of errors that we raise ourselves."""
-    shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if shown:
-            datasets.enable_progress_bars()
 
 
 def warn_of_overlap(name: str, calibration: Sequence[str], test: Sequence[str]) -> None:

@@ -9,26 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from transformers import AutoProcessor, AutoTokenizer
 
 from trainmerge.data.chat import render_chat
-from trainmerge.data.example_rows import row_counts
 from trainmerge.data.examples import Example
+from trainmerge.data.load_tokenizer import load_tokenizer
+from trainmerge.data.pictures import Pictures
 from trainmerge.data.special_tokens import SpecialTokens, check_rows, embedding_rows
-from trainmerge.system.atomic import seen_from
 from trainmerge.system.json_file import read_json
-from trainmerge.system.links import check_link
 from trainmerge.system.ranges import check_option
-from trainmerge.system.text import reason
 
 REMEDY = "Download or save it again."
-FILES = (
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "merges.txt",
-    "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json",
-    "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
-)  # fmt: skip
 
 
 class Encoded(NamedTuple):
@@ -53,32 +44,10 @@ class Tokenizer:
     """
 
     def __init__(self, path: str, max_length: int) -> None:
-        folder = Path(path)
-        if not folder.is_dir():
-            raise ValueError(
-                f"{path}: not a folder{seen_from(path)}. Name the base's folder: its tokenizer is used."
-            )
         check_option("max_length", max_length, int, "[1, inf)")
         self.path, self.max_length = path, max_length
-        for name in FILES:
-            check_link(folder, folder / name)
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                path,
-                local_files_only=True,
-                trust_remote_code=False,
-                padding_side="right",
-                truncation_side="right",
-            )
-        except Exception as error:  # the file is a stranger's, and the parser's errors are of many types
-            raise ValueError(
-                f"{path}: no tokenizer that transformers can load in it ({reason(error)}). Code from "
-                "checkpoints is never run"
-            ) from error
-        if self._tokenizer.pad_token is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token  # padding is masked, so any token works
-        self._loaded_processor: Any = None  # for pictures; loaded with the first one
-        self._rows_alone: dict[Example, dict[str, int]] = {}
+        self._tokenizer = load_tokenizer(path)
+        folder = Path(path)
         config = folder / "config.json"
         self._has_decoder = config.is_file() and read_json(config, REMEDY).get("is_encoder_decoder")
         self._rows = embedding_rows(folder)
@@ -139,36 +108,8 @@ class Tokenizer:
 
     def _with_pictures(self, examples: Sequence[Example]) -> Encoded:
         """Encode with the model's own processor, without truncation, which would split pictures."""
-        inputs = self._processed(examples)
+        inputs = self.pictures.encode(examples)
         return Encoded(inputs, inputs["attention_mask"].bool())
-
-    def _processed(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        pictures = [_picture(example.image) for example in examples]
-        texts = [example.text for example in examples]
-        done = examples[0].templated or any(self._special.present(text) for text in texts)
-        options = {"add_special_tokens": False} if done else {}
-        made = self._processor()(text=texts, images=pictures, padding=True, return_tensors="pt", **options)
-        return dict(made)
-
-    def picture_rows(
-        self, examples: Sequence[Example], inputs: Mapping[str, Tensor]
-    ) -> dict[str, tuple[int, ...]]:
-        """`Batch.rows` of encoded examples, where the inputs do not show it: rows of each example alone."""
-        unknown = [name for name, counts in row_counts(inputs, len(examples), {}).items() if counts is None]
-        if not unknown:
-            return {}
-        for example in set(examples) - self._rows_alone.keys():
-            alone = self._processed([example])
-            self._rows_alone[example] = {name: len(value) for name, value in alone.items() if value.dim()}
-        each = [self._rows_alone[example] for example in examples]
-        found = {name: tuple(rows.get(name, 0) for rows in each) for name in unknown}
-        return {name: counts for name, counts in found.items() if sum(counts) == len(inputs[name])}
-
-    def _processor(self) -> Any:
-        if self._loaded_processor is None:
-            self._loaded_processor = load_processor(self.path)
-            self._loaded_processor.tokenizer.padding_side = "right"
-        return self._loaded_processor
 
     def longest(self, examples: Sequence[Example], limit: int) -> int:
         """Tokens of the longest example after truncation; checks only examples that may exceed `limit`."""
@@ -194,6 +135,11 @@ class Tokenizer:
         if not self._tokenizer.chat_template:
             raise ValueError(f"{self.path}: the tokenizer has no chat template; use a text column")
         return render_chat(self._tokenizer, messages)
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """The encoder of texts with pictures."""
+        return Pictures(self.path, self._special)
 
     @cached_property
     def _special(self) -> SpecialTokens:
@@ -222,33 +168,6 @@ class Tokenizer:
             return_offsets_mapping=offsets,
         )
         return dict(encoded)
-
-
-def load_processor(path: str) -> Any:
-    """The model's processor for texts with pictures.
-
-    Raises:
-        ValueError: it cannot be built, usually because torchvision is missing.
-    """
-    try:
-        return AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            path, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # as for the tokenizer
-        raise ValueError(
-            f"{path}: the processor for pictures cannot be built ({reason(error)}). transformers' own need "
-            "torchvision, of the version that fits your torch"
-        ) from error
-
-
-def _picture(path: str | None) -> Image.Image:
-    if path is None:
-        raise ValueError("either all examples of an expert must have a picture, or none")
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not a picture that can be read") from error
 
 
 def _joined(

@@ -21,7 +21,8 @@ from trainmerge.model.forward import build_classifier
 from trainmerge.model.resident import Placement, Resident, load_resident, preprocess
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
-from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import Metric, Scores
 from trainmerge.run.sources import columns_of, text_length
 from trainmerge.system import distributed

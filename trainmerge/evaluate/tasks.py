@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from trainmerge.checkpoints import Output, output_of
-from trainmerge.data.examples import Columns, Example, load_examples, read_examples
+from trainmerge.data.examples import Columns, Example, read_examples
 from trainmerge.data.heads import Head
+from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.measure import metric_of, predicted
 from trainmerge.run.heads import linear_problems

@@ -23,7 +23,8 @@ from trainmerge.run.config import read_yaml, to_config
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.manifest import versions
 from trainmerge.run.open_run import open_run
-from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
 from trainmerge.run.saved import unfinished
 from trainmerge.system import distributed
 from trainmerge.system.disk_space import check_free_space
@@ -147,7 +148,9 @@ def _explain(
     if run_folder.config.exists():
         _write_yaml(folder / "trainmerge_config.yaml", public_config(read_yaml(run_folder.config)))
     (folder / "README.md").write_text(model_card(name, recipe, coefficients, run_made, at))
-    others = [path for path in folder.rglob("*") if path.is_file() and path.name not in made]
+    others = [
+        path for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in made
+    ]
     files = {**made, **{str(path.relative_to(folder)): sha256(path) for path in others}}
     manifest = {
         "versions": versions(),

@@ -10,6 +10,7 @@ Legend: `K` experts, `C` chunks of one parameter, `*S` shape of a parameter or o
 import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -110,8 +111,8 @@ def write_shard(merge: CheckpointMerge, names: Iterable[str], path: Path) -> str
     infos = merge.base.tensors
     specs = {name: (infos[name].dtype, tuple(infos[name].shape)) for name in names}
     hasher = hashlib.sha256()
-    tensors = ahead(_in_order(merge, file_order(specs)), READY)
-    write_safetensors(path, specs, tensors, {"format": "pt"}, hasher)
+    with closing(ahead(_in_order(merge, file_order(specs)), READY)) as tensors:  # its thread ends here
+        write_safetensors(path, specs, tensors, {"format": "pt"}, hasher)
     return hasher.hexdigest()
 
 

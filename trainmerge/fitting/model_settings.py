@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 
 from trainmerge.coefficients.initial import Initial
-from trainmerge.coefficients.presets import MeasuredPreset
+from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.calibration import Calibration
 from trainmerge.model.teachers import BUDGET
 from trainmerge.preprocess import Informed
-from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
 from trainmerge.system.ranges import check_fields, check_option
 from trainmerge.task_vectors.quantise import Quantise
 

@@ -153,5 +153,5 @@ def _longest(data: Calibration, expert: int, count: int) -> Batch:
     own = sorted(data.examples[expert], key=lambda example: -len(example.text))
     chosen = (own * count)[:count] if len(own) < count else own[:count]
     encoded = data.tokenize.encode(chosen)
-    rows = data.tokenize.picture_rows(chosen, encoded.inputs)
+    rows = data.tokenize.pictures.rows(chosen, encoded.inputs)
     return Batch(expert, encoded.inputs, encoded.mask, torch.arange(count), rows=rows)

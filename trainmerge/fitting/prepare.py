@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.initial import Initial
-from trainmerge.coefficients.presets import MeasuredPreset
+from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.batch import Asks
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.model_settings import ModelSettings
@@ -30,7 +30,8 @@ from trainmerge.model.teachers import Record, record_teachers
 from trainmerge.plan.micro_batches import StepSchedule
 from trainmerge.preprocess import Informed, Preprocess, apply, key_after
 from trainmerge.preprocess.subspace import shared_subspaces
-from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
 from trainmerge.system import distributed
 from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.quantise import quantised

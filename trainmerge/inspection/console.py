@@ -9,7 +9,8 @@ from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.inspection.findings import Finding
 from trainmerge.inspection.suggest import Suggestion
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Quantised, Untouched
-from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
 from trainmerge.system.console import print_table
 from trainmerge.task_vectors.delta import Delta
 from trainmerge.task_vectors.geometry import Geometry

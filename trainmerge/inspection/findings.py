@@ -11,7 +11,8 @@ from trainmerge.checkpoints import open_checkpoint
 from trainmerge.data.examples import Columns, Render, read_examples
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.run.heads import linear_problems
-from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import DEFAULT_LENGTH as LENGTH
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.parameter_names import matches

@@ -26,7 +26,8 @@ from trainmerge.inspection.weights import preprocess_findings, weight_findings
 from trainmerge.preprocess import Informed
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import read_run
-from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import columns_of, learns, recipe_of
 from trainmerge.system.atomic import write_whole
 from trainmerge.task_vectors.geometry import Geometry, measure_geometry

@@ -8,7 +8,8 @@ from itertools import combinations
 
 from trainmerge.inspection.findings import Finding
 from trainmerge.preprocess.left_out import sentence
-from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.geometry import Geometry
 from trainmerge.task_vectors.parameter_names import kind_of

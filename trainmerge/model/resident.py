@@ -18,7 +18,8 @@ from trainmerge.model.forward import Tokenize, build_classifier, forward
 from trainmerge.model.fsdp import Root, shard_model
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.preprocess import Preprocess, apply
-from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
 from trainmerge.system import distributed
 from trainmerge.task_vectors.delta import TaskVectors
 

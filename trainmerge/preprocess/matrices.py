@@ -3,10 +3,14 @@
 Legend: `K` experts, `m x n` a matrix (outputs x inputs).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
+from trainmerge.preprocess.base import Preprocess
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.parameter_names import matches
 from trainmerge.task_vectors.roles import each_matrix
@@ -17,13 +21,25 @@ def is_matrix(name: str, delta: Delta, exclude: Sequence[str]) -> bool:
     return delta.matrices > 0 and not matches(name, exclude)
 
 
-def matrices_or_average(
-    task_vectors: TaskVectors, exclude: Sequence[str], method: Callable[[Tensor], Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """`method` of each matrix's differences [K, m, n]; other parameters, and `exclude`, are divided by K."""
-    for name, delta in task_vectors.deltas.items():
-        taus = delta.dense()
-        if is_matrix(name, delta, exclude):
-            yield name, each_matrix(taus, delta.role, method)
-        else:
-            yield name, taus / len(taus)
+class PerMatrix(Preprocess):
+    """A method of each matrix, or stack of matrices; other parameters, and `exclude`, are divided by K."""
+
+    exclude: Sequence[str]
+    otherwise: ClassVar[str] = "divided by K"
+
+    @abstractmethod
+    def matrices(self, taus: Tensor) -> Tensor:
+        """New differences [K, m, n] of one matrix."""
+
+    @override
+    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
+        for name, delta in task_vectors.deltas.items():
+            taus = delta.dense()
+            if self.applies_to(name, delta):
+                yield name, each_matrix(taus, delta.role, self.matrices)
+            else:
+                yield name, taus / len(taus)
+
+    @override
+    def applies_to(self, name: str, delta: Delta) -> bool:
+        return is_matrix(name, delta, self.exclude)

@@ -5,25 +5,23 @@ Wei et al., ICLR 2026 (arXiv 2505.19892).
 Legend: `K` experts, `m x n` a matrix, `r` leading singular triples of one expert.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.preprocess.base import Preprocess
-from trainmerge.preprocess.matrices import is_matrix, matrices_or_average
+from trainmerge.preprocess.matrices import PerMatrix
 from trainmerge.preprocess.spectrum import square_norm, truncated, wide_rows
 from trainmerge.system.ranges import check_fields
-from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 PUBLISHED = {"sum": 300.0, "mean": 0.6}  # the time of the published runs, by their start
 
 
 @dataclass(frozen=True)
-class OptMerge(Preprocess):
+class OptMerge(PerMatrix):
     """Of each matrix min_W sum_k |(W - t_k) V_k S_k|^2 / |tau_k|^2, by a gradient flow that stops early.
 
     tau_k = U_k S_k V_k^T with its r = floor(min(m, n) / K) leading triples; t_k is the leading part of
@@ -42,20 +40,12 @@ class OptMerge(Preprocess):
     time: float | None = None
     start: Literal["sum", "mean"] = "sum"
     exclude: Sequence[str] = ()
-    otherwise: ClassVar[str] = "divided by K"
 
     def __post_init__(self) -> None:
         check_fields(self, time="[0, inf]")
 
     @override
-    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
-        return matrices_or_average(task_vectors, self.exclude, self._matrices)
-
-    @override
-    def applies_to(self, name: str, delta: Delta) -> bool:
-        return is_matrix(name, delta, self.exclude)
-
-    def _matrices(self, taus: Tensor) -> Tensor:
+    def matrices(self, taus: Tensor) -> Tensor:
         rank = max(1, min(taus.shape[1:]) // len(taus))
         seen = [_seen(tau, rank) for tau in taus]
         _, roots, vectors = truncated(torch.cat(seen), sum(len(directions) for directions in seen))

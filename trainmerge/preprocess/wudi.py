@@ -5,24 +5,21 @@ Cheng et al., ICML 2025 (arXiv 2503.08099); spectral filters as in SWUDI and ASW
 Legend: `K` experts, `m x n` a matrix.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.preprocess.base import Preprocess
-from trainmerge.preprocess.matrices import is_matrix, matrices_or_average
+from trainmerge.preprocess.matrices import PerMatrix
 from trainmerge.preprocess.spectrum import input_directions, moment_times, square_norm, wide_rows
 from trainmerge.system.ranges import check_fields
-from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 
 @dataclass(frozen=True)
-class Wudi(Preprocess):
+class Wudi(PerMatrix):
     """Of each matrix min_W sum_k |(W - tau_k) tau_k^T|^2 / |tau_k|^2, by a gradient flow that stops early.
 
     With C = sum_k tau_k^T tau_k / |tau_k|^2 = U diag(l) U^T, the flow from sum_k tau_k at time t is
@@ -44,20 +41,12 @@ class Wudi(Preprocess):
     time: float | None = None
     keep: float = 1.0
     exclude: Sequence[str] = ()
-    otherwise: ClassVar[str] = "divided by K"
 
     def __post_init__(self) -> None:
         check_fields(self, time="[0, inf]", keep="(0, 1]")
 
     @override
-    def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
-        return matrices_or_average(task_vectors, self.exclude, self._matrices)
-
-    @override
-    def applies_to(self, name: str, delta: Delta) -> bool:
-        return is_matrix(name, delta, self.exclude)
-
-    def _matrices(self, taus: Tensor) -> Tensor:
+    def matrices(self, taus: Tensor) -> Tensor:
         values, vectors = input_directions(taus)
         if not len(values):
             return taus

@@ -9,7 +9,8 @@ from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.run.config import read_config, to_config
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.manifest import differences
-from trainmerge.run.recipe import Opened, Recipe
+from trainmerge.run.opened import Opened
+from trainmerge.run.recipe import Recipe
 from trainmerge.run.saved import check_coefficients
 from trainmerge.run.trust import check_classes
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -11,22 +10,15 @@ from trainmerge.checkpoints import (
     Checkpoint,
     Sources,
     Stamp,
-    as_recorded,
-    fingerprint,
     open_checkpoint,
     stamps,
-    verify,
 )
-from trainmerge.coefficients.layout import Grouping, Layout
+from trainmerge.coefficients.layout import Grouping
 from trainmerge.data.heads import Head
 from trainmerge.preprocess import Preprocess
-from trainmerge.system import distributed
-from trainmerge.system.atomic import write_whole
+from trainmerge.run.names import check_names
+from trainmerge.run.opened import Opened
 from trainmerge.system.ranges import check_fields
-from trainmerge.system.workspace import digest
-from trainmerge.task_vectors.delta import TaskVectors
-
-LONGEST_NAME = 120  # characters
 
 
 @dataclass(frozen=True)
@@ -98,13 +90,7 @@ class Recipe:
         check_fields(self, "recipe")
         if not self.experts:
             raise ValueError("recipe.experts is empty: name at least one expert")
-        if unnamed := [name for name in self.experts if name in ("", "base")]:
-            raise ValueError(f"recipe.experts: {unnamed} are not valid names of experts")
-        if strange := [name for name in (*self.experts, *self.held_out) if not _is_name(name)]:
-            raise ValueError(
-                f"recipe: {ascii(strange[0])[:80]} is not a valid name of an expert or task: use at most "
-                f"{LONGEST_NAME} printable characters"
-            )
+        check_names([*self.experts, *self.held_out])
         if not any(expert.weight for expert in self.experts.values()):
             raise ValueError("recipe.experts: every weight is 0, so there is nothing to learn from")
         owners: dict[Path, str] = {Path(self.base).resolve(): "the base"}
@@ -117,7 +103,7 @@ class Recipe:
                     "examples"
                 )
 
-    def open(self, workspace: Path | None = None) -> "Opened":
+    def open(self, workspace: Path | None = None) -> Opened:
         """Check all headers and map the files; no weight is read.
 
         Raises:
@@ -138,7 +124,7 @@ class Recipe:
         )
         return self._opened(base, sources, self.stamps())
 
-    def reopen(self, saved: Path, checksums: Mapping[str, Mapping[str, str]]) -> "Opened | None":
+    def reopen(self, saved: Path, checksums: Mapping[str, Mapping[str, str]]) -> Opened | None:
         """`open` from the file of `Opened.save`, if no file changed since; does not need transformers.
 
         `checksums` are the files' checksums at that time.
@@ -164,7 +150,7 @@ class Recipe:
         sources: Sources,
         made: Mapping[str, Mapping[str, Stamp]],
         checksums: Mapping[str, Mapping[str, str]] | None = None,
-    ) -> "Opened":
+    ) -> Opened:
         task_vectors = sources.open(base)
         layout = self.grouping.layout(task_vectors.shapes, base.tensors)
         return Opened(base, task_vectors, layout, self.folders, self.ignore, sources, made, checksums)
@@ -179,54 +165,6 @@ class Recipe:
         return {name: stamps(folder) for name, folder in self.folders.items()}
 
 
-def _is_name(name: str) -> bool:
-    """Whether it can be shown in a table, a picture and a file: printable, not blank, not too long."""
-    return bool(name.strip()) and name.isprintable() and len(name) <= LONGEST_NAME
-
-
 def calibration_files(recipe: Recipe) -> dict[str, str]:
     """Expert -> its file of unlabeled examples, if it has one."""
     return {name: expert.calibration for name, expert in recipe.experts.items() if expert.calibration}
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A recipe's files, checked and mapped."""
-
-    base: Checkpoint
-    task_vectors: TaskVectors  # before preprocessing
-    layout: Layout
-    folders: Mapping[str, Path]  # "base" and every expert
-    ignore: Sequence[str]
-    sources: Sources  # the places of the task vectors in files
-    stamps: Mapping[str, Mapping[str, Stamp]]  # of the files, before they were read
-    known_checksums: Mapping[str, Mapping[str, str]] | None = None
-
-    @cached_property
-    def checksums(self) -> dict[str, dict[str, str]]:
-        """SHA-256 of every weight file of base and experts; reads each file once, unless already known."""
-        if self.known_checksums is not None:
-            return {name: dict(files) for name, files in self.known_checksums.items()}
-        return {name: fingerprint(folder) for name, folder in self.folders.items()}
-
-    def verify(self, recorded: Mapping[str, Mapping[str, str]] | None = None) -> None:
-        """Compute the checksums and raise ValueError for every NaN and infinity, in one reading.
-
-        `recorded` are those of the run that is resumed; where they agree, they are used as they are.
-        """
-        found = verify(self.base, self.task_vectors, self.folders)
-        vars(self)["checksums"] = as_recorded(found, recorded or {})  # sets the cached property
-
-    def share_checksums(self) -> None:
-        """Use process 0's checksums, so that only one process reads every file."""
-        if distributed.world_size() > 1:
-            first = self.checksums if distributed.rank() == 0 else {}
-            vars(self)["checksums"] = distributed.broadcast(first)  # sets the cached property
-
-    def save(self, path: Path) -> None:
-        """Write the file that `Recipe.reopen` reads."""
-        write_whole(path, json.dumps({"stamps": self.stamps, "sources": self.sources.to_json()}))
-
-    def identity(self) -> str:
-        """One digest of base and experts, by their contents and order."""
-        return digest(json.dumps([self.checksums, list(self.ignore)]), length=64)

@@ -1,6 +1,6 @@
 """Work ahead in a background thread."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from queue import Empty, Queue
 from threading import Event, Thread
 from typing import TypeVar
@@ -8,10 +8,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """`items`, produced by another thread, up to `depth` of them ahead of the consumer.
 
-    Their exceptions are raised here. When this iterator is closed, the thread ends after the current item.
+    Their exceptions are raised here. When this iterator is closed, the thread ends after the current item:
+    close it, with `contextlib.closing`, or a failure may leave the thread running when the process exits.
     """
     made: Queue[list[T] | BaseException] = Queue(depth)  # one item, or none at the end
     left = Event()

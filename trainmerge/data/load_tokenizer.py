@@ -1,0 +1,47 @@
+"""Load a folder's tokenizer, without its code."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from trainmerge.system.atomic import seen_from
+from trainmerge.system.links import check_link
+from trainmerge.system.text import reason
+
+FILES = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "merges.txt",
+    "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json",
+    "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+
+
+def load_tokenizer(path: str) -> Any:
+    """The transformers tokenizer of a folder; it pads and truncates on the right.
+
+    Raises:
+        ValueError: not a folder, no tokenizer in it, or a link that leads outside.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{path}: not a folder{seen_from(path)}. Name the base's folder: its tokenizer is used."
+        )
+    for name in FILES:
+        check_link(folder, folder / name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path,
+            local_files_only=True,
+            trust_remote_code=False,
+            padding_side="right",
+            truncation_side="right",
+        )
+    except Exception as error:  # the file is a stranger's, and the parser's errors are of many types
+        raise ValueError(
+            f"{path}: no tokenizer that transformers can load in it ({reason(error)}). Code from "
+            "checkpoints is never run"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token works
+    return tokenizer
