@@ -14,7 +14,7 @@ from trainmerge.checkpoints.adapter_names import ROOT, WHOLE, Place, base_names,
 from trainmerge.checkpoints.meta_model import quiet, shorten
 from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.reader import PickleFile, WeightFile
-from trainmerge.checkpoints.weight_files import find_weights, read_json
+from trainmerge.checkpoints.weight_files import find_weights, read_folder_json
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
 from trainmerge.system.text import reason
 from trainmerge.task_vectors.parameter_names import matches
@@ -67,7 +67,7 @@ def open_adapter(base: Parameters, path: Path, ignore: Sequence[str], allow_pick
     Raises FileNotFoundError or ValueError for a damaged folder, for fields and types unknown to the installed
     peft, for prompt tuning (it changes inputs, not weights), and for tensors of modules that the base lacks.
     """
-    config = read_json(path / "adapter_config.json")
+    config = read_folder_json(path / "adapter_config.json")
     check_adapter_config(path / "adapter_config.json", config)
     _check_config(path, config)
     files, _ = find_weights(path, "adapter_model.safetensors", "adapter_model.bin", allow_pickle)

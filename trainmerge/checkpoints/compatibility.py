@@ -14,7 +14,7 @@ from trainmerge.checkpoints.side_modules import warn_of_side_modules
 from trainmerge.checkpoints.sources import Sources
 from trainmerge.checkpoints.ties import differing_ties, lost_ties, one_sided_updates
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
-from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_json
+from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_folder_json
 
 
 def find_sources(
@@ -83,7 +83,7 @@ def _adapter(
 ) -> tuple[Plan, list[str]]:
     """An adapter, and its mismatches with the base's configuration and ties."""
     plan = plan_adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
-    recorded = read_json(path / ADAPTER).get("base_model_name_or_path")
+    recorded = read_folder_json(path / ADAPTER).get("base_model_name_or_path")
     mismatches = recorded_mismatches(frame.meta_model, frame.checkpoint.path, path, recorded)
     return plan, mismatches + one_sided_updates(frame, path, plan.adapter.keys)
 

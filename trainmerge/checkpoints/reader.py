@@ -19,7 +19,7 @@ from trainmerge.checkpoints.weight_files import (
     SAFETENSORS,
     check_one_generation,
     find_weights,
-    read_json,
+    read_folder_json,
 )
 from trainmerge.checkpoints.whole import check_whole
 from trainmerge.system.atomic import seen_from
@@ -116,7 +116,7 @@ def open_checkpoint(
     if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
         raise ValueError(f"{path}: a peft adapter, not a full model. Name the model that it was trained on.")
     check_whole(path)
-    config = read_json(path / "config.json")
+    config = read_folder_json(path / "config.json")
     files, index = find_weights(path, SAFETENSORS, PICKLE, allow_pickle)
     sources: dict[Path, WeightFile] = {
         file: PickleFile(file) if file.suffix == ".bin" else MappedFile(file) for file in files

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from trainmerge.system import json_file
+from trainmerge.system.json_file import read_json
 from trainmerge.system.links import check_link
 from trainmerge.system.text import listed
 
@@ -36,7 +36,7 @@ def _check_one_set(path: Path, single: str) -> None:
     index = path / f"{single}.index.json"
     if not (path / single).is_file() or not index.is_file():
         return
-    named = read_json(index).get("weight_map")
+    named = read_folder_json(index).get("weight_map")
     shards = {str(file) for file in named.values()} - {single} if isinstance(named, dict) else set()
     if any((path / file).is_file() for file in shards):  # an index without its shards is not weights
         raise ValueError(
@@ -67,12 +67,12 @@ def _warn_of_others(path: Path, taken: list[Path], safe: str, pickled: str) -> N
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError or ValueError that names the file."""
+def read_folder_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint folder. Raises FileNotFoundError or ValueError that names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {path.parent} is not a complete checkpoint folder.")
     check_link(path.parent, path)
-    return json_file.read_json(path, "Download or save it again.")
+    return read_json(path, "Download or save it again.")
 
 
 def find_weights(
@@ -123,7 +123,7 @@ def _has(path: Path, name: str) -> bool:
 
 def _weight_map(index: Path, suffix: str) -> dict[str, str]:
     """The index's tensor -> file name. Untrusted input: only plain relative `.safetensors` paths."""
-    names = read_json(index).get("weight_map")
+    names = read_folder_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise ValueError(f"{index}: no usable 'weight_map' (tensor name -> file name). Download it again.")
     problems = []

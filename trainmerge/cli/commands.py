@@ -1,4 +1,4 @@
-"""The commands that are one function each; heavy imports happen inside them, so `--help` is quick."""
+"""The commands on runs and checkpoints; heavy imports happen inside them, so `--help` is quick."""
 
 from pathlib import Path
 from typing import Literal
@@ -117,44 +117,6 @@ def compare(
     compare_paths(paths, recipe, limit or None, max_length or None, Path(output) if output else None)
 
 
-def inspect(
-    path: str,
-    every: bool = False,
-    weights: Literal["auto", "yes", "no"] = "auto",
-    suggest: str | None = None,
-    output: str | None = None,
-) -> None:
-    """Show a merge before or after its fit: sizes, groups, unmerged parameters, and possible problems.
-
-    For a configuration, also the memory and time of its fit.
-
-    Examples: trainmerge inspect configs/adamerging.yaml
-              trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
-              trainmerge inspect runs/first --weights no
-
-    Args:
-        path: A configuration, a run folder, or an exported checkpoint.
-        every: List every parameter instead of a summary.
-        weights: Read the weights too, to find near-duplicate experts, outliers and protected attention;
-            `auto` reads up to 2 GiB.
-        suggest: Write a suggested configuration, with its reasons, to this YAML file.
-        output: Write everything to this JSON file too.
-    """
-    from trainmerge.inspection import closing_words, inspect_path
-
-    file = Path(suggest) if suggest else None
-    findings = inspect_path(Path(path), every, weights, file, Path(output) if output else None)
-    errors = [finding for finding in findings if finding.level == "error"]
-    if Path(path).is_file() and not errors:
-        from trainmerge.cli.fit import show_plan
-
-        show_plan(Path(path))
-    if file is not None or Path(path).is_file():
-        print(closing_words(file))
-    if errors:
-        raise ValueError(f"{len(errors)} error{'s' * (len(errors) > 1)}, listed above")
-
-
 def report(run: str, out: str | None = None) -> None:
     """Write a run's report: one page with coefficients, losses, task vectors, scores; PNG and CSV per figure.
 
@@ -167,34 +129,3 @@ def report(run: str, out: str | None = None) -> None:
     from trainmerge.report import write_report
 
     print(f"report: {write_report(run, out or None)}")
-
-
-def plan(
-    model: str,
-    experts: int,
-    batch: int = 1,
-    length: int = 1024,
-    devices: int = 1,
-    device: str = "here",
-    recompute: bool = False,
-) -> None:
-    """Show the memory and time of merging a model, from its config.json alone.
-
-    Examples: trainmerge plan path/to/llama-70b 4 --batch 8 --devices 8 --device h100 --recompute
-              trainmerge plan path/to/model 8 --length 256
-
-    Args:
-        model: A folder with config.json; no weights are needed.
-        experts: The number of full experts.
-        batch: Examples per expert and step, over all devices.
-        length: Tokens per example.
-        devices: The number of devices that share the model and the examples.
-        device: The device's speeds: `here` is measured, `a100`, `h100`, `h200`, `l4` are from data sheets.
-        recompute: Activation checkpointing: recompute blocks in the backward.
-    """
-    from trainmerge.plan.devices import device_named
-    from trainmerge.plan.micro_batches import StepSchedule
-    from trainmerge.plan.plan_model import plan_model, print_plan
-
-    schedule = StepSchedule(recompute=recompute)
-    print_plan(plan_model(model, experts, batch, length, device_named(device), devices, schedule))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from trainmerge.cli.arguments import options_of, split_words, take_trusted
 from trainmerge.cli.command_help import check_words, command_help
-from trainmerge.cli.commands import allocate, compare, evaluate, export, inspect, plan, report
+from trainmerge.cli.commands import allocate, compare, evaluate, export, report
+from trainmerge.cli.inspect_and_plan import inspect, plan
 from trainmerge.cli.threads import run_of, set_threads
 from trainmerge.cli.tradeoffs import pareto, search
 from trainmerge.fitting.mistakes import explain

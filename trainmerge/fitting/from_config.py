@@ -19,7 +19,7 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.trainer import make_trainer
 from trainmerge.run.config import public_path, public_paths, read_settings
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.recipe import Recipe, calibration_files, test_files
 from trainmerge.run.sections import check_sections
 from trainmerge.run.templates import expand
 from trainmerge.run.trust import files_checked
@@ -194,8 +194,3 @@ def _with_public_paths(given: list[str] | dict[str, Any]) -> list[str] | dict[st
         return dict(public_paths(given))
     parts = [word.rpartition("=") for word in given]
     return [f"{key}{equals}{public_path(value)}" for key, equals, value in parts]
-
-
-def test_files(recipe: Recipe) -> dict[str, str]:
-    """Expert -> its test examples, if it has any."""
-    return {name: expert.test for name, expert in recipe.experts.items() if expert.test}

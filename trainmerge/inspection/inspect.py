@@ -79,12 +79,17 @@ def inspect_path(
         if coefficients is not None:
             print_coefficients(coefficients)
         if found.suggested is not None and (suggestion is not None or path.is_file()):
-            print_suggestion(found.suggested)
-        if found.suggested is not None and suggestion is not None:
-            write_suggestion(found.suggested, suggestion)
+            _show_suggestion(found.suggested, suggestion)
         if output is not None:
             write_whole(output, json.dumps(_as_json(recipe, found), indent=1))
     return found.findings
+
+
+def _show_suggestion(suggested: Suggestion, file: Path | None) -> None:
+    """Print a suggested configuration, and write it to `file` if there is one."""
+    print_suggestion(suggested)
+    if file is not None:
+        write_suggestion(suggested, file)
 
 
 def _coefficients(path: Path) -> Coefficients | None:

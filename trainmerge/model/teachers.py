@@ -92,7 +92,12 @@ def _make(
     asks: Asks,
     budget: int,
 ) -> None:
-    """Run the experts on all processes; the first one writes the file."""
+    """Run the experts on all processes; the first one writes the file.
+
+    Not `system.workspace.cached`, where each process looks for the file and makes it alone. Here all ranks
+    take part in the recording, because collectives of a sharded model need all of them: rank 0 looks for
+    the file, and all wait until it is written.
+    """
     counts = [count_positions(k, own, tokenizer) for k, own in enumerate(examples)]
     sizes = output_sizes(resident, tokenizer, asks, examples[0][0])
     recorder = Recorder(resident, tokenizer, asks, counts, sizes, budget)

@@ -168,3 +168,8 @@ class Recipe:
 def calibration_files(recipe: Recipe) -> dict[str, str]:
     """Expert -> its file of unlabeled examples, if it has one."""
     return {name: expert.calibration for name, expert in recipe.experts.items() if expert.calibration}
+
+
+def test_files(recipe: Recipe) -> dict[str, str]:
+    """Expert -> its test examples, if it has any."""
+    return {name: expert.test for name, expert in recipe.experts.items() if expert.test}
