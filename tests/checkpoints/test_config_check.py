@@ -212,3 +212,17 @@ def test_a_tower_of_the_base_is_named_as_its_part(tmp_path: Path) -> None:
             open_task_vectors(open_checkpoint(tmp_path / "base"), {"a": tmp_path / name})
     opened = open_task_vectors(open_checkpoint(tmp_path / "tower"), {"a": tmp_path / "tower"})
     assert opened.deltas  # that part alone as the base
+
+
+def test_keys_that_only_other_classes_of_the_file_read_are_a_warning(tmp_path: Path) -> None:
+    base, expert = sides(tmp_path, "gpt2")
+    edit(expert / "config.json", summary_type="mean")  # GPT2DoubleHeadsModel's
+    with pytest.warns(UserWarning, match="summary_type is 'mean'"):
+        compare(base, expert)
+
+
+def test_token_ids_of_mixed_types_are_compared(tmp_path: Path) -> None:
+    base, expert = sides(tmp_path, "llama")
+    (expert / "generation_config.json").write_text('{"eos_token_id": [3, "a"]}')
+    with pytest.warns(UserWarning, match=r"eos_token_id is \[3, 'a'\]"):
+        compare(base, expert)

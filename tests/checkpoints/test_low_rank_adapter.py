@@ -337,6 +337,13 @@ OTHERS = {
 }
 
 
+def test_trainable_tokens_change_both_sides_of_a_tie(bases: dict[str, Path], tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    adapter = train(bases["tied"], tmp_path / "a", config)
+    opened = open_task_vectors(open_checkpoint(bases["tied"]), {"a": adapter}, workspace=tmp_path / "w")
+    compare(bases["tied"], opened, adapter, exact=True)
+
+
 def test_peft_leaves_the_compilers_as_they_are(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

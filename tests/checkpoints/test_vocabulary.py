@@ -137,6 +137,14 @@ def test_added_tokens_that_differ_are_a_warning(tmp_path: Path) -> None:
         assert tokenizer_mismatches(base, expert) == []
 
 
+def test_a_renamed_unused_token_is_a_warning(tmp_path: Path) -> None:
+    base, expert = folders(tmp_path)
+    bert_words(base, [*TOKENS, "[unused1]"])
+    bert_words(expert, [*TOKENS, "mine"])
+    with pytest.warns(UserWarning, match=r"'mine', the base's '\[unused1\]'"):
+        assert tokenizer_mismatches(base, expert) == []
+
+
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     base, expert = folders(tmp_path)
     sentencepiece(base, TOKENS)

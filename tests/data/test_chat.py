@@ -57,6 +57,7 @@ def test_a_template_that_rewrites_turns_is_refused_with_the_examples_number(tmp_
         ValueError, match=r"chats\.jsonl: example 1: the chat template writes a turn .* prefix"
     ):
         read_examples(str(path), Columns(messages="chat"), tokenize.render)
+    assert len(read_examples(str(path), Columns(messages="chat"), tokenize.render, located=False)) == 2
 
 
 def test_the_templates_own_marks_say_what_counts(tmp_path: Path) -> None:

@@ -113,6 +113,12 @@ def test_full_experts_of_both_kinds(tmp_path: Path) -> None:
     assert {HEAD, EMBEDDING} < vectors(own, copy).deltas.keys()
 
 
+def test_an_untied_expert_of_equal_sides_fits_a_tied_base(tmp_path: Path) -> None:
+    tied = save(llama(), tmp_path / "tied")
+    expert = tm.untie(save(llama(1), tmp_path / "expert"), tmp_path / "untied")
+    assert EMBEDDING in vectors(tied, expert).deltas
+
+
 def test_a_head_trained_apart_whose_configuration_still_ties_it(tmp_path: Path) -> None:
     base, one = save(llama(), tmp_path / "base"), save(llama(1), tmp_path / "one")
     tensors = load_file(one / "model.safetensors")

@@ -27,6 +27,15 @@ def start(world: Path, run: Path, trainer: pl.Trainer | None = None, **settings:
     tm.fit(module, data, trainer, run)
 
 
+class Bounded(torch.optim.SGD):
+    """An optimizer with a bound that is infinite by default, as Prodigy's growth rate."""
+
+    def __init__(self, values: Any, lr: float = 0.1, growth_rate: float = math.inf) -> None:
+        super().__init__(values, lr=lr)
+        for group in self.param_groups:
+            group["growth_rate"] = growth_rate
+
+
 class Halving:
     """A schedule that Lightning would accept and nobody would step."""
 
@@ -44,6 +53,7 @@ class Halving:
         ({"lr_scheduler": ReduceLROnPlateau}, "ReduceLROnPlateau waits for a measure"),
         ({"lr_scheduler": Halving}, r"Halving is no torch\.optim\.lr_scheduler\.LRScheduler"),
         ({"optimizer": lambda values: torch.optim.SGD(values, lr=math.inf)}, r"optimizer\.lr must be finite"),
+        ({"optimizer": lambda values: Bounded(values, growth_rate=math.nan)}, "growth_rate must be a number"),
         (
             {"objective": tm.Alignment(hidden=1.0, layers=[9])},
             r"no layer 9; the model has 2, so choose from 0",
@@ -68,6 +78,11 @@ def test_settings_are_refused_before_the_run_folder_is_made(
 def test_arguments_of_the_module(world: Path, name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
         tm.MergeModule(languages_recipe(world), **{name: value})
+
+
+def test_a_bound_of_an_optimizer_may_be_infinite(world: Path, tmp_path: Path) -> None:
+    start(world, tmp_path / "run", optimizer=Bounded)
+    assert (tmp_path / "run" / "coefficients.safetensors").is_file()
 
 
 def test_two_run_folders_are_refused(world: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ SILENT = (
     "_commit_hash", "*attn_implementation*", "*experts_implementation*", "tokenizer_class", "model_type",
     "quantization_config", "finetuning_task", "pruned_heads", "unsloth*",
     "pretraining_tp", "chunk_size_feed_forward",
-    "is_composition", "sinusoidal_pos_embds", "slow_but_exact", "deterministic_*", "reorder_and_upcast_attn", "median_filter_width",
+    "sinusoidal_pos_embds",  # DistilBERT's positions are in the file
+    "is_composition", "slow_but_exact", "deterministic_*", "reorder_and_upcast_attn", "median_filter_width",
     # training
     "*drop*", "initializer_*", "*_initializer_range", "init_std", "init_device", "*_init_value",
     "sparse_pred*", "*aux_loss*", "*z_loss*", "*jitter*",
