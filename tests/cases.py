@@ -1,7 +1,8 @@
 """`make cases CASES=FOLDER`: run each script of a folder of small inputs, and say what it answers.
 
 A script passes if the last line of its output with PASS or FAIL says PASS; a script without such a line
-gives a figure, its last line. Scripts may name modules as they were in version 0.1.0.
+gives a figure, its last line. A script that ends in our ValueError was refused, which is an answer too; any
+other error is a crash. Scripts may name modules as they were in version 0.1.0.
 
     python -m tests.cases FOLDER [part of a path ...]
 """
@@ -67,6 +68,19 @@ def mended(text: str) -> str:
     return IMPORT.sub(names, text)
 
 
+def verdict(out: str, err: str, code: int) -> str:
+    """The answer of a script that printed `out` and `err` and ended with `code`."""
+    lines = [line for line in out.splitlines() if line.strip()]
+    verdicts = [line for line in lines if re.match(r"(PASS|FAIL)\b", line)]
+    if verdicts:
+        return verdicts[-1]
+    if not code:
+        return lines[-1] if lines else ""
+    errors = [line for line in err.splitlines() if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+    error = (errors or err.strip().splitlines() or [f"exit code {code}"])[-1]
+    return f"refused: {error}" if error.startswith("ValueError: ") else f"CRASH {error}"
+
+
 def run(script: Path, place: Path) -> dict[str, object]:
     """The answer of one script, which may write to `place`, and its seconds."""
     words = WORDS.get(script.name, "").split()
@@ -80,17 +94,14 @@ def run(script: Path, place: Path) -> dict[str, object]:
             [sys.executable, str(script), *words],
             cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False,
         )  # fmt: skip
-        lines = [line for line in done.stdout.splitlines() if line.strip()]
-        verdicts = [line for line in lines if re.match(r"(PASS|FAIL)\b", line)]
-        error = (done.stderr.strip().splitlines() or [""])[-1]
-        answer = verdicts[-1] if verdicts else lines[-1] if lines and not done.returncode else error
+        answer = verdict(done.stdout, done.stderr, done.returncode)
     except subprocess.TimeoutExpired:
         answer = f"no answer in {LIMIT} s"
     return {"answer": answer.strip()[:200], "seconds": round(time.monotonic() - began)}
 
 
 def main() -> int:
-    """Run the scripts; 1 if one says FAIL."""
+    """Run the scripts; 1 if one says FAIL or crashes."""
     parser = argparse.ArgumentParser(prog="python -m tests.cases", description="Run a folder of cases.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("only", nargs="*", help="parts of the scripts' paths")
@@ -112,8 +123,8 @@ def main() -> int:
             print(f"{name:45} {answers[name]['seconds']:4} s  {answers[name]['answer']}", flush=True)
             if chosen.keep:
                 chosen.keep.write_text(json.dumps(answers, indent=1) + "\n")
-    failed = sum(str(found["answer"]).startswith("FAIL") for found in answers.values())
-    print(f"{len(answers)} scripts, {failed} say FAIL")
+    failed = sum(str(found["answer"]).startswith(("FAIL", "CRASH")) for found in answers.values())
+    print(f"{len(answers)} scripts, {failed} fail or crash")
     return 1 if failed else 0
 
 

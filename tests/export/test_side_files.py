@@ -67,6 +67,8 @@ def test_a_dense_layer_after_the_model_is_the_bases(tmp_path: Path) -> None:
         fit_world(tmp_path, tmp_path / "run", steps=1, recipe=merge)
     tm.export_run(tmp_path / "run", tmp_path / "merged")
     assert load_file(tmp_path / "merged/2_Dense/model.safetensors")["linear.weight"].eq(1).all()
+    manifest = json.loads((tmp_path / "merged/trainmerge_manifest.json").read_text())
+    assert {"model.safetensors", "2_Dense/model.safetensors"} < manifest["files"].keys()
 
 
 def test_a_corrected_side_file_is_exported(tmp_path: Path) -> None:

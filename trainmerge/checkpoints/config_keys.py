@@ -1,9 +1,11 @@
 """Which keys of config.json change a model's function, its decoding, or nothing in a merge."""
 
+import inspect
 import re
 import sys
 from fnmatch import fnmatchcase
-from pathlib import Path
+from functools import cache
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -15,7 +17,7 @@ SILENT = (
     "_commit_hash", "*attn_implementation*", "*experts_implementation*", "tokenizer_class", "model_type",
     "quantization_config", "finetuning_task", "pruned_heads", "unsloth*",
     "pretraining_tp", "chunk_size_feed_forward",
-    "is_composition", "slow_but_exact", "deterministic_*", "reorder_and_upcast_attn", "median_filter_width",
+    "is_composition", "sinusoidal_pos_embds", "slow_but_exact", "deterministic_*", "reorder_and_upcast_attn", "median_filter_width",
     # training
     "*drop*", "initializer_*", "*_initializer_range", "init_std", "init_device", "*_init_value",
     "sparse_pred*", "*aux_loss*", "*z_loss*", "*jitter*",
@@ -59,7 +61,7 @@ def is_known(base: PreTrainedModel, expert: PreTrainedConfig, key: str) -> bool:
     if is_one_of(key, LABELS):
         names = type(base).__name__, *(expert.architectures or [])
         return all("Classification" in name for name in names)
-    return is_one_of(key, (*DECODING, *LENGTHS)) or key.rpartition(".")[2] in _words(base, "configuration_")
+    return is_one_of(key, (*DECODING, *LENGTHS)) or hasattr(base.config, key.rpartition(".")[2])
 
 
 def _names_of(config: PreTrainedConfig, key: str) -> set[str]:
@@ -69,13 +71,26 @@ def _names_of(config: PreTrainedConfig, key: str) -> set[str]:
     return {leaf} | {a for part in parts for a, name in part.attribute_map.items() if name == leaf}
 
 
-def _words(model: PreTrainedModel, kind: str = "modeling_") -> set[str]:
-    """Every word of the code that computes this model, or of its configuration's."""
+def _words(model: PreTrainedModel) -> set[str]:
+    """Every word of the code that computes this model: of its modules' classes, and of plain functions."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
-    names = {kind.__module__ for kind in kinds if kind.__module__.startswith("transformers.models.")}
-    files = {str(sys.modules[name].__file__).replace("modeling_", kind) for name in names}
-    texts = [Path(file).read_text(encoding="utf-8") for file in files if Path(file).is_file()]
-    return {word for text in texts for word in re.findall(r"\w+", text)}
+    own = {kind for kind in kinds if kind.__module__.startswith("transformers.models.")}
+    modules = {sys.modules[kind.__module__] for kind in own}
+    functions = [
+        found
+        for module in modules
+        for found in vars(module).values()
+        if inspect.isfunction(found) and found.__module__ == module.__name__
+    ]
+    return set().union(*(_words_of(found) for found in (*own, *functions)))
+
+
+@cache
+def _words_of(code: Any) -> frozenset[str]:
+    try:
+        return frozenset(re.findall(r"\w+", inspect.getsource(code)))
+    except (OSError, TypeError):  # no source there, or a class made while running
+        return frozenset()
 
 
 def is_one_of(key: str, patterns: tuple[str, ...]) -> bool:

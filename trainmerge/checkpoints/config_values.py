@@ -82,7 +82,7 @@ def _same_activation(one: str, other: str) -> bool:
 def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
-    return sorted(value) if isinstance(value, list | tuple) else [value]
+    return sorted(value, key=repr) if isinstance(value, list | tuple) else [value]
 
 
 def _as_tuples(value: Any) -> Any:

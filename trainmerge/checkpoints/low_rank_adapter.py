@@ -106,6 +106,8 @@ def plan_adapter(
     factors: dict[str, Factor] = {}
     if reason is None and promises.model is not None:
         factors, reason = _factors(base, adapter, promises.model)
+    elif reason is None:
+        reason = "peft cannot build it without weights"
     if reason is None:
         return LowRankAdapter(base, adapter, factors, promises.copies, dense)
     if workspace is None:

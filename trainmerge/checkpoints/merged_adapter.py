@@ -79,7 +79,8 @@ class MergedAdapter:
         if changed:
             raise ValueError(
                 f"{path}: merging it changes the base's parameters, {shorten(changed)}: the adapter unties "
-                "the head, or repeats layers. Untie the base first, or remove the adapter."
+                "the head, or repeats layers. Use an untied copy of the base (`trainmerge.untie(BASE, COPY)` "
+                "in Python), or leave the adapter out."
             )
         read = base.checkpoint.read
         tensors = {name: fit_rows(merged[own], read(name)) for own, name in base.files.items()}

@@ -13,6 +13,7 @@ from trainmerge.checkpoints.meta_model import shorten
 from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.task_vectors.parameter_names import matches
 
+OF_BOTH_SIDES = ".token_adapter."  # peft's trainable tokens, which change the head of a tied model too
 COPY_OF_EMBEDDING = ".base_layer.weight"  # peft saves a copy of an embedding that it adapts
 
 
@@ -59,6 +60,7 @@ def tie_mismatches(own: Parameters, frame: Parameters, fitted: Mapping[str, str]
         f"the base ties it to {ours[key]}: {untie_advice(frame.checkpoint.path)}"
         for key in fitted
         if key in ours and key not in frame.files and fitted[key] in own.files
+        if not _equal(own, fitted[key], fitted.get(ours[key], ""))
     ]
     return problems + [
         f"{name} {tuple(frame.checkpoint.tensors[name].shape)} is untied in the base, the expert ties it to "
@@ -68,12 +70,20 @@ def tie_mismatches(own: Parameters, frame: Parameters, fitted: Mapping[str, str]
     ]
 
 
+def _equal(own: Parameters, one: str, other: str) -> bool:
+    """Whether two untied parameters have the same values, so that a tied merge is exact. Reads them."""
+    if other not in own.files:
+        return False
+    values = [own.checkpoint.read(own.files[name]) for name in (one, other)]
+    return values[0].shape == values[1].shape and torch.equal(*values)
+
+
 def one_sided_updates(base: Parameters, adapter: Path, keys: Iterable[str]) -> list[str]:
     """Tied parameters of the base that an adapter changes on one side only, or by one update per side.
 
     `keys` are the adapter's tensors, under the base's module names.
     """
-    keys = [key for key in keys if not key.endswith(COPY_OF_EMBEDDING)]
+    keys = [key for key in keys if not key.endswith(COPY_OF_EMBEDDING) and OF_BOTH_SIDES not in key]
     sides: dict[int, list[str]] = {}
     for name, parameter in base.meta_model.named_parameters(remove_duplicate=False):
         sides.setdefault(id(parameter), []).append(name)

@@ -1,5 +1,6 @@
 """Whether an expert's tokenizer has the same token ids as the base's."""
 
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ from trainmerge.checkpoints.vocabulary import (
 )
 from trainmerge.system.text import listed
 
+UNUSED = re.compile(r"unused|reserved|control_\d", re.IGNORECASE)  # rows that a vocabulary leaves for others
 USED = "the base's tokenizer is used and exported"
 
 
@@ -43,7 +45,7 @@ def tokenizer_mismatches(base: Path, expert: Path, rows: int | None = None) -> l
         )
         return []
     different = [i for i in ours.tokens.keys() & theirs.tokens.keys() if ours.tokens[i] != theirs.tokens[i]]
-    ordinary = [i for i in different if i not in ours.added]
+    ordinary = [i for i in different if i not in ours.added and not UNUSED.search(ours.tokens[i])]
     if ordinary:
         first = min(ordinary)
         return [

@@ -4,6 +4,7 @@ import json
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,12 @@ def read_vocabularies(*folders: Path) -> list[Vocabulary]:
 
 def _built(folder: Path) -> Vocabulary | None:
     """The vocabulary of transformers' tokenizer; None if it cannot be built. Runs no code of the folder."""
+    stats = [path.stat() for path in tokenizer_files(folder)]
+    return _built_once(folder, tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
+
+
+@lru_cache(maxsize=2)  # the base, which every expert is compared with, and an expert
+def _built_once(folder: Path, _: tuple[tuple[int, ...], ...]) -> Vocabulary | None:
     files = tokenizer_files(folder)
     if not is_vocabulary(files[0]):  # transformers would make one up
         return None

@@ -63,7 +63,8 @@ def fit_command(words: list[str], chosen: Choice | None = None) -> int:
     if trainer.is_global_zero:
         if settings.report:
             draw(folder)
-        print(f"coefficients: {folder.coefficients}\nnext: trainmerge export {folder.path} OUT")
+        command = " ".join(["trainmerge export", str(folder.path), "OUT", *trusted_by(folder)])
+        print(f"coefficients: {folder.coefficients}\nnext: {command}")
     return 0
 
 
@@ -92,12 +93,16 @@ def show_plan(config: Path) -> None:
     print_plan(plan)
 
 
+def trusted_by(folder: RunFolder) -> list[str]:
+    """The options that let a command read a run with the user's own classes."""
+    return [f"--trust={name}" for name in foreign_modules(folder.read_manifest())]
+
+
 def draw(folder: RunFolder) -> None:
     """`trainmerge report` in its own process, so that a failed figure does not fail the fit."""
-    trusted = [f"--trust={name}" for name in foreign_modules(folder.read_manifest())]  # this fit's own
-    command = [sys.executable, "-m", "trainmerge.cli", "report", str(folder.path), *trusted]
-    if subprocess.run(command, check=False).returncode:
+    words = ["report", str(folder.path), *trusted_by(folder)]
+    if subprocess.run([sys.executable, "-m", "trainmerge.cli", *words], check=False).returncode:
         print(
-            f"the report failed; the run is complete. Try again: trainmerge report {folder.path}",
+            f"the report failed; the run is complete. Try again: trainmerge {' '.join(words)}",
             file=sys.stderr,
         )

@@ -144,7 +144,7 @@ class Calibration(pl.LightningDataModule):
                 )
             if name in self.test_files:
                 plain = replace(columns, spans=None, target=None, image=None)
-                test = read_examples(self.test_files[name], plain, self._render)
+                test = read_examples(self.test_files[name], plain, self._render, located=False)
                 warn_of_overlap(name, [e.text for e in examples], [e.text for e in test])
         self._consumed = 0
 

@@ -62,24 +62,31 @@ class Columns:
 Render = Callable[[Sequence[Mapping[str, str]]], Example]  # a chat -> its text and spans
 
 
-def read_examples(path: str, columns: Columns, render: Render, count: int | None = None) -> list[Example]:
-    """The first `count` examples of a file.
+def read_examples(
+    path: str, columns: Columns, render: Render, count: int | None = None, *, located: bool = True
+) -> list[Example]:
+    """The first `count` examples of a file; `located`: whether the assistant's tokens of chats are needed.
 
     Raises:
         ValueError: as `load_examples`; or a row with a value of the wrong type.
     """
     data = load_examples(path, columns.names())
     rows = data.select(range(min(count or len(data), len(data))))
-    return [_example(row, columns, render, Path(path), f"{path}: example {i}") for i, row in enumerate(rows)]
+    return [
+        _example(row, columns, render, Path(path), f"{path}: example {i}", located)
+        for i, row in enumerate(rows)
+    ]
 
 
-def _example(row: Mapping[str, Any], columns: Columns, render: Render, path: Path, where: str) -> Example:
+def _example(
+    row: Mapping[str, Any], columns: Columns, render: Render, path: Path, where: str, located: bool
+) -> Example:
     if columns.messages:
         try:
             example = render(row[columns.messages])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where} has no chat in {columns.messages!r}: {error}") from error
-        if not (example.spans or columns.spans or columns.image):
+        if located and not (example.spans or columns.spans or columns.image):
             raise ValueError(f"{where}: {REWRITTEN}")
     else:
         example = Example(_text(row, columns.text, where))

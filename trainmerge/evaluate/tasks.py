@@ -82,7 +82,7 @@ class TestFiles:
                 "text's"
             ) from error
         count = len(data) if self.limit is None else min(self.limit, len(data))
-        examples = read_examples(file, columns, self.tokenize.render, count)
+        examples = read_examples(file, columns, self.tokenize.render, count, located=not self.labelled)
         self._check(file, examples)
         labels = list(data["label"][:count]) if self.labelled else []
         _check_labels(file, labels, head.classes() if head else self.output.labels)

@@ -148,7 +148,9 @@ def _explain(
     if run_folder.config.exists():
         _write_yaml(folder / "trainmerge_config.yaml", public_config(read_yaml(run_folder.config)))
     (folder / "README.md").write_text(model_card(name, recipe, coefficients, run_made, at))
-    others = [path for path in folder.rglob("*") if path.is_file() and path.name not in made]
+    others = [
+        path for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in made
+    ]
     files = {**made, **{str(path.relative_to(folder)): sha256(path) for path in others}}
     manifest = {
         "versions": versions(),

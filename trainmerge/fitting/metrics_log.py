@@ -65,7 +65,7 @@ class JsonLines(Logger):
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):  # not a line of ours
         return float("inf")
 
 

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -31,7 +32,9 @@ def check_optimisation(module: MergeModule) -> None:
     optimizer, _, scheduler = build_optimisation(module)
     for group in optimizer.param_groups:
         for key, value in group.items():
-            if key != "params" and (problem := fault(value, object, FINITE)):
+            interval = FINITE if key == "lr" else "[-inf, inf]"  # other bounds may be infinite, but not NaN
+            number = isinstance(value, int | float | Tensor)
+            if number and (problem := fault(value, object, interval)):
                 raise ValueError(f"model.optimizer.{key} must be {problem}")
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(

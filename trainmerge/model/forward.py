@@ -66,8 +66,20 @@ def shifted(labels: Tensor, config: Any) -> Tensor:
 
 
 def _chosen(output: Any, layers: Sequence[int]) -> dict[int, Tensor]:
+    """The hidden states [B, T, D] of these layers; none if the model gives none.
+
+    Raises:
+        ValueError: they have another form, as Gemma 3n's four streams [4, B, T, D].
+    """
     states = getattr(output, "decoder_hidden_states", None) or getattr(output, "hidden_states", None)
-    return {layer: states[layer] for layer in layers} if states is not None else {}
+    found = {layer: states[layer] for layer in layers} if states is not None else {}
+    for layer, state in found.items():
+        if state.dim() != 3:
+            raise ValueError(
+                f"the hidden states of layer {layer} are {tuple(state.shape)}, not one vector per token: "
+                "align the logits only (hidden: 0)"
+            )
+    return found
 
 
 @torch.no_grad()

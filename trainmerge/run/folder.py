@@ -35,6 +35,7 @@ README = """# A trainmerge run
 
 Resume: `trainmerge fit THIS_FOLDER/config.yaml`, from the folder that `manifest.json` names under
 `started`: paths are relative to it. Export: `trainmerge export THIS_FOLDER OUT`.
+With classes of your own modules, add `--trust MODULE` to each.
 """
 
 

@@ -48,7 +48,9 @@ def trusting(*modules: str) -> Iterator[None]:
 
 def of_a_run(path: Path) -> bool:
     """Whether a file belongs to a run folder or an export, which may be a stranger's."""
-    return path.name in RUN_FILES or any((path.parent / mark).is_file() for mark in MARKS)
+    marks = [mark for mark in MARKS if (path.parent / mark).is_file()]
+    ours = path.name == "config.yaml" or (path.parent / RUN_FILES[0]).is_file()
+    return path.name in RUN_FILES or (bool(marks) and ours) or MARKS[1] in marks
 
 
 def check_classes(data: Any, where: str | Path) -> None:
