@@ -22,18 +22,11 @@ def model_card(
     It names folders, not paths, and no command line: it is for strangers. `at` is the step of an unfinished
     run, such as `step 40 of 80`.
     """
-    sources = [recipe.base, *(expert.path for expert in recipe.experts.values())]
-    head = {
-        "base_model": [public_name(source) for source in sources],
-        "base_model_relation": "merge",
-        "library_name": "transformers",
-        "tags": ["merge", "trainmerge"],
-    }
     recipe_text = yaml.safe_dump({"recipe": public(to_config(recipe))}, sort_keys=False, width=110)
     settings = {key: run[key] for key in ("objective", "constraint", "data", "optimizer") if key in run}
     settings_text = yaml.safe_dump(public(settings), sort_keys=False, width=110)
     return f"""---
-{yaml.safe_dump(head, sort_keys=False)}---
+{yaml.safe_dump(_hub_metadata(recipe), sort_keys=False)}---
 # {inline(name)}
 
 A merge of {len(recipe.experts)} experts of {code(public_name(recipe.base))}.
@@ -56,6 +49,16 @@ Settings of the fit (`trainmerge_manifest.json` has all of them, with checksums 
 
 {fenced(settings_text, "yaml")}
 """
+
+
+def _hub_metadata(recipe: Recipe) -> dict[str, Any]:
+    sources = [recipe.base, *(expert.path for expert in recipe.experts.values())]
+    return {
+        "base_model": [public_name(source) for source in sources],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "trainmerge"],
+    }
 
 
 def coefficient_table(coefficients: Coefficients) -> str:

@@ -48,17 +48,22 @@ def plan_model(
     own = {name: p.numel() * dtype.itemsize for name, p in meta_model.named_parameters()}
     read = {name: (experts + 1) * count for name, count in own.items()}
     sizes = sizes_of(meta_model, own, read, experts, experts * len(own), sum(read.values()))
-    tokens = torch.zeros(-(-batch // devices), length, dtype=torch.int64)
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if meta_model.config.is_encoder_decoder:
-        inputs["labels"] = tokens  # a target as long as the text
-    step = [Batch(k, inputs, tokens == 0, torch.arange(len(tokens))) for k in range(experts)]
+    step = _step(experts, -(-batch // devices), length, meta_model.config.is_encoder_decoder)
     if schedule.recompute:
         recompute_blocks(meta_model)
     parts = list(rounds(step, schedule))
     needs = dry_run(meta_model, own, parts[:1], Entropy(), dtypes=dtype)
     needs = needs._replace(flops=needs.flops * len(parts))  # all rounds are equal
     return Plan(sizes, schedule, needs, len(parts), device or measured(dtype), devices)
+
+
+def _step(experts: int, batch: int, length: int, decoder: bool) -> list[Batch]:
+    """Batches [batch, length] of one step; with a decoder, targets as long as the texts."""
+    tokens = torch.zeros(batch, length, dtype=torch.int64)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if decoder:
+        inputs["labels"] = tokens
+    return [Batch(k, inputs, tokens == 0, torch.arange(batch)) for k in range(experts)]
 
 
 def print_plan(plan: Plan) -> None:

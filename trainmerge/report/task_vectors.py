@@ -94,13 +94,7 @@ def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     top.set_title("norm of the task vector, in % of the base's norm")
     names = block_labels(list(blocks))
     label_axes(top, experts, names)
-    heights = conflicts.nan_to_num(0).tolist()
-    bottom.bar(range(L), heights, width=0.7, color=QUIET, edgecolor=INK, hatch="//", linewidth=0.6)
-    bottom.axhline(0.5, color=INK, linestyle="--", linewidth=1)
-    bottom.annotate("chance", (L - 0.5, 0.5), (0, 3), textcoords="offset points", ha="right", size=7.5)
-    bottom.set(ylim=(0, max(0.65, 1.1 * max(heights))), xlim=(-0.5, L - 0.5))
-    bottom.set_title("sign conflicts, share of entries")
-    label_axes(bottom, (), names, shift=0)
+    _draw_conflicts(bottom, conflicts, names)
     whole = geometry.of(geometry.names)
     far = ", ".join(
         f"{name} {100 * n:.2f}%" for name, n in zip(experts, whole.relative_norms()[0].tolist(), strict=True)
@@ -119,6 +113,17 @@ def norm_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
             for place, block in enumerate(blocks)
         ],
     )  # fmt: skip
+
+
+def _draw_conflicts(axes: Axes, conflicts: Tensor, names: Sequence[str]) -> None:
+    """Bars of the sign conflicts [L] of the blocks `names`."""
+    heights, L = conflicts.nan_to_num(0).tolist(), len(conflicts)
+    axes.bar(range(L), heights, width=0.7, color=QUIET, edgecolor=INK, hatch="//", linewidth=0.6)
+    axes.axhline(0.5, color=INK, linestyle="--", linewidth=1)
+    axes.annotate("chance", (L - 0.5, 0.5), (0, 3), textcoords="offset points", ha="right", size=7.5)
+    axes.set(ylim=(0, max(0.65, 1.1 * max(heights))), xlim=(-0.5, L - 0.5))
+    axes.set_title("sign conflicts, share of entries")
+    label_axes(axes, (), names, shift=0)
 
 
 def _mean_pair(matrix: Tensor) -> Tensor:
