@@ -91,6 +91,15 @@ def soak() -> str:
     return markdown(["event", "count"], [[name, str(count)] for name, count in seen.items()])
 
 
+def cases() -> str:
+    """What each script of `make cases` said."""
+    rows = json.loads((results.FOLDER / "cases.json").read_text())
+    return markdown(
+        ["script", "answer", "reason"],
+        [[f"`{name}`", row["answer"], row["why"]] for name, row in rows.items()],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "guard": guard,
@@ -102,6 +111,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "front": front,
     "paper": paper.table,
     "soak": soak,
+    "cases": cases,
     **{
         f"bench-{file.stem}": (lambda group=file.stem: figures(group))
         for file in sorted((results.FOLDER / "bench").glob("*.json"))
