@@ -48,13 +48,19 @@ def batches(module: MergeModule, data: Calibration) -> Iterator[Batch]:
 def loss_and_gradient(
     module: MergeModule, batch: Batch, count: int = 1, of: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """A batch's loss times count / of, and its coefficient gradient [K, G]; again if float16 overflows."""
+    """A batch's loss times count / of, and its coefficient gradient [K, G]; again if float16 overflows.
+
+    All processes repeat if one overflows, because a forward may contain collectives.
+    """
     merged = module.resident.merged
     while True:
         loss = module.loss(batch) * count / of
         loss.backward()  # type: ignore[no-untyped-call]
         gradient = merged.gradient()
-        if merged.loss_scale.settle(bool(gradient.isfinite().all())):
+        overflowed = (~gradient.isfinite()).sum()
+        if merged.loss_scale.active:
+            overflowed = distributed.all_reduce(overflowed)
+        if merged.loss_scale.settle(not overflowed):
             return loss.detach(), gradient
 
 
