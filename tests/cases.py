@@ -50,6 +50,12 @@ MODULES = {
     "trainmerge.tradeoffs.run_search": "trainmerge.tradeoffs.search",
     "tests.test_informed": "tests.preprocess.test_informed",
 }
+GRADIENT = (  # a private method of 0.1.0, and what it did
+    "mod._gradient_of(st)",
+    "__import__('trainmerge.fitting.step_gradient').fitting.step_gradient.StepGradient("
+    "mod.resident.merged, tuple(mod.recipe.experts), mod.loss, lambda loss: loss.backward(), "
+    "lambda mean: mean, mod.schedule, mod.rule)(st, 0)",
+)
 IMPORT = re.compile(r"from trainmerge(?:\.[\w.]+)? import (\w+(?: *, *\w+)*)")
 
 
@@ -65,7 +71,7 @@ def mended(text: str) -> str:
 
     for old, new in MODULES.items():
         text = re.sub(rf"\b{re.escape(old)}\b", new, text)
-    return IMPORT.sub(names, text)
+    return IMPORT.sub(names, text).replace(*GRADIENT)
 
 
 def verdict(out: str, err: str, code: int) -> str:
