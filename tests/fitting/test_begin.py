@@ -32,7 +32,7 @@ def test_the_key_with_its_old_and_new_value_is_shown(folder: RunFolder) -> None:
     folder.check({"start": "3f"}, keys)
 
 
-@pytest.mark.parametrize("content", [None, "", "a: [", "\x00"])
+@pytest.mark.parametrize("content", [None, "", "a: [", "\x00", "NaN", "[]"])
 def test_without_a_usable_configuration_nothing_is_added(folder: RunFolder, content: str | None) -> None:
     if content is not None:
         folder.config.write_text(content)

@@ -1,6 +1,7 @@
 """The first process before a fit: check the resumed run, write the run's description, rewind."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,5 +89,9 @@ def by_key(folder: RunFolder, config: str | None) -> str:
         before, now = read_yaml(folder.config), yaml.safe_load(config)
     except ValueError:  # damaged: the fit writes it again
         return ""
-    both = [{key: content.get(key) for key in LEARNED_BY} for content in (before, now) if content]
+    both = [
+        {key: content.get(key) for key in LEARNED_BY}
+        for content in (before, now)
+        if isinstance(content, Mapping)
+    ]
     return differences(*both) if len(both) == 2 else ""
