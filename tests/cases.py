@@ -1,6 +1,6 @@
 """`make cases CASES=FOLDER`: run each script of a folder of small inputs, and say what it answers.
 
-A script passes if the last line of its output with PASS or FAIL says PASS; a script without such a line
+A script passes if every line of its output that begins with PASS or FAIL says PASS; one without such a line
 gives a figure, its last line. A script that ends in our ValueError was refused, which is an answer too; any
 other error is a crash. Scripts may name modules as they were in version 0.1.0.
 
@@ -78,6 +78,9 @@ def verdict(out: str, err: str, code: int) -> str:
     """The answer of a script that printed `out` and `err` and ended with `code`."""
     lines = [line for line in out.splitlines() if line.strip()]
     verdicts = [line for line in lines if re.match(r"(PASS|FAIL)\b", line)]
+    failed = [line for line in verdicts if line.startswith("FAIL")]
+    if failed and len(verdicts) > 1:
+        return f"FAIL {len(failed)} of {len(verdicts)}: {failed[0].removeprefix('FAIL').strip()}"
     if verdicts:
         return verdicts[-1]
     if not code:

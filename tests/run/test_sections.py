@@ -53,8 +53,10 @@ def test_unusable_content_in_words(content: object, message: str) -> None:
     assert str(error.value) == message
 
 
-def test_a_section_without_a_value_is_empty() -> None:
-    check_sections({"recipe": {"grouping": None}, "model": None})
+def test_a_section_without_a_value_is_refused_and_a_group_is_empty() -> None:
+    check_sections({"recipe": {"grouping": None}})
+    with pytest.raises(ValueError, match="model is empty: give it keys, or remove it"):
+        check_sections({"recipe": {}, "model": None})
 
 
 @pytest.mark.parametrize("key", LINKED)

@@ -116,7 +116,8 @@ def _one_sided(
 def _setting(checkpoint: Checkpoint, key: str) -> object:
     """A field of config.json, or of its text model's."""
     config = checkpoint.config
-    return config.get(key, (config.get("text_config") or {}).get(key))
+    text = config.get("text_config")
+    return config.get(key, text.get(key) if isinstance(text, dict) else None)
 
 
 def _fitted(own: Parameters, frame: Parameters) -> dict[str, str]:

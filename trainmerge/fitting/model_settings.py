@@ -75,7 +75,8 @@ def check_data(recipe: Recipe, opened: Opened, data: Calibration) -> None:
             f"the data have the experts {list(data.files)}, the recipe has {list(recipe.experts)}"
         )
     config = opened.base.config
-    limit = (config.get("text_config") or config).get("max_position_embeddings")
+    text = config.get("text_config")
+    limit = (text if isinstance(text, dict) else config).get("max_position_embeddings")
     for name, examples in zip(data.files, data.examples, strict=True):
         if limit and (longest := data.tokenize.longest(examples, limit)) > limit:
             raise ValueError(

@@ -20,7 +20,7 @@ LINKED = {  # key -> the key that it is taken from
 
 
 def check_sections(content: Any) -> None:
-    """Check a configuration's content; a section without a value is empty.
+    """Check a configuration's content.
 
     Raises:
         ValueError: it or a section is no mapping, or a linked key is given; lists all of them.
@@ -33,12 +33,13 @@ def check_sections(content: Any) -> None:
 
 def _problems(content: Mapping[str, Any]) -> Iterator[str]:
     for section in SECTIONS:
-        inside = content.get(section)
-        if inside is not None and not isinstance(inside, Mapping):
+        inside = content.get(section, {})
+        if inside is None:
+            yield f"{section} is empty: give it keys, or remove it"
+        elif not isinstance(inside, Mapping):
             yield f"{section} must be a mapping of its keys, not {inside!r}"
-            continue
-        for name in GROUPS.get(section, ()):
-            group = (inside or {}).get(name)
+        for name in GROUPS.get(section, ()) if isinstance(inside, Mapping) else ():
+            group = inside.get(name)
             if group is not None and not isinstance(group, Mapping):
                 yield f"{section}.{name} must be a mapping of its keys, not {group!r}"
     for key in content:
