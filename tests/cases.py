@@ -80,7 +80,7 @@ def verdict(out: str, err: str, code: int) -> str:
     verdicts = [line for line in lines if re.match(r"(PASS|FAIL)\b", line)]
     failed = [line for line in verdicts if line.startswith("FAIL")]
     if failed and len(verdicts) > 1:
-        return f"FAIL {len(failed)} of {len(verdicts)}: {failed[0].removeprefix('FAIL').strip()}"
+        return f"FAIL {len(failed)} of {len(verdicts)}: {failed[0].removeprefix('FAIL').strip(' :')}"
     if verdicts:
         return verdicts[-1]
     if not code:

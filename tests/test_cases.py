@@ -23,7 +23,9 @@ def test_imports_of_an_old_script_are_mended() -> None:
 
 
 def test_answers() -> None:
-    assert verdict("PASS: early\nFAIL: late\n", "", 1) == "FAIL: late"
+    assert verdict("PASS: early\nFAIL: late\n", "", 1) == "FAIL 1 of 2: late"
+    assert verdict("FAIL: early\nPASS: late\n", "", 0) == "FAIL 1 of 2: early"
+    assert verdict("some words\nPASS: late\n", "", 0) == "PASS: late"
     assert verdict("0.5\n", "", 0) == "0.5"
     assert verdict("begun\n", "Traceback\nValueError: no\nmore words\n", 1) == "refused: ValueError: no"
     assert verdict("", "Traceback\nKeyError: 'a'\n", 1) == "CRASH KeyError: 'a'"
