@@ -9,19 +9,9 @@ import torch
 import yaml
 
 import trainmerge as tm
-from tests.fitting.test_fit import fit_world
-from tests.world import write_world
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run, read_run
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    write_world(root)
-    fit_world(root, root / "run", steps=2)
-    return root / "run"
 
 
 @pytest.fixture

@@ -13,8 +13,6 @@ import pytest
 import yaml
 
 import trainmerge as tm
-from tests.fitting.test_fit import fit_world
-from tests.world import write_world
 from trainmerge.cli import main
 from trainmerge.run.trust import check_classes, class_paths, foreign_modules, of_a_run, trusting
 
@@ -29,14 +27,6 @@ Path(__file__).with_name("imported").touch()
 class Own(tm.Ties):
     pass
 """
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    write_world(root)
-    fit_world(root, root / "run", steps=2)
-    return root / "run"
 
 
 @pytest.fixture
