@@ -3,13 +3,13 @@
 import inspect
 import re
 import sys
-from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from trainmerge.checkpoints.config_values import flat_values
+from trainmerge.task_vectors.parameter_names import matches
 
 SILENT = (
     # where a checkpoint is from, and how it is stored
@@ -96,4 +96,4 @@ def _words_of(code: Any) -> frozenset[str]:
 
 def is_one_of(key: str, patterns: tuple[str, ...]) -> bool:
     """Whether a key, without the part that it is of, matches one of the fnmatch patterns."""
-    return any(fnmatchcase(key.rpartition(".")[2], pattern) for pattern in patterns)
+    return bool(matches(key.rpartition(".")[2], patterns))

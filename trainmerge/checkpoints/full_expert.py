@@ -13,6 +13,7 @@ from trainmerge.checkpoints.parameters import Parameters, fit_prefix, open_param
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
 from trainmerge.checkpoints.sources import FullSource, Source
 from trainmerge.checkpoints.ties import lost_ties, tie_mismatches
+from trainmerge.system.plain_data import text_settings
 
 RESIZED = "resize both to one vocabulary, or set vocabulary=shared to merge the common tokens"
 
@@ -116,8 +117,7 @@ def _one_sided(
 def _setting(checkpoint: Checkpoint, key: str) -> object:
     """A field of config.json, or of its text model's."""
     config = checkpoint.config
-    text = config.get("text_config")
-    return config.get(key, text.get(key) if isinstance(text, dict) else None)
+    return config.get(key, text_settings(config).get(key))
 
 
 def _fitted(own: Parameters, frame: Parameters) -> dict[str, str]:

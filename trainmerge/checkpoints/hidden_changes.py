@@ -19,6 +19,15 @@ from trainmerge.checkpoints.parameters import Parameters
 
 # A factor whose partner may be zero, and a copy of the base's embedding
 UNCHANGING = (".lora_A.weight", ".lora_embedding_A", ".base_layer.weight")
+IGNORED = (
+    "changed {names}, which `ignore` leaves at the base's values: neither the merge nor this expert's "
+    "recorded outputs contain that change, so its teacher is not the expert. Narrow `ignore` to tensors that "
+    "the base lacks"
+)
+STATISTICS = (
+    "has statistics of its own, {names}: buffers are not merged, so the merge and the recorded outputs use "
+    "the base's. Run the exported model in training mode on unlabeled examples to estimate them again"
+)
 Plan = FullExpert | LowRankAdapter | MergedAdapter
 
 
@@ -26,30 +35,15 @@ def warn_of_hidden_changes(frame: Parameters, plans: Mapping[str, Plan]) -> None
     """One warning per expert and kind of change; reads buffers and ignored tensors."""
     for expert, plan in plans.items():
         if isinstance(plan, FullExpert):
-            _warn_of_ignored(expert, _ignored(frame, plan.parameters))
-            _warn_of_buffers(expert, list(_buffers(frame, plan.parameters)))
+            _warn(expert, _ignored(frame, plan.parameters), IGNORED)
+            _warn(expert, list(_buffers(frame, plan.parameters)), STATISTICS)
         else:
-            _warn_of_ignored(expert, _ignored_by_adapter(frame, plan.adapter))
+            _warn(expert, _ignored_by_adapter(frame, plan.adapter), IGNORED)
 
 
-def _warn_of_ignored(expert: str, names: Sequence[str]) -> None:
+def _warn(expert: str, names: Sequence[str], words: str) -> None:
     if names:
-        warnings.warn(
-            f"expert {expert} changed {shorten(names)}, which `ignore` leaves at the base's values: neither "
-            "the merge nor this expert's recorded outputs contain that change, so its teacher is not the "
-            "expert. Narrow `ignore` to tensors that the base lacks",
-            stacklevel=4,
-        )
-
-
-def _warn_of_buffers(expert: str, names: Sequence[str]) -> None:
-    if names:
-        warnings.warn(
-            f"expert {expert} has statistics of its own, {shorten(names)}: buffers are not merged, so the "
-            "merge and the recorded outputs use the base's. Run the exported model in training mode on "
-            "unlabeled examples to estimate them again",
-            stacklevel=4,
-        )
+        warnings.warn(f"expert {expert} {words.format(names=shorten(names))}", stacklevel=4)
 
 
 def _ignored(frame: Parameters, own: Parameters) -> list[str]:

@@ -1,9 +1,8 @@
 """Whether files are unchanged and their tensors finite."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -13,12 +12,14 @@ from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Term
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.task_vectors.delta import TaskVectors
+from trainmerge.task_vectors.parameter_names import matches
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "config.json", "adapter_config.json")
 # Calibration depends on these, so a fit cannot be resumed with others; the weights of its merge do not.
 TOKENIZER = (
     "*token*.json", "*.model", "vocab*", "merges*", "chat_template*", "*processor_config.json", "*.tiktoken",
 )  # fmt: skip
+READ = (*WEIGHTS, *TOKENIZER)
 WORKERS = min(8, os.cpu_count() or 1)
 Stamp = list[int]  # device, inode, size, mtime and ctime
 
@@ -37,30 +38,22 @@ def fingerprint(path: str | Path) -> dict[str, str]:
 
 def same_weights(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     """Whether two fingerprints are of equal weights and configurations; other files are not compared."""
-
-    def weights(files: Mapping[str, str]) -> dict[str, str]:
-        return {
-            name: digest
-            for name, digest in files.items()
-            if any(fnmatchcase(name, pattern) for pattern in WEIGHTS)
-        }
-
-    return weights(one) == weights(other)
+    return _named(one, WEIGHTS) == _named(other, WEIGHTS)
 
 
 def as_recorded(
     found: Mapping[str, Mapping[str, str]], recorded: Mapping[str, Mapping[str, str]]
 ) -> dict[str, dict[str, str]]:
     """Fingerprints as a run recorded them, where they agree: older versions recorded further files too."""
-
-    def counted(files: Mapping[str, str]) -> dict[str, str]:
-        patterns = (*WEIGHTS, *TOKENIZER)
-        return {n: d for n, d in files.items() if any(fnmatchcase(n, pattern) for pattern in patterns)}
-
     return {
-        name: dict(recorded[name]) if name in recorded and counted(recorded[name]) == files else dict(files)
+        name: dict(recorded[name] if _named(recorded.get(name, {}), READ) == files else files)
         for name, files in found.items()
     }
+
+
+def _named(files: Mapping[str, str], patterns: Sequence[str]) -> dict[str, str]:
+    """The entries of a fingerprint whose file names match."""
+    return {name: digest for name, digest in files.items() if matches(name, patterns)}
 
 
 def stamps(path: str | Path) -> dict[str, Stamp]:
@@ -76,11 +69,7 @@ def _stamp(stat: os.stat_result) -> tuple[int, ...]:
 
 
 def _files(folder: Path) -> list[Path]:
-    files = sorted(
-        file
-        for file in folder.glob("*")
-        if any(fnmatchcase(file.name, pattern) for pattern in (*WEIGHTS, *TOKENIZER)) and file.is_file()
-    )
+    files = sorted(file for file in folder.glob("*") if matches(file.name, READ) and file.is_file())
     if not files:
         raise FileNotFoundError(
             f"{folder}: no weights or configs in it. Name a checkpoint or adapter folder."

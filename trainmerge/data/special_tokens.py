@@ -1,22 +1,16 @@
 """Texts -> token ids: special tokens once, and no id beyond the model's embedding."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from trainmerge.system.json_file import read_json
+from trainmerge.system.plain_data import text_settings
 
 
-def embedding_rows(folder: Path) -> int | None:
+def embedding_rows(config: Mapping[str, Any]) -> int | None:
     """The rows of a model's embedding, if its config.json has them."""
-    file = folder / "config.json"
-    if not file.is_file():
-        return None
-    config = read_json(file, "Download or save it again.")
-    text = config.get("text_config")
-    rows = (text if isinstance(text, dict) else config).get("vocab_size")
+    rows = text_settings(config).get("vocab_size")
     return rows if isinstance(rows, int) else None
 
 

@@ -47,10 +47,10 @@ class Tokenizer:
         check_option("max_length", max_length, int, "[1, inf)")
         self.path, self.max_length = path, max_length
         self._tokenizer = load_tokenizer(path)
-        folder = Path(path)
-        config = folder / "config.json"
-        self._has_decoder = config.is_file() and read_json(config, REMEDY).get("is_encoder_decoder")
-        self._rows = embedding_rows(folder)
+        file = Path(path) / "config.json"
+        config = read_json(file, REMEDY) if file.is_file() else {}
+        self._has_decoder = config.get("is_encoder_decoder")
+        self._rows = embedding_rows(config)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Inputs [B, T], truncated to `max_length` and padded to the longest text."""

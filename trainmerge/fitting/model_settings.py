@@ -13,6 +13,7 @@ from trainmerge.model.teachers import BUDGET
 from trainmerge.preprocess import Informed
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
+from trainmerge.system.plain_data import text_settings
 from trainmerge.system.ranges import check_fields, check_option
 from trainmerge.task_vectors.quantise import Quantise
 
@@ -74,9 +75,7 @@ def check_data(recipe: Recipe, opened: Opened, data: Calibration) -> None:
         raise ValueError(
             f"the data have the experts {list(data.files)}, the recipe has {list(recipe.experts)}"
         )
-    config = opened.base.config
-    text = config.get("text_config")
-    limit = (text if isinstance(text, dict) else config).get("max_position_embeddings")
+    limit = text_settings(opened.base.config).get("max_position_embeddings")
     for name, examples in zip(data.files, data.examples, strict=True):
         if limit and (longest := data.tokenize.longest(examples, limit)) > limit:
             raise ValueError(

@@ -3,6 +3,7 @@
 Legend: `K` experts, `G` coefficient groups.
 """
 
+from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from trainmerge.plan.micro_batches import StepSchedule
 from trainmerge.run.recipe import Recipe
 
 
-class CoefficientSteps(pl.LightningModule):
+class CoefficientSteps(pl.LightningModule, ABC):
     """The steps of a fit, given its merge, its losses and its settings; `MergeModule` has these.
 
     Its checkpoint contains the coefficients, the optimizer's state and what the run depends on.
@@ -45,18 +46,18 @@ class CoefficientSteps(pl.LightningModule):
         self.automatic_optimization = False
 
     @property
+    @abstractmethod
     def resident(self) -> Resident:
         """The merged model."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def rule(self) -> nn.Module | None:
         """The aggregation of the experts' gradients; None is their sum."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
         """The weighted loss of one expert's batch, with the model's `loss_scale`."""
-        raise NotImplementedError
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

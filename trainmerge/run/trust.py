@@ -15,6 +15,8 @@ from typing import Any
 
 from jsonargparse import _common, set_parsing_settings
 
+from trainmerge.checkpoints.whole import MANIFEST, RECIPE
+
 PACKAGE = __name__.partition(".")[0]
 LIGHTNING = ("accelerators", "callbacks", "loggers", "plugins", "profilers", "strategies")
 KNOWN = (
@@ -23,8 +25,9 @@ KNOWN = (
     "pytorch_lightning.cli.ReduceLROnPlateau",
     *(f"{package}.{part}" for package in ("pytorch_lightning", "lightning_fabric") for part in LIGHTNING),
 )
-RUN_FILES = ("recipe.yaml", "trainmerge_recipe.yaml", "trainmerge_config.yaml")
-MARKS = ("manifest.json", "trainmerge_manifest.json", "coefficients.safetensors")
+RUN_RECIPE = "recipe.yaml"
+RUN_FILES = (RUN_RECIPE, RECIPE, "trainmerge_config.yaml")
+RUN_MARKS = ("manifest.json", "coefficients.safetensors")
 
 _trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
 
@@ -48,9 +51,11 @@ def trusting(*modules: str) -> Iterator[None]:
 
 def of_a_run(path: Path) -> bool:
     """Whether a file belongs to a run folder or an export, which may be a stranger's."""
-    marks = [mark for mark in MARKS if (path.parent / mark).is_file()]
-    ours = path.name == "config.yaml" or (path.parent / RUN_FILES[0]).is_file()
-    return path.name in RUN_FILES or (bool(marks) and ours) or MARKS[1] in marks
+    folder = path.parent
+    if path.name in RUN_FILES or (folder / MANIFEST).is_file():
+        return True
+    marked = any((folder / mark).is_file() for mark in RUN_MARKS)
+    return marked and (path.name == "config.yaml" or (folder / RUN_RECIPE).is_file())
 
 
 def check_classes(data: Any, where: str | Path) -> None:

@@ -7,6 +7,12 @@ DEEPEST = 100  # levels; Python's own limit would end a walk with a RecursionErr
 MOST = 10_000_000  # values, each alias of YAML counted
 
 
+def text_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json about its language model: `text_config`, or all of it."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
 def check_plain(data: Any) -> None:
     """Raise ValueError for data nested too deeply, within itself, or with too many values."""
     left, count = [(data, 0)], 0
