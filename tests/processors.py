@@ -22,6 +22,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 OUTPUTS = ROOT / "build" / "processors"
 BUSY = 8  # processes that compute as long as the tests run
+WORKERS = "4"  # processes that share the tests beside those
 ENDLESS = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # however the parent ends
 
 
@@ -67,10 +68,13 @@ def run(setting: Setting, arguments: list[str]) -> bool:
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads take the processor from those they await
         "TRAINMERGE_TEST_THREADS": str(setting.threads),
     }
-    command = [sys.executable, "-m", "pytest", "-m", "not real", "-rfE", "--show-capture=no", *arguments]
+    workers = ["-n", WORKERS if setting.busy else "auto", "--maxprocesses", "8", "--dist", "loadfile"]
+    command = [sys.executable, "-m", "pytest", *workers, "-m", "not real", "-rfE", "--show-capture=no"]
     file, began = OUTPUTS / f"{setting.name}.txt", time.monotonic()
     with load(setting.busy), file.open("w") as output:
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output, check=False)
+        done = subprocess.run(
+            [*command, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output, check=False
+        )
     lines = file.read_text().splitlines() or ["no output"]
     print(f"{setting.name:26} {(time.monotonic() - began) / 60:5.1f} min  {lines[-1]}", flush=True)
     for line in lines:
