@@ -14,6 +14,7 @@ from trainmerge.evaluate.score_task import Subject, score_tasks
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import DEFAULT_LENGTH
+from trainmerge.system.hub import folder_of
 
 
 def evaluate_checkpoint(
@@ -36,10 +37,11 @@ def evaluate_checkpoint(
     metric, tokenize = metric_of(recipe), Tokenizer(recipe.base, max_length)
     held_in, held_out = load_tasks(recipe, tokenize, columns, limit)
     tasks = [*held_in, *held_out]
-    check_kind(Path(checkpoint), recipe, tasks)
-    folders = {str(checkpoint): Path(checkpoint)}
+    place = folder_of(checkpoint, allow_pickle=recipe.allow_pickle)
+    check_kind(place, recipe, tasks)
+    folders = {str(checkpoint): place}
     if held_out or harness:
-        folders = {"base": Path(recipe.base), **folders}
+        folders = {"base": recipe.folders["base"], **folders}
     heads = heads_of(recipe, tasks, tokenize)
     rows, found = {}, {}
     for row, folder in folders.items():
@@ -55,7 +57,7 @@ def check_kind(checkpoint: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
     """Raise ValueError if tasks without a head would score the checkpoint otherwise than the base."""
     if all(task.head for task in tasks):
         return
-    base, own = output_of(Path(recipe.base)), output_of(checkpoint)
+    base, own = output_of(recipe.folders["base"]), output_of(checkpoint)
     if (own.kind, own.labels) != (base.kind, base.labels):
         theirs, ours = (f"a {o.kind} ({o.architecture}, {o.labels or 'no'} classes)" for o in (own, base))
         raise ValueError(
@@ -66,7 +68,9 @@ def check_kind(checkpoint: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
 
 def heads_of(recipe: Recipe, tasks: Sequence[Task], tokenize: Tokenizer) -> Heads:
     """The tasks' heads; loads the base temporarily."""
-    base = load_model(open_checkpoint(recipe.base, recipe.allow_pickle), recipe.ignore).module.to(DEVICE)
+    base = load_model(open_checkpoint(recipe.folders["base"], recipe.allow_pickle), recipe.ignore).module.to(
+        DEVICE
+    )
     return build_heads(base, tasks, tokenize)
 
 

@@ -15,6 +15,7 @@ from trainmerge.fitting.rewind import rewind
 from trainmerge.run.config import read_yaml, write_config
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.manifest import differences
+from trainmerge.run.origins import origins, to_json
 from trainmerge.run.resume import resume_from
 from trainmerge.system.atomic import write_whole
 
@@ -68,7 +69,7 @@ def begin(
     if snapshot and (different := differences(json.loads(snapshot.content["trainmerge"]), description)):
         raise ValueError(f"{snapshot.path} was made with different experts, data or settings:\n{different}")
     module.description = json.dumps(description)
-    folder.create(description)
+    folder.create(description, to_json(origins(module.opened.folders)))
     write_config(module.recipe, "recipe", folder.recipe)
     module.opened.save(folder.sources)
     if config:

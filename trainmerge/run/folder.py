@@ -173,8 +173,8 @@ class RunFolder:
                 f"{keys}Undo the change to resume it, or use another folder."
             )
 
-    def create(self, description: Mapping[str, Any]) -> None:
-        """Create the folder and its manifest, unless a run has started in it."""
+    def create(self, description: Mapping[str, Any], hub: Mapping[str, Any] = {}) -> None:
+        """Create the folder and its manifest, unless a run has started in it; `hub` as in `run.origins`."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         if self.began and self.manifest.exists():
             return
@@ -184,7 +184,10 @@ class RunFolder:
             "folder": str(Path.cwd()),
             "threads": torch.get_num_threads(),  # of each process: sums depend on them
         }
-        write_manifest(self.manifest, {**description, "versions": versions(), "started": started})
+        write_manifest(
+            self.manifest,
+            {**description, **({"hub": hub} if hub else {}), "versions": versions(), "started": started},
+        )
 
     def drop_snapshots_before(self, step: int) -> None:
         """Remove the snapshots before `step`, whose own snapshot is on disk."""
