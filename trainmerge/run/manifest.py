@@ -2,10 +2,14 @@
 
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from trainmerge.run.config import public_paths
 from trainmerge.system.atomic import write_whole
@@ -46,6 +50,29 @@ def write_manifest(path: Path, content: Mapping[str, Any]) -> None:
 def versions() -> dict[str, str]:
     """Python's and the packages' versions."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def new_manifest(path: Path, description: Mapping[str, Any], hub: Mapping[str, Any]) -> None:
+    """Write a new run's manifest: its description, its `hub` as in `run.origins`, versions and command."""
+    origins = {"hub": hub} if hub else {}
+    write_manifest(path, {**description, **origins, "versions": versions(), "started": command_line()})
+
+
+def command_line() -> dict[str, Any]:
+    """The command of this process, its folder and its number of threads."""
+    return {
+        "command": shlex.join(sys.argv),
+        "folder": str(Path.cwd()),
+        "threads": torch.get_num_threads(),  # of each process: sums depend on them
+    }
+
+
+def note_command(path: Path) -> None:
+    """Record the command that resumes a run as `resumed`, unless it is its last one already."""
+    manifest, resumed = read_manifest(path), command_line()
+    last = manifest.get("resumed", manifest.get("started", {}))
+    if any(last.get(key) != resumed[key] for key in ("command", "folder")):
+        write_manifest(path, {**manifest, "resumed": resumed})
 
 
 def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> str:
