@@ -1,4 +1,4 @@
-"""The model card of a merge: metadata in the hub's schema, by huggingface_hub's own classes, and its words."""
+"""The model card of a merge: metadata in the hub's schema, by huggingface_hub's classes, and its words."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_a_merge_of_folders(world: Path, tmp_path: Path) -> None:
     assert head["pipeline_tag"] == "feature-extraction"
     assert "A merge of 3 experts of `base`." in text
     assert "without labels, in 2 steps." in text
-    assert "| mood | `mood` |  | not named |" in text
+    assert "| mood | `mood` |  | `not named` |" in text
     assert str(world) not in text
 
 
@@ -132,8 +132,8 @@ def test_ids_licences_and_data_sets_of_a_hub_cache(tmp_path: Path, monkeypatch: 
     assert head["datasets"] == ["me/texts", "c4"]
     assert head["language"] == ["en"]
     assert head["pipeline_tag"] == "text-generation"
-    assert "apache-2.0 (base), mit (a), own-terms (b)" in text
-    assert f"| b | `org/b` | `{COMMIT}` | own\\-terms |" in text
+    assert "`apache-2.0` (base), `mit` (a), `own-terms` (b)" in text
+    assert f"| b | `org/b` | `{COMMIT}` | `own-terms` |" in text
     assert "were not learned: no steps were taken" in text
     saved = yaml.safe_load((tmp_path / "out" / "trainmerge_recipe.yaml").read_text())["recipe"]
     assert saved["experts"]["b"]["path"] == f"org/b@{COMMIT}"
@@ -179,7 +179,8 @@ def test_the_last_command_of_a_resumed_run(
         ("", ""),
         ("'unclosed", ""),
         ("trainmerge fit c.yaml /home/me/run", "trainmerge fit c.yaml run"),
-        ("/x/cli/__main__.py fit --run=/a/b/c", "trainmerge fit --run=c"),
+        ("/x/pytest/__main__.py fit", ""),
+        ("/x/trainmerge/cli/__main__.py fit --run=/a/b/c", "trainmerge fit --run=c"),
         ("trainmerge fit --logger.api_key abcd1234 x", "trainmerge fit --logger.api_key '(removed)' x"),
         ("trainmerge fit --logger.token=abcd1234", "trainmerge fit --logger.token='(removed)'"),
         ("trainmerge fit --x hf_abcdefgh1", "trainmerge fit --x '(removed)'"),
@@ -245,8 +246,8 @@ def licence(name: str, text: object, **more: object) -> Source:
     [
         ([source("base"), source("a")], {}, ""),
         ([licence("base", "mit"), licence("a", ["mit"])], {"license": "mit"}, ""),
-        ([licence("base", "mit"), source("a")], {"license": "mit"}, "mit (base), unknown (a)"),
-        ([licence("base", "mit"), licence("a", "gemma")], {"license": "other"}, "mit (base), gemma (a)"),
+        ([licence("base", "mit"), source("a")], {"license": "mit"}, "`mit` (base), `unknown` (a)"),
+        ([licence("base", "mit"), licence("a", "gemma")], {"license": "other"}, "`mit` (base), `gemma` (a)"),
         (
             [licence("base", "other", license_name="x", license_link="LICENSE"),
              licence("a", "other", license_name="x")],

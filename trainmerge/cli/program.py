@@ -11,6 +11,7 @@ from pathlib import Path
 from trainmerge.cli.arguments import options_of, split_words, take_trusted
 from trainmerge.cli.command_help import check_words, command_help
 from trainmerge.cli.commands import allocate, compare, evaluate, export, report
+from trainmerge.cli.exchange import rebuild
 from trainmerge.cli.inspect_and_plan import inspect, plan
 from trainmerge.cli.threads import run_of, set_threads
 from trainmerge.cli.tradeoffs import pareto, search
@@ -19,7 +20,7 @@ from trainmerge.system.memory import is_out_of_memory
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
-COMPUTE = (allocate, compare, evaluate, export, inspect, pareto, plan, report, search)
+PLAIN = (allocate, compare, evaluate, export, inspect, pareto, plan, rebuild, report, search)
 RESUMABLE = ("fit", "search")  # commands that resume
 
 USAGE = """usage: trainmerge COMMAND ...
@@ -33,6 +34,7 @@ commands:
              for a second fit:    trainmerge fit ... --recipe.grouping.chunks chunks.json
   export     write the model:     trainmerge export runs/first merged/
              and read it again:   trainmerge export runs/first merged/ --verify
+  rebuild    a merge again:       trainmerge rebuild merged/README.md again/
   evaluate   score it:            trainmerge evaluate runs/first
   compare    several, one table:  trainmerge compare runs/first merged/ --recipe runs/first
   report     figures and a page:  trainmerge report runs/first
@@ -143,10 +145,7 @@ def _plain(command: Callable[..., None], words: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fit": _fit,
-    **{
-        command.__name__: partial(_plain, command)
-        for command in (allocate, compare, evaluate, export, inspect, pareto, plan, report, search)
-    },
+    **{command.__name__: partial(_plain, command) for command in PLAIN},
 }
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainmerge.export.card_sources import Source, base_ids, datasets, licences
+from trainmerge.export.markdown import code, inline
 
 TASKS = {  # ending of a transformers class -> the hub's name of its task
     "ForCausalLM": "text-generation",
@@ -89,7 +90,7 @@ def licence_words(sources: list[Source]) -> str:
     found = licences(sources)
     if found.keys() == {"unknown"} or len(found) == 1:
         return ""
-    parts = [f"{licence} ({', '.join(names)})" for licence, names in found.items()]
+    parts = [f"{code(licence)} ({', '.join(map(inline, names))})" for licence, names in found.items()]
     return f"Licences of what was merged, as their cards name them: {', '.join(parts)}."
 
 

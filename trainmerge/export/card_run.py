@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from trainmerge.run.trust import PACKAGE, class_paths
 from trainmerge.system.json_file import read_json
 from trainmerge.system.safetensors_file import sha256
 
-PROGRAMS = ("trainmerge", "__main__.py")  # of the command line; other programs say nothing to a stranger
+# Ours; the words of other programs say nothing to a stranger.
+PROGRAMS = re.compile(r"(.*[/\\])?(trainmerge(\.exe)?|trainmerge[/\\]cli[/\\]__main__\.py)")
 PAPER = re.compile(r"arXiv\s+(\d{4}\.\d{4,5})")
 AGAIN = "Run `trainmerge evaluate` again."
 
@@ -33,7 +34,7 @@ def last_command(run: Mapping[str, Any]) -> str:
         words = shlex.split(str(started.get("command", "")))
     except ValueError:  # an unclosed quote: not written by us
         return ""
-    if not words or PurePath(words[0]).name not in PROGRAMS:
+    if not words or not PROGRAMS.fullmatch(words[0]):
         return ""
     return shlex.join(["trainmerge", *_public_words(words[1:])])
 

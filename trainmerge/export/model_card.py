@@ -98,7 +98,7 @@ def _source_table(sources: list[Source]) -> str:
             [
                 code(source.label),
                 code(source.origin.revision) if source.origin else "",
-                inline(source.licence or "not named"),
+                code(source.licence or "not named"),
             ],
         )
         for source in sources
