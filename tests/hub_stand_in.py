@@ -38,7 +38,9 @@ class Hub:
 
     folders: dict[str, Path] = field(default_factory=dict)  # org/name -> its files, at COMMIT
     gated: set[str] = field(default_factory=set)
-    private: set[str] = field(default_factory=set)
+    private: set[str] = field(default_factory=set)  # not to be read
+    hidden: set[str] = field(default_factory=set)  # private, and ours
+    refused: dict[str, int] = field(default_factory=dict)  # org/name -> the status of an upload
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # org/name -> uploaded files
     created: list[dict[str, Any]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
@@ -69,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, [self.entry(name, path) for path in self.files(name)])
         elif parts[0] == "api":
             known = len(parts) == 4 or parts[5] in ("main", COMMIT)
-            content = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": p} for p in self.files(name)]}
+            content = {"id": name, "sha": COMMIT, "private": name in self.hub.hidden}
             self.answer(200, content) if known else self.answer(404, {}, {"X-Error-Code": "RevisionNotFound"})
         else:
             file = self.hub.folders[name] / "/".join(parts[4:])
@@ -82,26 +84,20 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         name = "/".join(self.path.split("/")[3:5])
         if self.path == "/api/repos/create":
-            self.hub.created.append(json.loads(body))
-            own = json.loads(body)
-            self.answer(200, {"url": f"http://hub/{own['organization']}/{own['name']}"})
+            self.hub.created.append(own := json.loads(body))
+            self.answer(200, {"url": f"http://{self.headers['Host']}/{own['organization']}/{own['name']}"})
         elif self.path == "/api/validate-yaml":
             self.answer(200, {"errors": [], "warnings": []})
+        elif name in self.hub.refused:
+            self.answer(self.hub.refused[name], {})
         elif "/preupload/" in self.path:
-            files = [
-                {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for one in json.loads(body)["files"]
-            ]
-            self.answer(200, {"files": files})
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            self.answer(200, {"files": [{"path": one["path"], **how} for one in json.loads(body)["files"]]})
         elif "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
-            files = {
-                line["value"]["path"]: base64.b64decode(line["value"]["content"])
-                for line in lines
-                if line["key"] == "file"
-            }
-            self.hub.commits[name] = files
-            url = f"http://hub/{name}/commit/{COMMIT}"
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            self.hub.commits[name] = {one["path"]: base64.b64decode(one["content"]) for one in files}
+            url = f"http://{self.headers['Host']}/{name}/commit/{COMMIT}"
             self.answer(200, {"commitUrl": url, "commitOid": COMMIT, "success": True})
         else:
             self.answer(404, {})

@@ -11,7 +11,7 @@ from pathlib import Path
 from trainmerge.cli.arguments import options_of, split_words, take_trusted
 from trainmerge.cli.command_help import check_words, command_help
 from trainmerge.cli.commands import allocate, compare, evaluate, export, report
-from trainmerge.cli.exchange import rebuild
+from trainmerge.cli.exchange import push, rebuild
 from trainmerge.cli.inspect_and_plan import inspect, plan
 from trainmerge.cli.threads import run_of, set_threads
 from trainmerge.cli.tradeoffs import pareto, search
@@ -20,7 +20,7 @@ from trainmerge.system.memory import is_out_of_memory
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
-PLAIN = (allocate, compare, evaluate, export, inspect, pareto, plan, rebuild, report, search)
+PLAIN = (allocate, compare, evaluate, export, inspect, pareto, plan, push, rebuild, report, search)
 RESUMABLE = ("fit", "search")  # commands that resume
 
 USAGE = """usage: trainmerge COMMAND ...
@@ -34,6 +34,7 @@ commands:
              for a second fit:    trainmerge fit ... --recipe.grouping.chunks chunks.json
   export     write the model:     trainmerge export runs/first merged/
              and read it again:   trainmerge export runs/first merged/ --verify
+  push       to the hub:          trainmerge push merged/ org/name --dry-run
   rebuild    a merge again:       trainmerge rebuild merged/README.md again/
   evaluate   score it:            trainmerge evaluate runs/first
   compare    several, one table:  trainmerge compare runs/first merged/ --recipe runs/first
