@@ -80,6 +80,9 @@ def folder_of(text: str | Path, weights: bool = True, allow_pickle: bool = False
     try:
         return _snapshot(found, weights, allow_pickle)
     except Exception as error:  # of many types: the network's, the hub's and the disk's
+        cached = None if _status(error) else cached_folder(name)
+        if cached is not None:  # a commit, which older versions of huggingface_hub want the server for
+            return cached
         raise FileNotFoundError(f"{name}: {_reason(name, found, error)}") from error
 
 
@@ -139,7 +142,7 @@ def _snapshot(found: HubId, weights: bool, allow_pickle: bool, offline: bool = F
         allow_patterns=[within + kind for kind in kinds],
         ignore_patterns=[within + kind for kind in ELSEWHERE],
         cache_dir=cache,
-        local_files_only=offline,
+        local_files_only=offline or huggingface_hub.is_offline_mode(),
     )
     _commits[key] = Path(snapshot).name
     folder = Path(snapshot) / found.subfolder
@@ -159,7 +162,7 @@ def _reason(text: str, found: HubId, error: Exception) -> str:
     whole = "only a part of" if type(error).__name__ == "IncompleteSnapshotError" else "no"
     here = f"no such folder{seen_from(text)}, and {whole} {model} in the hub's cache {cache}"
     login = "log in with an account that may read it: `hf auth login`, or HF_TOKEN"
-    status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
+    status = _status(error)
     if isinstance(error, NotADirectoryError):
         return f"{model} has {error} with files that a merge reads. Check the part after the name"
     if isinstance(error, errors.GatedRepoError):
@@ -177,6 +180,12 @@ def _reason(text: str, found: HubId, error: Exception) -> str:
         f"{here}; {server} did not give it ({answer}). Check the path, the network and the free space, or "
         "copy the model's folder here"
     )
+
+
+def _status(error: Exception) -> int | None:
+    """The status of the hub's answer; None if it did not answer."""
+    found = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
+    return found if isinstance(found, int) else None
 
 
 def server_name() -> str:
