@@ -163,6 +163,8 @@ def test_commands_are_ours_and_their_configurations_are_there(example: Example) 
             "plan",
             "pareto",
             "search",
+            "push",
+            "rebuild",
         }
     for file in re.findall(r"configs/\S+", example.code):
         assert (ROOT / file).is_file()

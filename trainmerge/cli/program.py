@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 
 from trainmerge.cli.arguments import options_of, split_words, take_trusted
 from trainmerge.cli.command_help import check_words, command_help
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if given else 2
     if given[0] == "--version":
-        print(version("trainmerge"))
+        print(f"trainmerge {version('trainmerge')}, torch {version('torch')}, Python {python_version()}")
         return 0
     name, words = given[0], given[1:]
     if name not in COMMANDS:
