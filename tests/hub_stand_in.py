@@ -26,7 +26,7 @@ def write_cache(cache: Path, repository: str, folder: Path, commit: str = COMMIT
         for parent in (blob.parent, link.parent):
             parent.mkdir(parents=True, exist_ok=True)
         blob.write_bytes(file.read_bytes())
-        link.symlink_to(blob)
+        link.symlink_to(blob.resolve())
     (place / "refs").mkdir(exist_ok=True)
     (place / "refs" / ref).write_text(commit)
     return place / "snapshots" / commit
