@@ -99,7 +99,9 @@ def test_commands_take_ids(world: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["export", str(world / "run"), str(tmp_path / "out"), "--verify"]) == 0
     assert main(["inspect", str(world / "run")]) == 0
     assert main(["evaluate", "me/experts/mood", "--recipe", str(world / "run"), "--limit", "4"]) == 0
-    llama().config.save_pretrained(tmp_path / "llama")
+    config = llama().config
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "llama")
     write_cache(world / "cache", "me/llama", tmp_path / "llama")
     assert main(["plan", "me/llama", "2", "--length", "8"]) == 0
     assert main(["report", str(world / "run"), str(tmp_path / "report")]) == 0
