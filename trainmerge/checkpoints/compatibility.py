@@ -114,4 +114,5 @@ def _check_ties(frame: Parameters, plans: Mapping[str, Plan]) -> None:
 def _raise(base: Checkpoint, problems: Sequence[str]) -> None:
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ValueError(f"{len(problems)} mismatches between the base {base.path} and its experts:\n{lines}")
+        count = "1 mismatch" if len(problems) == 1 else f"{len(problems)} mismatches"
+        raise ValueError(f"{count} between the base {base.path} and its experts:\n{lines}")
