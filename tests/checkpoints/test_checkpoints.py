@@ -402,7 +402,7 @@ def test_a_head_and_its_prefix_on_one_side(tmp_path: Path, headless: str) -> Non
     with pytest.raises(ValueError, match=r"classifier\.weight \(3, 16\)") as error:
         open_task_vectors(opened_base, {"a": folder})
     assert "ignore=['classifier.*']" in str(error.value)
-    assert str(error.value).startswith("1 mismatches")
+    assert str(error.value).startswith("1 mismatch between")
     opened = open_task_vectors(opened_base, {"a": folder}, ignore=["classifier.*"])
     prefix = "bert." if headless == "expert" else ""
     assert opened.deltas.keys() == {prefix + name for name, _ in plain.named_parameters()}
