@@ -3,9 +3,9 @@
 A recipe or configuration names classes by path, and importing a class runs its module. A configuration file
 is the user's own word. The files of a run folder or an export may come from a stranger: only classes of this
 package, of torch.optim and of Lightning's components are imported for them, unless the user trusts further
-modules (`--trust NAME`, or `trusting` in a program). A configuration that the user keeps in a run folder under
-a name of their own may import what that run was fitted with. A plug-in that the program has imported itself is
-known.
+modules (`--trust NAME`, or `trusting` in a program). A configuration that the user keeps in a run folder
+under a name of their own may import what that run was fitted with. A plug-in that the program has imported
+itself is known.
 """
 
 import sys
