@@ -22,8 +22,8 @@ from trainmerge.cli import main
 from trainmerge.export.card_metadata import hub_metadata, licence_words, pipeline_tag
 from trainmerge.export.card_run import last_command, optimizer_settings
 from trainmerge.export.card_sources import Source, base_ids, front_matter
-from trainmerge.run.folder import RunFolder
 from trainmerge.system.hub import Origin
+from trainmerge.system.safetensors_file import sha256
 
 KEYS = {  # of the hub's documented metadata -> the type of the value
     "base_model": list, "base_model_relation": str, "license": str, "license_name": str, "license_link": str,
@@ -60,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
     write_world(root)
     fit_world(root, root / "run", steps=2)
-    tm.evaluate_run(root / "run", limit=4, compare=False).write_scores(root / "run" / "scores.json")
+    assert main(["evaluate", str(root / "run"), "--limit", "4", "--no-compare"]) == 0
     return root
 
 
@@ -94,16 +94,19 @@ def test_scores_of_other_coefficients_do_not(
 ) -> None:
     shutil.copytree(world / "run", tmp_path / "run")
     scores = tmp_path / "run" / "scores.json"
-    os.utime(scores, (1, 1))
-    assert "model-index" not in check_card(card_of(tmp_path / "run", tmp_path / "one"))
-    assert "scores of other coefficients, so the model card has none" in capsys.readouterr().out
     content = json.loads(scores.read_text())
-    own = RunFolder(tmp_path / "run").read_manifest()["saved"][0]["coefficients"]
-    for digest, known in (("0" * 64, False), (own, True)):  # a hash decides, whatever the files' times
-        scores.write_text(json.dumps({**content, "coefficients": {"sha256": digest, "step": 2}}))
-        os.utime(scores, (1, 1))
-        text = card_of(tmp_path / "run", tmp_path / f"known {known}")
-        assert ("model-index" in check_card(text)) == known
+    assert content["learned"]["coefficients"] == sha256(tmp_path / "run" / "coefficients.safetensors")
+    os.utime(scores, (1, 1))  # the hash decides, whatever the files' times
+    assert "model-index" in check_card(card_of(tmp_path / "run", tmp_path / "own"))
+    content["learned"]["coefficients"] = "0" * 64
+    scores.write_text(json.dumps(content))
+    assert "model-index" not in check_card(card_of(tmp_path / "run", tmp_path / "other"))
+    assert "scores of other coefficients, so the model card has none" in capsys.readouterr().out
+    del content["learned"]["coefficients"]  # as older versions wrote them: then the times decide
+    for time, known in ((2**33, True), (1, False)):
+        scores.write_text(json.dumps(content))
+        os.utime(scores, (time, time))
+        assert ("model-index" in check_card(card_of(tmp_path / "run", tmp_path / f"at {time}"))) == known
 
 
 def test_ids_licences_and_data_sets_of_a_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def merge_scores(folder: RunFolder, recipe: Recipe) -> tuple[str, dict[str, floa
     if not file.is_file():
         return None
     content = read_json(file, AGAIN)
-    if not _current(content, file, folder.coefficients):
+    if not _current(content.get("learned"), file, folder.coefficients):
         print(f"{file}: scores of other coefficients, so the model card has none. {AGAIN}", flush=True)
         return None
     row = content.get("learned")
@@ -131,18 +131,12 @@ def merge_scores(folder: RunFolder, recipe: Recipe) -> tuple[str, dict[str, floa
     return _metric(folder.path / "evaluation.json", heads), values
 
 
-def _current(content: Mapping[str, Any], scores: Path, coefficients: Path) -> bool:
-    """Whether scores are of the coefficients: by a SHA-256 among them, or else by the files' times."""
-    if hashes := set(_hashes(content)):
-        return sha256(coefficients) in hashes
+def _current(row: Any, scores: Path, coefficients: Path) -> bool:
+    """Whether scores are of the coefficients: by their SHA-256, or in older files by the files' times."""
+    known = row.get("coefficients") if isinstance(row, Mapping) else None
+    if known is not None:
+        return bool(known == sha256(coefficients))
     return scores.stat().st_mtime_ns >= coefficients.stat().st_mtime_ns
-
-
-def _hashes(data: Any) -> Iterator[str]:
-    if isinstance(data, str) and re.fullmatch(r"[0-9a-f]{64}", data):
-        yield data
-    for value in data.values() if isinstance(data, Mapping) else ():
-        yield from _hashes(value)
 
 
 def _metric(evaluation: Path, heads: bool) -> str:

@@ -16,9 +16,9 @@ from trainmerge.export.model_card import CardFacts, model_card
 from trainmerge.export.public import public, public_config, public_manifest
 from trainmerge.run.config import read_yaml, to_config
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.hub_origins import origins, pinned, to_json
 from trainmerge.run.manifest import versions
 from trainmerge.run.opened import Opened
-from trainmerge.run.origins import origins, pinned, to_json
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.saved import check_coefficients
 from trainmerge.system.safetensors_file import sha256

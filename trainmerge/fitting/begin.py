@@ -14,8 +14,8 @@ from trainmerge.fitting.provenance import describe, load_snapshot
 from trainmerge.fitting.rewind import rewind
 from trainmerge.run.config import read_yaml, write_config
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.hub_origins import origins, to_json
 from trainmerge.run.manifest import differences
-from trainmerge.run.origins import origins, to_json
 from trainmerge.run.resume import resume_from
 from trainmerge.system.atomic import write_whole
 

@@ -170,7 +170,7 @@ class RunFolder:
             )
 
     def create(self, description: Mapping[str, Any], hub: Mapping[str, Any] = {}) -> None:
-        """Create the folder and its manifest, unless a run has started in it; `hub` as in `run.origins`."""
+        """Create the folder and its manifest, unless a run has started in it; `hub`: see `hub_origins`."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         if self.began and self.manifest.exists():
             note_command(self.manifest)

@@ -53,7 +53,7 @@ def versions() -> dict[str, str]:
 
 
 def new_manifest(path: Path, description: Mapping[str, Any], hub: Mapping[str, Any]) -> None:
-    """Write a new run's manifest: its description, its `hub` as in `run.origins`, versions and command."""
+    """Write a new run's manifest: description, `hub` as in `hub_origins`, versions, command."""
     origins = {"hub": hub} if hub else {}
     write_manifest(path, {**description, **origins, "versions": versions(), "started": command_line()})
 

@@ -8,9 +8,9 @@ from trainmerge.checkpoints import same_weights
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.run.config import read_config, to_config
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.hub_origins import pinned, recorded_origins
 from trainmerge.run.manifest import differences
 from trainmerge.run.opened import Opened
-from trainmerge.run.origins import pinned, recorded_origins
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.saved import check_coefficients
 from trainmerge.run.trust import check_classes

@@ -9,8 +9,8 @@ from trainmerge.checkpoints.whole import MANIFEST, RECIPE
 from trainmerge.data.examples import Columns
 from trainmerge.run.config import read_config, read_yaml
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.hub_origins import pinned, recorded_origins
 from trainmerge.run.manifest import read_manifest
-from trainmerge.run.origins import pinned, recorded_origins
 from trainmerge.run.recipe import Recipe
 from trainmerge.system.json_file import read_json
 

@@ -13,8 +13,8 @@ from tests.hub_stand_in import COMMIT, use, write_cache
 from tests.world import LABELS, bert, llama, nudge, recipe, write_world
 from trainmerge.cli import main
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.hub_origins import pinned, recorded_origins
 from trainmerge.run.open_run import open_run
-from trainmerge.run.origins import pinned, recorded_origins
 from trainmerge.system.hub import Origin
 
 NEXT = "f" * 40
@@ -104,7 +104,7 @@ def test_commands_take_ids(world: Path, tmp_path: Path, capsys: pytest.CaptureFi
     config.save_pretrained(tmp_path / "llama")
     write_cache(world / "cache", "me/llama", tmp_path / "llama")
     assert main(["plan", "me/llama", "2", "--length", "8"]) == 0
-    assert main(["report", str(world / "run"), str(tmp_path / "report")]) == 0
+    assert main(["report", str(world / "run"), "--out", str(tmp_path / "report")]) == 0
     assert "into me/base." in (tmp_path / "report" / "index.html").read_text()
     capsys.readouterr()
 
