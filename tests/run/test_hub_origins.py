@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,27 @@ def test_a_fit_by_ids_resumes(world: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_branch_that_moved_is_named_and_its_old_commit_resumes(world: Path, tmp_path: Path) -> None:
+    newer = tmp_path / "newer"
+    shutil.copytree(world / "base", newer)
+    write_cache(world / "cache", "me/moving", newer, "a" * 40)
+    own = by_ids(world)
+    fit_world(world, tmp_path / "run", steps=1, recipe=replace(own, base="me/moving"))
+    nudged = bert()
+    nudge(nudged, 5)
+    nudged.save_pretrained(newer)
+    write_cache(world / "cache", "me/moving", newer, NEXT, "other")
+    words = f"base: me/moving is at commit {NEXT} now; write me/moving@{'a' * 40}"
+    with pytest.raises(ValueError, match=words):
+        fit_world(world, tmp_path / "run", steps=2, recipe=replace(own, base="me/moving@other"))
+    fit_world(world, tmp_path / "run", steps=2, recipe=replace(own, base=f"me/moving@{'a' * 40}"))
+    fit_world(world, tmp_path / "whole", steps=2, recipe=replace(own, base=f"me/moving@{'a' * 40}"))
+    one, other = (
+        tm.load_coefficients(tmp_path / run / "coefficients.safetensors") for run in ("run", "whole")
+    )
+    assert one().equal(other())
+
+
 def test_an_adapter_of_another_base_in_the_cache_is_named(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "base", tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
@@ -152,8 +174,8 @@ def test_paths_stay_unless_the_recipe_is_for_strangers() -> None:
     "damaged", [["x"], {"base": "x"}, {"base": {"id": "a/b"}}, {"base": {"id": "a/../b", "revision": "x"}}]
 )
 def test_a_damaged_record_is_named(damaged: object) -> None:
-    with pytest.raises(ValueError, match="a manifest's `hub` is"):
-        recorded_origins({"hub": damaged})
+    with pytest.raises(ValueError, match=r"manifest.json: `hub` is"):
+        recorded_origins({"hub": damaged}, Path("manifest.json"))
 
 
 assert set(EXPERTS) == set(LABELS)

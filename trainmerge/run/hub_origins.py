@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trainmerge.run.manifest import LOST
 from trainmerge.run.recipe import Recipe
 from trainmerge.system.hub import Origin, is_hub_id, origin_of, parse_id
+from trainmerge.system.text import shortened
 
 KEY = "hub"  # in manifest.json: name -> {"id": ..., "revision": ...}
 
@@ -21,8 +23,8 @@ def origins(folders: Mapping[str, Path]) -> dict[str, Origin]:
     return {name: origin for name, origin in found.items() if origin is not None}
 
 
-def recorded_origins(manifest: Mapping[str, Any]) -> dict[str, Origin]:
-    """The record of a manifest; empty for a run without ids and for one of an older version.
+def recorded_origins(manifest: Mapping[str, Any], where: Path) -> dict[str, Origin]:
+    """The record of a manifest, the file `where`; empty without ids and in one of an older version.
 
     Raises:
         ValueError: it is damaged.
@@ -33,8 +35,8 @@ def recorded_origins(manifest: Mapping[str, Any]) -> dict[str, Origin]:
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"a manifest's `{KEY}` is {manifest[KEY]!r}, not an id and a revision per name. Restore the file "
-            "from a copy"
+            f"{where}: `{KEY}` is {shortened(repr(manifest[KEY]), 200)}, not an id and a revision per "
+            f"name. {LOST}"
         ) from error
     return made
 
@@ -42,6 +44,15 @@ def recorded_origins(manifest: Mapping[str, Any]) -> dict[str, Origin]:
 def to_json(found: Mapping[str, Origin]) -> dict[str, dict[str, str]]:
     """The record as JSON data."""
     return {name: {"id": origin.id, "revision": origin.revision} for name, origin in found.items()}
+
+
+def moved(before: Mapping[str, Origin], now: Mapping[str, Origin]) -> str:
+    """One line per model whose id has another commit than at the run's start, with what to write instead."""
+    return "\n".join(
+        f"  {name}: {then.id} is at commit {now[name].revision} now; write {then.id}@{then.revision}"
+        for name, then in before.items()
+        if name in now and now[name].id == then.id and now[name].revision != then.revision
+    )
 
 
 def pinned(recipe: Recipe, found: Mapping[str, Origin], paths: bool = False) -> Recipe:

@@ -13,6 +13,7 @@ import torch
 
 from trainmerge.run.config import public_paths
 from trainmerge.system.atomic import write_whole
+from trainmerge.system.hub import parse_id
 from trainmerge.system.json_file import read_json
 
 PACKAGES = ("trainmerge", "torch", "pytorch-lightning", "transformers", "peft", "datasets", "safetensors")
@@ -78,11 +79,25 @@ def note_command(path: Path) -> None:
 def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """One line for each key of `now`, nested ones too, whose value differs in `made`; empty without any.
 
-    A class's public path and its path in older files count as equal.
+    A class's public path and its path in older files count as equal, and so do two revisions of an id of the
+    hub: the checksums of the weights decide.
     """
-    before, plain = public_paths(made), public_paths(json.loads(json.dumps(now)))
+    before, plain = (public_paths(_without_revisions(own)) for own in (made, json.loads(json.dumps(now))))
     pairs = ((key, before.get(key, ABSENT), value) for key, value in plain.items())
     return "\n".join(line for key, old, new in pairs if old != new for line in _lines(key, old, new))
+
+
+def _without_revisions(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A description or configuration with the ids of its models and its tokenizer without `@revision`."""
+
+    def plain(key: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(name, item) for name, item in value.items()}
+        found = parse_id(value) if key in ("base", "path", "tokenizer") and isinstance(value, str) else None
+        return value.removesuffix(f"@{found.revision}") if found and found.revision else value
+
+    sections = {key: plain(key, data[key]) for key in ("recipe", "data") if key in data}
+    return {**data, **sections}
 
 
 def _lines(key: str, old: Any, new: Any) -> Iterator[str]:

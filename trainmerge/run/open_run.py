@@ -62,7 +62,7 @@ def read_run(folder: RunFolder) -> tuple[Recipe, Coefficients, dict[str, Any]]:
             "or fit again in another folder."
         )
     check_coefficients(folder, manifest)
-    return pinned(recipe, recorded_origins(manifest)), coefficients, manifest
+    return pinned(recipe, recorded_origins(manifest, folder.manifest)), coefficients, manifest
 
 
 def _mismatches(recipe: Recipe, coefficients: Coefficients, manifest: Mapping[str, Any]) -> Iterator[str]:

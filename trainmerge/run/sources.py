@@ -27,7 +27,11 @@ def recipe_of(path: Path) -> Recipe:
     for file in (path / "recipe.yaml", path / RECIPE, path):
         if file.is_file():
             recipe, manifest = read_config(Recipe, "recipe", file), RunFolder(path).manifest
-            return pinned(recipe, recorded_origins(read_manifest(manifest))) if manifest.is_file() else recipe
+            return (
+                pinned(recipe, recorded_origins(read_manifest(manifest), manifest))
+                if manifest.is_file()
+                else recipe
+            )
     raise ValueError(f"{path}: not a run folder, exported checkpoint or configuration file")
 
 
