@@ -1,6 +1,6 @@
 """Upload an export to the hub, as it was written: every file is compared with the export's manifest first."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from trainmerge.checkpoints.whole import MANIFEST, check_whole
 from trainmerge.export.card_sources import front_matter
 from trainmerge.system.hub import parse_id, server_name
 from trainmerge.system.json_file import read_json
+from trainmerge.system.links import leads_outside
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.system.text import listed
 
@@ -58,22 +59,19 @@ def plan_upload(folder: str | Path, repository: str, private: bool = False) -> U
     listed_files = read_json(place / MANIFEST, AGAIN).get("files")
     if not isinstance(listed_files, dict) or "README.md" not in listed_files:
         raise ValueError(f"{place / MANIFEST}: no list of files with a model card. {AGAIN}")
-    check_files(place, listed_files)
-    sizes = {file: (place / file).stat().st_size for file in sorted({*listed_files, MANIFEST})}
     there = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+    check_files(place, listed_files, there)
+    sizes = {file: (place / file).stat().st_size for file in sorted({*listed_files, MANIFEST})}
     card = front_matter((place / "README.md").read_text(encoding="utf-8"))
     return Upload(place, repository, private, sizes, tuple(sorted(there - sizes.keys())), card)
 
 
-def check_files(folder: Path, files: Mapping[str, Any]) -> None:
-    """Raise ValueError for files of an export that are missing, were changed, or lie elsewhere."""
-    inside = folder.resolve()
+def check_files(folder: Path, files: Mapping[str, Any], there: Set[str]) -> None:
+    """Raise ValueError for files of an export that are not in its folder, or were changed."""
     wrong = [
         name
         for name, digest in files.items()
-        if not (folder / name).resolve().is_relative_to(inside)
-        or not (folder / name).is_file()
-        or sha256(folder / name) != digest
+        if name not in there or leads_outside(folder, folder / name) or sha256(folder / name) != digest
     ]
     if wrong:
         raise ValueError(
