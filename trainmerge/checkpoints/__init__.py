@@ -15,16 +15,20 @@ if TYPE_CHECKING:
     from trainmerge.checkpoints.compatibility import find_sources
     from trainmerge.checkpoints.linear_head import beyond_linear
     from trainmerge.checkpoints.meta_model import build_meta_model, locate
-    from trainmerge.checkpoints.model import LoadedModel, load_meta_model, load_model
+    from trainmerge.checkpoints.model import LoadedModel, empty_model, load_meta_model, load_model
     from trainmerge.checkpoints.output import Output, output_of, output_of_class
+    from trainmerge.checkpoints.own_head import OwnHead, find_own_heads
 
 _HEAVY = {
     "beyond_linear": "linear_head",
+    "empty_model": "model",
+    "find_own_heads": "own_head",
     "find_sources": "compatibility",
     "LoadedModel": "model",
     "load_meta_model": "model",
     "load_model": "model",
     "Output": "output",
+    "OwnHead": "own_head",
     "build_meta_model": "meta_model",
     "locate": "meta_model",
     "output_of": "output",
@@ -35,11 +39,14 @@ __all__ = [
     "Checkpoint",
     "LoadedModel",
     "Output",
+    "OwnHead",
     "Sources",
     "Stamp",
     "as_recorded",
     "beyond_linear",
     "build_meta_model",
+    "empty_model",
+    "find_own_heads",
     "find_sources",
     "fingerprint",
     "load_meta_model",

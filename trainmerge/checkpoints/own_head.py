@@ -1,0 +1,120 @@
+"""The places of an expert's own head: its class, and for each of its parameters the base's or its own tensor.
+
+It is found from headers and config.json, after `find_sources` has decided what is merged.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from trainmerge.checkpoints.full_expert import fitted_names
+from trainmerge.checkpoints.head_parts import HEADS, own_parameters
+from trainmerge.checkpoints.meta_model import canonical_names, memory_names, shorten
+from trainmerge.checkpoints.output import Output, output_of, output_of_class
+from trainmerge.checkpoints.parameters import Parameters, open_parameters
+from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
+from trainmerge.checkpoints.sources import FullSource, OpenedFiles, Sources
+from trainmerge.checkpoints.weight_files import ADAPTER
+
+OF_FILES = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+)  # keys of where and how it is stored
+
+
+@dataclass(frozen=True)
+class OwnHead:
+    """One expert's class over the merged weights.
+
+    Args:
+        folder: The expert's.
+        kind: Its class.
+        config: Its configuration, with dropout 0.
+        shared: Parameter of the class -> the base's tensor that it is.
+        own: Parameter or buffer of the class -> its place in the expert's files.
+    """
+
+    folder: Path
+    kind: type[PreTrainedModel]
+    config: PreTrainedConfig
+    shared: Mapping[str, str]
+    own: Mapping[str, FullSource]
+
+    @property
+    def output(self) -> Output:
+        """What its class puts out."""
+        return output_of_class(self.kind, self.config)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The names of its classes -> their numbers."""
+        return {str(name): int(i) for i, name in (self.config.id2label or {}).items()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every own parameter and buffer, mapped."""
+        files = OpenedFiles()
+        for name, place in self.own.items():
+            yield name, files.read(place.file, place.tensor)
+
+    def identity(self) -> str:
+        """Its class and everything in config.json that its function may depend on; files have checksums."""
+        told = {key: value for key, value in self.config.to_dict().items() if key not in OF_FILES}
+        return f"own {self.kind.__name__} {json.dumps(told, sort_keys=True, default=str)}"
+
+
+def find_own_heads(
+    base: Checkpoint, experts: Mapping[str, Path], sources: Sources, ignore: Sequence[str] = ()
+) -> dict[str, OwnHead]:
+    """The experts that have a head of their own, whose tensors `sources` do not merge.
+
+    Raises:
+        ValueError: a parameter of an expert's class is in no file.
+    """
+    found: dict[str, OwnHead] = {}
+    frame: Parameters | None = None
+    for name, folder in experts.items():
+        if (folder / ADAPTER).is_file() or output_of(folder).kind not in HEADS:
+            continue
+        frame = frame or open_parameters(base, ignore)
+        pickled = any(str(getattr(s, "file", "")).endswith(".bin") for s in sources.experts[name].values())
+        own = open_parameters(open_checkpoint(folder, pickled), ignore)
+        if head := _of_full(own, frame, sources.experts[name]):
+            found[name] = head
+    return found
+
+
+def _of_full(own: Parameters, frame: Parameters, merged: Mapping[str, object]) -> OwnHead | None:
+    """The own head of a full expert; `merged` are the base's tensors that it changes."""
+    fitted = fitted_names(own, frame)
+    kept = {name for key, name in fitted.items() if frame.files.get(key) in merged}
+    apart = own_parameters(own, frame, fitted, whole=True) - kept
+    if not apart:
+        return None
+    tensors = canonical_names(frame.names)
+    shared = {name: tensors[key] for key, name in fitted.items() if key in tensors and name not in apart}
+    folder, model, files = own.checkpoint.path, own.meta_model, own.checkpoint.tensors
+    places = {name: FullSource(str(files[own.files[name]].file), own.files[name]) for name in apart}
+    check_complete(folder, model, {*shared, *places})
+    buffers = {name for name, _ in model.named_buffers()}
+    for tensor, inside in memory_names(model, files).items():
+        if inside in buffers:
+            places[inside] = FullSource(str(files[tensor].file), tensor)
+    return OwnHead(folder, type(model), model.config, shared, places)
+
+
+def check_complete(folder: Path, model: PreTrainedModel, known: set[str]) -> None:
+    """Raise ValueError if a parameter is neither the base's nor in the expert's files."""
+    computed = model._keys_to_ignore_on_save or ()
+    absent = [name for name, _ in model.named_parameters() if name not in known and name not in computed]
+    if absent:
+        raise ValueError(
+            f"{folder}: {type(model).__name__} has parameters that neither its files nor the base's have, so "
+            f"they would be random: {shorten(absent)}. Save the expert with the class that it was trained "
+            "with, or set the expert's `head`"
+        )

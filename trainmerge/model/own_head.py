@@ -1,0 +1,236 @@
+"""An expert's own class over the resident model: its head is frozen, everything else is the merge.
+
+The class is built from the expert's files. Modules that are the same in the resident model are replaced by
+the resident's own, so its hooks, taps, checkpointing and shards work below every head, and the memory is that
+of the heads alone.
+
+Legend: `B` examples, `T` tokens.
+"""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import (
+    install_all_output_capturing_hooks,
+    maybe_install_capturing_hooks,
+)
+
+from trainmerge.checkpoints import OwnHead, empty_model
+from trainmerge.data.batch import Batch, Kind
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """An expert's class over the merged weights, ready for use."""
+
+    module: PreTrainedModel
+    kind: Kind
+    width: int  # classes, labels or numbers
+    names: Mapping[str, int]  # of its classes -> their numbers
+    padding: int | None  # the token that its class takes for padding, if it looks for one
+    special: Tensor  # the ids of special tokens: no labels are theirs
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The arguments of its class; padding is the token that it looks for."""
+        given = {name: value for name, value in batch.inputs.items() if name != "labels"}
+        if self.padding is not None:
+            absent = ~given["attention_mask"].bool()
+            given["input_ids"] = given["input_ids"].masked_fill(absent, self.padding)
+        return given
+
+    def mask(self, batch: Batch) -> Tensor:
+        """The positions [B, T] that enter the loss: a token classifier's have no special tokens."""
+        present = batch.inputs["attention_mask"].bool()
+        mask = batch.mask if batch.mask.shape == present.shape else present  # a decoder's have another
+        if self.kind == "tokens":
+            mask = mask & ~torch.isin(batch.inputs["input_ids"], self.special.to(mask.device))
+        return mask
+
+
+def kind_of(head: OwnHead) -> Kind:
+    """What the outputs of a head are: by its class, `problem_type`, and the number of labels."""
+    match head.output.kind:
+        case "token classifier":
+            return "tokens"
+        case "question-answering model":
+            return "spans"
+    if head.config.problem_type == "regression" or (
+        not head.config.problem_type and head.config.num_labels == 1
+    ):
+        return "values"
+    return "labels" if head.config.problem_type == "multi_label_classification" else "classes"
+
+
+def padding_of(head: OwnHead) -> int | None:
+    """The token that a class takes for padding; None if it does not look for one.
+
+    Raises:
+        ValueError: it does, and config.json names none.
+    """
+    if head.output.kind != "classifier" or not reads_last_token(head):
+        return None
+    token: int | None = head.config.get_text_config().pad_token_id
+    if token is None:
+        raise ValueError(
+            f"{head.folder / 'config.json'}: {head.kind.__name__} classifies by the last token that is not "
+            "padding, and no pad_token_id is set, so batches of several texts have no last token: set "
+            "pad_token_id there to the token that the expert was padded with"
+        )
+    return token
+
+
+def reads_last_token(head: OwnHead) -> bool:
+    """Whether a class's forward looks for the padding token in its inputs."""
+    code: Any = head.kind.forward
+    while hasattr(code, "__wrapped__"):
+        code = code.__wrapped__
+    return "pad_token_id" in code.__code__.co_names
+
+
+def attach(
+    head: OwnHead,
+    resident: nn.Module,
+    names: Mapping[str, str],
+    special: Tensor,
+    dtype: torch.dtype | None = None,
+) -> OwnModel:
+    """Build an expert's class over the resident model.
+
+    Args:
+        head: The expert's head.
+        resident: The model with the merged weights.
+        names: The base's tensor -> the resident's parameter.
+        special: The ids of special tokens.
+        dtype: Of its own parameters; by default the resident's.
+
+    Raises:
+        ValueError: see `padding_of`; or a sharded model whose blocks are not those of the expert's class.
+    """
+    padding = padding_of(head)
+    first = next(resident.parameters())
+    dtype = dtype or first.dtype
+    config: Any = deepcopy(head.config)
+    theirs: Any = resident.config
+    config._attn_implementation = theirs._attn_implementation
+    module = empty_model(head.kind, config, dtype)
+    install_all_output_capturing_hooks(module)  # on blocks of its own; shared ones have the resident's
+    if isinstance(resident, PreTrainedModel):
+        maybe_install_capturing_hooks(resident)
+    Graft(head, resident, names, module, first.device, dtype).run()
+    return OwnModel(module, kind_of(head), head.config.num_labels or 0, head.labels, padding, special)
+
+
+class Graft:
+    """Puts the resident's modules and parameters into an expert's class."""
+
+    def __init__(
+        self,
+        head: OwnHead,
+        resident: nn.Module,
+        names: Mapping[str, str],
+        module: PreTrainedModel,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.module, self.device = module, device
+        ours = dict(resident.named_parameters(remove_duplicate=False))
+        self.modules = dict(resident.named_modules(remove_duplicate=False))
+        first = {id(p): name for name, p in module.named_parameters()}
+        owners = {name: first[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
+        # every name of a shared parameter -> the resident's parameter
+        self.shared = {
+            name: ours[names[head.shared[owner]]] for name, owner in owners.items() if owner in head.shared
+        }
+        places = {
+            name: _place(name, names[head.shared[name]]) for name in owners.values() if name in head.shared
+        }
+        self.ways = list(dict.fromkeys(place for place in places.values() if place is not None))
+        self.own: dict[str, Tensor] = {}
+        for name, tensor in head.tensors():
+            self.own[name] = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+        parameters = {
+            owner: nn.Parameter(self.own[owner], requires_grad=False)
+            for owner in self.own
+            if owner in first.values()
+        }
+        self.parameters = {name: parameters[owner] for name, owner in owners.items() if owner in parameters}
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Replace all that the resident has; what is left gets the expert's own tensors."""
+        self._visit(self.module, "")
+
+    def _visit(self, place: nn.Module, path: str) -> None:
+        for name, child in list(place._modules.items()):
+            inner = f"{path}.{name}" if path else name
+            if child is None:
+                continue
+            twin = next((t for t in self._twins(inner) if self._same(child, inner, t)), None)
+            if twin is None:
+                self._visit(child, inner)
+            else:
+                place._modules[name] = twin
+        self._fill(place, f"{path}." if path else "")
+
+    def _fill(self, place: nn.Module, start: str) -> None:
+        for name, parameter in place._parameters.items():
+            if parameter is None:
+                continue
+            shared = self.shared.get(start + name)
+            if shared is not None and _is_sharded(shared):
+                raise ValueError(
+                    f"model.sharded: {start + name} of {type(self.module).__name__} belongs to a block that "
+                    "is another class than the base's: run without model.sharded"
+                )
+            place._parameters[name] = self.parameters[start + name] if shared is None else shared
+        for name, buffer in place._buffers.items():
+            if buffer is not None:
+                place._buffers[name] = self.own.get(start + name, buffer).to(self.device)
+
+    def _twins(self, path: str) -> Iterator[nn.Module]:
+        """The resident's modules that may be the one at `path` in the expert's class."""
+        for added, removed in self.ways:
+            if path == added.rstrip("."):
+                yield self.modules[removed.rstrip(".")]
+            elif path.startswith(added) and removed + path.removeprefix(added) in self.modules:
+                yield self.modules[removed + path.removeprefix(added)]
+
+    def _same(self, child: nn.Module, path: str, twin: nn.Module) -> bool:
+        """Whether a module is the resident's: the same classes below, and the same parameters and buffers."""
+        if not (_buffers(child) or any(True for _ in child.parameters())):
+            return False
+        theirs = dict(child.named_parameters(remove_duplicate=False))
+        ours = dict(twin.named_parameters(remove_duplicate=False))
+        if theirs.keys() != ours.keys() or any(
+            self.shared.get(f"{path}.{n}") is not p for n, p in ours.items()
+        ):
+            return False
+        return _classes(child) == _classes(twin) and _buffers(child) == _buffers(twin)
+
+
+def _place(own: str, base: str) -> tuple[str, str] | None:
+    """The prefixes in which a parameter's two names differ: `bert.` and nothing."""
+    if own.endswith(base) and (own == base or own[: -len(base)].endswith(".")):
+        return own[: -len(base)], ""
+    return ("", base[: -len(own)]) if base.endswith(f".{own}") else None
+
+
+def _classes(module: nn.Module) -> list[tuple[str, type]]:
+    return [
+        (name, next(kind for kind in type(part).__mro__ if not issubclass(kind, FSDPModule)))
+        for name, part in module.named_modules(remove_duplicate=False)
+    ]
+
+
+def _buffers(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: buffer.shape for name, buffer in module.named_buffers(remove_duplicate=False)}
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")
