@@ -47,8 +47,8 @@ def write_tokenizer(folder: Path, padding: str = "[PAD]") -> None:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=padding, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        model_input_names=["input_ids", "attention_mask"],
+        tokenizer_object=tokenizer, pad_token=padding, unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]", model_input_names=["input_ids", "attention_mask"],
     ).save_pretrained(folder)  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def test_last_token_heads_need_a_padding_token(tmp_path: Path) -> None:
 
 
 def test_padding_of_another_token(tmp_path: Path) -> None:
-    """The expert was padded with token 3, the base's tokenizer pads with 0: batches give single texts' logits."""
+    """The expert was padded with another token than the base's tokenizer pads with."""
     recipe, models = write_heads(tmp_path, "Llama", {"a": {**TWO["a"], "pad_token_id": 9}})
     module, data = prepared(recipe)
     with module.resident.merged.teacher(0), torch.no_grad():

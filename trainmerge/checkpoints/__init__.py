@@ -13,6 +13,7 @@ from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
     from trainmerge.checkpoints.compatibility import find_sources
+    from trainmerge.checkpoints.head_parts import may_have_head
     from trainmerge.checkpoints.linear_head import beyond_linear
     from trainmerge.checkpoints.meta_model import build_meta_model, locate
     from trainmerge.checkpoints.model import LoadedModel, empty_model, load_meta_model, load_model
@@ -31,6 +32,7 @@ _HEAVY = {
     "OwnHead": "own_head",
     "build_meta_model": "meta_model",
     "locate": "meta_model",
+    "may_have_head": "head_parts",
     "output_of": "output",
     "output_of_class": "output",
 }
@@ -52,6 +54,7 @@ __all__ = [
     "load_meta_model",
     "load_model",
     "locate",
+    "may_have_head",
     "module_folders",
     "open_checkpoint",
     "output_of",

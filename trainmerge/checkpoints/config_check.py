@@ -29,8 +29,9 @@ def configuration_mismatches(
 ) -> list[str]:
     """One line per key of the expert's configuration, in `file`, that changes the model's function.
 
-    With `own_head`, its labels and its padding token stay its own, so they may differ. Warns of keys that change decoding or the names of classes. Keys that only one version of transformers
-    writes, defaults, and keys that the model's code does not read are equal or left out.
+    With `own_head`, its labels and its padding token stay its own, so they may differ. Warns of keys that
+    change decoding or the names of classes. Keys that only one version of transformers writes, defaults, and
+    keys that the model's code does not read are equal or left out.
     """
     problems, noted = [], []
     for key, ours, theirs in _differences(base.config, expert):

@@ -13,11 +13,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from trainmerge.checkpoints.meta_model import architecture_of
 from trainmerge.checkpoints.model_config import read_model_config
-from trainmerge.checkpoints.output import Kind, output_of_class
+from trainmerge.checkpoints.output import Kind, output_of, output_of_class
 from trainmerge.checkpoints.parameters import Parameters
-from trainmerge.checkpoints.weight_files import ADAPTER
+from trainmerge.checkpoints.weight_files import ADAPTER, read_folder_json
 
 HEADS: tuple[Kind, ...] = ("classifier", "token classifier", "question-answering model")
+
+# peft's task types, and the ending of their classes; by transformers' own names of their heads
+TASKS = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
 
 
 class Labels(NamedTuple):
@@ -27,6 +34,22 @@ class Labels(NamedTuple):
     number: int | None
     problem: str | None
     names: tuple[str, ...] | None  # None: transformers' LABEL_0, LABEL_1, ...
+
+
+def may_have_head(folder: Path) -> bool:
+    """Whether an expert's folder says that it has a task's head: by its class, or its adapter's task."""
+    if (folder / ADAPTER).is_file():
+        return adapter_task(read_folder_json(folder / ADAPTER)) is not None
+    return output_of(folder).kind in HEADS
+
+
+def adapter_task(config: Mapping[str, Any]) -> str | None:
+    """The task type of an adapter that has a head: as it says, or by the class that it was made for."""
+    if config.get("task_type") in TASKS:
+        return str(config["task_type"])
+    named = config.get("auto_mapping")
+    made_for = str(named.get("base_model_class")) if isinstance(named, Mapping) else ""
+    return next((task for task, ending in TASKS.items() if made_for.endswith(ending)), None)
 
 
 def has_head(model: PreTrainedModel) -> bool:

@@ -38,6 +38,7 @@ class OwnHead:
         config: Its configuration, with dropout 0.
         shared: Parameter of the class -> the base's tensor that it is.
         own: Parameter or buffer of the class -> its place in the expert's files.
+        absent: Parameters of the class that are in no file.
     """
 
     folder: Path
@@ -45,6 +46,16 @@ class OwnHead:
     config: PreTrainedConfig
     shared: Mapping[str, str]
     own: Mapping[str, FullSource]
+    absent: Sequence[str] = ()
+
+    def check(self) -> None:
+        """Raise ValueError if a parameter is neither the base's nor in the expert's files."""
+        if self.absent:
+            raise ValueError(
+                f"{self.folder}: {self.kind.__name__} has parameters that neither its files nor the base's "
+                f"have, so they would be random: {shorten(self.absent)}. Save the expert with the class that "
+                "it was trained with, or set the expert's `head`"
+            )
 
     @property
     def output(self) -> Output:
@@ -71,11 +82,7 @@ class OwnHead:
 def find_own_heads(
     base: Checkpoint, experts: Mapping[str, Path], sources: Sources, ignore: Sequence[str] = ()
 ) -> dict[str, OwnHead]:
-    """The experts that have a head of their own, whose tensors `sources` do not merge.
-
-    Raises:
-        ValueError: a parameter of an expert's class is in no file.
-    """
+    """The experts that have a head of their own, whose tensors `sources` do not merge."""
     found: dict[str, OwnHead] = {}
     frame: Parameters | None = None
     for name, folder in experts.items():
@@ -100,21 +107,15 @@ def _of_full(own: Parameters, frame: Parameters, merged: Mapping[str, object]) -
     shared = {name: tensors[key] for key, name in fitted.items() if key in tensors and name not in apart}
     folder, model, files = own.checkpoint.path, own.meta_model, own.checkpoint.tensors
     places = {name: FullSource(str(files[own.files[name]].file), own.files[name]) for name in apart}
-    check_complete(folder, model, {*shared, *places})
+    absent = absent_parameters(model, {*shared, *places})
     buffers = {name for name, _ in model.named_buffers()}
     for tensor, inside in memory_names(model, files).items():
         if inside in buffers:
             places[inside] = FullSource(str(files[tensor].file), tensor)
-    return OwnHead(folder, type(model), model.config, shared, places)
+    return OwnHead(folder, type(model), model.config, shared, places, absent)
 
 
-def check_complete(folder: Path, model: PreTrainedModel, known: set[str]) -> None:
-    """Raise ValueError if a parameter is neither the base's nor in the expert's files."""
-    computed = model._keys_to_ignore_on_save or ()
-    absent = [name for name, _ in model.named_parameters() if name not in known and name not in computed]
-    if absent:
-        raise ValueError(
-            f"{folder}: {type(model).__name__} has parameters that neither its files nor the base's have, so "
-            f"they would be random: {shorten(absent)}. Save the expert with the class that it was trained "
-            "with, or set the expert's `head`"
-        )
+def absent_parameters(model: PreTrainedModel, known: set[str]) -> list[str]:
+    """The parameters of a class that are not among the `known` ones, nor computed."""
+    known = known | set(model._keys_to_ignore_on_save or ())
+    return [name for name, _ in model.named_parameters() if name not in known]

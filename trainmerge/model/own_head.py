@@ -39,15 +39,17 @@ class OwnModel:
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The arguments of its class; padding is the token that it looks for."""
         given = {name: value for name, value in batch.inputs.items() if name != "labels"}
-        if self.padding is not None:
+        if self.padding is not None and "attention_mask" in given:
             absent = ~given["attention_mask"].bool()
             given["input_ids"] = given["input_ids"].masked_fill(absent, self.padding)
         return given
 
     def mask(self, batch: Batch) -> Tensor:
         """The positions [B, T] that enter the loss: a token classifier's have no special tokens."""
-        present = batch.inputs["attention_mask"].bool()
-        mask = batch.mask if batch.mask.shape == present.shape else present  # a decoder's have another
+        present = batch.inputs.get("attention_mask")
+        if present is None:
+            return batch.mask
+        mask = batch.mask if batch.mask.shape == present.shape else present.bool()  # a decoder has another
         if self.kind == "tokens":
             mask = mask & ~torch.isin(batch.inputs["input_ids"], self.special.to(mask.device))
         return mask

@@ -40,11 +40,7 @@ class Opened:
 
     @cached_property
     def own_heads(self) -> "dict[str, OwnHead]":
-        """The heads of experts whose files have one that is not merged; imports transformers.
-
-        Raises:
-            ValueError: see `find_own_heads`.
-        """
+        """The heads of experts whose files have one that is not merged; imports transformers."""
         from trainmerge.checkpoints import find_own_heads  # imports transformers, which `reopen` avoids
 
         experts = {name: folder for name, folder in self.folders.items() if name in self.sources.experts}
