@@ -3,6 +3,7 @@
 Legend: `B` examples, `T` tokens.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,97 @@ def test_last_token_classifiers(tmp_path: Path, architecture: str) -> None:
         ValueError, match=r"a-test\.jsonl: example 3: label is 'lowest', not a class number.*'high'"
     ):
         tm.evaluate_checkpoint(recipe.base, bad)
+
+
+def test_token_labels(tmp_path: Path) -> None:
+    """One label per word; words beyond the text's end, and those of -100, do not count."""
+    settings = {"task": "ForTokenClassification", "num_labels": 3}
+    recipe, models = write_heads(tmp_path, "Bert", {"a": settings})
+    rows = []
+    for i, text in enumerate(TEXTS):
+        with torch.no_grad():
+            says = models["a"](**Tokenizer(recipe.base, 32)([text])).logits[0].argmax(-1).tolist()
+        rows.append({"text": text, "labels": says[1:-1]})  # without [CLS] and [SEP]
+        rows[-1]["labels"][0] = -100 if i % 2 else says[1]
+    run = run_of(with_test(recipe, "a", rows, tmp_path), tmp_path / "run")
+    found = tm.evaluate_run(run, grid=())
+    assert found.rows["expert"]["a"].measures == {"accuracy": 1.0, "macro_f1": 1.0}
+    counted = sum(label != -100 for row in rows for label in row["labels"])
+    assert found.rows["expert"]["a"].outcomes.sum(0).tolist() == [counted, counted]
+    rows[2]["labels"] = rows[2]["labels"][:-1]
+    with pytest.raises(ValueError, match=r"example 2: labels is \[.*give each word of the text one label"):
+        tm.evaluate_checkpoint(recipe.base, with_test(recipe, "a", rows, tmp_path))
+
+
+def test_answers_to_questions(tmp_path: Path) -> None:
+    """The expert's best span inside the context, of transformers' own logits, is right."""
+    recipe, models = write_heads(tmp_path, "Bert", {"a": {"task": "ForQuestionAnswering"}})
+    questions, contexts = texts(3, 6), texts(4, 6)
+    tokenize, rows = Tokenizer(recipe.base, 32), []
+    for question, context in zip(questions, contexts, strict=True):
+        with torch.no_grad():
+            output = models["a"](**tokenize.encode([Example(question, pair=context)]).inputs)
+        first = len(question.split()) + 2  # [CLS] question [SEP]
+        words = context.split()
+        spans = {
+            (begin, end): float(output.start_logits[0, first + begin] + output.end_logits[0, first + end])
+            for begin in range(len(words))
+            for end in range(begin, len(words))
+        }
+        begin, end = max(spans, key=spans.__getitem__)
+        rows.append(
+            {"text": question, "context": context, "answers": {"text": [" ".join(words[begin : end + 1])]}}
+        )
+    calibration = write_rows(tmp_path / "a.jsonl", rows)
+    recipe = with_test(recipe, "a", rows, tmp_path)
+    recipe = replace(recipe, experts={"a": replace(recipe.experts["a"], calibration=calibration)})
+    run = run_of(recipe, tmp_path / "run", Columns(pair="context"), steps=2)
+    found = tm.evaluate_run(run, grid=())
+    assert found.metric.name == "exact_match"
+    assert found.rows["expert"]["a"].measures == {"exact_match": 1.0, "f1": 1.0}
+    assert json.loads((run / "manifest.json").read_text())["data"]["columns"]["pair"] == "context"
+
+
+def test_numbers_of_pairs(tmp_path: Path) -> None:
+    """A cross-encoder: one number per pair of texts, and its correlations."""
+    recipe, models = write_heads(
+        tmp_path, "Roberta", {"a": {"task": "ForSequenceClassification", "num_labels": 1}}
+    )
+    others = texts(4, len(TEXTS))
+    told = logits(models["a"], recipe, TEXTS, others)[:, 0]
+    rows = [
+        {"text": text, "other": other, "label": float(value)}
+        for text, other, value in zip(TEXTS, others, told, strict=True)
+    ]
+    write_rows(tmp_path / "a.jsonl", [{"text": o, "other": t} for t, o in zip(TEXTS, others, strict=True)])
+    run = run_of(with_test(recipe, "a", rows, tmp_path), tmp_path / "run", Columns(pair="other"), steps=2)
+    found = tm.evaluate_run(run, grid=())
+    assert found.metric.name == "pearson"
+    measures = found.rows["expert"]["a"].measures
+    assert measures["pearson"] == pytest.approx(1.0, abs=1e-6)
+    assert measures["spearman"] == pytest.approx(1.0, abs=1e-12)
+    assert measures["mse"] < 1e-10
+    base = found.rows["base"]["a"]
+    assert base.measures["pearson"] == pytest.approx(float(base.outcomes[:, 0].mean()))
+    assert base.measures["pearson"] < 0.999
+
+
+def test_independent_labels_and_several_kinds(tmp_path: Path) -> None:
+    """Labels that hold, by name; and a recipe whose tasks have several measures."""
+    names = {0: "loud", 1: "long", 2: "late"}
+    several = {"problem_type": "multi_label_classification", "id2label": names, "num_labels": 3}
+    recipe, models = write_heads(
+        tmp_path, "Bert",
+        {"a": {"task": "ForSequenceClassification", **several}, "b": {"task": "ForTokenClassification"}},
+    )  # fmt: skip
+    yes = logits(models["a"], recipe, TEXTS) > 0
+    rows = [
+        {"text": text, "labels": [names[i] for i in range(3) if own[i]]}
+        for text, own in zip(TEXTS, yes.tolist(), strict=True)
+    ]
+    assert 0 < yes.double().mean() < 1
+    recipe = with_test(recipe, "a", rows, tmp_path)
+    recipe = with_test(recipe, "b", [{"text": t, "labels": [0] * len(t.split())} for t in TEXTS], tmp_path)
+    found = tm.evaluate_run(run_of(recipe, tmp_path / "run", steps=2), grid=())
+    assert found.metric.name == "score"
+    assert found.rows["expert"]["a"].measures == {"f1": 1.0, "exact_match": 1.0}

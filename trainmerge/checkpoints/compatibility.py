@@ -54,7 +54,9 @@ def find_sources(
         try:
             check_one_generation(path)
             if (path / ADAPTER).is_file():
-                plan = _adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
+                plan = _adapter(
+                    frame, path, ignore, allow_pickle, workspace, shared_vocabulary, expert in whole
+                )
                 plans[expert], found = plan
                 problems += [f"{expert}: {line}" for line in found]
             else:
@@ -86,9 +88,10 @@ def _adapter(
     allow_pickle: bool,
     workspace: Path | None,
     shared_vocabulary: bool,
+    whole_head: bool,
 ) -> tuple[Plan, list[str]]:
     """An adapter, and its mismatches with the base's configuration and ties."""
-    plan = plan_adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
+    plan = plan_adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary, whole_head)
     recorded = read_folder_json(path / ADAPTER).get("base_model_name_or_path")
     mismatches = recorded_mismatches(frame.meta_model, frame.checkpoint.path, path, recorded)
     return plan, mismatches + one_sided_updates(frame, path, plan.adapter.keys)

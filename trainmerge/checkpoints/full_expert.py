@@ -63,7 +63,7 @@ def plan_full(
     if "model_type" in different:  # nothing below would match
         raise ValueError("\n".join(problems))
     own = open_parameters(checkpoint, ignore)
-    fitted = fitted_names(own, frame)
+    fitted = fitted_names(own.meta_model, own.names.values(), frame)
     apart = own_parameters(own, frame, fitted, whole_head)
     shared = own.files.keys() - apart
     names = {name: own.files[fitted[key]] for key, name in frame.files.items() if fitted.get(key) in shared}
@@ -135,10 +135,13 @@ def _setting(checkpoint: Checkpoint, key: str) -> object:
     return config.get(key, text_settings(config).get(key))
 
 
-def fitted_names(own: Parameters, frame: Parameters) -> dict[str, str]:
-    """The base's parameter name -> the expert's, where only the prefix of the headless model may differ."""
-    prefixes = {frame.meta_model.base_model_prefix, own.meta_model.base_model_prefix}
-    fits = fit_prefix(own.names.values(), frame.names.values(), sorted(prefixes))
+def fitted_names(model: PreTrainedModel, names: Iterable[str], frame: Parameters) -> dict[str, str]:
+    """The base's parameter name -> the expert's, where only the prefix of the headless model may differ.
+
+    `names` are the parameters of the expert's `model`.
+    """
+    prefixes = {frame.meta_model.base_model_prefix, model.base_model_prefix}
+    fits = fit_prefix(names, frame.names.values(), sorted(prefixes))
     return {theirs: name for name, theirs in fits.items()}
 
 
