@@ -16,7 +16,7 @@ from trainmerge.checkpoints.adapter import Adapter, open_adapter
 from trainmerge.checkpoints.adapter_head import class_of_adapter
 from trainmerge.checkpoints.full_expert import fitted_names
 from trainmerge.checkpoints.head_parts import may_have_head, own_parameters
-from trainmerge.checkpoints.meta_model import canonical_names, memory_names, shorten
+from trainmerge.checkpoints.meta_model import canonical_names, shorten
 from trainmerge.checkpoints.output import Output, output_of_class
 from trainmerge.checkpoints.parameters import Parameters, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
@@ -39,7 +39,8 @@ class OwnHead:
         folder: The expert's.
         kind: Its class.
         config: Its configuration, with dropout 0.
-        shared: Parameter of the class -> the base's tensor that it is.
+        config_file: Where that is from: the expert's, or the base's for an adapter.
+        shared: Parameter or buffer of the class -> the base's tensor that it is.
         own: Parameter or buffer of the class -> its place in the expert's files.
         absent: Parameters of the class that are in no file.
     """
@@ -47,6 +48,7 @@ class OwnHead:
     folder: Path
     kind: type[PreTrainedModel]
     config: PreTrainedConfig
+    config_file: Path
     shared: Mapping[str, str]
     own: Mapping[str, FullSource]
     absent: Sequence[str] = ()
@@ -116,7 +118,8 @@ def _of_adapter(adapter: Adapter, frame: Parameters, merged: Mapping[str, object
     shared = {name: tensors[key] for key, name in fitted.items() if key in tensors and name not in apart}
     places = {key: FullSource(str(adapter.source.tensors[name].file), name) for key, name in apart.items()}
     absent = absent_parameters(model, {*shared, *places})
-    return OwnHead(adapter.path, type(model), model.config, shared, places, absent)
+    file = frame.checkpoint.path / "config.json"
+    return OwnHead(adapter.path, type(model), model.config, file, shared, places, absent)
 
 
 def _is_bases(adapter: Adapter, key: str, frame: Parameters, merged: Mapping[str, object]) -> bool:
@@ -140,11 +143,15 @@ def _of_full(own: Parameters, frame: Parameters, merged: Mapping[str, object]) -
     folder, model, files = own.checkpoint.path, own.meta_model, own.checkpoint.tensors
     places = {name: FullSource(str(files[own.files[name]].file), own.files[name]) for name in apart}
     absent = absent_parameters(model, {*shared, *places})
-    buffers = {name for name, _ in model.named_buffers()}
-    for tensor, inside in memory_names(model, files).items():
-        if inside in buffers:
+    ours = frame.buffers
+    for inside, tensor in own.buffers.items():
+        start = f"{model.base_model_prefix}."
+        twin = next((n for n in (inside, start + inside, inside.removeprefix(start)) if n in ours), None)
+        if twin is None:
             places[inside] = FullSource(str(files[tensor].file), tensor)
-    return OwnHead(folder, type(model), model.config, shared, places, absent)
+        else:
+            shared[inside] = ours[twin]
+    return OwnHead(folder, type(model), model.config, folder / "config.json", shared, places, absent)
 
 
 def absent_parameters(model: PreTrainedModel, known: set[str]) -> list[str]:

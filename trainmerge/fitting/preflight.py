@@ -74,7 +74,7 @@ def own_head_problems(head: OwnHead, objective: Objective) -> Iterator[str]:
     kind = kind_of(head)
     if kind == "values" and objective.needs_predictions:
         yield (
-            f"{head.kind.__name__} is a regression ({head.folder / 'config.json'}), whose numbers are no "
+            f"{head.kind.__name__} is a regression ({head.config_file}), whose numbers are no "
             f"probabilities, as {type(objective).__name__} needs them: use Alignment"
         )
     elif kind != "classes" and objective.needs_classes:

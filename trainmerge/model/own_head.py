@@ -80,7 +80,7 @@ def padding_of(head: OwnHead) -> int | None:
     token: int | None = head.config.get_text_config().pad_token_id
     if token is None:
         raise ValueError(
-            f"{head.folder / 'config.json'}: {head.kind.__name__} classifies by the last token that is not "
+            f"{head.config_file}: {head.kind.__name__} classifies by the last token that is not "
             "padding, and no pad_token_id is set, so batches of several texts have no last token: set "
             "pad_token_id there to the token that the expert was padded with"
         )
@@ -140,7 +140,7 @@ class Graft:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.module, self.device = module, device
+        self.head, self.module, self.device = head, module, device
         ours = dict(resident.named_parameters(remove_duplicate=False))
         self.modules = dict(resident.named_modules(remove_duplicate=False))
         first = {id(p): name for name, p in module.named_parameters()}
@@ -193,7 +193,15 @@ class Graft:
             place._parameters[name] = self.parameters[start + name] if shared is None else shared
         for name, buffer in place._buffers.items():
             if buffer is not None:
-                place._buffers[name] = self.own.get(start + name, buffer).to(self.device)
+                ours = self._buffer(start, name) if start + name in self.head.shared else None
+                place._buffers[name] = self.own.get(start + name, buffer if ours is None else ours).to(
+                    self.device
+                )
+
+    def _buffer(self, start: str, name: str) -> Tensor | None:
+        """The resident's buffer of a module that is not the resident's."""
+        twins = self._twins(start.removesuffix("."))
+        return next((t._buffers[name] for t in twins if t._buffers.get(name) is not None), None)
 
     def _twins(self, path: str) -> Iterator[nn.Module]:
         """The resident's modules that may be the one at `path` in the expert's class."""
