@@ -13,17 +13,18 @@ from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
     from trainmerge.checkpoints.compatibility import find_sources
+    from trainmerge.checkpoints.find_own_heads import find_own_heads
     from trainmerge.checkpoints.head_parts import may_have_head
     from trainmerge.checkpoints.linear_head import beyond_linear
     from trainmerge.checkpoints.meta_model import build_meta_model, locate
     from trainmerge.checkpoints.model import LoadedModel, empty_model, load_meta_model, load_model
     from trainmerge.checkpoints.output import Output, output_of, output_of_class
-    from trainmerge.checkpoints.own_head import OwnHead, find_own_heads
+    from trainmerge.checkpoints.own_head import OwnHead
 
 _HEAVY = {
     "beyond_linear": "linear_head",
     "empty_model": "model",
-    "find_own_heads": "own_head",
+    "find_own_heads": "find_own_heads",
     "find_sources": "compatibility",
     "LoadedModel": "model",
     "load_meta_model": "model",

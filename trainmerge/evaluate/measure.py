@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from trainmerge.checkpoints import Output, OwnHead, output_of
 from trainmerge.data.batch import Kind
 from trainmerge.data.tokenizer import Encoded
-from trainmerge.model.own_head import kind_of
 from trainmerge.run.heads import TaskHead, task_heads
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import ACCURACY, PERPLEXITY, Metric
@@ -40,7 +39,7 @@ NAMES: Mapping[Kind, Metric] = {
 
 def kind_of_head(head: TaskHead) -> Kind:
     """What the outputs under a head are."""
-    return kind_of(head) if isinstance(head, OwnHead) else "classes"
+    return head.outputs if isinstance(head, OwnHead) else "classes"
 
 
 def metric_of(recipe: Recipe, found: Mapping[str, TaskHead] | None = None) -> Metric:

@@ -8,7 +8,6 @@ from trainmerge.data.examples import Example
 from trainmerge.data.heads import Head
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.fitting.module import MergeModule
-from trainmerge.model.own_head import kind_of, padding_of
 from trainmerge.objectives import Alignment, Objective
 from trainmerge.run.heads import linear_problems, task_heads
 
@@ -68,10 +67,10 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
 def own_head_problems(head: OwnHead, objective: Objective) -> Iterator[str]:
     """Why an expert's own head has no such loss."""
     try:
-        padding_of(head)
+        _ = head.padding
     except ValueError as error:
         yield str(error)
-    kind = kind_of(head)
+    kind = head.outputs
     if kind == "values" and objective.needs_predictions:
         yield (
             f"{head.kind.__name__} is a regression ({head.config_file}), whose numbers are no "

@@ -55,46 +55,6 @@ class OwnModel:
         return mask
 
 
-def kind_of(head: OwnHead) -> Kind:
-    """What the outputs of a head are: by its class, `problem_type`, and the number of labels."""
-    match head.output.kind:
-        case "token classifier":
-            return "tokens"
-        case "question-answering model":
-            return "spans"
-    if head.config.problem_type == "regression" or (
-        not head.config.problem_type and head.config.num_labels == 1
-    ):
-        return "values"
-    return "labels" if head.config.problem_type == "multi_label_classification" else "classes"
-
-
-def padding_of(head: OwnHead) -> int | None:
-    """The token that a class takes for padding; None if it does not look for one.
-
-    Raises:
-        ValueError: it does, and config.json names none.
-    """
-    if head.output.kind != "classifier" or not reads_last_token(head):
-        return None
-    token: int | None = head.config.get_text_config().pad_token_id
-    if token is None:
-        raise ValueError(
-            f"{head.config_file}: {head.kind.__name__} classifies by the last token that is not "
-            "padding, and no pad_token_id is set, so batches of several texts have no last token: set "
-            "pad_token_id there to the token that the expert was padded with"
-        )
-    return token
-
-
-def reads_last_token(head: OwnHead) -> bool:
-    """Whether a class's forward looks for the padding token in its inputs."""
-    code: Any = head.kind.forward
-    while hasattr(code, "__wrapped__"):
-        code = code.__wrapped__
-    return "pad_token_id" in code.__code__.co_names
-
-
 def attach(
     head: OwnHead,
     resident: nn.Module,
@@ -112,9 +72,9 @@ def attach(
         dtype: Of its own parameters; by default the resident's.
 
     Raises:
-        ValueError: see `padding_of`; or a sharded model whose blocks are not those of the expert's class.
+        ValueError: see `OwnHead.padding`; or a sharded model whose blocks are not the expert's.
     """
-    padding = padding_of(head)
+    padding = head.padding
     first = next(resident.parameters())
     dtype = dtype or first.dtype
     config: Any = deepcopy(head.config)
@@ -125,7 +85,7 @@ def attach(
     if isinstance(resident, PreTrainedModel):
         maybe_install_capturing_hooks(resident)
     Graft(head, resident, names, module, first.device, dtype).run()
-    return OwnModel(module, kind_of(head), head.config.num_labels or 0, head.labels, padding, special)
+    return OwnModel(module, head.outputs, head.config.num_labels or 0, head.labels, padding, special)
 
 
 class Graft:
