@@ -40,7 +40,7 @@ def may_have_head(folder: Path) -> bool:
     """Whether an expert's folder says that it has a task's head: by its class, or its adapter's task."""
     if (folder / ADAPTER).is_file():
         return adapter_task(read_folder_json(folder / ADAPTER)) is not None
-    return output_of(folder).kind in HEADS
+    return (folder / "config.json").is_file() and output_of(folder).kind in HEADS
 
 
 def adapter_task(config: Mapping[str, Any]) -> str | None:
