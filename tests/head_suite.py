@@ -1,8 +1,8 @@
 """`make suite-heads`: classifiers with heads of their own, trained here on the text suite's data and merged.
 
 Three ways to have a head: BERT's class whose pooler the base has too, the same over a base without a pooler,
-and a peft adapter of the task. Alignment is compared with the best single coefficient, between base and experts.
-Trained experts and finished fits are kept, so the same command goes on.
+and a peft adapter of the task. Alignment is compared with the best single coefficient, between base and
+experts. Trained experts and finished fits are kept, so the same command goes on.
 """
 
 import argparse
