@@ -217,3 +217,8 @@ def test_reestimation_needs_batch_norms(loaders) -> None:
     linear = nn.Sequential(nn.Flatten(), nn.Linear(50, 3))
     with pytest.raises(ValueError, match="the module has no batch norm"):
         tm.fit_module(linear, {"a": linear}, {"a": loaders["a"]}, tm.Entropy(), steps=1, buffers="reestimate")
+
+
+def test_fit_names_fit_module_for_a_module(models, tmp_path) -> None:
+    with pytest.raises(TypeError, match=r"tm\.fit_module learns merges of a Sequential"):
+        tm.fit(models[0], None, None, tmp_path)

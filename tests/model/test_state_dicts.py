@@ -126,6 +126,28 @@ def test_statistics_are_estimated_again_with_the_merged_weights(models) -> None:
     assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in before.items())
 
 
+class Shifted(nn.Module):
+    """A batch norm, and a buffer that is none of its statistics."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2)
+        self.register_buffer("shift", torch.tensor(shift))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) + self.shift
+
+
+def test_other_buffers_follow_the_rule_too() -> None:
+    base, experts = Shifted(0.0), {"a": Shifted(1.0), "b": Shifted(2.0)}
+    assert tm.merge_state_dicts(base, experts, 0.5, buffers="average")["shift"] == 1.5
+    loaders = {name: batches(0, 2) for name in "ab"}
+    with pytest.warns(UserWarning, match="have buffers of their own, shift, and the merge keeps the base's"):
+        merged = tm.merge_state_dicts(base, experts, 0.5, buffers="reestimate", loaders=loaders)
+    assert merged["shift"] == 0.0
+    assert merged["norm.num_batches_tracked"] == 4
+
+
 def test_own_buffers_that_are_dropped_are_said(models) -> None:
     base, experts = models
     with pytest.warns(

@@ -59,9 +59,8 @@ def refuse_foreign(path: Path) -> None:
     if not found.files:
         raise ValueError(f"{path}: {found.what}, no transformers folder. {found.remedy}.")
     raise ValueError(
-        f"{path}: {found.what}, no transformers folder. In Python, "
-        f"tm.merge_state_dicts({str(found.files[0] if len(found.files) == 1 else path)!r}, {{name: path}}, "
-        "coefficient) merges such files, and tm.fit_module learns the coefficients."
+        f"{path}: {found.what}, no transformers folder. In Python, tm.merge_state_dicts(base, "
+        "{name: expert}, coefficient) merges such files, and tm.fit_module learns the coefficients."
     )
 
 

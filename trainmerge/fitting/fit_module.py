@@ -24,7 +24,7 @@ from trainmerge.fitting.module_tasks import ModuleTasks, PlainLoss, Stream
 from trainmerge.model.batch_norm import Forward, batch_norm_statistics, call
 from trainmerge.model.buffers import BufferRule
 from trainmerge.model.merged_model import MergedModel
-from trainmerge.model.plain_models import PlainModels, Weights, open_models
+from trainmerge.model.plain_models import ModelWeights, PlainModels, open_models
 from trainmerge.model.state_dicts import Loaders, check_buffers, rule_buffers, task_weights
 from trainmerge.objectives import Objective
 from trainmerge.preprocess import Preprocess, apply_in_memory
@@ -44,7 +44,7 @@ class FittedModule:
 
 def fit_module(
     module: nn.Module,
-    experts: Mapping[str, Weights],
+    experts: Mapping[str, ModelWeights],
     loaders: Loaders,
     loss: Objective | PlainLoss,
     *,

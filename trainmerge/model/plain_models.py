@@ -18,7 +18,7 @@ from trainmerge.system.text import listed
 from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.state_dicts import Compared, StateDict, compare
 
-Weights = StateDict | nn.Module | str | Path  # what a state dict can be taken from
+ModelWeights = StateDict | nn.Module | str | Path  # what a state dict can be taken from
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ class PlainModels:
 
 
 def open_models(
-    base: Weights, experts: Mapping[str, Weights], ignore: Sequence[str] = (), allow_pickle: bool = False
+    base: ModelWeights,
+    experts: Mapping[str, ModelWeights],
+    ignore: Sequence[str] = (),
+    allow_pickle: bool = False,
 ) -> PlainModels:
     """Read and compare base and experts: modules, state dicts, or paths.
 
@@ -78,7 +81,7 @@ def open_models(
     return PlainModels(own, compared, TaskVectors.of_compared(own, compared, roles))
 
 
-def state_of(given: Weights, allow_pickle: bool = False) -> dict[str, Any]:
+def state_of(given: ModelWeights, allow_pickle: bool = False) -> dict[str, Any]:
     """The state dict of a module, of a path, or itself."""
     if isinstance(given, nn.Module):
         return given.state_dict()

@@ -15,7 +15,7 @@ from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.model.batch_norm import Forward, batch_norm_statistics, batch_norms, call
 from trainmerge.model.buffers import BufferRule, average_buffers, warn_of_own_buffers
-from trainmerge.model.plain_models import PlainModels, Weights, open_models
+from trainmerge.model.plain_models import ModelWeights, PlainModels, open_models
 from trainmerge.preprocess import Preprocess, apply_in_memory
 from trainmerge.system.ranges import check_option
 from trainmerge.system.text import listed
@@ -26,8 +26,8 @@ Loaders = Mapping[str, Iterable[Any]]  # expert -> batches of its task
 
 
 def merge_state_dicts(
-    base: Weights,
-    experts: Mapping[str, Weights],
+    base: ModelWeights,
+    experts: Mapping[str, ModelWeights],
     coefficients: float | Mapping[str, float] | Coefficients,
     *,
     preprocess: Sequence[Preprocess] = (),
@@ -76,7 +76,7 @@ def merge_state_dicts(
     return merged
 
 
-def check_buffers(rule: BufferRule | None, base: Weights, loaders: Loaders | None) -> None:
+def check_buffers(rule: BufferRule | None, base: ModelWeights, loaders: Loaders | None) -> None:
     """Raise ValueError for a rule that cannot be followed."""
     check_option("buffers", rule, BufferRule | None)
     if rule != "reestimate":
