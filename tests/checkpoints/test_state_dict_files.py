@@ -170,6 +170,8 @@ def test_folders_of_transformers_and_peft_belong_into_a_recipe(tmp_path: Path) -
     bert().save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match=r"a transformers folder: give it to tm\.Recipe"):
         tm.load_state_dict(tmp_path / "base")
+    (tmp_path / "base" / "params.json").write_text("{}")  # Mistral's folders have both layouts
+    save_file({"x": torch.ones(1)}, tmp_path / "base" / "consolidated.safetensors")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")

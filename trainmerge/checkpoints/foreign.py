@@ -45,7 +45,7 @@ def recognise(path: Path) -> Foreign | None:
     if not path.is_dir():
         return None
     names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
-    if "config.json" in names and not ({*names} & {"params.json", "model_index.json"}):
+    if "config.json" in names:  # the authors' own layout beside it, as Mistral has, is not read
         return _with_config(path, names)
     return _without_config(path, names)
 
