@@ -33,6 +33,7 @@ class Block:
         sources: `base` and experts -> file -> SHA-256.
         digest: The SHA-256 of the coefficients' file.
         content: Its bytes; None if it is too large for a card.
+        task: The expert whose class and own head the checkpoint has; empty for the base's class.
         recipe: The recipe as YAML text; of a card that was read.
     """
 
@@ -40,15 +41,19 @@ class Block:
     sources: Mapping[str, Mapping[str, str]]
     digest: str
     content: bytes | None = None
+    task: str = ""
     recipe: str = field(default="", compare=False)
 
 
 def make_block(
-    files: Mapping[str, str], sources: Mapping[str, Mapping[str, str]], coefficients: Path
+    files: Mapping[str, str],
+    sources: Mapping[str, Mapping[str, str]],
+    coefficients: Path,
+    task: str = "",
 ) -> Block:
     """The block of an export whose coefficients are in a file."""
     small = coefficients.stat().st_size <= LARGEST
-    return Block(files, sources, sha256(coefficients), coefficients.read_bytes() if small else None)
+    return Block(files, sources, sha256(coefficients), coefficients.read_bytes() if small else None, task)
 
 
 def block_text(block: Block) -> str:
@@ -59,6 +64,8 @@ def block_text(block: Block) -> str:
         "sources": {name: dict(files) for name, files in block.sources.items()},
         "coefficients": {"file": COEFFICIENTS, "sha256": block.digest},
     }
+    if block.task:
+        content["task"] = block.task
     if block.content is not None:
         content["coefficients"]["base64"] = textwrap.wrap(base64.b64encode(block.content).decode(), WIDTH)
     text = fenced(json.dumps(content, indent=1) + "\n", "json")
@@ -95,7 +102,9 @@ def read_block(card: str, where: Path) -> Block:
         lines = own.get("base64")
         raw = None if lines is None else base64.b64decode("".join(lines), validate=True)
         sources = {str(name): _texts(files) for name, files in content["sources"].items()}
-        return Block(_texts(content["files"]), sources, str(own["sha256"]), raw, recipe)
+        return Block(
+            _texts(content["files"]), sources, str(own["sha256"]), raw, str(content.get("task", "")), recipe
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{where}: its block for `trainmerge rebuild` is damaged ({error}). {REMEDY}"

@@ -97,7 +97,7 @@ def licence_words(sources: list[Source]) -> str:
 def _results(scores: Scores, task: str | None) -> list[dict[str, Any]]:
     """One entry per task, as `huggingface_hub.EvalResult` has it."""
     metric, values = scores
-    kind = task or OF_METRIC[metric]
+    kind = task or OF_METRIC.get(metric, "text-classification")
     return [
         {
             "task": {"type": kind},

@@ -128,7 +128,8 @@ def merge_scores(folder: RunFolder, recipe: Recipe) -> tuple[str, dict[str, floa
     if not own or values.keys() != own.keys():
         return None
     heads = any(expert.head for expert in recipe.experts.values())
-    return _metric(folder.path / "evaluation.json", heads), values
+    metric = _metric(folder.path / "evaluation.json", heads)
+    return (metric, values) if metric else None
 
 
 def _current(row: Any, scores: Path, coefficients: Path) -> bool:
@@ -139,10 +140,11 @@ def _current(row: Any, scores: Path, coefficients: Path) -> bool:
     return scores.stat().st_mtime_ns >= coefficients.stat().st_mtime_ns
 
 
-def _metric(evaluation: Path, heads: bool) -> str:
-    """The first measure that `evaluate` wrote, or by the heads."""
+def _metric(evaluation: Path, heads: bool) -> str | None:
+    """The first measure that `evaluate` wrote, or by the heads; None where the tasks have several."""
     content = read_json(evaluation, AGAIN) if evaluation.is_file() else {}
     measures = (content.get("learned") or {}).get("measures") or {}
-    names = [next(iter(own), "") for own in measures.values() if isinstance(own, Mapping)]
-    known = [name for name in names if name in (ACCURACY.name, PERPLEXITY.name)]
-    return known[0] if known else ACCURACY.name if heads else PERPLEXITY.name
+    names = {next(iter(own), "") for own in measures.values() if isinstance(own, Mapping)}
+    if not names:
+        return ACCURACY.name if heads else PERPLEXITY.name
+    return str(names.pop()) if len(names) == 1 else None

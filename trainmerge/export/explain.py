@@ -21,6 +21,7 @@ from trainmerge.run.manifest import versions
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.saved import check_coefficients
+from trainmerge.system.json_file import read_json
 from trainmerge.system.safetensors_file import sha256
 
 
@@ -35,6 +36,7 @@ class Exported:
         coefficients: Those of the merge.
         own: Whether they are the run's own, not another point's of its front.
         unfinished: `step 40 of 80` of an unfinished run; empty otherwise.
+        task: The expert whose class and own head the checkpoint has; empty for the base's class.
     """
 
     run: RunFolder
@@ -43,6 +45,7 @@ class Exported:
     coefficients: Coefficients
     own: bool
     unfinished: str
+    task: str = ""
 
 
 def explain(folder: Path, name: str, merge: Exported, made: Mapping[str, str]) -> None:
@@ -63,16 +66,17 @@ def explain(folder: Path, name: str, merge: Exported, made: Mapping[str, str]) -
         coefficients=merge.coefficients,
         run=run,
         folders=merge.opened.folders,
-        config=merge.opened.base.config,
+        config=read_json(folder / "config.json", "Export the run again."),
         sentences=(merge.opened.base.path / "modules.json").is_file(),
         steps=_steps(merge, run),
         unfinished=merge.unfinished,
         scores=merge_scores(merge.run, merge.recipe) if merge.own else None,
-        block=make_block(made, run["checksums"], folder / COEFFICIENTS),
+        block=make_block(made, run["checksums"], folder / COEFFICIENTS, merge.task),
     )
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
     more: dict[str, Any] = {"hub": to_json(found)} if found else {}
     more |= {"unfinished": merge.unfinished} if merge.unfinished else {}
+    more |= {"task": merge.task} if merge.task else {}
     write_export_manifest(folder, made, public_manifest(run), more)
 
 

@@ -14,6 +14,7 @@ from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.export.explain import Exported, explain
 from trainmerge.export.shards import CheckpointMerge, shard_names, write_shards
 from trainmerge.export.side_files import copy_side_files
+from trainmerge.export.task import TaskMerge, own_head, write_task
 from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
@@ -94,15 +95,18 @@ def export_run(
     overwrite: bool = False,
     workers: int = 1,
     coefficients: Coefficients | None = None,
+    task: str | None = None,
 ) -> Path:
     """Export a run folder's merge, with a model card and everything needed to reproduce it.
 
     `workers` shards are written in parallel; their number changes no byte. `coefficients` replace the run's
-    own, for example by those of a point on its Pareto front. Under torchrun, the processes split the weight
-    files; no tensor is gathered.
+    own, for example by those of a point on its Pareto front. With `task`, an expert's name, the checkpoint
+    is of that expert's class, with its own head over the merged weights. Under torchrun, the processes split
+    the weight files; no tensor is gathered.
 
     Raises:
-        ValueError: the run has no coefficients yet, or base or experts changed since the fit.
+        ValueError: the run has no coefficients yet, base or experts changed since the fit, or `task` has no
+            head of its own.
     """
     check_option("workers", workers, int, "[1, inf)")
     run_folder, target = RunFolder(Path(run)), Path(out)
@@ -113,13 +117,18 @@ def export_run(
             print(unfinished_line(run_folder), flush=True)
         coefficients = coefficients or learned
         check_target(target, [run_folder.path, *opened.folders.values()])
+        head = own_head(recipe, opened, task) if task is not None else None
         with staging_shared(target, overwrite) as folder:
             with agreed(), distributed.rank_zero_first():
                 merge = merge_of(run_folder, recipe, coefficients, opened)
-            made = write_checkpoint(merge, folder, workers)
+            if head is None:
+                made = write_checkpoint(merge, folder, workers)
+            else:
+                with agreed():
+                    made = write_task(TaskMerge.of(merge, head), folder) if distributed.rank() == 0 else {}
             if distributed.rank() == 0:
                 own = coefficients is learned
-                merged = Exported(run_folder, recipe, opened, coefficients, own, at)
+                merged = Exported(run_folder, recipe, opened, coefficients, own, at, task or "")
                 explain(folder, target.name, merged, made)
     return target
 

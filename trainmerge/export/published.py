@@ -30,6 +30,7 @@ class Published:
         card: The text of the model card.
         recipe_text: The recipe as it was written.
         run: The run's manifest, of an export's folder.
+        task: The expert whose class and own head the checkpoint has; empty for the base's class.
     """
 
     recipe: Recipe
@@ -39,6 +40,7 @@ class Published:
     card: str
     recipe_text: str
     run: Mapping[str, Any] | None = None
+    task: str = ""
 
 
 def read_published(source: Path, place: Path) -> Published:
@@ -62,7 +64,16 @@ def read_published(source: Path, place: Path) -> Published:
     files = {name: str(listed_files.get(name)) for name in manifest["bytes"]}
     known = run.get("checksums", {}) if isinstance(run, dict) else {}
     card = (source / "README.md").read_text(encoding="utf-8")
-    return Published(_recipe(source / RECIPE), load_coefficients(file), files, known, card, text, run)
+    return Published(
+        _recipe(source / RECIPE),
+        load_coefficients(file),
+        files,
+        known,
+        card,
+        text,
+        run,
+        str(manifest.get("task", "")),
+    )
 
 
 def _of_card(source: Path, card: str, block: Block, place: Path) -> Published:
@@ -81,7 +92,16 @@ def _of_card(source: Path, card: str, block: Block, place: Path) -> Published:
             f"{source}: its coefficients have another SHA-256 than the card says: one is damaged"
         )
     coefficients = load_coefficients(file)
-    return Published(_recipe(place / RECIPE), coefficients, block.files, block.sources, card, block.recipe)
+    return Published(
+        _recipe(place / RECIPE),
+        coefficients,
+        block.files,
+        block.sources,
+        card,
+        block.recipe,
+        None,
+        block.task,
+    )
 
 
 def _recipe(file: Path) -> Recipe:

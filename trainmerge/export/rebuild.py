@@ -68,6 +68,11 @@ def check_possible(made: Published, source: str) -> None:
             f"{source}: {', '.join(informed)} reads calibration examples, which a card does not hold, so the "
             "merge cannot be rebuilt. Export it from its run folder"
         )
+    if made.task:
+        raise ValueError(
+            f"{source}: it has the class and head of the expert {made.task} (export --task), which a rebuild "
+            "does not make. Export it from its run folder"
+        )
     if list(made.coefficients.experts) != list(made.recipe.experts):
         raise ValueError(f"{source}: its recipe and its coefficients name other experts: one is damaged")
     paths = {"base": made.recipe.base} | {name: e.path for name, e in made.recipe.experts.items()}
