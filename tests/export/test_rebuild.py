@@ -133,6 +133,13 @@ def test_a_method_that_reads_examples_is_refused(world: Path, tmp_path: Path) ->
         tm.rebuild(card, tmp_path / "out")
 
 
+def test_a_checkpoint_of_a_tasks_class_is_refused(world: Path, tmp_path: Path) -> None:
+    first = '"trainmerge_rebuild": 1,'
+    card = changed(world, tmp_path / "README.md", first, f'{first} "task": "mood",')
+    with pytest.raises(ValueError, match=r"the class and head of the expert mood \(export --task\)"):
+        tm.rebuild(card, tmp_path / "out")
+
+
 def test_a_strangers_card_imports_nothing(world: Path, tmp_path: Path) -> None:
     card = changed(world, tmp_path / "README.md", "preprocess: []", "preprocess: [{class_path: this.Zen}]")
     with pytest.raises(ValueError, match=r"names this.Zen, which is not part of trainmerge"):
