@@ -102,14 +102,16 @@ def test_what_a_fit_refuses(
 
 def test_inspect_names_and_suggests_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, _ = write_heads(
-        tmp_path, "Bert", {"a": {**CLASSES, "num_labels": 3}, "b": {"task": "ForQuestionAnswering"}}
+        tmp_path, "Bert", {"a.1": {**CLASSES, "num_labels": 3}, "b": {"task": "ForQuestionAnswering"}}
     )
     experts = {name: {"path": e.path, "calibration": e.calibration} for name, e in recipe.experts.items()}
     file, made = tmp_path / "merge.yaml", tmp_path / "suggested.yaml"
     file.write_text(json.dumps({"recipe": {"base": recipe.base, "experts": experts}}))
     assert main(["inspect", str(file), "--suggest", str(made)]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "a: its head is its own, of a BertForSequenceClassification (3 classes): it is not merged" in said
+    assert (
+        "a.1: its head is its own, of a BertForSequenceClassification (3 classes): it is not merged" in said
+    )
     assert "b: its head is its own, of a BertForQuestionAnswering (answers)" in said
     assert made.read_text().count("head: own") == 2
     assert "trainmerge.Alignment" in made.read_text()
