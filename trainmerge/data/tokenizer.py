@@ -142,8 +142,11 @@ class Tokenizer:
 
     def longest(self, examples: Sequence[Example], limit: int) -> int:
         """Tokens of the longest example after truncation; checks only examples that may exceed `limit`."""
-        long = [e.text for e in examples if len(e.text.encode()) >= limit] if self.max_length > limit else []
-        return max((len(self._padded([text])["input_ids"][0]) for text in long), default=0)
+        if self.max_length <= limit:
+            return 0
+        long = [e for e in examples if len((e.text + (e.pair or "")).encode()) >= limit]
+        given = (self.encode([Example(e.text, pair=e.pair)]).inputs["input_ids"] for e in long)
+        return max((tokens.shape[1] for tokens in given), default=0)
 
     def check_rows(self, examples: Sequence[Example], together: int = 64) -> None:
         """Raise ValueError if a text has a token that the model's embedding has no row for.
