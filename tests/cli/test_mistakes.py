@@ -66,6 +66,25 @@ def test_a_misspelt_key_is_found_in_the_file(tmp_path: Path, capsys: pytest.Capt
     assert "run is missing: trainmerge fit CONFIG RUN" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        ("evaluate", "not a run folder, exported checkpoint or configuration file"),
+        ("inspect", "a configuration must be a mapping with a section `recipe`, not 'a b c"),
+        ("export", "not a run folder"),
+    ],
+)
+def test_a_file_that_is_nothing_of_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, answer: str
+) -> None:
+    file = tmp_path / "notes"
+    file.write_text("a b c " * 1000)
+    assert main([command, str(file), *[str(tmp_path / "out")] * (command == "export")]) == 1
+    said = capsys.readouterr().err
+    assert f"{file}: {answer}" in said
+    assert len(said) < 400
+
+
 def test_inspect_ends_with_an_error_where_a_fit_would(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

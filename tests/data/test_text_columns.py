@@ -4,8 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
+from trainmerge.data.examples import Columns, Example, read_examples
 from trainmerge.data.text_files import load_examples
 
 
@@ -36,6 +39,28 @@ def test_labels_are_still_numbers_and_an_empty_cell_no_text(tmp_path: Path) -> N
     file.write_text("text,label\nred,1\n,0\n")
     with pytest.raises(ValueError, match="example 1 has no value for 'text'"):
         load_examples(str(file), ["text", "label"], numbers=["label"])
+
+
+def test_a_column_of_texts_is_no_column_of_spans(tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "red blue"}\n')
+    words = rf"{file}: example 0 has 'red blue' for 'text' \(data\.columns\.spans\): spans are lists"
+    with pytest.raises(ValueError, match=words):
+        read_examples(str(file), Columns(spans="text"), lambda _: Example(""))
+
+
+@pytest.mark.parametrize("groups", [(), (0,), (0, 2)])
+def test_empty_groups_of_rows_in_a_parquet_file(tmp_path: Path, groups: tuple[int, ...]) -> None:
+    file = tmp_path / "texts.parquet"
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    with parquet.ParquetWriter(file, schema) as writer:
+        for rows in groups:
+            writer.write_table(pyarrow.table({"text": ["red", "blue"][:rows]}, schema))
+    if any(groups):
+        assert list(load_examples(str(file), ["text"])["text"]) == ["red", "blue"]
+    else:
+        with pytest.raises(ValueError, match=rf"{file}: no examples in it"):
+            load_examples(str(file), ["text"])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])

@@ -1,6 +1,8 @@
 """Optimizers, schedules and run folders that a fit refuses before it makes its folder."""
 
 import math
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import trainmerge as tm
 from tests.world import languages_recipe, write_languages
+from trainmerge.fitting.optimisation import check_optimisation
 from trainmerge.run.recipe import calibration_files
 
 
@@ -59,6 +62,29 @@ class Halving:
             r"no layer 9; the model has 2, so choose from 0",
         ),
         ({"objective": tm.Alignment(hidden=1.0, layers=[-4])}, r"or from -1 \(the last\) to -3"),
+        ({"objective": None}, r"model\.objective: null is no value; remove the key for its default"),
+        ({"objective": None, "anchor": None}, r"model\.objective, model\.anchor: null is no value"),
+        ({"combine": torch.nn.Linear(2, 2)}, r"model\.combine: Linear does not work: RuntimeError: mat1 and"),
+        (
+            {"combine": torch.nn.Identity()},
+            r"model\.combine: Identity does not work: .* maps \[m, n\] to \[n\]",
+        ),
+        (
+            {"lr_scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=0)},
+            r"model\.lr_scheduler: StepLR does not work: ZeroDivisionError",
+        ),
+        (
+            {"lr_scheduler": partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1.0)},
+            r"model\.lr_scheduler: OneCycleLR does not work: You must define either total_steps",
+        ),
+        (
+            {"optimizer": partial(torch.optim.SGD, lr=-1.0)},
+            r"model\.optimizer: SGD does not work: Invalid learning rate: -1\.0",
+        ),
+        (
+            {"optimizer": torch.optim.SparseAdam},
+            r"model\.optimizer: SparseAdam does not work: RuntimeError: SparseAdam does not support dense",
+        ),
     ],
 )
 def test_settings_are_refused_before_the_run_folder_is_made(
@@ -94,3 +120,43 @@ def test_two_run_folders_are_refused(world: Path, tmp_path: Path) -> None:
         start(world, other, pl.Trainer(max_steps=1, accelerator="cpu", logger=False))
     assert not one.exists()
     assert not other.exists()
+
+
+class Mean(torch.nn.Module):
+    """A rule that counts its uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uses = 0
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        self.uses += 1
+        return rows.mean(dim=0)
+
+
+def test_the_rehearsal_leaves_no_trace(world: Path, tmp_path: Path) -> None:
+    """Neither in the coefficients, the rule's own state nor the random numbers."""
+    module = tm.MergeModule(languages_recipe(world), tm.Alignment(), combine=Mean(), workspace=str(tmp_path))
+    before, random = module.coefficients.raw.detach().clone(), torch.get_rng_state()
+    check_optimisation(module)
+    assert module.coefficients.raw.equal(before)
+    assert module.coefficients.raw.grad is None
+    assert module.rule is not None
+    assert module.rule.uses == 0
+    assert torch.get_rng_state().equal(random)
+
+
+def test_numbers_that_no_machine_can_count_to(world: Path, tmp_path: Path) -> None:
+    recipe = languages_recipe(world)
+    with pytest.raises(ValueError, match=r"trainer\.max_steps must be in \[-1, "):
+        tm.make_trainer(tmp_path / "run", max_steps=10**30)
+    for name in ("max_length", "batch_size"):
+        with pytest.raises(ValueError, match=rf"data\.{name} must be in \[1, "):
+            tm.Calibration(calibration_files(recipe), recipe.base, **{name: 10**30})
+
+
+def test_a_trainer_that_needs_an_absent_library(tmp_path: Path) -> None:
+    if find_spec("torch_xla"):
+        pytest.skip("torch_xla is installed")
+    with pytest.raises(ValueError, match=r"trainer: \{'accelerator': 'tpu'\} needs a library: .*torch_xla"):
+        tm.make_trainer(tmp_path / "run", max_steps=1, accelerator="tpu")

@@ -5,6 +5,7 @@ mid-epoch, with a different number of workers or processes.
 """
 
 import json
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -121,8 +122,8 @@ class Calibration(pl.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        check_option("data.batch_size", batch_size, int, "[1, inf)")
-        check_option("data.max_length", max_length, int, "[1, inf)")
+        check_option("data.batch_size", batch_size, int, "[1, 1e6]")
+        check_option("data.max_length", max_length, int, f"[1, {sys.maxsize}]")
         check_option("data.max_examples", max_examples, int | None, "[1, inf)")
         check_option("data.seed", seed, int, "[0, inf)")
         check_option("data.num_workers", num_workers, int, "[0, inf)")

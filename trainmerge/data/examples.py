@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from trainmerge.data.text_files import load_examples
 from trainmerge.system.ranges import check_fields
 from trainmerge.system.safetensors_file import sha256
+from trainmerge.system.text import shortened
 
 ASSISTANT = "assistant"  # the role of the turns that enter the loss
 REWRITTEN = (
@@ -66,7 +67,7 @@ class Columns:
     def names(self) -> list[str]:
         """The columns that a file must have."""
         chosen = [self.messages or self.text, self.spans, self.target, self.image, self.pair]
-        return [name for name in chosen if name]
+        return list(dict.fromkeys(name for name in chosen if name))
 
     def record(self) -> dict[str, str | None]:
         """The columns as a run's manifest has them: without one that older versions lack, at its default."""
@@ -138,7 +139,7 @@ def _example(
             "columns.spans with columns.image: with pictures, all positions enter the loss; leave out spans"
         )
     if columns.spans:
-        example = example._replace(spans=_spans(row[columns.spans], len(example.text), where))
+        example = example._replace(spans=_spans(row, columns.spans, len(example.text), where))
     if columns.pair:
         example = example._replace(pair=_text(row, columns.pair, where))
     if columns.target:
@@ -157,11 +158,15 @@ def _text(row: Mapping[str, Any], column: str, where: str) -> str:
     return str(row[column])
 
 
-def _spans(given: Any, length: int, where: str) -> tuple[tuple[int, int], ...]:
+def _spans(row: Mapping[str, Any], column: str, length: int, where: str) -> tuple[tuple[int, int], ...]:
+    given = row[column]
     try:
         spans = tuple((int(begin), int(end)) for begin, end in given)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: spans are lists of [begin, end), not {given!r}") from error
+        raise ValueError(
+            f"{where} has {shortened(repr(given), 100)} for {column!r} (data.columns.spans): "
+            "spans are lists of [begin, end)"
+        ) from error
     if not spans or any(not 0 <= begin < end <= length for begin, end in spans):
         raise ValueError(f"{where}: spans {given!r} are not within its {length} characters")
     return spans

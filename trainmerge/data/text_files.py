@@ -59,6 +59,8 @@ def _read(source: Path, texts: Sequence[str]) -> datasets.Dataset:
     options: dict[str, Any] = {}
     if source.suffix == ".csv":  # an empty cell is no value; all else is as written
         options = {"converters": dict.fromkeys(texts, _cell), "keep_default_na": False, "na_values": [""]}
+    if source.suffix == ".parquet":  # by default as many rows at a time as the first group has, perhaps none
+        options = {"batch_size": ROWS}
     try:
         data = _in_memory(source, options)
         return _undated(data, source, texts) if FORMATS[source.suffix] == "json" else data

@@ -188,7 +188,7 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
         )
     check_strategy(trainer)
     if trainer.max_steps:
-        check_optimisation(module)
+        check_optimisation(module, trainer.strategy.root_device)
     if data.batch_size < trainer.world_size:
         raise ValueError(
             f"data.batch_size {data.batch_size} leaves some of {trainer.world_size} processes without an "

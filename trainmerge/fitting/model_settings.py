@@ -56,6 +56,12 @@ def check_learning(
         )
 
 
+def check_given(**settings: object) -> None:
+    """Raise ValueError for keys of `model` that are null; a key that is left out has its default."""
+    if absent := [f"model.{name}" for name, value in settings.items() if value is None]:
+        raise ValueError(f"{', '.join(absent)}: null is no value; remove the key for its default, or set it")
+
+
 def check_sharding(settings: ModelSettings, needs_examples: bool) -> None:
     """Raise ValueError if a sharded model is combined with settings that need the whole model."""
     if settings.sharded and (settings.subspace or needs_examples):

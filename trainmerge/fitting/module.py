@@ -25,6 +25,7 @@ from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.model_settings import (
     ModelSettings,
     check_data,
+    check_given,
     check_learning,
     check_sharding,
     needs_examples,
@@ -98,6 +99,7 @@ class MergeModule(CoefficientSteps):
         sharded: bool = False,
     ) -> None:
         super().__init__()
+        check_given(objective=objective, constraint=constraint, anchor=anchor, optimizer=optimizer)
         check_learning(clip, keep_better, keep_gradients, combine)
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
         self.settings = ModelSettings(weights, subspace, quantise, teacher_budget, Path(workspace), sharded)

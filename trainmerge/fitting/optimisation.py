@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.rehearsal import naming, rehearse_rule, rehearse_steps
 from trainmerge.system.ranges import FINITE, fault
 
 
@@ -19,17 +20,25 @@ class Optimisation(NamedTuple):
     scheduler: Any = None
 
 
-def build_optimisation(module: MergeModule) -> Optimisation:
-    """Both, over a copy of the coefficients."""
-    optimizer = module.make_optimizer(iter([torch.nn.Parameter(module.coefficients.raw.detach().clone())]))
-    settings = str(optimizer)
-    scheduler = module.make_scheduler(optimizer) if module.make_scheduler else None
+def build_optimisation(module: MergeModule, device: torch.device | str = "cpu") -> Optimisation:
+    """Both, over a copy of the coefficients.
+
+    Raises:
+        ValueError: one of them cannot be made; names its class and the reason.
+    """
+    copied = torch.nn.Parameter(module.coefficients.raw.detach().clone().to(device))
+    with naming("model.optimizer", module.make_optimizer):
+        optimizer = module.make_optimizer(iter([copied]))
+    settings, scheduler = str(optimizer), None
+    if module.make_scheduler:
+        with naming("model.lr_scheduler", module.make_scheduler):
+            scheduler = module.make_scheduler(optimizer)
     return Optimisation(optimizer, settings, scheduler)
 
 
-def check_optimisation(module: MergeModule) -> None:
-    """Raise ValueError for settings under which a fit could not take its steps."""
-    optimizer, _, scheduler = build_optimisation(module)
+def check_optimisation(module: MergeModule, device: torch.device | str = "cpu") -> None:
+    """Raise ValueError for settings under which a fit could not take its steps on this device."""
+    optimizer, _, scheduler = build_optimisation(module, device)
     for group in optimizer.param_groups:
         for key, value in group.items():
             interval = FINITE if key == "lr" else "[-inf, inf]"  # other bounds may be infinite, but not NaN
@@ -47,3 +56,6 @@ def check_optimisation(module: MergeModule) -> None:
             f"model.lr_scheduler: {type(scheduler).__name__} is no torch.optim.lr_scheduler.LRScheduler, so "
             "it would never be stepped"
         )
+    rehearse_steps(optimizer, scheduler)
+    if module.rule is not None:
+        rehearse_rule(module.rule, module.coefficients.raw.detach())

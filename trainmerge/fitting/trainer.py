@@ -1,5 +1,6 @@
 """Lightning's Trainer for a fit: the accepted arguments and strategies, and what to set instead of others."""
 
+import sys
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
@@ -20,6 +21,7 @@ from trainmerge.fitting.snapshots import Snapshots
 from trainmerge.fitting.usage_log import UsageLog
 from trainmerge.run.folder import RunFolder
 from trainmerge.system.ranges import check_option
+from trainmerge.system.text import reason
 
 SETTINGS: dict[str, Any] = {
     "max_epochs": -1,  # a fit counts steps; its single epoch is the remaining ones
@@ -29,6 +31,7 @@ SETTINGS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,
 }
+NEED_LIBRARIES = ("accelerator", "strategy", "precision", "plugins", "profiler")
 STEPS = "a fit counts steps: set trainer.max_steps"
 ORDER = "the step number determines the examples: set data.max_examples, or trainer.max_steps"
 DECIDED = {
@@ -56,6 +59,7 @@ def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.
     """
     check_option("run", run, str | Path)
     check_option("save_every", save_every, int, "[1, inf)")
+    check_option("trainer.max_steps", arguments.get("max_steps"), int | None, f"[-1, {sys.maxsize}]")
     folder = RunFolder(Path(run))
     folder.check_place()
     given_callbacks = arguments.pop("callbacks", None) or []
@@ -75,13 +79,26 @@ def make_trainer(run: str | Path, save_every: int = 50, **arguments: Any) -> pl.
     )
     if more:
         callbacks.insert(0, LogCoefficients(more))
-    return pl.Trainer(
+    return _built(
         **given,
         callbacks=callbacks,
         logger=[JsonLines(folder.metrics), *more],
         enable_progress_bar=bar,
         default_root_dir=str(folder.path),
     )
+
+
+def _built(**arguments: Any) -> pl.Trainer:
+    """Lightning's Trainer.
+
+    Raises:
+        ValueError: a library that an argument needs is not installed.
+    """
+    try:
+        return pl.Trainer(**arguments)
+    except ImportError as error:
+        asked = {key: arguments[key] for key in NEED_LIBRARIES if key in arguments}
+        raise ValueError(f"trainer: {asked} needs a library: {reason(error)}") from error
 
 
 def trainer_arguments(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,9 @@ something else than the file describes.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from trainmerge.system.text import shortened
+
+LONGEST = 100  # characters of a file's content in an error
 SECTIONS = ("recipe", "model", "data", "trainer")
 GROUPS = {"recipe": ["grouping"], "model": ["anchor"], "data": ["columns"]}  # mappings in a section
 LINKED = {  # key -> the key that it is taken from
@@ -26,7 +29,8 @@ def check_sections(content: Any) -> None:
         ValueError: it or a section is no mapping, or a linked key is given; lists all of them.
     """
     if not isinstance(content, Mapping):
-        raise ValueError(f"a configuration must be a mapping with a section `recipe`, not {content!r}")
+        given = shortened(repr(content), LONGEST)
+        raise ValueError(f"a configuration must be a mapping with a section `recipe`, not {given}")
     if problems := [*_problems(content)]:
         raise ValueError("; ".join(problems))
 

@@ -15,6 +15,7 @@ from trainmerge.run.recipe import Recipe
 from trainmerge.system.json_file import read_json
 
 DEFAULT_LENGTH = 256  # as in Calibration
+NONE_OF_THESE = "not a run folder, exported checkpoint or configuration file"
 COLUMNS = {field.name for field in fields(Columns)}
 
 
@@ -32,7 +33,7 @@ def recipe_of(path: Path) -> Recipe:
                 if manifest.is_file()
                 else recipe
             )
-    raise ValueError(f"{path}: not a run folder, exported checkpoint or configuration file")
+    raise ValueError(f"{path}: {NONE_OF_THESE}")
 
 
 def tasks_of(path: Path) -> Recipe:
@@ -89,6 +90,8 @@ def _data_of(path: Path) -> Mapping[str, Any]:
         content = read_json(manifest, "Export the run again.").get("run") or {}
     else:
         content = read_yaml(path) if path.is_file() else {}
+    if not isinstance(content or {}, Mapping):
+        raise ValueError(f"{path}: {NONE_OF_THESE}")
     found = (content or {}).get("data") or {}
     if not isinstance(found, Mapping):
         raise ValueError(f"{path}: its section `data` is {found!r}, not a mapping")
