@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 
 from trainmerge.system.atomic import seen_from
+from trainmerge.system.memory import is_out_of_memory
 from trainmerge.system.text import reason, shortened
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -66,6 +67,8 @@ def _read(source: Path, texts: Sequence[str]) -> datasets.Dataset:
         return _undated(data, source, texts) if FORMATS[source.suffix] == "json" else data
     except Exception as error:  # pyarrow's and datasets' own, and whatever they let through
         cause = error.__cause__ or error  # the reader's own error, before it was wrapped
+        if is_out_of_memory(cause):
+            raise MemoryError(f"no memory is left to read {source}: {reason(cause)}") from error
         raise ValueError(
             f"{source}: cannot be read as {FORMATS[source.suffix]} in UTF-8: {reason(cause)}"
         ) from error

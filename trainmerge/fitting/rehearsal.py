@@ -26,7 +26,7 @@ def rehearse_steps(optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
     """
     values: list[Tensor] = [value for group in optimizer.param_groups for value in group["params"]]
 
-    def closure() -> Tensor:
+    def closure() -> Any:  # a tensor, as from a real step; typed as a float in torch
         for value in values:
             value.grad = torch.ones_like(value)
         return torch.ones((), device=values[0].device)

@@ -110,11 +110,19 @@ def _mallopt(option: int, value: int) -> None:
         mallopt(option, value)
 
 
-NO_MEMORY = ("can't start new thread", "can't allocate memory", "out of memory", "not enough memory")
+NO_MEMORY = (
+    "can't start new thread",
+    "can't allocate memory",
+    "out of memory",
+    "not enough memory",
+    "could not create a primitive(?! descriptor)",  # oneDNN's kernels, compiled for each shape
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory is full: also as torch and the interpreter's threads say it, in a RuntimeError."""
     if isinstance(error, MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
+    return isinstance(error, RuntimeError) and any(
+        re.search(words, str(error).lower()) for words in NO_MEMORY
+    )
