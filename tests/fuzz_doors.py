@@ -16,7 +16,8 @@ from tests.world import write_world
 from trainmerge.checkpoints.adapter import open_adapter
 from trainmerge.checkpoints.meta_model import build_meta_model
 from trainmerge.checkpoints.parameters import open_parameters
-from trainmerge.checkpoints.reader import PickleFile, open_checkpoint
+from trainmerge.checkpoints.reader import open_checkpoint
+from trainmerge.checkpoints.tensor_file import PickleFile
 from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.coefficients.layout import read_chunks
 from trainmerge.data.examples import Columns, Example, read_examples

@@ -6,9 +6,17 @@ Names that need transformers or peft are imported on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trainmerge.checkpoints.integrity import Stamp, as_recorded, fingerprint, same_weights, stamps, verify
+from trainmerge.checkpoints.integrity import (
+    Stamp,
+    as_recorded,
+    as_then,
+    fingerprint,
+    same_weights,
+    stamps,
+    verify,
+)
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
-from trainmerge.checkpoints.side_modules import module_folders
+from trainmerge.checkpoints.side_modules import SideModule, module_folders, place_of, read_modules
 from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
@@ -17,8 +25,10 @@ if TYPE_CHECKING:
     from trainmerge.checkpoints.meta_model import build_meta_model, locate
     from trainmerge.checkpoints.model import LoadedModel, load_meta_model, load_model
     from trainmerge.checkpoints.output import Output, output_of, output_of_class
+    from trainmerge.checkpoints.side_layers import attach_side_layers
 
 _HEAVY = {
+    "attach_side_layers": "side_layers",
     "beyond_linear": "linear_head",
     "find_sources": "compatibility",
     "LoadedModel": "model",
@@ -35,9 +45,12 @@ __all__ = [
     "Checkpoint",
     "LoadedModel",
     "Output",
+    "SideModule",
     "Sources",
     "Stamp",
     "as_recorded",
+    "as_then",
+    "attach_side_layers",
     "beyond_linear",
     "build_meta_model",
     "find_sources",
@@ -49,6 +62,8 @@ __all__ = [
     "open_checkpoint",
     "output_of",
     "output_of_class",
+    "place_of",
+    "read_modules",
     "same_weights",
     "stamps",
     "verify",

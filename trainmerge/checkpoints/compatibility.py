@@ -10,7 +10,8 @@ from trainmerge.checkpoints.low_rank_adapter import plan_adapter
 from trainmerge.checkpoints.parameters import Parameters, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.checkpoints.roles import roles_of
-from trainmerge.checkpoints.side_modules import warn_of_side_modules
+from trainmerge.checkpoints.side_experts import SidePlan, plan_side, side_roles
+from trainmerge.checkpoints.side_modules import MODULES
 from trainmerge.checkpoints.sources import Sources
 from trainmerge.checkpoints.ties import differing_ties, lost_ties, one_sided_updates
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
@@ -44,6 +45,7 @@ def find_sources(
     text = frame.meta_model.config.get_text_config()
     rows = getattr(text, "vocab_size", None) if shared_vocabulary else None
     plans: dict[str, Plan] = {}
+    side: dict[str, SidePlan] = {}
     problems = [f"base: {line}" for line in lost_ties(frame, ignore)]
     for expert, folder in experts.items():
         path = Path(folder)
@@ -55,21 +57,25 @@ def find_sources(
                 problems += [f"{expert}: {line}" for line in found]
             else:
                 plans[expert] = plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary)
-                warn_of_side_modules(base.path, path)
+            if expert in plans and ((path / MODULES).is_file() or not (path / ADAPTER).is_file()):
+                side[expert] = plan_side(base, path, ignore, allow_pickle)
+                problems += [f"{expert}: {line}" for line in side[expert].problems]
             problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path, rows)]
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
     _raise(base, problems)
-    return _sources(frame, plans)
+    return _sources(frame, plans, side)
 
 
-def _sources(frame: Parameters, plans: Mapping[str, Plan]) -> Sources:
+def _sources(frame: Parameters, plans: Mapping[str, Plan], side: Mapping[str, SidePlan]) -> Sources:
     """The places of every expert's tensors; reads what ties and `ignore` hide."""
     _check_ties(frame, plans)
     warn_of_hidden_changes(frame, plans)
-    sources = {expert: plan.sources() for expert, plan in plans.items()}
+    after = {expert: plan.sources for expert, plan in side.items()}
+    sources = {expert: {**plan.sources(), **after.get(expert, {})} for expert, plan in plans.items()}
     roles = roles_of(frame.meta_model)
     known = {name: roles[parameter] for parameter, name in frame.files.items()}
+    known |= side_roles(frame.checkpoint)
     return Sources(tuple(known), frame.tied, sources, known)
 
 

@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from trainmerge.checkpoints.meta_model import build_meta_model, locate, memory_names, quiet, shorten
 from trainmerge.checkpoints.reader import Checkpoint
+from trainmerge.checkpoints.side_layers import attach_side_layers
 from trainmerge.task_vectors.parameter_names import matches
 
 
@@ -49,7 +50,7 @@ def load_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
         parameters[parameter].data = base.read(name).clone()  # the file's dtype, in private memory
     for buffer in module.buffers():
         buffer.data = buffer.data.clone()
-    return LoadedModel(module, names)
+    return LoadedModel(module, names | attach_side_layers(module, base))
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ def load_meta_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel
             buffers[inside].copy_(base.read(name))
     for name, parameter in names.items():
         parameters[parameter].data = torch.empty_like(base.read(name), device="meta")
-    return LoadedModel(module, names)
+    return LoadedModel(module, names | attach_side_layers(module, base, "meta"))
 
 
 def _checked(base: Checkpoint, ignore: Sequence[str]) -> tuple[PreTrainedModel, dict[str, str]]:

@@ -16,7 +16,7 @@ from trainmerge.checkpoints.whole import MANIFEST, RECIPE
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.export.model_card import model_card
 from trainmerge.export.public import public, public_config, public_manifest
-from trainmerge.export.shards import CheckpointMerge, shard_names, write_shards
+from trainmerge.export.shards import CheckpointMerge, shard_names, side_names, write_shards
 from trainmerge.export.side_files import copy_side_files
 from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.run.config import read_yaml, to_config
@@ -67,16 +67,17 @@ def write_checkpoint(merge: CheckpointMerge, folder: Path, workers: int = 1) -> 
     base = merge.base
     with agreed():
         check_free_space(folder, sum(file.stat().st_size for file in base.files))
-        shards = shard_names(base)
+        shards, after = shard_names(base), side_names(merge)
         sizes = dict(zip(shards, (file.stat().st_size for file in base.shards), strict=True))
+        sizes |= {file: base.info(names[0]).file.stat().st_size for file, names in after.items()}
         mine = write_shards(merge, folder, balanced_share(sizes), workers)
         base.check_unchanged()
     made = {file: digest for part in distributed.all_gather(mine) for file, digest in part.items()}
     if distributed.rank() > 0:
         return made
-    copy_side_files(base.path, folder)
-    if len(made) > 1:
-        size = sum((folder / file).stat().st_size for file in made)
+    copy_side_files(base.path, folder, {Path(file).parent for file in after})
+    if len(shards) > 1:
+        size = sum((folder / file).stat().st_size for file in shards)
         homes = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2))

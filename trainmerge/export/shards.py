@@ -8,7 +8,7 @@ Legend: `K` experts, `C` chunks of one parameter, `*S` shape of a parameter or o
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints import Checkpoint
+from trainmerge.checkpoints import Checkpoint, place_of
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Difference, LowRank, chunk_bounds
 from trainmerge.preprocess import Rule
@@ -108,28 +108,32 @@ def write_shard(merge: CheckpointMerge, names: Iterable[str], path: Path) -> str
 
     The bytes depend on the arguments only, so any process may write any shard at any time.
     """
-    infos = merge.base.tensors
-    specs = {name: (infos[name].dtype, tuple(infos[name].shape)) for name in names}
+    inside = {name_in_file(merge.base, name): name for name in names}
+    infos = {key: merge.base.info(name) for key, name in inside.items()}
+    specs = {key: (info.dtype, tuple(info.shape)) for key, info in infos.items()}
     hasher = hashlib.sha256()
-    with closing(ahead(_in_order(merge, file_order(specs)), READY)) as tensors:  # its thread ends here
+    path.parent.mkdir(exist_ok=True, parents=True)
+    ordered = {key: inside[key] for key in file_order(specs)}
+    with closing(ahead(_in_order(merge, ordered), READY)) as tensors:  # its thread ends here
         write_safetensors(path, specs, tensors, {"format": "pt"}, hasher)
     return hasher.hexdigest()
 
 
 @torch.no_grad()
-def _in_order(merge: CheckpointMerge, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    for name, after in zip(names, [*names[1:], None], strict=True):
+def _in_order(merge: CheckpointMerge, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """The pieces of these tensors, name in the file -> name, under their names in the file."""
+    for (key, name), after in zip(names.items(), [*list(names.values())[1:], None], strict=True):
         if after is not None:
             merge.read_ahead_of(after)
         for piece in merge.pieces(name):
-            yield name, piece
+            yield key, piece
 
 
 def write_shards(
     merge: CheckpointMerge, folder: Path, files: Iterable[str], workers: int = 1
 ) -> dict[str, str]:
     """Write these weight files of `shard_names` into a folder, `workers` in parallel: name -> SHA-256."""
-    names, shards = list(files), shard_names(merge.base)
+    names, shards = list(files), shard_names(merge.base) | side_names(merge)
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
@@ -146,3 +150,16 @@ def shard_names(base: Checkpoint) -> dict[str, tuple[str, ...]]:
         Path(file.name.replace("pytorch_model", "model")).with_suffix(".safetensors").name: names
         for file, names in base.shards.items()
     }
+
+
+def side_names(merge: CheckpointMerge) -> dict[str, tuple[str, ...]]:
+    """The same for modules after the model, by path; only for those with a merged tensor."""
+    found: dict[str, list[str]] = {}
+    for name in merge.base.side:
+        found.setdefault(f"{place_of(name)}/model.safetensors", []).append(name)
+    return {file: tuple(names) for file, names in found.items() if any(map(merge.merged, names))}
+
+
+def name_in_file(base: Checkpoint, name: str) -> str:
+    """A tensor's name in its file: without its folder, if it is of a module after the model."""
+    return base.side[name].name if name in base.side else name

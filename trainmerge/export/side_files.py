@@ -7,6 +7,7 @@ sentence-transformers names it as a layer after the model.
 
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 from trainmerge.checkpoints import module_folders
@@ -67,8 +68,10 @@ WEIGHTS = {
 OF_MODULES = {".safetensors", ".bin"}
 
 
-def copy_side_files(source: Path, target: Path) -> None:
+def copy_side_files(source: Path, target: Path, written: Collection[Path] = ()) -> None:
     """Copy all side files of the checkpoint folder `source`, with subfolders and side modules.
+
+    `written` are modules' folders, relative to `source`, whose weights are merged, and in `target` already.
 
     Warns of links that lead out of `source`, and of files of an unknown kind; they are not copied.
     """
@@ -85,6 +88,8 @@ def copy_side_files(source: Path, target: Path) -> None:
                 "the checkpoint, copy it there",
                 stacklevel=2,
             )
+        elif place.parent in written and place.suffix in OF_MODULES:
+            continue
         elif _is_copied(path, place) or (modules.intersection(place.parents) and place.suffix in OF_MODULES):
             (target / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / place)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trainmerge.export.export import INDEX, merge_of
-from trainmerge.export.shards import CheckpointMerge, shard_names
+from trainmerge.export.shards import CheckpointMerge, name_in_file, shard_names, side_names
 from trainmerge.export.side_files import WEIGHTS
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
@@ -35,7 +35,7 @@ def verify_export(run: str | Path, out: str | Path) -> int:
             f"{folder} is not the export of {run_folder.path}; export it again. "
             f"{len(problems)} differences:\n{shown}{more}"
         )
-    return len(merge.base.tensors)
+    return len(merge.base.tensors) + sum(len(names) for names in side_names(merge).values())
 
 
 def _differences(merge: CheckpointMerge, folder: Path) -> Iterator[str]:
@@ -46,8 +46,10 @@ def _differences(merge: CheckpointMerge, folder: Path) -> Iterator[str]:
     yield from (f"{file} is not part of the export" for file in sorted(there - shards.keys() - own))
     if len(shards) > 1:
         yield from _index_differences(shards, folder / INDEX)
-    for file, names in shards.items():
-        if file in there:
+    after = side_names(merge)
+    yield from (f"{file} is missing" for file in after if not (folder / file).is_file())
+    for file, names in (shards | after).items():
+        if (folder / file).is_file():
             yield from _shard_differences(merge, names, folder / file)
 
 
@@ -72,16 +74,18 @@ def _shard_differences(merge: CheckpointMerge, names: tuple[str, ...], path: Pat
     except ValueError as error:
         yield str(error)
         return
-    yield from (f"{path.name}: {name} does not belong there" for name in file.tensors if name not in names)
-    for name in names:
-        want = merge.base.tensors[name]
-        got = file.tensors.get(name)
+    keys = {name: name_in_file(merge.base, name) for name in names}
+    strange = file.tensors.keys() - set(keys.values())
+    yield from (f"{path.name}: {name} does not belong there" for name in file.tensors if name in strange)
+    for name, key in keys.items():
+        want = merge.base.info(name)
+        got = file.tensors.get(key)
         if got is None:
             yield f"{path.name}: {name} is missing"
         elif (got.dtype, got.shape) != (want.dtype, want.shape):
             shapes = tuple(got.shape), tuple(want.shape)
             yield f"{path.name}: {name} is {got.dtype} {shapes[0]}, not {want.dtype} {shapes[1]}"
-        elif changed := _changed(merge, name, file.read(name)):
+        elif changed := _changed(merge, name, file.read(key)):
             what = "merged" if merge.merged(name) else "the base's"
             yield f"{path.name}: {name} ({what}) differs in {changed} of {want.shape.numel()} numbers"
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trainmerge.checkpoints import build_meta_model, locate, output_of
+from trainmerge.checkpoints import attach_side_layers, build_meta_model, locate, output_of
 from trainmerge.data.batch import Asks, Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
@@ -79,7 +79,8 @@ def _empty_model(module: MergeModule) -> _EmptyModel:
     base = module.opened.base
     meta_model = build_meta_model(base.path)
     names = locate(meta_model, base.path, base.tensors, module.opened.ignore)
-    dtypes = {inside: module.settings.dtype or base.tensors[name].dtype for name, inside in names.items()}
+    names |= attach_side_layers(meta_model, base, "meta")
+    dtypes = {inside: module.settings.dtype or base.info(name).dtype for name, inside in names.items()}
     return _EmptyModel(meta_model, names, dtypes)
 
 
@@ -87,7 +88,7 @@ def _sizes(module: MergeModule, model: _EmptyModel, records: "_Records") -> Size
     opened, names = module.opened, model.names
     parameters = dict(model.module.named_parameters())
     own = {name: p.numel() * model.dtypes.get(name, p.dtype).itemsize for name, p in parameters.items()}
-    stored = sum({names[n]: opened.base.tensors[n].nbytes for n in names}.values())
+    stored = sum({names[n]: opened.base.info(n).nbytes for n in names}.values())
     read = {names[name]: _read(module, opened.task_vectors.deltas[name]) for name in opened.layout.groups}
     files = [file for folder in opened.folders.values() for file in Path(folder).glob("*.safetensors")]
     return sizes_of(
