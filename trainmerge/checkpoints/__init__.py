@@ -16,7 +16,13 @@ from trainmerge.checkpoints.integrity import (
     verify,
 )
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
-from trainmerge.checkpoints.side_modules import SideModule, module_folders, place_of, read_modules
+from trainmerge.checkpoints.side_modules import (
+    SideModule,
+    layer_name,
+    module_folders,
+    place_of,
+    read_modules,
+)
 from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
@@ -55,6 +61,7 @@ __all__ = [
     "build_meta_model",
     "find_sources",
     "fingerprint",
+    "layer_name",
     "load_meta_model",
     "load_model",
     "locate",

@@ -4,13 +4,11 @@ So their parameters are the model's own, and whatever reads or writes a model's 
 model's forward does not call them; `trainmerge.model.embedding` does.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
 from trainmerge.checkpoints.reader import Checkpoint
-from trainmerge.checkpoints.side_modules import place_of
+from trainmerge.checkpoints.side_modules import layer_name, place_of
 
 
 class SideLayer(nn.Module):
@@ -45,8 +43,8 @@ def attach_side_layers(
     Returns tensor of the files -> parameter, for all of them.
     """
     names: dict[str, str] = {}
-    for place, tensors in _by_module(base).items():
-        inside = place.replace(".", "_")
+    for tensors in _by_module(base):
+        inside = layer_name(tensors[0])
         copies = {base.side[name].name.partition(".")[2]: _copy(base.read(name), device) for name in tensors}
         layer = base.side[tensors[0]].name.split(".")[0]
         module.add_module(inside, SideLayer(layer, copies["weight"], copies.get("bias")))
@@ -58,8 +56,8 @@ def _copy(tensor: Tensor, device: torch.device | str) -> Tensor:
     return torch.empty_like(tensor, device=device).copy_(tensor)
 
 
-def _by_module(base: Checkpoint) -> Mapping[str, list[str]]:
+def _by_module(base: Checkpoint) -> list[list[str]]:
     places: dict[str, list[str]] = {}
     for name in base.side:
         places.setdefault(place_of(name), []).append(name)
-    return places
+    return list(places.values())

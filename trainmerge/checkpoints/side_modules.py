@@ -108,6 +108,11 @@ def place_of(name: str) -> str:
     return name.rsplit(".", 2)[0]
 
 
+def layer_name(name: str) -> str:
+    """The child of the model that has a parameter of a module after it: its folder, without dots."""
+    return place_of(name).replace(".", "_")
+
+
 def warn_of_side_modules(base: Path, expert: Path, merged: set[Path]) -> None:
     """Warn of weights after the model that differ from the base's, or that only one side has.
 

@@ -1,7 +1,8 @@
 """The batches of a step and the model's outputs.
 
-Legend: `B` examples, `T` tokens, `V` vocabulary or classes, `D` hidden size; `P` counted positions of a
-batch, row-major over its mask; `R` rows of logits: `P` for a language model, `B` under a classification head.
+Legend: `B` examples, `T` tokens, `V` vocabulary or classes, `D` hidden size, `E` embedding's width; `P`
+counted positions of a batch, row-major over its mask; `R` rows of logits: `P` for a language model, `B` under
+a classification head.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,12 @@ class Asks(NamedTuple):
     temperature: float | None = None  # record log-probabilities at this temperature; None: none
     layers: tuple[int, ...] = ()  # hidden states to record, by transformers' index: 0 the embeddings
     dtype: torch.dtype = torch.bfloat16  # of the recorded hidden states
+    embedding: str | None = None  # record sentence embeddings of this pooling; `modules`: by modules.json
 
     def identity(self) -> str:
         """A text that identifies them; as in version 0.1.0 for what that could record."""
         exact = "" if self.dtype == torch.bfloat16 else f", dtype={self.dtype}"
+        exact += "" if self.embedding is None else f", embedding={self.embedding!r}"
         return f"Asks(temperature={self.temperature!r}, layers={self.layers!r}{exact})"
 
 
@@ -37,6 +40,7 @@ class Signals(NamedTuple):
 
     predictions: Predictions | None = None
     hidden: Mapping[int, Tensor] = {}  # layer -> [P, D] of `Asks.dtype`
+    embedding: Tensor | None = None  # [B, E] float32
 
 
 class Batch(NamedTuple):
@@ -54,8 +58,9 @@ class Batch(NamedTuple):
 class Outputs(NamedTuple):
     """The model outputs that an objective can use."""
 
-    logits: Tensor  # [B, V] from a classification head, or [B, T, V] from a language model
+    logits: Tensor  # [B, V] of a classification head, [B, T, V] of a language model; [0] if there is no head
     hidden: Mapping[int, Tensor] = {}  # layer -> [B, T, D], the layers that the objective needs
+    embedding: Tensor | None = None  # [B, E] of the sentences, if the objective needs it
 
 
 Step = list[Batch]  # the micro-batches of one optimizer step, all experts

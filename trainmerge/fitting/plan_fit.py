@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from trainmerge.checkpoints import attach_side_layers, build_meta_model, locate, output_of
-from trainmerge.data.batch import Asks, Batch, Step
+from trainmerge.data.batch import Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
 from trainmerge.model.activation_checkpointing import recompute_blocks
+from trainmerge.model.embedding import read_embedding
 from trainmerge.plan.devices import Device, measured
 from trainmerge.plan.dry_run import dry_run
 from trainmerge.plan.micro_batches import StepSchedule, rounds
@@ -58,9 +59,19 @@ def plan_fit(
         recompute_blocks(model.module)
     parts = list(rounds(step, schedule))
     heads = {k: e.head for k, e in enumerate(module.recipe.experts.values()) if e.head is not None}
+    pooling = module.objective.asks.embedding
+    embedding = None if pooling is None else read_embedding(module.opened.base, pooling)
     learned = {model.names[name] for name in module.opened.layout.learned}
     needs = dry_run(
-        model.module, learned, parts, module.objective, heads, model.dtypes, precision, records.width
+        model.module,
+        learned,
+        parts,
+        module.objective,
+        heads,
+        model.dtypes,
+        precision,
+        records.width,
+        embedding,
     )
     device = device or measured(next(iter(model.dtypes.values())))
     before = anonymous() if sys.platform == "linux" and not device.link else 0
@@ -113,7 +124,7 @@ class _Records(NamedTuple):
 def _records(module: MergeModule, data: Calibration, step: Step, meta_model: nn.Module) -> _Records:
     """The sizes that `teachers` will choose, at the length of the longest example."""
     asks = module.objective.asks
-    if asks == Asks():
+    if asks.temperature is None and not asks.layers:  # sentence embeddings are negligible
         return _Records()
     config: Any = meta_model.config
     config = getattr(config, "text_config", None) or config

@@ -4,6 +4,7 @@ from trainmerge.checkpoints import Output, output_of
 from trainmerge.data.calibration import Calibration
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.fitting.embedding_check import embedding_problems
 from trainmerge.fitting.module import MergeModule
 from trainmerge.objectives import Alignment, Objective
 from trainmerge.run.heads import linear_problems
@@ -18,6 +19,7 @@ def check_tasks(module: MergeModule, data: Calibration) -> None:
     problems = [
         *head_problems(module, output),
         *layer_problems(module.objective, output),
+        *embedding_problems(module, data),
         *example_problems(data),
     ]
     if problems:
@@ -43,6 +45,8 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
         for name, expert in experts.items()
         if expert.head and output.hidden and (width := expert.head.width()) not in (None, output.hidden)
     ]
+    if not module.objective.needs_logits:
+        return problems
     if headless and not output.logits:
         problems.append(
             f"{base} has no output layer, and {headless} no `head`: give each a LabelHead or a LinearHead, "

@@ -1,7 +1,7 @@
 """Run the experts on their examples and gather the outputs that `teachers` writes.
 
 Legend: `K` experts, `N` examples of one, `P` counted positions of all of them, `R` rows of logits (`P`, or
-`N` under a head or in a classifier), `V` vocabulary or classes, `D` hidden size.
+`N` under a head or in a classifier), `V` vocabulary or classes, `D` hidden size, `E` embedding's width.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +19,7 @@ from trainmerge.model.resident import Resident
 from trainmerge.system import distributed
 
 TOKENS = 512  # per forward pass; one example if it is longer
+EMBEDDING = "embedding"  # the part with one sentence embedding per example
 ROWS = 32  # of logits converted to float32 at a time
 
 
@@ -28,6 +29,7 @@ class OutputSizes(NamedTuple):
     logits: Sequence[int]  # K: each expert's V
     hidden: Mapping[int, int]  # layer -> D
     classes: bool  # whether the model's own logits are one row per example
+    embedding: int = 0  # E; 0 without embeddings
 
 
 @torch.no_grad()
@@ -35,10 +37,11 @@ def output_sizes(resident: Resident, tokenizer: Tokenizer, asks: Asks, example: 
     """The sizes of logits and hidden states, from one forward pass, of an expert without a head if any."""
     heads = resident.classifiers
     k = next((k for k, head in enumerate(heads) if head is None), 0)
-    logits, states = resident(resident.batch(k, [example], tokenizer), asks.layers)
+    logits, states, embedding = resident(resident.batch(k, [example], tokenizer), asks.layers)
     hidden = {layer: state.shape[-1] for layer, state in states.items()}
     widths = [logits.shape[-1] if head is None else len(head.weight) for head in heads]
-    return OutputSizes(widths, hidden, classes=logits.dim() == 2)
+    width = 0 if embedding is None else embedding.shape[-1]
+    return OutputSizes(widths, hidden, classes=logits.dim() == 2, embedding=width)
 
 
 def count_positions(expert: int, examples: Sequence[Example], tokenizer: Tokenizer) -> list[int]:
@@ -89,6 +92,8 @@ class Recorder:
                     specs[f"{k}.tail"] = (torch.float32, (rows,))
             for layer in self.asks.layers:
                 specs[f"{k}.hidden.{layer}"] = (self.asks.dtype, (sum(of_expert), self.sizes.hidden[layer]))
+            if self.asks.embedding is not None:
+                specs[f"{k}.{EMBEDDING}"] = (torch.float32, (len(of_expert), self.sizes.embedding))
         return specs
 
     def run(self, examples: Sequence[Sequence[Example]]) -> Iterator[tuple[str, Tensor]]:
@@ -109,8 +114,8 @@ class Recorder:
         In each round every process runs one batch. A process without a batch repeats another's, because
         collectives of a sharded model need all processes.
         """
-        starts = cumulated(self.counts[k])
-        row_starts = list(range(len(examples) + 1)) if self._under_head(k) else starts
+        starts, by_example = cumulated(self.counts[k]), list(range(len(examples) + 1))
+        row_starts = by_example if self._under_head(k) else starts
         parts: dict[str, Tensor] = {
             name.partition(".")[2]: torch.empty(shape, dtype=dtype)
             for name, (dtype, shape) in self.specs().items()
@@ -124,7 +129,8 @@ class Recorder:
             spare = distributed.rank() >= len(together)
             for ids, of_batch in zip(together, distributed.gather({} if spare else signals), strict=False):
                 for name, rows in of_batch.items():
-                    places = _spans(starts if name.startswith("hidden.") else row_starts, torch.tensor(ids))
+                    own = starts if name.startswith("hidden.") else row_starts
+                    places = _spans(by_example if name == EMBEDDING else own, torch.tensor(ids))
                     parts[name][places] = rows
         return parts
 
@@ -143,6 +149,8 @@ class Recorder:
         batch = self.resident.batch(k, examples, self.tokenizer)
         outputs = self.resident(batch, self.asks.layers)
         signals = {f"hidden.{i}": state[batch.mask] for i, state in outputs.hidden.items()}
+        if outputs.embedding is not None:
+            signals[EMBEDDING] = outputs.embedding
         if (temperature := self.asks.temperature) is not None:
             logits = outputs.logits if outputs.logits.dim() == 2 else outputs.logits[batch.mask]
             width = self._width(k)

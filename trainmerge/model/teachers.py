@@ -19,7 +19,7 @@ from trainmerge.data.batch import Asks, Predictions, Signals
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.resident import Resident
-from trainmerge.model.teacher_recorder import Recorder, count_positions, cumulated, output_sizes
+from trainmerge.model.teacher_recorder import EMBEDDING, Recorder, count_positions, cumulated, output_sizes
 from trainmerge.system import distributed
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 from trainmerge.system.workspace import digest, open_cached
@@ -47,7 +47,8 @@ class Record:
         hidden = {
             layer: _rows(self.parts[f"hidden.{layer}"], self.starts, ids).to(device) for layer in self.layers
         }
-        return Signals(predictions, hidden)
+        embedding = self.parts.get(EMBEDDING)
+        return Signals(predictions, hidden, None if embedding is None else embedding[ids].to(device))
 
 
 def _rows(part: Tensor, starts: Sequence[int], ids: Tensor) -> Tensor:

@@ -26,6 +26,11 @@ class Objective(ABC):
         return False
 
     @property
+    def needs_logits(self) -> bool:
+        """Whether the model must have an output layer, or the task a head."""
+        return True
+
+    @property
     def couples(self) -> bool:
         """Whether an example's loss depends on the others of its batch, which then must not be split."""
         return False
