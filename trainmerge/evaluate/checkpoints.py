@@ -1,7 +1,9 @@
 """A checkpoint folder -> its scores on a recipe's tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from trainmerge.checkpoints import load_model, open_checkpoint, output_of
 from trainmerge.data.examples import Columns
@@ -9,10 +11,12 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessTask, run_harness
 from trainmerge.evaluate.measure import metric_of
-from trainmerge.evaluate.runs import DEVICE, Heads, build_heads
+from trainmerge.evaluate.runs import DEVICE, Heads, build_heads, references_from_files
 from trainmerge.evaluate.score_task import Subject, score_tasks
 from trainmerge.evaluate.tasks import Task, load_tasks
+from trainmerge.model.embedding import read_embedding
 from trainmerge.run.recipe import Recipe
+from trainmerge.run.scores import SIMILARITY
 from trainmerge.run.sources import DEFAULT_LENGTH
 
 
@@ -41,9 +45,10 @@ def evaluate_checkpoint(
     if held_out or harness:
         folders = {"base": Path(recipe.base), **folders}
     heads = heads_of(recipe, tasks, tokenize)
+    references = references_from_files(recipe, tasks, tokenize)
     rows, found = {}, {}
     for row, folder in folders.items():
-        subject = load_checkpoint(folder, recipe, heads, tokenize, answers)
+        subject = load_checkpoint(folder, recipe, heads, tokenize, answers, references)
         rows[row] = score_tasks(subject, tasks)
         if harness:
             found[row] = run_harness(subject.module, recipe.base, harness, limit)
@@ -71,8 +76,15 @@ def heads_of(recipe: Recipe, tasks: Sequence[Task], tokenize: Tokenizer) -> Head
 
 
 def load_checkpoint(
-    folder: Path, recipe: Recipe, heads: Heads, tokenize: Tokenizer, answers: int = 0
+    folder: Path,
+    recipe: Recipe,
+    heads: Heads,
+    tokenize: Tokenizer,
+    answers: int = 0,
+    references: Mapping[str, Tensor] = {},
 ) -> Subject:
-    """A checkpoint as a `Subject`."""
-    module = load_model(open_checkpoint(folder, recipe.allow_pickle), recipe.ignore).module.to(DEVICE)
-    return Subject(module, heads, tokenize, answers)
+    """A checkpoint as a `Subject`; a sentence embedder embeds by its own folder's modules."""
+    checkpoint = open_checkpoint(folder, recipe.allow_pickle)
+    embedding = read_embedding(checkpoint) if metric_of(recipe) is SIMILARITY else None
+    module = load_model(checkpoint, recipe.ignore).module.to(DEVICE)
+    return Subject(module, heads, tokenize, answers, embedding, references)

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from trainmerge.checkpoints import Output, output_of
+from trainmerge.checkpoints import Output, output_of, read_modules
 from trainmerge.data.tokenizer import Encoded
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.scores import ACCURACY, PERPLEXITY, Metric
+from trainmerge.run.scores import ACCURACY, PERPLEXITY, SIMILARITY, Metric
 
 HEADS = "give every task a `head`, which scores accuracy"
 UNMEASURED = {
@@ -24,13 +24,16 @@ UNMEASURED = {
     f"is_decoder in its config.json if it was trained as a decoder, or {HEADS}",
     "token classifier": f"labels of single tokens have no measure here; {HEADS}",
     "question-answering model": f"answer spans have no measure here; {HEADS}",
-    "model without an output layer": HEADS,
+    "model without an output layer": f"{HEADS}; or, if it embeds sentences, write the modules.json of "
+    "sentence-transformers into its folder",
     "model with another output": "it has no measure here; score its export with the library that trained it",
 }
 
 
 def metric_of(recipe: Recipe) -> Metric:
     """The metric of the tasks: accuracy with heads or an own classifier, else perplexity.
+
+    Without heads, a base with modules.json is a sentence embedder.
 
     Raises:
         ValueError: only some tasks have a head; the base has no measure.
@@ -39,6 +42,8 @@ def metric_of(recipe: Recipe) -> Metric:
     heads |= {task.head is not None for task in recipe.held_out.values()}
     if heads == {True}:
         return ACCURACY
+    if heads == {False} and read_modules(recipe.folders["base"]):
+        return SIMILARITY
     output = output_of(recipe.folders["base"])
     if output.kind != "classifier" and len(heads) > 1:
         raise ValueError("only some tasks have a head: score the two kinds in separate recipes")

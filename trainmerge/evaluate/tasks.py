@@ -10,9 +10,10 @@ from trainmerge.data.heads import Head
 from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.measure import metric_of, predicted
+from trainmerge.evaluate.pairs import EXPERT, Similar, read_similar
 from trainmerge.run.heads import linear_problems
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.scores import ACCURACY
+from trainmerge.run.scores import ACCURACY, SIMILARITY
 from trainmerge.system.ranges import check_option
 
 Split = Literal["test", "validation"]
@@ -27,6 +28,7 @@ class Task:
     labels: Sequence[int] = ()
     prompts: Sequence[str] = ()
     head: Head | None = None
+    similar: Similar | None = None  # of a sentence embedder
 
 
 class HasTest(Protocol):
@@ -52,6 +54,7 @@ class TestFiles:
         tokenize: The base's tokenizer, which renders chats.
         limit: Read the first so many examples of each file; None reads all.
         split: Which of a task's files to read.
+        embedded: Whether the model is a sentence embedder.
     """
 
     output: Output
@@ -60,6 +63,7 @@ class TestFiles:
     tokenize: Tokenizer
     limit: int | None
     split: Split
+    embedded: bool = False
 
     def task(self, name: str, file: str | None, head: Head | None) -> Task:
         """One task.
@@ -72,6 +76,8 @@ class TestFiles:
                 f"{name}: scoring needs `{self.split}`, a file with the fit's columns and, for classifiers, "
                 "a column label"
             )
+        if self.embedded:
+            return self._pairs(name, file)
         columns = self._columns()
         names = [*columns.names(), *["label"] * self.labelled]
         try:
@@ -90,6 +96,13 @@ class TestFiles:
         if wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str) or not prompt]:
             raise ValueError(f"{file}: example {wrong[0]} has no text for 'prompt': write one, or remove it")
         return Task(name, examples, labels, prompts, head)
+
+    def _pairs(self, name: str, file: str) -> Task:
+        """A sentence embedder's task."""
+        columns = replace(self.columns, spans=None, target=None)
+        examples = read_examples(file, columns, self.tokenize.render, self.limit, located=False)
+        self._check(file, examples)
+        return Task(name, examples, similar=read_similar(file, columns.text, len(examples)))
 
     def _columns(self) -> Columns:
         """The columns that the measure depends on: no spans or targets for accuracy."""
@@ -110,7 +123,7 @@ class TestFiles:
             blank = not example.text.strip() or (example.target is not None and not example.target.strip())
             if blank:
                 raise ValueError(f"{file}: example {i} is blank: remove it, or write its text")
-            if self.labelled or example.image:
+            if self.labelled or self.embedded or example.image:
                 continue
             if not predicted(self.tokenize.encode([example])).any():
                 raise ValueError(
@@ -135,19 +148,37 @@ def load_tasks(
             lacks a column; an example has no text, no label that is a class, or no token to predict; a
             held-out task has an expert's name.
     """
-    labelled = metric_of(recipe) is ACCURACY
+    metric = metric_of(recipe)
     if problems := list(linear_problems(recipe)):
         raise ValueError("\n".join(problems))
     check_option("limit", limit, int | None, "[1, inf)")
     if twice := recipe.experts.keys() & recipe.held_out.keys():
         raise ValueError(f"recipe.held_out: {sorted(twice)} are names of experts; rename these tasks")
-    files = TestFiles(output_of(recipe.folders["base"]), labelled, columns, tokenize, limit, split)
+    output, accuracy = output_of(recipe.folders["base"]), metric is ACCURACY
+    files = TestFiles(output, accuracy, columns, tokenize, limit, split, embedded=metric is SIMILARITY)
     held_in = [
         files.task(name, getattr(expert, split), expert.head) for name, expert in recipe.experts.items()
     ]
     if split != "test":
         return held_in, []
-    return held_in, [files.task(name, task.test, task.head) for name, task in recipe.held_out.items()]
+    held_out = [files.task(name, task.test, task.head) for name, task in recipe.held_out.items()]
+    check_measures(held_in, held_out)
+    return held_in, held_out
+
+
+def check_measures(held_in: Sequence[Task], held_out: Sequence[Task]) -> None:
+    """Raise ValueError if embedders' tasks have different measures, or a held-out one needs an expert."""
+    measures = {task.name: task.similar.measure for task in (*held_in, *held_out) if task.similar}
+    if strange := [task.name for task in held_out if measures.get(task.name) == EXPERT]:
+        raise ValueError(
+            f"recipe.held_out: {strange} have no expert whose similarities count: give their files the "
+            "column score or relevant"
+        )
+    if len(set(measures.values())) > 1:
+        raise ValueError(
+            f"the tasks have different measures, {measures}: give all test files the same of the columns "
+            "score and relevant, or score them in separate recipes"
+        )
 
 
 def _check_labels(file: str, labels: Sequence[object], classes: int | None) -> None:

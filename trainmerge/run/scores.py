@@ -1,4 +1,4 @@
-"""Scores (accuracy with a head, perplexity of a language model) and their means over tasks."""
+"""Scores (accuracy with a head, perplexity of language models, similarity of embedders), means over tasks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ Scores = dict[str, dict[str, float]]  # row of a table -> task -> score
 class Metric:
     """One kind of score."""
 
-    name: Literal["accuracy", "perplexity"]
+    name: Literal["accuracy", "perplexity", "similarity"]
 
     @property
     def sign(self) -> int:
@@ -35,6 +35,7 @@ class Metric:
 
         Accuracy: mean over the tasks of score / the expert's score, without tasks where that is 0.
         Perplexity: the share of the gap between base and experts that is closed, in logs of the means.
+        Similarity: the share of that gap, in the means.
         """
         if "expert" not in rows:
             return {}
@@ -47,6 +48,10 @@ class Metric:
             }
         if "base" not in rows:
             return {}
+        if self.name == "similarity":
+            means = {row: self.mean(scores) for row, scores in rows.items()}
+            gap = means["expert"] - means["base"]
+            return {row: (mean - means["base"]) / gap for row, mean in means.items()} if gap else {}
         logs = {row: math.log(self.mean(scores)) for row, scores in rows.items()}
         gap = logs["base"] - logs["expert"]
         return {row: (logs["base"] - log) / gap for row, log in logs.items()} if gap else {}
@@ -70,7 +75,7 @@ class Metric:
         return math.log(score / than) if self.name == "perplexity" else than - score
 
 
-ACCURACY, PERPLEXITY = Metric("accuracy"), Metric("perplexity")
+ACCURACY, PERPLEXITY, SIMILARITY = Metric("accuracy"), Metric("perplexity"), Metric("similarity")
 
 
 def score_rows(
