@@ -111,6 +111,30 @@ def test_a_runs_configuration_imports_nothing(run: Path, capsys: pytest.CaptureF
     assert not (run.parent / "imported").exists()
 
 
+def test_a_configuration_kept_in_the_run_folder_fits_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run.parent)
+    content = {"recipe": yaml.safe_load((run / "recipe.yaml").read_text())["recipe"], "report": False}
+    own(content["recipe"])
+    content |= {"trainer": {"accelerator": "cpu", "max_steps": 1}, "data": {"max_length": 16}}
+    mine = run.parent / "new" / "mine.yaml"
+    mine.parent.mkdir()
+    mine.write_text(yaml.safe_dump(content))
+    for last in (1, 2):
+        assert main(["fit", str(mine), str(mine.parent), f"--trainer.max_steps={last}"]) == 0
+        assert sys.modules.pop(MODULE)
+        (run.parent / "imported").unlink()
+    capsys.readouterr()
+    content["recipe"]["preprocess"] += [{"class_path": "another_module.Own"}]  # the run does not name it
+    mine.write_text(yaml.safe_dump(content))
+    assert main(["fit", str(mine), str(mine.parent)]) == 1
+    assert "--trust another_module (in a program" in capsys.readouterr().err
+    assert main(["fit", str(mine.parent / "config.yaml"), str(mine.parent)]) == 1
+    assert f"--trust {MODULE}" in capsys.readouterr().err
+    assert not (run.parent / "imported").exists()
+
+
 def test_the_current_folder_comes_last(tmp_path: Path) -> None:
     (tmp_path / "numpy.py").write_text("open('imported', 'w')")
     command = [sys.executable, "-m", "trainmerge.cli", "report", str(tmp_path)]

@@ -14,6 +14,7 @@ from trainmerge.checkpoints.side_experts import SidePlan, plan_side, side_roles
 from trainmerge.checkpoints.side_modules import MODULES
 from trainmerge.checkpoints.sources import Sources
 from trainmerge.checkpoints.ties import differing_ties, lost_ties, one_sided_updates
+from trainmerge.checkpoints.token_ties import token_tie_problems
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
 from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_folder_json
 
@@ -50,14 +51,11 @@ def find_sources(
     for expert, folder in experts.items():
         path = Path(folder)
         try:
-            check_one_generation(path)
-            if (path / ADAPTER).is_file():
-                plan = _adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
-                plans[expert], found = plan
-                problems += [f"{expert}: {line}" for line in found]
-            else:
-                plans[expert] = plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary)
-            if expert in plans and ((path / MODULES).is_file() or not (path / ADAPTER).is_file()):
+            plans[expert], found = _plan(
+                frame, expert, path, ignore, allow_pickle, workspace, shared_vocabulary
+            )
+            problems += [f"{expert}: {line}" for line in found]
+            if (path / MODULES).is_file() or not (path / ADAPTER).is_file():
                 side[expert] = plan_side(base, path, ignore, allow_pickle)
                 problems += [f"{expert}: {line}" for line in side[expert].problems]
             problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path, rows)]
@@ -79,6 +77,22 @@ def _sources(frame: Parameters, plans: Mapping[str, Plan], side: Mapping[str, Si
     return Sources(tuple(known), frame.tied, sources, known)
 
 
+def _plan(
+    frame: Parameters,
+    expert: str,
+    path: Path,
+    ignore: Sequence[str],
+    allow_pickle: bool,
+    workspace: Path | None,
+    shared_vocabulary: bool,
+) -> tuple[Plan, list[str]]:
+    """One expert, and its mismatches beyond those that its plan raises."""
+    check_one_generation(path)
+    if (path / ADAPTER).is_file():
+        return _adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
+    return plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary), []
+
+
 def _adapter(
     frame: Parameters,
     path: Path,
@@ -91,6 +105,7 @@ def _adapter(
     plan = plan_adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
     recorded = read_folder_json(path / ADAPTER).get("base_model_name_or_path")
     mismatches = recorded_mismatches(frame.meta_model, frame.checkpoint.path, path, recorded)
+    mismatches += token_tie_problems(frame, path, plan.adapter.keys, recorded)
     return plan, mismatches + one_sided_updates(frame, path, plan.adapter.keys)
 
 
@@ -106,4 +121,5 @@ def _check_ties(frame: Parameters, plans: Mapping[str, Plan]) -> None:
 def _raise(base: Checkpoint, problems: Sequence[str]) -> None:
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ValueError(f"{len(problems)} mismatches between the base {base.path} and its experts:\n{lines}")
+        count = "1 mismatch" if len(problems) == 1 else f"{len(problems)} mismatches"
+        raise ValueError(f"{count} between the base {base.path} and its experts:\n{lines}")
