@@ -27,6 +27,7 @@ from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
     from trainmerge.checkpoints.compatibility import find_sources
+    from trainmerge.checkpoints.computed_positions import compute, computed_positions
     from trainmerge.checkpoints.linear_head import beyond_linear
     from trainmerge.checkpoints.meta_model import build_meta_model, locate
     from trainmerge.checkpoints.model import LoadedModel, load_meta_model, load_model
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 _HEAVY = {
     "attach_side_layers": "side_layers",
+    "compute": "computed_positions",
+    "computed_positions": "computed_positions",
     "beyond_linear": "linear_head",
     "find_sources": "compatibility",
     "LoadedModel": "model",
@@ -59,6 +62,8 @@ __all__ = [
     "attach_side_layers",
     "beyond_linear",
     "build_meta_model",
+    "compute",
+    "computed_positions",
     "find_sources",
     "fingerprint",
     "layer_name",

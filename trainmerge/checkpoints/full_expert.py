@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from trainmerge.checkpoints.computed_positions import stored_as_computed
 from trainmerge.checkpoints.config_check import configuration_mismatches, warn_of_generation
 from trainmerge.checkpoints.meta_model import shorten
 from trainmerge.checkpoints.parameters import Parameters, fit_prefix, open_parameters
@@ -108,12 +109,20 @@ def _shapes(
 def _one_sided(
     own: Parameters, frame: Parameters, fitted: Mapping[str, str], names: Mapping[str, str]
 ) -> list[str]:
-    """Tensors that only the expert, or only the base, has."""
+    """Tensors that only the expert, or only the base, has; computed positions are equal in both."""
     tied = {*frame.meta_model.all_tied_weights_keys, *own.meta_model.all_tied_weights_keys}
     # Including ignored ones, and those that `lost_ties` finds missing from the base's files.
     known = {*frame.names.values(), *tied, *(frame.meta_model._tied_weights_keys or {})}
-    extra = [own.files[name] for key, name in fitted.items() if key not in known and name in own.files]
-    missing = [name for key, name in frame.files.items() if key not in fitted and key not in tied]
+    extra = [
+        own.files[name]
+        for key, name in fitted.items()
+        if key not in known and name in own.files and not stored_as_computed(own, name)
+    ]
+    missing = [
+        name
+        for key, name in frame.files.items()
+        if key not in fitted and key not in tied and not stored_as_computed(frame, key)
+    ]
     return [
         *_groups(own.checkpoint, extra, names.values(), "which the base lacks"),
         *_groups(frame.checkpoint, missing, names, "which the expert lacks"),
