@@ -27,10 +27,8 @@ from trainmerge.model.fsdp import shard_model
 from trainmerge.model.row_shards import local
 
 LED = {
-    "vocab_size": WORDS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
-    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "attention_window": 4,
-    "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+    **{key: value for key, value in BART.items() if key != "max_position_embeddings"},
+    "attention_window": 4, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64,
 }  # fmt: skip
 MARIAN = {**BART, "decoder_vocab_size": WORDS}
 MODELS: dict[str, dict[str, Any]] = {

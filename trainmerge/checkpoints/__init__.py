@@ -27,7 +27,7 @@ from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
     from trainmerge.checkpoints.compatibility import find_sources
-    from trainmerge.checkpoints.computed_positions import compute, computed_positions
+    from trainmerge.checkpoints.computed_positions import compute, computed_parameters
     from trainmerge.checkpoints.linear_head import beyond_linear
     from trainmerge.checkpoints.meta_model import build_meta_model, locate
     from trainmerge.checkpoints.model import LoadedModel, load_meta_model, load_model
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _HEAVY = {
     "attach_side_layers": "side_layers",
     "compute": "computed_positions",
-    "computed_positions": "computed_positions",
+    "computed_parameters": "computed_positions",
     "beyond_linear": "linear_head",
     "find_sources": "compatibility",
     "LoadedModel": "model",
@@ -63,7 +63,7 @@ __all__ = [
     "beyond_linear",
     "build_meta_model",
     "compute",
-    "computed_positions",
+    "computed_parameters",
     "find_sources",
     "fingerprint",
     "layer_name",

@@ -13,7 +13,7 @@ from trainmerge.checkpoints.parameters import Parameters
 TOLERANCE = 1e-3  # of values between -1 and 1, saved in 16 bits perhaps
 
 
-def computed_positions(model: nn.Module) -> dict[str, nn.Embedding]:
+def computed_parameters(model: nn.Module) -> dict[str, nn.Embedding]:
     """Parameter -> the embedding that computes it."""
     owners: dict[str, Any] = dict(model.named_modules())
     return {
@@ -32,7 +32,7 @@ def compute(owner: nn.Embedding) -> Tensor:
 
 def stored_as_computed(own: Parameters, parameter: str) -> bool:
     """Whether a parameter's tensor in the files is what its class computes; reads it."""
-    owner = computed_positions(own.meta_model).get(parameter)
+    owner = computed_parameters(own.meta_model).get(parameter)
     if owner is None or parameter not in own.files:
         return False
     stored = own.checkpoint.read(own.files[parameter])

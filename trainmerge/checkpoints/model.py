@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from trainmerge.checkpoints.computed_positions import computed_positions
+from trainmerge.checkpoints.computed_positions import computed_parameters
 from trainmerge.checkpoints.meta_model import build_meta_model, locate, memory_names, quiet, shorten
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.checkpoints.side_layers import attach_side_layers
@@ -83,7 +83,7 @@ def _checked(base: Checkpoint, ignore: Sequence[str]) -> tuple[PreTrainedModel, 
     meta_model = build_meta_model(base.path)
     names = locate(meta_model, base.path, base.tensors, ignore)
     absent = [name for name, _ in meta_model.named_parameters() if name not in names.values()]
-    computed = {*(meta_model._keys_to_ignore_on_save or ()), *computed_positions(meta_model)}
+    computed = {*(meta_model._keys_to_ignore_on_save or ()), *computed_parameters(meta_model)}
     absent = [name for name in absent if not matches(name, ignore) and name not in computed]
     if absent:
         raise ValueError(

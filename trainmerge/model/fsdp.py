@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from trainmerge.checkpoints import Checkpoint, LoadedModel, compute, computed_positions
+from trainmerge.checkpoints import Checkpoint, LoadedModel, compute, computed_parameters
 from trainmerge.model.row_shards import local, local_rows
 from trainmerge.system import distributed
 
@@ -68,7 +68,7 @@ def shard_model(
     parameters = dict(module.named_parameters())
     for name in parameters.keys() - set(names.values()):
         local(parameters[name]).zero_()
-    for name, owner in computed_positions(module).items():
+    for name, owner in computed_parameters(module).items():
         local(parameters[name]).copy_(compute(owner)[local_rows(parameters[name])])
     for name, inside in names.items():
         local(parameters[inside]).copy_(base.read(name)[local_rows(parameters[inside])])
