@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from trainmerge.checkpoints import read_modules
 from trainmerge.coefficients.layout import Granularity
 from trainmerge.run.config import to_config
 from trainmerge.run.recipe import Recipe
@@ -41,19 +42,8 @@ def suggest(recipe: Recipe, examples: Mapping[str, int], geometry: Geometry | No
     reasons["recipe.grouping.granularity"] = f"{fewest} examples per expert " + (
         "are enough for one coefficient per tensor" if fewest >= ENOUGH else "are few, so fewer coefficients"
     )
-    heads = all(expert.head for expert in recipe.experts.values())
-    if heads:
-        objective = {"class_path": "trainmerge.Entropy", "init_args": {"agreement": 5.0}}
-        reasons["model.objective"] = (
-            "classifiers: minimise entropy, with agreement with each expert against collapse"
-        )
-    else:
-        objective = {"class_path": "trainmerge.Alignment", "init_args": {"logits": 1.0}}
-        reasons["model.objective"] = (
-            "no heads: match each expert's outputs on its own examples (Expert Merging)"
-        )
+    objective, reasons["model.objective"], steps, batch_size = _objective(recipe)
     start, reasons["model.initial"] = _start(K, geometry)
-    steps = 80 if heads else 40
     reasons["trainer.max_steps"] = f"{steps} steps of Adam at 0.05 were enough in this project's suites"
     grouping = to_config(replace(recipe.grouping, granularity=granularity, chunks=1))
     settings = {
@@ -63,10 +53,22 @@ def suggest(recipe: Recipe, examples: Mapping[str, int], geometry: Geometry | No
             "initial": start,
             "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.05}},
         },
-        "data": {"batch_size": min(4 if heads else 1, fewest), "max_examples": 256, "max_length": 256},
+        "data": {"batch_size": min(batch_size, fewest), "max_examples": 256, "max_length": 256},
         "trainer": {"max_steps": steps},
     }
     return Suggestion(settings, reasons)
+
+
+def _objective(recipe: Recipe) -> tuple[dict[str, Any], str, int, int]:
+    """Objective, reason, steps and batch size, by what the base gives."""
+    if all(expert.head for expert in recipe.experts.values()):
+        reason = "classifiers: minimise entropy, with agreement with each expert against collapse"
+        return {"class_path": "trainmerge.Entropy", "init_args": {"agreement": 5.0}}, reason, 80, 4
+    if read_modules(Path(recipe.base)):
+        reason = "sentence embedders (modules.json): match each expert's similarities on its own texts"
+        return {"class_path": "trainmerge.Similarity"}, reason, 60, 16
+    reason = "no heads: match each expert's outputs on its own examples (Expert Merging)"
+    return {"class_path": "trainmerge.Alignment", "init_args": {"logits": 1.0}}, reason, 40, 1
 
 
 def _closed(recipe: Recipe) -> Suggestion:

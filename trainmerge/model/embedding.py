@@ -3,7 +3,7 @@
 Legend: `B` examples, `T` tokens, `D` hidden size, `E` width of an embedding.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from trainmerge.checkpoints import Checkpoint, SideModule, layer_name, read_modules
+from trainmerge.checkpoints import Checkpoint, SideModule, layer_name, module_folders, read_modules
 from trainmerge.data.heads import pool
 from trainmerge.system.json_file import read_json
+from trainmerge.system.text import shortened
 
 KEY = "pooling_mode_"
 REMEDY = "Download or save it again."
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid", "ELU", "LeakyReLU", "Softplus", "Mish")
 KNOWN = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
+WITH_FILES = ("Pooling", "Dense", "LayerNorm")
 Pooled = Callable[[Tensor, Tensor], Tensor]  # hidden states [B, T, D], mask [B, T] -> [B, D]
 
 
@@ -139,18 +141,21 @@ def embedding_of(folder: Path) -> Embedding:
     strange = [module.kind or "one without a type" for module in modules if module.kind not in KNOWN]
     if strange:
         raise ValueError(
-            f"{folder / 'modules.json'}: modules that are not supported: {', '.join(strange)}; supported are "
+            f"{folder / 'modules.json'}: modules that are not supported: {_few(strange)}; supported are "
             f"{', '.join(KNOWN)}"
         )
     kinds = [module.kind for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds.count("Pooling") > 1 or "Transformer" in kinds[1:]:
         raise ValueError(
-            f"{folder / 'modules.json'}: lists {', '.join(kinds)}; first comes one Transformer, then "
-            "one Pooling"
+            f"{folder / 'modules.json'}: lists {_few(kinds)}; first comes one Transformer, then one Pooling"
         )
+    folders = module_folders(folder)
+    lost = [m.place or m.kind for m in modules if m.kind in WITH_FILES and Path(m.place) not in folders]
+    if lost:
+        raise ValueError(f"{folder / 'modules.json'}: no folder {_few(lost)} in it. {REMEDY}")
     if modules[0].place:
         raise ValueError(
-            f"{folder / 'modules.json'}: its Transformer is in {modules[0].place}: move its files into "
+            f"{folder / 'modules.json'}: its Transformer is in {_few([modules[0].place])}: move its files into "
             f"{folder}, and set its path to an empty text"
         )
     return Embedding(tuple(_stage(folder, module) for module in modules[1:] if module.kind != "Dropout"))
@@ -168,7 +173,9 @@ def _stage(folder: Path, module: SideModule) -> Stage:
     named = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     activation = named.rpartition(".")[2]
     if activation not in ACTIVATIONS or not named.startswith("torch.nn."):
-        raise ValueError(f"{path}: the activation {named} is not one of torch.nn's {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"{path}: the activation {_few([named])} is not one of torch.nn's {', '.join(ACTIVATIONS)}"
+        )
     return Stage("Dense", layer=layer_name(f"{module.place}.linear.weight"), activation=activation)
 
 
@@ -182,6 +189,11 @@ def _poolings(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     strange = [name for name in chosen if name not in POOLINGS]
     if strange or not known:
         raise ValueError(
-            f"{path}: poolings {', '.join(strange) or 'of no kind'}; supported are {', '.join(POOLINGS)}"
+            f"{path}: poolings {_few(strange) or 'of no kind'}; supported are {', '.join(POOLINGS)}"
         )
     return known
+
+
+def _few(names: Sequence[str]) -> str:
+    """The names in one error, shortened: they are a stranger's."""
+    return shortened(", ".join(names), 300)
