@@ -155,8 +155,8 @@ def embedding_of(folder: Path) -> Embedding:
         raise ValueError(f"{folder / 'modules.json'}: no folder {_few(lost)} in it. {REMEDY}")
     if modules[0].place:
         raise ValueError(
-            f"{folder / 'modules.json'}: its Transformer is in {_few([modules[0].place])}: move its files into "
-            f"{folder}, and set its path to an empty text"
+            f"{folder / 'modules.json'}: its Transformer is in {_few([modules[0].place])}: move its files "
+            f"into {folder}, and set its path to an empty text"
         )
     return Embedding(tuple(_stage(folder, module) for module in modules[1:] if module.kind != "Dropout"))
 
