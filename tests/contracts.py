@@ -290,6 +290,6 @@ def embedding_loss(objective: Objective, merged: Tensor, expert: Tensor) -> tupl
     leaf = merged.clone().requires_grad_()
     mask = torch.ones(len(merged), 1, dtype=torch.bool)
     batch = Batch(0, {}, mask, torch.arange(len(merged)), Signals(embedding=expert))
-    loss = objective(Outputs(merged.new_empty(0), {}, leaf), batch)
+    loss = objective(Outputs(merged.new_empty(0), embedding=leaf), batch)
     (gradient,) = torch.autograd.grad(loss.mean(), leaf)
     return loss.detach(), gradient

@@ -24,7 +24,7 @@ def batch_of(expert: Tensor, **settings: object) -> Batch:
 
 
 def outputs(merged: Tensor) -> Outputs:
-    return Outputs(merged.new_empty(0), {}, merged)
+    return Outputs(merged.new_empty(0), embedding=merged)
 
 
 def process(rank: int, sizes: tuple[int, ...], folder: str) -> None:

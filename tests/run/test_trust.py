@@ -159,3 +159,9 @@ def test_names_in_data() -> None:
 def test_what_is_trusted_is_a_modules_name(name: str) -> None:
     with pytest.raises(ValueError, match="not the name of a module"), trusting(name), nullcontext():
         pass
+
+
+def test_an_endless_name_of_a_class_is_quoted_in_part(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"names a{600}\.\.\., which is not part of trainmerge") as error:
+        check_classes({"class_path": "a" * 5000 + ".B"}, tmp_path / "recipe.yaml")
+    assert len(str(error.value)) < 2000 + len(str(tmp_path))

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.bootstrap import ScoreDifference, score_differences
-from trainmerge.evaluate.checkpoints import check_kind, heads_of, load_checkpoint
+from trainmerge.evaluate.checkpoints import PlannedHeads, check_kind, heads_of, load_checkpoint, over
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.measure import metric_of
-from trainmerge.evaluate.runs import Heads, load_subject, references_from_files
+from trainmerge.evaluate.runs import load_subject, references_from_files
 from trainmerge.evaluate.score_task import TaskScore, score_tasks
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.model.embedding import read_embedding
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.heads import task_heads
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import columns_of, tasks_of, text_length
@@ -66,8 +67,9 @@ def compare(
         raise ValueError("give two or more different runs or checkpoints to compare")
     source = Path(recipe or paths[0])
     shared = tasks_of(source)
-    metric, tokenize = metric_of(shared), Tokenizer(shared.base, text_length(source, max_length))
-    held_in, held_out = load_tasks(shared, tokenize, columns_of(source), limit)
+    own = task_heads(shared)
+    metric, tokenize = metric_of(shared, own), Tokenizer(shared.base, text_length(source, max_length))
+    held_in, held_out = load_tasks(shared, tokenize, columns_of(source), limit, heads=own)
     tasks = [*held_in, *held_out]
     heads = heads_of(shared, tasks, tokenize)
     folders = {name: Path(name) for name in names}
@@ -83,7 +85,7 @@ def compare(
 def _score(
     folder: Path,
     recipe: Recipe,
-    heads: Heads,
+    heads: PlannedHeads,
     references: Mapping[str, Tensor],
     tasks: Sequence[Task],
     tokenize: Tokenizer,
@@ -93,9 +95,10 @@ def _score(
         check_kind(folder, recipe, tasks)
         return score_tasks(load_checkpoint(folder, recipe, heads, tokenize, references=references), tasks)
     own, coefficients, opened = open_run(run)
-    _, subject = load_subject(own, coefficients, opened, tokenize, run, [])
+    resident, subject = load_subject(own, coefficients, opened, tokenize, run, [])
+    placed = over(heads, subject.module, resident.merged.names, tokenize)
     embedding = read_embedding(opened.base) if any(task.similar for task in tasks) else None
-    return score_tasks(replace(subject, heads=heads, embedding=embedding, references=references), tasks)
+    return score_tasks(replace(subject, heads=placed, embedding=embedding, references=references), tasks)
 
 
 def _compared(found: Evaluation) -> Comparison:

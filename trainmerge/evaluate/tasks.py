@@ -1,19 +1,20 @@
 """Tasks to score a model on: test examples, with labels for a classifier, and prompts to answer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal
 
-from trainmerge.checkpoints import Output, output_of
+from trainmerge.checkpoints import Output, OwnHead, output_of
+from trainmerge.data.batch import Kind
 from trainmerge.data.examples import Columns, Example, read_examples
-from trainmerge.data.heads import Head
 from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.evaluate.measure import metric_of, predicted
+from trainmerge.evaluate.answers import COLUMN, read_answers
+from trainmerge.evaluate.measure import kind_of_head, metric_of, predicted
 from trainmerge.evaluate.pairs import EXPERT, Similar, read_similar
-from trainmerge.run.heads import linear_problems
+from trainmerge.run.heads import TaskHead, linear_problems, task_heads
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.scores import ACCURACY, SIMILARITY
+from trainmerge.run.scores import PERPLEXITY, SIMILARITY
 from trainmerge.system.ranges import check_option
 
 Split = Literal["test", "validation"]
@@ -25,22 +26,11 @@ class Task:
 
     name: str
     examples: Sequence[Example]
-    labels: Sequence[int] = ()
+    labels: Sequence[Any] = ()
     prompts: Sequence[str] = ()
-    head: Head | None = None
+    head: TaskHead = None
+    kind: Kind = "classes"  # of the outputs that have labels
     similar: Similar | None = None  # of a sentence embedder
-
-
-class HasTest(Protocol):
-    """Anything with test examples: an expert of a recipe, or a held-out task."""
-
-    @property
-    def test(self) -> str | None:
-        """Labelled examples, or texts."""
-
-    @property
-    def head(self) -> Head | None:
-        """The task's classifier."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,7 @@ class TestFiles:
     split: Split
     embedded: bool = False
 
-    def task(self, name: str, file: str | None, head: Head | None) -> Task:
+    def task(self, name: str, file: str | None, head: TaskHead) -> Task:
         """One task.
 
         Raises:
@@ -78,10 +68,10 @@ class TestFiles:
             )
         if self.embedded:
             return self._pairs(name, file)
-        columns = self._columns()
-        names = [*columns.names(), *["label"] * self.labelled]
+        columns, kind = self._columns(), kind_of_head(head)
+        names = [*columns.names(), *[COLUMN[kind]] * self.labelled]
         try:
-            data = load_examples(file, names, optional=["prompt"], numbers=["label"])
+            data = load_examples(file, names, optional=["prompt"], numbers=[*set(COLUMN.values())])
         except ValueError as error:
             raise ValueError(
                 f"{error}. A {self.split} file needs the columns {names}: data.columns of the fit names the "
@@ -90,12 +80,15 @@ class TestFiles:
         count = len(data) if self.limit is None else min(self.limit, len(data))
         examples = read_examples(file, columns, self.tokenize.render, count, located=not self.labelled)
         self._check(file, examples)
-        labels = list(data["label"][:count]) if self.labelled else []
-        _check_labels(file, labels, head.classes() if head else self.output.labels)
+        labels = list(data[COLUMN[kind]][:count]) if self.labelled else []
+        if isinstance(head, OwnHead):
+            labels = read_answers(file, kind, labels, examples, head.labels)
+        else:
+            _check_labels(file, labels, head.classes() if head else self.output.labels)
         prompts = list(data["prompt"][:count]) if "prompt" in data.column_names else []
         if wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str) or not prompt]:
             raise ValueError(f"{file}: example {wrong[0]} has no text for 'prompt': write one, or remove it")
-        return Task(name, examples, labels, prompts, head)
+        return Task(name, examples, labels, prompts, head, kind)
 
     def _pairs(self, name: str, file: str) -> Task:
         """A sentence embedder's task."""
@@ -138,26 +131,29 @@ def load_tasks(
     columns: Columns = Columns(),  # noqa: B008 - frozen
     limit: int | None = None,
     split: Split = "test",
+    heads: Mapping[str, TaskHead] | None = None,
 ) -> tuple[list[Task], list[Task]]:
     """The experts' tasks (held in) and the held-out ones, the first `limit` examples of each.
 
-    `columns` are the fit's; `tokenize` is the base's tokenizer.
+    `columns` are the fit's; `tokenize` is the base's tokenizer; `heads` are the experts', by default those of
+    `task_heads`.
 
     Raises:
         ValueError: the base has no measure; `limit` is not positive; a task has no such file, or the file
             lacks a column; an example has no text, no label that is a class, or no token to predict; a
             held-out task has an expert's name.
     """
-    metric = metric_of(recipe)
+    heads = task_heads(recipe) if heads is None else heads
+    metric = metric_of(recipe, heads)
     if problems := list(linear_problems(recipe)):
         raise ValueError("\n".join(problems))
     check_option("limit", limit, int | None, "[1, inf)")
     if twice := recipe.experts.keys() & recipe.held_out.keys():
         raise ValueError(f"recipe.held_out: {sorted(twice)} are names of experts; rename these tasks")
-    output, accuracy = output_of(recipe.folders["base"]), metric is ACCURACY
-    files = TestFiles(output, accuracy, columns, tokenize, limit, split, embedded=metric is SIMILARITY)
+    output, labelled = output_of(recipe.folders["base"]), metric not in (PERPLEXITY, SIMILARITY)
+    files = TestFiles(output, labelled, columns, tokenize, limit, split, embedded=metric == SIMILARITY)
     held_in = [
-        files.task(name, getattr(expert, split), expert.head) for name, expert in recipe.experts.items()
+        files.task(name, getattr(expert, split), heads[name]) for name, expert in recipe.experts.items()
     ]
     if split != "test":
         return held_in, []

@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Difference, LowRank, chunk_bounds
 from trainmerge.preprocess import Rule
 from trainmerge.system.background import ahead
-from trainmerge.system.safetensors_file import read_ahead, write_safetensors
+from trainmerge.system.safetensors_file import TensorInfo, read_ahead, write_safetensors
 from trainmerge.system.safetensors_format import file_order
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.pieces import in_pieces
@@ -41,6 +42,29 @@ class CheckpointMerge:
     task_vectors: TaskVectors
     coefficients: Coefficients
     rule: Rule | None = None  # the last preprocessor's, applied inside the pass
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The headers of the merged checkpoint's tensors, merged ones of modules after the model too."""
+        after = [name for names in self.after.values() for name in names]
+        return {**self.base.tensors, **{name: self.base.info(name) for name in after}}
+
+    @property
+    def shards(self) -> Mapping[str, tuple[str, ...]]:
+        """File name -> its tensors."""
+        return shard_names(self.base)
+
+    @property
+    def after(self) -> Mapping[str, tuple[str, ...]]:
+        """Path -> tensors, of modules after the model with a merged tensor."""
+        found: dict[str, list[str]] = {}
+        for name in self.base.side:
+            found.setdefault(f"{place_of(name)}/model.safetensors", []).append(name)
+        return {file: tuple(names) for file, names in found.items() if any(map(self.merged, names))}
+
+    def in_file(self, name: str) -> str:
+        """A tensor's name in its file: without its folder, if it is of a module after the model."""
+        return self.base.side[name].name if name in self.base.side else name
 
     def merged(self, name: str) -> bool:
         """Whether a tensor of the base's files is merged; others are bitwise the base's."""
@@ -103,13 +127,41 @@ def merge_rows(out: Tensor, delta: Delta, first: int, coefficients: Tensor, whol
             delta.rows(rows).merge(out[rows], coefficients[:, chunk : chunk + 1])
 
 
-def write_shard(merge: CheckpointMerge, names: Iterable[str], path: Path) -> str:
+class Tensors(Protocol):
+    """The tensors of a checkpoint that is computed on request."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Their headers."""
+
+    @property
+    def shards(self) -> Mapping[str, tuple[str, ...]]:
+        """File name -> its tensors."""
+
+    @property
+    def after(self) -> Mapping[str, tuple[str, ...]]:
+        """Path -> tensors, of modules after the model with a merged tensor."""
+
+    def in_file(self, name: str) -> str:
+        """A tensor's name in its file."""
+
+    def merged(self, name: str) -> bool:
+        """Whether a tensor is merged; others are copies."""
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor as consecutive pieces of rows."""
+
+    def read_ahead_of(self, name: str) -> None:
+        """Ask the kernel to read ahead the pages that `pieces` will need."""
+
+
+def write_shard(merge: Tensors, names: Iterable[str], path: Path) -> str:
     """Write these tensors of a merge as one safetensors file; returns its SHA-256, computed while writing.
 
     The bytes depend on the arguments only, so any process may write any shard at any time.
     """
-    inside = {name_in_file(merge.base, name): name for name in names}
-    infos = {key: merge.base.info(name) for key, name in inside.items()}
+    inside = {merge.in_file(name): name for name in names}
+    infos = {key: merge.tensors[name] for key, name in inside.items()}
     specs = {key: (info.dtype, tuple(info.shape)) for key, info in infos.items()}
     hasher = hashlib.sha256()
     path.parent.mkdir(exist_ok=True, parents=True)
@@ -120,7 +172,7 @@ def write_shard(merge: CheckpointMerge, names: Iterable[str], path: Path) -> str
 
 
 @torch.no_grad()
-def _in_order(merge: CheckpointMerge, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+def _in_order(merge: Tensors, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
     """The pieces of these tensors, name in the file -> name, under their names in the file."""
     for (key, name), after in zip(names.items(), [*list(names.values())[1:], None], strict=True):
         if after is not None:
@@ -133,7 +185,7 @@ def write_shards(
     merge: CheckpointMerge, folder: Path, files: Iterable[str], workers: int = 1
 ) -> dict[str, str]:
     """Write these weight files of `shard_names` into a folder, `workers` in parallel: name -> SHA-256."""
-    names, shards = list(files), shard_names(merge.base) | side_names(merge)
+    names, shards = list(files), {**shard_names(merge.base), **merge.after}
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
@@ -150,16 +202,3 @@ def shard_names(base: Checkpoint) -> dict[str, tuple[str, ...]]:
         Path(file.name.replace("pytorch_model", "model")).with_suffix(".safetensors").name: names
         for file, names in base.shards.items()
     }
-
-
-def side_names(merge: CheckpointMerge) -> dict[str, tuple[str, ...]]:
-    """The same for modules after the model, by path; only for those with a merged tensor."""
-    found: dict[str, list[str]] = {}
-    for name in merge.base.side:
-        found.setdefault(f"{place_of(name)}/model.safetensors", []).append(name)
-    return {file: tuple(names) for file, names in found.items() if any(map(merge.merged, names))}
-
-
-def name_in_file(base: Checkpoint, name: str) -> str:
-    """A tensor's name in its file: without its folder, if it is of a module after the model."""
-    return base.side[name].name if name in base.side else name

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from trainmerge.export.export import INDEX, merge_of
-from trainmerge.export.shards import CheckpointMerge, name_in_file, shard_names, side_names
+from trainmerge.export.shards import Tensors
 from trainmerge.export.side_files import WEIGHTS
+from trainmerge.export.task import TaskMerge, own_head, task_of
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
 from trainmerge.system.json_file import read_json
@@ -26,7 +27,12 @@ def verify_export(run: str | Path, out: str | Path) -> int:
         ValueError: lists the first differences.
     """
     run_folder, folder = RunFolder(Path(run)), Path(out)
-    merge = merge_of(run_folder, *open_run(run_folder))
+    recipe, coefficients, opened = open_run(run_folder)
+    merge: Tensors = merge_of(run_folder, recipe, coefficients, opened)
+    if task := task_of(folder):
+        merge = TaskMerge.of(
+            merge_of(run_folder, recipe, coefficients, opened), own_head(recipe, opened, task)
+        )
     problems = list(_differences(merge, folder))
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
@@ -35,18 +41,18 @@ def verify_export(run: str | Path, out: str | Path) -> int:
             f"{folder} is not the export of {run_folder.path}; export it again. "
             f"{len(problems)} differences:\n{shown}{more}"
         )
-    return len(merge.base.tensors) + sum(len(names) for names in side_names(merge).values())
+    return len(merge.tensors)
 
 
-def _differences(merge: CheckpointMerge, folder: Path) -> Iterator[str]:
-    shards = shard_names(merge.base)
+def _differences(merge: Tensors, folder: Path) -> Iterator[str]:
+    shards = dict(merge.shards)
     there = {path.name for path in folder.glob("*") if path.suffix in WEIGHTS}
     own = {"trainmerge_coefficients.safetensors"}
     yield from (f"{file} is missing" for file in shards if file not in there)
     yield from (f"{file} is not part of the export" for file in sorted(there - shards.keys() - own))
     if len(shards) > 1:
         yield from _index_differences(shards, folder / INDEX)
-    after = side_names(merge)
+    after = dict(merge.after)
     yield from (f"{file} is missing" for file in after if not (folder / file).is_file())
     for file, names in (shards | after).items():
         if (folder / file).is_file():
@@ -68,17 +74,17 @@ def _index_differences(shards: dict[str, tuple[str, ...]], index: Path) -> Itera
 
 
 @torch.no_grad()
-def _shard_differences(merge: CheckpointMerge, names: tuple[str, ...], path: Path) -> Iterator[str]:
+def _shard_differences(merge: Tensors, names: tuple[str, ...], path: Path) -> Iterator[str]:
     try:
         file = MappedFile(path)
     except ValueError as error:
         yield str(error)
         return
-    keys = {name: name_in_file(merge.base, name) for name in names}
+    keys = {name: merge.in_file(name) for name in names}
     strange = file.tensors.keys() - set(keys.values())
     yield from (f"{path.name}: {name} does not belong there" for name in file.tensors if name in strange)
     for name, key in keys.items():
-        want = merge.base.info(name)
+        want = merge.tensors[name]
         got = file.tensors.get(key)
         if got is None:
             yield f"{path.name}: {name} is missing"
@@ -86,11 +92,11 @@ def _shard_differences(merge: CheckpointMerge, names: tuple[str, ...], path: Pat
             shapes = tuple(got.shape), tuple(want.shape)
             yield f"{path.name}: {name} is {got.dtype} {shapes[0]}, not {want.dtype} {shapes[1]}"
         elif changed := _changed(merge, name, file.read(key)):
-            what = "merged" if merge.merged(name) else "the base's"
+            what = "merged" if merge.merged(name) else "not merged"
             yield f"{path.name}: {name} ({what}) differs in {changed} of {want.shape.numel()} numbers"
 
 
-def _changed(merge: CheckpointMerge, name: str, got: Tensor) -> int:
+def _changed(merge: Tensors, name: str, got: Tensor) -> int:
     """The number of elements whose bits differ from the merge."""
     place, changed = 0, 0
     for piece in merge.pieces(name):

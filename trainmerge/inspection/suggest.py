@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from trainmerge.checkpoints import read_modules
+from trainmerge.checkpoints import OwnHead, read_modules
 from trainmerge.coefficients.layout import Granularity
 from trainmerge.run.config import to_config
+from trainmerge.run.heads import TaskHead, task_heads
 from trainmerge.run.recipe import Recipe
 from trainmerge.system.atomic import write_whole
 from trainmerge.task_vectors.geometry import Geometry
@@ -28,12 +29,21 @@ class Suggestion:
     reasons: Mapping[str, str]  # key -> why
 
 
-def suggest(recipe: Recipe, examples: Mapping[str, int], geometry: Geometry | None) -> Suggestion:
+def suggest(
+    recipe: Recipe,
+    examples: Mapping[str, int],
+    geometry: Geometry | None,
+    found: Mapping[str, TaskHead] | None = None,
+) -> Suggestion:
     """Objective, grouping, start and steps for a recipe; a closed form without calibration examples.
 
-    `examples` is the number per expert; `geometry` of the task vectors, if measured, refines the start.
+    `examples` is the number per expert; `geometry` of the task vectors, if measured, refines the start;
+    `found` are the experts' heads, by default those of `task_heads`.
     """
-    K = len(recipe.experts)
+    K, found = len(recipe.experts), task_heads(recipe) if found is None else found
+    own = [name for name, head in found.items() if isinstance(head, OwnHead)]
+    experts = {n: replace(e, head="own") if n in own else e for n, e in recipe.experts.items()}
+    recipe = replace(recipe, experts=experts)
     if len(examples) < K or not all(examples.values()):
         return _closed(recipe)
     reasons = {}
@@ -42,7 +52,9 @@ def suggest(recipe: Recipe, examples: Mapping[str, int], geometry: Geometry | No
     reasons["recipe.grouping.granularity"] = f"{fewest} examples per expert " + (
         "are enough for one coefficient per tensor" if fewest >= ENOUGH else "are few, so fewer coefficients"
     )
-    objective, reasons["model.objective"], steps, batch_size = _objective(recipe)
+    if own:
+        reasons["recipe.experts"] = f"the heads in the files of {', '.join(own)} are their own: not merged"
+    objective, reasons["model.objective"], steps, batch_size = _objective(recipe, found)
     start, reasons["model.initial"] = _start(K, geometry)
     reasons["trainer.max_steps"] = f"{steps} steps of Adam at 0.05 were enough in this project's suites"
     grouping = to_config(replace(recipe.grouping, granularity=granularity, chunks=1))
@@ -59,16 +71,20 @@ def suggest(recipe: Recipe, examples: Mapping[str, int], geometry: Geometry | No
     return Suggestion(settings, reasons)
 
 
-def _objective(recipe: Recipe) -> tuple[dict[str, Any], str, int, int]:
-    """Objective, reason, steps and batch size, by what the base gives."""
-    if all(expert.head for expert in recipe.experts.values()):
+def _objective(recipe: Recipe, found: Mapping[str, TaskHead]) -> tuple[dict[str, Any], str, int, int]:
+    """Objective, reason, steps and batch size, by what the experts `found` heads and the base give."""
+    heads = all(found.values())
+    if heads and all(not isinstance(head, OwnHead) or head.outputs == "classes" for head in found.values()):
         reason = "classifiers: minimise entropy, with agreement with each expert against collapse"
         return {"class_path": "trainmerge.Entropy", "init_args": {"agreement": 5.0}}, reason, 80, 4
-    if read_modules(Path(recipe.base)):
+    if not any(found.values()) and read_modules(Path(recipe.base)):
         reason = "sentence embedders (modules.json): match each expert's similarities on its own texts"
         return {"class_path": "trainmerge.Similarity"}, reason, 60, 16
-    reason = "no heads: match each expert's outputs on its own examples (Expert Merging)"
-    return {"class_path": "trainmerge.Alignment", "init_args": {"logits": 1.0}}, reason, 40, 1
+    alignment = {"class_path": "trainmerge.Alignment", "init_args": {"logits": 1.0}}
+    reason = "match each expert's outputs on its own examples (Expert Merging)"
+    if heads:
+        return alignment, reason, 80, 4
+    return alignment, f"no heads: {reason}", 40, 1
 
 
 def _closed(recipe: Recipe) -> Suggestion:

@@ -19,8 +19,10 @@ from jsonargparse import _common, set_parsing_settings
 
 from trainmerge.checkpoints.whole import MANIFEST, RECIPE
 from trainmerge.system.json_file import read_json
+from trainmerge.system.text import shortened
 
 PACKAGE = __name__.partition(".")[0]
+LONGEST = 600  # characters of names in an error
 LIGHTNING = ("accelerators", "callbacks", "loggers", "plugins", "profilers", "strategies")
 KNOWN = (
     PACKAGE,
@@ -67,10 +69,10 @@ def check_classes(data: Any, where: str | Path) -> None:
     refused = sorted({path for path in class_paths(data) if not _allowed(path)})
     if refused:
         modules = sorted({path.rpartition(".")[0] or path for path in refused})
+        names, words = ", ".join(refused), " ".join(f"--trust {name}" for name in modules)
         raise ValueError(
-            f"{where} names {', '.join(refused)}, which is not part of {PACKAGE}: importing it runs its "
-            f"code. If you trust it, add {' '.join(f'--trust {name}' for name in modules)} (in a program: "
-            f"import it first)"
+            f"{where} names {shortened(names, LONGEST)}, which is not part of {PACKAGE}: importing it runs "
+            f"its code. If you trust it, add {shortened(words, LONGEST)} (in a program: import it first)"
         )
 
 
