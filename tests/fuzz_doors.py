@@ -11,22 +11,27 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import trainmerge as tm
+from tests.embedders import write_embedder
 from tests.fitting.test_fit import fit_world
 from tests.world import write_world
 from trainmerge.checkpoints.adapter import open_adapter
 from trainmerge.checkpoints.meta_model import build_meta_model
 from trainmerge.checkpoints.parameters import open_parameters
-from trainmerge.checkpoints.reader import PickleFile, open_checkpoint
+from trainmerge.checkpoints.reader import open_checkpoint
+from trainmerge.checkpoints.side_modules import side_weights
+from trainmerge.checkpoints.tensor_file import PickleFile
 from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.coefficients.layout import read_chunks
 from trainmerge.data.examples import Columns, Example, read_examples
 from trainmerge.data.heads import read_labels
 from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.evaluate.pairs import read_similar
 from trainmerge.export.card_sources import read_metadata
 from trainmerge.export.published import read_published
 from trainmerge.export.push import plan_upload
 from trainmerge.fitting.provenance import load_snapshot
+from trainmerge.model.embedding import embedding_of
 from trainmerge.run.config import read_config
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import read_run
@@ -49,7 +54,8 @@ def doors(root: Path) -> dict[str, Door]:
     """All doors, with their files in an empty folder."""
     write_world(root)
     fit_world(root, root / "run", steps=1)
-    return {**_checkpoints(root), **_exports(root), **_runs(root), **_texts(root)}
+    embedders, exports = _embedders(root / "embedder"), _exports(root)
+    return {**_checkpoints(root), **embedders, **exports, **_runs(root), **_texts(root)}
 
 
 def _door(
@@ -89,6 +95,25 @@ def _checkpoints(root: Path) -> dict[str, Door]:
         "tokenizer.json": _door(base / "tokenizer.json", lambda: Tokenizer(str(base), 8), True, slow=True),
         "tokenizer_config.json": _door(
             base / "tokenizer_config.json", lambda: Tokenizer(str(base), 8), True, slow=True
+        ),
+    }
+
+
+def _embedders(folder: Path) -> dict[str, Door]:
+    write_embedder(folder, 1)
+    modules, pooling = folder / "modules.json", folder / "1_Pooling/config.json"
+    queries = folder / "queries.jsonl"
+    queries.write_text('{"text": "a", "relevant": ["b", "c"], "documents": ["d"]}\n')
+
+    def read_modules() -> None:
+        embedding_of(folder)
+        side_weights(folder)
+
+    return {
+        "modules.json": _door(modules, read_modules, json=True),
+        "pooling": _door(pooling, lambda: embedding_of(folder), json=True),
+        "queries": _door(
+            queries, lambda: read_similar(str(queries), "text", 1), json=True, slow=True, forks=False
         ),
     }
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tests import closed_suite, lm_suite, results, suite
+from tests import closed_suite, embed_suite, lm_suite, results, suite
 from tests.bench import paper
 
 PAGES = (Path("README.md"), *sorted(Path("notebooks/docs").rglob("*.md")))
@@ -113,6 +113,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lm-suite": lambda: lm_suite.table(lm_suite.measured()),
     "lm-curve": lambda: lm_suite.curve(lm_suite.measured()),
     "lm-loss": lambda: lm_suite.losses(lm_suite.measured()),
+    "embed-suite": lambda: embed_suite.table(embed_suite.measured()),
     "closed-forms": closed_suite.table,
     "front": front,
     "paper": paper.table,

@@ -52,6 +52,7 @@ from .model.state_dicts import merge_state_dicts as merge_state_dicts
 from .objectives import Alignment as Alignment
 from .objectives import Entropy as Entropy
 from .objectives import Objective as Objective
+from .objectives import Similarity as Similarity
 from .plan.plan import Plan as Plan
 from .plan.plan_model import plan_model as plan_model
 from .preprocess import Breadcrumbs as Breadcrumbs

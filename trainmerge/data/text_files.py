@@ -56,6 +56,8 @@ def _read(source: Path, texts: Sequence[str]) -> datasets.Dataset:
         )
     if not source.stat().st_size:
         raise ValueError(f"{source}: the file is empty")
+    if FORMATS[source.suffix] == "json" and _begins_with_null(source):  # pyarrow would end the process
+        raise ValueError(f"{source}: example 0 is null, not an object with columns: remove it")
     options: dict[str, Any] = {}
     if source.suffix == ".csv":  # an empty cell is no value; all else is as written
         options = {"converters": dict.fromkeys(texts, _cell), "keep_default_na": False, "na_values": [""]}
@@ -81,6 +83,11 @@ def _in_memory(source: Path, options: Mapping[str, Any]) -> datasets.Dataset:
         )  # fmt: skip
         tables = [datasets.Dataset(table) for table in rows.with_format("arrow").iter(batch_size=ROWS)]
     return datasets.concatenate_datasets(tables) if tables else datasets.Dataset.from_dict({})
+
+
+def _begins_with_null(source: Path) -> bool:
+    with source.open("rb") as file:
+        return next((line for line in file if line.strip()), b"").lstrip().startswith(b"null")
 
 
 def _cell(written: str) -> str | None:

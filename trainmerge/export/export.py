@@ -61,16 +61,17 @@ def write_checkpoint(merge: CheckpointMerge, folder: Path, workers: int = 1) -> 
     base = merge.base
     with agreed():
         check_free_space(folder, sum(file.stat().st_size for file in base.files))
-        shards = shard_names(base)
+        shards, after = shard_names(base), merge.after
         sizes = dict(zip(shards, (file.stat().st_size for file in base.shards), strict=True))
+        sizes |= {file: base.info(names[0]).file.stat().st_size for file, names in after.items()}
         mine = write_shards(merge, folder, balanced_share(sizes), workers)
         base.check_unchanged()
     made = {file: digest for part in distributed.all_gather(mine) for file, digest in part.items()}
     if distributed.rank() > 0:
         return made
-    copy_side_files(base.path, folder)
-    if len(made) > 1:
-        size = sum((folder / file).stat().st_size for file in made)
+    copy_side_files(base.path, folder, {Path(file).parent for file in after})
+    if len(shards) > 1:
+        size = sum((folder / file).stat().st_size for file in shards)
         homes = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2))

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints import Checkpoint
+from trainmerge.checkpoints import Checkpoint, place_of
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Difference, LowRank, chunk_bounds
 from trainmerge.preprocess import Rule
@@ -45,13 +45,26 @@ class CheckpointMerge:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """The headers of the merged checkpoint's tensors."""
-        return self.base.tensors
+        """The headers of the merged checkpoint's tensors, merged ones of modules after the model too."""
+        after = [name for names in self.after.values() for name in names]
+        return {**self.base.tensors, **{name: self.base.info(name) for name in after}}
 
     @property
     def shards(self) -> Mapping[str, tuple[str, ...]]:
         """File name -> its tensors."""
         return shard_names(self.base)
+
+    @property
+    def after(self) -> Mapping[str, tuple[str, ...]]:
+        """Path -> tensors, of modules after the model with a merged tensor."""
+        found: dict[str, list[str]] = {}
+        for name in self.base.side:
+            found.setdefault(f"{place_of(name)}/model.safetensors", []).append(name)
+        return {file: tuple(names) for file, names in found.items() if any(map(self.merged, names))}
+
+    def in_file(self, name: str) -> str:
+        """A tensor's name in its file: without its folder, if it is of a module after the model."""
+        return self.base.side[name].name if name in self.base.side else name
 
     def merged(self, name: str) -> bool:
         """Whether a tensor of the base's files is merged; others are bitwise the base's."""
@@ -125,6 +138,13 @@ class Tensors(Protocol):
     def shards(self) -> Mapping[str, tuple[str, ...]]:
         """File name -> its tensors."""
 
+    @property
+    def after(self) -> Mapping[str, tuple[str, ...]]:
+        """Path -> tensors, of modules after the model with a merged tensor."""
+
+    def in_file(self, name: str) -> str:
+        """A tensor's name in its file."""
+
     def merged(self, name: str) -> bool:
         """Whether a tensor is merged; others are copies."""
 
@@ -140,28 +160,32 @@ def write_shard(merge: Tensors, names: Iterable[str], path: Path) -> str:
 
     The bytes depend on the arguments only, so any process may write any shard at any time.
     """
-    infos = merge.tensors
-    specs = {name: (infos[name].dtype, tuple(infos[name].shape)) for name in names}
+    inside = {merge.in_file(name): name for name in names}
+    infos = {key: merge.tensors[name] for key, name in inside.items()}
+    specs = {key: (info.dtype, tuple(info.shape)) for key, info in infos.items()}
     hasher = hashlib.sha256()
-    with closing(ahead(_in_order(merge, file_order(specs)), READY)) as tensors:  # its thread ends here
+    path.parent.mkdir(exist_ok=True, parents=True)
+    ordered = {key: inside[key] for key in file_order(specs)}
+    with closing(ahead(_in_order(merge, ordered), READY)) as tensors:  # its thread ends here
         write_safetensors(path, specs, tensors, {"format": "pt"}, hasher)
     return hasher.hexdigest()
 
 
 @torch.no_grad()
-def _in_order(merge: Tensors, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    for name, after in zip(names, [*names[1:], None], strict=True):
+def _in_order(merge: Tensors, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """The pieces of these tensors, name in the file -> name, under their names in the file."""
+    for (key, name), after in zip(names.items(), [*list(names.values())[1:], None], strict=True):
         if after is not None:
             merge.read_ahead_of(after)
         for piece in merge.pieces(name):
-            yield name, piece
+            yield key, piece
 
 
 def write_shards(
     merge: CheckpointMerge, folder: Path, files: Iterable[str], workers: int = 1
 ) -> dict[str, str]:
     """Write these weight files of `shard_names` into a folder, `workers` in parallel: name -> SHA-256."""
-    names, shards = list(files), shard_names(merge.base)
+    names, shards = list(files), {**shard_names(merge.base), **merge.after}
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:

@@ -52,8 +52,10 @@ def _differences(merge: Tensors, folder: Path) -> Iterator[str]:
     yield from (f"{file} is not part of the export" for file in sorted(there - shards.keys() - own))
     if len(shards) > 1:
         yield from _index_differences(shards, folder / INDEX)
-    for file, names in shards.items():
-        if file in there:
+    after = dict(merge.after)
+    yield from (f"{file} is missing" for file in after if not (folder / file).is_file())
+    for file, names in (shards | after).items():
+        if (folder / file).is_file():
             yield from _shard_differences(merge, names, folder / file)
 
 
@@ -78,16 +80,18 @@ def _shard_differences(merge: Tensors, names: tuple[str, ...], path: Path) -> It
     except ValueError as error:
         yield str(error)
         return
-    yield from (f"{path.name}: {name} does not belong there" for name in file.tensors if name not in names)
-    for name in names:
+    keys = {name: merge.in_file(name) for name in names}
+    strange = file.tensors.keys() - set(keys.values())
+    yield from (f"{path.name}: {name} does not belong there" for name in file.tensors if name in strange)
+    for name, key in keys.items():
         want = merge.tensors[name]
-        got = file.tensors.get(name)
+        got = file.tensors.get(key)
         if got is None:
             yield f"{path.name}: {name} is missing"
         elif (got.dtype, got.shape) != (want.dtype, want.shape):
             shapes = tuple(got.shape), tuple(want.shape)
             yield f"{path.name}: {name} is {got.dtype} {shapes[0]}, not {want.dtype} {shapes[1]}"
-        elif changed := _changed(merge, name, file.read(name)):
+        elif changed := _changed(merge, name, file.read(key)):
             what = "merged" if merge.merged(name) else "not merged"
             yield f"{path.name}: {name} ({what}) differs in {changed} of {want.shape.numel()} numbers"
 

@@ -7,6 +7,7 @@ from trainmerge.data.calibration import Calibration
 from trainmerge.data.examples import Example
 from trainmerge.data.heads import Head
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.fitting.embedding_check import embedding_problems
 from trainmerge.fitting.module import MergeModule
 from trainmerge.objectives import Alignment, Objective
 from trainmerge.run.heads import linear_problems, task_heads
@@ -21,6 +22,7 @@ def check_tasks(module: MergeModule, data: Calibration) -> None:
     problems = [
         *head_problems(module, output),
         *layer_problems(module.objective, output),
+        *embedding_problems(module, data),
         *example_problems(data),
     ]
     if problems:
@@ -49,6 +51,8 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
     for name, own in heads.items():
         if isinstance(own, OwnHead):
             problems += [f"{name}: {line}" for line in own_head_problems(own, module.objective)]
+    if not module.objective.needs_logits:
+        return problems
     if headless and not output.logits:
         problems.append(
             f"{base} has no output layer, and {headless} no `head`: give each a LabelHead or a LinearHead, "

@@ -11,27 +11,39 @@ from torch import Tensor, nn
 
 from trainmerge.data.batch import Batch, Outputs
 from trainmerge.data.heads import Classifier, Head
+from trainmerge.model.embedding import Embedding
 from trainmerge.model.own_head import OwnModel
 
 Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]  # texts -> input_ids, attention_mask, ... [B, T]
 
 
 def forward(
-    module: nn.Module, batch: Batch, classifier: Classifier | OwnModel | None, layers: Sequence[int] = ()
+    module: nn.Module,
+    batch: Batch,
+    classifier: Classifier | OwnModel | None,
+    layers: Sequence[int] = (),
+    embedding: Embedding | None = None,
 ) -> Outputs:
     """Class logits [B, V] with a classifier, otherwise the model's own logits [B, T, V].
 
-    With an expert's own class the outputs of that, by their `Kind`.
+    With an expert's own class the outputs of that, by their `Kind`. With `embedding` sentence embeddings
+    [B, E] instead.
 
     Includes the hidden states of `layers`, by transformers' index; the decoder's, if the model has one.
     """
     options = {"output_hidden_states": list(layers)} if layers else {}  # transformers stores only these
+    if embedding is not None:
+        output = backbone(module)(**batch.inputs, **options)
+        state, mask = output.last_hidden_state, batch.inputs["attention_mask"].bool()
+        rows = embedding(module, state, mask)
+        return Outputs(state.new_empty(0), _chosen(output, layers), embedding=rows)
     if isinstance(classifier, OwnModel):
         output = classifier.module(**classifier.inputs(batch), **options)
         return Outputs(_own_logits(classifier, batch, output), _chosen(output, layers), classifier.kind)
     if classifier is None:
         output = module(**_model_inputs(module, batch.inputs), **options)
-        return Outputs(output.logits, _chosen(output, layers))
+        logits: Tensor | None = getattr(output, "logits", None)  # a model without an output layer has none
+        return Outputs(torch.empty(0) if logits is None else logits, _chosen(output, layers))
     output = backbone(module)(**batch.inputs, **options)
     mask = batch.inputs["attention_mask"].bool()
     hidden = output.last_hidden_state.to(classifier.weight.dtype)

@@ -23,6 +23,7 @@ class OutputSizes(NamedTuple):
     hidden: Mapping[int, int]  # layer -> D
     kinds: Sequence[Kind]  # K
     labels: Sequence[int]  # K: rows of an example, where each label has one
+    embedding: int = 0  # E, the width of sentence embeddings; 0 without
 
 
 @torch.no_grad()
@@ -46,7 +47,8 @@ def output_sizes(
         else:
             widths.append(outputs.logits.shape[-1] if head is None else len(head.weight))
     labels = [head.width if isinstance(head, OwnModel) else 1 for head in heads]
-    return OutputSizes(widths, hidden, kinds, labels)
+    embedding = 0 if outputs.embedding is None else outputs.embedding.shape[-1]
+    return OutputSizes(widths, hidden, kinds, labels, embedding)
 
 
 def _kind(head: Classifier | OwnModel | None, outputs: Outputs) -> Kind:

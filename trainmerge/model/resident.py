@@ -14,6 +14,7 @@ from trainmerge.data.batch import Batch, Outputs
 from trainmerge.data.examples import Example
 from trainmerge.data.heads import Classifier
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.model.embedding import Embedding, read_embedding
 from trainmerge.model.forward import Tokenize, build_classifier, forward
 from trainmerge.model.fsdp import Root, shard_model
 from trainmerge.model.merged_model import MergedModel
@@ -35,6 +36,7 @@ class Resident:
     merged: MergedModel
     classifiers: Sequence[Classifier | OwnModel | None]  # K
     root: Root | None = None  # the module to call if the model is sharded
+    embedding: Embedding | None = None  # how it embeds, if the objective needs sentence embeddings
 
     @property
     def device(self) -> torch.device:
@@ -43,8 +45,8 @@ class Resident:
 
     def __call__(self, batch: Batch, layers: Sequence[int] = ()) -> Outputs:
         """A forward pass with the current weights, through the head of the batch's task."""
-        passage = (forward, self.merged.module, batch, self.classifiers[batch.expert], layers)
-        return within(self.root, *passage)
+        classifier = self.classifiers[batch.expert]
+        return within(self.root, forward, self.merged.module, batch, classifier, layers, self.embedding)
 
     def merging(
         self,
@@ -97,15 +99,20 @@ def load_resident(
     coefficients: Coefficients,
     tokenize: Tokenize,
     placement: Placement = Placement(),
+    pooling: str | None = None,
 ) -> Resident:
-    """Load the base and build the heads, for merges of the experts' own task vectors."""
+    """Load the base and build the heads, for merges of the experts' own task vectors.
+
+    With `pooling`, a forward gives sentence embeddings (`read_embedding`).
+    """
+    embedding = None if pooling is None else read_embedding(opened.base, pooling)
     loaded, root = load_base(opened, placement)
     classifiers = build_heads(task_heads(recipe, opened), loaded, root, tokenize, placement.dtype)
     if placement.dtype and root is None:  # after the heads, whose label texts the stored weights embed
         for parameter in loaded.module.parameters():
             parameter.data = parameter.data.to(placement.dtype)
     merged = MergedModel(loaded.module, opened.task_vectors, coefficients, loaded.names)
-    return Resident(merged, classifiers, root)
+    return Resident(merged, classifiers, root, embedding)
 
 
 def build_heads(

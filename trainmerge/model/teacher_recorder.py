@@ -2,7 +2,7 @@
 
 Legend: `K` experts, `N` examples of one, `P` counted positions of all of them, `R` rows of logits (`P`, or
 `N` under a head or in a classifier; two per example of answer spans, one per label), `V` vocabulary or
-classes, `D` hidden size.
+classes, `D` hidden size, `E` embedding's width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +20,7 @@ from trainmerge.model.resident import Resident
 from trainmerge.system import distributed
 
 TOKENS = 512  # per forward pass; one example if it is longer
+EMBEDDING = "embedding"  # the part with one sentence embedding per example
 ROWS = 32  # of logits converted to float32 at a time
 
 
@@ -57,6 +58,8 @@ class Recorder:
                     specs[f"{k}.tail"] = (torch.float32, (rows,))
             for layer in self.asks.layers:
                 specs[f"{k}.hidden.{layer}"] = (self.asks.dtype, (sum(of_expert), self.sizes.hidden[layer]))
+            if self.asks.embedding is not None:
+                specs[f"{k}.{EMBEDDING}"] = (torch.float32, (len(of_expert), self.sizes.embedding))
         return specs
 
     def run(self, examples: Sequence[Sequence[Example]]) -> Iterator[tuple[str, Tensor]]:
@@ -77,7 +80,7 @@ class Recorder:
         In each round every process runs one batch. A process without a batch repeats another's, because
         collectives of a sharded model need all processes.
         """
-        starts = cumulated(self.counts[k])
+        starts, by_example = cumulated(self.counts[k]), list(range(len(examples) + 1))
         row_starts = self.row_starts(k)
         parts: dict[str, Tensor] = {
             name.partition(".")[2]: torch.empty(shape, dtype=dtype)
@@ -92,7 +95,8 @@ class Recorder:
             spare = distributed.rank() >= len(together)
             for ids, of_batch in zip(together, distributed.gather({} if spare else signals), strict=False):
                 for name, rows in of_batch.items():
-                    places = _spans(starts if name.startswith("hidden.") else row_starts, torch.tensor(ids))
+                    own = starts if name.startswith("hidden.") else row_starts
+                    places = _spans(by_example if name == EMBEDDING else own, torch.tensor(ids))
                     parts[name][places] = rows
         return parts
 
@@ -111,6 +115,8 @@ class Recorder:
         batch = self.resident.batch(k, examples, self.tokenizer)
         outputs = self.resident(batch, self.asks.layers)
         signals = {f"hidden.{i}": state[batch.mask] for i, state in outputs.hidden.items()}
+        if outputs.embedding is not None:
+            signals[EMBEDDING] = outputs.embedding
         if (temperature := self.asks.temperature) is not None:
             if outputs.kind == "values":
                 return signals | {"values": outputs.logits.float()}
