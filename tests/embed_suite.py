@@ -59,7 +59,7 @@ def table(runs: list[Scores]) -> str:
     lines += [
         row(title, [scores]) for title, scores in baselines.items() if title not in ("learned", "expert")
     ]
-    lines.append(row(f"similarity (ours), {len(runs)} seeds", [scores["learned"] for scores in runs]))
+    lines.append(row(f"similarity (ours), seeds: {len(runs)}", [scores["learned"] for scores in runs]))
     return "\n".join([*lines, row("each kind's own expert", [baselines["expert"]])])
 
 
