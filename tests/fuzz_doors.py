@@ -27,6 +27,9 @@ from trainmerge.data.heads import read_labels
 from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.pairs import read_similar
+from trainmerge.export.card_sources import read_metadata
+from trainmerge.export.published import read_published
+from trainmerge.export.push import plan_upload
 from trainmerge.fitting.provenance import load_snapshot
 from trainmerge.model.embedding import embedding_of
 from trainmerge.run.config import read_config
@@ -51,7 +54,13 @@ def doors(root: Path) -> dict[str, Door]:
     """All doors, with their files in an empty folder."""
     write_world(root)
     fit_world(root, root / "run", steps=1)
-    return {**_checkpoints(root), **_embedders(root / "embedder"), **_runs(root), **_texts(root)}
+    return {
+        **_checkpoints(root),
+        **_embedders(root / "embedder"),
+        **_exports(root),
+        **_runs(root),
+        **_texts(root),
+    }
 
 
 def _door(
@@ -74,6 +83,9 @@ def _checkpoints(root: Path) -> dict[str, Door]:
     torch.save({"a": torch.arange(12.0).view(3, 4), "b": torch.ones(2, dtype=torch.bfloat16)}, pickled)
     save_file({"a": torch.arange(12.0).view(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}, single)
 
+    wrapped = own / "last.ckpt"
+    torch.save({"epoch": 3, "state_dict": {"a": torch.ones(3, 4)}, "loss": [0.5]}, wrapped)
+
     def read_adapter() -> None:
         found = open_adapter(parameters, adapter, (), allow_pickle=False)
         found.peft_config()
@@ -84,6 +96,7 @@ def _checkpoints(root: Path) -> dict[str, Door]:
         "safetensors": _door(single, lambda: _read_all(MappedFile(single))),
         "index.json": _door(index, lambda: open_checkpoint(shards), json=True),
         "pickle": _door(pickled, lambda: _read_all(PickleFile(pickled))),
+        "state dict": _door(wrapped, lambda: _state(wrapped)),
         "tokenizer.json": _door(base / "tokenizer.json", lambda: Tokenizer(str(base), 8), True, slow=True),
         "tokenizer_config.json": _door(
             base / "tokenizer_config.json", lambda: Tokenizer(str(base), 8), True, slow=True
@@ -116,6 +129,11 @@ def _read_all(file: MappedFile | PickleFile) -> None:
         file.read(name).float().sum()
 
 
+def _state(file: Path) -> None:
+    for tensor in tm.load_state_dict(file, allow_pickle=True).values():
+        tensor.float().sum()
+
+
 def _runs(root: Path) -> dict[str, Door]:
     run = RunFolder(root / "run")
     chunks = root / "chunks.json"
@@ -137,6 +155,20 @@ def _runs(root: Path) -> dict[str, Door]:
         "snapshot": _door(snapshot, lambda: load_snapshot(snapshot)),
         "chunks.json": _door(chunks, lambda: read_chunks(chunks), json=True),
         "metrics.jsonl": _door(run.metrics, lambda: read_json_lines(run.metrics)),
+    }
+
+
+def _exports(root: Path) -> dict[str, Door]:
+    out = tm.export_run(root / "run", root / "merged")
+    card, manifest, place = out / "README.md", out / "trainmerge_manifest.json", root / "unpacked"
+    place.mkdir()
+    metadata = root / "metadata" / "README.md"
+    metadata.parent.mkdir()
+    metadata.write_text("---\nlicense: mit\ndatasets: [a/b]\nbase_model: [c/d]\n---\n# A model\n")
+    return {
+        "card": _door(card, lambda: read_published(card, place), slow=True),
+        "card's metadata": _door(metadata, lambda: read_metadata(metadata.parent)),
+        "export's manifest": _door(manifest, lambda: plan_upload(out, "org/name"), json=True),
     }
 
 

@@ -47,8 +47,9 @@ def unchanged_tensors(opened: Opened) -> Iterator[Finding]:
 
 def expert_findings(recipe: Recipe, opened: Opened) -> Iterator[Finding]:
     """Tensors of an expert only, own heads, differing chat templates, and heads of some experts."""
+    folders = recipe.folders
     for name, expert in recipe.experts.items():
-        own = _own_tensors(Path(expert.path), recipe)
+        own = _own_tensors(folders[name], recipe)
         if own:
             yield Finding(
                 "note",
@@ -56,7 +57,7 @@ def expert_findings(recipe: Recipe, opened: Opened) -> Iterator[Finding]:
                 "merged",
                 "" if expert.head else "if they are the task's classifier, set the expert's `head`",
             )
-        ours, theirs = _template(Path(recipe.base)), _template(Path(expert.path))
+        ours, theirs = _template(folders["base"]), _template(folders[name])
         if theirs and theirs != ours:
             yield Finding(
                 "warning",
@@ -97,7 +98,7 @@ def _own_tensors(folder: Path, recipe: Recipe) -> list[str]:
     if (folder / "adapter_config.json").is_file():
         return []
     theirs = open_checkpoint(folder, recipe.allow_pickle).tensors
-    ours = open_checkpoint(recipe.base, recipe.allow_pickle).tensors
+    ours = open_checkpoint(recipe.folders["base"], recipe.allow_pickle).tensors
     return [name for name in theirs if name not in ours and matches(name, recipe.ignore)]
 
 

@@ -52,8 +52,7 @@ def suggest(
     reasons["recipe.grouping.granularity"] = f"{fewest} examples per expert " + (
         "are enough for one coefficient per tensor" if fewest >= ENOUGH else "are few, so fewer coefficients"
     )
-    if own:
-        reasons["recipe.experts"] = f"the heads in the files of {', '.join(own)} are their own: not merged"
+    reasons |= {f"recipe.experts.{name}.head": "the head in its files is its own: not merged" for name in own}
     objective, reasons["model.objective"], steps, batch_size = _objective(recipe, found)
     start, reasons["model.initial"] = _start(K, geometry)
     reasons["trainer.max_steps"] = f"{steps} steps of Adam at 0.05 were enough in this project's suites"
