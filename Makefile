@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm data-embed demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-heads suite-embed suite-closed bench tables docs soak cases lock clean
+.PHONY: help setup data data-suite data-lm data-embed demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-heads suite-embed suite-closed bench tables docs soak cases clean lock
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18

@@ -54,8 +54,13 @@ def doors(root: Path) -> dict[str, Door]:
     """All doors, with their files in an empty folder."""
     write_world(root)
     fit_world(root, root / "run", steps=1)
-    embedders, exports = _embedders(root / "embedder"), _exports(root)
-    return {**_checkpoints(root), **embedders, **exports, **_runs(root), **_texts(root)}
+    return {
+        **_checkpoints(root),
+        **_embedders(root / "embedder"),
+        **_exports(root),
+        **_runs(root),
+        **_texts(root),
+    }
 
 
 def _door(

@@ -27,7 +27,7 @@ def outputs(merged: Tensor) -> Outputs:
     return Outputs(merged.new_empty(0), embedding=merged)
 
 
-def process(rank: int, sizes: tuple[int, ...], folder: str) -> None:
+def process(rank: int, sizes: tuple[int, ...], folder: str, relative: bool) -> None:
     """One of several processes with its rows; a size of 0 is a row of share 0, another process's."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=len(sizes))
@@ -35,7 +35,7 @@ def process(rank: int, sizes: tuple[int, ...], folder: str) -> None:
     part = slice(first, first + count) if count else slice(0, 1)
     share = count * len(sizes) / sum(sizes)
     merged = rows(0)[part].requires_grad_()
-    losses = Similarity(0.3)(outputs(merged), batch_of(rows(1)[part], share=share))
+    losses = Similarity(0.3, relative)(outputs(merged), batch_of(rows(1)[part], share=share))
     loss = share * losses.mean() / len(sizes)
     (slope,) = torch.autograd.grad(loss, merged)
     torch.save((loss.detach(), slope[:count]), f"{folder}/{rank}.pt")

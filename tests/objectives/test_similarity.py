@@ -23,6 +23,22 @@ from trainmerge.fitting.preflight import check_tasks
 from trainmerge.run.recipe import calibration_files
 
 
+def relative_by_definition(merged: Tensor, expert: Tensor) -> Tensor:
+    """The variance of the differences of all pairs, in that of the expert's cosines, []."""
+    pairs = ~torch.eye(len(merged), dtype=torch.bool)
+    cosines = [torch.cosine_similarity(rows[:, None], rows[None], dim=-1)[pairs] for rows in (merged, expert)]
+    return (cosines[0] - cosines[1]).var(correction=0) / cosines[1].var(correction=0)
+
+
+def test_relative_to_level_and_spread_it_is_a_share_of_variance_with_its_gradient() -> None:
+    merged, expert = rows(0).requires_grad_(), rows(1)
+    got = tm.Similarity(relative=True)(outputs(merged), batch_of(expert)).mean()
+    want = relative_by_definition(merged, expert)
+    torch.testing.assert_close(got, want)
+    slopes = [torch.autograd.grad(loss, merged)[0] for loss in (got, want)]
+    torch.testing.assert_close(*slopes)
+
+
 def by_definition(merged: Tensor, expert: Tensor, weight: float) -> Tensor:
     """The loss per example, pair by pair."""
     losses = []
@@ -63,6 +79,7 @@ def test_an_experts_own_embeddings_cost_nothing_also_when_turned_or_stretched() 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_contract(dtype: torch.dtype) -> None:
     assert_embedding_contract(tm.Similarity(0.5), (B, E), dtype)
+    assert_embedding_contract(tm.Similarity(relative=True), (B, E), dtype)
 
 
 def test_one_example_has_no_pair() -> None:
@@ -84,14 +101,16 @@ def test_it_asks_for_embeddings_and_needs_no_output_layer() -> None:
         objective(outputs(rows(0)), Batch(0, {}, MASK, torch.arange(B)))
 
 
-def test_several_processes_have_the_loss_and_gradient_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("relative", [False, True])
+def test_several_processes_have_the_loss_and_gradient_of_one(tmp_path: Path, relative: bool) -> None:
     sizes = (4, 1, 0)
     merged = rows(0).requires_grad_()
-    want = tm.Similarity(0.3)(outputs(merged), batch_of(rows(1))).mean()
+    want = tm.Similarity(0.3, relative)(outputs(merged), batch_of(rows(1))).mean()
     (slope,) = torch.autograd.grad(want, merged)
     context = multiprocessing.get_context("spawn")
     running = [
-        context.Process(target=process, args=(rank, sizes, str(tmp_path))) for rank in range(len(sizes))
+        context.Process(target=process, args=(rank, sizes, str(tmp_path), relative))
+        for rank in range(len(sizes))
     ]
     for one in running:
         one.start()
@@ -165,7 +184,7 @@ def test_a_fit_brings_the_merge_to_the_experts_and_is_exported_whole(tmp_path: P
 
 
 def test_a_batch_is_not_split_and_a_plan_needs_no_weights(tmp_path: Path) -> None:
-    module, data = build(tmp_path, tm.Similarity(), write_embedders(tmp_path))
+    module, data = build(tmp_path, tm.Similarity(relative=True), write_embedders(tmp_path))
     assert tm.plan_fit(module, data).total > 0
 
 

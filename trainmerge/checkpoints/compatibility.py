@@ -57,11 +57,11 @@ def find_sources(
             plans[expert], found = _plan(
                 frame, expert, path, ignore, allow_pickle, workspace, shared_vocabulary, expert in whole
             )
-            if (path / MODULES).is_file() or not (path / ADAPTER).is_file():
-                side[expert] = plan_side(base, path, ignore, allow_pickle)
-                found += side[expert].problems
             found += tokenizer_mismatches(base.path, path, rows)
             problems += [f"{expert}: {line}" for line in found]
+            if (path / MODULES).is_file() or not (path / ADAPTER).is_file():
+                side[expert] = plan_side(base, path, ignore, allow_pickle)
+                problems += [f"{expert}: {line}" for line in side[expert].problems]
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
     _raise(base, problems)
