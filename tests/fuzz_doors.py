@@ -20,7 +20,7 @@ from trainmerge.checkpoints.reader import PickleFile, open_checkpoint
 from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.coefficients.layout import read_chunks
 from trainmerge.data.examples import Columns, Example, read_examples
-from trainmerge.data.heads import read_labels
+from trainmerge.data.label_texts import read_labels
 from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.fitting.provenance import load_snapshot

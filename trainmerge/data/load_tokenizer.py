@@ -16,6 +16,17 @@ FILES = (
 )  # fmt: skip
 
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+NEITHER = {"config.json", *PROCESSORS}  # files of `FILES` that a model without a tokenizer has too
+
+
+def takes_text(path: str) -> bool:
+    """Whether the folder should have a tokenizer: not with a processor of pictures or sounds alone."""
+    folder = Path(path)
+    has = [name for name in FILES if (folder / name).is_file()]
+    return not {*has} & {*PROCESSORS} or bool({*has} - NEITHER)
+
+
 def load_tokenizer(path: str) -> Any:
     """The transformers tokenizer of a folder; it pads and truncates on the right.
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from trainmerge.data.chat import render_chat
 from trainmerge.data.examples import Example
-from trainmerge.data.load_tokenizer import load_tokenizer
+from trainmerge.data.load_tokenizer import load_tokenizer, takes_text
+from trainmerge.data.media import MediaInputs, without_text
+from trainmerge.data.padding import answers, joined, whole_length
 from trainmerge.data.pictures import Pictures
 from trainmerge.data.special_tokens import SpecialTokens, check_rows, embedding_rows
 from trainmerge.system.json_file import read_json
@@ -46,10 +48,11 @@ class Tokenizer:
     def __init__(self, path: str, max_length: int) -> None:
         check_option("max_length", max_length, int, "[1, inf)")
         self.path, self.max_length = path, max_length
-        self._tokenizer = load_tokenizer(path)
+        self._own = load_tokenizer(path) if takes_text(path) else None
         file = Path(path) / "config.json"
         config = read_json(file, REMEDY) if file.is_file() else {}
         self._has_decoder = config.get("is_encoder_decoder")
+        self._whole = whole_length(config)
         self._rows = embedding_rows(config)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -58,6 +61,8 @@ class Tokenizer:
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
         """Inputs, truncated to `max_length` and padded to the longest example, and the loss positions."""
+        if without_text(examples):
+            return self._media_alone(examples)
         if examples[0].image:
             return self._with_pictures(examples)
         spans = [example.spans for example in examples]
@@ -68,7 +73,7 @@ class Tokenizer:
         offsets = inputs.pop("offset_mapping", None)
         mask = inputs["attention_mask"].bool()
         if offsets is not None:
-            mask = torch.stack([_answers(*row) for row in zip(offsets, spans, mask, strict=True)])
+            mask = torch.stack([answers(*row) for row in zip(offsets, spans, mask, strict=True)])
         if self._has_decoder:
             inputs["labels"], mask = self._targets([example.target for example in examples])
         return Encoded(inputs, mask)
@@ -111,6 +116,17 @@ class Tokenizer:
         inputs = self.pictures.encode(examples)
         return Encoded(inputs, inputs["attention_mask"].bool())
 
+    def _media_alone(self, examples: Sequence[Example]) -> Encoded:
+        """Pictures or sounds: one row of the loss per example, or the decoder's targets."""
+        inputs, mask = self.media.encode(examples), torch.ones(len(examples), 1, dtype=torch.bool)
+        if examples[0].target is not None:
+            inputs["labels"], mask = self._targets([example.target for example in examples])
+        return Encoded(inputs, mask)
+
+    def rows(self, examples: Sequence[Example], inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """`Batch.rows` of encoded examples."""
+        return {} if without_text(examples) else self.pictures.rows(examples, inputs)
+
     def longest(self, examples: Sequence[Example], limit: int) -> int:
         """Tokens of the longest example after truncation; checks only examples that may exceed `limit`."""
         long = [e.text for e in examples if len(e.text.encode()) >= limit] if self.max_length > limit else []
@@ -121,7 +137,7 @@ class Tokenizer:
 
         Reads the texts only if the tokenizer has such tokens.
         """
-        if self._rows is None or max(self._tokenizer.get_vocab().values(), default=0) < self._rows:
+        if self._rows is None or without_text(examples) or max(self._tokenizer.get_vocab().values(), default=0) < self._rows:
             return
         for first in range(0, len(examples), together):
             self.encode(examples[first : first + together])
@@ -135,6 +151,20 @@ class Tokenizer:
         if not self._tokenizer.chat_template:
             raise ValueError(f"{self.path}: the tokenizer has no chat template; use a text column")
         return render_chat(self._tokenizer, messages)
+
+    @property
+    def _tokenizer(self) -> Any:
+        if self._own is None:
+            raise ValueError(
+                f"{self.path}: it has no tokenizer, so it reads no texts: for pictures or sounds alone, set "
+                "data.columns.text to null and data.columns.image or audio to their column"
+            )
+        return self._own
+
+    @cached_property
+    def media(self) -> MediaInputs:
+        """The encoder of pictures and sounds without text."""
+        return MediaInputs(self.path)
 
     @cached_property
     def pictures(self) -> Pictures:
@@ -153,7 +183,7 @@ class Tokenizer:
         parts = [(self._encoded(given, False, offsets), done)] if done else []
         parts += [(self._encoded([texts[i] for i in rest], special, offsets), rest)] if rest else []
         fillers = {"input_ids": self.padding, "token_type_ids": self._tokenizer.pad_token_type_id}
-        encoded = parts[0][0] if len(parts) == 1 else _joined(parts, fillers)
+        encoded = parts[0][0] if len(parts) == 1 else joined(parts, fillers)
         check_rows(self._tokenizer, encoded["input_ids"], self._rows)
         return encoded
 
@@ -161,36 +191,10 @@ class Tokenizer:
         encoded = self._tokenizer(
             texts,
             truncation=True,
-            max_length=self.max_length,
-            padding=True,
+            max_length=self._whole or self.max_length,
+            padding="max_length" if self._whole else True,
             return_tensors="pt",
             add_special_tokens=special,
             return_offsets_mapping=offsets,
         )
         return dict(encoded)
-
-
-def _joined(
-    parts: Sequence[tuple[dict[str, Tensor], list[int]]], fillers: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """Batches and the rows that they become, in one batch: padded on the right."""
-    count, longest = sum(len(rows) for _, rows in parts), max(p["input_ids"].shape[1] for p, _ in parts)
-    joined = {
-        key: first.new_full((count, longest, *first.shape[2:]), fillers.get(key, 0))
-        for key, first in parts[0][0].items()
-    }
-    for part, rows in parts:
-        for key, tensor in part.items():
-            joined[key][torch.tensor(rows), : tensor.shape[1]] = tensor
-    return joined
-
-
-def _answers(offsets: Tensor, spans: tuple[tuple[int, int], ...] | None, real: Tensor) -> Tensor:
-    """Positions [T] whose next token overlaps a span; all unpadded ones without spans."""
-    if spans is None:
-        return real
-    begins, ends = offsets.unbind(-1)
-    inside = torch.zeros_like(real)
-    for begin, end in spans:
-        inside |= (begins < end) & (ends > begin) & real
-    return torch.cat([inside[1:], inside.new_zeros(1)])
