@@ -91,6 +91,12 @@ def soak() -> str:
     return markdown(["event", "count"], [[name, str(count)] for name, count in seen.items()])
 
 
+def kills() -> str:
+    """How often `python -m tests.kills` killed each command."""
+    seen = json.loads((results.FOLDER / "kills.json").read_text())["kills"]
+    return markdown(["command", "kills"], [[f"`{name}`", str(count)] for name, count in seen.items()])
+
+
 def cases() -> str:
     """What each script of `make cases` said."""
     rows = json.loads((results.FOLDER / "cases.json").read_text())
@@ -111,6 +117,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "front": front,
     "paper": paper.table,
     "soak": soak,
+    "kills": kills,
     "cases": cases,
     **{
         f"bench-{file.stem}": (lambda group=file.stem: figures(group))

@@ -78,6 +78,13 @@ def test_a_damaged_manifest_is_named_with_a_remedy(run: RunFolder, content: str)
         open_run(run)
 
 
+@pytest.mark.parametrize(("key", "kind"), [("experts", "list"), ("recipe", "mapping"), ("data", "mapping")])
+def test_a_manifest_with_a_value_of_another_kind_is_named(run: RunFolder, key: str, kind: str) -> None:
+    run.manifest.write_text(json.dumps(json.loads(run.manifest.read_text()) | {key: 5}))
+    with pytest.raises(ValueError, match=rf"manifest\.json: {key} is 5, not a {kind}\. Restore it"):
+        open_run(run)
+
+
 def test_a_line_that_a_killed_run_left_half_written_is_passed_over(run: RunFolder) -> None:
     whole = run.metrics.read_text()
     run.metrics.write_text(whole + '{"step": 2, "lo')

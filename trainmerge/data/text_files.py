@@ -12,7 +12,7 @@ import datasets
 
 from trainmerge.data.picture_folder import picture_folder
 from trainmerge.system.atomic import seen_from
-from trainmerge.system.text import reason
+from trainmerge.system.text import reason, shortened
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
@@ -37,7 +37,7 @@ def load_examples(
     data = _read(Path(path), [name for name in (*columns, *optional) if name not in numbers])
     absent = [column for column in columns if column not in data.column_names]
     if absent:
-        raise ValueError(f"{path}: no column {absent}; it has {data.column_names}")
+        raise ValueError(f"{path}: no column {absent}; it has {shortened(str(data.column_names), 600)}")
     if not len(data):
         raise ValueError(f"{path}: no examples in it")
     data = _undecoded(data, media)

@@ -9,11 +9,11 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.objectives import Objective
 from trainmerge.run.config import build
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.manifest import NEEDED, read_manifest
+from trainmerge.run.manifest import read_manifest
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import calibration_files
 
-SETTINGS = ("objective", "teacher_budget", "weights")  # of the module, in the manifest
+SETTINGS = {"objective": dict, "teacher_budget": int, "weights": str}  # of the module, in the manifest
 
 
 def reopen(
@@ -29,7 +29,7 @@ def reopen(
             since the fit.
     """
     recipe, _, _ = open_run(folder)
-    manifest = read_manifest(folder.manifest, needed=(*NEEDED, *SETTINGS))
+    manifest = read_manifest(folder.manifest, SETTINGS)
     module = MergeModule(
         replace(recipe, grouping=grouping or recipe.grouping),
         build(Objective, manifest["objective"], folder.manifest),  # type: ignore[type-abstract]

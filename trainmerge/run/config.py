@@ -20,10 +20,11 @@ from trainmerge.run.trust import files_checked, imports_checked
 from trainmerge.system.atomic import write_whole
 from trainmerge.system.json_file import read_bytes
 from trainmerge.system.plain_data import check_plain
-from trainmerge.system.text import reason
+from trainmerge.system.text import reason, shortened
 
 T = TypeVar("T")
 
+LONGEST = 2000  # characters of a parser's error
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -103,7 +104,8 @@ def build(kind: type[T], content: Any, where: str | Path) -> T:
         try:
             result: T = parser.instantiate(parser.parse_object({"value": content}))["value"]
         except Exception as error:  # as in `read_config`
-            raise ValueError(f"{where}: not a {kind.__name__}: {content!r} ({error})") from error
+            words = f"{reason(error, LONGEST)}; it is {shortened(repr(content), LONGEST)}"
+            raise ValueError(f"{where}: not a {kind.__name__}: {words}") from error
     return result
 
 
@@ -160,5 +162,5 @@ def read_config(cls: type[T], key: str, path: Path) -> T:
         try:
             result: T = parser.instantiate(parser.parse_object({key: section}))[key]
         except Exception as error:  # jsonargparse raises many types; all mean that the file is wrong
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {reason(error, LONGEST)}") from error
     return result

@@ -12,22 +12,29 @@ from trainmerge.system.atomic import write_whole
 from trainmerge.system.json_file import read_json
 
 PACKAGES = ("trainmerge", "torch", "pytorch-lightning", "transformers", "peft", "datasets", "safetensors")
-NEEDED = ("experts", "checksums", "recipe", "calibration", "data")
+KINDS = {list: "list", dict: "mapping", int: "number", str: "text"}
+NEEDED = {"experts": list, "checksums": dict, "recipe": dict, "calibration": dict, "data": dict}
 LOST = "Restore it from a copy, or fit again in another folder."
 LONGEST = 200  # characters of a value in a message
 ABSENT = object()
 
 
-def read_manifest(path: Path, needed: tuple[str, ...] = NEEDED) -> dict[str, Any]:
-    """The manifest: everything the run depends on.
+def read_manifest(path: Path, also: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """The manifest: everything the run depends on. `also`: further keys that it must have, with their types.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: the file is damaged, or not a manifest of a run.
     """
     made = read_json(path, LOST)
+    needed = {**NEEDED, **also}
     if absent := [key for key in needed if key not in made]:
         raise ValueError(f"{path}: not a manifest of a run: it lacks {', '.join(absent)}. {LOST}")
+    for key, kind in NEEDED.items():
+        if not isinstance(made[key], kind):
+            raise ValueError(
+                f"{path}: {key} is {_short(made[key])}, not a {'list' if kind is list else 'mapping'}. {LOST}"
+            )
     return made
 
 

@@ -1,4 +1,4 @@
-"""Format lists of names."""
+"""Format lists of names, and texts of others in at most so many characters."""
 
 from collections.abc import Sequence
 
@@ -15,5 +15,13 @@ def listed(names: Sequence[str], most: int = 3) -> str:
 
 def reason(error: BaseException, length: int = 600) -> str:
     """A foreign error in at most so many characters: its words, or its type if it has none."""
-    words = str(error).strip() or type(error).__name__
+    return shortened(str(error).strip() or type(error).__name__, length)
+
+
+def shortened(words: str, length: int) -> str:
+    """The text's beginning.
+
+    >>> shortened("abcdef", 3)
+    'abc...'
+    """
     return words if len(words) <= length else f"{words[:length]}..."
