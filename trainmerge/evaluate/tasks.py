@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 from trainmerge.checkpoints import Output, output_of
 from trainmerge.data.examples import Columns, Example, read_examples
 from trainmerge.data.heads import Head
+from trainmerge.data.media import without_text
 from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.measure import metric_of, predicted
@@ -75,7 +76,9 @@ class TestFiles:
         columns = self._columns()
         names = [*columns.names(), *["label"] * self.labelled]
         try:
-            data = load_examples(file, names, optional=["prompt"], numbers=["label"])
+            data = load_examples(
+                file, names, optional=["prompt"], numbers=["label"], media=columns.media
+            )
         except ValueError as error:
             raise ValueError(
                 f"{error}. A {self.split} file needs the columns {names}: data.columns of the fit names the "
@@ -105,12 +108,16 @@ class TestFiles:
         return self.columns
 
     def _check(self, file: str, examples: Sequence[Example]) -> None:
-        """Every example has a text and, for perplexity, a token that is predicted."""
+        """Every example has a text, picture or sound and, for perplexity, a token that is predicted."""
+        alone = without_text(examples)
+        if unreadable := self.tokenize.media.problems(examples) if alone else []:
+            raise ValueError(f"{file}: {len(unreadable)} of {len(examples)} cannot be read, the first: {unreadable[0]}")
         for i, example in enumerate(examples):
-            blank = not example.text.strip() or (example.target is not None and not example.target.strip())
+            blank = not (alone or example.text.strip())
+            blank |= example.target is not None and not example.target.strip()
             if blank:
                 raise ValueError(f"{file}: example {i} is blank: remove it, or write its text")
-            if self.labelled or example.image:
+            if self.labelled or example.image or example.audio:
                 continue
             if not predicted(self.tokenize.encode([example])).any():
                 raise ValueError(

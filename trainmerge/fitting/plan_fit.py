@@ -18,6 +18,7 @@ from trainmerge.data.batch import Asks, Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
 from trainmerge.model.activation_checkpointing import recompute_blocks
+from trainmerge.model.media_forward import state_numbers, without_tokens
 from trainmerge.plan.devices import Device, measured
 from trainmerge.plan.dry_run import dry_run
 from trainmerge.plan.micro_batches import StepSchedule, rounds
@@ -114,6 +115,10 @@ def _records(module: MergeModule, data: Calibration, step: Step, meta_model: nn.
     asks = module.objective.asks
     if asks == Asks():
         return _Records()
+    if without_tokens(step[0].inputs) and "labels" not in step[0].inputs:
+        one = asks.dtype.itemsize * state_numbers(meta_model, step[0].inputs, asks.layers)
+        each = [one * len(own) for own in data.examples]  # a few classes: negligible
+        return _Records(0, max(each), sum(each))
     config: Any = meta_model.config
     config = getattr(config, "text_config", None) or config
     for name in ("hidden_size", "vocab_size"):
@@ -153,5 +158,5 @@ def _longest(data: Calibration, expert: int, count: int) -> Batch:
     own = sorted(data.examples[expert], key=lambda example: -len(example.text))
     chosen = (own * count)[:count] if len(own) < count else own[:count]
     encoded = data.tokenize.encode(chosen)
-    rows = data.tokenize.pictures.rows(chosen, encoded.inputs)
+    rows = data.tokenize.rows(chosen, encoded.inputs)
     return Batch(expert, encoded.inputs, encoded.mask, torch.arange(count), rows=rows)

@@ -66,6 +66,16 @@ def states(output: Any, classifier: Classifier) -> Tensor:
     return hidden
 
 
+def state_numbers(module: nn.Module, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> int:
+    """Numbers in these layers' states of one example, T * D each; `module` is on the meta device."""
+    if not layers:
+        return 0
+    one = {name: value[:1].to("meta") for name, value in inputs.items()}
+    with torch.no_grad():
+        states = tower(module, one, {"output_hidden_states": list(layers)}).hidden_states
+    return sum(states[layer].numel() for layer in layers)
+
+
 def one_row(hidden: Mapping[int, Tensor], examples: int) -> dict[int, Tensor]:
     """Each layer's states [B, ...] as one vector per example, [B, 1, T * D]: all its patches together.
 
