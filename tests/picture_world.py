@@ -1,4 +1,4 @@
-"""A small world of pictures on disk: base, experts, image processor, pictures. Real formats, seconds to fit."""
+"""A small world of pictures on disk: base, experts, image processor, pictures. Real formats, quick to fit."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -35,6 +35,7 @@ def _classes(names: Mapping[str, Any]) -> frozenset[str]:
 CAUSAL = _classes(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 MASKED = _classes(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 TARGETS = _classes(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+TARGETS |= _classes(auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
 PICTURES = _classes(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 TWO_TOWERS = _classes(auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES)
 ONE_ROW: dict[str, Kind] = {  # endings that transformers uses for nothing else

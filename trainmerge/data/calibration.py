@@ -7,7 +7,6 @@ mid-epoch, with a different number of workers or processes.
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from typing import Any

@@ -78,7 +78,9 @@ class Columns:
 
     def plain(self) -> "Columns":
         """Only what identifies an example: its text, or its picture or sound if that is all."""
-        return replace(self, spans=None, target=None, image=None if self.text or self.messages else self.image)
+        return replace(
+            self, spans=None, target=None, image=None if self.text or self.messages else self.image
+        )
 
     def record(self) -> dict[str, str | None]:
         """The columns as a run's manifest has them: without one that older versions lack, at its default."""

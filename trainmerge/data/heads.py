@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class LabelHead(Head):
     scale: float = TEXT_SCALE
     pooling: Pooling = "mean"
     # Outside the repr, which identities of older runs have.
-    templates: Sequence[str] | str = field(default=(), repr=False, metadata={"added": "0.2.0"})
+    templates: Sequence[str] | str | None = field(default=None, repr=False, metadata={"added": "0.2.0"})
 
     def __post_init__(self) -> None:
         check_fields(self, scale="(0, inf)")
@@ -140,14 +140,10 @@ class LabelHead(Head):
         return checked_labels("LabelHead.labels", list(self.labels))
 
     def prompts(self) -> list[str]:
-        """The templates.
-
-        Raises:
-            ValueError: a file without a list of texts, or a template without {}.
-        """
+        """The templates; raises ValueError if they are no texts with {} in each."""
         if isinstance(self.templates, str):
             return read_templates(Path(self.templates))
-        return checked_templates("LabelHead.templates", list(self.templates))
+        return checked_templates("LabelHead.templates", list(self.templates or ()))
 
 
 @dataclass(frozen=True)

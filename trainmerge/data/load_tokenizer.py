@@ -27,6 +27,16 @@ def takes_text(path: str) -> bool:
     return not {*has} & {*PROCESSORS} or bool({*has} - NEITHER)
 
 
+def present(tokenizer: Any, path: str) -> Any:
+    """The tokenizer; raises ValueError if the folder has none."""
+    if tokenizer is None:
+        raise ValueError(
+            f"{path}: it has no tokenizer, so it reads no texts: for pictures or sounds alone, set "
+            "data.columns.text to null and data.columns.image or audio to their column"
+        )
+    return tokenizer
+
+
 def load_tokenizer(path: str) -> Any:
     """The transformers tokenizer of a folder; it pads and truncates on the right.
 

@@ -111,7 +111,9 @@ def content_digest(media: Media | None) -> str | None:
         return None
     if isinstance(media, str):
         return file_sha256(media)
-    return sha256(struct.pack("<q", media.rate) + media.samples if isinstance(media, Sound) else media).hexdigest()
+    return sha256(
+        struct.pack("<q", media.rate) + media.samples if isinstance(media, Sound) else media
+    ).hexdigest()
 
 
 def open_picture(media: str | bytes) -> Image.Image:

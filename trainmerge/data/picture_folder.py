@@ -23,11 +23,14 @@ def picture_folder(folder: Path) -> datasets.Dataset | None:
     classes = [path for path in below if path.is_dir()]
     flat = _pictures(below)
     inside = [_pictures(path.iterdir()) for path in classes]
-    if deeper := [path for own in classes for path in own.iterdir() if path.is_dir() and _pictures(path.iterdir())]:
+    if deeper := [
+        path for own in classes for path in own.iterdir() if path.is_dir() and _pictures(path.iterdir())
+    ]:
         raise ValueError(f"{folder}: {deeper[0]} has pictures: use one level of subfolders, one per class")
     if flat and any(inside):
         raise ValueError(
-            f"{folder}: {flat[0].name} lies beside subfolders with pictures: use one subfolder per class, or none"
+            f"{folder}: {flat[0].name} lies beside subfolders with pictures: use one subfolder "
+            "per class, or none"
         )
     if not flat and not any(inside):
         return None

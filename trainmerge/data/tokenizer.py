@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainmerge.data.chat import render_chat
 from trainmerge.data.examples import Example
-from trainmerge.data.load_tokenizer import load_tokenizer, takes_text
+from trainmerge.data.load_tokenizer import load_tokenizer, present, takes_text
 from trainmerge.data.media import MediaInputs, without_text
 from trainmerge.data.padding import answers, joined, whole_length
 from trainmerge.data.pictures import Pictures
@@ -82,7 +82,7 @@ class Tokenizer:
         """A text's tokens and bytes after truncation; all bytes without offsets (slow tokenizers)."""
         if not self._tokenizer.is_fast:
             return Located(len(self([text])["input_ids"][0]), len(text.encode()))
-        offsets = self._padded([text], offsets=True)["offset_mapping"][0].tolist()
+        offsets = self._padded([text], offsets=True)["offset_mapping"][0].tolist() or [[0, 0]]
         first, last = offsets[0][1], max(end for _, end in offsets)
         return Located(len(offsets), len(text[first:last].encode()))
 
@@ -137,7 +137,11 @@ class Tokenizer:
 
         Reads the texts only if the tokenizer has such tokens.
         """
-        if self._rows is None or without_text(examples) or max(self._tokenizer.get_vocab().values(), default=0) < self._rows:
+        if (
+            self._rows is None
+            or without_text(examples)
+            or max(self._tokenizer.get_vocab().values(), default=0) < self._rows
+        ):
             return
         for first in range(0, len(examples), together):
             self.encode(examples[first : first + together])
@@ -154,12 +158,7 @@ class Tokenizer:
 
     @property
     def _tokenizer(self) -> Any:
-        if self._own is None:
-            raise ValueError(
-                f"{self.path}: it has no tokenizer, so it reads no texts: for pictures or sounds alone, set "
-                "data.columns.text to null and data.columns.image or audio to their column"
-            )
-        return self._own
+        return present(self._own, self.path)
 
     @cached_property
     def media(self) -> MediaInputs:

@@ -76,9 +76,7 @@ class TestFiles:
         columns = self._columns()
         names = [*columns.names(), *["label"] * self.labelled]
         try:
-            data = load_examples(
-                file, names, optional=["prompt"], numbers=["label"], media=columns.media
-            )
+            data = load_examples(file, names, optional=["prompt"], numbers=["label"], media=columns.media)
         except ValueError as error:
             raise ValueError(
                 f"{error}. A {self.split} file needs the columns {names}: data.columns of the fit names the "
@@ -111,7 +109,9 @@ class TestFiles:
         """Every example has a text, picture or sound and, for perplexity, a token that is predicted."""
         alone = without_text(examples)
         if unreadable := self.tokenize.media.problems(examples) if alone else []:
-            raise ValueError(f"{file}: {len(unreadable)} of {len(examples)} cannot be read, the first: {unreadable[0]}")
+            raise ValueError(
+                f"{file}: {len(unreadable)} of {len(examples)} cannot be read, the first: {unreadable[0]}"
+            )
         for i, example in enumerate(examples):
             blank = not (alone or example.text.strip())
             blank |= example.target is not None and not example.target.strip()

@@ -20,19 +20,24 @@ def media_problems(module: MergeModule, data: Calibration, output: Output) -> li
     base, heads = module.recipe.base, [e.head for e in module.recipe.experts.values()]
     if alone == {False}:
         if output.reads == "both":
-            return [f"{base}: {output.architecture} reads pictures, and its texts are their labels: set {ALONE[:23]}"]
+            return [
+                f"{base}: {output.architecture} reads pictures, and its texts are their labels: set "
+                "data.columns.text to null, and data.columns.image"
+            ]
         return []
     problems = []
     if output.reads == "tokens":
-        problems.append(f"{ALONE}, and {base} is a {output.architecture}, which reads texts: name their column")
+        problems.append(
+            f"{ALONE}, and {base} is a {output.architecture}, which reads texts: name their column"
+        )
     if output.reads == "media" and any(isinstance(head, LabelHead) for head in heads):
         problems.append(
-            f"{base}: {output.architecture} has no text tower, which a LabelHead needs: use the whole model (a "
-            "CLIPModel or SiglipModel) as base and experts, or a LinearHead"
+            f"{base}: {output.architecture} has no text tower, which a LabelHead needs: use the whole model "
+            "(a CLIPModel or SiglipModel) as base and experts, or a LinearHead"
         )
     if data.columns.audio and any(heads):
         problems.append("data.columns.audio with a `head`: sounds need a model with a classifier of its own")
-    if data.columns.audio and module.objective.asks.layers:
+    if data.columns.audio and not data.columns.target and module.objective.asks.layers:
         problems.append(
             "model.objective.layers with data.columns.audio: sounds differ in length, so their hidden states "
             "cannot be compared as one vector; align the logits only (hidden: 0)"

@@ -88,7 +88,9 @@ def example_problems(data: Calibration) -> list[str]:
             found.append(f"{file}: {error}")
             continue
         if unreadable := data.tokenize.media.problems(examples) if without_text(examples) else []:
-            found.append(f"{file}: {len(unreadable)} of {len(examples)} cannot be read, the first: {unreadable[0]}")
+            found.append(
+                f"{file}: {len(unreadable)} of {len(examples)} cannot be read, the first: {unreadable[0]}"
+            )
         elif silent := without_tokens(examples, data.tokenize):
             found.append(
                 f"{file}: {len(silent)} of {len(examples)} examples are blank or have no unmasked token, the "

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from trainmerge.coefficients.layout import Granularity
+from trainmerge.data.examples import Columns
 from trainmerge.run.config import to_config
 from trainmerge.run.recipe import Recipe
 from trainmerge.system.atomic import write_whole
@@ -27,10 +28,16 @@ class Suggestion:
     reasons: Mapping[str, str]  # key -> why
 
 
-def suggest(recipe: Recipe, examples: Mapping[str, int], geometry: Geometry | None) -> Suggestion:
+def suggest(
+    recipe: Recipe,
+    examples: Mapping[str, int],
+    geometry: Geometry | None,
+    columns: Columns = Columns(),  # noqa: B008 - frozen
+) -> Suggestion:
     """Objective, grouping, start and steps for a recipe; a closed form without calibration examples.
 
-    `examples` is the number per expert; `geometry` of the task vectors, if measured, refines the start.
+    `examples` is the number per expert, read by `columns`; `geometry` of the task vectors, if measured,
+    refines the start.
     """
     K = len(recipe.experts)
     if len(examples) < K or not all(examples.values()):
@@ -63,7 +70,12 @@ def suggest(recipe: Recipe, examples: Mapping[str, int], geometry: Geometry | No
             "initial": start,
             "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.05}},
         },
-        "data": {"batch_size": min(4 if heads else 1, fewest), "max_examples": 256, "max_length": 256},
+        "data": {
+            "batch_size": min(4 if heads else 1, fewest),
+            "max_examples": 256,
+            "max_length": 256,
+            **({} if columns == Columns() else {"columns": columns.record()}),
+        },
         "trainer": {"max_steps": steps},
     }
     return Suggestion(settings, reasons)

@@ -23,7 +23,6 @@ from trainmerge.model.media_forward import (
 )
 
 
-
 def forward(
     module: nn.Module, batch: Batch, classifier: Classifier | None, layers: Sequence[int] = ()
 ) -> Outputs:

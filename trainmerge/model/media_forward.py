@@ -59,8 +59,8 @@ def states(output: Any, classifier: Classifier) -> Tensor:
     if hidden.dim() == 4:  # [B, C, H, W]
         if classifier.pooling == "first":
             raise ValueError(
-                f"pooling: first needs a first position, and the model gives a map {tuple(hidden.shape)}: use "
-                "pooled, or mean"
+                f"pooling: first needs a first position, and the model gives a map {tuple(hidden.shape)}: "
+                "use pooled, or mean"
             )
         hidden = hidden.flatten(2).transpose(1, 2)
     return hidden

@@ -14,8 +14,9 @@ from trainmerge.data.batch import Batch, Outputs
 from trainmerge.data.examples import Example
 from trainmerge.data.heads import Classifier
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.model.forward import Tokenize, build_classifier, forward
+from trainmerge.model.forward import build_classifier, forward
 from trainmerge.model.fsdp import Root, shard_model
+from trainmerge.model.media_forward import Tokenize
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.preprocess import Preprocess, apply
 from trainmerge.run.opened import Opened
