@@ -22,7 +22,7 @@ from trainmerge.cli import main
 from trainmerge.data.media import MediaInputs
 from trainmerge.fitting.preflight import check_tasks
 from trainmerge.run.config import to_config
-from trainmerge.run.recipe import calibration_files, test_files
+from trainmerge.run import recipe as recipes
 
 HEADS = {
     "shade": tm.LabelHead(["red", "blue", "green"], templates=["good {}", "a {} fish"]),
@@ -43,7 +43,7 @@ def parts(
         **settings,
     )
     data = tm.Calibration(
-        calibration_files(merge), merge.base, test_files(merge), batch_size=4, columns=columns
+        recipes.calibration_files(merge), merge.base, recipes.test_files(merge), batch_size=4, columns=columns
     )
     return module, data
 
