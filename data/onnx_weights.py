@@ -1,4 +1,4 @@
-"""The weights of an ONNX file by name, without the onnx package: a reader of protobuf's wire format.
+"""The weights of an ONNX file by name, without the onnx package: it reads protobuf's wire format.
 
 Only what is needed: graph (field 7 of the model), its nodes (1) and initialisers (5), float32.
 """

@@ -1,11 +1,11 @@
 """Prepare the pictures of the vision suite in the cache.
 
-<cache>/pictures/<task>/train.parquet        labelled: what the task's probe and expert are trained on
+<cache>/pictures/<task>/train.parquet        labelled: what probe and expert are trained on
 <cache>/pictures/<task>/calibration.parquet  unlabelled, other pictures: for learning coefficients
 <cache>/pictures/<task>/test.parquet         labelled: only for scores
 
-Fashion-MNIST (Debian, 70,000 of 28 x 28) and scikit-learn's digits (1,797 of 8 x 8), and variants of them:
-rotated by 90 degrees, inverted, the middle enlarged. No two tasks share a picture.
+Fashion-MNIST (Debian, 70,000 of 28 x 28) and scikit-learn's digits (1,797 of 8 x 8), and variants
+of them: rotated by 90 degrees, inverted, the middle enlarged. No two tasks share a picture.
 """
 
 import gzip
@@ -22,9 +22,10 @@ from typing import Literal
 
 import datasets
 import numpy as np
-from atomic import complete_folder
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+
+from atomic import complete_folder
 from sources import FASHION, SCIKIT_LEARN, FetchError, cache_dir, fetch, say
 
 Grey = NDArray[np.uint8]

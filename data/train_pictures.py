@@ -1,9 +1,9 @@
 """Train the experts of the vision suite: DINOv2 ViT-S/14 with one linear probe a task.
 
-<cache>/heads/pictures/<task>.safetensors    the probe on the base's pooled output, frozen from then on
+<cache>/heads/pictures/<task>.safetensors    the probe on the base's pooled output, frozen
 <cache>/experts/pictures/<task>/             all weights of the tower, trained under that probe
 
-A finished expert is skipped; a stopped run leaves none half done, so just run the same command again.
+A finished expert is skipped; a stopped run leaves none half done, so run the same command again.
 
 B pictures, C classes, D hidden size, N pictures of a task.
 """
@@ -18,16 +18,17 @@ from pathlib import Path
 
 import datasets
 import torch
-from atomic import complete_folder
-from dino import base_dir, prepare_base
-from picture_tasks import TASKS, picture_dir, prepare_pictures
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sources import FetchError, cache_dir, say
-from texts import write_json
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import BitImageProcessorPil, Dinov2Model, get_linear_schedule_with_warmup
+
+from atomic import complete_folder
+from dino import base_dir, prepare_base
+from picture_tasks import TASKS, picture_dir, prepare_pictures
+from sources import FetchError, cache_dir, say
+from texts import write_json
 
 LEARNING_RATE, WEIGHT_DECAY, BATCH, WARM_UP, CLIP, SEED = 2e-5, 0.01, 32, 0.1, 1.0, 0
 SEEN = 1600  # pictures that each expert is trained on, repeated as often as it takes
@@ -75,9 +76,14 @@ def probe(inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:  # [N,D], [N] ->
     return {"classifier.weight": head.weight.detach(), "classifier.bias": head.bias.detach()}
 
 
+def logits(head: dict[str, Tensor], inputs: Tensor) -> Tensor:  # [N,D] -> [N,C]
+    """The probe's."""
+    return nn.functional.linear(inputs, head["classifier.weight"], head["classifier.bias"])
+
+
 def accuracy(model: nn.Module, head: dict[str, Tensor], pixels: Tensor, labels: Tensor) -> float:
     """The share of right answers."""
-    found = nn.functional.linear(features(model, pixels), *head.values()).argmax(-1)
+    found = logits(head, features(model, pixels)).argmax(-1)
     return float((found == labels).double().mean())
 
 
@@ -94,8 +100,8 @@ def fit(
         if len(stream) < BATCH:
             stream += order.sample(range(len(labels)), len(labels))
         chosen, stream = stream[:BATCH], stream[BATCH:]
-        logits = nn.functional.linear(model(pixels[chosen]).pooler_output, *head.values())
-        nn.functional.cross_entropy(logits, labels[chosen]).backward()
+        found = logits(head, model(pixels[chosen]).pooler_output)
+        nn.functional.cross_entropy(found, labels[chosen]).backward()
         nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         schedule.step()

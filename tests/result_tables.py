@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tests import closed_suite, lm_suite, results, suite
+from tests import closed_suite, lm_suite, results, suite, vision_suite
 from tests.bench import paper
 
 PAGES = (Path("README.md"), *sorted(Path("notebooks/docs").rglob("*.md")))
@@ -114,6 +114,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lm-curve": lambda: lm_suite.curve(lm_suite.measured()),
     "lm-loss": lambda: lm_suite.losses(lm_suite.measured()),
     "closed-forms": closed_suite.table,
+    "vision-suite": lambda: vision_suite.table(vision_suite.measured()),
     "front": front,
     "paper": paper.table,
     "soak": soak,

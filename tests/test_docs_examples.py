@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.picture_world import TASKS as PICTURES
+from tests.picture_world import clip, write_picture_world
 from tests.world import LABELS, write_languages, write_world
 from trainmerge.cli import main
 from trainmerge.fitting.allocate_chunks import allocate_run
@@ -54,11 +56,14 @@ def of_kind(kind: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Encoders with heads, and language models."""
-    encoders, languages = tmp_path_factory.mktemp("encoders"), tmp_path_factory.mktemp("languages")
-    write_world(encoders)
-    write_languages(languages)
-    return {"encoders": encoders, "languages": languages}
+    """Encoders with heads, language models, and CLIPs with pictures."""
+    made = {name: tmp_path_factory.mktemp(name) for name in ("encoders", "languages", "pictures")}
+    write_world(made["encoders"])
+    write_languages(made["languages"])
+    write_picture_world(made["pictures"], clip)
+    for task in PICTURES:
+        shutil.copy(made["encoders"] / "mood" / "labels.json", made["pictures"] / task)
+    return made
 
 
 def link(place: str, target: Path) -> None:
@@ -68,9 +73,13 @@ def link(place: str, target: Path) -> None:
         Path(place).symlink_to(target)
 
 
-def files_of(worlds: dict[str, Path], encoders: bool, number: int) -> dict[str, Path]:
+def files_of(worlds: dict[str, Path], world: str, number: int) -> dict[str, Path]:
     """The number-th expert's files, by their key in a recipe."""
-    if encoders:
+    if world == "pictures":
+        root, task = worlds["pictures"], PICTURES[number]
+        folders = {name: root / task / name for name in ("calibration", "test")}
+        return {"path": root / "experts" / task, "labels": root / task / "labels.json", **folders}
+    if world == "encoders":
         root, task = worlds["encoders"], TASKS[number]
         texts = {name: root / task / f"{name}.jsonl" for name in ("calibration", "test")}
         return {"path": root / "experts" / task, "labels": root / task / "labels.json", **texts}
@@ -88,20 +97,23 @@ def completed(example: Example, worlds: dict[str, Path]) -> dict[str, Any]:
     """The example's configuration with what it leaves out, and its files in place."""
     content: dict[str, Any] = yaml.safe_load(example.code)
     encoders = "LabelHead" in example.code or "diversity" in example.code
+    world = "encoders" if encoders else "languages"
+    if "text: null" in example.code:
+        world = "pictures"
     recipe = content.setdefault("recipe", {})
-    link(recipe.setdefault("base", "base"), worlds["encoders" if encoders else "languages"] / "base")
+    link(recipe.setdefault("base", "base"), worlds[world] / "base")
     names = EXPERTS.get(example.page.stem, ("movie", "r8"))
     recipe.setdefault("experts", {name: default_expert(name, encoders) for name in names})
     experts = expand(content)["recipe"]["experts"]
     for number, task in enumerate([*experts.values(), *recipe.get("held_out", {}).values()]):
-        files = files_of(worlds, encoders, number)
+        files = files_of(worlds, world, number)
         for key in {"path", "calibration", "test"} & set(task):
             link(task[key], files[key])
         if "head" in task:
             link(task["head"]["init_args"]["labels"], files["labels"])
     initial = content.get("model", {}).get("initial")
     if isinstance(initial, dict) and "texts" in initial["init_args"]:
-        link(initial["init_args"]["texts"], files_of(worlds, encoders, 0)["calibration"])
+        link(initial["init_args"]["texts"], files_of(worlds, world, 0)["calibration"])
     if isinstance(initial, dict) and "outer" in initial["init_args"]:
         initial["init_args"].update(bottom=1, top=0, transition=0)  # these models have two blocks
     trainer = content.setdefault("trainer", {})
@@ -140,7 +152,7 @@ def test_python_runs(
     monkeypatch.chdir(tmp_path)
     link("data/cache/models/minilm-l6", worlds["encoders"] / "base")
     for number, name in enumerate(("movie", "r8")):
-        files = files_of(worlds, encoders=True, number=number)
+        files = files_of(worlds, "encoders", number)
         link(f"data/experts/{name}", files["path"])
         link(f"data/cache/text/{name}/calibration.jsonl", files["calibration"])
         link(f"data/cache/text/{name}/labels.json", files["labels"])

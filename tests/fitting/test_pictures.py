@@ -11,18 +11,34 @@ import transformers
 import yaml
 from PIL import Image
 from torch import nn
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    CLIPModel,
+    CLIPVisionModel,
+)
 
 import trainmerge as tm
 from tests import world
 from tests.data.test_media import write_rows, write_wave
 from tests.family_settings import SPEECH, WHISPER
-from tests.picture_world import ALONE, TASKS, build, clip, nudge, siglip, vit, write_picture_world
+from tests.picture_world import (
+    ALONE,
+    TASKS,
+    build,
+    clip,
+    nudge,
+    siglip,
+    vit,
+    write_picture_world,
+    write_pictures,
+)
 from trainmerge.cli import main
 from trainmerge.data.media import MediaInputs
 from trainmerge.fitting.preflight import check_tasks
-from trainmerge.run.config import to_config
 from trainmerge.run import recipe as recipes
+from trainmerge.run.config import to_config
 
 HEADS = {
     "shade": tm.LabelHead(["red", "blue", "green"], templates=["good {}", "a {} fish"]),
@@ -201,6 +217,37 @@ def test_configuration_plan_inspection_and_suggestion(
     assert main(["fit", "--config", config, "--run", run]) == 0
     assert main(["evaluate", run, "--compare", "false"]) == 0
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_adamergings_clip_configuration_runs_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its eight tasks, with towers that were fine-tuned alone and put back into the whole."""
+    config = Path("configs/adamerging-clip.yaml").resolve()
+    names = yaml.safe_load(config.read_text())["recipe"]["experts"]
+    write_picture_world(tmp_path / "made", clip)
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "made" / "base").rename(tmp_path / "clip" / "base")
+    for seed, name in enumerate(names):
+        folder = tmp_path / "clip" / name
+        tower = CLIPVisionModel.from_pretrained(tmp_path / "clip" / "base")
+        nudge(tower, seed)
+        tower.save_pretrained(tmp_path / "tower")
+        whole = CLIPModel.from_pretrained(tmp_path / "clip" / "base")
+        whole.vision_model.load_state_dict(CLIPVisionModel.from_pretrained(tmp_path / "tower").state_dict())
+        whole.save_pretrained(folder)
+        write_pictures(folder, TASKS[seed % 2], 50 * seed, count=16)
+        (folder / "labels.json").write_text('["red", "blue", "green"]')
+        (folder / "templates.json").write_text('["good {}", "a {} fish"]')
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", str(config), "run", "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"]) == 0
+    coefficients = tm.load_coefficients("run/coefficients.safetensors")
+    assert coefficients.experts == tuple(names)
+    assert {name.partition(".")[0] for name in coefficients.layout.groups} == {
+        "vision_model",
+        "visual_projection",
+    }
+    assert 0.0015 < float((coefficients.raw.detach() - 0.3).abs().max()) < 0.0025  # Adam's two steps of 0.001
 
 
 def hubert() -> nn.Module:
