@@ -1,6 +1,7 @@
 """What a checkpoint's model puts out, decided by its class: this decides the measure of `evaluate`."""
 
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -94,6 +95,7 @@ def output_of_class(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Ou
     if towers:  # examples are pictures, and the texts are their labels
         text = getattr(config, "vision_config", text)
     hidden = getattr(text, "hidden_size", None)
+    reads_text = "input_ids" in signature(kind.forward).parameters
     projected = towers or kind.__name__.endswith("WithProjection")
     return Output(
         kind.__name__,
@@ -102,7 +104,7 @@ def output_of_class(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Ou
         problem=config.problem_type if found == "classifier" else None,
         hidden=hidden,
         layers=next((n for name in DEPTHS if (n := getattr(text, name, None)) is not None), None),
-        reads="both" if towers else "tokens" if kind.main_input_name == "input_ids" else "media",
+        reads="both" if towers else "tokens" if reads_text else "media",
         embedding=getattr(config, "projection_dim", hidden) if projected else hidden,
     )
 

@@ -18,6 +18,11 @@ def media_problems(module: MergeModule, data: Calibration, output: Output) -> li
     """What base, heads and objective cannot do with pictures or sounds alone; empty for texts."""
     alone = {without_text(examples) for examples in data.examples}
     base, heads = module.recipe.base, [e.head for e in module.recipe.experts.values()]
+    if alone == {False} and output.reads == "media":
+        return [
+            f"{base}: {output.architecture} reads pictures or sounds and no texts: set data.columns.text "
+            "to null, and data.columns.image or audio to their column"
+        ]
     if alone == {False}:
         if output.reads == "both":
             return [
