@@ -71,6 +71,25 @@ def test_a_dense_layer_after_the_model_is_the_bases(tmp_path: Path) -> None:
     assert {"model.safetensors", "2_Dense/model.safetensors"} < manifest["files"].keys()
 
 
+def test_a_farm_of_linked_weights_exports_the_same_and_no_linked_secret(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    merge = recipe(tmp_path)
+    fit_world(tmp_path, tmp_path / "run", steps=1, recipe=merge)
+    tm.export_run(tmp_path / "run", tmp_path / "before")
+    folders = [Path(merge.base), *(Path(expert.path) for expert in merge.experts.values())]
+    for number, folder in enumerate(folders):
+        for file in folder.glob("*.safetensors"):
+            file.rename(tmp_path / f"stored-{number}")
+            file.symlink_to(tmp_path / f"stored-{number}")
+    (tmp_path / "secret").write_text("token=hf_x")
+    (folders[0] / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.warns(UserWarning, match=r"notes\.txt is a link that leads out"):
+        tm.export_run(tmp_path / "run", tmp_path / "after")
+    before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("before", "after"))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any(b"hf_x" in path.read_bytes() for path in (tmp_path / "after").iterdir())
+
+
 def test_a_corrected_side_file_is_exported(tmp_path: Path) -> None:
     write_world(tmp_path)
     merge = recipe(tmp_path)

@@ -48,14 +48,10 @@ def find_sources(
     for expert, folder in experts.items():
         path = Path(folder)
         try:
-            check_one_generation(path)
-            if (path / ADAPTER).is_file():
-                plan = _adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
-                plans[expert], found = plan
-                problems += [f"{expert}: {line}" for line in found]
-            else:
-                plans[expert] = plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary)
-                warn_of_side_modules(base.path, path)
+            plans[expert], found = _plan(
+                frame, expert, path, ignore, allow_pickle, workspace, shared_vocabulary
+            )
+            problems += [f"{expert}: {line}" for line in found]
             problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path, rows)]
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
@@ -71,6 +67,24 @@ def _sources(frame: Parameters, plans: Mapping[str, Plan]) -> Sources:
     roles = roles_of(frame.meta_model)
     known = {name: roles[parameter] for parameter, name in frame.files.items()}
     return Sources(tuple(known), frame.tied, sources, known)
+
+
+def _plan(
+    frame: Parameters,
+    expert: str,
+    path: Path,
+    ignore: Sequence[str],
+    allow_pickle: bool,
+    workspace: Path | None,
+    shared_vocabulary: bool,
+) -> tuple[Plan, list[str]]:
+    """One expert, and its mismatches beyond those that its plan raises."""
+    check_one_generation(path)
+    if (path / ADAPTER).is_file():
+        return _adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
+    plan = plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary)
+    warn_of_side_modules(frame.checkpoint.path, path)
+    return plan, []
 
 
 def _adapter(
@@ -100,4 +114,5 @@ def _check_ties(frame: Parameters, plans: Mapping[str, Plan]) -> None:
 def _raise(base: Checkpoint, problems: Sequence[str]) -> None:
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ValueError(f"{len(problems)} mismatches between the base {base.path} and its experts:\n{lines}")
+        count = "1 mismatch" if len(problems) == 1 else f"{len(problems)} mismatches"
+        raise ValueError(f"{count} between the base {base.path} and its experts:\n{lines}")

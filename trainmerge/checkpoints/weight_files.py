@@ -86,7 +86,7 @@ def find_weights(
     Raises:
         FileNotFoundError: there are none.
         ValueError: a single file and shards of the same format, only pickled ones without permission, an
-            unusable index, or a link that leads outside.
+            unusable index, or a link of pickled weights that leads outside.
     """
     _check_one_set(path, safe)
     for single in [safe, pickled]:
@@ -98,7 +98,7 @@ def find_weights(
                 "or set allow_pickle if you trust their source."
             )
         if (path / single).is_file():
-            check_link(path, path / single)
+            _check_weights_link(path, path / single)
             _warn_of_others(path, [path / single], safe, pickled)
             return [path / single], None
         index = path / f"{single}.index.json"
@@ -106,7 +106,7 @@ def find_weights(
             names = _weight_map(index, Path(single).suffix)
             files = [path / file for file in sorted(set(names.values()))]
             for file in files:
-                check_link(path, file)
+                _check_weights_link(path, file)
             _warn_of_others(path, files, safe, pickled)
             return files, names
     dangling = [path / single for single in (safe, pickled) if (path / single).is_symlink()]
@@ -115,6 +115,16 @@ def find_weights(
         f"{path}: no weights: neither {safe} nor {safe}.index.json exists{''.join(gone)}. Check the path, "
         "or download them again."
     )
+
+
+def _check_weights_link(folder: Path, file: Path) -> None:
+    """Raise ValueError if a file of pickled weights is a link that leads outside.
+
+    A safetensors file may lie anywhere, as in a farm of links: what is not one is refused when it is opened,
+    and an export has its tensors only, never the file.
+    """
+    if file.suffix != Path(SAFETENSORS).suffix:
+        check_link(folder, file)
 
 
 def _has(path: Path, name: str) -> bool:

@@ -79,16 +79,19 @@ def copy_side_files(source: Path, target: Path) -> None:
         place = path.relative_to(source)
         if not path.is_file() or _is_hidden(place) or set(place.parents) & foreign:
             continue
+        of_module = bool(modules.intersection(place.parents)) and place.suffix in OF_MODULES
+        if path.suffix.lower() in WEIGHTS and not of_module:
+            continue  # of the base
         if leads_outside(source, path):
             warnings.warn(
                 f"{path} is a link that leads out of {source}: it is not copied. If the file belongs to "
                 "the checkpoint, copy it there",
                 stacklevel=2,
             )
-        elif _is_copied(path, place) or (modules.intersection(place.parents) and place.suffix in OF_MODULES):
+        elif of_module or _is_copied(path, place):
             (target / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / place)
-        elif path.suffix.lower() not in WEIGHTS and path.suffix.lower() not in COPIED:
+        elif path.suffix.lower() not in COPIED:
             unknown.append(str(place))
     if unknown:
         warnings.warn(
