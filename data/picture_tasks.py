@@ -44,7 +44,7 @@ class PictureTask:
     change: Callable[[Image.Image], Image.Image]
     num_train: int
     num_calibration: int = 128
-    num_test: int = 250
+    num_test: int = 500
 
 
 def same(picture: Image.Image) -> Image.Image:
@@ -64,9 +64,9 @@ def cropped(picture: Image.Image) -> Image.Image:
 
 TASKS = {
     "fashion": PictureTask("fashion", 0, same, 1500),
-    "digits": PictureTask("digits", 0, same, 500),
+    "digits": PictureTask("digits", 0, same, 500, num_test=270),
     "fashion-rotated": PictureTask("fashion", 1, rotated, 1500),
-    "digits-inverted": PictureTask("digits", 1, ImageOps.invert, 500),
+    "digits-inverted": PictureTask("digits", 1, ImageOps.invert, 500, num_test=270),
     "fashion-cropped": PictureTask("fashion", 2, cropped, 1500),
 }
 
