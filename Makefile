@@ -37,7 +37,7 @@ data-lm: $(READY) ## fetch SmolLM2 and four domains' documents, train three expe
 	@ln -sfn $(CACHE) data/cache
 	@$(BIN)/python data/train_lm_experts.py
 
-data-vision: $(READY) ## fetch DINOv2, Fashion-MNIST and digits, train five experts (once)
+data-vision: $(READY) ## fetch DINOv2, Fashion-MNIST and digits, train four experts (once)
 	@ln -sfn $(CACHE) data/cache
 	@$(BIN)/python data/train_pictures.py
 

@@ -1,4 +1,4 @@
-"""`make suite-vision`: AdaMerging as published and ours on pictures: DINOv2 ViT-S/14, five tasks, 3 seeds.
+"""`make suite-vision`: AdaMerging as published and ours on pictures: DINOv2 ViT-S/14, four tasks, 3 seeds.
 
 Resumable, as `tests.suite`. Best task arithmetic is chosen on the test pictures, so that row is an oracle's.
 """
