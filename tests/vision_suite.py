@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, pstdev
 
+import torch
+
 from tests import results
 from tests.suite import Scores, command
+from trainmerge.evaluate import evaluate_run
 
 CONFIG = "pictures.yaml"
 RUNS = Path("runs/vision-suite")
 SEEDS = (0, 1, 2)
 MIXED = ("--trainer.precision=bf16-mixed",)
-GRID = "[0.1, 0.2, 0.3, 0.4, 0.5]"
+GRID = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,16 @@ METHODS = {
     ),
     "guarded": Method("guarded entropy (ours)", (*ENTROPY, "--model.objective.agreement=5.0")),
     "alignment": Method("alignment with the experts (ours)", ()),
+    "hidden": Method(
+        "alignment of logits and last hidden states (ours)",
+        (
+            "--model.objective.hidden=1.0",
+            "--model.initial=0.2",
+            "--data.max_examples=128",
+            "--trainer.max_steps=60",
+            "--model.lr_scheduler.init_args.T_max=60",
+        ),
+    ),
     "alignment-optmerge": Method(
         "alignment from OptMerge (ours)",
         ('--recipe.preprocess=[{"class_path": "trainmerge.OptMerge"}]', "--model.initial=1.0"),
@@ -58,7 +71,7 @@ def score(name: str, seed: int, compare: bool) -> None:
     if results.recall(f"vision/{run.name}", made_by) is not None:
         return
     command("fit", "--config", f"configs/{CONFIG}", "--run", str(run), "--report", "false", *options)
-    command("evaluate", str(run), "--compare", str(compare).lower(), "--grid", GRID)
+    evaluate_run(run, grid=GRID, compare=compare).write_scores(run / "scores.json")
     scores: Scores = json.loads((run / "scores.json").read_text())
     results.keep(f"vision/{run.name}", made_by, scores)
     print(f"{run}: {scores['learned']['mean']:.4f}", file=sys.stderr, flush=True)
@@ -103,6 +116,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     given = parser.parse_args()
+    torch.set_num_threads(1)
     for seed in given.seeds:
         for name in given.methods:
             compared = any('"expert"' in file.read_text() for file in results.FOLDER.glob("vision/*.json"))
