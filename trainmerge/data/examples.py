@@ -31,6 +31,7 @@ class Example(NamedTuple):
     image: str | bytes | None = None  # path of the picture, or its file's content
     templated: bool = False  # `text` already has its special tokens
     audio: Media | None = None  # path of the sound, its file's content, or its samples
+    pair: str | None = None  # the second text of a pair
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Columns:
             the loss, the picture's too.
         audio: Path of a WAV file; or a `datasets.Audio`, bytes, or `array` and `sampling_rate`. Needs
             `text` None.
+        pair: The second text of a pair: a hypothesis, a passage to rank, the context of the question in
+            `text`.
     """
 
     text: str | None = "text"
@@ -58,6 +61,7 @@ class Columns:
     target: str | None = None
     image: str | None = None
     audio: str | None = field(default=None, metadata={"added": "0.2.0"})
+    pair: str | None = field(default=None, metadata={"added": "0.2.0"})
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -65,10 +69,14 @@ class Columns:
             raise ValueError("data.columns.text is null: name a column of pictures (image) or sounds (audio)")
         if self.audio and (self.messages or self.text or self.image):
             raise ValueError("data.columns.audio: sounds are read alone: set text to null, without image")
+        if self.pair and (self.messages or self.spans or self.media or not self.text):
+            raise ValueError(
+                "data.columns.pair: pairs are two plain texts: leave out messages, spans, image and audio"
+            )
 
     def names(self) -> list[str]:
         """The columns that a file must have."""
-        chosen = [self.messages or self.text, self.spans, self.target, *self.media]
+        chosen = [self.messages or self.text, self.spans, self.target, *self.media, self.pair]
         return [name for name in chosen if name]
 
     @property
@@ -77,7 +85,7 @@ class Columns:
         return [name for name in (self.image, self.audio) if name]
 
     def plain(self) -> "Columns":
-        """Only what identifies an example: its text, or its picture or sound if that is all."""
+        """Only what identifies an example: its texts, or its picture or sound if that is all."""
         return replace(
             self, spans=None, target=None, image=None if self.text or self.messages else self.image
         )
@@ -125,6 +133,8 @@ def _example(
         )
     if columns.spans:
         example = example._replace(spans=_spans(row[columns.spans], len(example.text), where))
+    if columns.pair:
+        example = example._replace(pair=_text(row, columns.pair, where))
     if columns.target:
         example = example._replace(target=_text(row, columns.target, where))
     if columns.image:
@@ -138,11 +148,14 @@ def _example(
 def contents(example: Example) -> list[Any]:
     """The example as JSON data, with picture and sound identified by content."""
     own = [*example._replace(image=None)[:5], content_digest(example.image)]
-    return [*own, content_digest(example.audio)] if example.audio else own
+    own += [content_digest(example.audio)] if example.audio else []
+    return own if example.pair is None else [*own, example.pair]
 
 
 def subject(example: Example) -> str:
-    """What two files must not share: the text, or the content of a picture or sound alone."""
+    """What two files must not share: the text, both of a pair, or the content of a picture or sound alone."""
+    if example.pair is not None:
+        return json.dumps([example.text, example.pair])
     return example.text or content_digest(example.image or example.audio) or ""
 
 
