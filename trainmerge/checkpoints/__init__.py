@@ -13,7 +13,7 @@ from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
     from trainmerge.checkpoints.compatibility import find_sources
-    from trainmerge.checkpoints.find_own_heads import find_own_heads
+    from trainmerge.checkpoints.expert_heads import find_own_heads
     from trainmerge.checkpoints.head_parts import may_have_head
     from trainmerge.checkpoints.linear_head import beyond_linear
     from trainmerge.checkpoints.meta_model import build_meta_model, locate
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _HEAVY = {
     "beyond_linear": "linear_head",
     "empty_model": "model",
-    "find_own_heads": "find_own_heads",
+    "find_own_heads": "expert_heads",
     "find_sources": "compatibility",
     "LoadedModel": "model",
     "load_meta_model": "model",
