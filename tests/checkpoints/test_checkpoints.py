@@ -178,6 +178,15 @@ def test_an_index_may_not_lead_out_of_its_folder(sharded: Path, name: str) -> No
     assert repr(name) in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["a" * 300 + ".safetensors", "a/" + "b" * 9000 + ".safetensors"])
+def test_a_name_that_no_file_can_have(sharded: Path, name: str) -> None:
+    index = sharded / "model.safetensors.index.json"
+    edit_json(index, weight_map={**json.loads(index.read_text())["weight_map"], "evil": name})
+    with pytest.raises(ValueError, match=r"\.\.\. is not a \.safetensors file inside") as error:
+        open_checkpoint(sharded)
+    assert len(str(error.value)) < 1000
+
+
 def test_index_and_shards_must_agree_both_ways(sharded: Path) -> None:
     index = sharded / "model.safetensors.index.json"
     names = json.loads(index.read_text())["weight_map"]

@@ -14,6 +14,7 @@ from trainmerge.checkpoints.roles import roles_of
 from trainmerge.checkpoints.side_modules import warn_of_side_modules
 from trainmerge.checkpoints.sources import Sources
 from trainmerge.checkpoints.ties import differing_ties, lost_ties, one_sided_updates
+from trainmerge.checkpoints.token_ties import token_tie_problems
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
 from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_folder_json
 
@@ -105,6 +106,7 @@ def _adapter(
     plan = plan_adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary, whole_head)
     recorded = read_folder_json(path / ADAPTER).get("base_model_name_or_path")
     mismatches = recorded_mismatches(frame.meta_model, frame.checkpoint.path, path, recorded)
+    mismatches += token_tie_problems(frame, path, plan.adapter.keys, recorded)
     return plan, mismatches + one_sided_updates(frame, path, plan.adapter.keys)
 
 

@@ -24,7 +24,7 @@ from trainmerge.model.resident import Resident
 from trainmerge.model.teacher_recorder import Recorder, cumulated
 from trainmerge.system import distributed
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
-from trainmerge.system.workspace import digest, open_cached
+from trainmerge.system.workspace import digest, metadata_of, open_cached
 
 BUDGET = 256 << 20  # bytes of recorded probabilities, of all experts
 
@@ -75,14 +75,14 @@ def record_teachers(
     probabilities are recorded if they fit into `budget` bytes, else as many of the largest per row as fit.
 
     Raises:
-        ValueError: an example has no unmasked position.
+        ValueError: an example has no unmasked position, or the record is damaged.
     """
     identity = digest(f"[{depends_on!r}, {asks.identity()}, {budget!r}]")
     path = folder / f"teachers-{identity}.safetensors"
     if not distributed.broadcast(path.exists()):
         _make(path, resident, examples, tokenizer, asks, budget)
     file = open_cached(path)
-    starts = json.loads(file.metadata["starts"])
+    starts = metadata_of(file, "starts")
     rows = json.loads(file.metadata.get("row_starts", "[]")) or [None] * len(starts)
     records = [_open(file, k, starts[k], rows[k], asks) for k in range(len(starts))]
     if distributed.rank() == 0:
