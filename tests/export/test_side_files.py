@@ -47,6 +47,27 @@ def test_side_files_travel_and_weights_do_not(tmp_path: Path) -> None:
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == set(TRAVELS)
 
 
+@pytest.mark.parametrize(
+    "local", ["/home/me/base", "./base", "~/base", "data/cache/base", r"C:\me\base", "here", "../x"]
+)
+def test_local_paths_of_origin_are_left_out_and_hub_ids_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: str
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    base.mkdir()
+    content = {"_name_or_path": "org/name-1.5", "text_config": {"_name_or_path": local, "é": 1.5}, "x": []}
+    (base / "config.json").write_text(json.dumps(content))
+    (base / "tokenizer_config.json").write_text(json.dumps({"name_or_path": local}))
+    (base / "adapter_config.json").write_text('{ "base_model_name_or_path":"gpt2","a":1}')
+    copy_side_files(base, out)
+    read = {path.name: json.loads(path.read_text()) for path in out.iterdir()}
+    assert read["config.json"] == {**content, "text_config": {"é": 1.5}}
+    assert read["tokenizer_config.json"] == {}
+    assert (out / "adapter_config.json").read_bytes() == (base / "adapter_config.json").read_bytes()
+
+
 def write_dense(folder: Path, scale: float) -> None:
     (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense"}]))
     (folder / "2_Dense").mkdir()

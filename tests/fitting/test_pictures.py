@@ -88,6 +88,36 @@ def test_own_heads_on_pictures_fit_evaluate_and_export(tmp_path: Path) -> None:
     assert scores["learned"] in tm.evaluate_checkpoint(merged, merge, columns=ALONE).scores.values()
 
 
+@pytest.mark.parametrize(
+    ("base", "kind", "settings"),
+    [
+        ("ViTModel", "ViTForImageClassification", VISION),
+        ("Dinov2Model", "Dinov2ForImageClassification", VISION),
+        ("ConvNextModel", "ConvNextForImageClassification", CONVNEXT),
+    ],
+)
+def test_experts_bring_classifiers_of_their_own(
+    tmp_path: Path, base: str, kind: str, settings: dict[str, Any]
+) -> None:
+    """A tower as base; one expert has three classes, the other five."""
+    merge = write_picture_world(tmp_path, lambda: build(base, dict(settings)))
+    for seed, (task, classes) in enumerate(zip(TASKS, (3, 5), strict=True)):
+        expert = build(kind, {**settings, "num_labels": classes})
+        expert.base_model.load_state_dict(
+            AutoModel.from_pretrained(merge.experts[task].path).state_dict(), strict=False
+        )
+        nudge(expert, seed, 0.2)
+        expert.save_pretrained(merge.experts[task].path)
+    module, data = parts(merge, run := tmp_path / "run")
+    fit(module, data, run)
+    scores = tm.evaluate_run(run).scores
+    for task in TASKS:
+        test = tmp_path / task / "test"
+        assert scores["expert"][task] == pytest.approx(right(tmp_path / "experts" / task, test))
+        whole = tm.export_run(run, tmp_path / f"whole-{task}", task=task)
+        assert scores["learned"][task] == pytest.approx(right(whole, test))
+
+
 @torch.no_grad()
 def right(folder: Path, test: Path) -> float:
     """The share of right answers that transformers gives by itself."""

@@ -11,12 +11,14 @@ from typing import Any
 
 from trainmerge.system.json_file import read_json
 from trainmerge.system.links import check_link
-from trainmerge.system.text import listed
+from trainmerge.system.text import listed, shortened
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 ADAPTER = "adapter_config.json"
 SHARD = re.compile(r"-\d+-of-\d+\.")
+LONGEST = 255  # characters of a file's name
+LONG = 2000  # characters of an error about many files
 SHOWN = 3  # files that a message lists by name
 
 
@@ -140,14 +142,14 @@ def _weight_map(index: Path, suffix: str) -> dict[str, str]:
     for file in sorted(set(names.values())):
         # PureWindowsPath parses both kinds of slashes and drives, on any system.
         parts = PureWindowsPath(file)
-        if parts.drive or parts.root or ".." in parts.parts or not file.endswith(suffix):
-            problems.append(f"{file!r} is not a {suffix} file inside the folder")
+        outside = parts.drive or parts.root or ".." in parts.parts
+        if outside or not file.endswith(suffix) or any(len(part) > LONGEST for part in parts.parts):
+            problems.append(f"{shortened(repr(file), LONGEST)} is not a {suffix} file inside the folder")
         elif not (index.parent / file).is_file():
             problems.append(f"{file} is missing, with {sum(f == file for f in names.values())} tensors")
     if problems:
         missing = all("is missing" in problem for problem in problems)
         kind = FileNotFoundError if missing else ValueError
-        raise kind(
-            f"{index}: " + "; ".join(problems) + ". Download the checkpoint again, from a source you trust."
-        )
+        words = shortened("; ".join(problems), LONG)
+        raise kind(f"{index}: {words}. Download the checkpoint again, from a source you trust.")
     return names

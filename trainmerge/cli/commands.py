@@ -6,12 +6,20 @@ from typing import Literal
 from trainmerge.system.memory import keep_freed_memory
 
 
-def export(run: str, out: str, overwrite: bool = False, workers: int = 1, verify: bool = False) -> None:
+def export(
+    run: str,
+    out: str,
+    overwrite: bool = False,
+    workers: int = 1,
+    verify: bool = False,
+    task: str | None = None,
+) -> None:
     """Write a run's merge as an ordinary checkpoint folder that transformers loads.
 
     Examples: trainmerge export runs/first merged/
               torchrun --nproc-per-node 8 -m trainmerge.cli export runs/first merged/
               trainmerge export runs/first merged/ --verify
+              trainmerge export runs/first sentiment/ --task sentiment
 
     Args:
         run: The run folder.
@@ -20,12 +28,13 @@ def export(run: str, out: str, overwrite: bool = False, workers: int = 1, verify
         workers: Shards to write in parallel; their number changes no byte.
         verify: Read the result again and compare it bitwise with the run's merge. An existing folder, without
             `overwrite`, is compared and not written.
+        task: An expert whose own head stands on the merge in the result, a model of that expert's class.
     """
     keep_freed_memory()
     from trainmerge.export.export import export_run
 
     if not (verify and not overwrite and Path(out).is_dir() and any(Path(out).iterdir())):
-        print(f"merged checkpoint: {export_run(run, out, overwrite, workers)}")
+        print(f"merged checkpoint: {export_run(run, out, overwrite, workers, task=task)}")
     if verify:
         from trainmerge.export.verify import verify_export
 
@@ -127,5 +136,10 @@ def report(run: str, out: str | None = None) -> None:
         out: The folder to write; by default `report` in the run folder.
     """
     from trainmerge.report import write_report
+    from trainmerge.run.folder import RunFolder
+    from trainmerge.run.saved import unfinished_line
 
-    print(f"report: {write_report(run, out or None)}")
+    page = write_report(run, out or None)
+    if line := unfinished_line(RunFolder(Path(run))):
+        print(line)
+    print(f"report: {page}")

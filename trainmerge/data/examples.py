@@ -11,6 +11,7 @@ from trainmerge.data.media_values import Media, content_digest, picture_value, s
 from trainmerge.data.text_files import load_examples
 from trainmerge.system.ranges import check_fields
 
+ASSISTANT = "assistant"  # the role of the turns that enter the loss
 REWRITTEN = (
     "the chat template writes a turn of the assistant in another way once later turns follow (it leaves out "
     "earlier reasoning, say), so the chat up to that turn is no prefix of the whole: its tokens cannot be "
@@ -31,6 +32,7 @@ class Example(NamedTuple):
     image: str | bytes | None = None  # path of the picture, or its file's content
     templated: bool = False  # `text` already has its special tokens
     audio: Media | None = None  # path of the sound, its file's content, or its samples
+    pair: str | None = None  # the second text of a pair
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Columns:
             the loss, the picture's too.
         audio: Path of a WAV file; or a `datasets.Audio`, bytes, or `array` and `sampling_rate`. Needs
             `text` None.
+        pair: The second text of a pair: a hypothesis, a passage to rank, the context of the question in
+            `text`.
     """
 
     text: str | None = "text"
@@ -58,6 +62,7 @@ class Columns:
     target: str | None = None
     image: str | None = None
     audio: str | None = field(default=None, metadata={"added": "0.2.0"})
+    pair: str | None = field(default=None, metadata={"added": "0.2.0"})
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -65,10 +70,14 @@ class Columns:
             raise ValueError("data.columns.text is null: name a column of pictures (image) or sounds (audio)")
         if self.audio and (self.messages or self.text or self.image):
             raise ValueError("data.columns.audio: sounds are read alone: set text to null, without image")
+        if self.pair and (self.messages or self.spans or self.media or not self.text):
+            raise ValueError(
+                "data.columns.pair: pairs are two plain texts: leave out messages, spans, image and audio"
+            )
 
     def names(self) -> list[str]:
         """The columns that a file must have."""
-        chosen = [self.messages or self.text, self.spans, self.target, *self.media]
+        chosen = [self.messages or self.text, self.spans, self.target, *self.media, self.pair]
         return [name for name in chosen if name]
 
     @property
@@ -77,7 +86,7 @@ class Columns:
         return [name for name in (self.image, self.audio) if name]
 
     def plain(self) -> "Columns":
-        """Only what identifies an example: its text, or its picture or sound if that is all."""
+        """Only what identifies an example: its texts, or its picture or sound if that is all."""
         return replace(
             self, spans=None, target=None, image=None if self.text or self.messages else self.image
         )
@@ -96,15 +105,37 @@ def read_examples(
 ) -> list[Example]:
     """The first `count` examples of a file; `located`: whether the assistant's tokens of chats are needed.
 
+    Warns of the assistant's turns that cannot be located: they do not enter the loss.
+
     Raises:
-        ValueError: as `load_examples`; or a row with a value of the wrong type.
+        ValueError: as `load_examples`; a row with a value of the wrong type; or a chat without any turn of
+            the assistant that can be located.
     """
     data = load_examples(path, columns.names(), media=columns.media)
     rows = data.select(range(min(count or len(data), len(data))))
-    return [
+    examples = [
         _example(row, columns, render, Path(path), f"{path}: example {i}", located)
         for i, row in enumerate(rows)
     ]
+    if columns.messages and located and not (columns.spans or columns.image):
+        _warn_of_dropped(path, [row[columns.messages] for row in rows], examples)
+    return examples
+
+
+def _warn_of_dropped(path: str, chats: Sequence[Sequence[Any]], examples: Sequence[Example]) -> None:
+    turns = [_assistant_turns(chat) for chat in chats]
+    short = [max(0, n - len(example.spans or ())) for n, example in zip(turns, examples, strict=True)]
+    if any(short):
+        first = next(i for i, number in enumerate(short) if number)
+        warnings.warn(
+            f"{path}: {sum(short)} of {sum(turns)} turns of the assistant do not enter the loss, the first "
+            f"in example {first}: {REWRITTEN}",
+            stacklevel=3,
+        )
+
+
+def _assistant_turns(chat: Sequence[Any]) -> int:
+    return sum(message["role"] == ASSISTANT for message in chat)
 
 
 def _example(
@@ -115,8 +146,14 @@ def _example(
             example = render(row[columns.messages])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where} has no chat in {columns.messages!r}: {error}") from error
-        if located and not (example.spans or columns.spans or columns.image):
-            raise ValueError(f"{where}: {REWRITTEN}")
+        if not located:
+            example = example._replace(spans=None)
+        elif not (example.spans or columns.spans or columns.image):
+            if _assistant_turns(row[columns.messages]):
+                raise ValueError(f"{where}: {REWRITTEN}")
+            raise ValueError(
+                f"{where} has no chat in {columns.messages!r}: it has no turn with the role {ASSISTANT!r}"
+            )
     else:
         example = Example(_text(row, columns.text, where) if columns.text else "")
     if columns.image and columns.spans:
@@ -125,6 +162,8 @@ def _example(
         )
     if columns.spans:
         example = example._replace(spans=_spans(row[columns.spans], len(example.text), where))
+    if columns.pair:
+        example = example._replace(pair=_text(row, columns.pair, where))
     if columns.target:
         example = example._replace(target=_text(row, columns.target, where))
     if columns.image:
@@ -138,11 +177,14 @@ def _example(
 def contents(example: Example) -> list[Any]:
     """The example as JSON data, with picture and sound identified by content."""
     own = [*example._replace(image=None)[:5], content_digest(example.image)]
-    return [*own, content_digest(example.audio)] if example.audio else own
+    own += [content_digest(example.audio)] if example.audio else []
+    return own if example.pair is None else [*own, example.pair]
 
 
 def subject(example: Example) -> str:
-    """What two files must not share: the text, or the content of a picture or sound alone."""
+    """What two files must not share: the text, both of a pair, or the content of a picture or sound alone."""
+    if example.pair is not None:
+        return json.dumps([example.text, example.pair])
     return example.text or content_digest(example.image or example.audio) or ""
 
 

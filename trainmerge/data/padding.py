@@ -25,14 +25,14 @@ def joined(
 ) -> dict[str, Tensor]:
     """Batches and the rows that they become, in one batch: padded on the right."""
     count, longest = sum(len(rows) for _, rows in parts), max(p["input_ids"].shape[1] for p, _ in parts)
-    joined = {
+    whole = {
         key: first.new_full((count, longest, *first.shape[2:]), fillers.get(key, 0))
         for key, first in parts[0][0].items()
     }
     for part, rows in parts:
         for key, tensor in part.items():
-            joined[key][torch.tensor(rows), : tensor.shape[1]] = tensor
-    return joined
+            whole[key][torch.tensor(rows), : tensor.shape[1]] = tensor
+    return whole
 
 
 def answers(offsets: Tensor, spans: tuple[tuple[int, int], ...] | None, real: Tensor) -> Tensor:

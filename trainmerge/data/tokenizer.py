@@ -67,9 +67,12 @@ class Tokenizer:
             return self._with_pictures(examples)
         spans = [example.spans for example in examples]
         texts = [example.text for example in examples]
-        inputs = self._padded(
-            texts, special=not examples[0].templated, offsets=any(span is not None for span in spans)
-        )
+        if any(example.pair is not None for example in examples):
+            inputs = dict(self.pairs(examples))
+        else:
+            inputs = self._padded(
+                texts, special=not examples[0].templated, offsets=any(span is not None for span in spans)
+            )
         offsets = inputs.pop("offset_mapping", None)
         mask = inputs["attention_mask"].bool()
         if offsets is not None:
@@ -77,6 +80,27 @@ class Tokenizer:
         if self._has_decoder:
             inputs["labels"], mask = self._targets([example.target for example in examples])
         return Encoded(inputs, mask)
+
+    def pairs(self, examples: Sequence[Example], offsets: bool = False) -> Any:
+        """transformers' own encoding of pairs, or of single texts; the longer text of a pair is truncated.
+
+        Raises:
+            ValueError: `offsets` from a slow tokenizer, which knows none.
+        """
+        if offsets and not self._tokenizer.is_fast:
+            raise ValueError(f"{self.path}: places in the text need a fast tokenizer: save a tokenizer.json")
+        seconds = [example.pair or "" for example in examples]
+        encoded = self._tokenizer(
+            [example.text for example in examples],
+            seconds if any(example.pair is not None for example in examples) else None,
+            truncation=True,
+            max_length=self.max_length,
+            padding=True,
+            return_tensors="pt",
+            return_offsets_mapping=offsets,
+        )
+        check_rows(self._tokenizer, encoded["input_ids"], self._rows)
+        return encoded
 
     def located(self, text: str) -> Located:
         """A text's tokens and bytes after truncation; all bytes without offsets (slow tokenizers)."""
@@ -96,6 +120,11 @@ class Tokenizer:
         """The token to put before a text so that its first token is predicted too."""
         known = [self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self.padding]
         return int(next(token for token in known if token is not None))
+
+    @property
+    def special_ids(self) -> list[int]:
+        """The ids of special tokens; none without a tokenizer."""
+        return [] if self._own is None else list(self._own.all_special_ids)
 
     @property
     def padding(self) -> int:

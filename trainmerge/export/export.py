@@ -18,6 +18,7 @@ from trainmerge.export.model_card import model_card
 from trainmerge.export.public import public, public_config, public_manifest
 from trainmerge.export.shards import CheckpointMerge, shard_names, write_shards
 from trainmerge.export.side_files import copy_side_files
+from trainmerge.export.task import TaskMerge, own_head, write_task
 from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.run.config import read_yaml, to_config
 from trainmerge.run.folder import RunFolder
@@ -25,7 +26,7 @@ from trainmerge.run.manifest import versions
 from trainmerge.run.open_run import open_run
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.saved import unfinished
+from trainmerge.run.saved import unfinished, unfinished_line
 from trainmerge.system import distributed
 from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.distributed import joined
@@ -101,15 +102,18 @@ def export_run(
     overwrite: bool = False,
     workers: int = 1,
     coefficients: Coefficients | None = None,
+    task: str | None = None,
 ) -> Path:
     """Export a run folder's merge, with a model card and everything needed to reproduce it.
 
     `workers` shards are written in parallel; their number changes no byte. `coefficients` replace the run's
-    own, for example by those of a point on its Pareto front. Under torchrun, the processes split the weight
-    files; no tensor is gathered.
+    own, for example by those of a point on its Pareto front. With `task`, an expert's name, the checkpoint
+    is of that expert's class, with its own head over the merged weights. Under torchrun, the processes split
+    the weight files; no tensor is gathered.
 
     Raises:
-        ValueError: the run has no coefficients yet, or base or experts changed since the fit.
+        ValueError: the run has no coefficients yet, base or experts changed since the fit, or `task` has no
+            head of its own.
     """
     check_option("workers", workers, int, "[1, inf)")
     run_folder, target = RunFolder(Path(run)), Path(out)
@@ -117,15 +121,20 @@ def export_run(
         recipe, learned, opened = open_run(run_folder)
         at = unfinished(run_folder)
         if at and distributed.rank() == 0:
-            print(f"{run_folder.path} is unfinished: its coefficients are those of {at}", flush=True)
+            print(unfinished_line(run_folder), flush=True)
         coefficients = coefficients or learned
         check_target(target, [run_folder.path, *opened.folders.values()])
+        head = own_head(recipe, opened, task) if task is not None else None
         with staging_shared(target, overwrite) as folder:
             with agreed(), distributed.rank_zero_first():
                 merge = merge_of(run_folder, recipe, coefficients, opened)
-            made = write_checkpoint(merge, folder, workers)
+            if head is None:
+                made = write_checkpoint(merge, folder, workers)
+            else:
+                with agreed():
+                    made = write_task(TaskMerge.of(merge, head), folder) if distributed.rank() == 0 else {}
             if distributed.rank() == 0:
-                _explain(folder, target.name, run_folder, recipe, coefficients, made, at)
+                _explain(folder, target.name, run_folder, recipe, coefficients, made, at, task)
     return target
 
 
@@ -137,6 +146,7 @@ def _explain(
     coefficients: Coefficients,
     made: Mapping[str, str],
     at: str,
+    task: str | None,
 ) -> None:
     """Write recipe, coefficients, model card and manifest next to the weights `made`; the manifest last.
 
@@ -155,6 +165,7 @@ def _explain(
     manifest = {
         "versions": versions(),
         **({"unfinished": at} if at else {}),
+        **({"task": task} if task else {}),
         "files": dict(sorted(files.items())),
         "bytes": {name: (folder / name).stat().st_size for name in sorted(made)},  # see `check_whole`
         "run": public_manifest(run_made),

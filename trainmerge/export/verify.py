@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from trainmerge.export.export import INDEX, merge_of
-from trainmerge.export.shards import CheckpointMerge, shard_names
+from trainmerge.export.shards import Tensors
 from trainmerge.export.side_files import WEIGHTS
+from trainmerge.export.task import TaskMerge, own_head, task_of
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
 from trainmerge.system.json_file import read_json
@@ -26,7 +27,12 @@ def verify_export(run: str | Path, out: str | Path) -> int:
         ValueError: lists the first differences.
     """
     run_folder, folder = RunFolder(Path(run)), Path(out)
-    merge = merge_of(run_folder, *open_run(run_folder))
+    recipe, coefficients, opened = open_run(run_folder)
+    merge: Tensors = merge_of(run_folder, recipe, coefficients, opened)
+    if task := task_of(folder):
+        merge = TaskMerge.of(
+            merge_of(run_folder, recipe, coefficients, opened), own_head(recipe, opened, task)
+        )
     problems = list(_differences(merge, folder))
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
@@ -35,11 +41,11 @@ def verify_export(run: str | Path, out: str | Path) -> int:
             f"{folder} is not the export of {run_folder.path}; export it again. "
             f"{len(problems)} differences:\n{shown}{more}"
         )
-    return len(merge.base.tensors)
+    return len(merge.tensors)
 
 
-def _differences(merge: CheckpointMerge, folder: Path) -> Iterator[str]:
-    shards = shard_names(merge.base)
+def _differences(merge: Tensors, folder: Path) -> Iterator[str]:
+    shards = dict(merge.shards)
     there = {path.name for path in folder.glob("*") if path.suffix in WEIGHTS}
     own = {"trainmerge_coefficients.safetensors"}
     yield from (f"{file} is missing" for file in shards if file not in there)
@@ -66,7 +72,7 @@ def _index_differences(shards: dict[str, tuple[str, ...]], index: Path) -> Itera
 
 
 @torch.no_grad()
-def _shard_differences(merge: CheckpointMerge, names: tuple[str, ...], path: Path) -> Iterator[str]:
+def _shard_differences(merge: Tensors, names: tuple[str, ...], path: Path) -> Iterator[str]:
     try:
         file = MappedFile(path)
     except ValueError as error:
@@ -74,7 +80,7 @@ def _shard_differences(merge: CheckpointMerge, names: tuple[str, ...], path: Pat
         return
     yield from (f"{path.name}: {name} does not belong there" for name in file.tensors if name not in names)
     for name in names:
-        want = merge.base.tensors[name]
+        want = merge.tensors[name]
         got = file.tensors.get(name)
         if got is None:
             yield f"{path.name}: {name} is missing"
@@ -82,11 +88,11 @@ def _shard_differences(merge: CheckpointMerge, names: tuple[str, ...], path: Pat
             shapes = tuple(got.shape), tuple(want.shape)
             yield f"{path.name}: {name} is {got.dtype} {shapes[0]}, not {want.dtype} {shapes[1]}"
         elif changed := _changed(merge, name, file.read(name)):
-            what = "merged" if merge.merged(name) else "the base's"
+            what = "merged" if merge.merged(name) else "not merged"
             yield f"{path.name}: {name} ({what}) differs in {changed} of {want.shape.numel()} numbers"
 
 
-def _changed(merge: CheckpointMerge, name: str, got: Tensor) -> int:
+def _changed(merge: Tensors, name: str, got: Tensor) -> int:
     """The number of elements whose bits differ from the merge."""
     place, changed = 0, 0
     for piece in merge.pieces(name):

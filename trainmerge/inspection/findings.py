@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from trainmerge.checkpoints import open_checkpoint
+from trainmerge.checkpoints import OwnHead, open_checkpoint
 from trainmerge.data.examples import Columns, Render, read_examples, subject
 from trainmerge.data.media import MediaInputs, without_text
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.run.heads import linear_problems
+from trainmerge.run.heads import linear_problems, task_heads
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import DEFAULT_LENGTH as LENGTH
@@ -46,8 +46,8 @@ def unchanged_tensors(opened: Opened) -> Iterator[Finding]:
         yield Finding("note", f"no expert changes {listed(untouched)}: they keep the base's values")
 
 
-def expert_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Tensors of an expert only, differing chat templates, and heads of some experts."""
+def expert_findings(recipe: Recipe, opened: Opened) -> Iterator[Finding]:
+    """Tensors of an expert only, own heads, differing chat templates, and heads of some experts."""
     for name, expert in recipe.experts.items():
         own = _own_tensors(Path(expert.path), recipe)
         if own:
@@ -66,10 +66,31 @@ def expert_findings(recipe: Recipe) -> Iterator[Finding]:
             )
     for problem in linear_problems(recipe):
         yield Finding("error", problem)
-    if len({expert.head is None for expert in recipe.experts.values()}) > 1:
+    heads = task_heads(recipe, opened)
+    for name, head in heads.items():
+        if isinstance(head, OwnHead):
+            yield from _own_head(name, head)
+    if len({head is None for head in heads.values()}) > 1:
         yield Finding(
             "warning", "only some experts have a head", "evaluate the two kinds in separate recipes"
         )
+
+
+def _own_head(name: str, head: OwnHead) -> Iterator[Finding]:
+    count = head.config.num_labels
+    what = {
+        "classes": f"{count} classes", "tokens": f"{count} labels of tokens", "spans": "answers",
+        "labels": f"{count} independent labels", "values": "numbers",
+    }  # fmt: skip
+    yield Finding(
+        "note",
+        f"{name}: its head is its own, of a {head.kind.__name__} ({what[head.outputs]}): it is not merged",
+        f"`trainmerge export RUN OUT --task {name}` writes it over the merge",
+    )
+    try:
+        _ = head.padding
+    except ValueError as error:
+        yield Finding("error", f"{name}: {error}")
 
 
 def _own_tensors(folder: Path, recipe: Recipe) -> list[str]:
@@ -131,7 +152,8 @@ def _test_texts(file: str | None, columns: Columns, render: Render) -> set[str]:
     """The texts of a test file, whose spans and targets are not needed."""
     if file is None:
         return set()
-    return {subject(e) for e in read_examples(file, replace(columns, spans=None, target=None), render)}
+    plain = replace(columns, spans=None, target=None)
+    return {subject(e) for e in read_examples(file, plain, render, located=False)}
 
 
 def _of_texts(name: str, texts: Sequence[str], test: Set[str]) -> Iterator[Finding]:

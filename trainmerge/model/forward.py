@@ -1,4 +1,4 @@
-"""One forward pass of a batch, through the task's frozen head if it has one.
+"""One forward pass of a batch, through the task's frozen head or the expert's own class if it has one.
 
 Legend: `B` examples, `T` tokens, `D` hidden size, `V` classes or vocabulary.
 """
@@ -21,12 +21,15 @@ from trainmerge.model.media_forward import (
     tower,
     without_tokens,
 )
+from trainmerge.model.own_head import OwnModel
 
 
 def forward(
-    module: nn.Module, batch: Batch, classifier: Classifier | None, layers: Sequence[int] = ()
+    module: nn.Module, batch: Batch, classifier: Classifier | OwnModel | None, layers: Sequence[int] = ()
 ) -> Outputs:
     """Class logits [B, V] with a classifier, otherwise the model's own logits [B, T, V].
+
+    With an expert's own class the outputs of that, by their `Kind`.
 
     Includes the hidden states of `layers`, by transformers' index; the decoder's, if the model has one. Those
     of a picture without text are one vector, [B, 1, T * D].
@@ -34,6 +37,9 @@ def forward(
     options = {"output_hidden_states": list(layers)} if layers else {}  # transformers stores only these
     if without_tokens(batch.inputs) and "labels" not in batch.inputs:
         return _of_media(module, batch, classifier, layers, options)
+    if isinstance(classifier, OwnModel):
+        output = classifier.module(**classifier.inputs(batch), **options)
+        return Outputs(_own_logits(classifier, batch, output), _chosen(output, layers), classifier.kind)
     if classifier is None:
         output = module(**_model_inputs(module, batch.inputs), **options)
         return Outputs(output.logits, _chosen(output, layers))
@@ -46,21 +52,33 @@ def forward(
 def _of_media(
     module: nn.Module,
     batch: Batch,
-    classifier: Classifier | None,
+    classifier: Classifier | OwnModel | None,
     layers: Sequence[int],
     options: Mapping[str, Any],
 ) -> Outputs:
     """The outputs of pictures or sounds alone."""
-    if classifier is None:
-        output = module(**as_stored(module, batch.inputs), **options)
-        logits = output.logits
-    else:
+    if isinstance(classifier, Classifier):
         output = tower(module, batch.inputs, options)
         hidden = states(output, classifier).to(classifier.weight.dtype)
         logits = classifier(hidden, torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device))
+    else:
+        own = module if classifier is None else classifier.module
+        output = own(**as_stored(module, batch.inputs), **options)
+        logits = output.logits if classifier is None else _own_logits(classifier, batch, output)
     found = getattr(output, "hidden_states", None)
     chosen = {layer: found[layer] for layer in layers} if found is not None else {}
-    return Outputs(logits, one_row(chosen, len(batch.mask)))
+    of = classifier.kind if isinstance(classifier, OwnModel) else None
+    return Outputs(logits, one_row(chosen, len(batch.mask)), of)
+
+
+def _own_logits(own: OwnModel, batch: Batch, output: Any) -> Tensor:
+    """The outputs of an expert's class, in the form of their `Kind`."""
+    if own.kind == "spans":  # padding is no position of an answer
+        both = torch.stack([output.start_logits, output.end_logits], dim=1)
+        absent = ~batch.inputs["attention_mask"].bool()
+        return both.masked_fill(absent[:, None], torch.finfo(both.dtype).min)
+    logits: Tensor = output.logits
+    return torch.stack([logits, torch.zeros_like(logits)], dim=-1) if own.kind == "labels" else logits
 
 
 def backbone(module: nn.Module) -> nn.Module:

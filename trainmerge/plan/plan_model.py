@@ -49,7 +49,7 @@ def plan_model(
     dtype = getattr(meta_model.config, "dtype", None) or torch.float32
     own = {name: p.numel() * dtype.itemsize for name, p in meta_model.named_parameters()}
     read = {name: (experts + 1) * count for name, count in own.items()}
-    sizes = sizes_of(meta_model, own, read, experts, experts * len(own), sum(read.values()))
+    sizes = sizes_of(meta_model, own, read, own, experts, experts * len(own), sum(read.values()))
     inputs = _inputs(meta_model, -(-batch // devices), length)
     step = [_batch(k, inputs) for k in range(experts)]
     if schedule.recompute:
