@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.heads_world import texts, write_heads, write_rows
 from tests.picture_world import TASKS as PICTURES
 from tests.picture_world import clip, write_picture_world
 from tests.world import LABELS, write_languages, write_world
@@ -56,10 +57,14 @@ def of_kind(kind: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Encoders with heads, language models, and CLIPs with pictures."""
-    made = {name: tmp_path_factory.mktemp(name) for name in ("encoders", "languages", "pictures")}
+    """Encoders with heads, language models, classifiers with heads of their own, and CLIPs with pictures."""
+    kinds = ("encoders", "languages", "own heads", "pictures")
+    made = {name: tmp_path_factory.mktemp(name.replace(" ", "-")) for name in kinds}
     write_world(made["encoders"])
     write_languages(made["languages"])
+    own, classes = made["own heads"], {"task": "ForSequenceClassification"}
+    write_heads(own, "Roberta", {"a": {**classes, "num_labels": 2}, "b": {**classes, "num_labels": 3}})
+    write_rows(own / "test.jsonl", [{"text": text, "label": 1} for text in texts(9, 6)])
     write_picture_world(made["pictures"], clip)
     for task in PICTURES:
         shutil.copy(made["encoders"] / "mood" / "labels.json", made["pictures"] / task)
@@ -87,6 +92,12 @@ def files_of(worlds: dict[str, Path], world: str, number: int) -> dict[str, Path
     return {"path": root / name, "calibration": root / f"{name}.jsonl", "test": root / f"{name}-test.jsonl"}
 
 
+def own_files(worlds: dict[str, Path], number: int) -> dict[str, Path]:
+    """The same of an expert with a head of its own."""
+    root, name = worlds["own heads"], ("a", "b")[number]
+    return {"path": root / name, "calibration": root / f"{name}.jsonl", "test": root / "test.jsonl"}
+
+
 def default_expert(name: str, encoders: bool) -> dict[str, Any]:
     head = {"class_path": "trainmerge.LabelHead", "init_args": {"labels": f"{name}/labels.json"}}
     texts = {key: f"{name}/{key}.jsonl" for key in ("calibration", "test")}
@@ -96,8 +107,8 @@ def default_expert(name: str, encoders: bool) -> dict[str, Any]:
 def completed(example: Example, worlds: dict[str, Path]) -> dict[str, Any]:
     """The example's configuration with what it leaves out, and its files in place."""
     content: dict[str, Any] = yaml.safe_load(example.code)
-    encoders = "LabelHead" in example.code or "diversity" in example.code
-    world = "encoders" if encoders else "languages"
+    encoders, own = "LabelHead" in example.code or "diversity" in example.code, "head: own" in example.code
+    world = "own heads" if own else "encoders" if encoders else "languages"
     if "text: null" in example.code:
         world = "pictures"
     recipe = content.setdefault("recipe", {})
@@ -106,10 +117,10 @@ def completed(example: Example, worlds: dict[str, Path]) -> dict[str, Any]:
     recipe.setdefault("experts", {name: default_expert(name, encoders) for name in names})
     experts = expand(content)["recipe"]["experts"]
     for number, task in enumerate([*experts.values(), *recipe.get("held_out", {}).values()]):
-        files = files_of(worlds, world, number)
+        files = own_files(worlds, number) if own else files_of(worlds, world, number)
         for key in {"path", "calibration", "test"} & set(task):
             link(task[key], files[key])
-        if "head" in task:
+        if "head" in task and not own:
             link(task["head"]["init_args"]["labels"], files["labels"])
     initial = content.get("model", {}).get("initial")
     if isinstance(initial, dict) and "texts" in initial["init_args"]:

@@ -220,6 +220,9 @@ def test_folders_that_are_no_checkpoints_are_refused(base: Path, tmp_path: Path)
     with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
         open_checkpoint(base)
     (base / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"a folder of weights without config\.json \(weights\.safetensors"):
+        open_checkpoint(base)
+    (base / "weights.safetensors").rename(base / "model.safetensors")  # half a download, more likely
     with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
         open_checkpoint(base)
 

@@ -49,8 +49,9 @@ def is_own_key(
     task = adapter_task(config)
     if task is None:
         return False
-    heads = {*TASK_HEADS[task], *(config.get("modules_to_save") or [])}
-    if not heads & set(key.split(".")):
+    saved = config.get("modules_to_save")
+    heads = [*TASK_HEADS[task], *(saved if isinstance(saved, list) else [])]
+    if not any(word in heads for word in key.split(".")):
         return False
     parameters = dict(base.meta_model.named_parameters(remove_duplicate=False))
     known = parameters.get(ours)

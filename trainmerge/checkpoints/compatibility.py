@@ -45,23 +45,27 @@ def find_sources(
             tensors differ, or an adapter that peft cannot merge.
     """
     frame = open_parameters(base, ignore)
-    text = frame.meta_model.config.get_text_config()
-    rows = getattr(text, "vocab_size", None) if shared_vocabulary else None
+    rows = _vocabulary(frame) if shared_vocabulary else None
     plans: dict[str, Plan] = {}
-    whole = with_whole_heads(base.path, {name: Path(folder) for name, folder in experts.items()}, own_heads)
+    folders = {name: Path(folder) for name, folder in experts.items()}
+    whole = with_whole_heads(base.path, folders, own_heads)
     problems = [f"base: {line}" for line in lost_ties(frame, ignore)]
-    for expert, folder in experts.items():
-        path = Path(folder)
+    for expert, path in folders.items():
         try:
             plans[expert], found = _plan(
                 frame, expert, path, ignore, allow_pickle, workspace, shared_vocabulary, expert in whole
             )
+            found += tokenizer_mismatches(base.path, path, rows)
             problems += [f"{expert}: {line}" for line in found]
-            problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path, rows)]
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
     _raise(base, problems)
     return _sources(frame, plans)
+
+
+def _vocabulary(frame: Parameters) -> int | None:
+    rows: int | None = getattr(frame.meta_model.config.get_text_config(), "vocab_size", None)
+    return rows
 
 
 def _sources(frame: Parameters, plans: Mapping[str, Plan]) -> Sources:

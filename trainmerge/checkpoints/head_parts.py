@@ -45,8 +45,8 @@ def may_have_head(folder: Path) -> bool:
 
 def adapter_task(config: Mapping[str, Any]) -> str | None:
     """The task type of an adapter that has a head: as it says, or by the class that it was made for."""
-    if config.get("task_type") in TASKS:
-        return str(config["task_type"])
+    if (task := str(config.get("task_type"))) in TASKS:
+        return task
     named = config.get("auto_mapping")
     made_for = str(named.get("base_model_class")) if isinstance(named, Mapping) else ""
     return next((task for task, ending in TASKS.items() if made_for.endswith(ending)), None)

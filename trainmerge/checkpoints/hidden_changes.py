@@ -26,7 +26,7 @@ IGNORED = (
 )
 STATISTICS = (
     "has statistics of its own, {names}: buffers are not merged, so the merge and the recorded outputs use "
-    "the base's. Run the exported model in training mode on unlabeled examples to estimate them again"
+    "the base's. tm.batch_norm_statistics estimates them again, for the exported model on unlabeled examples"
 )
 Plan = FullExpert | LowRankAdapter | MergedAdapter
 

@@ -9,21 +9,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints import OwnHead
 from trainmerge.checkpoints.whole import MANIFEST
 from trainmerge.export.shards import CheckpointMerge, write_shard
 from trainmerge.export.side_files import copy_side_files
-from trainmerge.run.heads import task_heads
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.json_file import read_json
 from trainmerge.system.safetensors_file import TensorInfo, read_ahead
+
+if TYPE_CHECKING:  # imports transformers, which an export without a task does not need
+    from trainmerge.checkpoints import OwnHead
 
 FILE = "model.safetensors"
 REMEDY = "Download or save it again."
@@ -35,11 +36,11 @@ class TaskMerge:
     """The tensors of a task's checkpoint, by the names of its class."""
 
     merge: CheckpointMerge
-    head: OwnHead
+    head: "OwnHead"
     own: Mapping[str, Tensor]  # in the dtype of the base
 
     @classmethod
-    def of(cls, merge: CheckpointMerge, head: OwnHead) -> "TaskMerge":
+    def of(cls, merge: CheckpointMerge, head: "OwnHead") -> "TaskMerge":
         """The checkpoint of an expert's head; its own tensors are cast as in memory, to the base's dtype."""
         shared = (merge.base.tensors[name].dtype for name in head.shared.values())
         dtype = next(kind for kind in shared if kind.is_floating_point)
@@ -77,12 +78,15 @@ class TaskMerge:
             self.merge.read_ahead_of(self.head.shared[name])
 
 
-def own_head(recipe: Recipe, opened: Opened, task: str) -> OwnHead:
+def own_head(recipe: Recipe, opened: Opened, task: str) -> "OwnHead":
     """The own head of a task's expert.
 
     Raises:
         ValueError: no such expert, or it has none.
     """
+    from trainmerge.checkpoints import OwnHead
+    from trainmerge.run.heads import task_heads
+
     heads = task_heads(recipe, opened)
     if not isinstance(head := heads.get(task), OwnHead):
         able = [name for name, other in heads.items() if isinstance(other, OwnHead)]

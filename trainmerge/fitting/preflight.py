@@ -55,12 +55,12 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
     if headless and not output.logits:
         problems.append(
             f"{base} has no output layer, and {headless} no `head`: give each a LabelHead or a LinearHead, "
-            "or use a base and experts that were saved with an output layer"
+            "or use experts, or a base and experts, that were saved with an output layer"
         )
     elif headless and output.kind in UNUSABLE:
         problems.append(
             f"{base}: {output.architecture} is a {output.kind}, whose outputs no objective compares: give "
-            f"{headless} a `head`, or merge without learning (trainer.max_steps 0)"
+            f"{headless} a `head`, `own` say, or merge without learning (trainer.max_steps 0)"
         )
     elif headless and module.objective.needs_classes and not output.classes:
         problems.append(f"{module.objective!r} needs classes, and {headless} have no `head`: give each one")

@@ -106,8 +106,9 @@ def closing_words(path: Path | None) -> str:
 
 def _value(suggestion: Suggestion, key: str) -> str:
     value: Any = suggestion.settings
-    for part in key.split("."):
-        value = value[part]
+    while key:  # an expert's name may have dots
+        part = max((name for name in value if f"{key}.".startswith(f"{name}.")), key=len)
+        value, key = value[part], key[len(part) + 1 :]
     value = value[0] if isinstance(value, list) else value
     return str(value["class_path"]).rpartition(".")[2] if isinstance(value, dict) else str(value)
 

@@ -54,21 +54,9 @@ def suggest(
     reasons["recipe.grouping.granularity"] = f"{fewest} examples per expert " + (
         "are enough for one coefficient per tensor" if fewest >= ENOUGH else "are few, so fewer coefficients"
     )
-    if own:
-        reasons["recipe.experts"] = f"the heads in the files of {', '.join(own)} are their own: not merged"
+    reasons |= {f"recipe.experts.{name}.head": "the head in its files is its own: not merged" for name in own}
     heads = all(found.values())
-    if heads and all(not isinstance(head, OwnHead) or head.outputs == "classes" for head in found.values()):
-        objective = {"class_path": "trainmerge.Entropy", "init_args": {"agreement": 5.0}}
-        reasons["model.objective"] = (
-            "classifiers: minimise entropy, with agreement with each expert against collapse"
-        )
-    else:
-        objective = {"class_path": "trainmerge.Alignment", "init_args": {"logits": 1.0}}
-        reasons["model.objective"] = (
-            "match each expert's outputs on its own examples (Expert Merging)"
-            if heads
-            else "no heads: match each expert's outputs on its own examples (Expert Merging)"
-        )
+    objective, reasons["model.objective"] = _objective(found)
     start, reasons["model.initial"] = _start(K, geometry)
     steps = 80 if heads else 40
     reasons["trainer.max_steps"] = f"{steps} steps of Adam at 0.05 were enough in this project's suites"
@@ -89,6 +77,18 @@ def suggest(
         "trainer": {"max_steps": steps},
     }
     return Suggestion(settings, reasons)
+
+
+def _objective(found: Mapping[str, TaskHead]) -> tuple[dict[str, Any], str]:
+    """Entropy with agreement for classifiers, else alignment; and why."""
+    others = [head for head in found.values() if isinstance(head, OwnHead) and head.outputs != "classes"]
+    if all(found.values()) and not others:
+        reason = "classifiers: minimise entropy, with agreement with each expert against collapse"
+        return {"class_path": "trainmerge.Entropy", "init_args": {"agreement": 5.0}}, reason
+    reason = "match each expert's outputs on its own examples (Expert Merging)"
+    if not all(found.values()):
+        reason = f"no heads: {reason}"
+    return {"class_path": "trainmerge.Alignment", "init_args": {"logits": 1.0}}, reason
 
 
 def _closed(recipe: Recipe) -> Suggestion:

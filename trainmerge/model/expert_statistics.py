@@ -140,8 +140,17 @@ class ExpertStatistics:
         return stored
 
     def _log_p(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Predictions [R, V] and the next tokens [R]; no tokens under a head."""
-        logits = self.resident(batch).logits
+        """Predictions [R, V] and the next tokens [R]; no tokens under a head.
+
+        Raises:
+            ValueError: the head is a regression, whose numbers are no predictions.
+        """
+        outputs = self.resident(batch)
+        logits = outputs.logits
+        if outputs.kind == "values":
+            raise ValueError("a method needs each expert's predictions, and a regression's numbers are none")
+        if outputs.of is not None:  # an expert's own head
+            logits = logits[batch.mask] if outputs.of == "tokens" else logits.flatten(0, -2)
         if logits.dim() == 2:
             return logits.float().log_softmax(-1), torch.zeros(len(logits), dtype=torch.int64)
         tokens = batch.inputs.get("labels", batch.inputs["input_ids"])

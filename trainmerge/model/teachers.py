@@ -83,7 +83,7 @@ def record_teachers(
         _make(path, resident, examples, tokenizer, asks, budget)
     file = open_cached(path)
     starts = metadata_of(file, "starts")
-    rows = json.loads(file.metadata.get("row_starts", "[]")) or [None] * len(starts)
+    rows = metadata_of(file, "row_starts") if file.metadata.get("row_starts") else [None] * len(starts)
     records = [_open(file, k, starts[k], rows[k], asks) for k in range(len(starts))]
     if distributed.rank() == 0:
         _print_left_out(records)

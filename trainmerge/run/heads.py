@@ -52,6 +52,6 @@ def linear_problems(recipe: Recipe) -> Iterator[str]:
         own = [name for name in (head.weight, head.bias) if name]
         if reason := beyond_linear(head.file, own, base):
             yield (
-                f"recipe.{key}.head: {head.file} is not one matrix: {reason}. Use a base and experts that "
-                "were all saved with their classifier, and no `head`; or a LabelHead"
+                f"recipe.{key}.head: {head.file} is not one matrix: {reason}. Without `head` an "
+                "expert's own head is used, by its class; or set a LabelHead"
             )

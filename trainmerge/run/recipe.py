@@ -19,6 +19,7 @@ from trainmerge.preprocess import Preprocess
 from trainmerge.run.names import check_names
 from trainmerge.run.opened import Opened
 from trainmerge.system.ranges import check_fields
+from trainmerge.system.text import shortened
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Expert:
     validation: str | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, f"expert {self.path}", weight="[0, inf)")
+        check_fields(self, f"expert {shortened(str(self.path), 200)}", weight="[0, inf)")
 
 
 @dataclass(frozen=True)
