@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-heads suite-closed suite-vision data-vision bench tables docs soak cases clean
+.PHONY: help setup data data-suite data-lm demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-heads suite-closed suite-vision data-vision bench tables docs soak cases lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -104,6 +104,9 @@ soak: $(READY) ## kill and resume for SOAK_MINUTES (20) on two processes; then e
 
 cases: data ## run every script in the folder CASES, and list what each says
 	@$(BIN)/python -m tests.cases "$(CASES)"
+
+lock: $(READY) ## write requirements.lock from the installed packages
+	@$(BIN)/python -m tests.lock
 
 clean: ## remove the demo's run and caches of tools; other runs, downloads and .venv stay
 	@rm -rf runs/demo .mypy_cache .ruff_cache .pytest_cache

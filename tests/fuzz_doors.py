@@ -27,6 +27,9 @@ from trainmerge.data.label_texts import read_labels
 from trainmerge.data.media_values import open_picture, open_sound
 from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.export.card_sources import read_metadata
+from trainmerge.export.published import read_published
+from trainmerge.export.push import plan_upload
 from trainmerge.fitting.provenance import load_snapshot
 from trainmerge.run.config import read_config
 from trainmerge.run.folder import RunFolder
@@ -50,7 +53,8 @@ def doors(root: Path) -> dict[str, Door]:
     """All doors, with their files in an empty folder."""
     write_world(root)
     fit_world(root, root / "run", steps=1)
-    return {**_checkpoints(root), **_runs(root), **_texts(root), **_media(root)}
+    made = {**_checkpoints(root), **_exports(root), **_runs(root)}
+    return {**made, **_texts(root), **_media(root)}
 
 
 def _door(
@@ -126,6 +130,20 @@ def _runs(root: Path) -> dict[str, Door]:
         "snapshot": _door(snapshot, lambda: load_snapshot(snapshot)),
         "chunks.json": _door(chunks, lambda: read_chunks(chunks), json=True),
         "metrics.jsonl": _door(run.metrics, lambda: read_json_lines(run.metrics)),
+    }
+
+
+def _exports(root: Path) -> dict[str, Door]:
+    out = tm.export_run(root / "run", root / "merged")
+    card, manifest, place = out / "README.md", out / "trainmerge_manifest.json", root / "unpacked"
+    place.mkdir()
+    metadata = root / "metadata" / "README.md"
+    metadata.parent.mkdir()
+    metadata.write_text("---\nlicense: mit\ndatasets: [a/b]\nbase_model: [c/d]\n---\n# A model\n")
+    return {
+        "card": _door(card, lambda: read_published(card, place), slow=True),
+        "card's metadata": _door(metadata, lambda: read_metadata(metadata.parent)),
+        "export's manifest": _door(manifest, lambda: plan_upload(out, "org/name"), json=True),
     }
 
 

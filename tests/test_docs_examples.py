@@ -14,12 +14,14 @@ import pytest
 import yaml
 
 from tests.heads_world import texts, write_heads, write_rows
+from tests.hub_stand_in import use, write_cache
 from tests.picture_world import TASKS as PICTURES
 from tests.picture_world import clip, write_picture_world
 from tests.world import LABELS, write_languages, write_world
 from trainmerge.cli import main
 from trainmerge.fitting.allocate_chunks import allocate_run
 from trainmerge.run.templates import expand
+from trainmerge.system.hub import parse_id
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks/docs").rglob("*.md"))]
@@ -78,6 +80,14 @@ def link(place: str, target: Path) -> None:
         Path(place).symlink_to(target)
 
 
+def cache(model: str, target: Path) -> None:
+    """Put a model into the hub's cache of an example, where its id has it."""
+    found = parse_id(model)
+    assert found is not None
+    shutil.copytree(target, Path("made", found.repository, found.subfolder))
+    write_cache(Path("cache"), found.repository, Path("made", found.repository), ref=found.revision or "main")
+
+
 def files_of(worlds: dict[str, Path], world: str, number: int) -> dict[str, Path]:
     """The number-th expert's files, by their key in a recipe."""
     if world == "pictures":
@@ -112,14 +122,15 @@ def completed(example: Example, worlds: dict[str, Path]) -> dict[str, Any]:
     if "text: null" in example.code:
         world = "pictures"
     recipe = content.setdefault("recipe", {})
-    link(recipe.setdefault("base", "base"), worlds[world] / "base")
+    put = cache if example.page.stem == "hub" else link
+    put(recipe.setdefault("base", "base"), worlds[world] / "base")
     names = EXPERTS.get(example.page.stem, ("movie", "r8"))
     recipe.setdefault("experts", {name: default_expert(name, encoders) for name in names})
     experts = expand(content)["recipe"]["experts"]
     for number, task in enumerate([*experts.values(), *recipe.get("held_out", {}).values()]):
         files = own_files(worlds, number) if own else files_of(worlds, world, number)
         for key in {"path", "calibration", "test"} & set(task):
-            link(task[key], files[key])
+            (put if key == "path" else link)(task[key], files[key])
         if "head" in task and not own:
             link(task["head"]["init_args"]["labels"], files["labels"])
     initial = content.get("model", {}).get("initial")
@@ -148,6 +159,7 @@ def test_yaml_is_a_configuration_that_fits(
     example: Example, worlds: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    use(monkeypatch, tmp_path / "cache")
     content = completed(example, worlds)
     if "chunks.json" in example.code:
         first_stage(content)
@@ -186,6 +198,8 @@ def test_commands_are_ours_and_their_configurations_are_there(example: Example) 
             "plan",
             "pareto",
             "search",
+            "push",
+            "rebuild",
         }
     for file in re.findall(r"configs/\S+", example.code):
         assert (ROOT / file).is_file()

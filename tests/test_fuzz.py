@@ -14,8 +14,8 @@ NAMES = (
     "tokenizer.json", "tokenizer_config.json", "recipe.yaml", "recipe.yaml, values", "manifest.json",
     "coefficients.safetensors", "coefficients' header", "snapshot", "chunks.json", "metrics.jsonl",
     "texts.jsonl", "texts.csv", "texts.parquet", "texts.txt", "saved, state.json", "saved, dataset_info.json",
-    "saved, data-00000-of-00001.arrow", "labels.json", "labelled texts", "a.png", "a.jpg",
-    "a.wav",
+    "saved, data-00000-of-00001.arrow", "labels.json", "labelled texts",
+    "card", "card's metadata", "export's manifest", "a.png", "a.jpg", "a.wav",
 )  # fmt: skip
 
 

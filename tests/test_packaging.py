@@ -11,13 +11,20 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
+from email import message_from_string
+from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.cli.test_cli import write_config
+from tests.lock import LOCK, needed
 from tests.lower_bounds import oldest
 from tests.world import write_world
+from trainmerge.cli import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,6 +86,55 @@ def test_the_wheel_has_every_file_and_the_mark_of_types(wheel: Path) -> None:
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "trainmerge").rglob("*.py")}
     assert files | {"trainmerge/py.typed", "trainmerge/__init__.pyi"} <= names
     assert not any(name.startswith(("tests", "data", "configs")) for name in names)
+
+
+def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as opened:
+        (name,) = [name for name in opened.namelist() if name.endswith(".dist-info/METADATA")]
+        (licence,) = [name for name in opened.namelist() if name.endswith(".dist-info/licenses/LICENSE")]
+        assert opened.read(licence) == (ROOT / "LICENSE").read_bytes()
+        said = message_from_string(opened.read(name).decode())
+    assert said["Name"] == "trainmerge"
+    assert said["License-Expression"] == "Apache-2.0"
+    assert said["Requires-Python"] == ">=3.11"
+    assert said["Description-Content-Type"] == "text/markdown"
+    assert said["Author"] == "The trainmerge authors"
+    assert said["Author-email"] is None, "no personal data"
+    assert {"model merging", "LoRA"} <= set(said["Keywords"].split(","))
+    classifiers = said.get_all("Classifier")
+    assert {"Typing :: Typed", "Programming Language :: Python :: 3.11"} <= set(classifiers)
+    assert not any(one.startswith("License ::") for one in classifiers), "License-Expression replaces it"
+    assert "# trainmerge" in said.get_payload()
+
+
+def test_the_command_names_the_versions_that_a_report_of_a_fault_needs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--version"]) == 0
+    expected = f"trainmerge {version('trainmerge')}, torch {version('torch')}, Python {python_version()}\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_the_lock_is_within_the_bounds() -> None:
+    pins = [Requirement(line) for line in LOCK.read_text().splitlines() if not line.startswith("#")]
+    locked = {pin.name: str(pin.specifier).removeprefix("==") for pin in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for text in project["dependencies"]:
+        need = Requirement(text)
+        assert locked[canonicalize_name(need.name)] in need.specifier, text
+    assert {canonicalize_name(name) for name in ("huggingface-hub", "torch")} <= needed().keys()
+    assert f"torch=={locked['torch']}" in (ROOT / "constraints.txt").read_text()
+
+
+def test_the_container_gets_the_files_that_it_names() -> None:
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    let_in = (ROOT / ".dockerignore").read_text().splitlines()
+    for name in copied:
+        assert (ROOT / name).exists()
+        assert f"!{name}" in let_in
+    assert "USER merge" in lines
+    assert 'ENTRYPOINT ["trainmerge"]' in lines
 
 
 def test_the_command_fits_from_the_wheel_outside_the_repository(installed: Path, tmp_path: Path) -> None:

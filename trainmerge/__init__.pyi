@@ -33,6 +33,8 @@ from .evaluate import evaluate_checkpoint as evaluate_checkpoint
 from .evaluate import evaluate_run as evaluate_run
 from .export.export import export_merge as export_merge
 from .export.export import export_run as export_run
+from .export.push import push as push
+from .export.rebuild import rebuild as rebuild
 from .export.untie import untie as untie
 from .export.verify import verify_export as verify_export
 from .fitting.early_stopping import StopWhenFlat as StopWhenFlat

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, T5Config
 
+from tests.heads_world import write_tokenizer as write_heads_tokenizer
 from tests.world import write_tokenizer
 from trainmerge.data.examples import Columns, Example, read_examples
 from trainmerge.data.tokenizer import Tokenizer
@@ -131,3 +132,16 @@ def render(_: object) -> Example:
 def test_rows_that_break_a_promise(folder: Path, row: dict, columns: Columns, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read_examples(write(folder, row), columns, render)
+
+
+def test_pairs_of_texts(tmp_path):
+    """Both texts of a pair, in transformers' own form; the longest counts both."""
+    write_heads_tokenizer(tmp_path)
+    tokenize = Tokenizer(str(tmp_path), 64)
+    pair = Example("good bad", pair="red blue green")
+    encoded = tokenize.encode([pair, Example("good", pair="red")])
+    want = tokenize.transformers(["good bad", "good"], ["red blue green", "red"], padding=True)
+    assert encoded.inputs["input_ids"].tolist() == want["input_ids"]
+    assert encoded.mask.sum(1).tolist() == [8, 5]
+    assert tokenize.longest([pair], 6) == 8
+    assert Tokenizer(str(tmp_path), 6).encode([pair]).inputs["input_ids"].shape == (1, 6)

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from trainmerge.checkpoints.config_keys import LABELS, SILENT, decides_function, is_known, is_one_of
 from trainmerge.checkpoints.config_values import flat_values, same_value
 from trainmerge.checkpoints.model_config import read_model_config
+from trainmerge.system.hub import cached_config
 from trainmerge.system.json_file import read_json
 
 ABSENT = "absent"
@@ -58,11 +59,13 @@ def recorded_mismatches(
 ) -> list[str]:
     """`configuration_mismatches` of a config.json in the adapter's folder and of the base that it names.
 
-    `recorded` is its `base_model_name_or_path`; one that is not a folder on disk is not compared.
+    `recorded` is its `base_model_name_or_path`; one that is neither a folder on disk nor an id in the hub's
+    cache is not compared.
     """
     folders = [adapter]
-    if isinstance(recorded, str) and recorded and Path(recorded).absolute() != base_folder.absolute():
-        folders.append(Path(recorded))
+    place = cached_config(recorded) if isinstance(recorded, str) and recorded else None
+    if place is not None and place.absolute() != base_folder.absolute():
+        folders.append(place)
     problems = []
     for folder in folders:
         if (folder / "config.json").is_file():

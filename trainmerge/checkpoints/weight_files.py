@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from trainmerge.system.hub import origin_of
 from trainmerge.system.json_file import read_json
 from trainmerge.system.links import check_link
 from trainmerge.system.text import listed, shortened
@@ -112,10 +113,11 @@ def find_weights(
             _warn_of_others(path, files, safe, pickled)
             return files, names
     dangling = [path / single for single in (safe, pickled) if (path / single).is_symlink()]
+    pickled_only = " From the hub, pickled ones come with allow_pickle only." if origin_of(path) else ""
     gone = [f"; {link.name} is a link to {link.readlink()}, which does not exist" for link in dangling]
     raise FileNotFoundError(
         f"{path}: no weights: neither {safe} nor {safe}.index.json exists{''.join(gone)}. Check the path, "
-        "or download them again."
+        f"or download them again.{pickled_only}"
     )
 
 

@@ -24,7 +24,7 @@ def check_whole(folder: Path) -> None:
     listed = read_json(folder / MANIFEST, "Export the run again.").get("bytes", {})
     if not isinstance(listed, dict):
         raise ValueError(f"{folder / MANIFEST}: `bytes` is no list of files and sizes. Export the run again.")
-    found = {name: (folder / name).stat().st_size for name in listed if (folder / name).is_file()}
+    found = {path.name: path.stat().st_size for path in folder.iterdir() if path.name in listed}
     wrong = [f"{name} has {found.get(name, 0)} of {size} bytes" for name, size in listed.items()
              if found.get(name) != size]  # fmt: skip
     if wrong:

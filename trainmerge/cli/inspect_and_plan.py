@@ -57,7 +57,7 @@ def plan(
               trainmerge plan path/to/model 8 --length 256
 
     Args:
-        model: A folder with config.json; no weights are needed.
+        model: A folder with config.json, or an id of the hub; no weights are needed.
         experts: The number of full experts.
         batch: Examples per expert and step, over all devices.
         length: Tokens per example.

@@ -7,10 +7,12 @@ from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 
 from trainmerge.cli.arguments import options_of, split_words, take_trusted
 from trainmerge.cli.command_help import check_words, command_help
 from trainmerge.cli.commands import allocate, compare, evaluate, export, report
+from trainmerge.cli.exchange import push, rebuild
 from trainmerge.cli.inspect_and_plan import inspect, plan
 from trainmerge.cli.threads import run_of, set_threads
 from trainmerge.cli.tradeoffs import pareto, search
@@ -19,7 +21,7 @@ from trainmerge.system.memory import is_out_of_memory
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
-COMPUTE = (allocate, compare, evaluate, export, inspect, pareto, plan, report, search)
+PLAIN = (allocate, compare, evaluate, export, inspect, pareto, plan, push, rebuild, report, search)
 RESUMABLE = ("fit", "search")  # commands that resume
 
 USAGE = """usage: trainmerge COMMAND ...
@@ -33,6 +35,8 @@ commands:
              for a second fit:    trainmerge fit ... --recipe.grouping.chunks chunks.json
   export     write the model:     trainmerge export runs/first merged/
              and read it again:   trainmerge export runs/first merged/ --verify
+  push       to the hub:          trainmerge push merged/ org/name --dry-run
+  rebuild    a merge again:       trainmerge rebuild merged/README.md again/
   evaluate   score it:            trainmerge evaluate runs/first
   compare    several, one table:  trainmerge compare runs/first merged/ --recipe runs/first
   report     figures and a page:  trainmerge report runs/first
@@ -58,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if given else 2
     if given[0] == "--version":
-        print(version("trainmerge"))
+        print(f"trainmerge {version('trainmerge')}, torch {version('torch')}, Python {python_version()}")
         return 0
     name, words = given[0], given[1:]
     if name not in COMMANDS:
@@ -143,10 +147,7 @@ def _plain(command: Callable[..., None], words: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fit": _fit,
-    **{
-        command.__name__: partial(_plain, command)
-        for command in (allocate, compare, evaluate, export, inspect, pareto, plan, report, search)
-    },
+    **{command.__name__: partial(_plain, command) for command in PLAIN},
 }
 
 if __name__ == "__main__":

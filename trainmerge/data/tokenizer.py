@@ -5,7 +5,6 @@ Legend: `B` examples, `T` tokens.
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from trainmerge.data.media import MediaInputs, without_text
 from trainmerge.data.padding import answers, joined, whole_length
 from trainmerge.data.pictures import Pictures
 from trainmerge.data.special_tokens import SpecialTokens, check_rows, embedding_rows
+from trainmerge.system.hub import folder_of
 from trainmerge.system.json_file import read_json
 from trainmerge.system.ranges import check_option
 
@@ -41,15 +41,19 @@ class Located(NamedTuple):
 class Tokenizer:
     """Texts -> padded model inputs. Padding is on the right, so that positions do not change.
 
+    `path` is a folder, or an id of the hub.
+
     Raises:
+        FileNotFoundError: an id that is neither in the hub's cache nor can be downloaded.
         ValueError: not a folder, or no tokenizer in it.
     """
 
     def __init__(self, path: str, max_length: int) -> None:
         check_option("max_length", max_length, int, "[1, inf)")
-        self.path, self.max_length = path, max_length
-        self._own = load_tokenizer(path) if takes_text(path) else None
-        file = Path(path) / "config.json"
+        folder = folder_of(path, weights=False)
+        self.path, self.max_length = str(folder), max_length
+        self._own = load_tokenizer(self.path) if takes_text(self.path) else None
+        file = folder / "config.json"
         config = read_json(file, REMEDY) if file.is_file() else {}
         self._has_decoder = config.get("is_encoder_decoder")
         self._whole = whole_length(config)
@@ -158,8 +162,11 @@ class Tokenizer:
 
     def longest(self, examples: Sequence[Example], limit: int) -> int:
         """Tokens of the longest example after truncation; checks only examples that may exceed `limit`."""
-        long = [e.text for e in examples if len(e.text.encode()) >= limit] if self.max_length > limit else []
-        return max((len(self._padded([text])["input_ids"][0]) for text in long), default=0)
+        if self.max_length <= limit:
+            return 0
+        long = [e for e in examples if len((e.text + (e.pair or "")).encode()) >= limit]
+        given = (self.encode([Example(e.text, pair=e.pair)]).inputs["input_ids"] for e in long)
+        return max((tokens.shape[1] for tokens in given), default=0)
 
     def check_rows(self, examples: Sequence[Example], together: int = 64) -> None:
         """Raise ValueError if a text has a token that the model's embedding has no row for.

@@ -20,6 +20,7 @@ from trainmerge.model.resident import special_ids
 from trainmerge.run.heads import task_heads
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import DEFAULT_LENGTH
+from trainmerge.system.hub import folder_of
 
 PlannedHeads = Mapping[str, Classifier | OwnModel | OwnHead | None]  # by task
 
@@ -45,10 +46,11 @@ def evaluate_checkpoint(
     metric, tokenize = metric_of(recipe, own), Tokenizer(recipe.base, max_length)
     held_in, held_out = load_tasks(recipe, tokenize, columns, limit, heads=own)
     tasks = [*held_in, *held_out]
-    check_kind(Path(checkpoint), recipe, tasks)
-    folders = {str(checkpoint): Path(checkpoint)}
+    place = folder_of(checkpoint, allow_pickle=recipe.allow_pickle)
+    check_kind(place, recipe, tasks)
+    folders = {str(checkpoint): place}
     if held_out or harness:
-        folders = {"base": Path(recipe.base), **folders}
+        folders = {"base": recipe.folders["base"], **folders}
     heads = heads_of(recipe, tasks, tokenize)
     rows, found = {}, {}
     for row, folder in folders.items():
@@ -65,7 +67,7 @@ def check_kind(checkpoint: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
 
     Tasks without a head need a model of the base's kind, and experts' own heads one of the base's class.
     """
-    base, own = output_of(Path(recipe.base)), output_of(checkpoint)
+    base, own = output_of(recipe.folders["base"]), output_of(checkpoint)
     heads = [task.name for task in tasks if isinstance(task.head, OwnHead)]
     if heads and own.architecture != base.architecture:
         raise ValueError(
@@ -84,7 +86,8 @@ def check_kind(checkpoint: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
 
 def heads_of(recipe: Recipe, tasks: Sequence[Task], tokenize: Tokenizer) -> PlannedHeads:
     """The tasks' heads; loads the base temporarily. Experts' own ones stand on each checkpoint: `over`."""
-    base = load_model(open_checkpoint(recipe.base, recipe.allow_pickle), recipe.ignore).module.to(DEVICE)
+    opened = open_checkpoint(recipe.folders["base"], recipe.allow_pickle)
+    base = load_model(opened, recipe.ignore).module.to(DEVICE)
     built = build_heads(base, [task for task in tasks if not isinstance(task.head, OwnHead)], tokenize)
     return {**{task.name: task.head for task in tasks if isinstance(task.head, OwnHead)}, **built}
 

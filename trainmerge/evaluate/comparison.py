@@ -23,6 +23,7 @@ from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import columns_of, tasks_of, text_length
 from trainmerge.system import distributed
 from trainmerge.system.atomic import write_whole
+from trainmerge.system.hub import folder_of
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ def compare(
     held_in, held_out = load_tasks(shared, tokenize, columns_of(source), limit, heads=own)
     tasks = [*held_in, *held_out]
     heads = heads_of(shared, tasks, tokenize)
-    folders = {name: Path(name) for name in names}
+    folders = {name: folder_of(name, allow_pickle=shared.allow_pickle) for name in names}
     if held_out:
-        folders = {"base": Path(shared.base), **folders}
+        folders = {"base": shared.folders["base"], **folders}
     bar = track(folders.items(), description="comparing", disable=distributed.rank() > 0)
     rows = {name: _score(folder, shared, heads, tasks, tokenize) for name, folder in bar}
     held = tuple(task.name for task in held_in), tuple(task.name for task in held_out)

@@ -33,7 +33,7 @@ def evaluate_path(
         else:
             length = text_length(recipe, max_length)
             columns = columns_of(recipe)
-            found = evaluate_checkpoint(path, tasks_of(recipe), limit, length, answers, harness, columns)
+            found = evaluate_checkpoint(str(path), tasks_of(recipe), limit, length, answers, harness, columns)
         if rank() == 0:
             print_evaluation(str(path), found)
             if is_run:

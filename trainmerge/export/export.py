@@ -5,24 +5,18 @@ complete.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from trainmerge.checkpoints import Checkpoint
-from trainmerge.checkpoints.whole import MANIFEST, RECIPE
-from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
-from trainmerge.export.model_card import model_card
-from trainmerge.export.public import public, public_config, public_manifest
+from trainmerge.checkpoints.whole import MANIFEST
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.export.explain import Exported, explain
 from trainmerge.export.shards import CheckpointMerge, shard_names, write_shards
 from trainmerge.export.side_files import copy_side_files
 from trainmerge.export.task import TaskMerge, own_head, write_task
 from trainmerge.preprocess import apply_for_one_pass
-from trainmerge.run.config import read_yaml, to_config
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.manifest import versions
 from trainmerge.run.open_run import open_run
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
@@ -31,7 +25,6 @@ from trainmerge.system import distributed
 from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.distributed import joined
 from trainmerge.system.ranges import check_option
-from trainmerge.system.safetensors_file import sha256
 from trainmerge.system.shared_output import agreed, balanced_share, staging_shared
 from trainmerge.task_vectors.delta import TaskVectors
 
@@ -134,47 +127,10 @@ def export_run(
                 with agreed():
                     made = write_task(TaskMerge.of(merge, head), folder) if distributed.rank() == 0 else {}
             if distributed.rank() == 0:
-                _explain(folder, target.name, run_folder, recipe, coefficients, made, at, task)
+                own = coefficients is learned
+                merged = Exported(run_folder, recipe, opened, coefficients, own, at, task or "")
+                explain(folder, target.name, merged, made)
     return target
-
-
-def _explain(
-    folder: Path,
-    name: str,
-    run_folder: RunFolder,
-    recipe: Recipe,
-    coefficients: Coefficients,
-    made: Mapping[str, str],
-    at: str,
-    task: str | None,
-) -> None:
-    """Write recipe, coefficients, model card and manifest next to the weights `made`; the manifest last.
-
-    They name no path of this machine.
-    """
-    _write_yaml(folder / RECIPE, {"recipe": public(to_config(recipe))})
-    save_coefficients(coefficients, folder / "trainmerge_coefficients.safetensors")
-    run_made = run_folder.read_manifest()
-    if run_folder.config.exists():
-        _write_yaml(folder / "trainmerge_config.yaml", public_config(read_yaml(run_folder.config)))
-    (folder / "README.md").write_text(model_card(name, recipe, coefficients, run_made, at))
-    others = [
-        path for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in made
-    ]
-    files = {**made, **{str(path.relative_to(folder)): sha256(path) for path in others}}
-    manifest = {
-        "versions": versions(),
-        **({"unfinished": at} if at else {}),
-        **({"task": task} if task else {}),
-        "files": dict(sorted(files.items())),
-        "bytes": {name: (folder / name).stat().st_size for name in sorted(made)},  # see `check_whole`
-        "run": public_manifest(run_made),
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
-
-
-def _write_yaml(path: Path, content: Any) -> None:
-    path.write_text(yaml.safe_dump(content, sort_keys=False, width=110))
 
 
 def merge_of(

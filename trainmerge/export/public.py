@@ -54,7 +54,8 @@ def public(data: Any) -> Any:
 
 
 def public_manifest(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's manifest without its command line and folder."""
+    """A run's manifest without its command lines and folder."""
+    run = {key: value for key, value in run.items() if key != "resumed"}
     started = {
         key: value for key, value in run.get("started", {}).items() if key not in ("command", "folder")
     }

@@ -10,6 +10,7 @@ from torch import nn
 from trainmerge.checkpoints import build_meta_model, locate, open_checkpoint
 from trainmerge.export.side_files import copy_side_files
 from trainmerge.system.disk_space import check_free_space
+from trainmerge.system.hub import folder_of
 from trainmerge.system.safetensors_file import write_safetensors
 from trainmerge.system.safetensors_format import file_order
 from trainmerge.system.staging import staging
@@ -27,7 +28,7 @@ def untie(folder: str | Path, out: str | Path) -> Path:
         FileExistsError: `out` exists and is not empty.
         ValueError: the checkpoint is damaged or has no ties, or its architecture cannot be untied.
     """
-    base, target = open_checkpoint(folder), Path(out)
+    base, target = open_checkpoint(folder_of(folder)), Path(out)
     model = build_meta_model(base.path)
     ties = model.all_tied_weights_keys
     if not ties:

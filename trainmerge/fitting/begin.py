@@ -14,6 +14,7 @@ from trainmerge.fitting.provenance import describe, load_snapshot
 from trainmerge.fitting.rewind import rewind
 from trainmerge.run.config import read_yaml, write_config
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.hub_origins import moved, origins, recorded_origins, to_json
 from trainmerge.run.manifest import differences
 from trainmerge.run.resume import resume_from
 from trainmerge.system.atomic import write_whole
@@ -64,11 +65,13 @@ def begin(
         made = folder.read_manifest()
     module.opened.verify(made.get("checksums"))
     description = describe(module, data)
-    folder.check(description, by_key(folder, config))
+    commits = origins(module.opened.folders)
+    changed = [by_key(folder, config), moved(recorded_origins(made, folder.manifest), commits)]
+    folder.check(description, "\n".join(lines for lines in changed if lines))
     if snapshot and (different := differences(json.loads(snapshot.content["trainmerge"]), description)):
         raise ValueError(f"{snapshot.path} was made with different experts, data or settings:\n{different}")
     module.description = json.dumps(description)
-    folder.create(description)
+    folder.create(description, to_json(commits))
     write_config(module.recipe, "recipe", folder.recipe)
     module.opened.save(folder.sources)
     if config:

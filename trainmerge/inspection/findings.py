@@ -9,7 +9,7 @@ from typing import Literal
 
 from trainmerge.checkpoints import OwnHead, open_checkpoint
 from trainmerge.data.examples import Columns, Render, read_examples, subject
-from trainmerge.data.media import MediaInputs, without_text
+from trainmerge.data.media import without_text
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.run.heads import linear_problems, task_heads
 from trainmerge.run.opened import Opened
@@ -48,8 +48,9 @@ def unchanged_tensors(opened: Opened) -> Iterator[Finding]:
 
 def expert_findings(recipe: Recipe, opened: Opened) -> Iterator[Finding]:
     """Tensors of an expert only, own heads, differing chat templates, and heads of some experts."""
+    folders = recipe.folders
     for name, expert in recipe.experts.items():
-        own = _own_tensors(Path(expert.path), recipe)
+        own = _own_tensors(folders[name], recipe)
         if own:
             yield Finding(
                 "note",
@@ -57,7 +58,7 @@ def expert_findings(recipe: Recipe, opened: Opened) -> Iterator[Finding]:
                 "merged",
                 "" if expert.head else "if they are the task's classifier, set the expert's `head`",
             )
-        ours, theirs = _template(Path(recipe.base)), _template(Path(expert.path))
+        ours, theirs = _template(folders["base"]), _template(folders[name])
         if theirs and theirs != ours:
             yield Finding(
                 "warning",
@@ -98,7 +99,7 @@ def _own_tensors(folder: Path, recipe: Recipe) -> list[str]:
     if (folder / "adapter_config.json").is_file():
         return []
     theirs = open_checkpoint(folder, recipe.allow_pickle).tensors
-    ours = open_checkpoint(recipe.base, recipe.allow_pickle).tensors
+    ours = open_checkpoint(recipe.folders["base"], recipe.allow_pickle).tensors
     return [name for name in theirs if name not in ours and matches(name, recipe.ignore)]
 
 
@@ -137,7 +138,7 @@ def read_texts(recipe: Recipe, columns: Columns = Columns(), learning: bool = Tr
         except (ValueError, OSError) as error:
             found.append(Finding("error", f"{name}: {error}"))
             continue
-        if unreadable := MediaInputs(recipe.base).problems(examples) if without_text(examples) else []:
+        if unreadable := tokenizer().media.problems(examples) if without_text(examples) else []:
             found.append(Finding("error", f"{name}: {expert.calibration}: {unreadable[0]}"))
         found += _of_texts(name, texts[name], test)
     firsts: dict[str, str] = {}

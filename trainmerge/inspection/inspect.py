@@ -31,6 +31,7 @@ from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import columns_of, learns, recipe_of
 from trainmerge.system.atomic import write_whole
+from trainmerge.system.hub import cached_folder
 from trainmerge.task_vectors.geometry import Geometry, measure_geometry
 
 CHEAP = 2 << 30  # bytes of weights that `auto` reads
@@ -69,7 +70,7 @@ def inspect_path(
     if suggestion is not None:
         check_new(suggestion)  # before the work
     coefficients = _coefficients(path)
-    if coefficients is not None and (path / RECIPE).is_file() and not Path(recipe.base).exists():
+    if coefficients is not None and (path / RECIPE).is_file() and not _on_disk(recipe):
         print_coefficients(coefficients)
         print_findings(WITHOUT_SOURCES)
         return WITHOUT_SOURCES
@@ -84,6 +85,12 @@ def inspect_path(
         if output is not None:
             write_whole(output, json.dumps(_as_json(recipe, found), indent=1))
     return found.findings
+
+
+def _on_disk(recipe: Recipe) -> bool:
+    """Whether base and experts are here, as folders or in the hub's cache; nothing is downloaded."""
+    paths = [recipe.base, *(expert.path for expert in recipe.experts.values())]
+    return all(cached_folder(path) is not None for path in paths)
 
 
 def _show_suggestion(suggested: Suggestion, file: Path | None) -> None:

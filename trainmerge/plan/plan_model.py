@@ -16,6 +16,7 @@ from trainmerge.plan.micro_batches import StepSchedule, rounds
 from trainmerge.plan.plan import Plan
 from trainmerge.plan.sizes import sizes_of
 from trainmerge.system.console import print_table
+from trainmerge.system.hub import folder_of
 from trainmerge.system.ranges import check_option
 
 
@@ -31,7 +32,8 @@ def plan_model(
     """The plan of a fit of full experts: one coefficient per tensor and expert, token entropy as the loss.
 
     Args:
-        folder: A folder with config.json, which gives the weights' dtype; no weights are needed.
+        folder: A folder with config.json, which gives the weights' dtype, or an id of the hub; no weights
+            are needed.
         experts: K.
         batch: Examples per expert and step, over all devices.
         length: Tokens per example; pictures have the size that config.json names.
@@ -45,7 +47,7 @@ def plan_model(
     counts = {"experts": experts, "batch": batch, "length": length, "devices": devices}
     for name, count in counts.items():
         check_option(name, count, int, "[1, inf)")
-    meta_model = build_meta_model(Path(folder))
+    meta_model = build_meta_model(folder_of(folder, weights=False))
     dtype = getattr(meta_model.config, "dtype", None) or torch.float32
     own = {name: p.numel() * dtype.itemsize for name, p in meta_model.named_parameters()}
     read = {name: (experts + 1) * count for name, count in own.items()}

@@ -95,6 +95,8 @@ def origin_section(manifest: Mapping[str, Any]) -> Section:
     """Command, seed, settings and versions."""
     started = manifest.get("started", {})
     rows = [["command", started.get("command", "")], ["folder", started.get("folder", "")]]
+    if last := manifest.get("resumed", {}).get("command"):
+        rows.append(["last command", last])
     rows += [["seed", str(manifest.get("data", {}).get("seed", ""))]]
     rows += [["versions", ", ".join(f"{n} {v}" for n, v in manifest.get("versions", {}).items())]]
     rows += [

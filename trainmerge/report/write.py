@@ -15,6 +15,7 @@ from trainmerge.report.scores import score_picture
 from trainmerge.report.steps import loss_picture, path_picture
 from trainmerge.report.task_vectors import norm_picture, similarity_picture
 from trainmerge.system.disk_space import check_free_space
+from trainmerge.system.hub import is_hub_id, parse_id
 from trainmerge.system.staging import staging
 
 RESOLUTION = 144  # dots per inch
@@ -89,4 +90,10 @@ def _under(numbers: Numbers) -> str:
     names = ", ".join(numbers.experts)
     notes = "".join(f" {note}" for note in numbers.notes)
     note = f" The task vectors could not be measured: {numbers.missing}" if numbers.missing else ""
-    return f"A learned merge of {names} into {Path(numbers.recipe.base).name}.{notes}{note}"
+    return f"A learned merge of {names} into {_name(numbers.recipe.base)}.{notes}{note}"
+
+
+def _name(base: str) -> str:
+    """The base's id on the hub, or the last part of its folder."""
+    found = parse_id(base) if is_hub_id(base) else None
+    return found.repository if found else Path(base).name

@@ -1,17 +1,13 @@
 """A run folder: the paths of a run's files, and whether a run may resume in it."""
 
 import os
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainmerge.data.examples import examples_identity
-from trainmerge.run.manifest import differences, read_manifest, versions, write_manifest
+from trainmerge.run.manifest import differences, new_manifest, note_command, read_manifest
 from trainmerge.system.atomic import write_whole
 
 README = """# A trainmerge run
@@ -173,18 +169,14 @@ class RunFolder:
                 f"{keys}Undo the change to resume it, or use another folder."
             )
 
-    def create(self, description: Mapping[str, Any]) -> None:
-        """Create the folder and its manifest, unless a run has started in it."""
+    def create(self, description: Mapping[str, Any], hub: Mapping[str, Any] = {}) -> None:
+        """Create the folder and its manifest, unless a run has started in it; `hub`: see `hub_origins`."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         if self.began and self.manifest.exists():
+            note_command(self.manifest)
             return
         write_whole(self.path / "README.md", README)
-        started = {
-            "command": shlex.join(sys.argv),
-            "folder": str(Path.cwd()),
-            "threads": torch.get_num_threads(),  # of each process: sums depend on them
-        }
-        write_manifest(self.manifest, {**description, "versions": versions(), "started": started})
+        new_manifest(self.manifest, description, hub)
 
     def drop_snapshots_before(self, step: int) -> None:
         """Remove the snapshots before `step`, whose own snapshot is on disk."""

@@ -47,7 +47,7 @@ def linear_problems(recipe: Recipe) -> Iterator[str]:
     heads: dict[str, Head | str | None] = {f"experts.{name}": e.head for name, e in recipe.experts.items()}
     heads |= {f"held_out.{name}": task.head for name, task in recipe.held_out.items()}
     linear = {key: head for key, head in heads.items() if isinstance(head, LinearHead)}
-    base = open_checkpoint(recipe.base, recipe.allow_pickle).tensors if linear else {}
+    base = open_checkpoint(recipe.folders["base"], recipe.allow_pickle).tensors if linear else {}
     for key, head in linear.items():
         own = [name for name in (head.weight, head.bias) if name]
         if reason := beyond_linear(head.file, own, base):

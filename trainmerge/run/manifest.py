@@ -2,13 +2,18 @@
 
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainmerge.run.config import public_paths
 from trainmerge.system.atomic import write_whole
+from trainmerge.system.hub import parse_id
 from trainmerge.system.json_file import read_json
 
 PACKAGES = ("trainmerge", "torch", "pytorch-lightning", "transformers", "peft", "datasets", "safetensors")
@@ -48,14 +53,51 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
+def new_manifest(path: Path, description: Mapping[str, Any], hub: Mapping[str, Any]) -> None:
+    """Write a new run's manifest: description, `hub` as in `hub_origins`, versions, command."""
+    origins = {"hub": hub} if hub else {}
+    write_manifest(path, {**description, **origins, "versions": versions(), "started": command_line()})
+
+
+def command_line() -> dict[str, Any]:
+    """The command of this process, its folder and its number of threads."""
+    return {
+        "command": shlex.join(sys.argv),
+        "folder": str(Path.cwd()),
+        "threads": torch.get_num_threads(),  # of each process: sums depend on them
+    }
+
+
+def note_command(path: Path) -> None:
+    """Record the command that resumes a run as `resumed`, unless it is its last one already."""
+    manifest, resumed = read_manifest(path), command_line()
+    last = manifest.get("resumed", manifest.get("started", {}))
+    if any(last.get(key) != resumed[key] for key in ("command", "folder")):
+        write_manifest(path, {**manifest, "resumed": resumed})
+
+
 def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """One line for each key of `now`, nested ones too, whose value differs in `made`; empty without any.
 
-    A class's public path and its path in older files count as equal.
+    A class's public path and its path in older files count as equal, and so do two revisions of an id of the
+    hub: the checksums of the weights decide.
     """
-    before, plain = public_paths(made), public_paths(json.loads(json.dumps(now)))
+    before, plain = (public_paths(_without_revisions(own)) for own in (made, json.loads(json.dumps(now))))
     pairs = ((key, before.get(key, ABSENT), value) for key, value in plain.items())
     return "\n".join(line for key, old, new in pairs if old != new for line in _lines(key, old, new))
+
+
+def _without_revisions(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A description or configuration with the ids of its models and its tokenizer without `@revision`."""
+
+    def plain(key: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(name, item) for name, item in value.items()}
+        found = parse_id(value) if key in ("base", "path", "tokenizer") and isinstance(value, str) else None
+        return value.removesuffix(f"@{found.revision}") if found and found.revision else value
+
+    sections = {key: plain(key, data[key]) for key in ("recipe", "data") if key in data}
+    return {**data, **sections}
 
 
 def _lines(key: str, old: Any, new: Any) -> Iterator[str]:

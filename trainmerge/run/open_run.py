@@ -8,6 +8,7 @@ from trainmerge.checkpoints import same_weights
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.run.config import read_config, to_config
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.hub_origins import pinned, recorded_origins
 from trainmerge.run.manifest import differences
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
@@ -41,6 +42,8 @@ def open_run(folder: RunFolder) -> tuple[Recipe, Coefficients, Opened]:
 def read_run(folder: RunFolder) -> tuple[Recipe, Coefficients, dict[str, Any]]:
     """A run's recipe, coefficients and manifest; base and experts are not checked.
 
+    Ids of the hub are at the commits of the fit.
+
     Raises:
         ValueError: no run, no coefficients, a damaged file, or files of different runs.
     """
@@ -59,7 +62,7 @@ def read_run(folder: RunFolder) -> tuple[Recipe, Coefficients, dict[str, Any]]:
             "or fit again in another folder."
         )
     check_coefficients(folder, manifest)
-    return recipe, coefficients, manifest
+    return pinned(recipe, recorded_origins(manifest, folder.manifest)), coefficients, manifest
 
 
 def _mismatches(recipe: Recipe, coefficients: Coefficients, manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from trainmerge.data.heads import Head
 from trainmerge.preprocess import Preprocess
 from trainmerge.run.names import check_names
 from trainmerge.run.opened import Opened
+from trainmerge.system.hub import HubId, folder_of, is_hub_id, parse_id
 from trainmerge.system.ranges import check_fields
 from trainmerge.system.text import shortened
 
@@ -27,7 +28,7 @@ class Expert:
     """One expert and the data of its task.
 
     Args:
-        path: A transformers checkpoint folder, or a peft adapter folder.
+        path: A transformers checkpoint folder or a peft adapter folder, or its id on the hub.
         calibration: Unlabeled examples to learn from: a JSONL, CSV, parquet or text file, or a saved dataset.
         test: Labelled examples, for `evaluate` only; a fit never reads their labels.
         head: The task's frozen head: a class, or `own`, the head in the expert's files by its own class. That
@@ -68,7 +69,8 @@ class Recipe:
     """A merge without its coefficients.
 
     Args:
-        base: The checkpoint folder that every expert was fine-tuned from.
+        base: The checkpoint that every expert was fine-tuned from: a folder, or an id on the hub, which is
+            `org/name`, `org/name@revision` or `org/name/subfolder@revision`.
         experts: Name -> expert. The coefficients have one row per name.
         preprocess: Applied to the task vectors, in order.
         grouping: Which parameters are merged and which share a coefficient.
@@ -95,10 +97,9 @@ class Recipe:
         check_names([*self.experts, *self.held_out])
         if not any(expert.weight for expert in self.experts.values()):
             raise ValueError("recipe.experts: every weight is 0, so there is nothing to learn from")
-        owners: dict[Path, str] = {Path(self.base).resolve(): "the base"}
+        owners: dict[Path | HubId, str] = {_place(self.base): "the base"}
         for name, expert in self.experts.items():
-            folder = Path(expert.path).resolve()
-            if (other := owners.setdefault(folder, name)) != name:
+            if (other := owners.setdefault(_place(expert.path), name)) != name:
                 raise ValueError(
                     f"recipe.experts.{name}: {expert.path} is already {other}, so a second coefficient would "
                     "be redundant. Name each folder once; two tasks of one expert can share a file of "
@@ -115,10 +116,11 @@ class Recipe:
             find_sources,
         )  # imports transformers and peft, which `reopen` does not need
 
-        base = open_checkpoint(self.base, allow_pickle=self.allow_pickle)
+        folders = self.folders
+        base = open_checkpoint(folders["base"], allow_pickle=self.allow_pickle)
         sources = find_sources(
             base,
-            {name: expert.path for name, expert in self.experts.items()},
+            {name: folders[name] for name in self.experts},
             ignore=self.ignore,
             allow_pickle=self.allow_pickle,
             workspace=workspace,
@@ -142,7 +144,7 @@ class Recipe:
         if (made := self.stamps()) != known:
             return None
         try:
-            base = open_checkpoint(self.base, self.allow_pickle, sources.tied)
+            base = open_checkpoint(self.folders["base"], self.allow_pickle, sources.tied)
             return self._opened(base, sources, made, checksums)
         except FileNotFoundError:  # a merged adapter in the workspace
             return None
@@ -160,12 +162,23 @@ class Recipe:
 
     @property
     def folders(self) -> dict[str, Path]:
-        """`base`, and every expert."""
-        return {"base": Path(self.base)} | {name: Path(e.path) for name, e in self.experts.items()}
+        """`base`, and every expert; ids are in the hub's cache, or downloaded into it.
+
+        Raises:
+            FileNotFoundError: an id that is neither in the cache nor can be downloaded.
+        """
+        paths = {"base": self.base} | {name: expert.path for name, expert in self.experts.items()}
+        return {name: folder_of(path, True, self.allow_pickle) for name, path in paths.items()}
 
     def stamps(self) -> dict[str, dict[str, Stamp]]:
         """The file system's stamps of all files of base and experts."""
         return {name: stamps(folder) for name, folder in self.folders.items()}
+
+
+def _place(path: str) -> Path | HubId:
+    """The same for two texts that mean one folder."""
+    found = parse_id(path) if is_hub_id(path) else None
+    return Path(path).resolve() if found is None else found._replace(revision=found.revision or "main")
 
 
 def calibration_files(recipe: Recipe) -> dict[str, str]:

@@ -9,6 +9,8 @@ from trainmerge.checkpoints.whole import MANIFEST, RECIPE
 from trainmerge.data.examples import Columns
 from trainmerge.run.config import read_config, read_yaml
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.hub_origins import pinned, recorded_origins
+from trainmerge.run.manifest import read_manifest
 from trainmerge.run.recipe import Recipe
 from trainmerge.system.json_file import read_json
 
@@ -17,14 +19,19 @@ COLUMNS = {field.name for field in fields(Columns)}
 
 
 def recipe_of(path: Path) -> Recipe:
-    """The recipe of a run folder, an exported checkpoint, or a configuration file.
+    """The recipe of a run folder, an exported checkpoint, or a configuration file; a run's at its commits.
 
     Raises:
         ValueError: it is none of these.
     """
     for file in (path / "recipe.yaml", path / RECIPE, path):
         if file.is_file():
-            return read_config(Recipe, "recipe", file)
+            recipe, manifest = read_config(Recipe, "recipe", file), RunFolder(path).manifest
+            return (
+                pinned(recipe, recorded_origins(read_manifest(manifest), manifest))
+                if manifest.is_file()
+                else recipe
+            )
     raise ValueError(f"{path}: not a run folder, exported checkpoint or configuration file")
 
 
