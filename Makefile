@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm data-embed demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-heads suite-embed suite-closed bench tables docs soak cases clean lock
+.PHONY: help setup data data-suite data-lm data-embed data-vision demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-heads suite-embed suite-vision suite-closed bench tables docs soak cases lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -40,6 +40,10 @@ data-lm: $(READY) ## fetch SmolLM2 and four domains' documents, train three expe
 data-embed: data ## train three sentence embedders of MiniLM and write their pairs (once, 4 minutes)
 	@$(BIN)/python data/train_embedders.py
 	@ln -sfn $(CACHE) data/cache
+
+data-vision: $(READY) ## fetch DINOv2, Fashion-MNIST and digits, train four experts (once)
+	@ln -sfn $(CACHE) data/cache
+	@$(BIN)/python data/train_pictures.py
 
 demo: data ## learn a merge of five experts, resume it, export it, score it, draw it
 	@rm -rf runs/demo
@@ -87,6 +91,10 @@ suite-heads: data-suite ## classifiers with heads of their own: trained here, me
 
 suite-closed: suite suite-lm ## every merge without learning, and learning from the best, on both (hours)
 	@$(BIN)/python -m tests.closed_suite
+	@$(BIN)/python -m tests.result_tables
+
+suite-vision: data-vision ## AdaMerging and ours on pictures: fits, scores, the table (an hour)
+	@$(BIN)/python -m tests.vision_suite
 	@$(BIN)/python -m tests.result_tables
 
 bench: data ## measure; ONLY=fit_memory, ... for one group; KEEP="machine" writes tests/results/bench

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import numpy as np
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 import trainmerge as tm
+from tests.data.test_media import write_wave
 from tests.embedders import write_embedder
 from tests.fitting.test_fit import fit_world
+from tests.picture_world import picture
 from tests.world import write_world
 from trainmerge.checkpoints.adapter import open_adapter
 from trainmerge.checkpoints.meta_model import build_meta_model
@@ -23,7 +26,8 @@ from trainmerge.checkpoints.tensor_file import PickleFile
 from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.coefficients.layout import read_chunks
 from trainmerge.data.examples import Columns, Example, read_examples
-from trainmerge.data.heads import read_labels
+from trainmerge.data.label_texts import read_labels
+from trainmerge.data.media_values import open_picture, open_sound
 from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.pairs import read_similar
@@ -54,13 +58,9 @@ def doors(root: Path) -> dict[str, Door]:
     """All doors, with their files in an empty folder."""
     write_world(root)
     fit_world(root, root / "run", steps=1)
-    return {
-        **_checkpoints(root),
-        **_embedders(root / "embedder"),
-        **_exports(root),
-        **_runs(root),
-        **_texts(root),
-    }
+    embedders, exports = _embedders(root / "embedder"), _exports(root)
+    made = {**_checkpoints(root), **embedders, **exports, **_runs(root)}
+    return {**made, **_texts(root), **_media(root)}
 
 
 def _door(
@@ -183,6 +183,19 @@ def _header(file: Path) -> Door:
         return load_coefficients(file)
 
     return _door(layout, read, json=True)
+
+
+def _media(root: Path) -> dict[str, Door]:
+    """Pictures and a sound."""
+    files = [root / f"a.{end}" for end in ("png", "jpg", "wav")]
+    for file in files[:2]:
+        picture(0, size=(8, 8)).save(file)
+    write_wave(files[2], np.zeros(8), 8000)
+
+    def reader(file: Path) -> Callable[[], object]:
+        return lambda: (open_sound if file.suffix == ".wav" else open_picture)(str(file))
+
+    return {file.name: _door(file, reader(file)) for file in files}
 
 
 def _texts(root: Path) -> dict[str, Door]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tests import closed_suite, embed_suite, lm_suite, results, suite
+from tests import closed_suite, embed_suite, lm_suite, results, suite, vision_suite
 from tests.bench import paper
 
 PAGES = (Path("README.md"), *sorted(Path("notebooks/docs").rglob("*.md")))
@@ -115,6 +115,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lm-loss": lambda: lm_suite.losses(lm_suite.measured()),
     "embed-suite": lambda: embed_suite.table(embed_suite.measured()),
     "closed-forms": closed_suite.table,
+    "vision-suite": lambda: vision_suite.table(vision_suite.measured()),
     "front": front,
     "paper": paper.table,
     "soak": soak,

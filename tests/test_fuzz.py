@@ -16,7 +16,7 @@ NAMES = (
     "texts.jsonl", "texts.csv", "texts.parquet", "texts.txt", "saved, state.json", "saved, dataset_info.json",
     "saved, data-00000-of-00001.arrow", "labels.json", "labelled texts",
     "modules.json", "pooling", "queries",
-    "card", "card's metadata", "export's manifest",
+    "card", "card's metadata", "export's manifest", "a.png", "a.jpg", "a.wav",
 )  # fmt: skip
 
 

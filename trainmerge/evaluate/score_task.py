@@ -140,7 +140,9 @@ def _of_head(subject: Subject, task: Task) -> TaskScore:
 
 def _texts(subject: Subject, task: Task) -> TaskScore:
     """Losses over the tokens that count: of plain texts, all but the first; of targets, all."""
-    plain = [e.spans is None and e.target is None and e.image is None for e in task.examples]
+    plain = [
+        e.spans is None and e.target is None and e.image is None and e.audio is None for e in task.examples
+    ]
     if all(plain):
         _check(subject, task)
     metric = TokenLosses(bits=all(plain))

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from trainmerge.checkpoints import Output, OwnHead, output_of
 from trainmerge.data.batch import Kind
 from trainmerge.data.examples import Columns, Example, read_examples
+from trainmerge.data.media import without_text
 from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.answers import COLUMN, read_answers
@@ -71,7 +72,13 @@ class TestFiles:
         columns, kind = self._columns(), kind_of_head(head)
         names = [*columns.names(), *[COLUMN[kind]] * self.labelled]
         try:
-            data = load_examples(file, names, optional=["prompt"], numbers=[*set(COLUMN.values())])
+            data = load_examples(
+                file,
+                names,
+                optional=["prompt"],
+                numbers=[*set(COLUMN.values())],
+                media=columns.media,
+            )
         except ValueError as error:
             raise ValueError(
                 f"{error}. A {self.split} file needs the columns {names}: data.columns of the fit names the "
@@ -93,6 +100,10 @@ class TestFiles:
     def _pairs(self, name: str, file: str) -> Task:
         """A sentence embedder's task."""
         columns = replace(self.columns, spans=None, target=None)
+        if columns.text is None:
+            raise ValueError(
+                f"{file}: sentence embedders compare texts: set data.columns.text to their column"
+            )
         examples = read_examples(file, columns, self.tokenize.render, self.limit, located=False)
         self._check(file, examples)
         return Task(name, examples, similar=read_similar(file, columns.text, len(examples)))
@@ -111,12 +122,18 @@ class TestFiles:
         return self.columns
 
     def _check(self, file: str, examples: Sequence[Example]) -> None:
-        """Every example has a text and, for perplexity, a token that is predicted."""
+        """Every example has a text, picture or sound and, for perplexity, a token that is predicted."""
+        alone = without_text(examples)
+        if unreadable := self.tokenize.media.problems(examples) if alone else []:
+            raise ValueError(
+                f"{file}: {len(unreadable)} of {len(examples)} cannot be read, the first: {unreadable[0]}"
+            )
         for i, example in enumerate(examples):
-            blank = not example.text.strip() or (example.target is not None and not example.target.strip())
+            blank = not (alone or example.text.strip())
+            blank |= example.target is not None and not example.target.strip()
             if blank:
                 raise ValueError(f"{file}: example {i} is blank: remove it, or write its text")
-            if self.labelled or self.embedded or example.image:
+            if self.labelled or self.embedded or example.image or example.audio:
                 continue
             if not predicted(self.tokenize.encode([example])).any():
                 raise ValueError(

@@ -20,6 +20,7 @@ from trainmerge.data.heads import Head
 from trainmerge.fitting.module import MergeModule
 from trainmerge.model.activation_checkpointing import recompute_blocks
 from trainmerge.model.embedding import read_embedding
+from trainmerge.model.media_forward import state_numbers, without_tokens
 from trainmerge.model.own_head import OwnModel, attach
 from trainmerge.plan.devices import Device, measured
 from trainmerge.plan.dry_run import dry_run
@@ -141,6 +142,10 @@ def _records(module: MergeModule, data: Calibration, step: Step, meta_model: nn.
     asks = module.objective.asks
     if asks.temperature is None and not asks.layers:  # sentence embeddings are negligible
         return _Records()
+    if without_tokens(step[0].inputs) and "labels" not in step[0].inputs:
+        one = asks.dtype.itemsize * state_numbers(meta_model, step[0].inputs, asks.layers)
+        each = [one * len(own) for own in data.examples]  # a few classes: negligible
+        return _Records(0, max(each), sum(each))
     config: Any = meta_model.config
     config = getattr(config, "text_config", None) or config
     for name in ("hidden_size", "vocab_size"):
@@ -181,5 +186,5 @@ def _longest(data: Calibration, expert: int, count: int) -> Batch:
     own = sorted(data.examples[expert], key=lambda example: -len(example.text))
     chosen = (own * count)[:count] if len(own) < count else own[:count]
     encoded = data.tokenize.encode(chosen)
-    rows = data.tokenize.pictures.rows(chosen, encoded.inputs)
+    rows = data.tokenize.rows(chosen, encoded.inputs)
     return Batch(expert, encoded.inputs, encoded.mask, torch.arange(count), rows=rows)

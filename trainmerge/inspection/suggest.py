@@ -12,6 +12,7 @@ import yaml
 
 from trainmerge.checkpoints import OwnHead, read_modules
 from trainmerge.coefficients.layout import Granularity
+from trainmerge.data.examples import Columns
 from trainmerge.run.config import to_config
 from trainmerge.run.heads import TaskHead, task_heads
 from trainmerge.run.recipe import Recipe
@@ -34,11 +35,12 @@ def suggest(
     examples: Mapping[str, int],
     geometry: Geometry | None,
     found: Mapping[str, TaskHead] | None = None,
+    columns: Columns = Columns(),  # noqa: B008 - frozen
 ) -> Suggestion:
     """Objective, grouping, start and steps for a recipe; a closed form without calibration examples.
 
-    `examples` is the number per expert; `geometry` of the task vectors, if measured, refines the start;
-    `found` are the experts' heads, by default those of `task_heads`.
+    `examples` is the number per expert, read by `columns`; `geometry` of the task vectors, if measured,
+    refines the start; `found` are the experts' heads, by default those of `task_heads`.
     """
     K, found = len(recipe.experts), task_heads(recipe) if found is None else found
     own = [name for name, head in found.items() if isinstance(head, OwnHead)]
@@ -64,7 +66,12 @@ def suggest(
             "initial": start,
             "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.05}},
         },
-        "data": {"batch_size": min(batch_size, fewest), "max_examples": 256, "max_length": 256},
+        "data": {
+            "batch_size": min(batch_size, fewest),
+            "max_examples": 256,
+            "max_length": 256,
+            **({} if columns == Columns() else {"columns": columns.record()}),
+        },
         "trainer": {"max_steps": steps},
     }
     return Suggestion(settings, reasons)

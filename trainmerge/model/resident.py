@@ -15,8 +15,9 @@ from trainmerge.data.examples import Example
 from trainmerge.data.heads import Classifier
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.embedding import Embedding, read_embedding
-from trainmerge.model.forward import Tokenize, build_classifier, forward
+from trainmerge.model.forward import build_classifier, forward
 from trainmerge.model.fsdp import Root, shard_model
+from trainmerge.model.media_forward import Tokenize
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.own_head import OwnModel, attach
 from trainmerge.preprocess import Preprocess, apply
@@ -136,7 +137,7 @@ def build_heads(
 
 def special_ids(tokenize: Tokenize) -> Tensor:
     """The ids of a tokenizer's special tokens; none for another way of making inputs."""
-    known = tokenize.transformers.all_special_ids if isinstance(tokenize, Tokenizer) else []
+    known = tokenize.special_ids if isinstance(tokenize, Tokenizer) else []
     return torch.tensor(known, dtype=torch.int64)
 
 

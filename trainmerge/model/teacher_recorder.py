@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainmerge.data.batch import Asks, Outputs
 from trainmerge.data.examples import Example
+from trainmerge.data.media import without_text
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.output_sizes import OutputSizes
 from trainmerge.model.resident import Resident
@@ -21,6 +22,7 @@ from trainmerge.system import distributed
 
 TOKENS = 512  # per forward pass; one example if it is longer
 EMBEDDING = "embedding"  # the part with one sentence embedding per example
+PICTURES = 16  # per forward pass, without text
 ROWS = 32  # of logits converted to float32 at a time
 
 
@@ -87,7 +89,7 @@ class Recorder:
             for name, (dtype, shape) in self.specs().items()
             if name.startswith(f"{k}.")
         }
-        batches = list(self._batches(k))
+        batches = list(self._batches(k, PICTURES if without_text(examples) else TOKENS))
         for begin in range(0, len(batches), distributed.world_size()):
             together = batches[begin : begin + distributed.world_size()]
             mine = [examples[i] for i in together[distributed.rank() % len(together)]]
@@ -100,12 +102,12 @@ class Recorder:
                     parts[name][places] = rows
         return parts
 
-    def _batches(self, k: int) -> Iterator[list[int]]:
-        """Batches of example indices sorted by length, to reduce padding."""
+    def _batches(self, k: int, most: int) -> Iterator[list[int]]:
+        """Batches of example indices sorted by length, to reduce padding, of at most so many positions."""
         order = sorted(range(len(self.counts[k])), key=lambda i: self.counts[k][i])
         batch: list[int] = []
         for i in order:
-            if batch and (len(batch) + 1) * self.counts[k][i] > TOKENS:
+            if batch and (len(batch) + 1) * self.counts[k][i] > most:
                 yield batch
                 batch = []
             batch.append(i)
