@@ -6,12 +6,21 @@ from typing import Literal
 from trainmerge.system.memory import keep_freed_memory
 
 
-def export(run: str, out: str, overwrite: bool = False, workers: int = 1, verify: bool = False) -> None:
+def export(
+    run: str,
+    out: str,
+    overwrite: bool = False,
+    workers: int = 1,
+    verify: bool = False,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    shard_size: str | None = None,
+) -> None:
     """Write a run's merge as an ordinary checkpoint folder that transformers loads.
 
     Examples: trainmerge export runs/first merged/
               torchrun --nproc-per-node 8 -m trainmerge.cli export runs/first merged/
               trainmerge export runs/first merged/ --verify
+              trainmerge export runs/first merged/ --dtype bfloat16 --shard-size 5GB
 
     Args:
         run: The run folder.
@@ -20,12 +29,14 @@ def export(run: str, out: str, overwrite: bool = False, workers: int = 1, verify
         workers: Shards to write in parallel; their number changes no byte.
         verify: Read the result again and compare it bitwise with the run's merge. An existing folder, without
             `overwrite`, is compared and not written.
+        dtype: The dtype of all tensors, rounded once from float32 sums; by default as in the base.
+        shard_size: Bytes per weight file, such as 5GB; by default the base's files.
     """
     keep_freed_memory()
     from trainmerge.export.export import export_run
 
     if not (verify and not overwrite and Path(out).is_dir() and any(Path(out).iterdir())):
-        print(f"merged checkpoint: {export_run(run, out, overwrite, workers)}")
+        print(f"merged checkpoint: {export_run(run, out, overwrite, workers, None, dtype, shard_size)}")
     if verify:
         from trainmerge.export.verify import verify_export
 

@@ -6,6 +6,7 @@ complete.
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import yaml
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.checkpoints.whole import MANIFEST, RECIPE
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
+from trainmerge.export.form import DtypeName, Form, write_dtype
 from trainmerge.export.model_card import model_card
 from trainmerge.export.public import public, public_config, public_manifest
-from trainmerge.export.shards import CheckpointMerge, shard_names, write_shards
+from trainmerge.export.shards import CheckpointMerge, Merged, write_shards
 from trainmerge.export.side_files import copy_side_files
 from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.run.config import read_yaml, to_config
@@ -59,22 +61,25 @@ def export_merge(
         write_checkpoint(CheckpointMerge(base, task_vectors, coefficients), folder, workers)
 
 
-def write_checkpoint(merge: CheckpointMerge, folder: Path, workers: int = 1) -> dict[str, str]:
+def write_checkpoint(merge: Merged, folder: Path, workers: int = 1) -> dict[str, str]:
     """Write weights and side files into an empty folder; returns the weight files' SHA-256.
 
     Several processes split the weight files; the first one writes the rest.
     """
     base = merge.base
     with agreed():
-        check_free_space(folder, sum(file.stat().st_size for file in base.files))
-        shards = shard_names(base)
-        sizes = dict(zip(shards, (file.stat().st_size for file in base.shards), strict=True))
+        shards = merge.form.shards(base)
+        size_of = {name: merge.form.size_of(info) for name, info in base.tensors.items()}
+        sizes = {file: sum(size_of[name] for name in names) for file, names in shards.items()}
+        check_free_space(folder, sum(sizes.values()))
         mine = write_shards(merge, folder, balanced_share(sizes), workers)
         base.check_unchanged()
     made = {file: digest for part in distributed.all_gather(mine) for file, digest in part.items()}
     if distributed.rank() > 0:
         return made
     copy_side_files(base.path, folder)
+    if merge.form.dtype:
+        write_dtype(folder / "config.json", merge.form.dtype)
     if len(made) > 1:
         size = sum((folder / file).stat().st_size for file in made)
         homes = {name: file for file, names in shards.items() for name in names}
@@ -101,18 +106,20 @@ def export_run(
     overwrite: bool = False,
     workers: int = 1,
     coefficients: Coefficients | None = None,
+    dtype: DtypeName | None = None,
+    shard_size: str | None = None,
 ) -> Path:
     """Export a run folder's merge, with a model card and everything needed to reproduce it.
 
     `workers` shards are written in parallel; their number changes no byte. `coefficients` replace the run's
     own, for example by those of a point on its Pareto front. Under torchrun, the processes split the weight
-    files; no tensor is gathered.
+    files; no tensor is gathered. `dtype` and `shard_size` are those of `Form`; by default the base's.
 
     Raises:
         ValueError: the run has no coefficients yet, or base or experts changed since the fit.
     """
     check_option("workers", workers, int, "[1, inf)")
-    run_folder, target = RunFolder(Path(run)), Path(out)
+    run_folder, target, form = RunFolder(Path(run)), Path(out), Form(dtype, shard_size)
     with joined():
         recipe, learned, opened = open_run(run_folder)
         at = unfinished(run_folder)
@@ -122,10 +129,10 @@ def export_run(
         check_target(target, [run_folder.path, *opened.folders.values()])
         with staging_shared(target, overwrite) as folder:
             with agreed(), distributed.rank_zero_first():
-                merge = merge_of(run_folder, recipe, coefficients, opened)
+                merge = replace(merge_of(run_folder, recipe, coefficients, opened), form=form)
             made = write_checkpoint(merge, folder, workers)
             if distributed.rank() == 0:
-                _explain(folder, target.name, run_folder, recipe, coefficients, made, at)
+                _explain(folder, target.name, run_folder, recipe, coefficients, made, at, form)
     return target
 
 
@@ -137,6 +144,7 @@ def _explain(
     coefficients: Coefficients,
     made: Mapping[str, str],
     at: str,
+    form: Form,
 ) -> None:
     """Write recipe, coefficients, model card and manifest next to the weights `made`; the manifest last.
 
@@ -155,6 +163,7 @@ def _explain(
     manifest = {
         "versions": versions(),
         **({"unfinished": at} if at else {}),
+        **({"form": form.to_json()} if form.to_json() else {}),
         "files": dict(sorted(files.items())),
         "bytes": {name: (folder / name).stat().st_size for name in sorted(made)},  # see `check_whole`
         "run": public_manifest(run_made),

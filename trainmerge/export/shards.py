@@ -11,15 +11,17 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.export.form import Form
 from trainmerge.kernels import Difference, LowRank, chunk_bounds
 from trainmerge.preprocess import Rule
 from trainmerge.system.background import ahead
@@ -33,6 +35,24 @@ READY = 8  # pieces queued for writing
 PIECE = 1 << 19
 
 
+class Merged(Protocol):
+    """The tensors of a merged checkpoint, under the names of its base's files."""
+
+    @property
+    def base(self) -> Checkpoint:
+        """The checkpoint whose names, shapes and side files the merge has."""
+
+    @property
+    def form(self) -> Form:
+        """Its dtype and files."""
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor of the base's files after the merge, as consecutive pieces of rows [*S]."""
+
+    def read_ahead_of(self, name: str) -> None:
+        """Ask the kernel to read ahead the pages that `pieces` will need."""
+
+
 @dataclass(frozen=True)
 class CheckpointMerge:
     """Base, task vectors and coefficients: computes each tensor of the merged checkpoint on request."""
@@ -41,24 +61,26 @@ class CheckpointMerge:
     task_vectors: TaskVectors
     coefficients: Coefficients
     rule: Rule | None = None  # the last preprocessor's, applied inside the pass
+    form: Form = field(default_factory=Form)
 
     def merged(self, name: str) -> bool:
         """Whether a tensor of the base's files is merged; others are bitwise the base's."""
         return self.base.tied.get(name, name) in self.coefficients.layout.groups
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """A tensor of the base's files after the merge, as consecutive pieces of rows [*S] in its dtype.
+        """A tensor of the base's files after the merge, as consecutive pieces of rows [*S] in `form`'s dtype.
 
         Raises:
             ValueError: a merged number is not finite.
         """
+        dtype = self.form.dtype_of(self.base.tensors[name])
         if not self.merged(name):
-            yield self.base.read(name)
+            yield finite(name, self.base.read(name).to(dtype), self.base.tensors[name].dtype)
             return
         parameter = self.base.tied.get(name, name)
         coefficients = self.coefficients.of(parameter, self.coefficients().detach())
         for part, delta in self._deltas(parameter):
-            out = torch.empty_like(delta.base)
+            out = torch.empty_like(delta.base, dtype=dtype)
             merge_rows(out, delta, part.start or 0, coefficients, self.task_vectors.deltas[parameter].shape)
             if not bool(torch.isfinite(torch.stack(torch.aminmax(out))).all()):
                 raise ValueError(
@@ -88,6 +110,19 @@ class CheckpointMerge:
                         read_ahead(tensor)
 
 
+def finite(name: str, converted: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor that was not merged, converted from `dtype`.
+
+    Raises:
+        ValueError: a number that the new dtype cannot hold.
+    """
+    if converted.dtype != dtype and not bool(torch.isfinite(converted).all()):
+        raise ValueError(
+            f"{name}: it is not finite in {str(converted.dtype).removeprefix('torch.')}; export another dtype"
+        )
+    return converted
+
+
 def merge_rows(out: Tensor, delta: Delta, first: int, coefficients: Tensor, whole: torch.Size) -> None:
     """Merge some rows of a parameter of shape `whole`, from row `first` on, into `out`.
 
@@ -103,13 +138,13 @@ def merge_rows(out: Tensor, delta: Delta, first: int, coefficients: Tensor, whol
             delta.rows(rows).merge(out[rows], coefficients[:, chunk : chunk + 1])
 
 
-def write_shard(merge: CheckpointMerge, names: Iterable[str], path: Path) -> str:
+def write_shard(merge: Merged, names: Iterable[str], path: Path) -> str:
     """Write these tensors of a merge as one safetensors file; returns its SHA-256, computed while writing.
 
     The bytes depend on the arguments only, so any process may write any shard at any time.
     """
     infos = merge.base.tensors
-    specs = {name: (infos[name].dtype, tuple(infos[name].shape)) for name in names}
+    specs = {name: (merge.form.dtype_of(infos[name]), tuple(infos[name].shape)) for name in names}
     hasher = hashlib.sha256()
     with closing(ahead(_in_order(merge, file_order(specs)), READY)) as tensors:  # its thread ends here
         write_safetensors(path, specs, tensors, {"format": "pt"}, hasher)
@@ -117,7 +152,7 @@ def write_shard(merge: CheckpointMerge, names: Iterable[str], path: Path) -> str
 
 
 @torch.no_grad()
-def _in_order(merge: CheckpointMerge, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _in_order(merge: Merged, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     for name, after in zip(names, [*names[1:], None], strict=True):
         if after is not None:
             merge.read_ahead_of(after)
@@ -125,11 +160,9 @@ def _in_order(merge: CheckpointMerge, names: list[str]) -> Iterator[tuple[str, T
             yield name, piece
 
 
-def write_shards(
-    merge: CheckpointMerge, folder: Path, files: Iterable[str], workers: int = 1
-) -> dict[str, str]:
-    """Write these weight files of `shard_names` into a folder, `workers` in parallel: name -> SHA-256."""
-    names, shards = list(files), shard_names(merge.base)
+def write_shards(merge: Merged, folder: Path, files: Iterable[str], workers: int = 1) -> dict[str, str]:
+    """Write these weight files of `form.shards` into a folder, `workers` in parallel: name -> SHA-256."""
+    names, shards = list(files), merge.form.shards(merge.base)
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
@@ -138,11 +171,3 @@ def write_shards(
             return dict(zip(names, made, strict=True))
     finally:
         torch.set_num_threads(threads)
-
-
-def shard_names(base: Checkpoint) -> dict[str, tuple[str, ...]]:
-    """File name in an export -> its tensors: the base's files, as safetensors."""
-    return {
-        Path(file.name.replace("pytorch_model", "model")).with_suffix(".safetensors").name: names
-        for file, names in base.shards.items()
-    }

@@ -1,13 +1,16 @@
 """Verify an export: merge its run again and compare bitwise."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from trainmerge.checkpoints.whole import MANIFEST
 from trainmerge.export.export import INDEX, merge_of
-from trainmerge.export.shards import CheckpointMerge, shard_names
+from trainmerge.export.form import Form
+from trainmerge.export.shards import CheckpointMerge
 from trainmerge.export.side_files import WEIGHTS
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
@@ -26,7 +29,7 @@ def verify_export(run: str | Path, out: str | Path) -> int:
         ValueError: lists the first differences.
     """
     run_folder, folder = RunFolder(Path(run)), Path(out)
-    merge = merge_of(run_folder, *open_run(run_folder))
+    merge = replace(merge_of(run_folder, *open_run(run_folder)), form=_form(folder))
     problems = list(_differences(merge, folder))
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
@@ -38,8 +41,18 @@ def verify_export(run: str | Path, out: str | Path) -> int:
     return len(merge.base.tensors)
 
 
+def _form(folder: Path) -> Form:
+    """The dtype and shard size of an export, as its manifest has them."""
+    file = folder / MANIFEST
+    content = read_json(file, "Export the run again.") if file.is_file() else {}
+    try:
+        return Form(**content.get("form", {}))
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: its `form` is damaged ({error}). Export the run again.") from error
+
+
 def _differences(merge: CheckpointMerge, folder: Path) -> Iterator[str]:
-    shards = shard_names(merge.base)
+    shards = merge.form.shards(merge.base)
     there = {path.name for path in folder.glob("*") if path.suffix in WEIGHTS}
     own = {"trainmerge_coefficients.safetensors"}
     yield from (f"{file} is missing" for file in shards if file not in there)
@@ -78,9 +91,9 @@ def _shard_differences(merge: CheckpointMerge, names: tuple[str, ...], path: Pat
         got = file.tensors.get(name)
         if got is None:
             yield f"{path.name}: {name} is missing"
-        elif (got.dtype, got.shape) != (want.dtype, want.shape):
+        elif (got.dtype, got.shape) != (dtype := merge.form.dtype_of(want), want.shape):
             shapes = tuple(got.shape), tuple(want.shape)
-            yield f"{path.name}: {name} is {got.dtype} {shapes[0]}, not {want.dtype} {shapes[1]}"
+            yield f"{path.name}: {name} is {got.dtype} {shapes[0]}, not {dtype} {shapes[1]}"
         elif changed := _changed(merge, name, file.read(name)):
             what = "merged" if merge.merged(name) else "the base's"
             yield f"{path.name}: {name} ({what}) differs in {changed} of {want.shape.numel()} numbers"
