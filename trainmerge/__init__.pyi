@@ -40,6 +40,7 @@ from .fitting.module import MergeModule as MergeModule
 from .fitting.plan_fit import plan_fit as plan_fit
 from .fitting.trainer import make_trainer as make_trainer
 from .inspection import inspect_path as inspect_path
+from .merging.merge_file import merge_file as merge_file
 from .model.functional import merged_weights as merged_weights
 from .model.merged_model import MergedModel as MergedModel
 from .objectives import Alignment as Alignment
