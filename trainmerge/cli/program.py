@@ -12,6 +12,7 @@ from trainmerge.cli.arguments import options_of, split_words, take_trusted
 from trainmerge.cli.command_help import check_words, command_help
 from trainmerge.cli.commands import allocate, compare, evaluate, export, report
 from trainmerge.cli.inspect_and_plan import inspect, plan
+from trainmerge.cli.merge import merge
 from trainmerge.cli.threads import run_of, set_threads
 from trainmerge.cli.tradeoffs import pareto, search
 from trainmerge.fitting.mistakes import explain
@@ -19,14 +20,17 @@ from trainmerge.system.memory import is_out_of_memory
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
-COMPUTE = (allocate, compare, evaluate, export, inspect, pareto, plan, report, search)
-RESUMABLE = ("fit", "search")  # commands that resume
+COMPUTE = (allocate, compare, evaluate, export, inspect, merge, pareto, plan, report, search)
+RESUMABLE = ("fit", "merge", "search")  # commands that resume
 
 USAGE = """usage: trainmerge COMMAND ...
 
 Learn the coefficients of a model merge from unlabeled data.
 
 commands:
+  merge      all in one line:     trainmerge merge configs/demo.yaml merged/
+             mergekit's files:    trainmerge merge mergekit.yml merged/
+             models, no file:     trainmerge merge BASE EXPERT EXPERT --method ties -o merged/
   fit        learn coefficients:  trainmerge fit configs/adamerging.yaml runs/first
              again, to resume:    trainmerge fit configs/adamerging.yaml runs/first
   allocate   allocate chunks:     trainmerge allocate runs/first chunks.json --budget 1.0
@@ -125,7 +129,7 @@ def _plain(command: Callable[..., None], words: list[str]) -> int:
     set_threads(Path(positional[-1]) if command is search else None)
     from jsonargparse import ArgumentError, auto_cli
 
-    if command is compare:
+    if command in (compare, merge):
         positional = [json.dumps(positional)]  # jsonargparse parses it as a list
     try:
         auto_cli(
@@ -143,10 +147,7 @@ def _plain(command: Callable[..., None], words: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fit": _fit,
-    **{
-        command.__name__: partial(_plain, command)
-        for command in (allocate, compare, evaluate, export, inspect, pareto, plan, report, search)
-    },
+    **{command.__name__: partial(_plain, command) for command in COMPUTE},
 }
 
 if __name__ == "__main__":

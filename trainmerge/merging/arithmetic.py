@@ -44,7 +44,7 @@ def elected(group: Group, faithful: bool, choice: Choice) -> Rule:
     With `normalize`, divided by the sum of the weights that took part (Yadav et al., arXiv 2306.01708, with
     weights). Where the sum is 0, the majority of the parameter's signs decides; mergekit takes +.
     """
-    weights = torch.tensor(group.numbers("weight"))
+    weights = torch.tensor(group.numbers("weight"), dtype=torch.float64)
     kept = _kept(group, faithful, choice)
     majority = 1.0 if faithful else _majority(group, weights, kept)
     if choice is largest or choice is middle:
@@ -126,7 +126,7 @@ def middle(group: Group, model: int, faithful: bool) -> Sparse:
 
 
 def random(group: Group, model: int, faithful: bool) -> Sparse:
-    """Random ones, divided by `density`; mergekit divides so that the L1 norm stays (Yu et al., 2311.03099)."""
+    """Random ones, divided by `density` (Yu et al., arXiv 2311.03099); mergekit keeps the L1 norm."""
     density, name = density_of(group, model), group.names[model]
     if density >= 1:
         return Whole()
@@ -144,8 +144,8 @@ def ranked(group: Group, model: int, faithful: bool) -> Sparse:
         return Whole()
     if not (density - epsilon > 0 and density + epsilon < 1 and epsilon >= 0):
         raise ValueError(
-            f"{group.place.name}: density {density:g} and epsilon {epsilon:g} of {name} give probabilities from "
-            f"{density - epsilon:g} to {density + epsilon:g}; both must be between 0 and 1"
+            f"{group.place.name}: density {density:g} and epsilon {epsilon:g} of {name} give probabilities "
+            f"from {density - epsilon:g} to {density + epsilon:g}; both must be between 0 and 1"
         )
     rescale = group.flag("rescale")
     if rescale and faithful:

@@ -71,8 +71,8 @@ class Group:
             if (found := value_at(one, self.place)) is not None:
                 return found
         raise ValueError(
-            f"{self.place.name}: no value of `{key}`{f' for {model}' if model else ''}: its filters match other "
-            "tensors only; add a last entry without a filter, {value: ...}"
+            f"{self.place.name}: no value of `{key}`{f' for {model}' if model else ''}: its filters match "
+            "other tensors only; add a last entry without a filter, {value: ...}"
         )
 
     def pieces(self) -> Iterator[Piece]:

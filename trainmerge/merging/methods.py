@@ -1,4 +1,4 @@
-"""The merge methods that mergekit's files name: their settings with defaults, and how many models they take."""
+"""The methods that mergekit's files name: their settings with defaults, and how many models they take."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,15 @@ from trainmerge.merging.group import Group, Rule
 
 REQUIRED = None  # a setting without a default
 TRUTH = frozenset(
-    ("normalize", "rescale", "int8_mask", "nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "filter_wise")
+    (
+        "normalize",
+        "rescale",
+        "int8_mask",
+        "nuslerp_flatten",
+        "nuslerp_row_wise",
+        "normalize_weights",
+        "filter_wise",
+    )
 )
 STACKING = ("passthrough",)  # methods of layer stacking
 

@@ -40,22 +40,27 @@ def arcee_fusion(group: Group, faithful: bool) -> Rule:
         return cut.value
 
     limit = quantile(0.5) + 1.5 * (quantile(0.75) - quantile(0.25))
-    return lambda piece: _base(piece) + piece.taus[0] * (_importance(piece) > limit)
+
+    def rule(piece: Piece) -> Tensor:
+        return _base(piece) + piece.taus[0] * (_importance(piece) > limit)
+
+    return rule
 
 
 def _importance(piece: Piece) -> Tensor:
     base, (weight,), (tau,) = _base(piece), piece.weights, piece.taus
-    rows = weight.reshape(-1, weight.shape[-1]) if weight.dim() else weight.reshape(1, 1)
-    model, own = rows.log_softmax(-1), base.reshape(rows.shape).log_softmax(-1)
+    rows = weight.reshape(-1, weight.shape[-1]).double()  # in float32 nothing of the divergence is left
+    model, own = rows.log_softmax(-1), base.reshape(rows.shape).double().log_softmax(-1)
     divergence = (model.exp() * (model - own)).sum(-1, keepdim=True).clamp_min(0)  # [R, 1]
-    return (tau.abs().reshape(rows.shape) * divergence).reshape(tau.shape)
+    importance: Tensor = (tau.abs().reshape(rows.shape) * divergence).to(tau.dtype)
+    return importance.reshape(tau.shape)
 
 
 def sce(group: Group, faithful: bool) -> Rule:
     """Select by variance, Calculate weights, Erase minorities (Wan et al., FuseChat, arXiv 2408.07990).
 
-    The `select_topk` share of entries with the largest variance over the models stays; a model's weight is its
-    share of the squares; entries that differ in sign from the models' sum are left out, and the rest is
+    The `select_topk` share of entries with the largest variance over the models stays; a model's weight is
+    its share of the squares; entries that differ in sign from the models' sum are left out, and the rest is
     divided by the weights that took part.
     """
     share = group.number("select_topk")
@@ -98,7 +103,8 @@ def _selection(group: Group, share: float) -> Callable[[Piece], Tensor]:
 
 
 def _variance(piece: Piece) -> Tensor:
-    return piece.taus.var(0, correction=0)
+    taus = piece.taus
+    return (taus - taus.mean(0)).square_().mean(0)
 
 
 def ram(group: Group, faithful: bool) -> Rule:

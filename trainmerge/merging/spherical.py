@@ -43,8 +43,8 @@ def nuslerp(group: Group, faithful: bool) -> Rule:
 def multislerp(group: Group, faithful: bool) -> Rule:
     """A weighted mean on the sphere: one step in the tangent plane of the normalised mean.
 
-    Of the directions u_k with weights w_k: m = normalised sum w_k u_k, v = sum w_k (u_k - <u_k, m> m), and the
-    result exp_m(v) times the weighted mean of the norms (goddard.blog, "Multi-SLERP").
+    Of the directions u_k with weights w_k: m = normalised sum w_k u_k, v = sum w_k (u_k - <u_k, m> m), and
+    the result exp_m(v) times the weighted mean of the norms (goddard.blog, "Multi-SLERP").
     """
     del faithful
     weights = _weights(group)
