@@ -1,11 +1,11 @@
 """Every method of mergekit's files, by us and by mergekit 0.1.5, on the same bfloat16 models.
 
-Base and three experts of a small Llama of real shapes (`LAYERS` layers of width 256). mergekit computes most
-methods in the models' dtype; so each is compared twice: as the file is, `dtype: bfloat16`, and with mergekit's
-arithmetic in float32, `dtype: float32, out_dtype: bfloat16`, where only the formulas can differ. A distance is
-in units of the last place of bfloat16 of the largest of both numbers and the base's. Methods that draw at random
-are compared by the L1 norm of what they add. CPU time is that of the merge in a process that has imported its
-modules, one thread; memory is anonymous memory above that process's before the merge.
+Base and three experts of a small Llama of real shapes (`LAYERS` layers of width 256). mergekit computes
+most methods in the models' dtype; so each is compared twice: as the file is, `dtype: bfloat16`, and with
+mergekit's arithmetic in float32, `dtype: float32, out_dtype: bfloat16`, against `faithful`, where only the
+formulas can differ. A distance is in units of the last place of bfloat16 of the largest of both numbers and
+the base's. Methods that draw at random are compared by the L1 norm of what they add. CPU time and memory are
+those of a forked process that merges, one thread, modules imported before.
 
 `MK=VENV/bin` names an environment with mergekit==0.1.5.
 """
@@ -60,7 +60,7 @@ def write_models(place: Path) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=2048, hidden_size=256, intermediate_size=688, num_hidden_layers=LAYERS,
+            vocab_size=8192, hidden_size=256, intermediate_size=688, num_hidden_layers=LAYERS,
             num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
         )
     ).to(torch.bfloat16)  # fmt: skip
@@ -90,26 +90,38 @@ def merge_all(place: Path, theirs: bool) -> None:
     from trainmerge.system.memory import Peak
 
     torch.set_num_threads(1)
+    side = place / ("theirs" if theirs else "ours")
+    merge = by_mergekit if theirs else by_us
+    file = place / "document.yml"
+    file.write_text(yaml.safe_dump(document("ties", place, False)))
+    merge(file, side / "first", False)  # imports everything
     for wide in (False, True):
         for method in SETTINGS:
-            file = place / f"{method}.yml"
             file.write_text(yaml.safe_dump(document(method, place, wide)))
-            out = place / ("theirs" if theirs else "ours") / f"{method}-{'wide' if wide else 'plain'}"
+            if child := os.fork():
+                _, status = os.waitpid(child, 0)
+                if status:
+                    raise RuntimeError(f"{method} failed")
+                continue
             with Peak() as peak:
                 began = time.process_time()
-                if theirs:
-                    by_mergekit(file, out)
-                else:
-                    import trainmerge as tm
-
-                    tm.merge_file(file, out, faithful=wide, dtype="bfloat16")
+                merge(file, side / f"{method}-{'wide' if wide else 'plain'}", wide)
                 seconds = time.process_time() - began
             line = {"method": method, "wide": wide, "seconds": seconds, "bytes": peak.grown}
             print(json.dumps(line), flush=True)
+            os._exit(0)
 
 
-def by_mergekit(file: Path, out: Path) -> None:
+def by_us(file: Path, out: Path, wide: bool) -> None:
+    """Our merge of a file; with mergekit's rules where the arithmetic is the same."""
+    import trainmerge as tm
+
+    tm.merge_file(file, out, faithful=wide, dtype="bfloat16")
+
+
+def by_mergekit(file: Path, out: Path, wide: bool) -> None:
     """mergekit's own merge of a file."""
+    del wide
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
@@ -125,7 +137,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def apart(ours: Mapping, theirs: Mapping, base: Mapping) -> tuple[float, float, float]:
-    """The largest distance in ulp of bfloat16, the largest absolute one, and the share of numbers that differ."""
+    """The largest distance in ulp of bfloat16, the largest absolute one, the share of numbers that differ."""
     ulps = absolute = 0.0
     differing = size = 0
     for name, own in ours.items():

@@ -1,4 +1,4 @@
-"""mergekit's files end to end: models on disk, gradients, filters, dtypes, mistakes, and the one-line command."""
+"""mergekit's files end to end: gradients, filters, dtypes, mistakes; and the one-line command."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_a_linear_file_with_filters_gradients_and_dtypes(world: Path, tmp_path: 
     models = [{"model": "@a", "parameters": {"weight": 1}}, {"model": "@b", "parameters": {"weight": weight}}]
     file = write(
         world, tmp_path / "m.yml", merge_method="linear", models=models, parameters={"normalize": False},
-        dtype="float32", out_dtype="bfloat16", tokenizer_source="base",
+        dtype="float32", out_dtype="bfloat16", tokenizer_source="@base",
     )  # fmt: skip
     tm.merge_file(file, tmp_path / "out")
     a, b, got = tensors(world / "a"), tensors(world / "b"), tensors(tmp_path / "out")
@@ -90,7 +90,7 @@ def test_adapters_and_slices_over_the_whole_depth(world: Path, tmp_path: Path) -
     other = "model.layers.1.mlp.up_proj.weight"
     torch.testing.assert_close(got[other], base[other] + 0.5 * (a[other] - base[other]), rtol=1e-6, atol=1e-7)
     sources[0]["layer_range"] = sources[1]["layer_range"] = [0, 1]
-    with pytest.raises(ValueError, match="the layers end at 1, and .* has 2"):
+    with pytest.raises(ValueError, match=r"the layers end at 1, and .* has 2"):
         tm.merge_file(write(world, tmp_path / "part.yml", **content), tmp_path / "part")
 
 
@@ -126,7 +126,7 @@ def test_mistakes_are_named(changes: dict[str, object], words: str) -> None:
 def test_a_filter_that_leaves_tensors_out_is_named_with_the_tensor(world: Path, tmp_path: Path) -> None:
     models = two(weight=([{"filter": "mlp", "value": 1}], 0.5))
     file = write(world, tmp_path / "m.yml", merge_method="linear", models=models)
-    with pytest.raises(ValueError, match="no value of `weight` for .*its filters match other tensors only"):
+    with pytest.raises(ValueError, match=r"no value of `weight` for .*its filters match other tensors only"):
         tm.merge_file(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -172,7 +172,7 @@ def test_a_configuration_in_one_line_resumes(tmp_path: Path, capsys: pytest.Capt
     assert main(words) == 0
     assert "is this run's merge already" in capsys.readouterr().out
     manifest = json.loads((out / "trainmerge_manifest.json").read_text())
-    assert manifest["run"]["experts"] == ["mood", "colour", "animal"]
+    assert set(manifest["run"]["experts"]) == {"mood", "colour", "animal"}
 
 
 WRONG_WORDS = [

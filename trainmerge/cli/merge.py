@@ -46,7 +46,7 @@ def merge(
     keep_freed_memory()
     settings = {"density": density, "t": t, **(parameters or {})}
     given = {key: value for key, value in settings.items() if value is not None}
-    of_models = {"--weight": weight, "--density, --t, --parameters": given or None}
+    of_models: dict[str, Any] = {"--weight": weight, "--density, --t, --parameters": given or None}
     form: dict[str, Any] = {
         "overwrite": overwrite, "workers": workers, "dtype": dtype, "shard_size": shard_size
     }  # fmt: skip
@@ -54,8 +54,8 @@ def merge(
         _refuse({"--run": run}, "CONFIG", paths[0])
         made = _merge_models(paths, out, method, weight, given, faithful, form)
     else:
-        made = _merge_file(paths, out, {**of_models, "--method": method if method != "task_arithmetic" else None},
-                           faithful, run, form)  # fmt: skip
+        of_models["--method"] = method if method != "task_arithmetic" else None
+        made = _merge_file(paths, out, of_models, faithful, run, form)
     print(f"merged checkpoint: {made}")
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from trainmerge.checkpoints.whole import MANIFEST
 from trainmerge.export.export import export_run
-from trainmerge.export.form import DtypeName
-from trainmerge.export.public import public_manifest
+from trainmerge.export.form import DtypeName, Form
+from trainmerge.export.public import public
 from trainmerge.fitting.fit import fit
 from trainmerge.fitting.from_config import from_config
 from trainmerge.merging.document import Document
@@ -17,6 +17,7 @@ from trainmerge.report import write_report
 from trainmerge.run.config import read_yaml
 from trainmerge.run.folder import RunFolder
 from trainmerge.system.json_file import read_json
+from trainmerge.system.safetensors_file import sha256
 
 
 def merge_models(
@@ -106,7 +107,7 @@ def merge_config(
         settings.module, settings.data, settings.trainer, settings.run, settings.resume,
         config=settings.text, memory=settings.memory,
     )  # fmt: skip
-    if not overwrite and _exported(folder, target):
+    if not overwrite and _exported(folder, target, Form(dtype, shard_size)):
         print(f"{target} is this run's merge already")
     else:
         export_run(place, target, overwrite, workers, None, dtype, shard_size)
@@ -115,12 +116,18 @@ def merge_config(
     return target
 
 
-def _exported(folder: RunFolder, target: Path) -> bool:
-    """Whether a folder is the export of the run as it is."""
+def _exported(folder: RunFolder, target: Path, form: Form) -> bool:
+    """Whether a folder is the export of the run as it is, in this form."""
     file = target / MANIFEST
     if not file.is_file():
         return False
-    return bool(read_json(file, "Export again.").get("run") == public_manifest(folder.read_manifest()))
+    content = read_json(file, "Export again.")
+    made, files = content.get("run") or {}, content.get("files") or {}
+    return (
+        made.get("checksums") == public(folder.read_manifest()["checksums"])
+        and files.get("trainmerge_coefficients.safetensors") == sha256(folder.coefficients)
+        and content.get("form", {}) == form.to_json()
+    )
 
 
 def is_mergekit(path: Path) -> bool:
