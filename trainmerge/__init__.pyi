@@ -43,6 +43,7 @@ from .inspection import inspect_path as inspect_path
 from .merging.merge_file import merge_file as merge_file
 from .merging.one_line import merge_config as merge_config
 from .merging.one_line import merge_models as merge_models
+from .merging.to_mergekit import to_mergekit as to_mergekit
 from .model.functional import merged_weights as merged_weights
 from .model.merged_model import MergedModel as MergedModel
 from .objectives import Alignment as Alignment

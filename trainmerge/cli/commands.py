@@ -14,6 +14,7 @@ def export(
     verify: bool = False,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     shard_size: str | None = None,
+    mergekit: bool = False,
 ) -> None:
     """Write a run's merge as an ordinary checkpoint folder that transformers loads.
 
@@ -31,8 +32,14 @@ def export(
             `overwrite`, is compared and not written.
         dtype: The dtype of all tensors, rounded once from float32 sums; by default as in the base.
         shard_size: Bytes per weight file, such as 5GB; by default the base's files.
+        mergekit: Write the merge as mergekit's YAML to the file OUT, and no weights.
     """
     keep_freed_memory()
+    if mergekit:
+        from trainmerge.merging.to_mergekit import to_mergekit
+
+        print(f"mergekit's file: {to_mergekit(run, out)}")
+        return
     from trainmerge.export.export import export_run
 
     if not (verify and not overwrite and Path(out).is_dir() and any(Path(out).iterdir())):
