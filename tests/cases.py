@@ -26,6 +26,9 @@ WORDS = {  # of scripts that take some
     "grad.py": "gpt2 bert mamba",
     "pre.py": "gpt2 bert",
     "kill_fit.py": "timed 20 0",
+    "fuzz_files.py": "300 0",
+    "fuzz_pickle.py": "100 0",
+    "fuzz_texts.py": "100 0",
 }
 MOVED = {  # name in a script's import -> the module that has it now
     "Batch": "data.batch", "Outputs": "data.batch", "Steps": "data.calibration", "Columns": "data.examples",

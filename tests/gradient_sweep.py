@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from tests.contracts import relative_error
 from tests.model_families import FAMILIES, Family
+from tests.task_families import TASK_FAMILIES
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.kernels import ExpertWeight, LowRank, Term, Untouched
@@ -35,6 +36,9 @@ from trainmerge.task_vectors.delta import Delta, TaskVectors
 LIMIT = 1e-4
 SMALL = 1e-2  # a tensor's share of the gradient below which rounding counts against this share
 SIZE = 0.02  # of the experts' changes
+OUTPUTS = (
+    "logits", "logits_per_image", "start_logits", "prediction_logits", "image_embeds", "last_hidden_state"
+)  # fmt: skip
 FORMS: dict[str, Sequence[type[Term]]] = {
     "full": (ExpertWeight, ExpertWeight),
     "low-rank": (LowRank, LowRank),
@@ -108,9 +112,8 @@ def task_vectors(module: nn.Module, forms: Sequence[type[Term]]) -> TaskVectors:
 
 
 def loss(outputs: object) -> Tensor:
-    """A random smooth function of the logits."""
-    logits: Tensor = getattr(outputs, "logits", None)
-    logits = outputs.logits_per_image if logits is None else logits  # type: ignore[attr-defined]
+    """A random smooth function of the logits, or of what a model without logits gives."""
+    logits: Tensor = next(found for name in OUTPUTS if (found := getattr(outputs, name, None)) is not None)
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
     return (logits * weights).sum() + (logits.tanh() * weights).mean()
 
@@ -126,7 +129,7 @@ def main() -> None:
     cases = [(form, recompute) for form in FORMS for recompute in (False, form == "low-rank")]
     bad = []
     print(f"{'family':20} {'whole':>8} {'a tensor':>8} {'tapped':>6} {'missing':>7}  worst with")
-    for name, family in FAMILIES.items():
+    for name, family in (FAMILIES | TASK_FAMILIES).items():
         if only.lower() not in name.lower():
             continue
         all_found = {f"{f}, recomputed" if r else f: sweep(family, f, r) for f, r in dict.fromkeys(cases)}

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from tests.bench.__main__ import figure
 
-LAYERS = int(os.environ.get("LAYERS", "4"))
+LAYERS = int(os.environ.get("LAYERS", "2"))
 EXPERTS = 3
 ARITHMETIC = {"weight": [0.3, 0.25, 0.4]}
 SETTINGS: Mapping[str, tuple[int, dict, dict]] = {  # number of experts, settings of each, of all
@@ -60,7 +60,7 @@ def write_models(place: Path) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=8192, hidden_size=256, intermediate_size=688, num_hidden_layers=LAYERS,
+            vocab_size=2048, hidden_size=256, intermediate_size=688, num_hidden_layers=LAYERS,
             num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
         )
     ).to(torch.bfloat16)  # fmt: skip

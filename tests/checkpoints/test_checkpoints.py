@@ -107,7 +107,36 @@ def test_shards_may_be_links_as_in_the_hubs_cache(sharded: Path, tmp_path: Path)
     assert open_checkpoint(snapshot).tensors
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-*.safetensors", "config.json", "*.index.json"])
+def test_shards_may_be_links_to_anywhere(sharded: Path, tmp_path: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in tensors_of(sharded).items()}
+    for file in sorted(sharded.glob("*.safetensors")):
+        file.rename(tmp_path / f"stored-{file.name}")
+        file.symlink_to(tmp_path / f"stored-{file.name}")
+    after = tensors_of(sharded)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    file.unlink()
+    (tmp_path / "secret").write_text("token=hf_x")
+    file.symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=rf"{file.name}: not a complete safetensors file") as refused:
+        open_checkpoint(sharded)
+    assert "hf_x" not in str(refused.value)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = open_checkpoint(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def test_pickled_weights_that_are_a_link_are_refused(base: Path, tmp_path: Path) -> None:
+    torch.save(load_file(base / "model.safetensors"), tmp_path / "outside.bin")
+    (base / "model.safetensors").unlink()
+    (base / "pytorch_model.bin").symlink_to(tmp_path / "outside.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a link to .*outside.*copy it there"):
+        open_checkpoint(base, allow_pickle=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "*.index.json"])
 def test_a_link_that_leads_outside_is_refused(sharded: Path, tmp_path: Path, name: str) -> None:
     file = next(sharded.glob(name))
     file.rename(tmp_path / "outside")
@@ -147,6 +176,15 @@ def test_an_index_may_not_lead_out_of_its_folder(sharded: Path, name: str) -> No
     ) as error:
         open_checkpoint(sharded)
     assert repr(name) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".safetensors", "a/" + "b" * 9000 + ".safetensors"])
+def test_a_name_that_no_file_can_have(sharded: Path, name: str) -> None:
+    index = sharded / "model.safetensors.index.json"
+    edit_json(index, weight_map={**json.loads(index.read_text())["weight_map"], "evil": name})
+    with pytest.raises(ValueError, match=r"\.\.\. is not a \.safetensors file inside") as error:
+        open_checkpoint(sharded)
+    assert len(str(error.value)) < 1000
 
 
 def test_index_and_shards_must_agree_both_ways(sharded: Path) -> None:
@@ -333,7 +371,7 @@ def test_every_mismatch_of_every_expert_is_in_one_error(base: Path, tmp_path: Pa
     broken = save(llama(1), tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"junk")
     experts = {path.name: path for path in (shape, wide, short, tokens, other, empty, broken)}
-    with pytest.raises(ValueError, match=r"\d+ mismatches between the base") as error:
+    with pytest.raises(ValueError, match=r"\d+ mismatch(es)? between the base") as error:
         open_task_vectors(open_checkpoint(base), experts)
     message = str(error.value)
     for words in (
@@ -373,7 +411,7 @@ def test_a_head_and_its_prefix_on_one_side(tmp_path: Path, headless: str) -> Non
     with pytest.raises(ValueError, match=r"classifier\.weight \(3, 16\)") as error:
         open_task_vectors(opened_base, {"a": folder})
     assert "ignore=['classifier.*']" in str(error.value)
-    assert str(error.value).startswith("1 mismatches")
+    assert str(error.value).startswith("1 mismatch between")
     opened = open_task_vectors(opened_base, {"a": folder}, ignore=["classifier.*"])
     prefix = "bert." if headless == "expert" else ""
     assert opened.deltas.keys() == {prefix + name for name, _ in plain.named_parameters()}

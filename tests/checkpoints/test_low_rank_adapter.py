@@ -21,6 +21,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import trainmerge as tm
 from tests.bounds import assert_within
 from tests.contracts import merge_bound
 from tests.opening import open_task_vectors
@@ -269,7 +270,7 @@ def test_adapters_of_another_base_are_one_error(bases: dict[str, Path], tmp_path
     tensors = load_file(short / "adapter_model.safetensors")
     gone = next(iter(tensors))
     save_file({k: v for k, v in tensors.items() if k != gone}, short / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="mismatches") as error:
+    with pytest.raises(ValueError, match="mismatch") as error:
         open_task_vectors(open_checkpoint(bases["llama"]), {"x": other, "y": bert, "z": short})
     message = str(error.value)
     assert "x: " in message
@@ -342,6 +343,42 @@ def test_trainable_tokens_change_both_sides_of_a_tie(bases: dict[str, Path], tmp
     adapter = train(bases["tied"], tmp_path / "a", config)
     opened = open_task_vectors(open_checkpoint(bases["tied"]), {"a": adapter}, workspace=tmp_path / "w")
     compare(bases["tied"], opened, adapter, exact=True)
+
+
+@pytest.mark.parametrize(("own", "other"), [("tied", "untied"), ("untied", "tied")])
+def test_trainable_tokens_of_a_base_with_other_ties_are_refused_or_named(
+    bases: dict[str, Path], tmp_path: Path, own: str, other: str
+) -> None:
+    both = {"tied": bases["tied"], "untied": tmp_path / "untied"}
+    tm.untie(both["tied"], both["untied"])
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    adapter = train(both[own], tmp_path / "a", config)
+
+    def opened(base: str, recorded: str | None) -> list[str]:
+        file = adapter / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": recorded}))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            open_task_vectors(open_checkpoint(both[base]), {"a": adapter}, workspace=tmp_path / "w")
+        return [str(one.message) for one in said]
+
+    assert opened(own, str(both[own])) == opened(own, f"org/{both[own].name}") == []
+    with pytest.raises(ValueError, match=r"its trainable tokens change .* the merge would be another func"):
+        opened(other, str(both[own]))
+    for recorded in ("org/name", None):
+        (said,) = opened(other, recorded)
+        assert f"if its own base, {recorded!r}, " in said
+        assert ("does not tie" if other == "tied" else "ties") in said.partition("own base")[2]
+
+
+def test_trainable_tokens_of_embedding_and_head_need_no_tie(bases: dict[str, Path], tmp_path: Path) -> None:
+    tokens = {"embed_tokens": [1, 5], "lm_head": [1, 5]}
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens)
+    adapter = train(bases["llama"], tmp_path / "a", config)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "org/name"}))
+    opened = open_task_vectors(open_checkpoint(bases["llama"]), {"a": adapter}, workspace=tmp_path / "w")
+    assert {"model.embed_tokens.weight", "lm_head.weight"} < opened.deltas.keys()
 
 
 def test_peft_leaves_the_compilers_as_they_are(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,14 @@ def test_a_template_is_rendered_in_a_sandbox(base: Path) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    [r"(.*.*.*)*Z", r"(([a-z])+.?)+[A-Z]$", r"(a|aa)*b", ".*" * 6 + "Z", "(", "(" * 5000, "a{1,99999999999}"],
-)
+    [
+        r"(.*.*.*)*Z", r"(([a-z])+.?)+[A-Z]$", r"(a|aa)*b", ".*" * 6 + "Z", "(", "(" * 5000,
+        "a{1,99999999999}", r"(a+)+$", r"(a*)*b", r"(a?)*(a?)*b{6}(a?)*(a+)*c", r"(\w+\.?)*q",
+        r"(\w+|\d+\.)*q", r"(\w+[.a])*q", r"(\.\w+\w)*q", r"((\w+\.)*)*q", r"(a{1,9})*b",
+        r"(\w+\.){9}x|(aa|ab|a)*b", r"((?=a)a+)*b",
+        r"(?i:(a+A)*)b", r"(\w+\.)*" * 6,
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("key", ["target_modules", "rank_pattern", "alpha_pattern", "layers_pattern"])
 def test_a_pattern_that_may_take_forever_is_refused(key: str, pattern: str) -> None:
     with pytest.raises(ValueError, match=rf"adapter_config\.json: {key} has the pattern"):
@@ -113,10 +120,17 @@ def test_a_pattern_that_may_take_forever_is_refused(key: str, pattern: str) -> N
         r".*\.layers\.\d+\.(self_attn|mlp)\.(up|down)_proj",
         r"(?:.*?(?:language|text).*?(?:self_attn|attention|mlp).*?(?:qkv|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,})",
         r"^(?!.*vision).*q_proj$",
+        r"(\w+\.)*(q_proj|v_proj)",
+        r"(?:[^.]+\.)+(q|v)_proj$",
+        r"model(\.\w+)*\.(q|v)_proj",
+        r"((self_attn|mlp|\d+)\.)*q_proj",
+        r"(?:layers\.\d+\.|[^l.]\w*\.)*q_proj",
+        r"(\b[a-z_]+\.|\d+\.)*v_proj",
     ],
 )  # fmt: skip
 def test_patterns_in_use_are_accepted(pattern: str) -> None:
     check_adapter_config(FILE, {"target_modules": pattern, "rank_pattern": {pattern: 4}})
+    assert not re.fullmatch(pattern, "a." * 2000 + "b" * 2000)  # ends
 
 
 @pytest.mark.parametrize(

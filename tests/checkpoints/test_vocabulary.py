@@ -172,3 +172,87 @@ def test_folders_without_a_tokenizer_are_not_compared(tmp_path: Path) -> None:
     whole(base, TOKENS)
     assert tokenizer_mismatches(base, expert) == []
     assert tokenizer_mismatches(expert, base) == []
+
+
+BPE = {"red": 0, "r": 1, "e": 2, "d": 3, "re": 4, "ed": 5}
+SPLIT = {
+    "version": "1.0",
+    "added_tokens": [],
+    "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    },
+    "model": {"type": "BPE", "vocab": BPE, "merges": [["r", "e"], ["re", "d"], ["e", "d"]]},
+}
+
+
+def splits(folder: Path, **changes: object) -> None:
+    (folder / "tokenizer.json").write_text(json.dumps({**SPLIT, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("model.merges", {"model": {**SPLIT["model"], "merges": ["e d", "r e", "re d"]}}),  # type: ignore[dict-item]
+        ("normalizer", {"normalizer": {"type": "Lowercase"}}),
+        ("normalizer", {"normalizer": None}),
+        ("pre_tokenizer", {"pre_tokenizer": {**SPLIT["pre_tokenizer"], "use_regex": False}}),  # type: ignore[dict-item]
+        ("pre_tokenizer", {"pre_tokenizer": {"type": "Whitespace"}}),
+        ("model.ignore_merges", {"model": {**SPLIT["model"], "ignore_merges": True}}),  # type: ignore[dict-item]
+    ],
+)
+def test_equal_tokens_that_are_found_in_another_way_are_named(
+    tmp_path: Path, part: str, changes: dict[str, object]
+) -> None:
+    base, expert = folders(tmp_path)
+    splits(base)
+    splits(expert, **changes)
+    with pytest.warns(UserWarning, match=r"split a text into other tokens") as found:
+        assert tokenizer_mismatches(base, expert) == []
+    (said,) = [str(one.message) for one in found]
+    assert f"{expert / 'tokenizer.json'}: {part} differs from that of {base / 'tokenizer.json'}" in said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {**SPLIT["model"], "merges": ["r e", "re d", "e d"]}},  # type: ignore[dict-item]
+        {"model": {**SPLIT["model"], "ignore_merges": False, "fuse_unk": False, "dropout": None}},  # type: ignore[dict-item]
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}},
+        {"truncation": None, "post_processor": None},
+    ],
+)
+def test_one_way_of_splitting_in_another_spelling_is_the_same(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    base, expert = folders(tmp_path)
+    splits(base)
+    splits(expert, **changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokenizer_mismatches(base, expert) == []
+
+
+def test_merges_are_compared_with_a_merges_file(tmp_path: Path) -> None:
+    base, expert = folders(tmp_path)
+    for folder, merges in ((base, "r e\nre d\ne d\n"), (expert, "e d\nr e\nre d\n")):
+        (folder / "vocab.json").write_text(json.dumps(BPE))
+        (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.warns(UserWarning, match=r"model\.merges differs from that of .*vocab\.json"):
+        assert tokenizer_mismatches(base, expert) == []
+
+
+def test_scores_of_a_unigram_model_are_compared(tmp_path: Path) -> None:
+    base, expert = folders(tmp_path)
+    unigram(base, TOKENS)
+    unigram(expert, TOKENS)
+    file = expert / "tokenizer.json"
+    file.write_text(file.read_text().replace('["red", -1.0]', '["red", -2.0]'))
+    with pytest.warns(UserWarning, match=r"model\.vocab \(scores\) differs"):
+        assert tokenizer_mismatches(base, expert) == []

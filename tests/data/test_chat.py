@@ -48,16 +48,46 @@ def spoken(example: Example) -> list[str]:
     return [example.text[begin:end] for begin, end in example.spans or ()]
 
 
-def test_a_template_that_rewrites_turns_is_refused_with_the_examples_number(tmp_path: Path) -> None:
+def write_chats(folder: Path, *chats: list[dict[str, str]]) -> str:
+    path = folder / "chats.jsonl"
+    path.write_text("".join(json.dumps({"chat": chat}) + "\n" for chat in chats))
+    return str(path)
+
+
+def test_turns_that_the_template_rewrites_are_left_out_and_counted_once(tmp_path: Path) -> None:
     tokenize = tokenizer(tmp_path, FORGETS)
     assert spoken(tokenize.render(CHAT[:2])) == ["one two | "]  # one turn: nothing is rewritten
-    path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps({"chat": chat}) + "\n" for chat in (CHAT[:2], CHAT)))
+    longer = [*CHAT, {"role": "user", "content": "dog"}, {"role": "assistant", "content": "red cat"}]
+    path = write_chats(tmp_path, CHAT[:2], CHAT, longer)
+    with pytest.warns(UserWarning, match="turns of the assistant") as found:
+        examples = read_examples(path, Columns(messages="chat"), tokenize.render)
+    # "three" has one word, and is written in the same way whatever follows.
+    assert list(map(spoken, examples)) == [["one two | "], ["three | "], ["three | ", "red cat | "]]
+    (said,) = [str(one.message) for one in found]
+    assert said.startswith(f"{path}: 2 of 6 turns of the assistant do not enter the loss, the first in exam")
+    inputs, mask = tokenize.encode(examples[1:2])
+    predicted = inputs["input_ids"][0, 1:][mask[0, :-1]]
+    assert tokenize.transformers.decode(predicted) == "three [UNK]"
+
+
+def test_a_chat_without_a_turn_that_can_be_located_is_refused_with_its_number(tmp_path: Path) -> None:
+    tokenize = tokenizer(tmp_path, FORGETS)
+    path = write_chats(tmp_path, CHAT[:2], CHAT[:3])
     with pytest.raises(
         ValueError, match=r"chats\.jsonl: example 1: the chat template writes a turn .* prefix"
     ):
-        read_examples(str(path), Columns(messages="chat"), tokenize.render)
-    assert len(read_examples(str(path), Columns(messages="chat"), tokenize.render, located=False)) == 2
+        read_examples(path, Columns(messages="chat"), tokenize.render)
+    examples = read_examples(path, Columns(messages="chat"), tokenize.render, located=False)
+    assert [example.spans for example in examples] == [None, None]
+
+
+def test_a_chat_without_an_assistant_is_a_text_where_no_turn_is_needed(tmp_path: Path) -> None:
+    tokenize = tokenizer(tmp_path, SEP + PROMPT)
+    (example,) = read_examples(
+        write_chats(tmp_path, CHAT[:1]), Columns(messages="chat"), tokenize.render, located=False
+    )
+    assert example.text == "user: red | "
+    assert tokenize.encode([example]).mask.all()
 
 
 def test_the_templates_own_marks_say_what_counts(tmp_path: Path) -> None:

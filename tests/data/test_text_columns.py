@@ -1,5 +1,7 @@
 """Columns of texts are read as they are written, whatever their words look like."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,32 @@ def test_labels_are_still_numbers_and_an_empty_cell_no_text(tmp_path: Path) -> N
     file.write_text("text,label\nred,1\n,0\n")
     with pytest.raises(ValueError, match="example 1 has no value for 'text'"):
         load_examples(str(file), ["text", "label"], numbers=["label"])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
+def test_no_copy_of_the_texts_is_written(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text('{"text": "hidden words"}\n' if name == "a.jsonl" else "text\nhidden words\n")
+    code = (
+        "import sys, os\n"
+        "written = []\n"
+        "def note(event, arguments):\n"
+        "    if event == 'open' and str(arguments[1]).startswith(('w', 'a', 'x')):\n"
+        "        written.append(str(arguments[0]))\n"
+        "sys.addaudithook(note)\n"
+        "from trainmerge.data.text_files import load_examples\n"
+        "written.clear()\n"
+        f"assert 'hidden words' in load_examples({str(path)!r}, ['text'])['text']\n"
+        "assert not [file for file in written if not file.endswith('.lock')], written\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_many_rows_are_one_table(tmp_path: Path) -> None:
+    path = tmp_path / "many.jsonl"
+    rows = (1 << 16) + 3
+    path.write_text("".join(f'{{"text": "{i}", "label": {i % 7}}}\n' for i in range(rows)))
+    data = load_examples(str(path), ["text", "label"], numbers=["label"])
+    assert data["text"][:] == [str(i) for i in range(rows)]
+    assert data["label"][-1] == (rows - 1) % 7

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import socket
 from dataclasses import replace
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ from trainmerge.evaluate.torchmetrics_states import TokenLosses, class_measures
 from trainmerge.run.config import to_config
 from trainmerge.run.recipe import HeldOut, Recipe, calibration_files
 from trainmerge.run.sources import text_length
+from trainmerge.system.safetensors_file import sha256
 
 LENGTH = 5  # tokens: most texts are longer
 
@@ -104,12 +106,28 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
+def test_an_unfinished_run_says_its_step(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped = Path(shutil.copytree(run, tmp_path / "stopped"))
+    manifest = json.loads((stopped / "manifest.json").read_text())
+    manifest["saved"][0] |= {"step": 40, "steps": 80}
+    (stopped / "manifest.json").write_text(json.dumps(manifest))
+    line = f"{stopped} is unfinished: its coefficients are those of step 40 of 80"
+    assert main(["evaluate", str(stopped), "--limit", "2", "--compare", "false"]) == 0
+    assert capsys.readouterr().out.startswith(line)
+    assert json.loads((stopped / "scores.json").read_text())["learned"]["step"] == 40
+    assert main(["compare", str(stopped), str(run), "--limit", "2"]) == 0
+    assert capsys.readouterr().out.startswith(line)
+
+
 def test_a_run_with_a_task_held_out(run: Path) -> None:
     assert main(["evaluate", str(run)]) == 0
     found = json.loads((run / "evaluation.json").read_text())
     short = json.loads((run / "scores.json").read_text())
     assert short.keys() == found.keys() >= {"base", "average", "learned", "expert"}
-    assert short["learned"].keys() == {"mood", "colour", "mean", "normalised"}
+    assert short["learned"].keys() == {"mood", "colour", "mean", "normalised", "coefficients", "step"}
+    assert short["learned"]["coefficients"] == sha256(run / "coefficients.safetensors")
     assert found["learned"]["measures"].keys() == {"mood", "colour", "animal"}
     assert found["learned"]["measures"]["mood"].keys() == {"accuracy", "macro_f1", "calibration_error"}
     lost = found["base"]["held_out"]["animal"] - found["learned"]["held_out"]["animal"]

@@ -168,6 +168,21 @@ def test_labels_that_are_no_class(label: object, tmp_path: Path) -> None:
         load_tasks(Recipe(str(tmp_path / "base"), {"a": expert}), Tokenizer(str(tmp_path / "base"), 8))
 
 
+def test_labelled_chats_need_no_assistant(tmp_path: Path) -> None:
+    write_languages(tmp_path)
+    tokenize = Tokenizer(str(tmp_path / "base"), 32)
+    tokenize.transformers.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    chat = [{"role": "user", "content": "red blue"}]
+    file = lines(tmp_path / "test.jsonl", [{"messages": chat, "label": 1}])
+    expert = tm.Expert("x", test=file, head=LabelHead(["red", "blue"]))
+    (task,), _ = load_tasks(
+        Recipe(str(tmp_path / "base"), {"a": expert}), tokenize, Columns(messages="messages")
+    )
+    assert (task.examples, task.labels) == ([Example("red blue ", templated=True)], [1])
+    with pytest.raises(ValueError, match=r"test\.jsonl: example 0 has no chat .* no turn with the role"):
+        load_tasks(recipe(tmp_path, [{"messages": chat}]), tokenize, Columns(messages="messages"))
+
+
 def test_chats_are_scored_on_their_answers(tmp_path: Path) -> None:
     write_languages(tmp_path)
     tokenize = Tokenizer(str(tmp_path / "base"), 32)

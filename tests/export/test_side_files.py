@@ -47,6 +47,27 @@ def test_side_files_travel_and_weights_do_not(tmp_path: Path) -> None:
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == set(TRAVELS)
 
 
+@pytest.mark.parametrize(
+    "local", ["/home/me/base", "./base", "~/base", "data/cache/base", r"C:\me\base", "here", "../x"]
+)
+def test_local_paths_of_origin_are_left_out_and_hub_ids_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: str
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    base.mkdir()
+    content = {"_name_or_path": "org/name-1.5", "text_config": {"_name_or_path": local, "é": 1.5}, "x": []}
+    (base / "config.json").write_text(json.dumps(content))
+    (base / "tokenizer_config.json").write_text(json.dumps({"name_or_path": local}))
+    (base / "adapter_config.json").write_text('{ "base_model_name_or_path":"gpt2","a":1}')
+    copy_side_files(base, out)
+    read = {path.name: json.loads(path.read_text()) for path in out.iterdir()}
+    assert read["config.json"] == {**content, "text_config": {"é": 1.5}}
+    assert read["tokenizer_config.json"] == {}
+    assert (out / "adapter_config.json").read_bytes() == (base / "adapter_config.json").read_bytes()
+
+
 def write_dense(folder: Path, scale: float) -> None:
     (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense"}]))
     (folder / "2_Dense").mkdir()
@@ -69,6 +90,25 @@ def test_a_dense_layer_after_the_model_is_the_bases(tmp_path: Path) -> None:
     assert load_file(tmp_path / "merged/2_Dense/model.safetensors")["linear.weight"].eq(1).all()
     manifest = json.loads((tmp_path / "merged/trainmerge_manifest.json").read_text())
     assert {"model.safetensors", "2_Dense/model.safetensors"} < manifest["files"].keys()
+
+
+def test_a_farm_of_linked_weights_exports_the_same_and_no_linked_secret(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    merge = recipe(tmp_path)
+    fit_world(tmp_path, tmp_path / "run", steps=1, recipe=merge)
+    tm.export_run(tmp_path / "run", tmp_path / "before")
+    folders = [Path(merge.base), *(Path(expert.path) for expert in merge.experts.values())]
+    for number, folder in enumerate(folders):
+        for file in folder.glob("*.safetensors"):
+            file.rename(tmp_path / f"stored-{number}")
+            file.symlink_to(tmp_path / f"stored-{number}")
+    (tmp_path / "secret").write_text("token=hf_x")
+    (folders[0] / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.warns(UserWarning, match=r"notes\.txt is a link that leads out"):
+        tm.export_run(tmp_path / "run", tmp_path / "after")
+    before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("before", "after"))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any(b"hf_x" in path.read_bytes() for path in (tmp_path / "after").iterdir())
 
 
 def test_a_corrected_side_file_is_exported(tmp_path: Path) -> None:

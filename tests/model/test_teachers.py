@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import trainmerge as tm
 from tests.fitting.test_fit import build, fit_world, learned
@@ -66,4 +68,11 @@ def test_other_experts_are_recorded_anew(tmp_path: Path) -> None:
             other.save_pretrained(tmp_path / "experts" / "mood")
         module, data = build(tmp_path, tmp_path / "run", objective=tm.Entropy(agreement=1.0))
         module.load(data)
-    assert len(list((tmp_path / "run" / "workspace").glob("teachers-*.safetensors"))) == 2
+    first, second = (tmp_path / "run" / "workspace").glob("teachers-*.safetensors")
+    for file in (first, second):
+        tensors = load_file(file)
+        save_file(tensors, file, {"starts": "[[0, 1"})
+    with pytest.raises(
+        ValueError, match=r"teachers-.*'starts' of its header: not valid JSON.* Remove .*teach"
+    ):
+        build(tmp_path, tmp_path / "run", objective=tm.Entropy(agreement=1.0))[0].load(data)

@@ -1,7 +1,7 @@
 """Plans against hand-computed numbers and real steps; schedules that change memory and nothing else."""
 
 import json
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 import trainmerge as tm
 from tests.bounds import SCORE, fitted_bound
 from tests.fitting.test_fit import build, learned
-from tests.world import languages_recipe, write_languages, write_world
+from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.data.batch import Batch
 from trainmerge.fitting.fit import precision_of
 from trainmerge.fitting.memory_budget import MARGIN, schedule_within
@@ -197,6 +197,24 @@ def test_gradients_kept_are_planned(tmp_path: Path) -> None:
     assert plain.read == (1 + plain.backwards) * plain.sizes.vectors
     with pytest.raises(ValueError, match="set only one of them"):
         build(tmp_path, tmp_path / "rule", keep_gradients=True, combine=torch.nn.Identity())
+
+
+def test_fixed_parameters_have_no_gradient_in_the_plan(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    whole = build(tmp_path, tmp_path / "run", keep_gradients=True)
+    grouping = tm.Grouping("chunk", chunks={"*": 1, "*query*": 0})
+    merge = replace(recipe(tmp_path), grouping=grouping)
+    module, data = build(tmp_path, tmp_path / "run", recipe=merge, keep_gradients=True)
+    every, plan = plan_fit(*whole), plan_fit(module, data)
+    layout, tensors = module.opened.layout, module.opened.base.tensors
+    left = [name for name in layout.groups if name not in layout.learned]
+    assert left
+    assert len(left) < len(layout.groups)
+    saved = sum(tensors[name].nbytes for name in left)
+    assert every.memory.summed_gradients - plan.memory.summed_gradients == saved
+    assert plan.sizes.gradient == max(tensors[name].nbytes for name in layout.learned)
+    assert plan.sizes.vectors == every.sizes.vectors  # they are merged all the same
+    assert plan.read == plan.sizes.vectors + plan.sizes.learned
 
 
 def test_a_budget_is_kept_or_refused(

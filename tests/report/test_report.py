@@ -64,6 +64,30 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
+def test_scores_of_other_coefficients_are_left_out_and_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = Path(shutil.copytree(run, tmp_path / "later"))
+    manifest = json.loads((later / "manifest.json").read_text())
+    now = manifest["saved"][0]["coefficients"]
+    assert manifest["saved"][0]["step"] == 5
+    for scored, shown in ((now, True), ("0" * 64, False)):
+        learned = {**SCORES["learned"], "coefficients": scored, "step": 3}
+        (later / "scores.json").write_text(json.dumps({**SCORES, "learned": learned}))
+        numbers = read_numbers(later)
+        assert numbers.scores.keys() == ({"base", "learned", "expert"} if shown else {"base", "expert"})
+        said = ["The scores are of step 3; the run is at step 5: run `trainmerge evaluate` again."]
+        assert numbers.notes == ([] if shown else said)
+    manifest["saved"][0]["steps"] = 80
+    (later / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["report", str(later)]) == 0
+    text = (later / "report" / "index.html").read_text()
+    assert (
+        "The run is unfinished: the coefficients are those of step 5 of 80. The scores are of step 3" in text
+    )
+    assert "unfinished: its coefficients are those of step 5 of 80" in capsys.readouterr().out
+
+
 def test_the_page_holds_all_it_shows_and_asks_for_nothing(run: Path) -> None:
     text = (run / "report" / "index.html").read_text()
     assert "default-src 'none'" in text

@@ -49,7 +49,13 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
         folder.checkpoints / f".step-4.ckpt.new-{other}",
     ):  # fmt: skip
         path.touch()
-    kept = [folder.workspace / f".a.safetensors.new-{other}", folder.checkpoints / "step-2.ckpt"]
+    for kind in ("new", "old"):
+        (folder.workspace / f".adapter.{kind}-{own}").mkdir()
+        (folder.workspace / f".adapter.{kind}-{own}" / "adapter_config.json").touch()
+    kept = [
+        folder.workspace / f".a.safetensors.new-{other}", folder.checkpoints / "step-2.ckpt",
+        folder.workspace / f".adapter.old-{own}" / "adapter_config.json",  # maybe the only copy
+    ]  # fmt: skip
     for path in kept:
         path.touch()
     with in_use(folder, "trainmerge fit"):

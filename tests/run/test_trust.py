@@ -111,6 +111,30 @@ def test_a_runs_configuration_imports_nothing(run: Path, capsys: pytest.CaptureF
     assert not (run.parent / "imported").exists()
 
 
+def test_a_configuration_kept_in_the_run_folder_fits_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run.parent)
+    content = {"recipe": yaml.safe_load((run / "recipe.yaml").read_text())["recipe"], "report": False}
+    own(content["recipe"])
+    content |= {"trainer": {"accelerator": "cpu", "max_steps": 1}, "data": {"max_length": 16}}
+    mine = run.parent / "new" / "mine.yaml"
+    mine.parent.mkdir()
+    mine.write_text(yaml.safe_dump(content))
+    for last in (1, 2):
+        assert main(["fit", str(mine), str(mine.parent), f"--trainer.max_steps={last}"]) == 0
+        assert sys.modules.pop(MODULE)
+        (run.parent / "imported").unlink()
+    capsys.readouterr()
+    content["recipe"]["preprocess"] += [{"class_path": "another_module.Own"}]  # the run does not name it
+    mine.write_text(yaml.safe_dump(content))
+    assert main(["fit", str(mine), str(mine.parent)]) == 1
+    assert "--trust another_module (in a program" in capsys.readouterr().err
+    assert main(["fit", str(mine.parent / "config.yaml"), str(mine.parent)]) == 1
+    assert f"--trust {MODULE}" in capsys.readouterr().err
+    assert not (run.parent / "imported").exists()
+
+
 def test_the_current_folder_comes_last(tmp_path: Path) -> None:
     (tmp_path / "numpy.py").write_text("open('imported', 'w')")
     command = [sys.executable, "-m", "trainmerge.cli", "report", str(tmp_path)]
@@ -135,3 +159,9 @@ def test_names_in_data() -> None:
 def test_what_is_trusted_is_a_modules_name(name: str) -> None:
     with pytest.raises(ValueError, match="not the name of a module"), trusting(name), nullcontext():
         pass
+
+
+def test_an_endless_name_of_a_class_is_quoted_in_part(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"names a{600}\.\.\., which is not part of trainmerge") as error:
+        check_classes({"class_path": "a" * 5000 + ".B"}, tmp_path / "recipe.yaml")
+    assert len(str(error.value)) < 2000 + len(str(tmp_path))

@@ -20,7 +20,7 @@ from trainmerge.report import write_report
 from trainmerge.report.front import BALANCED, front_picture, notable
 from trainmerge.report.read_run import read_numbers
 from trainmerge.run.folder import RunFolder
-from trainmerge.tradeoffs.cma_es import Search, maximise
+from trainmerge.tradeoffs.cma_es import Search, maximise, read_log
 from trainmerge.tradeoffs.front import front, lattice, nondominated
 from trainmerge.tradeoffs.pareto import places
 from trainmerge.tradeoffs.scales import losses_at
@@ -258,3 +258,18 @@ def test_search_by_a_callable_and_by_validation_files(
     )
     (world / "labelled.yaml").write_text(labelled)
     assert main(["search", str(world / "labelled.yaml"), str(world / "by"), "--score", "macro_f1", *few]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{broken\n", "not valid JSON"),
+        ('{"a": 1}\n[1\n', "not valid JSON"),
+        ('{"a": 1}\n{"y": 2}\n', "a line is not"),
+    ],
+)
+def test_a_damaged_log_of_a_search_is_named(tmp_path: Path, text: str, words: str) -> None:
+    log = tmp_path / "search.jsonl"
+    log.write_text(text)
+    with pytest.raises(ValueError, match=rf"^{log}: {words}.* Remove it to begin the search again"):
+        read_log(log, {"a": 1})

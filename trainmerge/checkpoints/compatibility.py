@@ -13,6 +13,7 @@ from trainmerge.checkpoints.roles import roles_of
 from trainmerge.checkpoints.side_modules import warn_of_side_modules
 from trainmerge.checkpoints.sources import Sources
 from trainmerge.checkpoints.ties import differing_ties, lost_ties, one_sided_updates
+from trainmerge.checkpoints.token_ties import token_tie_problems
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
 from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_folder_json
 
@@ -48,14 +49,10 @@ def find_sources(
     for expert, folder in experts.items():
         path = Path(folder)
         try:
-            check_one_generation(path)
-            if (path / ADAPTER).is_file():
-                plan = _adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
-                plans[expert], found = plan
-                problems += [f"{expert}: {line}" for line in found]
-            else:
-                plans[expert] = plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary)
-                warn_of_side_modules(base.path, path)
+            plans[expert], found = _plan(
+                frame, expert, path, ignore, allow_pickle, workspace, shared_vocabulary
+            )
+            problems += [f"{expert}: {line}" for line in found]
             problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path, rows)]
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
@@ -73,6 +70,24 @@ def _sources(frame: Parameters, plans: Mapping[str, Plan]) -> Sources:
     return Sources(tuple(known), frame.tied, sources, known)
 
 
+def _plan(
+    frame: Parameters,
+    expert: str,
+    path: Path,
+    ignore: Sequence[str],
+    allow_pickle: bool,
+    workspace: Path | None,
+    shared_vocabulary: bool,
+) -> tuple[Plan, list[str]]:
+    """One expert, and its mismatches beyond those that its plan raises."""
+    check_one_generation(path)
+    if (path / ADAPTER).is_file():
+        return _adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
+    plan = plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary)
+    warn_of_side_modules(frame.checkpoint.path, path)
+    return plan, []
+
+
 def _adapter(
     frame: Parameters,
     path: Path,
@@ -85,6 +100,7 @@ def _adapter(
     plan = plan_adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
     recorded = read_folder_json(path / ADAPTER).get("base_model_name_or_path")
     mismatches = recorded_mismatches(frame.meta_model, frame.checkpoint.path, path, recorded)
+    mismatches += token_tie_problems(frame, path, plan.adapter.keys, recorded)
     return plan, mismatches + one_sided_updates(frame, path, plan.adapter.keys)
 
 
@@ -100,4 +116,5 @@ def _check_ties(frame: Parameters, plans: Mapping[str, Plan]) -> None:
 def _raise(base: Checkpoint, problems: Sequence[str]) -> None:
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ValueError(f"{len(problems)} mismatches between the base {base.path} and its experts:\n{lines}")
+        count = "1 mismatch" if len(problems) == 1 else f"{len(problems)} mismatches"
+        raise ValueError(f"{count} between the base {base.path} and its experts:\n{lines}")

@@ -40,23 +40,8 @@ def plan_full(
     shared_vocabulary: bool,
 ) -> FullExpert:
     """A full fine-tuned model against the base, from headers. Raises ValueError, one line per mismatch."""
-    checkpoint = open_checkpoint(path, allow_pickle)
-    base = frame.checkpoint
-    remedies = {"model_type": "leave it out"} | ({} if shared_vocabulary else {"vocab_size": RESIZED})
-    different = [key for key in remedies if _setting(checkpoint, key) != _setting(base, key)]
-    if "model_type" in different and (part := _part(frame, str(_setting(checkpoint, "model_type")))):
-        raise ValueError(
-            f"{path}: a {_setting(checkpoint, 'model_type')}, which is the part {part!r} of the base's "
-            f"{type(frame.meta_model).__name__}. Use that part alone as the base (save it to a folder of its "
-            "own), or save the expert as the whole model"
-        )
-    problems = [
-        f"{path}: {key} is {_setting(checkpoint, key)!r}, the base has {_setting(base, key)!r}: not a "
-        f"fine-tuned copy of this base; {remedies[key]}"
-        for key in different
-    ]
-    if "model_type" in different:  # nothing below would match
-        raise ValueError("\n".join(problems))
+    checkpoint, base = open_checkpoint(path, allow_pickle), frame.checkpoint
+    problems = _other_model(frame, checkpoint, shared_vocabulary)
     own = open_parameters(checkpoint, ignore)
     fitted = _fitted(own, frame)
     names = {
@@ -72,6 +57,27 @@ def plan_full(
     warn_of_generation(base.path, frame.meta_model.config, path, own.meta_model.config)
     _warn_of_dtypes(expert, checkpoint, base, names)
     return FullExpert(own, names)
+
+
+def _other_model(frame: Parameters, checkpoint: Checkpoint, shared_vocabulary: bool) -> list[str]:
+    """One line if the vocabulary has another size. Raises ValueError for another type of model."""
+    base, path = frame.checkpoint, checkpoint.path
+    remedies = {"model_type": "leave it out"} | ({} if shared_vocabulary else {"vocab_size": RESIZED})
+    different = [key for key in remedies if _setting(checkpoint, key) != _setting(base, key)]
+    if "model_type" in different and (part := _part(frame, str(_setting(checkpoint, "model_type")))):
+        raise ValueError(
+            f"{path}: a {_setting(checkpoint, 'model_type')}, which is the part {part!r} of the base's "
+            f"{type(frame.meta_model).__name__}. Use that part alone as the base (save it to a folder of its "
+            "own), or save the expert as the whole model"
+        )
+    problems = [
+        f"{path}: {key} is {_setting(checkpoint, key)!r}, the base has {_setting(base, key)!r}: not a "
+        f"fine-tuned copy of this base; {remedies[key]}"
+        for key in different
+    ]
+    if "model_type" in different:  # nothing below would match
+        raise ValueError("\n".join(problems))
+    return problems
 
 
 def _part(frame: Parameters, model_type: str) -> str | None:
@@ -153,4 +159,4 @@ def _warn_of_dtypes(expert: str, checkpoint: Checkpoint, base: Checkpoint, names
         message = (
             f"expert {expert} ({checkpoint.path}) and the base differ in dtype: {mixed}; differences are"
         )
-        warnings.warn(f"{message} taken in float32", stacklevel=5)
+        warnings.warn(f"{message} taken in float32", stacklevel=6)

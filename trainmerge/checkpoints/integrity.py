@@ -100,7 +100,8 @@ def verify(
         problems += [f"  {what} has NaN or infinite values" for what in _not_finite(own)]
     if problems:
         lines = "\n".join(problems)
-        raise ValueError(f"{len(problems)} tensors are not finite; download or train them again:\n{lines}")
+        count = "1 tensor is" if len(problems) == 1 else f"{len(problems)} tensors are"
+        raise ValueError(f"{count} not finite; download or train again:\n{lines}")
     return found
 
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import peft
@@ -21,6 +20,7 @@ from trainmerge.checkpoints.meta_model import quiet, shorten
 from trainmerge.checkpoints.model import load_model
 from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.sources import FullSource, Source, fit_rows
+from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.safetensors_file import sha256, write_safetensors
 from trainmerge.system.workspace import cached, digest
@@ -64,8 +64,8 @@ class MergedAdapter:
         loaded = load_model(base.checkpoint, self.ignore)
         before = {name for name, _ in loaded.module.named_parameters()}
         try:
-            with quiet(), TemporaryDirectory(dir=workspace, prefix=".adapter-") as folder:
-                self._rewrite(Path(folder))
+            with quiet(), temporary_folder(workspace, "adapter") as folder:
+                self._rewrite(folder)
                 if self.promises.rows is not None:  # new rows are the adapter's own
                     resize: Any = loaded.module
                     resize.resize_token_embeddings(self.promises.rows, mean_resizing=False)

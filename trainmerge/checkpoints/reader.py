@@ -24,6 +24,7 @@ from trainmerge.checkpoints.weight_files import (
 from trainmerge.checkpoints.whole import check_whole
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
+from trainmerge.system.text import shortened
 from trainmerge.system.torch_file import check_tensors, load_torch
 
 
@@ -150,6 +151,5 @@ def _check_index(path: Path, index: dict[str, str] | None, sources: Mapping[Path
             f"{name} of {files[0]} is not in the index" for name, files in homes.items() if name not in index
         ]
     if problems:
-        raise ValueError(
-            f"{path}: the index contradicts its shards: " + "; ".join(problems) + ". Save it again."
-        )
+        words = shortened("; ".join(problems), 2000)
+        raise ValueError(f"{path}: the index contradicts its shards: {words}. Save it again.")

@@ -44,7 +44,7 @@ def lost_ties(parameters: Parameters, ignore: Sequence[str] = ()) -> list[str]:
         f"{parameters.checkpoint.path}: the files lack {name}, and config.json does not tie it to {source}, "
         "so it would be random. Set tie_word_embeddings to true there if they are tied. For a tensor of its "
         f"own, do so and then use a copy that was saved untied: {untie_advice(parameters.checkpoint.path)}"
-        for name, source in _declared(model).items()
+        for name, source in declared_ties(model).items()
         if name in own - there and source in there and not matches(name, ignore)
     ]
 
@@ -108,7 +108,7 @@ def _changes(key: str, parameter: str) -> bool:
     return key == parameter or (leaf == "weight" and inside != key and inside not in ("bias", "weight"))
 
 
-def _declared(model: object) -> dict[str, str]:
+def declared_ties(model: object) -> dict[str, str]:
     """Parameter -> the one that this class ties it to, if config.json says so."""
     declared = getattr(model, "_tied_weights_keys", None)
     return dict(declared) if isinstance(declared, Mapping) else {}

@@ -1,10 +1,11 @@
-"""Whether an expert's tokenizer has the same token ids as the base's."""
+"""Whether an expert's tokenizer has the same token ids as the base's, and splits texts in the same way."""
 
 import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from trainmerge.checkpoints.splitting import differing_parts
 from trainmerge.checkpoints.vocabulary import (
     Vocabulary,
     is_vocabulary,
@@ -21,8 +22,9 @@ USED = "the base's tokenizer is used and exported"
 def tokenizer_mismatches(base: Path, expert: Path, rows: int | None = None) -> list[str]:
     """One line if an ordinary token of the base has an id that means another token to the expert.
 
-    Warns, with id and tokens, if only added tokens differ, or if one side lacks a token of the other. Folders
-    without tokenizer files are not compared.
+    Warns, with id and tokens, if only added tokens differ, or if one side lacks a token of the other; and
+    with the parts' names, if equal tokens are found in another way. Folders without tokenizer files are not
+    compared.
 
     Args:
         base: The base's folder.
@@ -54,6 +56,7 @@ def tokenizer_mismatches(base: Path, expert: Path, rows: int | None = None) -> l
             "with the base's tokenizer; if this file is not the one of the expert's training, replace it"
         ]
     _warn_of_added(ours, theirs, different, rows)
+    _warn_of_splitting(ours, theirs)
     return []
 
 
@@ -82,6 +85,16 @@ def _warn_of_added(ours: Vocabulary, theirs: Vocabulary, different: list[int], r
         warnings.warn(
             f"{theirs.file}: it lacks {_named(ours, fewer)} of the base's tokenizer: the expert was trained "
             f"without them; {USED}",
+            stacklevel=3,
+        )
+
+
+def _warn_of_splitting(ours: Vocabulary, theirs: Vocabulary) -> None:
+    if parts := differing_parts(ours, theirs):
+        warnings.warn(
+            f"{theirs.file}: {', '.join(parts)} differs from that of {ours.file}, so it may split a text "
+            f"into other tokens: the expert was trained on its own splits; {USED}. Use experts with the "
+            "base's tokenizer; if this file is not the one of the expert's training, replace it",
             stacklevel=3,
         )
 

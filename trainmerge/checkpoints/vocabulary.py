@@ -27,6 +27,7 @@ class Vocabulary:
     tokens: dict[int, str]
     added: frozenset[int]
     whole: bool  # False: the folder has added tokens only, or a format that cannot be read
+    backend: Any = None  # the tokenizer of `tokenizers`, if transformers built it from these files
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -77,7 +78,7 @@ def _built_once(folder: Path, _: tuple[tuple[int, ...], ...]) -> Vocabulary | No
             added = frozenset(tokenizer.added_tokens_decoder)
     except Exception:  # a foreign parser: the files are read instead, and say what is wrong with them
         return None
-    return Vocabulary(files[0], tokens, added, whole=True)
+    return Vocabulary(files[0], tokens, added, True, getattr(tokenizer, "backend_tokenizer", None))
 
 
 def is_vocabulary(file: Path) -> bool:

@@ -11,12 +11,14 @@ from typing import Any
 
 from trainmerge.system.json_file import read_json
 from trainmerge.system.links import check_link
-from trainmerge.system.text import listed
+from trainmerge.system.text import listed, shortened
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 ADAPTER = "adapter_config.json"
 SHARD = re.compile(r"-\d+-of-\d+\.")
+LONGEST = 255  # characters of a file's name
+LONG = 2000  # characters of an error about many files
 SHOWN = 3  # files that a message lists by name
 
 
@@ -86,7 +88,7 @@ def find_weights(
     Raises:
         FileNotFoundError: there are none.
         ValueError: a single file and shards of the same format, only pickled ones without permission, an
-            unusable index, or a link that leads outside.
+            unusable index, or a link of pickled weights that leads outside.
     """
     _check_one_set(path, safe)
     for single in [safe, pickled]:
@@ -98,7 +100,7 @@ def find_weights(
                 "or set allow_pickle if you trust their source."
             )
         if (path / single).is_file():
-            check_link(path, path / single)
+            _check_weights_link(path, path / single)
             _warn_of_others(path, [path / single], safe, pickled)
             return [path / single], None
         index = path / f"{single}.index.json"
@@ -106,7 +108,7 @@ def find_weights(
             names = _weight_map(index, Path(single).suffix)
             files = [path / file for file in sorted(set(names.values()))]
             for file in files:
-                check_link(path, file)
+                _check_weights_link(path, file)
             _warn_of_others(path, files, safe, pickled)
             return files, names
     dangling = [path / single for single in (safe, pickled) if (path / single).is_symlink()]
@@ -115,6 +117,16 @@ def find_weights(
         f"{path}: no weights: neither {safe} nor {safe}.index.json exists{''.join(gone)}. Check the path, "
         "or download them again."
     )
+
+
+def _check_weights_link(folder: Path, file: Path) -> None:
+    """Raise ValueError if a file of pickled weights is a link that leads outside.
+
+    A safetensors file may lie anywhere, as in a farm of links: what is not one is refused when it is opened,
+    and an export has its tensors only, never the file.
+    """
+    if file.suffix != Path(SAFETENSORS).suffix:
+        check_link(folder, file)
 
 
 def _has(path: Path, name: str) -> bool:
@@ -130,14 +142,14 @@ def _weight_map(index: Path, suffix: str) -> dict[str, str]:
     for file in sorted(set(names.values())):
         # PureWindowsPath parses both kinds of slashes and drives, on any system.
         parts = PureWindowsPath(file)
-        if parts.drive or parts.root or ".." in parts.parts or not file.endswith(suffix):
-            problems.append(f"{file!r} is not a {suffix} file inside the folder")
+        outside = parts.drive or parts.root or ".." in parts.parts
+        if outside or not file.endswith(suffix) or any(len(part) > LONGEST for part in parts.parts):
+            problems.append(f"{shortened(repr(file), LONGEST)} is not a {suffix} file inside the folder")
         elif not (index.parent / file).is_file():
             problems.append(f"{file} is missing, with {sum(f == file for f in names.values())} tensors")
     if problems:
         missing = all("is missing" in problem for problem in problems)
         kind = FileNotFoundError if missing else ValueError
-        raise kind(
-            f"{index}: " + "; ".join(problems) + ". Download the checkpoint again, from a source you trust."
-        )
+        words = shortened("; ".join(problems), LONG)
+        raise kind(f"{index}: {words}. Download the checkpoint again, from a source you trust.")
     return names

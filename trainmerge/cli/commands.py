@@ -145,5 +145,10 @@ def report(run: str, out: str | None = None) -> None:
         out: The folder to write; by default `report` in the run folder.
     """
     from trainmerge.report import write_report
+    from trainmerge.run.folder import RunFolder
+    from trainmerge.run.saved import unfinished_line
 
-    print(f"report: {write_report(run, out or None)}")
+    page = write_report(run, out or None)
+    if line := unfinished_line(RunFolder(Path(run))):
+        print(line)
+    print(f"report: {page}")

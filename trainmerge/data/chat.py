@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trainmerge.data.examples import Example
+from trainmerge.data.examples import ASSISTANT, Example
 
 GENERATION = r"\{%-?\s*generation\b"  # a template's own mark of what the assistant writes
 CLOCK = "strftime_now"  # transformers' function of a template for the current date
@@ -22,15 +22,13 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Exampl
     end, with the prompt for an answer, and ends where the chat up to it ends. A template that asks for the
     current date gets a fixed one: 26 July 2024.
 
-    No spans: the template writes a turn in another way once later turns follow (it leaves out earlier
-    reasoning, say), so that the assistant's characters cannot be located.
+    A turn that the template writes in another way once later turns follow (it leaves out earlier reasoning,
+    say) cannot be located, and has no span.
 
     Raises:
-        ValueError: the template rejects the chat, or the chat has no assistant's turn.
+        ValueError: the template rejects the chat.
     """
     chat = [dict(message) for message in messages]
-    if not any(message["role"] == "assistant" for message in chat):
-        raise ValueError("it has no turn with the role 'assistant'")
     template = tokenizer.get_chat_template()
     if re.search(GENERATION, template):
         whole, spans = _rendered(tokenizer, template, chat, return_assistant_tokens_mask=True)
@@ -40,16 +38,15 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Exampl
 
 
 def _located(tokenizer: Any, template: str, chat: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-    """The whole text, and the assistant's turns as differences of its prefixes; none if one is no prefix."""
+    """The whole text, and those of the assistant's turns that are differences of its prefixes."""
     whole, _ = _rendered(tokenizer, template, chat)
     spans = []
     for turn, message in enumerate(chat):
-        if message["role"] == "assistant":
+        if message["role"] == ASSISTANT:
             before, _ = _rendered(tokenizer, template, chat[:turn], add_generation_prompt=True)
             after, _ = _rendered(tokenizer, template, chat[: turn + 1])
-            if not (whole.startswith(after) and after.startswith(before)):
-                return whole, []
-            spans.append((len(before), len(after)))
+            if whole.startswith(after) and after.startswith(before):
+                spans.append((len(before), len(after)))
     return whole, spans
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from trainmerge.data.text_files import load_examples
 from trainmerge.system.ranges import check_fields
 
+ASSISTANT = "assistant"  # the role of the turns that enter the loss
 REWRITTEN = (
     "the chat template writes a turn of the assistant in another way once later turns follow (it leaves out "
     "earlier reasoning, say), so the chat up to that turn is no prefix of the whole: its tokens cannot be "
@@ -67,15 +68,37 @@ def read_examples(
 ) -> list[Example]:
     """The first `count` examples of a file; `located`: whether the assistant's tokens of chats are needed.
 
+    Warns of the assistant's turns that cannot be located: they do not enter the loss.
+
     Raises:
-        ValueError: as `load_examples`; or a row with a value of the wrong type.
+        ValueError: as `load_examples`; a row with a value of the wrong type; or a chat without any turn of
+            the assistant that can be located.
     """
     data = load_examples(path, columns.names())
     rows = data.select(range(min(count or len(data), len(data))))
-    return [
+    examples = [
         _example(row, columns, render, Path(path), f"{path}: example {i}", located)
         for i, row in enumerate(rows)
     ]
+    if columns.messages and located and not (columns.spans or columns.image):
+        _warn_of_dropped(path, [row[columns.messages] for row in rows], examples)
+    return examples
+
+
+def _warn_of_dropped(path: str, chats: Sequence[Sequence[Any]], examples: Sequence[Example]) -> None:
+    turns = [_assistant_turns(chat) for chat in chats]
+    short = [max(0, n - len(example.spans or ())) for n, example in zip(turns, examples, strict=True)]
+    if any(short):
+        first = next(i for i, number in enumerate(short) if number)
+        warnings.warn(
+            f"{path}: {sum(short)} of {sum(turns)} turns of the assistant do not enter the loss, the first "
+            f"in example {first}: {REWRITTEN}",
+            stacklevel=3,
+        )
+
+
+def _assistant_turns(chat: Sequence[Any]) -> int:
+    return sum(message["role"] == ASSISTANT for message in chat)
 
 
 def _example(
@@ -86,8 +109,14 @@ def _example(
             example = render(row[columns.messages])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where} has no chat in {columns.messages!r}: {error}") from error
-        if located and not (example.spans or columns.spans or columns.image):
-            raise ValueError(f"{where}: {REWRITTEN}")
+        if not located:
+            example = example._replace(spans=None)
+        elif not (example.spans or columns.spans or columns.image):
+            if _assistant_turns(row[columns.messages]):
+                raise ValueError(f"{where}: {REWRITTEN}")
+            raise ValueError(
+                f"{where} has no chat in {columns.messages!r}: it has no turn with the role {ASSISTANT!r}"
+            )
     else:
         example = Example(_text(row, columns.text, where))
     if columns.image and columns.spans:

@@ -1,7 +1,7 @@
 """Read files of texts: JSON, CSV, parquet, plain text, saved datasets."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import CRITICAL
 from pathlib import Path
@@ -14,6 +14,7 @@ from trainmerge.system.atomic import seen_from
 from trainmerge.system.text import reason, shortened
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+ROWS = 1 << 16  # of a table in memory
 
 
 def load_examples(
@@ -29,11 +30,11 @@ def load_examples(
             without its first column.
     """
     data = _read(Path(path), [name for name in (*columns, *optional) if name not in numbers])
+    if not len(data):
+        raise ValueError(f"{path}: no examples in it")
     absent = [column for column in columns if column not in data.column_names]
     if absent:
         raise ValueError(f"{path}: no column {absent}; it has {shortened(str(data.column_names), 600)}")
-    if not len(data):
-        raise ValueError(f"{path}: no examples in it")
     try:
         values, *_ = [list(data[column]) for column in columns]
     except Exception as error:  # an arrow file is read here, and may be damaged anywhere
@@ -55,24 +56,31 @@ def _read(source: Path, texts: Sequence[str]) -> datasets.Dataset:
         )
     if not source.stat().st_size:
         raise ValueError(f"{source}: the file is empty")
-    reader = getattr(datasets.Dataset, f"from_{FORMATS[source.suffix]}")
     options: dict[str, Any] = {}
     if source.suffix == ".csv":  # an empty cell is no value; all else is as written
         options = {"converters": dict.fromkeys(texts, _cell), "keep_default_na": False, "na_values": [""]}
     try:
-        with (
-            TemporaryDirectory() as cache,
-            _quiet(),
-        ):  # the texts are in memory anyway; a disk cache would remain
-            data = reader(str(source), keep_in_memory=True, cache_dir=cache, **options)
-            return _undated(data, source, texts) if FORMATS[source.suffix] == "json" else data
+        data = _in_memory(source, options)
+        return _undated(data, source, texts) if FORMATS[source.suffix] == "json" else data
     except Exception as error:  # pyarrow's and datasets' own, and whatever they let through
-        if "corresponds to no data" in str(error):  # a header without rows, blank lines
-            raise ValueError(f"{source}: no examples in it") from error
         cause = error.__cause__ or error  # the reader's own error, before it was wrapped
         raise ValueError(
             f"{source}: cannot be read as {FORMATS[source.suffix]} in UTF-8: {reason(cause)}"
         ) from error
+
+
+def _in_memory(source: Path, options: Mapping[str, Any]) -> datasets.Dataset:
+    """The rows of a file, streamed: a converted copy on disk would outlive a killed process.
+
+    Only a lock without contents is written, to a temporary folder.
+    """
+    with TemporaryDirectory() as locks, _quiet():
+        rows = datasets.load_dataset(
+            FORMATS[source.suffix], data_files=str(source), split="train", streaming=True, cache_dir=locks,
+            **options,
+        )  # fmt: skip
+        tables = [datasets.Dataset(table) for table in rows.with_format("arrow").iter(batch_size=ROWS)]
+    return datasets.concatenate_datasets(tables) if tables else datasets.Dataset.from_dict({})
 
 
 def _cell(written: str) -> str | None:

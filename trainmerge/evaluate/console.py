@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trainmerge.evaluate import Comparison, Evaluation, compare, evaluate_checkpoint, evaluate_run
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.saved import scored_with, unfinished_line
 from trainmerge.run.scores import score_rows
 from trainmerge.run.sources import columns_of, tasks_of, text_length
 from trainmerge.system.console import print_table
@@ -22,9 +23,12 @@ def evaluate_path(
     harness: Sequence[str] = (),
 ) -> Evaluation:
     """Score a run folder with baselines, or a checkpoint on the tasks of `recipe`."""
-    is_run = RunFolder(path).manifest.exists()
+    folder = RunFolder(path)
+    is_run = folder.manifest.exists()
     with joined():
         if is_run:
+            _print_unfinished(folder)
+            scored = scored_with(folder) if folder.coefficients.exists() else {}
             found = evaluate_run(path, limit, max_length, compare=compare, answers=answers, harness=harness)
         else:
             length = text_length(recipe, max_length)
@@ -33,7 +37,7 @@ def evaluate_path(
         if rank() == 0:
             print_evaluation(str(path), found)
             if is_run:
-                found.write_scores(path / "scores.json")
+                found.write_scores(path / "scores.json", scored)
                 found.write(path / "evaluation.json")
             if output is not None:
                 found.write(output)
@@ -49,12 +53,20 @@ def compare_paths(
 ) -> Comparison:
     """Score several runs and checkpoints, and print one table."""
     with joined():
+        for folder in map(RunFolder, map(Path, paths)):
+            if folder.manifest.exists():
+                _print_unfinished(folder)
         found = compare(paths, recipe, limit, max_length)
         if rank() == 0:
             print_comparison(found)
             if output is not None:
                 found.write(output)
     return found
+
+
+def _print_unfinished(folder: RunFolder) -> None:
+    if folder.coefficients.exists() and rank() == 0 and (line := unfinished_line(folder)):
+        print(line, flush=True)
 
 
 def print_evaluation(title: str, found: Evaluation) -> None:

@@ -27,7 +27,7 @@ from trainmerge.run.manifest import versions
 from trainmerge.run.open_run import open_run
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.saved import unfinished
+from trainmerge.run.saved import unfinished, unfinished_line
 from trainmerge.system import distributed
 from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.distributed import joined
@@ -124,7 +124,7 @@ def export_run(
         recipe, learned, opened = open_run(run_folder)
         at = unfinished(run_folder)
         if at and distributed.rank() == 0:
-            print(f"{run_folder.path} is unfinished: its coefficients are those of {at}", flush=True)
+            print(unfinished_line(run_folder), flush=True)
         coefficients = coefficients or learned
         check_target(target, [run_folder.path, *opened.folders.values()])
         with staging_shared(target, overwrite) as folder:

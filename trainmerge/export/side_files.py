@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 from trainmerge.checkpoints import module_folders
+from trainmerge.export.origins import without_local_origins
 from trainmerge.system.links import leads_outside
 from trainmerge.system.text import listed
 
@@ -70,6 +71,7 @@ OF_MODULES = {".safetensors", ".bin"}
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy all side files of the checkpoint folder `source`, with subfolders and side modules.
 
+    JSON files lose the local paths that a model was loaded from (`origins`), and nothing else.
     Warns of links that lead out of `source`, and of files of an unknown kind; they are not copied.
     """
     modules = module_folders(source)
@@ -79,16 +81,19 @@ def copy_side_files(source: Path, target: Path) -> None:
         place = path.relative_to(source)
         if not path.is_file() or _is_hidden(place) or set(place.parents) & foreign:
             continue
+        of_module = bool(modules.intersection(place.parents)) and place.suffix in OF_MODULES
+        if path.suffix.lower() in WEIGHTS and not of_module:
+            continue  # of the base
         if leads_outside(source, path):
             warnings.warn(
                 f"{path} is a link that leads out of {source}: it is not copied. If the file belongs to "
                 "the checkpoint, copy it there",
                 stacklevel=2,
             )
-        elif _is_copied(path, place) or (modules.intersection(place.parents) and place.suffix in OF_MODULES):
+        elif of_module or _is_copied(path, place):
             (target / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / place)
-        elif path.suffix.lower() not in WEIGHTS and path.suffix.lower() not in COPIED:
+            _copy(path, target / place)
+        elif path.suffix.lower() not in COPIED:
             unknown.append(str(place))
     if unknown:
         warnings.warn(
@@ -96,6 +101,13 @@ def copy_side_files(source: Path, target: Path) -> None:
             "If the merge needs it, copy it by hand",
             stacklevel=2,
         )
+
+
+def _copy(path: Path, target: Path) -> None:
+    if path.suffix.lower() == ".json":
+        target.write_bytes(without_local_origins(path.read_bytes()))
+    else:
+        shutil.copyfile(path, target)
 
 
 def _folders_with_weights(source: Path, modules: set[Path]) -> set[Path]:

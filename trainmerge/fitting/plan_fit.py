@@ -4,7 +4,7 @@ Legend: `K` experts, `B` examples of one expert and step, `T` tokens, `V` vocabu
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -53,12 +53,12 @@ def plan_fit(
     model = _empty_model(module)
     step = [_longest(data, k, -(-data.batch_size // devices)) for k in range(len(data.examples))]
     records = _records(module, data, step, model.module)
-    sizes = _sizes(module, model, records)
+    learned = {model.names[name] for name in module.opened.layout.learned}
+    sizes = _sizes(module, model, records, learned)
     if schedule.recompute:
         recompute_blocks(model.module)
     parts = list(rounds(step, schedule))
     heads = {k: e.head for k, e in enumerate(module.recipe.experts.values()) if e.head is not None}
-    learned = {model.names[name] for name in module.opened.layout.learned}
     needs = dry_run(
         model.module, learned, parts, module.objective, heads, model.dtypes, precision, records.width
     )
@@ -83,7 +83,7 @@ def _empty_model(module: MergeModule) -> _EmptyModel:
     return _EmptyModel(meta_model, names, dtypes)
 
 
-def _sizes(module: MergeModule, model: _EmptyModel, records: "_Records") -> Sizes:
+def _sizes(module: MergeModule, model: _EmptyModel, records: "_Records", learned: Collection[str]) -> Sizes:
     opened, names = module.opened, model.names
     parameters = dict(model.module.named_parameters())
     own = {name: p.numel() * model.dtypes.get(name, p.dtype).itemsize for name, p in parameters.items()}
@@ -94,6 +94,7 @@ def _sizes(module: MergeModule, model: _EmptyModel, records: "_Records") -> Size
         model.module,
         own,
         read,
+        learned,
         len(module.recipe.experts),
         module.coefficients.raw.numel(),
         sum(file.stat().st_size for file in files) + records.files,

@@ -128,7 +128,8 @@ def _test_texts(file: str | None, columns: Columns, render: Render) -> set[str]:
     """The texts of a test file, whose spans and targets are not needed."""
     if file is None:
         return set()
-    return {e.text for e in read_examples(file, replace(columns, spans=None, target=None), render)}
+    plain = replace(columns, spans=None, target=None)
+    return {e.text for e in read_examples(file, plain, render, located=False)}
 
 
 def _of_texts(name: str, texts: Sequence[str], test: Set[str]) -> Iterator[Finding]:

@@ -3,7 +3,6 @@
 Legend: `B` examples, `T` tokens, `R` rows, `n` inputs of a linear layer, `V` vocabulary or classes.
 """
 
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import log
@@ -19,6 +18,7 @@ from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.layer_inputs import Moment, watching
 from trainmerge.model.resident import Resident
+from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 from trainmerge.task_vectors.roles import LINEAR
 
@@ -45,9 +45,8 @@ class ExpertStatistics:
         """The same tensors, mapped from an unlinked temporary file, which is freed with them."""
         if not tensors:
             return {}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder) as place:
-            path = Path(place) / "measured.safetensors"
+        with temporary_folder(self.folder, "measured") as place:
+            path = place / "measured.safetensors"
             specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
             write_safetensors(path, specs, tensors.items())
             file = MappedFile(path)

@@ -67,10 +67,8 @@ class MergedModel:
                 "copy"
             )
         device = next(module.parameters()).device
-        self._to_write, self._to_collect = (
-            prefetch_to(device),
-            prefetch_to(device),
-        )  # each pass has its own order
+        # Each pass has its own order
+        self._to_write, self._to_collect = prefetch_to(device), prefetch_to(device)
         self._mine: tuple[TaskVectors, Mapping[str, Delta]] | None = None  # this process's rows of them
         self.loss_scale = LossScale.of(module)  # for losses whose backward `gradient` collects
         self._products = Gathered(self._run_products)

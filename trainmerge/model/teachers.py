@@ -22,7 +22,7 @@ from trainmerge.model.resident import Resident
 from trainmerge.model.teacher_recorder import Recorder, count_positions, cumulated, output_sizes
 from trainmerge.system import distributed
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
-from trainmerge.system.workspace import digest, open_cached
+from trainmerge.system.workspace import digest, metadata_of, open_cached
 
 BUDGET = 256 << 20  # bytes of recorded probabilities, of all experts
 
@@ -71,14 +71,14 @@ def record_teachers(
     probabilities are recorded if they fit into `budget` bytes, else as many of the largest per row as fit.
 
     Raises:
-        ValueError: an example has no unmasked position.
+        ValueError: an example has no unmasked position, or the record is damaged.
     """
     identity = digest(f"[{depends_on!r}, {asks.identity()}, {budget!r}]")
     path = folder / f"teachers-{identity}.safetensors"
     if not distributed.broadcast(path.exists()):
         _make(path, resident, examples, tokenizer, asks, budget)
     file = open_cached(path)
-    records = [_open(file, k, starts, asks) for k, starts in enumerate(json.loads(file.metadata["starts"]))]
+    records = [_open(file, k, starts, asks) for k, starts in enumerate(metadata_of(file, "starts"))]
     if distributed.rank() == 0:
         _print_left_out(records)
     return records

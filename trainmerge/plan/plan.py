@@ -82,7 +82,7 @@ class Plan:
     def read(self) -> int:
         """Bytes of base and task vectors that a device reads per step, for the merge and the backwards."""
         passes = 1 if self.schedule.keep else self.backwards
-        return _share(self.sizes.vectors * (1 + passes), self.devices)
+        return _share(self.sizes.vectors + self.sizes.learned * passes, self.devices)
 
     @property
     def exchanged(self) -> int:

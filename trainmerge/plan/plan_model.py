@@ -47,7 +47,7 @@ def plan_model(
     dtype = getattr(meta_model.config, "dtype", None) or torch.float32
     own = {name: p.numel() * dtype.itemsize for name, p in meta_model.named_parameters()}
     read = {name: (experts + 1) * count for name, count in own.items()}
-    sizes = sizes_of(meta_model, own, read, experts, experts * len(own), sum(read.values()))
+    sizes = sizes_of(meta_model, own, read, own, experts, experts * len(own), sum(read.values()))
     step = _step(experts, -(-batch // devices), length, meta_model.config.is_encoder_decoder)
     if schedule.recompute:
         recompute_blocks(meta_model)

@@ -1,6 +1,6 @@
 """Sizes of a merge's tensors in bytes, from headers and a meta model; no weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -17,10 +17,11 @@ class Sizes:
     experts: int  # a count
     coefficients: int  # a count
     weights: int  # the resident model, buffers included
-    gradient: int  # the largest merged weight's gradient
-    gradients: int  # of all merged weights
+    gradient: int  # the largest learned weight's gradient; fixed ones have none
+    gradients: int  # of all learned weights
     block: int  # the largest block of the network, which a sharded model gathers at a time
-    vectors: int  # base and task vectors of the merged parameters, which one pass reads
+    vectors: int  # base and task vectors of the merged parameters, which a merge reads
+    learned: int  # of the learned ones, which the coefficients' gradient reads
     widest: int  # of these, the largest of one parameter
     files: int  # all mapped files: base, experts, recorded expert outputs
     beforehand: int = 0  # needed by loading, or by recording an expert, in addition to the model
@@ -30,21 +31,26 @@ def sizes_of(
     meta_model: nn.Module,
     stored: Mapping[str, int],
     read: Mapping[str, int],
+    learned: Collection[str],
     experts: int,
     coefficients: int,
     files: int,
     beforehand: int = 0,
 ) -> Sizes:
-    """`stored` are the bytes of every parameter, `read` the bytes that a pass reads of each merged one."""
+    """`stored` are the bytes of every parameter, `read` the bytes that a pass reads of each merged one.
+
+    `learned` are the merged ones whose coefficients are learned.
+    """
     return Sizes(
         parameters=sum(p.numel() for p in meta_model.parameters()),
         experts=experts,
         coefficients=coefficients,
         weights=sum(stored.values()) + sum(buffer.nbytes for buffer in meta_model.buffers()),
-        gradient=max(stored[name] for name in read),
-        gradients=sum(stored[name] for name in read),
+        gradient=max((stored[name] for name in learned), default=0),
+        gradients=sum(stored[name] for name in learned),
         block=max(sum(stored[name] for name in block) for _, block in groupby(stored, block_of)),
         vectors=sum(read.values()),
+        learned=sum(read[name] for name in learned),
         widest=max(read.values()),
         files=files,
         beforehand=beforehand,

@@ -16,6 +16,7 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.run.front import read_front
 from trainmerge.run.open_run import open_run, read_run
 from trainmerge.run.recipe import Recipe
+from trainmerge.run.saved import scored_with, unfinished
 from trainmerge.run.scores import ACCURACY, PERPLEXITY, Metric, Scores
 from trainmerge.run.trajectory import Trajectory, read_trajectory
 from trainmerge.system.json_file import read_json, read_json_lines
@@ -38,6 +39,7 @@ class Numbers:
     trajectory: Trajectory | None
     losses: Mapping[str, Tensor]  # expert, or "all" -> [S, 2]: step and loss
     scores: Scores
+    notes: Sequence[str]  # what the coefficients and scores are of, where that is not the end of the run
     metric: Metric
     usage: Sequence[Mapping[str, Any]]
     manifest: Mapping[str, Any]
@@ -70,6 +72,7 @@ def read_numbers(run: str | Path) -> Numbers:
     trajectory = read_trajectory(folder.trajectory, *values.shape)
     starts = trajectory is not None and int(trajectory.steps[0]) == 0
     geometry, missing = _geometry(folder, manifest)
+    scores, notes = _scores(folder, coefficients.experts)
     heads = any(expert.head for expert in recipe.experts.values())
     return Numbers(
         name=folder.path.resolve().name,
@@ -80,7 +83,8 @@ def read_numbers(run: str | Path) -> Numbers:
         start=trajectory.values[0] if trajectory is not None and starts else None,
         trajectory=trajectory,
         losses=read_losses(folder.metrics),
-        scores=_scores(folder.path / "scores.json", coefficients.experts),
+        scores=scores,
+        notes=notes,
         metric=_metric(folder.path / "evaluation.json", heads),
         usage=checked_lines(folder.usage, USAGE),
         manifest=manifest,
@@ -148,17 +152,37 @@ def read_losses(path: Path) -> dict[str, Tensor]:
     return {name: Tensor(points) for name, points in found.items()}
 
 
-def _scores(path: Path, experts: Sequence[str]) -> Scores:
-    """Row -> task -> score, of a file that `trainmerge evaluate` wrote.
+def _scores(folder: RunFolder, experts: Sequence[str]) -> tuple[Scores, list[str]]:
+    """Row -> task -> score, of a file that `trainmerge evaluate` wrote; and what to know about them.
+
+    The learned merge's scores are left out if the run has other coefficients now.
 
     Raises:
         ValueError: a row is not a mapping of tasks to scores.
     """
+    path, at = folder.path / "scores.json", unfinished(folder)
+    notes = [f"The run is unfinished: the coefficients are those of {at}."] if at else []
     rows = read_json(path, AGAIN) if path.exists() else {}
     if wrong := [row for row, scores in rows.items() if not isinstance(scores, Mapping)]:
         raise ValueError(f"{path}: {wrong[0]!r} is {rows[wrong[0]]!r}, not scores per task. {AGAIN}")
-    return {
+    if stale := _stale(folder, rows.get("learned", {})):
+        del rows["learned"]
+        notes.append(stale)
+    found = {
         row: {task: scores[task] for task in experts}
         for row, scores in rows.items()
         if all(isinstance(scores.get(task), float) for task in experts)
     }
+    return found, notes
+
+
+def _stale(folder: RunFolder, learned: Mapping[str, Any]) -> str:
+    """Why the learned merge's scores are not of the run's coefficients; empty if they are, or in old files.
+
+    Those of versions that recorded no coefficients are taken as they are.
+    """
+    now = scored_with(folder)
+    if learned.get("coefficients", now["coefficients"]) == now["coefficients"]:
+        return ""
+    steps = [f"step {of['step']}" if "step" in of else "other coefficients" for of in (learned, now)]
+    return f"The scores are of {steps[0]}; the run is at {steps[1]}: run `trainmerge evaluate` again."

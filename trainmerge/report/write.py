@@ -87,5 +87,6 @@ def _shown(picture: Picture, folder: Path, numbers: Numbers) -> Section:
 
 def _under(numbers: Numbers) -> str:
     names = ", ".join(numbers.experts)
+    notes = "".join(f" {note}" for note in numbers.notes)
     note = f" The task vectors could not be measured: {numbers.missing}" if numbers.missing else ""
-    return f"A learned merge of {names} into {Path(numbers.recipe.base).name}.{note}"
+    return f"A learned merge of {names} into {Path(numbers.recipe.base).name}.{notes}{note}"

@@ -38,6 +38,24 @@ def unfinished(folder: RunFolder) -> str:
     return f"{'evaluation' if folder.search.exists() else 'step'} {moment.step} of {moment.steps}"
 
 
+def unfinished_line(folder: RunFolder) -> str:
+    """A sentence about the coefficients of an unfinished run; empty for others. Raises as `unfinished`."""
+    at = unfinished(folder)
+    return f"{folder.path} is unfinished: its coefficients are those of {at}" if at else ""
+
+
+def scored_with(folder: RunFolder) -> dict[str, str | int]:
+    """What a score of the run's merge is of: the SHA-256 of its coefficients, and their step if it is listed.
+
+    Raises:
+        ValueError: the coefficients are not the ones that this run saved.
+    """
+    moment = check_coefficients(folder, folder.read_manifest())
+    if moment is None:
+        return {"coefficients": sha256(folder.coefficients)}
+    return {"coefficients": moment.coefficients, "step": moment.step}
+
+
 def listed_moments(folder: RunFolder, manifest: Mapping[str, Any]) -> list[Saved] | None:
     """The moments of a manifest, the newest first; None for one of an older version.
 

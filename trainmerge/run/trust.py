@@ -3,7 +3,9 @@
 A recipe or configuration names classes by path, and importing a class runs its module. A configuration file
 is the user's own word. The files of a run folder or an export may come from a stranger: only classes of this
 package, of torch.optim and of Lightning's components are imported for them, unless the user trusts further
-modules (`--trust NAME`, or `trusting` in a program). A plug-in that the program has imported itself is known.
+modules (`--trust NAME`, or `trusting` in a program). A configuration that the user keeps in a run folder
+under a name of their own may import what that run was fitted with. A plug-in that the program has imported
+itself is known.
 """
 
 import sys
@@ -16,8 +18,11 @@ from typing import Any
 from jsonargparse import _common, set_parsing_settings
 
 from trainmerge.checkpoints.whole import MANIFEST, RECIPE
+from trainmerge.system.json_file import read_json
+from trainmerge.system.text import shortened
 
 PACKAGE = __name__.partition(".")[0]
+LONGEST = 600  # characters of names in an error
 LIGHTNING = ("accelerators", "callbacks", "loggers", "plugins", "profilers", "strategies")
 KNOWN = (
     PACKAGE,
@@ -27,7 +32,8 @@ KNOWN = (
 )
 RUN_RECIPE = "recipe.yaml"
 RUN_FILES = (RUN_RECIPE, RECIPE, "trainmerge_config.yaml")
-RUN_MARKS = ("manifest.json", "coefficients.safetensors")
+RUN_CONFIG, RUN_MANIFEST = "config.yaml", "manifest.json"
+RUN_MARKS = (RUN_MANIFEST, "coefficients.safetensors")
 
 _trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
 
@@ -55,7 +61,7 @@ def of_a_run(path: Path) -> bool:
     if path.name in RUN_FILES or (folder / MANIFEST).is_file():
         return True
     marked = any((folder / mark).is_file() for mark in RUN_MARKS)
-    return marked and (path.name == "config.yaml" or (folder / RUN_RECIPE).is_file())
+    return marked and (path.name == RUN_CONFIG or (folder / RUN_RECIPE).is_file())
 
 
 def check_classes(data: Any, where: str | Path) -> None:
@@ -63,10 +69,10 @@ def check_classes(data: Any, where: str | Path) -> None:
     refused = sorted({path for path in class_paths(data) if not _allowed(path)})
     if refused:
         modules = sorted({path.rpartition(".")[0] or path for path in refused})
+        names, words = ", ".join(refused), " ".join(f"--trust {name}" for name in modules)
         raise ValueError(
-            f"{where} names {', '.join(refused)}, which is not part of {PACKAGE}: importing it runs its "
-            f"code. If you trust it, add {' '.join(f'--trust {name}' for name in modules)} (in a program: "
-            f"import it first)"
+            f"{where} names {shortened(names, LONGEST)}, which is not part of {PACKAGE}: importing it runs "
+            f"its code. If you trust it, add {shortened(words, LONGEST)} (in a program: import it first)"
         )
 
 
@@ -92,12 +98,24 @@ def imports_checked(data: Any, where: str | Path) -> Iterator[None]:
 
 @contextmanager
 def files_checked(contents: Mapping[Path, Any]) -> Iterator[None]:
-    """`imports_checked` for those files that are a run's; a user's configuration may import anything."""
+    """`imports_checked` for those files that are a run's; a user's configuration may import anything.
+
+    One that the user keeps in the run folder may import the modules that the run was fitted with.
+    """
     with ExitStack() as guards:
         for path, content in contents.items():
             if of_a_run(path):
+                guards.enter_context(trusting(*_fitted_with(path)))
                 guards.enter_context(imports_checked(content, path))
         yield
+
+
+def _fitted_with(path: Path) -> list[str]:
+    """The modules of the run that a file lies in, unless a fit wrote the file: the user has named it."""
+    manifest = path.parent / RUN_MANIFEST
+    if path.name in (*RUN_FILES, RUN_CONFIG) or not manifest.is_file():
+        return []
+    return foreign_modules(read_json(manifest, "Restore it, or move the configuration to another folder."))
 
 
 def class_paths(data: Any) -> Iterator[str]:

@@ -6,6 +6,7 @@ process of its writer, so that the next writer can remove what a killed one left
 """
 
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterator
@@ -38,6 +39,20 @@ def replacing(path: Path) -> Iterator[Path]:
             sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(place: Path, name: str) -> Iterator[Path]:
+    """A new hidden folder in `place`, removed at the end; those of killed processes are removed first."""
+    place.mkdir(parents=True, exist_ok=True)
+    for left in abandoned(place / name, "new"):
+        shutil.rmtree(left, ignore_errors=True)
+    folder = aside(place / name, "new")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -74,13 +89,19 @@ def abandoned(target: Path, kind: str) -> list[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files in a folder whose writers on this machine no longer exist."""
-    for path in folder.iterdir() if folder.is_dir() else ():
+    """Remove the temporary files and new folders in a folder whose writers on this machine no longer exist.
+
+    An old folder may be the only copy of what a writer was replacing: `staging` restores it.
+    """
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
         marks = [path.name.rfind(f".{kind}-") for kind in KINDS]
-        if path.name.startswith(".") and max(marks) > 0 and path.is_file():
-            end = path.name.index("-", max(marks)) + 1
-            if _is_abandoned(path, path.name[:end]):
-                path.unlink(missing_ok=True)
+        if not path.name.startswith(".") or max(marks) <= 0:
+            continue
+        prefix = path.name[: path.name.index("-", max(marks)) + 1]
+        if path.is_file() and _is_abandoned(path, prefix):
+            path.unlink(missing_ok=True)
+        elif path.is_dir() and prefix.endswith(".new-") and _is_abandoned(path, prefix):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_abandoned(path: Path, prefix: str) -> bool:

@@ -1,4 +1,7 @@
-"""Symbolic links in a checkpoint folder: followed within the folder, and into a hub cache's blobs."""
+"""Symbolic links in a checkpoint folder: followed within the folder, and into a hub cache's blobs.
+
+Files of tensors are read wherever they lie (`checkpoints.weight_files`); others may be copied into an export.
+"""
 
 from pathlib import Path
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainmerge.kernels import Untouched
 from trainmerge.system.safetensors_file import write_safetensors
-from trainmerge.system.workspace import cached, digest, open_cached
+from trainmerge.system.workspace import cached, digest, metadata_of, open_cached
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 from trainmerge.task_vectors.pieces import in_pieces
 
@@ -146,6 +146,7 @@ def save_geometry(geometry: Geometry, path: Path) -> None:
 
 
 def load_geometry(path: Path) -> Geometry:
-    """Undo `save_geometry`."""
+    """Undo `save_geometry`. Raises ValueError for a damaged file, with the remedy."""
     file = open_cached(path)
-    return Geometry(tuple(json.loads(file.metadata["names"])), *(file.read(f).clone() for f in FIELDS))
+    names = tuple(metadata_of(file, "names", FIELDS))
+    return Geometry(names, *(file.read(f).clone() for f in FIELDS))

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from trainmerge.system.atomic import append_line, write_whole
+from trainmerge.system.json_file import parse_json
 from trainmerge.system.ranges import check_fields
 
+DAMAGED = "Remove it to begin the search again."
 WORST = 1e30  # replaces non-finite scores; only the order of scores matters
 
 
@@ -120,18 +122,22 @@ def read_log(log: Path, header: dict[str, Any]) -> list[Tried]:
     """The points of a log with this header; a new log gets the header. An incomplete line is dropped.
 
     Raises:
-        ValueError: the log has another header.
+        ValueError: the log has another header, or is damaged.
     """
     if not log.exists():
         write_whole(log, json.dumps(header) + "\n")
         return []
     first, *lines = log.read_text().splitlines(keepends=True)
-    if (made := json.loads(first)) != header:
-        different = [key for key in header if made.get(key) != header[key]]
+    if (made := parse_json(first, log, DAMAGED)) != header:
+        before = made if isinstance(made, dict) else {}
+        different = [key for key in header if before.get(key) != header[key]]
         raise ValueError(
             f"{log} is from a different search: {different} differ. Undo the change, or use another folder"
         )
     whole = [line for line in lines if line.endswith("\n")]
     if len(whole) < len(lines):
         write_whole(log, first + "".join(whole))
-    return [Tried(**json.loads(line)) for line in whole]
+    try:
+        return [Tried(**parse_json(line, log, DAMAGED)) for line in whole]
+    except TypeError as error:
+        raise ValueError(f"{log}: a line is not a merge of this search: {error}. {DAMAGED}") from error
