@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-closed bench tables docs soak cases clean
+.PHONY: help setup data data-suite data-lm demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-heads suite-closed bench tables docs soak cases clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -73,6 +73,9 @@ suite: data-suite ## the full text suite: fits, scores, the table of the documen
 suite-lm: data-lm ## Expert Merging on a language model: fits, scores, tables (hours)
 	@$(BIN)/python -m tests.lm_suite
 	@$(BIN)/python -m tests.result_tables
+
+suite-heads: data-suite ## classifiers with heads of their own: trained here, merged, scored (half an hour)
+	@$(BIN)/python -m tests.head_suite
 
 suite-closed: suite suite-lm ## every merge without learning, and learning from the best, on both (hours)
 	@$(BIN)/python -m tests.closed_suite

@@ -69,6 +69,9 @@ def _checkpoints(root: Path) -> dict[str, Door]:
     torch.save({"a": torch.arange(12.0).view(3, 4), "b": torch.ones(2, dtype=torch.bfloat16)}, pickled)
     save_file({"a": torch.arange(12.0).view(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}, single)
 
+    wrapped = own / "last.ckpt"
+    torch.save({"epoch": 3, "state_dict": {"a": torch.ones(3, 4)}, "loss": [0.5]}, wrapped)
+
     def read_adapter() -> None:
         found = open_adapter(parameters, adapter, (), allow_pickle=False)
         found.peft_config()
@@ -79,6 +82,7 @@ def _checkpoints(root: Path) -> dict[str, Door]:
         "safetensors": _door(single, lambda: _read_all(MappedFile(single))),
         "index.json": _door(index, lambda: open_checkpoint(shards), json=True),
         "pickle": _door(pickled, lambda: _read_all(PickleFile(pickled))),
+        "state dict": _door(wrapped, lambda: _state(wrapped)),
         "tokenizer.json": _door(base / "tokenizer.json", lambda: Tokenizer(str(base), 8), True, slow=True),
         "tokenizer_config.json": _door(
             base / "tokenizer_config.json", lambda: Tokenizer(str(base), 8), True, slow=True
@@ -90,6 +94,11 @@ def _read_all(file: MappedFile | PickleFile) -> None:
     for name, info in file.tensors.items():
         assert file.read(name).numel() == info.shape.numel()
         file.read(name).float().sum()
+
+
+def _state(file: Path) -> None:
+    for tensor in tm.load_state_dict(file, allow_pickle=True).values():
+        tensor.float().sum()
 
 
 def _runs(root: Path) -> dict[str, Door]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.heads_world import texts, write_heads, write_rows
 from tests.world import LABELS, write_languages, write_world
 from trainmerge.cli import main
 from trainmerge.fitting.allocate_chunks import allocate_run
@@ -54,11 +55,15 @@ def of_kind(kind: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Encoders with heads, and language models."""
+    """Encoders with heads, language models, and classifiers with heads of their own."""
     encoders, languages = tmp_path_factory.mktemp("encoders"), tmp_path_factory.mktemp("languages")
+    own = tmp_path_factory.mktemp("own")
     write_world(encoders)
     write_languages(languages)
-    return {"encoders": encoders, "languages": languages}
+    classes = {"task": "ForSequenceClassification"}
+    write_heads(own, "Roberta", {"a": {**classes, "num_labels": 2}, "b": {**classes, "num_labels": 3}})
+    write_rows(own / "test.jsonl", [{"text": text, "label": 1} for text in texts(9, 6)])
+    return {"encoders": encoders, "languages": languages, "own heads": own}
 
 
 def link(place: str, target: Path) -> None:
@@ -78,6 +83,12 @@ def files_of(worlds: dict[str, Path], encoders: bool, number: int) -> dict[str, 
     return {"path": root / name, "calibration": root / f"{name}.jsonl", "test": root / f"{name}-test.jsonl"}
 
 
+def own_files(worlds: dict[str, Path], number: int) -> dict[str, Path]:
+    """The same of an expert with a head of its own."""
+    root, name = worlds["own heads"], ("a", "b")[number]
+    return {"path": root / name, "calibration": root / f"{name}.jsonl", "test": root / "test.jsonl"}
+
+
 def default_expert(name: str, encoders: bool) -> dict[str, Any]:
     head = {"class_path": "trainmerge.LabelHead", "init_args": {"labels": f"{name}/labels.json"}}
     texts = {key: f"{name}/{key}.jsonl" for key in ("calibration", "test")}
@@ -87,17 +98,18 @@ def default_expert(name: str, encoders: bool) -> dict[str, Any]:
 def completed(example: Example, worlds: dict[str, Path]) -> dict[str, Any]:
     """The example's configuration with what it leaves out, and its files in place."""
     content: dict[str, Any] = yaml.safe_load(example.code)
-    encoders = "LabelHead" in example.code or "diversity" in example.code
+    encoders, own = "LabelHead" in example.code or "diversity" in example.code, "head: own" in example.code
     recipe = content.setdefault("recipe", {})
-    link(recipe.setdefault("base", "base"), worlds["encoders" if encoders else "languages"] / "base")
+    world = "own heads" if own else "encoders" if encoders else "languages"
+    link(recipe.setdefault("base", "base"), worlds[world] / "base")
     names = EXPERTS.get(example.page.stem, ("movie", "r8"))
     recipe.setdefault("experts", {name: default_expert(name, encoders) for name in names})
     experts = expand(content)["recipe"]["experts"]
     for number, task in enumerate([*experts.values(), *recipe.get("held_out", {}).values()]):
-        files = files_of(worlds, encoders, number)
+        files = own_files(worlds, number) if own else files_of(worlds, encoders, number)
         for key in {"path", "calibration", "test"} & set(task):
             link(task[key], files[key])
-        if "head" in task:
+        if "head" in task and not own:
             link(task["head"]["init_args"]["labels"], files["labels"])
     initial = content.get("model", {}).get("initial")
     if isinstance(initial, dict) and "texts" in initial["init_args"]:

@@ -10,8 +10,8 @@ from tests.fuzz_doors import Door, doors
 
 FAST, SLOW = 100, 15  # inputs per door
 NAMES = (
-    "config.json", "adapter_config.json", "safetensors", "index.json", "pickle", "tokenizer.json",
-    "tokenizer_config.json", "recipe.yaml", "recipe.yaml, values", "manifest.json",
+    "config.json", "adapter_config.json", "safetensors", "index.json", "pickle", "state dict",
+    "tokenizer.json", "tokenizer_config.json", "recipe.yaml", "recipe.yaml, values", "manifest.json",
     "coefficients.safetensors", "coefficients' header", "snapshot", "chunks.json", "metrics.jsonl",
     "texts.jsonl", "texts.csv", "texts.parquet", "texts.txt", "saved, state.json", "saved, dataset_info.json",
     "saved, data-00000-of-00001.arrow", "labels.json", "labelled texts",

@@ -3,6 +3,7 @@
 A class is written into saved files by its public name, so a name stays here for as long as files have it.
 """
 
+from .checkpoints.state_dict_files import load_state_dict as load_state_dict
 from .coefficients.anchor import Anchor as Anchor
 from .coefficients.coefficients import Coefficients as Coefficients
 from .coefficients.coefficients import load_coefficients as load_coefficients
@@ -36,6 +37,8 @@ from .export.untie import untie as untie
 from .export.verify import verify_export as verify_export
 from .fitting.early_stopping import StopWhenFlat as StopWhenFlat
 from .fitting.fit import fit as fit
+from .fitting.fit_module import FittedModule as FittedModule
+from .fitting.fit_module import fit_module as fit_module
 from .fitting.module import MergeModule as MergeModule
 from .fitting.plan_fit import plan_fit as plan_fit
 from .fitting.trainer import make_trainer as make_trainer
@@ -44,8 +47,10 @@ from .merging.merge_file import merge_file as merge_file
 from .merging.one_line import merge_config as merge_config
 from .merging.one_line import merge_models as merge_models
 from .merging.to_mergekit import to_mergekit as to_mergekit
+from .model.batch_norm import batch_norm_statistics as batch_norm_statistics
 from .model.functional import merged_weights as merged_weights
 from .model.merged_model import MergedModel as MergedModel
+from .model.state_dicts import merge_state_dicts as merge_state_dicts
 from .objectives import Alignment as Alignment
 from .objectives import Entropy as Entropy
 from .objectives import Objective as Objective

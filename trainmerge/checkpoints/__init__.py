@@ -13,20 +13,27 @@ from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
     from trainmerge.checkpoints.compatibility import find_sources
+    from trainmerge.checkpoints.expert_heads import find_own_heads
+    from trainmerge.checkpoints.head_parts import may_have_head
     from trainmerge.checkpoints.linear_head import beyond_linear
     from trainmerge.checkpoints.meta_model import build_meta_model, locate
-    from trainmerge.checkpoints.model import LoadedModel, load_meta_model, load_model
+    from trainmerge.checkpoints.model import LoadedModel, empty_model, load_meta_model, load_model
     from trainmerge.checkpoints.output import Output, output_of, output_of_class
+    from trainmerge.checkpoints.own_head import OwnHead
 
 _HEAVY = {
     "beyond_linear": "linear_head",
+    "empty_model": "model",
+    "find_own_heads": "expert_heads",
     "find_sources": "compatibility",
     "LoadedModel": "model",
     "load_meta_model": "model",
     "load_model": "model",
     "Output": "output",
+    "OwnHead": "own_head",
     "build_meta_model": "meta_model",
     "locate": "meta_model",
+    "may_have_head": "head_parts",
     "output_of": "output",
     "output_of_class": "output",
 }
@@ -35,16 +42,20 @@ __all__ = [
     "Checkpoint",
     "LoadedModel",
     "Output",
+    "OwnHead",
     "Sources",
     "Stamp",
     "as_recorded",
     "beyond_linear",
     "build_meta_model",
+    "empty_model",
+    "find_own_heads",
     "find_sources",
     "fingerprint",
     "load_meta_model",
     "load_model",
     "locate",
+    "may_have_head",
     "module_folders",
     "open_checkpoint",
     "output_of",

@@ -10,6 +10,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 
 from trainmerge.checkpoints.adapter_config import check_adapter_config
+from trainmerge.checkpoints.adapter_head import is_own_key
 from trainmerge.checkpoints.adapter_names import ROOT, WHOLE, Place, base_names, place_of, with_modern_names
 from trainmerge.checkpoints.meta_model import quiet, shorten
 from trainmerge.checkpoints.parameters import Parameters
@@ -30,6 +31,7 @@ class Adapter:
     source: WeightFile
     ignored: Mapping[str, str] = field(default_factory=dict)  # the same of `ignore`d tensors of the base
     whole: Set[str] = frozenset()  # keys of no module, VeRA's projections say: peft's names as they are
+    own: Mapping[str, str] = field(default_factory=dict)  # the same of its own head, under its class's names
 
     @property
     def file(self) -> Path:
@@ -61,8 +63,12 @@ class Adapter:
             return kind(**{name: value for name, value in values.items() if name in known})
 
 
-def open_adapter(base: Parameters, path: Path, ignore: Sequence[str], allow_pickle: bool) -> Adapter:
+def open_adapter(
+    base: Parameters, path: Path, ignore: Sequence[str], allow_pickle: bool, whole_head: bool = False
+) -> Adapter:
     """Open an adapter folder, headers only; `ignore`d tensors are left out.
+
+    With `whole_head` its head is its own, whatever the base has.
 
     Raises FileNotFoundError or ValueError for a damaged folder, for fields and types unknown to the installed
     peft, for prompt tuning (it changes inputs, not weights), and for tensors of modules that the base lacks.
@@ -80,18 +86,22 @@ def open_adapter(base: Parameters, path: Path, ignore: Sequence[str], allow_pick
     modules = {name for name, _ in base.meta_model.named_modules() if name}
     own = {name: name.removeprefix(ROOT) for name in names}
     fits, old = base_names(base, sorted({place(key) for key in own.values()}), modules)
-    keys, ignored = {}, {}
+    keys, ignored, head = {}, {}, {}
     for name, key in own.items():
         ours = fits[place(key)] + key.removeprefix(place(key))
         if not matches(ours, ignore) and not matches(key, ignore):
-            keys[ours] = name
+            if is_own_key(base, config, key, ours, source.tensors[name].shape, whole_head):
+                head[key] = name
+            else:
+                keys[ours] = name
         elif fits[place(key)] in modules:
             ignored[ours] = name
     _check_modules(files[0], list(keys), place, modules)
     if old:
         adapted = {place(key) for key in keys if key not in base.names.values()}
         config = with_modern_names(config, sorted(adapted), str(path / "adapter_config.json"))
-    return Adapter(path, config, keys | {name: name for name in whole}, source, ignored, frozenset(whole))
+    keys |= {name: name for name in whole}
+    return Adapter(path, config, keys, source, ignored, frozenset(whole), head)
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:

@@ -11,16 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainmerge.checkpoints.adapter import Adapter
+from trainmerge.checkpoints.adapter_head import TASK_HEADS
 from trainmerge.checkpoints.adapter_names import ROOT, place_of
 from trainmerge.checkpoints.meta_model import build_meta_model, quiet, shorten
 from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.task_vectors.parameter_names import matches
 
-TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}  # modules that peft saves for a task without being told
 RESIZED = (
     "the vocabulary was resized; resize the base's too (model.resize_token_embeddings) and save it again, or "
     "set vocabulary=shared to merge the common tokens"
@@ -86,7 +82,7 @@ def injected_config(base: Parameters, adapter: Adapter, ignore: Sequence[str]) -
 def modules_to_save(base: Parameters, adapter: Adapter, ignore: Sequence[str]) -> list[str] | None:
     """The modules that the adapter replaces as a whole, by peft's rule: those whose names end so.
 
-    Names of modules that the base lacks, or that are ignored, are left out.
+    Names of modules that the base lacks, that are ignored, or that are its own head are left out.
     """
     heads = TASK_HEADS.get(str(adapter.config.get("task_type")), ())
     names = dict.fromkeys([*(adapter.config.get("modules_to_save") or []), *heads])
@@ -95,7 +91,9 @@ def modules_to_save(base: Parameters, adapter: Adapter, ignore: Sequence[str]) -
         for name, module in base.meta_model.named_modules()
         if any(not matches(f"{name}.{own}", ignore) for own, _ in module.named_parameters())
     ]
-    return [name for name in names if any(module.endswith(name) for module in free)] or None
+    own = {word for key in adapter.own for word in key.split(".")}
+    kept = [name for name in names if name not in own]
+    return [name for name in kept if any(module.endswith(name) for module in free)] or None
 
 
 def saved_tensors(wrapped: PeftModel | nn.Module) -> dict[str, torch.Size]:

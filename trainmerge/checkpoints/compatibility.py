@@ -1,10 +1,11 @@
 """Check experts against the base: every mismatch in one error, then task vectors over mapped files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from trainmerge.checkpoints.config_check import recorded_mismatches
 from trainmerge.checkpoints.full_expert import FullExpert, plan_full
+from trainmerge.checkpoints.head_parts import with_whole_heads
 from trainmerge.checkpoints.hidden_changes import Plan, warn_of_hidden_changes
 from trainmerge.checkpoints.low_rank_adapter import plan_adapter
 from trainmerge.checkpoints.parameters import Parameters, open_parameters
@@ -26,6 +27,7 @@ def find_sources(
     allow_pickle: bool = False,
     workspace: Path | None = None,
     shared_vocabulary: bool = False,
+    own_heads: Collection[str] = (),
 ) -> Sources:
     """Compare experts, any mix of full models and peft adapters, with one base.
 
@@ -36,6 +38,7 @@ def find_sources(
         allow_pickle: Read `.bin` files too.
         shared_vocabulary: Merge the common tokens if an expert has more or fewer than the base.
         workspace: Folder for the merged weights of adapters that are not plain low-rank updates.
+        own_heads: The experts whose head is not merged, though the base may have one of the same shapes.
 
     Raises:
         ValueError: lists every mismatch of all experts, before a weight is read; later, an expert whose tied
@@ -45,12 +48,13 @@ def find_sources(
     text = frame.meta_model.config.get_text_config()
     rows = getattr(text, "vocab_size", None) if shared_vocabulary else None
     plans: dict[str, Plan] = {}
+    whole = with_whole_heads(base.path, {name: Path(folder) for name, folder in experts.items()}, own_heads)
     problems = [f"base: {line}" for line in lost_ties(frame, ignore)]
     for expert, folder in experts.items():
         path = Path(folder)
         try:
             plans[expert], found = _plan(
-                frame, expert, path, ignore, allow_pickle, workspace, shared_vocabulary
+                frame, expert, path, ignore, allow_pickle, workspace, shared_vocabulary, expert in whole
             )
             problems += [f"{expert}: {line}" for line in found]
             problems += [f"{expert}: {line}" for line in tokenizer_mismatches(base.path, path, rows)]
@@ -78,12 +82,13 @@ def _plan(
     allow_pickle: bool,
     workspace: Path | None,
     shared_vocabulary: bool,
+    whole_head: bool,
 ) -> tuple[Plan, list[str]]:
     """One expert, and its mismatches beyond those that its plan raises."""
     check_one_generation(path)
     if (path / ADAPTER).is_file():
-        return _adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
-    plan = plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary)
+        return _adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary, whole_head)
+    plan = plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary, whole_head)
     warn_of_side_modules(frame.checkpoint.path, path)
     return plan, []
 
@@ -95,9 +100,10 @@ def _adapter(
     allow_pickle: bool,
     workspace: Path | None,
     shared_vocabulary: bool,
+    whole_head: bool,
 ) -> tuple[Plan, list[str]]:
     """An adapter, and its mismatches with the base's configuration and ties."""
-    plan = plan_adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary)
+    plan = plan_adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary, whole_head)
     recorded = read_folder_json(path / ADAPTER).get("base_model_name_or_path")
     mismatches = recorded_mismatches(frame.meta_model, frame.checkpoint.path, path, recorded)
     mismatches += token_tie_problems(frame, path, plan.adapter.keys, recorded)

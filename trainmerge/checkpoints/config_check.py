@@ -12,22 +12,26 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from trainmerge.checkpoints.config_keys import SILENT, decides_function, is_known, is_one_of
+from trainmerge.checkpoints.config_keys import LABELS, SILENT, decides_function, is_known, is_one_of
 from trainmerge.checkpoints.config_values import flat_values, same_value
 from trainmerge.checkpoints.model_config import read_model_config
 from trainmerge.system.json_file import read_json
 
 ABSENT = "absent"
+OF_HEADS = (*LABELS, "pad_token_id")  # what a head of its own reads from its own configuration
 GENERATION = "generation_config.json"
 # Keys that change no generated text: what is returned beside it, the cache, padding
 SAME_TEXT = ("_", "transformers_", "output_", "return_dict", "use_cache", "pad_token")
 
 
-def configuration_mismatches(base: PreTrainedModel, expert: PreTrainedConfig, file: Path) -> list[str]:
+def configuration_mismatches(
+    base: PreTrainedModel, expert: PreTrainedConfig, file: Path, own_head: bool = False
+) -> list[str]:
     """One line per key of the expert's configuration, in `file`, that changes the model's function.
 
-    Warns of keys that change decoding or the names of classes. Keys that only one version of transformers
-    writes, defaults, and keys that the model's code does not read are equal or left out.
+    With `own_head`, its labels and its padding token stay its own, so they may differ. Warns of keys that
+    change decoding or the names of classes. Keys that only one version of transformers writes, defaults, and
+    keys that the model's code does not read are equal or left out.
     """
     problems, noted = [], []
     for key, ours, theirs in _differences(base.config, expert):
@@ -38,7 +42,7 @@ def configuration_mismatches(base: PreTrainedModel, expert: PreTrainedConfig, fi
                 f"another model. Leave it out; or, if it was trained with the base's value, set {key} "
                 f"to that in {file.name}"
             )
-        elif is_known(base, expert, key):
+        elif is_known(base, expert, key) and not (own_head and is_one_of(key, OF_HEADS)):
             noted.append(what)
     if noted and not problems:
         warnings.warn(

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from trainmerge.checkpoints.config_check import configuration_mismatches, warn_of_generation
+from trainmerge.checkpoints.head_parts import above, own_parameters
 from trainmerge.checkpoints.meta_model import shorten
 from trainmerge.checkpoints.parameters import Parameters, fit_prefix, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
@@ -38,23 +39,28 @@ def plan_full(
     ignore: Sequence[str],
     allow_pickle: bool,
     shared_vocabulary: bool,
+    whole_head: bool = False,
 ) -> FullExpert:
-    """A full fine-tuned model against the base, from headers. Raises ValueError, one line per mismatch."""
+    """A full fine-tuned model against the base, from headers. Raises ValueError, one line per mismatch.
+
+    With `whole_head` its head is its own, whatever the base has.
+    """
     checkpoint, base = open_checkpoint(path, allow_pickle), frame.checkpoint
     problems = _other_model(frame, checkpoint, shared_vocabulary)
     own = open_parameters(checkpoint, ignore)
-    fitted = _fitted(own, frame)
-    names = {
-        name: own.files[fitted[key]] for key, name in frame.files.items() if fitted.get(key) in own.files
-    }
-    problems += configuration_mismatches(frame.meta_model, own.meta_model.config, path / "config.json")
+    fitted = fitted_names(own.meta_model, own.names.values(), frame)
+    apart = own_parameters(own, frame, fitted, whole_head)
+    shared = own.files.keys() - apart
+    names = {name: own.files[fitted[key]] for key, name in frame.files.items() if fitted.get(key) in shared}
+    settings = own.meta_model.config
+    problems += configuration_mismatches(frame.meta_model, settings, path / "config.json", bool(apart))
     problems += _shapes(checkpoint, base, names, shared_vocabulary)
-    problems += tie_mismatches(own, frame, fitted)
+    problems += tie_mismatches(own, frame, {key: name for key, name in fitted.items() if name not in apart})
     problems += lost_ties(own, ignore)
-    problems += _one_sided(own, frame, fitted, names)
+    problems += _one_sided(own, frame, fitted, names, apart)
     if problems:
         raise ValueError("\n".join(problems))
-    warn_of_generation(base.path, frame.meta_model.config, path, own.meta_model.config)
+    warn_of_generation(base.path, frame.meta_model.config, path, settings)
     _warn_of_dtypes(expert, checkpoint, base, names)
     return FullExpert(own, names)
 
@@ -106,14 +112,23 @@ def _shapes(
 
 
 def _one_sided(
-    own: Parameters, frame: Parameters, fitted: Mapping[str, str], names: Mapping[str, str]
+    own: Parameters, frame: Parameters, fitted: Mapping[str, str], names: Mapping[str, str], apart: set[str]
 ) -> list[str]:
-    """Tensors that only the expert, or only the base, has."""
+    """Tensors that only the expert, or only the base, has.
+
+    An expert with a head of its own, the parameters `apart`, may lack the base's.
+    """
     tied = {*frame.meta_model.all_tied_weights_keys, *own.meta_model.all_tied_weights_keys}
+    common = [key for key in fitted if key in frame.files]
     # Including ignored ones, and those that `lost_ties` finds missing from the base's files.
     known = {*frame.names.values(), *tied, *(frame.meta_model._tied_weights_keys or {})}
-    extra = [own.files[name] for key, name in fitted.items() if key not in known and name in own.files]
-    missing = [name for key, name in frame.files.items() if key not in fitted and key not in tied]
+    shared = own.files.keys() - apart
+    extra = [own.files[name] for key, name in fitted.items() if key not in known and name in shared]
+    missing = [
+        name
+        for key, name in frame.files.items()
+        if key not in fitted and key not in tied and not (apart and above(frame.meta_model, key, common))
+    ]
     return [
         *_groups(own.checkpoint, extra, names.values(), "which the base lacks"),
         *_groups(frame.checkpoint, missing, names, "which the expert lacks"),
@@ -126,10 +141,13 @@ def _setting(checkpoint: Checkpoint, key: str) -> object:
     return config.get(key, text_settings(config).get(key))
 
 
-def _fitted(own: Parameters, frame: Parameters) -> dict[str, str]:
-    """The base's parameter name -> the expert's, where only the prefix of the headless model may differ."""
-    prefixes = {frame.meta_model.base_model_prefix, own.meta_model.base_model_prefix}
-    fits = fit_prefix(own.names.values(), frame.names.values(), sorted(prefixes))
+def fitted_names(model: PreTrainedModel, names: Iterable[str], frame: Parameters) -> dict[str, str]:
+    """The base's parameter name -> the expert's, where only the prefix of the headless model may differ.
+
+    `names` are the parameters of the expert's `model`.
+    """
+    prefixes = {frame.meta_model.base_model_prefix, model.base_model_prefix}
+    fits = fit_prefix(names, frame.names.values(), sorted(prefixes))
     return {theirs: name for name, theirs in fits.items()}
 
 

@@ -14,7 +14,7 @@ from trainmerge.checkpoints.adapter import Adapter
 from trainmerge.checkpoints.full_expert import FullExpert
 from trainmerge.checkpoints.low_rank_adapter import LowRankAdapter
 from trainmerge.checkpoints.merged_adapter import MergedAdapter
-from trainmerge.checkpoints.meta_model import memory_names, shorten
+from trainmerge.checkpoints.meta_model import shorten
 from trainmerge.checkpoints.parameters import Parameters
 
 # A factor whose partner may be zero, and a copy of the base's embedding
@@ -26,7 +26,7 @@ IGNORED = (
 )
 STATISTICS = (
     "has statistics of its own, {names}: buffers are not merged, so the merge and the recorded outputs use "
-    "the base's. Run the exported model in training mode on unlabeled examples to estimate them again"
+    "the base's. tm.batch_norm_statistics estimates them again, for the exported model on unlabeled examples"
 )
 Plan = FullExpert | LowRankAdapter | MergedAdapter
 
@@ -82,17 +82,10 @@ def _by_parameter(parameters: Parameters) -> dict[str, str]:
 
 def _buffers(frame: Parameters, own: Parameters) -> Iterator[str]:
     """Floating-point buffers that differ from the base's."""
-    ours, theirs = _buffer_names(frame), _buffer_names(own)
+    ours, theirs = frame.buffers, own.buffers
     for buffer, name in ours.items():
         if buffer in theirs and _differ(frame.checkpoint.read(name), own.checkpoint.read(theirs[buffer])):
             yield name
-
-
-def _buffer_names(parameters: Parameters) -> dict[str, str]:
-    """Buffer -> its tensor in the files."""
-    known = {name for name, _ in parameters.meta_model.named_buffers()}
-    inside = memory_names(parameters.meta_model, parameters.checkpoint.tensors)
-    return {buffer: name for name, buffer in inside.items() if buffer in known}
 
 
 def _differ(ours: Tensor, theirs: Tensor) -> bool:

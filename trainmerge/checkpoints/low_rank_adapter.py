@@ -92,13 +92,14 @@ def plan_adapter(
     allow_pickle: bool,
     workspace: Path | None,
     shared_vocabulary: bool = False,
+    whole_head: bool = False,
 ) -> LowRankAdapter | MergedAdapter:
     """The expert of the adapter at `path`, low-rank or merged, from headers alone.
 
     Raises ValueError, with one line per mismatch, if it has another base, if its tensors are not those that
     its config promises, if peft does not support it, or if it needs `workspace` and that is None.
     """
-    adapter = open_adapter(base, path, ignore, allow_pickle)
+    adapter = open_adapter(base, path, ignore, allow_pickle, whole_head)
     _check_start(adapter)
     promises = check_promises(base, adapter, ignore, shared_vocabulary)
     dense = MergedAdapter(base, adapter, promises, ignore, workspace)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from trainmerge.checkpoints.meta_model import build_meta_model, locate, memory_names, quiet, shorten
@@ -59,15 +59,7 @@ def load_meta_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel
     At most one parameter is allocated at a time, and none of its pages is touched. Raises as `load_model`.
     """
     meta_model, names = _checked(base, ignore)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(_first_dtype(base))  # as transformers does
-    try:
-        with quiet(), no_init_weights(), _parameters_on_meta():
-            module = type(meta_model)(meta_model.config)
-            module.tie_weights()
-    finally:
-        torch.set_default_dtype(default)
-    module.train(False).requires_grad_(False)
+    module = empty_model(type(meta_model), meta_model.config, _first_dtype(base))
     buffers, parameters = dict(module.named_buffers()), dict(module.named_parameters())
     for name, inside in memory_names(module, base.tensors).items():
         if inside in buffers:
@@ -75,6 +67,20 @@ def load_meta_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel
     for name, parameter in names.items():
         parameters[parameter].data = torch.empty_like(base.read(name), device="meta")
     return LoadedModel(module, names)
+
+
+def empty_model(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with parameters on the meta device and computed buffers in memory; eval mode, no gradients."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as transformers does
+    try:
+        with quiet(), no_init_weights(), _parameters_on_meta():
+            module = kind(config)
+            module.tie_weights()
+    finally:
+        torch.set_default_dtype(default)
+    module.train(False).requires_grad_(False)
+    return module
 
 
 def _checked(base: Checkpoint, ignore: Sequence[str]) -> tuple[PreTrainedModel, dict[str, str]]:

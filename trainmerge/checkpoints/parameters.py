@@ -6,7 +6,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from trainmerge.checkpoints.meta_model import build_meta_model, canonical_names, locate, tied_names
+from trainmerge.checkpoints.meta_model import (
+    build_meta_model,
+    canonical_names,
+    locate,
+    memory_names,
+    tied_names,
+)
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.task_vectors.parameter_names import matches
 
@@ -29,6 +35,13 @@ class Parameters:
     def tied(self) -> dict[str, str]:
         """Tensor of the files -> the tensor that config.json ties it to, if the files have both."""
         return tied_names(self.names)
+
+    @property
+    def buffers(self) -> dict[str, str]:
+        """Buffer of the model -> its tensor of the files, for those that the files have."""
+        known = {name for name, _ in self.meta_model.named_buffers()}
+        inside = memory_names(self.meta_model, self.checkpoint.tensors)
+        return {buffer: name for name, buffer in inside.items() if buffer in known}
 
     def file_of(self, name: str) -> str | None:
         """The canonical tensor of a parameter by any of its names in memory; None if it is ignored."""

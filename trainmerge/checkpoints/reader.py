@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from trainmerge.checkpoints.foreign import refuse_foreign
 from trainmerge.checkpoints.weight_files import (
     ADAPTER,
     PICKLE,
@@ -105,10 +106,11 @@ def open_checkpoint(
 
     Raises:
         FileNotFoundError: the folder, config.json, the weights, or a shard of the index is missing.
-        ValueError: a damaged file, an export that is not whole, an index that contradicts its shards, only
-            pickled weights, two generations of them.
+        ValueError: a state dict or another foreign format, a damaged file, an export that is not whole, an
+            index that contradicts its shards, only pickled weights, two generations of them.
     """
     path = Path(path)
+    refuse_foreign(path)
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path}: not a folder{seen_from(path)}. Name a checkpoint folder on disk; download it first."

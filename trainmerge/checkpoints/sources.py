@@ -69,7 +69,7 @@ class Sources:
 
     def open(self, base: Checkpoint) -> TaskVectors:
         """The task vectors over mapped files; reads their headers."""
-        files = _Files()
+        files = OpenedFiles()
         deltas = {}
         for name in self.parameters:
             own = base.read(name)
@@ -80,18 +80,19 @@ class Sources:
 
 
 @dataclass
-class _Files:
+class OpenedFiles:
     """Weight files, each opened once."""
 
     opened: dict[str, WeightFile] = field(default_factory=dict)
 
     def read(self, file: str, tensor: str) -> Tensor:
+        """One tensor, mapped."""
         if file not in self.opened:
             self.opened[file] = PickleFile(Path(file)) if file.endswith(".bin") else MappedFile(file)
         return self.opened[file].read(tensor)
 
 
-def _term(source: Source | None, base: Tensor, files: _Files) -> Term:
+def _term(source: Source | None, base: Tensor, files: OpenedFiles) -> Term:
     match source:
         case None:
             return Untouched()

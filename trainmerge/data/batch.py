@@ -5,10 +5,15 @@ batch, row-major over its mask; `R` rows of logits: `P` for a language model, `B
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+# What logits mean: `classes` [B, V], one row per example; `tokens` [B, T, V], one per position of the mask;
+# `spans` [B, 2, T], begin and end of an answer among the positions; `labels` [B, V, 2], each label's yes and
+# no; `values` [B, V], numbers of a regression.
+Kind = Literal["classes", "tokens", "spans", "labels", "values"]
 
 
 class Asks(NamedTuple):
@@ -37,6 +42,7 @@ class Signals(NamedTuple):
 
     predictions: Predictions | None = None
     hidden: Mapping[int, Tensor] = {}  # layer -> [P, D] of `Asks.dtype`
+    values: Tensor | None = None  # [B, V] float32, of a regression
 
 
 class Batch(NamedTuple):
@@ -56,6 +62,12 @@ class Outputs(NamedTuple):
 
     logits: Tensor  # [B, V] from a classification head, or [B, T, V] from a language model
     hidden: Mapping[int, Tensor] = {}  # layer -> [B, T, D], the layers that the objective needs
+    of: Kind | None = None  # what the logits are, of an expert's own head; None: as their shape says
+
+    @property
+    def kind(self) -> Kind:
+        """What the logits are."""
+        return self.of or ("classes" if self.logits.dim() == 2 else "tokens")
 
 
 Step = list[Batch]  # the micro-batches of one optimizer step, all experts

@@ -7,7 +7,7 @@ mid-epoch, with a different number of workers or processes.
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from typing import Any
@@ -20,13 +20,14 @@ from trainmerge.data.batch import Batch, Step
 from trainmerge.data.examples import (
     Columns,
     Example,
+    contents,
     examples_identity,
     read_examples,
+    subject,
     warn_of_overlap,
 )
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.system.ranges import check_option
-from trainmerge.system.safetensors_file import sha256 as file_sha256
 
 
 def sample(seed: int, expert: int, step: int, size: int, count: int) -> list[int]:
@@ -77,11 +78,6 @@ class Steps(Dataset[Step]):
         share = len(chosen) * self.world_size / self.batch_size
         rows = self.tokenize.pictures.rows(examples, encoded.inputs)
         return Batch(expert, encoded.inputs, encoded.mask, torch.tensor(chosen), share=share, rows=rows)
-
-
-def _contents(example: Example) -> list[Any]:
-    """The example, with its picture identified by contents."""
-    return [*example._replace(image=None), file_sha256(example.image) if example.image else None]
 
 
 class _FromStep(Sampler[int]):
@@ -145,7 +141,7 @@ class Calibration(pl.LightningDataModule):
             if name in self.test_files:
                 plain = replace(columns, spans=None, target=None, image=None)
                 test = read_examples(self.test_files[name], plain, self._render, located=False)
-                warn_of_overlap(name, [e.text for e in examples], [e.text for e in test])
+                warn_of_overlap(name, [subject(e) for e in examples], [subject(e) for e in test])
         self._consumed = 0
 
     @cached_property
@@ -162,7 +158,7 @@ class Calibration(pl.LightningDataModule):
 
     @cached_property
     def _identities(self) -> dict[str, str]:
-        texts = (json.dumps([_contents(e) for e in own]).encode() for own in self.examples)
+        texts = (json.dumps([contents(e) for e in own]).encode() for own in self.examples)
         return {name: sha256(text).hexdigest() for name, text in zip(self.files, texts, strict=True)}
 
     def settings(self) -> dict[str, Any]:
@@ -172,7 +168,7 @@ class Calibration(pl.LightningDataModule):
             "batch_size": self.batch_size,
             "tokenizer": self.tokenizer,
             "max_length": self.max_length,
-            "columns": asdict(self.columns),
+            "columns": self.columns.record(),
             "max_examples": self.max_examples,
         }
 

@@ -3,12 +3,13 @@
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainmerge.data.text_files import load_examples
 from trainmerge.system.ranges import check_fields
+from trainmerge.system.safetensors_file import sha256
 
 ASSISTANT = "assistant"  # the role of the turns that enter the loss
 REWRITTEN = (
@@ -27,6 +28,7 @@ class Example(NamedTuple):
     target: str | None = None  # the decoder's text of a sequence-to-sequence model
     image: str | None = None  # path of the text's picture
     templated: bool = False  # `text` already has its special tokens
+    pair: str | None = None  # the second text of a pair
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Columns:
         image: Path of a picture, absolute, or relative to the file's folder. The text has the model's
             placeholder for it (`<|vision_start|><|image_pad|><|vision_end|>`, say). All positions enter the
             loss, the picture's too.
+        pair: The second text of a pair: a hypothesis, a passage to rank, the context of the question in
+            `text`.
     """
 
     text: str = "text"
@@ -50,14 +54,24 @@ class Columns:
     spans: str | None = None
     target: str | None = None
     image: str | None = None
+    pair: str | None = field(default=None, metadata={"added": "0.2.0"})
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.pair and (self.messages or self.spans or self.image):
+            raise ValueError(
+                "data.columns.pair: pairs are two plain texts: leave out messages, spans and image"
+            )
 
     def names(self) -> list[str]:
         """The columns that a file must have."""
-        chosen = [self.messages or self.text, self.spans, self.target, self.image]
+        chosen = [self.messages or self.text, self.spans, self.target, self.image, self.pair]
         return [name for name in chosen if name]
+
+    def record(self) -> dict[str, str | None]:
+        """The columns as a run's manifest has them: without one that older versions lack, at its default."""
+        values = {f: getattr(self, f.name) for f in fields(self)}
+        return {f.name: value for f, value in values.items() if "added" not in f.metadata or value}
 
 
 Render = Callable[[Sequence[Mapping[str, str]]], Example]  # a chat -> its text and spans
@@ -125,6 +139,8 @@ def _example(
         )
     if columns.spans:
         example = example._replace(spans=_spans(row[columns.spans], len(example.text), where))
+    if columns.pair:
+        example = example._replace(pair=_text(row, columns.pair, where))
     if columns.target:
         example = example._replace(target=_text(row, columns.target, where))
     if columns.image:
@@ -165,3 +181,14 @@ def warn_of_overlap(name: str, calibration: Sequence[str], test: Sequence[str]) 
 def examples_identity(identities: Mapping[str, str], settings: Mapping[str, Any]) -> str:
     """A text that identifies calibration examples and how they are read."""
     return json.dumps([identities, settings], sort_keys=True)
+
+
+def contents(example: Example) -> list[Any]:
+    """The example as JSON data, with its picture identified by contents."""
+    own = [*example._replace(image=None)[:5], sha256(example.image) if example.image else None]
+    return own if example.pair is None else [*own, example.pair]
+
+
+def subject(example: Example) -> str:
+    """What two files must not share: the text, or both of a pair."""
+    return example.text if example.pair is None else json.dumps([example.text, example.pair])

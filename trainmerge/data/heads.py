@@ -29,6 +29,11 @@ class Classifier(NamedTuple):
     pooling: Pooling
     normalise: bool
 
+    @property
+    def width(self) -> int:
+        """The number of classes."""
+        return len(self.weight)
+
     def to(self, device: torch.device) -> "Classifier":
         """The same head on another device."""
         bias = None if self.bias is None else self.bias.to(device)

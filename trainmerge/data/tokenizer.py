@@ -14,6 +14,7 @@ from torch import Tensor
 from trainmerge.data.chat import render_chat
 from trainmerge.data.examples import Example
 from trainmerge.data.load_tokenizer import load_tokenizer
+from trainmerge.data.padding import answers, joined
 from trainmerge.data.pictures import Pictures
 from trainmerge.data.special_tokens import SpecialTokens, check_rows, embedding_rows
 from trainmerge.system.json_file import read_json
@@ -62,16 +63,40 @@ class Tokenizer:
             return self._with_pictures(examples)
         spans = [example.spans for example in examples]
         texts = [example.text for example in examples]
-        inputs = self._padded(
-            texts, special=not examples[0].templated, offsets=any(span is not None for span in spans)
-        )
+        if any(example.pair is not None for example in examples):
+            inputs = dict(self.pairs(examples))
+        else:
+            inputs = self._padded(
+                texts, special=not examples[0].templated, offsets=any(span is not None for span in spans)
+            )
         offsets = inputs.pop("offset_mapping", None)
         mask = inputs["attention_mask"].bool()
         if offsets is not None:
-            mask = torch.stack([_answers(*row) for row in zip(offsets, spans, mask, strict=True)])
+            mask = torch.stack([answers(*row) for row in zip(offsets, spans, mask, strict=True)])
         if self._has_decoder:
             inputs["labels"], mask = self._targets([example.target for example in examples])
         return Encoded(inputs, mask)
+
+    def pairs(self, examples: Sequence[Example], offsets: bool = False) -> Any:
+        """transformers' own encoding of pairs, or of single texts; the longer text of a pair is truncated.
+
+        Raises:
+            ValueError: `offsets` from a slow tokenizer, which knows none.
+        """
+        if offsets and not self._tokenizer.is_fast:
+            raise ValueError(f"{self.path}: places in the text need a fast tokenizer: save a tokenizer.json")
+        seconds = [example.pair or "" for example in examples]
+        encoded = self._tokenizer(
+            [example.text for example in examples],
+            seconds if any(example.pair is not None for example in examples) else None,
+            truncation=True,
+            max_length=self.max_length,
+            padding=True,
+            return_tensors="pt",
+            return_offsets_mapping=offsets,
+        )
+        check_rows(self._tokenizer, encoded["input_ids"], self._rows)
+        return encoded
 
     def located(self, text: str) -> Located:
         """A text's tokens and bytes after truncation; all bytes without offsets (slow tokenizers)."""
@@ -153,7 +178,7 @@ class Tokenizer:
         parts = [(self._encoded(given, False, offsets), done)] if done else []
         parts += [(self._encoded([texts[i] for i in rest], special, offsets), rest)] if rest else []
         fillers = {"input_ids": self.padding, "token_type_ids": self._tokenizer.pad_token_type_id}
-        encoded = parts[0][0] if len(parts) == 1 else _joined(parts, fillers)
+        encoded = parts[0][0] if len(parts) == 1 else joined(parts, fillers)
         check_rows(self._tokenizer, encoded["input_ids"], self._rows)
         return encoded
 
@@ -168,29 +193,3 @@ class Tokenizer:
             return_offsets_mapping=offsets,
         )
         return dict(encoded)
-
-
-def _joined(
-    parts: Sequence[tuple[dict[str, Tensor], list[int]]], fillers: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """Batches and the rows that they become, in one batch: padded on the right."""
-    count, longest = sum(len(rows) for _, rows in parts), max(p["input_ids"].shape[1] for p, _ in parts)
-    joined = {
-        key: first.new_full((count, longest, *first.shape[2:]), fillers.get(key, 0))
-        for key, first in parts[0][0].items()
-    }
-    for part, rows in parts:
-        for key, tensor in part.items():
-            joined[key][torch.tensor(rows), : tensor.shape[1]] = tensor
-    return joined
-
-
-def _answers(offsets: Tensor, spans: tuple[tuple[int, int], ...] | None, real: Tensor) -> Tensor:
-    """Positions [T] whose next token overlaps a span; all unpadded ones without spans."""
-    if spans is None:
-        return real
-    begins, ends = offsets.unbind(-1)
-    inside = torch.zeros_like(real)
-    for begin, end in spans:
-        inside |= (begins < end) & (ends > begin) & real
-    return torch.cat([inside[1:], inside.new_zeros(1)])

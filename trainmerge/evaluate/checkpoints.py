@@ -1,10 +1,13 @@
 """A checkpoint folder -> its scores on a recipe's tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trainmerge.checkpoints import load_model, open_checkpoint, output_of
+from torch import nn
+
+from trainmerge.checkpoints import OwnHead, load_model, open_checkpoint, output_of
 from trainmerge.data.examples import Columns
+from trainmerge.data.heads import Classifier
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessTask, run_harness
@@ -12,8 +15,13 @@ from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.runs import DEVICE, Heads, build_heads
 from trainmerge.evaluate.score_task import Subject, score_tasks
 from trainmerge.evaluate.tasks import Task, load_tasks
+from trainmerge.model.own_head import OwnModel, attach
+from trainmerge.model.resident import special_ids
+from trainmerge.run.heads import task_heads
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import DEFAULT_LENGTH
+
+PlannedHeads = Mapping[str, Classifier | OwnModel | OwnHead | None]  # by task
 
 
 def evaluate_checkpoint(
@@ -33,8 +41,9 @@ def evaluate_checkpoint(
     Raises:
         ValueError: as `load_tasks`; or the checkpoint is of another kind than the recipe's base.
     """
-    metric, tokenize = metric_of(recipe), Tokenizer(recipe.base, max_length)
-    held_in, held_out = load_tasks(recipe, tokenize, columns, limit)
+    own = task_heads(recipe)
+    metric, tokenize = metric_of(recipe, own), Tokenizer(recipe.base, max_length)
+    held_in, held_out = load_tasks(recipe, tokenize, columns, limit, heads=own)
     tasks = [*held_in, *held_out]
     check_kind(Path(checkpoint), recipe, tasks)
     folders = {str(checkpoint): Path(checkpoint)}
@@ -52,10 +61,19 @@ def evaluate_checkpoint(
 
 
 def check_kind(checkpoint: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
-    """Raise ValueError if tasks without a head would score the checkpoint otherwise than the base."""
+    """Raise ValueError if the checkpoint would be scored otherwise than the base.
+
+    Tasks without a head need a model of the base's kind, and experts' own heads one of the base's class.
+    """
+    base, own = output_of(Path(recipe.base)), output_of(checkpoint)
+    heads = [task.name for task in tasks if isinstance(task.head, OwnHead)]
+    if heads and own.architecture != base.architecture:
+        raise ValueError(
+            f"{checkpoint} is a {own.architecture}, and the heads of {heads} stand on the base's "
+            f"{base.architecture}: score an export of the merge (without a task's head) or a run"
+        )
     if all(task.head for task in tasks):
         return
-    base, own = output_of(Path(recipe.base)), output_of(checkpoint)
     if (own.kind, own.labels) != (base.kind, base.labels):
         theirs, ours = (f"a {o.kind} ({o.architecture}, {o.labels or 'no'} classes)" for o in (own, base))
         raise ValueError(
@@ -64,15 +82,26 @@ def check_kind(checkpoint: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
         )
 
 
-def heads_of(recipe: Recipe, tasks: Sequence[Task], tokenize: Tokenizer) -> Heads:
-    """The tasks' heads; loads the base temporarily."""
+def heads_of(recipe: Recipe, tasks: Sequence[Task], tokenize: Tokenizer) -> PlannedHeads:
+    """The tasks' heads; loads the base temporarily. Experts' own ones stand on each checkpoint: `over`."""
     base = load_model(open_checkpoint(recipe.base, recipe.allow_pickle), recipe.ignore).module.to(DEVICE)
-    return build_heads(base, tasks, tokenize)
+    built = build_heads(base, [task for task in tasks if not isinstance(task.head, OwnHead)], tokenize)
+    return {**{task.name: task.head for task in tasks if isinstance(task.head, OwnHead)}, **built}
+
+
+def over(heads: PlannedHeads, module: nn.Module, names: Mapping[str, str], tokenize: Tokenizer) -> Heads:
+    """The heads over a model; `names` are its parameters by the tensors of the base's files."""
+    special = special_ids(tokenize)
+    return {
+        task: attach(head, module, names, special) if isinstance(head, OwnHead) else head
+        for task, head in heads.items()
+    }
 
 
 def load_checkpoint(
-    folder: Path, recipe: Recipe, heads: Heads, tokenize: Tokenizer, answers: int = 0
+    folder: Path, recipe: Recipe, heads: PlannedHeads, tokenize: Tokenizer, answers: int = 0
 ) -> Subject:
     """A checkpoint as a `Subject`."""
-    module = load_model(open_checkpoint(folder, recipe.allow_pickle), recipe.ignore).module.to(DEVICE)
-    return Subject(module, heads, tokenize, answers)
+    loaded = load_model(open_checkpoint(folder, recipe.allow_pickle), recipe.ignore)
+    module = loaded.module.to(DEVICE)
+    return Subject(module, over(heads, module, loaded.names, tokenize), tokenize, answers)

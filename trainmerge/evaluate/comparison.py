@@ -10,13 +10,14 @@ from rich.progress import track
 
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.bootstrap import ScoreDifference, score_differences
-from trainmerge.evaluate.checkpoints import check_kind, heads_of, load_checkpoint
+from trainmerge.evaluate.checkpoints import PlannedHeads, check_kind, heads_of, load_checkpoint, over
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.measure import metric_of
-from trainmerge.evaluate.runs import Heads, load_subject
+from trainmerge.evaluate.runs import load_subject
 from trainmerge.evaluate.score_task import TaskScore, score_tasks
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.heads import task_heads
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import columns_of, tasks_of, text_length
@@ -64,8 +65,9 @@ def compare(
         raise ValueError("give two or more different runs or checkpoints to compare")
     source = Path(recipe or paths[0])
     shared = tasks_of(source)
-    metric, tokenize = metric_of(shared), Tokenizer(shared.base, text_length(source, max_length))
-    held_in, held_out = load_tasks(shared, tokenize, columns_of(source), limit)
+    own = task_heads(shared)
+    metric, tokenize = metric_of(shared, own), Tokenizer(shared.base, text_length(source, max_length))
+    held_in, held_out = load_tasks(shared, tokenize, columns_of(source), limit, heads=own)
     tasks = [*held_in, *held_out]
     heads = heads_of(shared, tasks, tokenize)
     folders = {name: Path(name) for name in names}
@@ -78,15 +80,16 @@ def compare(
 
 
 def _score(
-    folder: Path, recipe: Recipe, heads: Heads, tasks: Sequence[Task], tokenize: Tokenizer
+    folder: Path, recipe: Recipe, heads: PlannedHeads, tasks: Sequence[Task], tokenize: Tokenizer
 ) -> dict[str, TaskScore]:
     run = RunFolder(folder)
     if not run.manifest.exists():
         check_kind(folder, recipe, tasks)
         return score_tasks(load_checkpoint(folder, recipe, heads, tokenize), tasks)
     own, coefficients, opened = open_run(run)
-    _, subject = load_subject(own, coefficients, opened, tokenize, run, [])
-    return score_tasks(subject.with_heads(heads), tasks)
+    resident, subject = load_subject(own, coefficients, opened, tokenize, run, [])
+    placed = over(heads, subject.module, resident.merged.names, tokenize)
+    return score_tasks(subject.with_heads(placed), tasks)
 
 
 def _compared(found: Evaluation) -> Comparison:

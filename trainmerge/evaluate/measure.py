@@ -11,8 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from trainmerge.checkpoints import Output, output_of
+from trainmerge.checkpoints import Output, OwnHead, output_of
+from trainmerge.data.batch import Kind
 from trainmerge.data.tokenizer import Encoded
+from trainmerge.run.heads import TaskHead, task_heads
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import ACCURACY, PERPLEXITY, Metric
 
@@ -29,16 +31,31 @@ UNMEASURED = {
 }
 
 
-def metric_of(recipe: Recipe) -> Metric:
-    """The metric of the tasks: accuracy with heads or an own classifier, else perplexity.
+NAMES: Mapping[Kind, Metric] = {
+    "classes": ACCURACY, "tokens": ACCURACY, "labels": Metric("f1"), "spans": Metric("exact_match"),
+    "values": Metric("pearson"),
+}  # fmt: skip
+
+
+def kind_of_head(head: TaskHead) -> Kind:
+    """What the outputs under a head are."""
+    return head.outputs if isinstance(head, OwnHead) else "classes"
+
+
+def metric_of(recipe: Recipe, found: Mapping[str, TaskHead] | None = None) -> Metric:
+    """The metric of the tasks: that of their heads, accuracy of an own classifier, else perplexity.
+
+    `found` are the experts' heads, by default those of `task_heads`. Tasks of several metrics have `score`.
 
     Raises:
         ValueError: only some tasks have a head; the base has no measure.
     """
-    heads = {expert.head is not None for expert in recipe.experts.values()}
-    heads |= {task.head is not None for task in recipe.held_out.values()}
+    tasks = [*(task_heads(recipe) if found is None else found).values()]
+    tasks += [task.head for task in recipe.held_out.values()]
+    heads = {head is not None for head in tasks}
     if heads == {True}:
-        return ACCURACY
+        metrics = {NAMES[kind_of_head(head)] for head in tasks}
+        return metrics.pop() if len(metrics) == 1 else Metric("score")
     output = output_of(recipe.folders["base"])
     if output.kind != "classifier" and len(heads) > 1:
         raise ValueError("only some tasks have a head: score the two kinds in separate recipes")

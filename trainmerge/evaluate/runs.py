@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from trainmerge.checkpoints import LoadedModel
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.data.heads import Classifier
 from trainmerge.data.tokenizer import Tokenizer
@@ -17,9 +18,11 @@ from trainmerge.evaluate.harness import HarnessScore, HarnessTask, run_harness
 from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.score_task import Subject, TaskScore, score_task, score_tasks
 from trainmerge.evaluate.tasks import Task, load_tasks
-from trainmerge.model.forward import build_classifier
+from trainmerge.model.own_head import OwnModel
 from trainmerge.model.resident import Placement, Resident, load_resident, preprocess
+from trainmerge.model.resident import build_heads as build_resident_heads
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.heads import task_heads
 from trainmerge.run.open_run import open_run
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
@@ -33,7 +36,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARITHMETIC = "task arithmetic"  # the rows of one coefficient for all experts
 GRID = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 Scored = Mapping[str, TaskScore]
-Heads = dict[str, Classifier | None]
+Heads = dict[str, Classifier | OwnModel | None]
 
 
 def evaluate_run(
@@ -61,7 +64,8 @@ def evaluate_run(
     check_option("grid", grid, Sequence[float])
     recipe, coefficients, opened = open_run(folder := RunFolder(Path(run)))
     tokenize = Tokenizer(recipe.base, text_length(folder.path, max_length))
-    held_in, held_out = load_tasks(recipe, tokenize, columns_of(folder.path), limit)
+    own = task_heads(recipe, opened)
+    held_in, held_out = load_tasks(recipe, tokenize, columns_of(folder.path), limit, heads=own)
     tasks = [*held_in, *held_out]
     resident, subject = load_subject(recipe, coefficients, opened, tokenize, folder, tasks, answers)
     rows = _baselines(len(held_in), grid, compare, bool(held_out or harness)) | {"learned": None}
@@ -75,7 +79,7 @@ def evaluate_run(
             if harness and not row.startswith(ARITHMETIC):
                 harnessed[row] = run_harness(subject.module, recipe.base, harness, limit)
             scored[row] = score_tasks(subject, tasks)
-    return _evaluation(metric_of(recipe), held_in, held_out, scored, harnessed)
+    return _evaluation(metric_of(recipe, own), held_in, held_out, scored, harnessed)
 
 
 def _baselines(experts: int, grid: Sequence[float], compare: bool, base: bool) -> dict[str, float | None]:
@@ -99,14 +103,22 @@ def load_subject(
     check_option("answers", answers, int, "[0, inf)")
     vectors = preprocess(opened, recipe.preprocess, folder.workspace, folder.examples())
     resident = load_resident(recipe, opened, coefficients, tokenize, Placement(DEVICE)).merging(vectors)
-    heads = build_heads(resident.merged.module, tasks, tokenize)  # while the module has the base's weights
-    resident.merged.materialise()
-    return resident, Subject(resident.merged.module, heads, tokenize, answers)
+    merged = resident.merged
+    heads = build_heads(merged.module, tasks, tokenize, merged.names)  # while it has the base's weights
+    merged.materialise()
+    return resident, Subject(merged.module, heads, tokenize, answers)
 
 
-def build_heads(base: torch.nn.Module, tasks: Sequence[Task], tokenize: Tokenizer) -> Heads:
-    """Every task's head; `model` must have the base's weights, which embed label texts."""
-    return {task.name: build_classifier(task.head, base, tokenize) for task in tasks}
+def build_heads(
+    base: torch.nn.Module, tasks: Sequence[Task], tokenize: Tokenizer, names: Mapping[str, str] | None = None
+) -> Heads:
+    """Every task's head; `base` must have the base's weights, which embed label texts.
+
+    `names` are the parameters of `base` by the tensors of the base's files, for experts' own heads.
+    """
+    loaded = LoadedModel(base, names or {})
+    heads = build_resident_heads({task.name: task.head for task in tasks}, loaded, None, tokenize)
+    return {task.name: head for task, head in zip(tasks, heads, strict=True)}
 
 
 def _uniform(resident: Resident, coefficient: float | None) -> AbstractContextManager[object]:

@@ -17,9 +17,11 @@ from trainmerge.data.examples import Example
 from trainmerge.data.heads import Classifier
 from trainmerge.data.tokenizer import Encoded, Tokenizer
 from trainmerge.evaluate.measure import check_causal, predicted
+from trainmerge.evaluate.score_heads import found_in, measures_of
 from trainmerge.evaluate.tasks import Task
 from trainmerge.evaluate.torchmetrics_states import AnswerLengths, TokenLosses, class_measures
 from trainmerge.model.forward import forward
+from trainmerge.model.own_head import OwnModel
 from trainmerge.system.distributed import merge_shares, own_share
 
 TOGETHER = 64  # texts per forward pass with a head
@@ -47,7 +49,7 @@ class Subject:
     """A model to score, with the tasks' frozen heads."""
 
     module: nn.Module
-    heads: Mapping[str, Classifier | None]  # by task
+    heads: Mapping[str, Classifier | OwnModel | None]  # by task
     tokenize: Tokenizer
     answers: int = 0  # maximal tokens of an answer
 
@@ -56,12 +58,12 @@ class Subject:
         """The model's device."""
         return next(self.module.parameters()).device
 
-    def with_heads(self, heads: Mapping[str, Classifier | None]) -> "Subject":
+    def with_heads(self, heads: Mapping[str, Classifier | OwnModel | None]) -> "Subject":
         """The same model with other tasks' heads."""
         return replace(self, heads=heads)
 
     def logits(self, task: str, encoded: Encoded) -> Tensor:
-        """Logits [B, V] of the task's head or of the model's own classifier, else [B, T, V]."""
+        """Logits [B, V] of the task's head or of the model's classifier, else [B, T, V]; or of their kind."""
         here = {name: tensor.to(self.device) for name, tensor in encoded.inputs.items()}
         ids = torch.arange(len(encoded.mask), device=self.device)
         return forward(self.module, Batch(0, here, encoded.mask, ids), self.heads[task]).logits
@@ -70,7 +72,9 @@ class Subject:
 @torch.inference_mode()
 def score_task(subject: Subject, task: Task) -> TaskScore:
     """All measures of a task. Several processes split the examples, and all get the result."""
-    return _classes(subject, task) if task.labels else _texts(subject, task)
+    if not task.labels:
+        return _texts(subject, task)
+    return _classes(subject, task) if task.kind == "classes" else _of_head(subject, task)
 
 
 def score_tasks(subject: Subject, tasks: Sequence[Task]) -> dict[str, TaskScore]:
@@ -81,7 +85,7 @@ def score_tasks(subject: Subject, tasks: Sequence[Task]) -> dict[str, TaskScore]
 def _classes(subject: Subject, task: Task) -> TaskScore:
     """Texts are sorted by length, to reduce padding."""
     classifier, config = subject.heads[task.name], subject.module.config
-    classes = len(classifier.weight) if classifier is not None else int(config.num_labels)  # type: ignore
+    classes = classifier.width if classifier is not None else int(config.num_labels)  # type: ignore
     if (highest := max(task.labels)) >= classes:
         raise ValueError(f"{task.name}: its file has label {highest}; its classifier has {classes} classes")
     metric = class_measures(classes)
@@ -98,6 +102,20 @@ def _classes(subject: Subject, task: Task) -> TaskScore:
     found = _computed(metric)
     measures = {"accuracy": found.pop("accuracy"), **found}  # the score comes first
     return TaskScore(measures, _in_order(merge_shares(right)))
+
+
+def _of_head(subject: Subject, task: Task) -> TaskScore:
+    """An expert's own head whose outputs are not one class per text."""
+    found: dict[int, Any] = {}
+    order = own_share(sorted(range(len(task.examples)), key=lambda i: len(task.examples[i].text)))
+    for first in range(0, len(order), TOGETHER):
+        chosen = order[first : first + TOGETHER]
+        examples, labels = [task.examples[i] for i in chosen], [task.labels[i] for i in chosen]
+        logits = subject.logits(task.name, subject.tokenize.encode(examples))
+        each = found_in(task.kind, logits, examples, labels, subject.tokenize)
+        found |= dict(zip(chosen, each, strict=True))
+    every = merge_shares(found)
+    return TaskScore(*measures_of(task.kind, [every[i] for i in sorted(every)]))
 
 
 def _texts(subject: Subject, task: Task) -> TaskScore:

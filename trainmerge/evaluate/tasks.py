@@ -1,18 +1,19 @@
 """Tasks to score a model on: test examples, with labels for a classifier, and prompts to answer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal
 
-from trainmerge.checkpoints import Output, output_of
+from trainmerge.checkpoints import Output, OwnHead, output_of
+from trainmerge.data.batch import Kind
 from trainmerge.data.examples import Columns, Example, read_examples
-from trainmerge.data.heads import Head
 from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.evaluate.measure import metric_of, predicted
-from trainmerge.run.heads import linear_problems
+from trainmerge.evaluate.answers import COLUMN, read_answers
+from trainmerge.evaluate.measure import kind_of_head, metric_of, predicted
+from trainmerge.run.heads import TaskHead, linear_problems, task_heads
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.scores import ACCURACY
+from trainmerge.run.scores import PERPLEXITY
 from trainmerge.system.ranges import check_option
 
 Split = Literal["test", "validation"]
@@ -24,21 +25,10 @@ class Task:
 
     name: str
     examples: Sequence[Example]
-    labels: Sequence[int] = ()
+    labels: Sequence[Any] = ()
     prompts: Sequence[str] = ()
-    head: Head | None = None
-
-
-class HasTest(Protocol):
-    """Anything with test examples: an expert of a recipe, or a held-out task."""
-
-    @property
-    def test(self) -> str | None:
-        """Labelled examples, or texts."""
-
-    @property
-    def head(self) -> Head | None:
-        """The task's classifier."""
+    head: TaskHead = None
+    kind: Kind = "classes"  # of the outputs that have labels
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ class TestFiles:
     limit: int | None
     split: Split
 
-    def task(self, name: str, file: str | None, head: Head | None) -> Task:
+    def task(self, name: str, file: str | None, head: TaskHead) -> Task:
         """One task.
 
         Raises:
@@ -72,10 +62,10 @@ class TestFiles:
                 f"{name}: scoring needs `{self.split}`, a file with the fit's columns and, for classifiers, "
                 "a column label"
             )
-        columns = self._columns()
-        names = [*columns.names(), *["label"] * self.labelled]
+        columns, kind = self._columns(), kind_of_head(head)
+        names = [*columns.names(), *[COLUMN[kind]] * self.labelled]
         try:
-            data = load_examples(file, names, optional=["prompt"], numbers=["label"])
+            data = load_examples(file, names, optional=["prompt"], numbers=[*set(COLUMN.values())])
         except ValueError as error:
             raise ValueError(
                 f"{error}. A {self.split} file needs the columns {names}: data.columns of the fit names the "
@@ -84,12 +74,15 @@ class TestFiles:
         count = len(data) if self.limit is None else min(self.limit, len(data))
         examples = read_examples(file, columns, self.tokenize.render, count, located=not self.labelled)
         self._check(file, examples)
-        labels = list(data["label"][:count]) if self.labelled else []
-        _check_labels(file, labels, head.classes() if head else self.output.labels)
+        labels = list(data[COLUMN[kind]][:count]) if self.labelled else []
+        if isinstance(head, OwnHead):
+            labels = read_answers(file, kind, labels, examples, head.labels)
+        else:
+            _check_labels(file, labels, head.classes() if head else self.output.labels)
         prompts = list(data["prompt"][:count]) if "prompt" in data.column_names else []
         if wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str) or not prompt]:
             raise ValueError(f"{file}: example {wrong[0]} has no text for 'prompt': write one, or remove it")
-        return Task(name, examples, labels, prompts, head)
+        return Task(name, examples, labels, prompts, head, kind)
 
     def _columns(self) -> Columns:
         """The columns that the measure depends on: no spans or targets for accuracy."""
@@ -125,17 +118,20 @@ def load_tasks(
     columns: Columns = Columns(),  # noqa: B008 - frozen
     limit: int | None = None,
     split: Split = "test",
+    heads: Mapping[str, TaskHead] | None = None,
 ) -> tuple[list[Task], list[Task]]:
     """The experts' tasks (held in) and the held-out ones, the first `limit` examples of each.
 
-    `columns` are the fit's; `tokenize` is the base's tokenizer.
+    `columns` are the fit's; `tokenize` is the base's tokenizer; `heads` are the experts', by default those of
+    `task_heads`.
 
     Raises:
         ValueError: the base has no measure; `limit` is not positive; a task has no such file, or the file
             lacks a column; an example has no text, no label that is a class, or no token to predict; a
             held-out task has an expert's name.
     """
-    labelled = metric_of(recipe) is ACCURACY
+    heads = task_heads(recipe) if heads is None else heads
+    labelled = metric_of(recipe, heads) != PERPLEXITY
     if problems := list(linear_problems(recipe)):
         raise ValueError("\n".join(problems))
     check_option("limit", limit, int | None, "[1, inf)")
@@ -143,7 +139,7 @@ def load_tasks(
         raise ValueError(f"recipe.held_out: {sorted(twice)} are names of experts; rename these tasks")
     files = TestFiles(output_of(recipe.folders["base"]), labelled, columns, tokenize, limit, split)
     held_in = [
-        files.task(name, getattr(expert, split), expert.head) for name, expert in recipe.experts.items()
+        files.task(name, getattr(expert, split), heads[name]) for name, expert in recipe.experts.items()
     ]
     if split != "test":
         return held_in, []

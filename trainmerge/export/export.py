@@ -20,6 +20,7 @@ from trainmerge.export.model_card import model_card
 from trainmerge.export.public import public, public_config, public_manifest
 from trainmerge.export.shards import CheckpointMerge, Merged, write_shards
 from trainmerge.export.side_files import copy_side_files
+from trainmerge.export.task import TaskMerge, own_head, write_task
 from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.run.config import read_yaml, to_config
 from trainmerge.run.folder import RunFolder
@@ -108,18 +109,24 @@ def export_run(
     coefficients: Coefficients | None = None,
     dtype: DtypeName | None = None,
     shard_size: str | None = None,
+    task: str | None = None,
 ) -> Path:
     """Export a run folder's merge, with a model card and everything needed to reproduce it.
 
     `workers` shards are written in parallel; their number changes no byte. `coefficients` replace the run's
-    own, for example by those of a point on its Pareto front. Under torchrun, the processes split the weight
-    files; no tensor is gathered. `dtype` and `shard_size` are those of `Form`; by default the base's.
+    own, for example by those of a point on its Pareto front. With `task`, an expert's name, the checkpoint
+    is of that expert's class, with its own head over the merged weights. Under torchrun, the processes split
+    the weight files; no tensor is gathered. `dtype` and `shard_size` are those of `Form`; by default the
+    base's.
 
     Raises:
-        ValueError: the run has no coefficients yet, or base or experts changed since the fit.
+        ValueError: the run has no coefficients yet, base or experts changed since the fit, or `task` has no
+            head of its own.
     """
     check_option("workers", workers, int, "[1, inf)")
     run_folder, target, form = RunFolder(Path(run)), Path(out), Form(dtype, shard_size)
+    if task and form.to_json():
+        raise ValueError("an export with a task's head has the base's dtype and one file: leave out the form")
     with joined():
         recipe, learned, opened = open_run(run_folder)
         at = unfinished(run_folder)
@@ -127,12 +134,17 @@ def export_run(
             print(unfinished_line(run_folder), flush=True)
         coefficients = coefficients or learned
         check_target(target, [run_folder.path, *opened.folders.values()])
+        head = own_head(recipe, opened, task) if task is not None else None
         with staging_shared(target, overwrite) as folder:
             with agreed(), distributed.rank_zero_first():
                 merge = replace(merge_of(run_folder, recipe, coefficients, opened), form=form)
-            made = write_checkpoint(merge, folder, workers)
+            if head is None:
+                made = write_checkpoint(merge, folder, workers)
+            else:
+                with agreed():
+                    made = write_task(TaskMerge.of(merge, head), folder) if distributed.rank() == 0 else {}
             if distributed.rank() == 0:
-                _explain(folder, target.name, run_folder, recipe, coefficients, made, at, form)
+                _explain(folder, target.name, run_folder, recipe, coefficients, made, at, form, task)
     return target
 
 
@@ -145,6 +157,7 @@ def _explain(
     made: Mapping[str, str],
     at: str,
     form: Form,
+    task: str | None,
 ) -> None:
     """Write recipe, coefficients, model card and manifest next to the weights `made`; the manifest last.
 
@@ -164,6 +177,7 @@ def _explain(
         "versions": versions(),
         **({"unfinished": at} if at else {}),
         **({"form": form.to_json()} if form.to_json() else {}),
+        **({"task": task} if task else {}),
         "files": dict(sorted(files.items())),
         "bytes": {name: (folder / name).stat().st_size for name in sorted(made)},  # see `check_whole`
         "run": public_manifest(run_made),

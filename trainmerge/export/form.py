@@ -46,6 +46,10 @@ class Form:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
+    def headers(self, base: Checkpoint) -> dict[str, TensorInfo]:
+        """The headers of the base's tensors after the export."""
+        return {name: info._replace(dtype=self.dtype_of(info)) for name, info in base.tensors.items()}
+
     def size_of(self, info: TensorInfo) -> int:
         """The bytes of a tensor after the export."""
         return int(info.shape.numel()) * self.dtype_of(info).itemsize

@@ -8,7 +8,7 @@ Legend: `K` experts, `C` chunks of one parameter, `*S` shape of a parameter or o
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from trainmerge.export.form import Form
 from trainmerge.kernels import Difference, LowRank, chunk_bounds
 from trainmerge.preprocess import Rule
 from trainmerge.system.background import ahead
-from trainmerge.system.safetensors_file import read_ahead, write_safetensors
+from trainmerge.system.safetensors_file import TensorInfo, read_ahead, write_safetensors
 from trainmerge.system.safetensors_format import file_order
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.pieces import in_pieces
@@ -35,7 +35,28 @@ READY = 8  # pieces queued for writing
 PIECE = 1 << 19
 
 
-class Merged(Protocol):
+class Tensors(Protocol):
+    """The tensors of a checkpoint that is computed on request."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Their headers."""
+
+    @property
+    def shards(self) -> Mapping[str, tuple[str, ...]]:
+        """File name -> its tensors."""
+
+    def merged(self, name: str) -> bool:
+        """Whether a tensor is merged; others are copies."""
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor as consecutive pieces of rows."""
+
+    def read_ahead_of(self, name: str) -> None:
+        """Ask the kernel to read ahead the pages that `pieces` will need."""
+
+
+class Merged(Tensors, Protocol):
     """The tensors of a merged checkpoint, under the names of its base's files."""
 
     @property
@@ -45,12 +66,6 @@ class Merged(Protocol):
     @property
     def form(self) -> Form:
         """Its dtype and files."""
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """A tensor of the base's files after the merge, as consecutive pieces of rows [*S]."""
-
-    def read_ahead_of(self, name: str) -> None:
-        """Ask the kernel to read ahead the pages that `pieces` will need."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,16 @@ class CheckpointMerge:
     coefficients: Coefficients
     rule: Rule | None = None  # the last preprocessor's, applied inside the pass
     form: Form = field(default_factory=Form)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The headers of the merged checkpoint's tensors."""
+        return self.form.headers(self.base)
+
+    @property
+    def shards(self) -> Mapping[str, tuple[str, ...]]:
+        """File name -> its tensors."""
+        return self.form.shards(self.base)
 
     def merged(self, name: str) -> bool:
         """Whether a tensor of the base's files is merged; others are bitwise the base's."""
@@ -138,13 +163,13 @@ def merge_rows(out: Tensor, delta: Delta, first: int, coefficients: Tensor, whol
             delta.rows(rows).merge(out[rows], coefficients[:, chunk : chunk + 1])
 
 
-def write_shard(merge: Merged, names: Iterable[str], path: Path) -> str:
+def write_shard(merge: Tensors, names: Iterable[str], path: Path) -> str:
     """Write these tensors of a merge as one safetensors file; returns its SHA-256, computed while writing.
 
     The bytes depend on the arguments only, so any process may write any shard at any time.
     """
-    infos = merge.base.tensors
-    specs = {name: (merge.form.dtype_of(infos[name]), tuple(infos[name].shape)) for name in names}
+    infos = merge.tensors
+    specs = {name: (infos[name].dtype, tuple(infos[name].shape)) for name in names}
     hasher = hashlib.sha256()
     with closing(ahead(_in_order(merge, file_order(specs)), READY)) as tensors:  # its thread ends here
         write_safetensors(path, specs, tensors, {"format": "pt"}, hasher)
@@ -152,7 +177,7 @@ def write_shard(merge: Merged, names: Iterable[str], path: Path) -> str:
 
 
 @torch.no_grad()
-def _in_order(merge: Merged, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _in_order(merge: Tensors, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     for name, after in zip(names, [*names[1:], None], strict=True):
         if after is not None:
             merge.read_ahead_of(after)

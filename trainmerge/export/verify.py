@@ -10,8 +10,9 @@ from torch import Tensor
 from trainmerge.checkpoints.whole import MANIFEST
 from trainmerge.export.export import INDEX, merge_of
 from trainmerge.export.form import Form
-from trainmerge.export.shards import CheckpointMerge
+from trainmerge.export.shards import Tensors
 from trainmerge.export.side_files import WEIGHTS
+from trainmerge.export.task import TaskMerge, own_head, task_of
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
 from trainmerge.system.json_file import read_json
@@ -29,7 +30,11 @@ def verify_export(run: str | Path, out: str | Path) -> int:
         ValueError: lists the first differences.
     """
     run_folder, folder = RunFolder(Path(run)), Path(out)
-    merge = replace(merge_of(run_folder, *open_run(run_folder)), form=_form(folder))
+    recipe, coefficients, opened = open_run(run_folder)
+    plain = replace(merge_of(run_folder, recipe, coefficients, opened), form=_form(folder))
+    merge: Tensors = plain
+    if task := task_of(folder):
+        merge = TaskMerge.of(plain, own_head(recipe, opened, task))
     problems = list(_differences(merge, folder))
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
@@ -38,7 +43,7 @@ def verify_export(run: str | Path, out: str | Path) -> int:
             f"{folder} is not the export of {run_folder.path}; export it again. "
             f"{len(problems)} differences:\n{shown}{more}"
         )
-    return len(merge.base.tensors)
+    return len(merge.tensors)
 
 
 def _form(folder: Path) -> Form:
@@ -51,8 +56,8 @@ def _form(folder: Path) -> Form:
         raise ValueError(f"{file}: its `form` is damaged ({error}). Export the run again.") from error
 
 
-def _differences(merge: CheckpointMerge, folder: Path) -> Iterator[str]:
-    shards = merge.form.shards(merge.base)
+def _differences(merge: Tensors, folder: Path) -> Iterator[str]:
+    shards = dict(merge.shards)
     there = {path.name for path in folder.glob("*") if path.suffix in WEIGHTS}
     own = {"trainmerge_coefficients.safetensors"}
     yield from (f"{file} is missing" for file in shards if file not in there)
@@ -79,27 +84,28 @@ def _index_differences(shards: dict[str, tuple[str, ...]], index: Path) -> Itera
 
 
 @torch.no_grad()
-def _shard_differences(merge: CheckpointMerge, names: tuple[str, ...], path: Path) -> Iterator[str]:
+def _shard_differences(merge: Tensors, names: tuple[str, ...], path: Path) -> Iterator[str]:
     try:
         file = MappedFile(path)
     except ValueError as error:
         yield str(error)
         return
     yield from (f"{path.name}: {name} does not belong there" for name in file.tensors if name not in names)
+    infos = merge.tensors
     for name in names:
-        want = merge.base.tensors[name]
+        want = infos[name]
         got = file.tensors.get(name)
         if got is None:
             yield f"{path.name}: {name} is missing"
-        elif (got.dtype, got.shape) != (dtype := merge.form.dtype_of(want), want.shape):
+        elif (got.dtype, got.shape) != (want.dtype, want.shape):
             shapes = tuple(got.shape), tuple(want.shape)
-            yield f"{path.name}: {name} is {got.dtype} {shapes[0]}, not {dtype} {shapes[1]}"
+            yield f"{path.name}: {name} is {got.dtype} {shapes[0]}, not {want.dtype} {shapes[1]}"
         elif changed := _changed(merge, name, file.read(name)):
-            what = "merged" if merge.merged(name) else "the base's"
+            what = "merged" if merge.merged(name) else "not merged"
             yield f"{path.name}: {name} ({what}) differs in {changed} of {want.shape.numel()} numbers"
 
 
-def _changed(merge: CheckpointMerge, name: str, got: Tensor) -> int:
+def _changed(merge: Tensors, name: str, got: Tensor) -> int:
     """The number of elements whose bits differ from the merge."""
     place, changed = 0, 0
     for piece in merge.pieces(name):

@@ -49,9 +49,12 @@ def fit(
             micro-batches until the plan fits.
 
     Raises:
+        TypeError: `module` is no MergeModule.
         ValueError: the run or the checkpoint was made with different experts, data or settings; non-finite
             weights; invalid settings; a trainer of another run folder; another process changes the run.
     """
+    if not isinstance(module, MergeModule):
+        raise TypeError(f"fit takes a MergeModule; tm.fit_module learns merges of a {type(module).__name__}")
     check_folder(trainer, Path(run))
     check_settings(module, data, trainer)
     if limit := parse_size(memory) if memory else 0:

@@ -178,6 +178,7 @@ class MergeModule(CoefficientSteps):
         Its backward has the model's `loss_scale`, which `MergedModel.gradient` takes out again.
         """
         expert = list(self.recipe.experts.values())[batch.expert]
+        batch = self.resident.counted(batch)
         if self.teachers:
             batch = batch._replace(teacher=self.teachers[batch.expert].of(batch.ids, self.resident.device))
         losses = self.objective(self.resident(batch, self.objective.asks.layers), batch)

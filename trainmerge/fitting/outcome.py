@@ -7,14 +7,13 @@ import torch
 
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.begin import Snapshot
+from trainmerge.fitting.learned import warn_if_at_bound, warn_if_unchanged
 from trainmerge.fitting.model_settings import needs_examples
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.saved import save_moment
 from trainmerge.system.json_file import read_json_lines
 
-MOVED = 1e-4  # change of a coefficient, below which nothing was learned
-AT_BOUND = 0.25  # share of coefficients at a bound
 ENOUGH = 5  # later steps needed before losses are compared, because batches differ
 
 
@@ -41,33 +40,8 @@ def check_learned(folder: RunFolder, module: MergeModule) -> None:
     """
     if not folder.coefficients.exists():
         raise ValueError("no step was made: raise trainer.max_time")
-    warn_if_unchanged(module)
-    warn_if_at_bound(module)
-
-
-def warn_if_unchanged(module: MergeModule) -> None:
-    """Warn if no coefficient changed: nothing was learned."""
-    moved = (module.coefficients().detach().cpu() - module.start).abs().max().item()
-    if moved < MOVED:
-        warnings.warn(
-            f"the coefficients changed by at most {moved:.1e}: raise the learning rate or trainer.max_steps",
-            stacklevel=2,
-        )
-
-
-def warn_if_at_bound(module: MergeModule) -> None:
-    """Warn if many coefficients are at a bound of the constraint."""
-    coefficients = module.coefficients
-    fixed = {*coefficients.layout.fixed}
-    learned = [group for group in range(coefficients.raw.shape[1]) if group not in fixed]
-    with torch.no_grad():
-        share = coefficients.constraint.at_bound(coefficients())[:, learned].float().mean().item()
-    if share >= AT_BOUND:
-        warnings.warn(
-            f"{100 * share:.0f}% of the coefficients are at a bound of {coefficients.constraint}: widen it, "
-            "lower the learning rate, or remove the constraint",
-            stacklevel=2,
-        )
+    warn_if_unchanged(module.coefficients, module.start, "trainer.max_steps")
+    warn_if_at_bound(module.coefficients)
 
 
 def warn_if_loss_did_not_fall(folder: RunFolder) -> None:

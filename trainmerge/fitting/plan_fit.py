@@ -13,16 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trainmerge.checkpoints import build_meta_model, locate, output_of
+from trainmerge.checkpoints import OwnHead, build_meta_model, locate, output_of
 from trainmerge.data.batch import Asks, Batch, Step
 from trainmerge.data.calibration import Calibration
+from trainmerge.data.heads import Head
 from trainmerge.fitting.module import MergeModule
 from trainmerge.model.activation_checkpointing import recompute_blocks
+from trainmerge.model.own_head import OwnModel, attach
 from trainmerge.plan.devices import Device, measured
 from trainmerge.plan.dry_run import dry_run
 from trainmerge.plan.micro_batches import StepSchedule, rounds
 from trainmerge.plan.plan import Plan
 from trainmerge.plan.sizes import Sizes, sizes_of
+from trainmerge.run.heads import task_heads
 from trainmerge.system.memory import anonymous
 from trainmerge.task_vectors.delta import Delta
 
@@ -58,13 +61,24 @@ def plan_fit(
     if schedule.recompute:
         recompute_blocks(model.module)
     parts = list(rounds(step, schedule))
-    heads = {k: e.head for k, e in enumerate(module.recipe.experts.values()) if e.head is not None}
+    heads = _heads(module, model)
     needs = dry_run(
         model.module, learned, parts, module.objective, heads, model.dtypes, precision, records.width
     )
     device = device or measured(next(iter(model.dtypes.values())))
     before = anonymous() if sys.platform == "linux" and not device.link else 0
     return Plan(sizes, schedule, needs, len(parts), device, devices, before)
+
+
+def _heads(module: MergeModule, model: "_EmptyModel") -> dict[int, Head | OwnModel]:
+    """The experts' heads by number, own ones over the empty model."""
+    found: dict[int, Head | OwnModel] = {}
+    for k, head in enumerate(task_heads(module.recipe, module.opened).values()):
+        if isinstance(head, OwnHead):
+            found[k] = attach(head, model.module, model.names, torch.zeros(0, dtype=torch.int64))
+        elif head is not None:
+            found[k] = head
+    return found
 
 
 class _EmptyModel(NamedTuple):
@@ -123,7 +137,8 @@ def _records(module: MergeModule, data: Calibration, step: Step, meta_model: nn.
     positions = [len(own) * batch.mask.shape[1] for own, batch in zip(data.examples, step, strict=True)]
     hidden = [asks.dtype.itemsize * config.hidden_size * len(asks.layers) * count for count in positions]
     own_classes = output_of(module.opened.base.path).classes
-    by_class = [own_classes or expert.head is not None for expert in module.recipe.experts.values()]
+    heads = task_heads(module.recipe, module.opened)
+    by_class = [own_classes or head is not None for head in heads.values()]
     rows = [
         len(own) if classes else count
         for own, classes, count in zip(data.examples, by_class, positions, strict=True)

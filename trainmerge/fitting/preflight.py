@@ -1,12 +1,15 @@
 """Checks of a fit before it creates its folder or reads a weight."""
 
-from trainmerge.checkpoints import Output, output_of
+from collections.abc import Iterator
+
+from trainmerge.checkpoints import Output, OwnHead, output_of
 from trainmerge.data.calibration import Calibration
 from trainmerge.data.examples import Example
+from trainmerge.data.heads import Head
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.fitting.module import MergeModule
 from trainmerge.objectives import Alignment, Objective
-from trainmerge.run.heads import linear_problems
+from trainmerge.run.heads import linear_problems, task_heads
 
 UNUSABLE = ("question-answering model", "model with another output")  # no logits of tokens or classes
 TOGETHER = 64  # examples that are tokenised at a time
@@ -32,30 +35,49 @@ def check_heads(module: MergeModule) -> None:
 
 def head_problems(module: MergeModule, output: Output) -> list[str]:
     """Experts that lack a head, or whose head is from another model."""
-    experts, base = module.recipe.experts, module.recipe.base
-    headless = [name for name, expert in experts.items() if expert.head is None]
-    for expert in experts.values():
-        if expert.head is not None:
-            expert.head.identity()  # reads its files, and raises if they are damaged
+    heads, base = task_heads(module.recipe, module.opened), module.recipe.base
+    headless = [name for name, head in heads.items() if head is None]
+    given = {name: head for name, head in heads.items() if isinstance(head, Head)}
+    for head in given.values():
+        head.identity()  # reads its files, and raises if they are damaged
     problems = [
         f"recipe.experts.{name}.head has hidden size {width}, {base} has {output.hidden}: use the head that "
         "was trained with this expert"
-        for name, expert in experts.items()
-        if expert.head and output.hidden and (width := expert.head.width()) not in (None, output.hidden)
+        for name, head in given.items()
+        if output.hidden and (width := head.width()) not in (None, output.hidden)
     ]
+    for name, own in heads.items():
+        if isinstance(own, OwnHead):
+            problems += [f"{name}: {line}" for line in own_head_problems(own, module.objective)]
     if headless and not output.logits:
         problems.append(
             f"{base} has no output layer, and {headless} no `head`: give each a LabelHead or a LinearHead, "
-            "or use a base and experts that were saved with an output layer"
+            "or use experts, or a base and experts, that were saved with an output layer"
         )
     elif headless and output.kind in UNUSABLE:
         problems.append(
             f"{base}: {output.architecture} is a {output.kind}, whose outputs no objective compares: give "
-            f"{headless} a `head`, or merge without learning (trainer.max_steps 0)"
+            f"{headless} a `head`, `own` say, or merge without learning (trainer.max_steps 0)"
         )
     elif headless and module.objective.needs_classes and not output.classes:
         problems.append(f"{module.objective!r} needs classes, and {headless} have no `head`: give each one")
     return problems
+
+
+def own_head_problems(head: OwnHead, objective: Objective) -> Iterator[str]:
+    """Why an expert's own head has no such loss."""
+    try:
+        _ = head.padding
+    except ValueError as error:
+        yield str(error)
+    kind = head.outputs
+    if kind == "values" and objective.needs_predictions:
+        yield (
+            f"{head.kind.__name__} is a regression ({head.config_file}), whose numbers are no "
+            f"probabilities, as {type(objective).__name__} needs them: use Alignment"
+        )
+    elif kind != "classes" and objective.needs_classes:
+        yield f"{objective!r} needs one class per text, and {head.kind.__name__} gives none: leave it out"
 
 
 def layer_problems(objective: Objective, output: Output) -> list[str]:

@@ -30,6 +30,7 @@ from trainmerge.model.teachers import Record, record_teachers
 from trainmerge.plan.micro_batches import StepSchedule
 from trainmerge.preprocess import Informed, Preprocess, apply, key_after
 from trainmerge.preprocess.subspace import shared_subspaces
+from trainmerge.run.heads import task_heads
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.system import distributed
@@ -148,7 +149,7 @@ def record(given: FitInputs, resident: Resident) -> list[Record]:
     if given.asks == Asks():
         return []
     data, settings = given.data, given.settings
-    heads = [expert.head.identity() if expert.head else "" for expert in given.recipe.experts.values()]
+    heads = [h.identity() if h else "" for h in task_heads(given.recipe, given.opened).values()]
     depends_on = [
         given.opened.identity(),
         *heads,

@@ -12,6 +12,7 @@ from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.optimisation import build_optimisation
 from trainmerge.run.config import to_config
+from trainmerge.run.heads import task_heads
 from trainmerge.system.json_file import parse_json
 from trainmerge.system.torch_file import load_torch
 
@@ -22,7 +23,9 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
     return {
         "experts": list(recipe.experts),  # in order, which equality of mappings ignores
         "checksums": module.opened.checksums,
-        "heads": {name: e.head.identity() for name, e in recipe.experts.items() if e.head is not None},
+        "heads": {
+            name: h.identity() for name, h in task_heads(recipe, module.opened).items() if h is not None
+        },
         "calibration": data.identities(),
         "data": data.settings(),
         "recipe": to_config(replace(recipe, held_out={})),  # scored, never learned from

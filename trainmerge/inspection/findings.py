@@ -7,10 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from trainmerge.checkpoints import open_checkpoint
+from trainmerge.checkpoints import OwnHead, open_checkpoint
 from trainmerge.data.examples import Columns, Render, read_examples
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.run.heads import linear_problems
+from trainmerge.run.heads import linear_problems, task_heads
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import DEFAULT_LENGTH as LENGTH
@@ -45,8 +45,8 @@ def unchanged_tensors(opened: Opened) -> Iterator[Finding]:
         yield Finding("note", f"no expert changes {listed(untouched)}: they keep the base's values")
 
 
-def expert_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Tensors of an expert only, differing chat templates, and heads of some experts."""
+def expert_findings(recipe: Recipe, opened: Opened) -> Iterator[Finding]:
+    """Tensors of an expert only, own heads, differing chat templates, and heads of some experts."""
     for name, expert in recipe.experts.items():
         own = _own_tensors(Path(expert.path), recipe)
         if own:
@@ -65,10 +65,31 @@ def expert_findings(recipe: Recipe) -> Iterator[Finding]:
             )
     for problem in linear_problems(recipe):
         yield Finding("error", problem)
-    if len({expert.head is None for expert in recipe.experts.values()}) > 1:
+    heads = task_heads(recipe, opened)
+    for name, head in heads.items():
+        if isinstance(head, OwnHead):
+            yield from _own_head(name, head)
+    if len({head is None for head in heads.values()}) > 1:
         yield Finding(
             "warning", "only some experts have a head", "evaluate the two kinds in separate recipes"
         )
+
+
+def _own_head(name: str, head: OwnHead) -> Iterator[Finding]:
+    count = head.config.num_labels
+    what = {
+        "classes": f"{count} classes", "tokens": f"{count} labels of tokens", "spans": "answers",
+        "labels": f"{count} independent labels", "values": "numbers",
+    }  # fmt: skip
+    yield Finding(
+        "note",
+        f"{name}: its head is its own, of a {head.kind.__name__} ({what[head.outputs]}): it is not merged",
+        f"`trainmerge export RUN OUT --task {name}` writes it over the merge",
+    )
+    try:
+        _ = head.padding
+    except ValueError as error:
+        yield Finding("error", f"{name}: {error}")
 
 
 def _own_tensors(folder: Path, recipe: Recipe) -> list[str]:

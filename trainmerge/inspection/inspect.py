@@ -25,6 +25,7 @@ from trainmerge.inspection.suggest import Suggestion, check_new, suggest, write_
 from trainmerge.inspection.weights import preprocess_findings, weight_findings
 from trainmerge.preprocess import Informed
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.heads import task_heads
 from trainmerge.run.open_run import read_run
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
@@ -119,7 +120,7 @@ def _look(path: Path, recipe: Recipe, workspace: Path, weights: Weights, every: 
     print_sources(recipe, opened)
     print_parameters(opened, every)
     findings += fenced("the tensors", lambda: unchanged_tensors(opened))
-    findings += fenced("the experts' own tensors and templates", lambda: expert_findings(recipe))
+    findings += fenced("the experts' own tensors and templates", lambda: expert_findings(recipe, opened))
     informed = any(isinstance(method, Informed) for method in recipe.preprocess)
     texts = read_texts(recipe, columns_of(path), informed or learns(path))
     findings += texts.findings
@@ -129,7 +130,9 @@ def _look(path: Path, recipe: Recipe, workspace: Path, weights: Weights, every: 
     if geometry is not None:
         print_geometry(opened.task_vectors.experts, geometry)
     counts = {name: len(own) for name, own in texts.calibration.items()}
-    suggested, failed = attempt("a suggestion", lambda: suggest(recipe, counts, geometry))
+    suggested, failed = attempt(
+        "a suggestion", lambda: suggest(recipe, counts, geometry, task_heads(recipe, opened))
+    )
     return _Found(opened, texts, findings + failed, geometry, suggested)
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import yaml
 
+from trainmerge.checkpoints import OwnHead
 from trainmerge.coefficients.layout import Granularity
 from trainmerge.run.config import to_config
+from trainmerge.run.heads import TaskHead, task_heads
 from trainmerge.run.recipe import Recipe
 from trainmerge.system.atomic import write_whole
 from trainmerge.task_vectors.geometry import Geometry
@@ -27,12 +29,21 @@ class Suggestion:
     reasons: Mapping[str, str]  # key -> why
 
 
-def suggest(recipe: Recipe, examples: Mapping[str, int], geometry: Geometry | None) -> Suggestion:
+def suggest(
+    recipe: Recipe,
+    examples: Mapping[str, int],
+    geometry: Geometry | None,
+    found: Mapping[str, TaskHead] | None = None,
+) -> Suggestion:
     """Objective, grouping, start and steps for a recipe; a closed form without calibration examples.
 
-    `examples` is the number per expert; `geometry` of the task vectors, if measured, refines the start.
+    `examples` is the number per expert; `geometry` of the task vectors, if measured, refines the start;
+    `found` are the experts' heads, by default those of `task_heads`.
     """
-    K = len(recipe.experts)
+    K, found = len(recipe.experts), task_heads(recipe) if found is None else found
+    own = [name for name, head in found.items() if isinstance(head, OwnHead)]
+    experts = {n: replace(e, head="own") if n in own else e for n, e in recipe.experts.items()}
+    recipe = replace(recipe, experts=experts)
     if len(examples) < K or not all(examples.values()):
         return _closed(recipe)
     reasons = {}
@@ -41,8 +52,10 @@ def suggest(recipe: Recipe, examples: Mapping[str, int], geometry: Geometry | No
     reasons["recipe.grouping.granularity"] = f"{fewest} examples per expert " + (
         "are enough for one coefficient per tensor" if fewest >= ENOUGH else "are few, so fewer coefficients"
     )
-    heads = all(expert.head for expert in recipe.experts.values())
-    if heads:
+    if own:
+        reasons["recipe.experts"] = f"the heads in the files of {', '.join(own)} are their own: not merged"
+    heads = all(found.values())
+    if heads and all(not isinstance(head, OwnHead) or head.outputs == "classes" for head in found.values()):
         objective = {"class_path": "trainmerge.Entropy", "init_args": {"agreement": 5.0}}
         reasons["model.objective"] = (
             "classifiers: minimise entropy, with agreement with each expert against collapse"
@@ -50,7 +63,9 @@ def suggest(recipe: Recipe, examples: Mapping[str, int], geometry: Geometry | No
     else:
         objective = {"class_path": "trainmerge.Alignment", "init_args": {"logits": 1.0}}
         reasons["model.objective"] = (
-            "no heads: match each expert's outputs on its own examples (Expert Merging)"
+            "match each expert's outputs on its own examples (Expert Merging)"
+            if heads
+            else "no heads: match each expert's outputs on its own examples (Expert Merging)"
         )
     start, reasons["model.initial"] = _start(K, geometry)
     steps = 80 if heads else 40

@@ -15,7 +15,7 @@ from trainmerge.kernels import ExpertWeight, Untouched
 from trainmerge.merging.document import Document
 from trainmerge.merging.group import OWN, Alternatives, Group
 from trainmerge.merging.values import places
-from trainmerge.system.safetensors_file import read_ahead
+from trainmerge.system.safetensors_file import TensorInfo, read_ahead
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.parameter_names import number_of
 
@@ -29,6 +29,20 @@ class DocumentMerge:
     document: Document
     groups: Mapping[str, Group]
     faithful: bool
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The headers of the merged checkpoint's tensors."""
+        return self.form.headers(self.base)
+
+    @property
+    def shards(self) -> Mapping[str, tuple[str, ...]]:
+        """File name -> its tensors."""
+        return self.form.shards(self.base)
+
+    def merged(self, name: str) -> bool:
+        """Whether a tensor is merged; others are copies."""
+        return self.base.tied.get(name, name) in self.groups
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """A tensor of the base's files after the merge, as consecutive pieces of rows [*S].

@@ -1,4 +1,4 @@
-"""One forward pass of a batch, through the task's frozen head if it has one.
+"""One forward pass of a batch, through the task's frozen head or the expert's own class if it has one.
 
 Legend: `B` examples, `T` tokens, `D` hidden size, `V` classes or vocabulary.
 """
@@ -11,18 +11,24 @@ from torch import Tensor, nn
 
 from trainmerge.data.batch import Batch, Outputs
 from trainmerge.data.heads import Classifier, Head
+from trainmerge.model.own_head import OwnModel
 
 Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]  # texts -> input_ids, attention_mask, ... [B, T]
 
 
 def forward(
-    module: nn.Module, batch: Batch, classifier: Classifier | None, layers: Sequence[int] = ()
+    module: nn.Module, batch: Batch, classifier: Classifier | OwnModel | None, layers: Sequence[int] = ()
 ) -> Outputs:
     """Class logits [B, V] with a classifier, otherwise the model's own logits [B, T, V].
+
+    With an expert's own class the outputs of that, by their `Kind`.
 
     Includes the hidden states of `layers`, by transformers' index; the decoder's, if the model has one.
     """
     options = {"output_hidden_states": list(layers)} if layers else {}  # transformers stores only these
+    if isinstance(classifier, OwnModel):
+        output = classifier.module(**classifier.inputs(batch), **options)
+        return Outputs(_own_logits(classifier, batch, output), _chosen(output, layers), classifier.kind)
     if classifier is None:
         output = module(**_model_inputs(module, batch.inputs), **options)
         return Outputs(output.logits, _chosen(output, layers))
@@ -30,6 +36,16 @@ def forward(
     mask = batch.inputs["attention_mask"].bool()
     hidden = output.last_hidden_state.to(classifier.weight.dtype)
     return Outputs(classifier(hidden, mask), _chosen(output, layers))
+
+
+def _own_logits(own: OwnModel, batch: Batch, output: Any) -> Tensor:
+    """The outputs of an expert's class, in the form of their `Kind`."""
+    if own.kind == "spans":  # padding is no position of an answer
+        both = torch.stack([output.start_logits, output.end_logits], dim=1)
+        absent = ~batch.inputs["attention_mask"].bool()
+        return both.masked_fill(absent[:, None], torch.finfo(both.dtype).min)
+    logits: Tensor = output.logits
+    return torch.stack([logits, torch.zeros_like(logits)], dim=-1) if own.kind == "labels" else logits
 
 
 def backbone(module: nn.Module) -> nn.Module:

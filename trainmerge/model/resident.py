@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints import LoadedModel, load_meta_model, load_model
+from trainmerge.checkpoints import LoadedModel, OwnHead, load_meta_model, load_model
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.data.batch import Batch, Outputs
 from trainmerge.data.examples import Example
@@ -17,7 +17,9 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.forward import Tokenize, build_classifier, forward
 from trainmerge.model.fsdp import Root, shard_model
 from trainmerge.model.merged_model import MergedModel
+from trainmerge.model.own_head import OwnModel, attach
 from trainmerge.preprocess import Preprocess, apply
+from trainmerge.run.heads import TaskHead, task_heads
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.system import distributed
@@ -31,7 +33,7 @@ class Resident:
     """The merged model and its tasks' frozen heads. Not an nn.Module, to hide it from Lightning."""
 
     merged: MergedModel
-    classifiers: Sequence[Classifier | None]  # K
+    classifiers: Sequence[Classifier | OwnModel | None]  # K
     root: Root | None = None  # the module to call if the model is sharded
 
     @property
@@ -59,7 +61,12 @@ class Resident:
         encoded = tokenizer.encode(examples)
         inputs = {name: tensor.to(self.device) for name, tensor in encoded.inputs.items()}
         ids = torch.arange(first, first + len(examples))
-        return Batch(expert, inputs, encoded.mask.to(self.device), ids)
+        return self.counted(Batch(expert, inputs, encoded.mask.to(self.device), ids))
+
+    def counted(self, batch: Batch) -> Batch:
+        """The batch with the positions that the head of its task counts."""
+        head = self.classifiers[batch.expert]
+        return batch._replace(mask=head.mask(batch)) if isinstance(head, OwnModel) else batch
 
 
 def within(root: Root | None, function: Callable[..., T], *arguments: Any) -> T:
@@ -93,15 +100,37 @@ def load_resident(
 ) -> Resident:
     """Load the base and build the heads, for merges of the experts' own task vectors."""
     loaded, root = load_base(opened, placement)
-    classifiers = [
-        within(root, build_classifier, expert.head, loaded.module, tokenize)
-        for expert in recipe.experts.values()
-    ]
+    classifiers = build_heads(task_heads(recipe, opened), loaded, root, tokenize, placement.dtype)
     if placement.dtype and root is None:  # after the heads, whose label texts the stored weights embed
         for parameter in loaded.module.parameters():
             parameter.data = parameter.data.to(placement.dtype)
     merged = MergedModel(loaded.module, opened.task_vectors, coefficients, loaded.names)
     return Resident(merged, classifiers, root)
+
+
+def build_heads(
+    heads: Mapping[str, TaskHead],
+    loaded: LoadedModel,
+    root: Root | None,
+    tokenize: Tokenize,
+    dtype: torch.dtype | None = None,
+) -> list[Classifier | OwnModel | None]:
+    """Every task's head over the model, which must have the base's weights: they embed label texts.
+
+    `dtype` is that of the parameters of experts' own heads; by default the model's.
+    """
+    return [
+        attach(head, loaded.module, loaded.names, special_ids(tokenize), dtype)
+        if isinstance(head, OwnHead)
+        else within(root, build_classifier, head, loaded.module, tokenize)
+        for head in heads.values()
+    ]
+
+
+def special_ids(tokenize: Tokenize) -> Tensor:
+    """The ids of a tokenizer's special tokens; none for another way of making inputs."""
+    known = tokenize.transformers.all_special_ids if isinstance(tokenize, Tokenizer) else []
+    return torch.tensor(known, dtype=torch.int64)
 
 
 def load_base(opened: Opened, placement: Placement) -> tuple[LoadedModel, Root | None]:

@@ -1,60 +1,26 @@
 """Run the experts on their examples and gather the outputs that `teachers` writes.
 
 Legend: `K` experts, `N` examples of one, `P` counted positions of all of them, `R` rows of logits (`P`, or
-`N` under a head or in a classifier), `V` vocabulary or classes, `D` hidden size.
+`N` under a head or in a classifier; two per example of answer spans, one per label), `V` vocabulary or
+classes, `D` hidden size.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from rich.progress import track
 from torch import Tensor
 
-from trainmerge.data.batch import Asks
+from trainmerge.data.batch import Asks, Outputs
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.model.output_sizes import OutputSizes
 from trainmerge.model.resident import Resident
 from trainmerge.system import distributed
 
 TOKENS = 512  # per forward pass; one example if it is longer
 ROWS = 32  # of logits converted to float32 at a time
-
-
-class OutputSizes(NamedTuple):
-    """The last dimension of each output."""
-
-    logits: Sequence[int]  # K: each expert's V
-    hidden: Mapping[int, int]  # layer -> D
-    classes: bool  # whether the model's own logits are one row per example
-
-
-@torch.no_grad()
-def output_sizes(resident: Resident, tokenizer: Tokenizer, asks: Asks, example: Example) -> OutputSizes:
-    """The sizes of logits and hidden states, from one forward pass, of an expert without a head if any."""
-    heads = resident.classifiers
-    k = next((k for k, head in enumerate(heads) if head is None), 0)
-    logits, states = resident(resident.batch(k, [example], tokenizer), asks.layers)
-    hidden = {layer: state.shape[-1] for layer, state in states.items()}
-    widths = [logits.shape[-1] if head is None else len(head.weight) for head in heads]
-    return OutputSizes(widths, hidden, classes=logits.dim() == 2)
-
-
-def count_positions(expert: int, examples: Sequence[Example], tokenizer: Tokenizer) -> list[int]:
-    """The number of unmasked positions of each example.
-
-    Raises:
-        ValueError: an example has none.
-    """
-    counts = [int(tokenizer.encode([example]).mask.sum()) for example in examples]
-    for i, count in enumerate(counts):
-        if not count:
-            raise ValueError(
-                f"example {i} of expert {expert} has no unmasked position in its first "
-                f"{tokenizer.max_length} tokens: raise data.max_length, or remove it"
-            )
-    return counts
 
 
 def cumulated(counts: Sequence[int]) -> list[int]:
@@ -81,8 +47,10 @@ class Recorder:
         """Name, dtype and shape of every tensor that `run` yields."""
         specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for k, of_expert in enumerate(self.counts):
-            if self.asks.temperature is not None:
-                rows, width = self._rows(k), self._width(k)
+            if self.asks.temperature is not None and self.sizes.kinds[k] == "values":
+                specs[f"{k}.values"] = (torch.float32, (len(of_expert), self.sizes.logits[k]))
+            elif self.asks.temperature is not None:
+                rows, width = self.row_starts(k)[-1], self._width(k)
                 specs[f"{k}.log_p"] = (torch.float32, (rows, width))
                 if width < self.sizes.logits[k]:
                     specs[f"{k}.tokens"] = (torch.int32, (rows, width))
@@ -110,7 +78,7 @@ class Recorder:
         collectives of a sharded model need all processes.
         """
         starts = cumulated(self.counts[k])
-        row_starts = list(range(len(examples) + 1)) if self._under_head(k) else starts
+        row_starts = self.row_starts(k)
         parts: dict[str, Tensor] = {
             name.partition(".")[2]: torch.empty(shape, dtype=dtype)
             for name, (dtype, shape) in self.specs().items()
@@ -144,28 +112,43 @@ class Recorder:
         outputs = self.resident(batch, self.asks.layers)
         signals = {f"hidden.{i}": state[batch.mask] for i, state in outputs.hidden.items()}
         if (temperature := self.asks.temperature) is not None:
-            logits = outputs.logits if outputs.logits.dim() == 2 else outputs.logits[batch.mask]
+            if outputs.kind == "values":
+                return signals | {"values": outputs.logits.float()}
             width = self._width(k)
             pieces = [
-                _largest((rows.float() / temperature).log_softmax(-1), width)
-                for rows in torch.split(logits, ROWS)
+                _largest(_padded((rows.float() / temperature).log_softmax(-1), self.sizes.logits[k]), width)
+                for rows in torch.split(_rows(outputs, batch.mask), ROWS)
             ]
             signals |= {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         return signals
 
-    def _under_head(self, k: int) -> bool:
-        return self.sizes.classes or self.resident.classifiers[k] is not None
-
-    def _rows(self, k: int) -> int:
-        return len(self.counts[k]) if self._under_head(k) else sum(self.counts[k])
+    def row_starts(self, k: int) -> list[int]:
+        """The rows of logits of example i: from the i-th number to the next."""
+        counts = self.counts[k]
+        each = {"spans": 2, "labels": self.sizes.labels[k]}.get(self.sizes.kinds[k], 1)
+        return cumulated(counts if self.sizes.kinds[k] == "tokens" else [each] * len(counts))
 
     def _width(self, k: int) -> int:
         """Recorded probabilities per row: all if they fit into the budget, else as many as fit."""
-        rows = [self._rows(j) for j in range(len(self.counts))]
+        if self.sizes.kinds[k] in ("spans", "labels"):
+            return self.sizes.logits[k]
+        rows = [self.row_starts(j)[-1] for j in range(len(self.counts))]
         if sum(4 * R * V for R, V in zip(rows, self.sizes.logits, strict=True)) <= self.budget:
             return self.sizes.logits[k]
         fitting = self.budget // (8 * sum(rows))  # one float32 and one int32 each
         return max(1, min(self.sizes.logits[k], fitting))
+
+
+def _rows(outputs: Outputs, mask: Tensor) -> Tensor:
+    """The logits' rows [R, V] that are compared."""
+    if outputs.kind == "tokens":
+        return outputs.logits[mask]
+    return outputs.logits.flatten(0, -2)
+
+
+def _padded(log_p: Tensor, width: int) -> Tensor:
+    """Rows of a batch's positions, as wide as those of the longest example."""
+    return torch.nn.functional.pad(log_p, (0, width - log_p.shape[-1]), value=-torch.inf)
 
 
 def _largest(log_p: Tensor, width: int) -> dict[str, Tensor]:

@@ -18,8 +18,10 @@ from torch import Tensor
 from trainmerge.data.batch import Asks, Predictions, Signals
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.model.output_sizes import count_positions, output_sizes
+from trainmerge.model.own_head import OwnModel
 from trainmerge.model.resident import Resident
-from trainmerge.model.teacher_recorder import Recorder, count_positions, cumulated, output_sizes
+from trainmerge.model.teacher_recorder import Recorder, cumulated
 from trainmerge.system import distributed
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 from trainmerge.system.workspace import digest, metadata_of, open_cached
@@ -47,7 +49,9 @@ class Record:
         hidden = {
             layer: _rows(self.parts[f"hidden.{layer}"], self.starts, ids).to(device) for layer in self.layers
         }
-        return Signals(predictions, hidden)
+        values = self.parts.get("values")
+        numbers = None if values is None else _rows(values, self.row_starts, ids).to(device)
+        return Signals(predictions, hidden, numbers)
 
 
 def _rows(part: Tensor, starts: Sequence[int], ids: Tensor) -> Tensor:
@@ -78,7 +82,9 @@ def record_teachers(
     if not distributed.broadcast(path.exists()):
         _make(path, resident, examples, tokenizer, asks, budget)
     file = open_cached(path)
-    records = [_open(file, k, starts, asks) for k, starts in enumerate(metadata_of(file, "starts"))]
+    starts = metadata_of(file, "starts")
+    rows = metadata_of(file, "row_starts") if file.metadata.get("row_starts") else [None] * len(starts)
+    records = [_open(file, k, starts[k], rows[k], asks) for k in range(len(starts))]
     if distributed.rank() == 0:
         _print_left_out(records)
     return records
@@ -98,23 +104,26 @@ def _make(
     take part in the recording, because collectives of a sharded model need all of them: rank 0 looks for
     the file, and all wait until it is written.
     """
-    counts = [count_positions(k, own, tokenizer) for k, own in enumerate(examples)]
-    sizes = output_sizes(resident, tokenizer, asks, examples[0][0])
+    counts = [count_positions(resident, k, own, tokenizer) for k, own in enumerate(examples)]
+    sizes = output_sizes(resident, tokenizer, asks, examples)
     recorder = Recorder(resident, tokenizer, asks, counts, sizes, budget)
     path.parent.mkdir(parents=True, exist_ok=True)
-    starts = json.dumps([cumulated(of_expert) for of_expert in counts])
+    told = {"starts": json.dumps([cumulated(of_expert) for of_expert in counts])}
+    if any(isinstance(head, OwnModel) for head in resident.classifiers):
+        told["row_starts"] = json.dumps([recorder.row_starts(k) for k in range(len(counts))])
     if distributed.rank() == 0:
-        write_safetensors(path, recorder.specs(), recorder.run(examples), {"starts": starts})
+        write_safetensors(path, recorder.specs(), recorder.run(examples), told)
     else:
         deque(recorder.run(examples), maxlen=0)
     distributed.barrier()
 
 
-def _open(file: MappedFile, k: int, starts: list[int], asks: Asks) -> Record:
+def _open(file: MappedFile, k: int, starts: list[int], rows: list[int] | None, asks: Asks) -> Record:
     names = [name for name in file.tensors if name.startswith(f"{k}.")]
     parts = {name.partition(".")[2]: file.read(name) for name in names}
     under_head = "log_p" in parts and len(parts["log_p"]) == len(starts) - 1
-    return Record(parts, list(range(len(starts))) if under_head else starts, starts, asks.layers)
+    rows = rows or (list(range(len(starts))) if under_head else starts)
+    return Record(parts, rows, starts, asks.layers)
 
 
 def _print_left_out(records: Sequence[Record]) -> None:

@@ -13,8 +13,7 @@ from typing_extensions import override
 
 from trainmerge.data.batch import Asks, Batch, Outputs
 from trainmerge.objectives.base import Objective
-from trainmerge.objectives.divergence import divergence
-from trainmerge.objectives.rows import counted, example_mean, recorded
+from trainmerge.objectives.rows import example_mean, expert_divergence
 from trainmerge.system.ranges import check_fields
 
 Distance = Literal["squared", "mse", "normalised", "cosine"]
@@ -23,6 +22,8 @@ Distance = Literal["squared", "mse", "normalised", "cosine"]
 @dataclass(frozen=True)
 class Alignment(Objective):
     """logits * T^2 KL(expert || merge) + hidden * distance(hidden states), averaged over unmasked positions.
+
+    The output term of a regression is |v - v_k|^2, the squared distance of its numbers.
 
     Expert Merging (arXiv 2509.25712), its L_logit and L_hid. Task weights are `Expert.weight`, the paper's
     beta_k. The reference code minimises the cross-entropy instead of the KL divergence: same gradient, other
@@ -71,14 +72,13 @@ class Alignment(Objective):
         """Loss per example, [B]."""
         terms = [self.hidden * loss for loss in self._hidden(outputs, batch)]
         if self.logits:
-            terms.append(self.logits * self.temperature**2 * self._output(outputs.logits, batch))
+            terms.append(self._output(outputs, batch))
         return torch.stack(terms).sum(dim=0)
 
-    def _output(self, logits: Tensor, batch: Batch) -> Tensor:
-        if logits.dim() == 2:  # a classification head: one row per example
-            return divergence(recorded(batch), logits, temperature=self.temperature)
-        losses = divergence(recorded(batch), logits, counted(batch.mask), self.temperature)
-        return example_mean(losses, batch.mask)
+    def _output(self, outputs: Outputs, batch: Batch) -> Tensor:
+        if outputs.kind == "values":
+            return self.logits * _squared_distance(outputs.logits, batch)
+        return self.logits * self.temperature**2 * expert_divergence(outputs, batch, self.temperature)
 
     def _hidden(self, outputs: Outputs, batch: Batch) -> list[Tensor]:
         """One [B] per layer, each divided by the number of layers."""
@@ -102,3 +102,11 @@ class Alignment(Objective):
         if self.distance == "normalised":
             return squared / expert.square().sum(dim=-1).clamp_min(torch.finfo(expert.dtype).tiny)
         return squared
+
+
+def _squared_distance(values: Tensor, batch: Batch) -> Tensor:
+    """|v - v_k|^2 of a regression's numbers [B, V] -> [B]."""
+    if batch.teacher is None or batch.teacher.values is None:
+        raise ValueError("the batch has no recorded expert values: record the experts first")
+    told = batch.teacher.values.to(torch.promote_types(values.dtype, torch.float32))
+    return (values.to(told.dtype) - told).square().sum(dim=-1)

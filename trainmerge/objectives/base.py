@@ -26,6 +26,11 @@ class Objective(ABC):
         return False
 
     @property
+    def needs_predictions(self) -> bool:
+        """Whether it needs probabilities, which the numbers of a regression are not."""
+        return False
+
+    @property
     def couples(self) -> bool:
         """Whether an example's loss depends on the others of its batch, which then must not be split."""
         return False

@@ -11,8 +11,7 @@ from typing_extensions import override
 
 from trainmerge.data.batch import Asks, Batch, Outputs
 from trainmerge.objectives.base import Objective
-from trainmerge.objectives.divergence import divergence
-from trainmerge.objectives.rows import counted, example_mean, recorded
+from trainmerge.objectives.rows import expert_divergence, reduced
 from trainmerge.system import distributed
 from trainmerge.system.ranges import check_fields
 
@@ -75,6 +74,11 @@ class Entropy(Objective):
 
     @property
     @override
+    def needs_predictions(self) -> bool:
+        return True
+
+    @property
+    @override
     def couples(self) -> bool:
         return bool(self.diversity)
 
@@ -83,27 +87,24 @@ class Entropy(Objective):
         """Loss per example, [B].
 
         Raises:
-            ValueError: diversity needs one row of logits per example, these are token-level.
+            ValueError: diversity needs one row of logits per example, these are token-level; or a regression.
         """
-        logits = outputs.logits
-        token_level = logits.dim() == 3
-        if token_level and self.diversity:
+        logits, kind = outputs.logits, outputs.kind
+        if kind != "classes" and self.diversity:
             raise ValueError("diversity needs a classification head; language models have none")
-        loss = _token_entropy(logits, batch.mask) if token_level else entropy(logits)
+        if kind == "values":
+            raise ValueError("the numbers of a regression have no entropy: use Alignment")
+        if kind == "tokens":
+            loss = _token_entropy(logits, batch.mask)
+        else:
+            loss = reduced(entropy(logits), kind, len(logits))
         if self.diversity:
             loss = loss - self.diversity * marginal_cross_entropy(logits, batch.share)
         if self.agreement:
-            loss = loss + self.agreement * _disagreement(logits, batch)
+            loss = loss + self.agreement * expert_divergence(outputs, batch)
         return loss
 
 
 def _token_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     weights = mask.to(torch.float32)
     return (entropy(logits) * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
-
-
-def _disagreement(logits: Tensor, batch: Batch) -> Tensor:
-    """KL(expert || merge) per example, [B]."""
-    if logits.dim() == 2:
-        return divergence(recorded(batch), logits)
-    return example_mean(divergence(recorded(batch), logits, counted(batch.mask)), batch.mask)

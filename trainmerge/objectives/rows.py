@@ -1,12 +1,13 @@
 """Rows of a batch: its unmasked positions, the expert's outputs there, and means per example.
 
-Legend: `B` examples, `T` tokens, `P` counted positions of a batch, row-major over its mask.
+Legend: `B` examples, `T` tokens, `P` counted positions of a batch, row-major over its mask, `R` rows.
 """
 
 import torch
 from torch import Tensor
 
-from trainmerge.data.batch import Batch, Predictions
+from trainmerge.data.batch import Batch, Kind, Outputs, Predictions
+from trainmerge.objectives.divergence import divergence
 
 
 def recorded(batch: Batch) -> Predictions:
@@ -18,6 +19,27 @@ def recorded(batch: Batch) -> Predictions:
     if batch.teacher is None or batch.teacher.predictions is None:
         raise ValueError("the batch has no recorded expert predictions: record the experts first")
     return batch.teacher.predictions
+
+
+def expert_divergence(outputs: Outputs, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """KL(expert || merge) of the batch's predictions per example, [B].
+
+    The mean over counted tokens, or over begin and end of an answer; the sum over independent labels, which
+    is the divergence of their joint distribution.
+    """
+    told = recorded(batch)
+    if outputs.kind == "tokens":
+        rows = divergence(told, outputs.logits, counted(batch.mask), temperature)
+        return example_mean(rows, batch.mask)
+    if outputs.kind == "spans":  # recorded as wide as the longest example
+        told = told._replace(log_p=told.log_p[:, : outputs.logits.shape[-1]])
+    return reduced(divergence(told, outputs.logits, None, temperature), outputs.kind, len(batch.ids))
+
+
+def reduced(rows: Tensor, kind: Kind, examples: int) -> Tensor:
+    """One number per example [B] from its rows [R] or [B, ...]: one, begin and end, or one per label."""
+    of_each = rows.reshape(examples, -1)
+    return of_each.sum(dim=1) if kind == "labels" else of_each.mean(dim=1) if kind == "spans" else rows
 
 
 def counted(mask: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 from trainmerge.data.batch import Asks, Batch, Outputs, Predictions, Signals
 from trainmerge.data.heads import Classifier, Head
 from trainmerge.model.forward import build_classifier, forward
+from trainmerge.model.own_head import OwnModel
 from trainmerge.objectives import Objective
 from trainmerge.plan.ledger import Ledger
 
@@ -39,7 +40,7 @@ def dry_run(
     trained: Collection[str],
     rounds: Sequence[Sequence[Batch]],
     objective: Objective,
-    heads: Mapping[int, Head] | None = None,
+    heads: Mapping[int, Head | OwnModel] | None = None,
     dtypes: Mapping[str, torch.dtype] | torch.dtype = torch.float32,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     recorded: int = 0,
@@ -53,7 +54,7 @@ def dry_run(
         trained: Its parameters that require gradients; each gradient is freed as soon as it is complete.
         rounds: The batches whose losses share a backward, in order.
         objective: The loss; the expert outputs that it needs are placeholders.
-        heads: The tasks' classification heads, by expert; empty for language models.
+        heads: The tasks' heads, by expert, own ones over `module`; empty for language models.
         dtypes: The parameters' dtypes, by name, or one for all.
         precision: The fit's autocast.
         recorded: Recorded probabilities of an expert per row; 0 is all of them.
@@ -93,13 +94,16 @@ def _on_fake_tensors(
     trained: Collection[str],
     rounds: Sequence[Sequence[Batch]],
     objective: Objective,
-    heads: Mapping[int, Head],
+    heads: Mapping[int, Head | OwnModel],
     dtypes: Mapping[str, torch.dtype] | torch.dtype,
     precision: Callable[[], AbstractContextManager[Any]],
     recorded: int,
 ) -> DryRun:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _make_fake(module, dtypes)
+        made = _make_fake(module, dtypes)
+        for head in heads.values():
+            if isinstance(head, OwnModel):
+                _make_rest_fake(head.module, made, next(module.parameters()).dtype)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
             if name in trained:
@@ -121,7 +125,11 @@ def _on_fake_tensors(
 
 
 def _loss(
-    module: nn.Module, batch: Batch, objective: Objective, classifier: Classifier | None, recorded: int
+    module: nn.Module,
+    batch: Batch,
+    objective: Objective,
+    classifier: Classifier | OwnModel | None,
+    recorded: int,
 ) -> Tensor:
     fake = batch._replace(
         inputs={name: torch.empty_like(value) for name, value in batch.inputs.items()},
@@ -136,14 +144,18 @@ def _signals(asks: Asks, outputs: Outputs, recorded: int) -> Signals:
     hidden = {i: state.flatten(0, -2).to(asks.dtype) for i, state in outputs.hidden.items()}
     if asks.temperature is None:
         return Signals(None, hidden)
+    if outputs.kind == "values":
+        return Signals(None, hidden, torch.empty(outputs.logits.shape))
     rows, classes = outputs.logits.shape[:-1].numel(), outputs.logits.shape[-1]
-    if not 0 < recorded < classes:
+    if not 0 < recorded < classes or outputs.kind in ("spans", "labels"):
         return Signals(Predictions(torch.empty(rows, classes)), hidden)
     tokens = torch.empty(rows, recorded, dtype=torch.int32)
     return Signals(Predictions(torch.empty(rows, recorded), tokens, torch.empty(rows)), hidden)
 
 
-def _classifier(head: Head, module: nn.Module) -> Classifier | None:
+def _classifier(head: Head | OwnModel, module: nn.Module) -> Classifier | OwnModel | None:
+    if isinstance(head, OwnModel):
+        return head
     with torch.no_grad():
         return build_classifier(head, module, _short)
 
@@ -153,8 +165,11 @@ def _short(texts: Sequence[str]) -> Mapping[str, Tensor]:
     return dict.fromkeys(("input_ids", "attention_mask"), torch.zeros(len(texts), 4, dtype=torch.int64))
 
 
-def _make_fake(module: nn.Module, dtypes: Mapping[str, torch.dtype] | torch.dtype) -> None:
-    """Replace every parameter and buffer by a fake one on the CPU; tied ones stay tied."""
+def _make_fake(module: nn.Module, dtypes: Mapping[str, torch.dtype] | torch.dtype) -> dict[int, Tensor]:
+    """Replace every parameter and buffer by a fake one on the CPU; tied ones stay tied.
+
+    Returns the fake one of each former one, by its `id`.
+    """
     made: dict[int, Tensor] = {}
     for prefix, part in module.named_modules():
         for name, parameter in part._parameters.items():
@@ -170,6 +185,21 @@ def _make_fake(module: nn.Module, dtypes: Mapping[str, torch.dtype] | torch.dtyp
             for name, tensor in store.items():
                 if tensor is not None:
                     store[name] = made[id(tensor)]  # type: ignore[assignment]
+    return made
+
+
+def _make_rest_fake(module: nn.Module, made: Mapping[int, Tensor], dtype: torch.dtype) -> None:
+    """The same for what an expert's class has beside the modules of the model."""
+    done = {id(tensor) for tensor in made.values()}
+    for part in module.modules():
+        for store in (part._parameters, part._buffers):
+            for name, tensor in store.items():
+                if tensor is None or id(tensor) in done:
+                    continue
+                kind = dtype if tensor.is_floating_point() else tensor.dtype
+                fake = made.get(id(tensor), torch.empty(tensor.shape, dtype=kind))
+                frozen = nn.Parameter(fake, False) if isinstance(tensor, nn.Parameter) else fake
+                store[name] = made.get(id(tensor), frozen)  # type: ignore[assignment]
 
 
 def _drop(parameter: Tensor) -> None:

@@ -7,6 +7,7 @@ from trainmerge.preprocess.consensus import Consensus
 from trainmerge.preprocess.dare import Dare
 from trainmerge.preprocess.doge import Doge
 from trainmerge.preprocess.fisher import Fisher
+from trainmerge.preprocess.in_memory import apply_in_memory
 from trainmerge.preprocess.opcm import Opcm
 from trainmerge.preprocess.optmerge import OptMerge
 from trainmerge.preprocess.pcb import Pcb
@@ -44,6 +45,7 @@ __all__ = [
     "Wudi",
     "apply",
     "apply_for_one_pass",
+    "apply_in_memory",
     "in_pieces",
     "key_after",
 ]

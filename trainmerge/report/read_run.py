@@ -112,12 +112,13 @@ def _metric(evaluation: Path, heads: bool) -> Metric:
     content = read_json(evaluation, AGAIN) if evaluation.exists() else {}
     learned = content.get("learned")
     measures = learned.get("measures") if isinstance(learned, Mapping) else None
-    for own in measures.values() if isinstance(measures, Mapping) else ():
-        names = list(own) if isinstance(own, Mapping) else []
-        if names[:1] == [ACCURACY.name]:
-            return ACCURACY
-        if names[:1] == [PERPLEXITY.name]:
-            return PERPLEXITY
+    tasks = measures.values() if isinstance(measures, Mapping) else ()
+    firsts = {next(iter(own), "") for own in tasks if isinstance(own, Mapping)}
+    for name in ("accuracy", "perplexity", "exact_match", "f1", "pearson"):
+        if firsts == {name}:
+            return Metric(name)
+    if len(firsts) > 1:
+        return Metric("score")
     return ACCURACY if heads else PERPLEXITY
 
 

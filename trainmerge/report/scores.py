@@ -28,13 +28,13 @@ def relative(scores: Scores, metric: Metric) -> dict[str, dict[str, float]]:
 
     def near(score: float, task: str) -> float:
         assert expert is not None
-        if metric.name == "accuracy":
+        if metric.name != "perplexity":
             return score / expert[task]
         assert base is not None
         return math.log(base[task] / score) / math.log(base[task] / expert[task])
 
     def sound(task: str) -> bool:
-        return bool(expert[task]) and (metric.name == "accuracy" or base[task] != expert[task])  # type: ignore[index]
+        return bool(expert[task]) and (metric.name != "perplexity" or base[task] != expert[task])  # type: ignore[index]
 
     tasks = [task for task in expert if sound(task)]
     return {row: {task: near(own[task], task) for task in tasks} for row, own in scores.items()}
@@ -49,8 +49,8 @@ def score_picture(scores: Scores, metric: Metric) -> Picture | None:
     shown = {row: own for row, own in rows.items() if row != "expert"}
     figure = _radar(shown, tasks) if len(tasks) > 2 else _bars(shown, tasks)
     what = (
-        "accuracy / the expert's accuracy"
-        if metric.name == "accuracy"
+        f"{metric.name} / the expert's {metric.name}"
+        if metric.name != "perplexity"
         else "the share of the log-perplexity gap between base and expert that is closed"
     )
     means = {row: sum(own.values()) / len(own) for row, own in shown.items()}

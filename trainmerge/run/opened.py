@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainmerge.checkpoints import Checkpoint, Sources, Stamp, as_recorded, fingerprint, verify
 from trainmerge.coefficients.layout import Layout
@@ -12,6 +13,9 @@ from trainmerge.system import distributed
 from trainmerge.system.atomic import write_whole
 from trainmerge.system.workspace import digest
 from trainmerge.task_vectors.delta import TaskVectors
+
+if TYPE_CHECKING:
+    from trainmerge.checkpoints import OwnHead
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,14 @@ class Opened:
         if self.known_checksums is not None:
             return {name: dict(files) for name, files in self.known_checksums.items()}
         return {name: fingerprint(folder) for name, folder in self.folders.items()}
+
+    @cached_property
+    def own_heads(self) -> "dict[str, OwnHead]":
+        """The heads of experts whose files have one that is not merged; imports transformers."""
+        from trainmerge.checkpoints import find_own_heads  # imports transformers, which `reopen` avoids
+
+        experts = {name: folder for name, folder in self.folders.items() if name in self.sources.experts}
+        return find_own_heads(self.base, experts, self.sources, self.ignore)
 
     def verify(self, recorded: Mapping[str, Mapping[str, str]] | None = None) -> None:
         """Compute the checksums and raise ValueError for every NaN and infinity, in one reading.

@@ -19,6 +19,7 @@ from trainmerge.preprocess import Preprocess
 from trainmerge.run.names import check_names
 from trainmerge.run.opened import Opened
 from trainmerge.system.ranges import check_fields
+from trainmerge.system.text import shortened
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Expert:
         path: A transformers checkpoint folder, or a peft adapter folder.
         calibration: Unlabeled examples to learn from: a JSONL, CSV, parquet or text file, or a saved dataset.
         test: Labelled examples, for `evaluate` only; a fit never reads their labels.
-        head: The task's frozen classification head; none for a language model.
+        head: The task's frozen head: a class, or `own`, the head in the expert's files by its own class. That
+            one is used without `head` too, where the base has no head of the same labels.
         weight: Weight of this task in the loss.
         validation: Labelled examples for `search` to choose coefficients by; separate from `test`.
     """
@@ -37,12 +39,12 @@ class Expert:
     path: str
     calibration: str | None = None
     test: str | None = None
-    head: Head | None = None
+    head: Head | Literal["own"] | None = None
     weight: float = 1.0
     validation: str | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, f"expert {self.path}", weight="[0, inf)")
+        check_fields(self, f"expert {shortened(str(self.path), 200)}", weight="[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Recipe:
             allow_pickle=self.allow_pickle,
             workspace=workspace,
             shared_vocabulary=self.vocabulary == "shared",
+            own_heads=[name for name, expert in self.experts.items() if expert.head == "own"],
         )
         return self._opened(base, sources, self.stamps())
 

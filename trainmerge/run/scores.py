@@ -12,7 +12,7 @@ Scores = dict[str, dict[str, float]]  # row of a table -> task -> score
 class Metric:
     """One kind of score."""
 
-    name: Literal["accuracy", "perplexity"]
+    name: Literal["accuracy", "perplexity", "exact_match", "f1", "pearson", "score"]  # `score`: several kinds
 
     @property
     def sign(self) -> int:
@@ -33,13 +33,14 @@ class Metric:
     def normalised(self, rows: Scores) -> dict[str, float]:
         """Each row's score relative to the experts; empty without their scores.
 
-        Accuracy: mean over the tasks of score / the expert's score, without tasks where that is 0.
+        Accuracy and the like: mean over the tasks of score / the expert's score, without tasks where that is
+        0.
         Perplexity: the share of the gap between base and experts that is closed, in logs of the means.
         """
         if "expert" not in rows:
             return {}
         expert = rows["expert"]
-        if self.name == "accuracy":
+        if self.name != "perplexity":
             used = [task for task in expert if expert[task]]
             return {
                 row: sum(scores[task] / expert[task] for task in used) / len(used)

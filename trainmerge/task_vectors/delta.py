@@ -3,7 +3,7 @@
 Legend: `K` experts, `C` chunks of one parameter, `*S` parameter shape.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,7 @@ from trainmerge.kernels import (
 )
 from trainmerge.kernels.quantised import decode
 from trainmerge.task_vectors.roles import Role, num_matrices
+from trainmerge.task_vectors.state_dicts import Compared, StateDict, compare
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,51 @@ class TaskVectors:
 
     experts: tuple[str, ...]  # K names, in coefficient order
     deltas: Mapping[str, Delta]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.experts, Mapping) or not all(isinstance(d, Delta) for d in self.deltas.values()):
+            raise TypeError(
+                "TaskVectors takes the experts' names and one Delta per parameter; for state dicts use "
+                "TaskVectors.from_state_dicts(base, {name: state_dict})"
+            )
+
+    @staticmethod
+    def from_state_dicts(
+        base: StateDict,
+        experts: Mapping[str, StateDict],
+        *,
+        ignore: Sequence[str] = (),
+        buffers: Collection[str] = (),
+        roles: Mapping[str, Role] | None = None,
+    ) -> "TaskVectors":
+        """The task vectors of state dicts of one architecture. Nothing is copied, except from a GPU.
+
+        Args:
+            base: The state dict that the experts were fine-tuned from.
+            experts: Name -> state dict.
+            ignore: fnmatch patterns of tensors that are neither compared nor merged: an expert's own head.
+            buffers: Names of further buffers, which are not merged. The statistics of batch norms
+                (`running_mean`, `running_var`) are known by name.
+            roles: Parameter -> what it is in its layer, for methods that treat layers differently; by default
+                two dimensions are outputs x inputs.
+
+        Raises:
+            ValueError: lists every difference of names, shapes and kinds.
+        """
+        return TaskVectors.of_compared(base, compare(base, experts, ignore, buffers), roles or {})
+
+    @staticmethod
+    def of_compared(base: StateDict, found: Compared, roles: Mapping[str, Role]) -> "TaskVectors":
+        """`from_state_dicts` after its comparison."""
+        deltas = {
+            name: Delta(
+                base[name].detach().cpu(),
+                tuple(ExpertWeight(own[name].cpu()) for own in found.experts.values()),
+                roles.get(name, ""),
+            )
+            for name in found.parameters
+        }
+        return TaskVectors(tuple(found.experts), deltas)
 
     @property
     def shapes(self) -> dict[str, torch.Size]:

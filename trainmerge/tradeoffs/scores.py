@@ -12,10 +12,14 @@ from trainmerge.evaluate.runs import build_heads
 from trainmerge.evaluate.score_task import Subject, score_task
 from trainmerge.fitting.calibration_loss import calibration_loss
 from trainmerge.fitting.module import MergeModule
+from trainmerge.run.heads import task_heads
 from trainmerge.run.scores import PERPLEXITY
 
 Score = Callable[[], float]  # of the model's current weights; higher is better
-SIGNS = {"accuracy": 1, "macro_f1": 1, "calibration_error": -1, "perplexity": -1, "bits_per_byte": -1}
+SIGNS = {
+    "accuracy": 1, "macro_f1": 1, "f1": 1, "exact_match": 1, "pearson": 1, "spearman": 1,
+    "calibration_error": -1, "perplexity": -1, "bits_per_byte": -1, "mse": -1,
+}  # fmt: skip
 
 
 def make_score(
@@ -61,11 +65,12 @@ def imported(path: str, options: Mapping[str, Any]) -> Callable[[nn.Module], flo
 
 
 def _measured(name: str, module: MergeModule, data: Calibration, limit: int | None) -> Score:
-    tasks, _ = load_tasks(module.recipe, data.tokenize, data.columns, limit, "validation")
+    own = task_heads(module.recipe, module.opened)
+    tasks, _ = load_tasks(module.recipe, data.tokenize, data.columns, limit, "validation", own)
     resident = module.resident
     model = resident.merged.module
     with resident.merged.uniform(module.start.new_zeros(len(tasks)), everywhere=True):
-        heads = build_heads(model, tasks, data.tokenize)
+        heads = build_heads(model, tasks, data.tokenize, resident.merged.names)
     subject = Subject(model, heads, data.tokenize)
 
     def score() -> float:

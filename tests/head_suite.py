@@ -1,0 +1,143 @@
+"""`make suite-heads`: classifiers with heads of their own, trained here on the text suite's data and merged.
+
+Three ways to have a head: BERT's class whose pooler the base has too, the same over a base without a pooler,
+and a peft adapter of the task. Alignment is compared with the best single coefficient, between base and
+experts. Trained experts and finished fits are kept, so the same command goes on.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoTokenizer, BertForMaskedLM, BertForSequenceClassification, BertModel
+
+from trainmerge.cli import main as command
+
+BASE, TEXTS = Path("data/cache/models/minilm-l6"), Path("data/cache/text")
+EXPERTS, RUNS = Path("data/cache/experts/heads"), Path("runs/suite-heads")
+FULL, ADAPTED = ("movie", "amazon"), "r8"
+LENGTH = 64  # tokens
+
+
+def rows_of(task: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (TEXTS / task / "train.jsonl").read_text().splitlines()]
+
+
+def train(task: str, steps: int, adapter: bool) -> None:
+    """Train one expert with its head, unless its folder is there."""
+    folder = EXPERTS / str(steps) / task
+    if folder.exists():
+        return
+    rows, tokenizer = rows_of(task), AutoTokenizer.from_pretrained(BASE)
+    torch.manual_seed(0)
+    labels = len(json.loads((TEXTS / task / "labels.json").read_text()))
+    model: Any = BertForSequenceClassification.from_pretrained(BASE, num_labels=labels)
+    model.bert.embeddings.requires_grad_(False)
+    rate = 1e-4
+    if adapter:
+        targets = ["query", "key", "value", "intermediate.dense", "output.dense"]
+        model, rate = (
+            get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, target_modules=targets)),
+            1e-3,
+        )
+    learn(model.train(), tokenizer, rows, steps, rate)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def learn(
+    model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, Any]], steps: int, rate: float
+) -> None:
+    """AdamW with a linear schedule, the head's rate ten times as high."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    heads = [p for name, p in named if "classifier" in name]
+    body = [p for name, p in named if "classifier" not in name]
+    groups = [{"params": body, "lr": rate}, {"params": heads, "lr": 10 * rate}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    order = random.Random(0)
+    for _ in range(steps):
+        part = order.sample(list(rows), 16)
+        inputs = tokenizer(
+            [row["text"] for row in part],
+            truncation=True,
+            max_length=LENGTH,
+            padding=True,
+            return_tensors="pt",
+        )
+        model(**inputs, labels=torch.tensor([row["label"] for row in part])).loss.backward()
+        nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def without_pooler() -> Path:
+    """The base as a masked language model, whose class has no pooler."""
+    folder = EXPERTS / "base-without-pooler"
+    if not folder.exists():
+        body, tokenizer = BertModel.from_pretrained(BASE), AutoTokenizer.from_pretrained(BASE)
+        torch.manual_seed(0)
+        model = BertForMaskedLM(body.config)
+        model.bert.load_state_dict(body.state_dict(), strict=False)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def score(
+    name: str, base: Path, experts: Path, tasks: Sequence[str], steps: int, limit: int
+) -> dict[str, float]:
+    """Fit and evaluate one merge: the mean accuracy of each row."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    each = {"path": f"{experts}/{{name}}", "calibration": f"{TEXTS}/{{name}}/calibration.jsonl",
+            "test": f"{TEXTS}/{{name}}/test.jsonl", "head": "own"}  # fmt: skip
+    content = {
+        "recipe": {"base": str(base), "each": each, "experts": list(tasks),
+                   "grouping": {"granularity": "tensor", "exclude": ["*embeddings.*"]}},
+        "model": {"objective": {"class_path": "trainmerge.Alignment"}, "initial": 0.3,
+                  "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.05}}},
+        "data": {"batch_size": 8, "max_examples": 64, "max_length": LENGTH},
+        "trainer": {"accelerator": "cpu", "max_steps": steps, "enable_progress_bar": False},
+    }  # fmt: skip
+    file = RUNS / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert command(["fit", str(file), str(RUNS / name), "--no-report"]) == 0
+    assert command(["evaluate", str(RUNS / name), "--limit", str(limit)]) == 0
+    scores = json.loads((RUNS / name / "scores.json").read_text())
+    return {row: own["mean"] for row, own in scores.items()}
+
+
+def main() -> None:
+    """Train, merge, and print the share of the gap that alignment closes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train-steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--limit", type=int, default=200)
+    given = parser.parse_args()
+    for task in FULL:
+        train(task, given.train_steps, adapter=False)
+    train(ADAPTED, given.train_steps, adapter=True)
+    print("| base | experts | best single coefficient | alignment | experts | share of the gap |")
+    print("|---|---|---|---|---|---|")
+    for name, base, tasks in (
+        ("pooler-merged", BASE, (*FULL, ADAPTED)),
+        ("own-poolers", without_pooler(), FULL),
+    ):
+        experts = EXPERTS / str(given.train_steps)
+        means = score(name, base, experts, tasks, given.steps, given.limit)
+        best = max(mean for row, mean in means.items() if row not in ("learned", "expert"))
+        share = (means["learned"] - best) / (means["expert"] - best)
+        cells = (f"{best:.3f}", f"{means['learned']:.3f}", f"{means['expert']:.3f}", f"{share:.2f}")
+        print(f"| {name} | {', '.join(tasks)} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

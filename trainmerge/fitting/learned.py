@@ -1,0 +1,38 @@
+"""Warn of coefficients that a fit did not move, or that are at a bound.
+
+Legend: `K` experts, `G` coefficient groups.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from trainmerge.coefficients.coefficients import Coefficients
+
+MOVED = 1e-4  # change of a coefficient, below which nothing was learned
+AT_BOUND = 0.25  # share of coefficients at a bound
+
+
+def warn_if_unchanged(coefficients: Coefficients, start: Tensor, steps: str) -> None:
+    """Warn if no coefficient [K, G] moved from `start`; `steps` is the name of that setting."""
+    moved = (coefficients().detach().cpu() - start.cpu()).abs().max().item()
+    if moved < MOVED:
+        warnings.warn(
+            f"the coefficients changed by at most {moved:.1e}: raise the learning rate or {steps}",
+            stacklevel=2,
+        )
+
+
+def warn_if_at_bound(coefficients: Coefficients) -> None:
+    """Warn if many coefficients are at a bound of the constraint."""
+    fixed = {*coefficients.layout.fixed}
+    learned = [group for group in range(coefficients.raw.shape[1]) if group not in fixed]
+    with torch.no_grad():
+        share = coefficients.constraint.at_bound(coefficients())[:, learned].float().mean().item()
+    if share >= AT_BOUND:
+        warnings.warn(
+            f"{100 * share:.0f}% of the coefficients are at a bound of {coefficients.constraint}: widen it, "
+            "lower the learning rate, or remove the constraint",
+            stacklevel=2,
+        )
