@@ -85,6 +85,22 @@ def shown(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.6g}"
 
 
+def mergekit() -> str:
+    """Each method's distance from mergekit, and its cost."""
+    content = bench("mergekit")
+    found: dict[str, dict[str, float]] = {}
+    for row in content["figures"]:
+        method, figure = row["what"].split(": ", 1)
+        found.setdefault(method, {})[figure] = row["value"]
+    columns = list(dict.fromkeys(figure for own in found.values() for figure in own))
+    rows = [
+        [f"`{method}`", *(shown(own[column]) if column in own else "" for column in columns)]
+        for method, own in found.items()
+    ]
+    source = f"`{content['command']}`; {content['machine']}; {content['versions']}."
+    return f"{content['about']}\n\n{markdown(['method', *columns], rows)}\n\n{source}"
+
+
 def soak() -> str:
     """What `make soak` did to fits, and how they ended."""
     seen = json.loads((results.FOLDER / "soak.json").read_text())["seen"]
@@ -125,6 +141,7 @@ TABLES: dict[str, Callable[[], str]] = {
         f"bench-{file.stem}": (lambda group=file.stem: figures(group))
         for file in sorted((results.FOLDER / "bench").glob("*.json"))
     },
+    "bench-mergekit": mergekit,
 }
 
 

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trainmerge.checkpoints import Checkpoint, place_of
 from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.export.form import Form
 from trainmerge.kernels import Difference, LowRank, chunk_bounds
 from trainmerge.preprocess import Rule
 from trainmerge.system.background import ahead
@@ -32,99 +33,6 @@ from trainmerge.task_vectors.pieces import in_pieces
 READY = 8  # pieces queued for writing
 # Entries of a piece without a rule: fewer calls, and malloc still reuses its pages.
 PIECE = 1 << 19
-
-
-@dataclass(frozen=True)
-class CheckpointMerge:
-    """Base, task vectors and coefficients: computes each tensor of the merged checkpoint on request."""
-
-    base: Checkpoint
-    task_vectors: TaskVectors
-    coefficients: Coefficients
-    rule: Rule | None = None  # the last preprocessor's, applied inside the pass
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """The headers of the merged checkpoint's tensors, merged ones of modules after the model too."""
-        after = [name for names in self.after.values() for name in names]
-        return {**self.base.tensors, **{name: self.base.info(name) for name in after}}
-
-    @property
-    def shards(self) -> Mapping[str, tuple[str, ...]]:
-        """File name -> its tensors."""
-        return shard_names(self.base)
-
-    @property
-    def after(self) -> Mapping[str, tuple[str, ...]]:
-        """Path -> tensors, of modules after the model with a merged tensor."""
-        found: dict[str, list[str]] = {}
-        for name in self.base.side:
-            found.setdefault(f"{place_of(name)}/model.safetensors", []).append(name)
-        return {file: tuple(names) for file, names in found.items() if any(map(self.merged, names))}
-
-    def in_file(self, name: str) -> str:
-        """A tensor's name in its file: without its folder, if it is of a module after the model."""
-        return self.base.side[name].name if name in self.base.side else name
-
-    def merged(self, name: str) -> bool:
-        """Whether a tensor of the base's files is merged; others are bitwise the base's."""
-        return self.base.tied.get(name, name) in self.coefficients.layout.groups
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """A tensor of the base's files after the merge, as consecutive pieces of rows [*S] in its dtype.
-
-        Raises:
-            ValueError: a merged number is not finite.
-        """
-        if not self.merged(name):
-            yield self.base.read(name)
-            return
-        parameter = self.base.tied.get(name, name)
-        coefficients = self.coefficients.of(parameter, self.coefficients().detach())
-        for part, delta in self._deltas(parameter):
-            out = torch.empty_like(delta.base)
-            merge_rows(out, delta, part.start or 0, coefficients, self.task_vectors.deltas[parameter].shape)
-            if not bool(torch.isfinite(torch.stack(torch.aminmax(out))).all()):
-                raise ValueError(
-                    f"{name}: the merged tensor is not finite; check its coefficients with `trainmerge "
-                    "inspect`"
-                )
-            yield out
-
-    def _deltas(self, parameter: str) -> Iterator[tuple[slice, Delta]]:
-        """Pieces of a parameter with the differences that are merged."""
-        delta = self.task_vectors.deltas[parameter]
-        if self.rule is not None:
-            for part, piece, some in in_pieces(parameter, delta):
-                yield part, Delta(some.base, tuple(Difference(tau) for tau in self.rule(piece, some)))
-        elif any(isinstance(term, LowRank) for term in delta.terms):
-            yield slice(None), delta  # other block sizes round a product of factors differently
-        else:
-            yield from ((part, some) for part, _, some in in_pieces(parameter, delta, PIECE))
-
-    def read_ahead_of(self, name: str) -> None:
-        """Ask the kernel to read ahead the pages that `pieces` will need."""
-        read_ahead(self.base.read(name))
-        if self.merged(name):
-            for term in self.task_vectors.deltas[self.base.tied.get(name, name)].terms:
-                for tensor in term:
-                    if isinstance(tensor, Tensor):
-                        read_ahead(tensor)
-
-
-def merge_rows(out: Tensor, delta: Delta, first: int, coefficients: Tensor, whole: torch.Size) -> None:
-    """Merge some rows of a parameter of shape `whole`, from row `first` on, into `out`.
-
-    Coefficients [K, C] are the parameter's; chunks may start and end within these rows.
-    """
-    if coefficients.shape[1] == 1 or out.shape == whole:
-        delta.merge(out, coefficients)
-        return
-    bounds = chunk_bounds(whole[0], coefficients.shape[1])
-    for chunk, (begin, end) in enumerate(pairwise(bounds)):
-        rows = slice(max(begin - first, 0), min(end - first, len(out)))
-        if rows.start < rows.stop:
-            delta.rows(rows).merge(out[rows], coefficients[:, chunk : chunk + 1])
 
 
 class Tensors(Protocol):
@@ -155,6 +63,127 @@ class Tensors(Protocol):
         """Ask the kernel to read ahead the pages that `pieces` will need."""
 
 
+class Merged(Tensors, Protocol):
+    """The tensors of a merged checkpoint, under the names of its base's files."""
+
+    @property
+    def base(self) -> Checkpoint:
+        """The checkpoint whose names, shapes and side files the merge has."""
+
+    @property
+    def form(self) -> Form:
+        """Its dtype and files."""
+
+
+@dataclass(frozen=True)
+class CheckpointMerge:
+    """Base, task vectors and coefficients: computes each tensor of the merged checkpoint on request."""
+
+    base: Checkpoint
+    task_vectors: TaskVectors
+    coefficients: Coefficients
+    rule: Rule | None = None  # the last preprocessor's, applied inside the pass
+    form: Form = field(default_factory=Form)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The headers of the merged checkpoint's tensors, merged ones of modules after the model too."""
+        after = {name: self.base.info(name) for names in self.after.values() for name in names}
+        return self.form.headers({**self.base.tensors, **after})
+
+    @property
+    def shards(self) -> Mapping[str, tuple[str, ...]]:
+        """File name -> its tensors."""
+        return self.form.shards(self.base)
+
+    @property
+    def after(self) -> Mapping[str, tuple[str, ...]]:
+        """Path -> tensors, of modules after the model with a merged tensor."""
+        found: dict[str, list[str]] = {}
+        for name in self.base.side:
+            found.setdefault(f"{place_of(name)}/model.safetensors", []).append(name)
+        return {file: tuple(names) for file, names in found.items() if any(map(self.merged, names))}
+
+    def in_file(self, name: str) -> str:
+        """A tensor's name in its file: without its folder, if it is of a module after the model."""
+        return self.base.side[name].name if name in self.base.side else name
+
+    def merged(self, name: str) -> bool:
+        """Whether a tensor of the base's files is merged; others are bitwise the base's."""
+        return self.base.tied.get(name, name) in self.coefficients.layout.groups
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor of the base's files after the merge, as consecutive pieces of rows [*S] in `form`'s dtype.
+
+        Raises:
+            ValueError: a merged number is not finite.
+        """
+        info = self.base.info(name)
+        dtype = self.form.dtype_of(info)
+        if not self.merged(name):
+            yield finite(name, self.base.read(name).to(dtype), info.dtype)
+            return
+        parameter = self.base.tied.get(name, name)
+        coefficients = self.coefficients.of(parameter, self.coefficients().detach())
+        for part, delta in self._deltas(parameter):
+            out = torch.empty_like(delta.base, dtype=dtype)
+            merge_rows(out, delta, part.start or 0, coefficients, self.task_vectors.deltas[parameter].shape)
+            if not bool(torch.isfinite(torch.stack(torch.aminmax(out))).all()):
+                raise ValueError(
+                    f"{name}: the merged tensor is not finite; check its coefficients with `trainmerge "
+                    "inspect`"
+                )
+            yield out
+
+    def _deltas(self, parameter: str) -> Iterator[tuple[slice, Delta]]:
+        """Pieces of a parameter with the differences that are merged."""
+        delta = self.task_vectors.deltas[parameter]
+        if self.rule is not None:
+            for part, piece, some in in_pieces(parameter, delta):
+                yield part, Delta(some.base, tuple(Difference(tau) for tau in self.rule(piece, some)))
+        elif any(isinstance(term, LowRank) for term in delta.terms):
+            yield slice(None), delta  # other block sizes round a product of factors differently
+        else:
+            yield from ((part, some) for part, _, some in in_pieces(parameter, delta, PIECE))
+
+    def read_ahead_of(self, name: str) -> None:
+        """Ask the kernel to read ahead the pages that `pieces` will need."""
+        read_ahead(self.base.read(name))
+        if self.merged(name):
+            for term in self.task_vectors.deltas[self.base.tied.get(name, name)].terms:
+                for tensor in term:
+                    if isinstance(tensor, Tensor):
+                        read_ahead(tensor)
+
+
+def finite(name: str, converted: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor that was not merged, converted from `dtype`.
+
+    Raises:
+        ValueError: a number that the new dtype cannot hold.
+    """
+    if converted.dtype != dtype and not bool(torch.isfinite(converted).all()):
+        raise ValueError(
+            f"{name}: it is not finite in {str(converted.dtype).removeprefix('torch.')}; export another dtype"
+        )
+    return converted
+
+
+def merge_rows(out: Tensor, delta: Delta, first: int, coefficients: Tensor, whole: torch.Size) -> None:
+    """Merge some rows of a parameter of shape `whole`, from row `first` on, into `out`.
+
+    Coefficients [K, C] are the parameter's; chunks may start and end within these rows.
+    """
+    if coefficients.shape[1] == 1 or out.shape == whole:
+        delta.merge(out, coefficients)
+        return
+    bounds = chunk_bounds(whole[0], coefficients.shape[1])
+    for chunk, (begin, end) in enumerate(pairwise(bounds)):
+        rows = slice(max(begin - first, 0), min(end - first, len(out)))
+        if rows.start < rows.stop:
+            delta.rows(rows).merge(out[rows], coefficients[:, chunk : chunk + 1])
+
+
 def write_shard(merge: Tensors, names: Iterable[str], path: Path) -> str:
     """Write these tensors of a merge as one safetensors file; returns its SHA-256, computed while writing.
 
@@ -181,11 +210,9 @@ def _in_order(merge: Tensors, names: Mapping[str, str]) -> Iterator[tuple[str, T
             yield key, piece
 
 
-def write_shards(
-    merge: CheckpointMerge, folder: Path, files: Iterable[str], workers: int = 1
-) -> dict[str, str]:
-    """Write these weight files of `shard_names` into a folder, `workers` in parallel: name -> SHA-256."""
-    names, shards = list(files), {**shard_names(merge.base), **merge.after}
+def write_shards(merge: Merged, folder: Path, files: Iterable[str], workers: int = 1) -> dict[str, str]:
+    """Write these weight files of `form.shards` into a folder, `workers` in parallel: name -> SHA-256."""
+    names, shards = list(files), {**merge.form.shards(merge.base), **merge.after}
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
@@ -194,11 +221,3 @@ def write_shards(
             return dict(zip(names, made, strict=True))
     finally:
         torch.set_num_threads(threads)
-
-
-def shard_names(base: Checkpoint) -> dict[str, tuple[str, ...]]:
-    """File name in an export -> its tensors: the base's files, as safetensors."""
-    return {
-        Path(file.name.replace("pytorch_model", "model")).with_suffix(".safetensors").name: names
-        for file, names in base.shards.items()
-    }

@@ -1,12 +1,15 @@
 """Verify an export: merge its run again and compare bitwise."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from trainmerge.checkpoints.whole import MANIFEST
 from trainmerge.export.export import INDEX, merge_of
+from trainmerge.export.form import Form
 from trainmerge.export.shards import Tensors
 from trainmerge.export.side_files import WEIGHTS
 from trainmerge.export.task import TaskMerge, own_head, task_of
@@ -28,11 +31,10 @@ def verify_export(run: str | Path, out: str | Path) -> int:
     """
     run_folder, folder = RunFolder(Path(run)), Path(out)
     recipe, coefficients, opened = open_run(run_folder)
-    merge: Tensors = merge_of(run_folder, recipe, coefficients, opened)
+    plain = replace(merge_of(run_folder, recipe, coefficients, opened), form=_form(folder))
+    merge: Tensors = plain
     if task := task_of(folder):
-        merge = TaskMerge.of(
-            merge_of(run_folder, recipe, coefficients, opened), own_head(recipe, opened, task)
-        )
+        merge = TaskMerge.of(plain, own_head(recipe, opened, task))
     problems = list(_differences(merge, folder))
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
@@ -42,6 +44,13 @@ def verify_export(run: str | Path, out: str | Path) -> int:
             f"{len(problems)} differences:\n{shown}{more}"
         )
     return len(merge.tensors)
+
+
+def _form(folder: Path) -> Form:
+    """The dtype and shard size of an export, as its manifest has them."""
+    file = folder / MANIFEST
+    content = read_json(file, "Export the run again.") if file.is_file() else {}
+    return Form.read(content.get("form"), file)
 
 
 def _differences(merge: Tensors, folder: Path) -> Iterator[str]:
@@ -83,8 +92,9 @@ def _shard_differences(merge: Tensors, names: tuple[str, ...], path: Path) -> It
     keys = {name: merge.in_file(name) for name in names}
     strange = file.tensors.keys() - set(keys.values())
     yield from (f"{path.name}: {name} does not belong there" for name in file.tensors if name in strange)
+    infos = merge.tensors
     for name, key in keys.items():
-        want = merge.tensors[name]
+        want = infos[name]
         got = file.tensors.get(key)
         if got is None:
             yield f"{path.name}: {name} is missing"
