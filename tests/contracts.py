@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.bounds import assert_within, sum_bound
 from trainmerge.coefficients.constraints import Constraint
-from trainmerge.data.batch import Batch, Outputs
+from trainmerge.data.batch import Batch, Outputs, Signals
 from trainmerge.kernels import (
     Difference,
     ExpertWeight,
@@ -262,3 +262,34 @@ def one_hot_like(logits: Tensor) -> Tensor:
     hot = torch.zeros_like(logits)
     hot[..., 0] = 1
     return hot
+
+
+def assert_embedding_contract(objective: Objective, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """What a loss promises on sentence embeddings of `shape`, [B, E]."""
+    generator = torch.Generator().manual_seed(0)
+    expert = torch.randn(shape, generator=generator)
+    merged = torch.randn(shape, generator=generator).to(dtype)
+    loss, gradient = embedding_loss(objective, merged, expert)
+    assert loss.shape == shape[:1]
+    assert loss.dtype == accumulation_dtype(dtype)
+    assert gradient.abs().sum() > 0
+
+    order = torch.arange(len(merged)).flip(0)
+    flipped, _ = embedding_loss(objective, merged[order], expert[order])
+    torch.testing.assert_close(flipped, loss[order])
+    own, _ = embedding_loss(objective, merged, merged.float())
+    assert own.abs().max() < 1e-10  # an expert's own
+    for extreme in (1e4 * merged.sign(), 1e-4 * merged, torch.ones_like(merged)):
+        loss, gradient = embedding_loss(objective, extreme.to(dtype), expert)
+        assert loss.isfinite().all()
+        assert gradient.isfinite().all()
+
+
+def embedding_loss(objective: Objective, merged: Tensor, expert: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss per example, and the gradient of its mean in the merge's embeddings."""
+    leaf = merged.clone().requires_grad_()
+    mask = torch.ones(len(merged), 1, dtype=torch.bool)
+    batch = Batch(0, {}, mask, torch.arange(len(merged)), Signals(embedding=expert))
+    loss = objective(Outputs(merged.new_empty(0), embedding=leaf), batch)
+    (gradient,) = torch.autograd.grad(loss.mean(), leaf)
+    return loss.detach(), gradient

@@ -6,27 +6,36 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import numpy as np
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 import trainmerge as tm
+from tests.data.test_media import write_wave
+from tests.embedders import write_embedder
 from tests.fitting.test_fit import fit_world
+from tests.picture_world import picture
 from tests.world import write_world
 from trainmerge.checkpoints.adapter import open_adapter
 from trainmerge.checkpoints.meta_model import build_meta_model
 from trainmerge.checkpoints.parameters import open_parameters
-from trainmerge.checkpoints.reader import PickleFile, open_checkpoint
+from trainmerge.checkpoints.reader import open_checkpoint
+from trainmerge.checkpoints.side_modules import side_weights
+from trainmerge.checkpoints.tensor_file import PickleFile
 from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.coefficients.layout import read_chunks
 from trainmerge.data.examples import Columns, Example, read_examples
-from trainmerge.data.heads import read_labels
+from trainmerge.data.label_texts import read_labels
+from trainmerge.data.media_values import open_picture, open_sound
 from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.evaluate.pairs import read_similar
 from trainmerge.export.card_sources import read_metadata
 from trainmerge.export.published import read_published
 from trainmerge.export.push import plan_upload
 from trainmerge.fitting.provenance import load_snapshot
+from trainmerge.model.embedding import embedding_of
 from trainmerge.run.config import read_config
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import read_run
@@ -49,7 +58,9 @@ def doors(root: Path) -> dict[str, Door]:
     """All doors, with their files in an empty folder."""
     write_world(root)
     fit_world(root, root / "run", steps=1)
-    return {**_checkpoints(root), **_exports(root), **_runs(root), **_texts(root)}
+    embedders, exports = _embedders(root / "embedder"), _exports(root)
+    made = {**_checkpoints(root), **embedders, **exports, **_runs(root)}
+    return {**made, **_texts(root), **_media(root)}
 
 
 def _door(
@@ -89,6 +100,25 @@ def _checkpoints(root: Path) -> dict[str, Door]:
         "tokenizer.json": _door(base / "tokenizer.json", lambda: Tokenizer(str(base), 8), True, slow=True),
         "tokenizer_config.json": _door(
             base / "tokenizer_config.json", lambda: Tokenizer(str(base), 8), True, slow=True
+        ),
+    }
+
+
+def _embedders(folder: Path) -> dict[str, Door]:
+    write_embedder(folder, 1)
+    modules, pooling = folder / "modules.json", folder / "1_Pooling/config.json"
+    queries = folder / "queries.jsonl"
+    queries.write_text('{"text": "a", "relevant": ["b", "c"], "documents": ["d"]}\n')
+
+    def read_modules() -> None:
+        embedding_of(folder)
+        side_weights(folder)
+
+    return {
+        "modules.json": _door(modules, read_modules, json=True),
+        "pooling": _door(pooling, lambda: embedding_of(folder), json=True),
+        "queries": _door(
+            queries, lambda: read_similar(str(queries), "text", 1), json=True, slow=True, forks=False
         ),
     }
 
@@ -153,6 +183,19 @@ def _header(file: Path) -> Door:
         return load_coefficients(file)
 
     return _door(layout, read, json=True)
+
+
+def _media(root: Path) -> dict[str, Door]:
+    """Pictures and a sound."""
+    files = [root / f"a.{end}" for end in ("png", "jpg", "wav")]
+    for file in files[:2]:
+        picture(0, size=(8, 8)).save(file)
+    write_wave(files[2], np.zeros(8), 8000)
+
+    def reader(file: Path) -> Callable[[], object]:
+        return lambda: (open_sound if file.suffix == ".wav" else open_picture)(str(file))
+
+    return {file.name: _door(file, reader(file)) for file in files}
 
 
 def _texts(root: Path) -> dict[str, Door]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tests import closed_suite, lm_suite, results, suite
+from tests import closed_suite, embed_suite, lm_suite, results, suite, vision_suite
 from tests.bench import paper
 
 PAGES = (Path("README.md"), *sorted(Path("notebooks/docs").rglob("*.md")))
@@ -85,6 +85,22 @@ def shown(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.6g}"
 
 
+def mergekit() -> str:
+    """Each method's distance from mergekit, and its cost."""
+    content = bench("mergekit")
+    found: dict[str, dict[str, float]] = {}
+    for row in content["figures"]:
+        method, figure = row["what"].split(": ", 1)
+        found.setdefault(method, {})[figure] = row["value"]
+    columns = list(dict.fromkeys(figure for own in found.values() for figure in own))
+    rows = [
+        [f"`{method}`", *(shown(own[column]) if column in own else "" for column in columns)]
+        for method, own in found.items()
+    ]
+    source = f"`{content['command']}`; {content['machine']}; {content['versions']}."
+    return f"{content['about']}\n\n{markdown(['method', *columns], rows)}\n\n{source}"
+
+
 def soak() -> str:
     """What `make soak` did to fits, and how they ended."""
     seen = json.loads((results.FOLDER / "soak.json").read_text())["seen"]
@@ -113,7 +129,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "lm-suite": lambda: lm_suite.table(lm_suite.measured()),
     "lm-curve": lambda: lm_suite.curve(lm_suite.measured()),
     "lm-loss": lambda: lm_suite.losses(lm_suite.measured()),
+    "embed-suite": lambda: embed_suite.table(embed_suite.measured()),
     "closed-forms": closed_suite.table,
+    "vision-suite": lambda: vision_suite.table(vision_suite.measured()),
     "front": front,
     "paper": paper.table,
     "soak": soak,
@@ -123,6 +141,7 @@ TABLES: dict[str, Callable[[], str]] = {
         f"bench-{file.stem}": (lambda group=file.stem: figures(group))
         for file in sorted((results.FOLDER / "bench").glob("*.json"))
     },
+    "bench-mergekit": mergekit,
 }
 
 

@@ -15,6 +15,8 @@ import yaml
 
 from tests.heads_world import texts, write_heads, write_rows
 from tests.hub_stand_in import use, write_cache
+from tests.picture_world import TASKS as PICTURES
+from tests.picture_world import clip, write_picture_world
 from tests.world import LABELS, write_languages, write_world
 from trainmerge.cli import main
 from trainmerge.fitting.allocate_chunks import allocate_run
@@ -57,15 +59,18 @@ def of_kind(kind: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Encoders with heads, language models, and classifiers with heads of their own."""
-    encoders, languages = tmp_path_factory.mktemp("encoders"), tmp_path_factory.mktemp("languages")
-    own = tmp_path_factory.mktemp("own")
-    write_world(encoders)
-    write_languages(languages)
-    classes = {"task": "ForSequenceClassification"}
+    """Encoders with heads, language models, classifiers with heads of their own, and CLIPs with pictures."""
+    kinds = ("encoders", "languages", "own heads", "pictures")
+    made = {name: tmp_path_factory.mktemp(name.replace(" ", "-")) for name in kinds}
+    write_world(made["encoders"])
+    write_languages(made["languages"])
+    own, classes = made["own heads"], {"task": "ForSequenceClassification"}
     write_heads(own, "Roberta", {"a": {**classes, "num_labels": 2}, "b": {**classes, "num_labels": 3}})
     write_rows(own / "test.jsonl", [{"text": text, "label": 1} for text in texts(9, 6)])
-    return {"encoders": encoders, "languages": languages, "own heads": own}
+    write_picture_world(made["pictures"], clip)
+    for task in PICTURES:
+        shutil.copy(made["encoders"] / "mood" / "labels.json", made["pictures"] / task)
+    return made
 
 
 def link(place: str, target: Path) -> None:
@@ -83,9 +88,13 @@ def cache(model: str, target: Path) -> None:
     write_cache(Path("cache"), found.repository, Path("made", found.repository), ref=found.revision or "main")
 
 
-def files_of(worlds: dict[str, Path], encoders: bool, number: int) -> dict[str, Path]:
+def files_of(worlds: dict[str, Path], world: str, number: int) -> dict[str, Path]:
     """The number-th expert's files, by their key in a recipe."""
-    if encoders:
+    if world == "pictures":
+        root, task = worlds["pictures"], PICTURES[number]
+        folders = {name: root / task / name for name in ("calibration", "test")}
+        return {"path": root / "experts" / task, "labels": root / task / "labels.json", **folders}
+    if world == "encoders":
         root, task = worlds["encoders"], TASKS[number]
         texts = {name: root / task / f"{name}.jsonl" for name in ("calibration", "test")}
         return {"path": root / "experts" / task, "labels": root / task / "labels.json", **texts}
@@ -109,22 +118,24 @@ def completed(example: Example, worlds: dict[str, Path]) -> dict[str, Any]:
     """The example's configuration with what it leaves out, and its files in place."""
     content: dict[str, Any] = yaml.safe_load(example.code)
     encoders, own = "LabelHead" in example.code or "diversity" in example.code, "head: own" in example.code
-    recipe = content.setdefault("recipe", {})
     world = "own heads" if own else "encoders" if encoders else "languages"
+    if "text: null" in example.code:
+        world = "pictures"
+    recipe = content.setdefault("recipe", {})
     put = cache if example.page.stem == "hub" else link
     put(recipe.setdefault("base", "base"), worlds[world] / "base")
     names = EXPERTS.get(example.page.stem, ("movie", "r8"))
     recipe.setdefault("experts", {name: default_expert(name, encoders) for name in names})
     experts = expand(content)["recipe"]["experts"]
     for number, task in enumerate([*experts.values(), *recipe.get("held_out", {}).values()]):
-        files = own_files(worlds, number) if own else files_of(worlds, encoders, number)
+        files = own_files(worlds, number) if own else files_of(worlds, world, number)
         for key in {"path", "calibration", "test"} & set(task):
             (put if key == "path" else link)(task[key], files[key])
         if "head" in task and not own:
             link(task["head"]["init_args"]["labels"], files["labels"])
     initial = content.get("model", {}).get("initial")
     if isinstance(initial, dict) and "texts" in initial["init_args"]:
-        link(initial["init_args"]["texts"], files_of(worlds, encoders, 0)["calibration"])
+        link(initial["init_args"]["texts"], files_of(worlds, world, 0)["calibration"])
     if isinstance(initial, dict) and "outer" in initial["init_args"]:
         initial["init_args"].update(bottom=1, top=0, transition=0)  # these models have two blocks
     trainer = content.setdefault("trainer", {})
@@ -164,7 +175,7 @@ def test_python_runs(
     monkeypatch.chdir(tmp_path)
     link("data/cache/models/minilm-l6", worlds["encoders"] / "base")
     for number, name in enumerate(("movie", "r8")):
-        files = files_of(worlds, encoders=True, number=number)
+        files = files_of(worlds, "encoders", number)
         link(f"data/experts/{name}", files["path"])
         link(f"data/cache/text/{name}/calibration.jsonl", files["calibration"])
         link(f"data/cache/text/{name}/labels.json", files["labels"])
@@ -180,6 +191,7 @@ def test_commands_are_ours_and_their_configurations_are_there(example: Example) 
             "fit",
             "allocate",
             "export",
+            "merge",
             "evaluate",
             "compare",
             "inspect",

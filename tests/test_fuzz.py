@@ -15,7 +15,8 @@ NAMES = (
     "coefficients.safetensors", "coefficients' header", "snapshot", "chunks.json", "metrics.jsonl",
     "texts.jsonl", "texts.csv", "texts.parquet", "texts.txt", "saved, state.json", "saved, dataset_info.json",
     "saved, data-00000-of-00001.arrow", "labels.json", "labelled texts",
-    "card", "card's metadata", "export's manifest",
+    "modules.json", "pooling", "queries",
+    "card", "card's metadata", "export's manifest", "a.png", "a.jpg", "a.wav",
 )  # fmt: skip
 
 

@@ -45,6 +45,10 @@ from .fitting.module import MergeModule as MergeModule
 from .fitting.plan_fit import plan_fit as plan_fit
 from .fitting.trainer import make_trainer as make_trainer
 from .inspection import inspect_path as inspect_path
+from .merging.merge_file import merge_file as merge_file
+from .merging.one_line import merge_config as merge_config
+from .merging.one_line import merge_models as merge_models
+from .merging.to_mergekit import to_mergekit as to_mergekit
 from .model.batch_norm import batch_norm_statistics as batch_norm_statistics
 from .model.functional import merged_weights as merged_weights
 from .model.merged_model import MergedModel as MergedModel
@@ -52,6 +56,7 @@ from .model.state_dicts import merge_state_dicts as merge_state_dicts
 from .objectives import Alignment as Alignment
 from .objectives import Entropy as Entropy
 from .objectives import Objective as Objective
+from .objectives import Similarity as Similarity
 from .plan.plan import Plan as Plan
 from .plan.plan_model import plan_model as plan_model
 from .preprocess import Breadcrumbs as Breadcrumbs

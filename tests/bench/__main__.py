@@ -23,6 +23,7 @@ GROUPS = (
     "tradeoffs",
     "scale",
     "export",
+    "mergekit",
     "large_fit",
     "plan_memory",
     "peer_fit",

@@ -90,3 +90,11 @@ def test_many_rows_are_one_table(tmp_path: Path) -> None:
     data = load_examples(str(path), ["text", "label"], numbers=["label"])
     assert data["text"][:] == [str(i) for i in range(rows)]
     assert data["label"][-1] == (rows - 1) % 7
+
+
+@pytest.mark.parametrize("content", ["null", ' null\n{"text": "a"}\n'])
+def test_a_file_that_begins_with_null_is_an_error(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"texts\.jsonl: example 0 is null"):
+        load_examples(str(file), ["text"])

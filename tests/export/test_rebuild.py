@@ -38,6 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             by_ids = tm.Recipe("org/base", experts, own.preprocess, own.grouping)
             fit_world(root, root / "runs" / name, steps=2, recipe=by_ids)
             tm.export_run(root / "runs" / name, root / name)
+        tm.export_run(root / "runs" / "ties", root / "half", dtype="bfloat16", shard_size="40KB")
     return root
 
 
@@ -50,7 +51,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("model*.safetensors")}
 
 
-@pytest.mark.parametrize("name", ["plain", "ties"])
+@pytest.mark.parametrize("name", ["plain", "ties", "half"])
 @pytest.mark.parametrize("alone", [True, False], ids=["card", "folder"])
 def test_a_card_or_an_export_gives_the_same_bytes(
     name: str, alone: bool, world: Path, tmp_path: Path

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli.test_cli import write_config
+from tests.embedders import write_embedders
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.cli import main
 from trainmerge.inspection import inspect_path
@@ -152,3 +153,11 @@ def test_changes_of_products_are_the_dense_ones(heads: int, shared: int) -> None
     factors, product = changes(q, k, moved, back, heads, shared)
     assert factors > 0.5
     assert product < 1e-6
+
+
+def test_embedders_are_suggested_to_match_similarities(tmp_path: Path) -> None:
+    recipe = write_embedders(tmp_path)
+    found = suggest(recipe, {"a": 12, "b": 12}, None)
+    assert found.settings["model"]["objective"] == {"class_path": "trainmerge.Similarity"}
+    assert found.settings["data"]["batch_size"] == 12
+    assert "modules.json" in found.reasons["model.objective"]

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 import trainmerge as tm
 from tests.bounds import SCORE, fitted_bound
 from tests.fitting.test_fit import build, learned
+from tests.picture_world import vit
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.data.batch import Batch
 from trainmerge.fitting.fit import precision_of
@@ -237,6 +238,20 @@ def test_a_budget_is_kept_or_refused(
     limit = int(MARGIN * (plan.total + tighter.total) / 2)
     assert schedule_within(module, data, precision_of(trainer), limit) == StepSchedule(1)
     assert "planned, of" in capsys.readouterr().out
+
+
+def test_a_classifier_of_pictures_from_its_configuration(tmp_path: Path) -> None:
+    """Activations grow with the number of pictures, and its 16 patches and class token with the size."""
+    vit().config.save_pretrained(tmp_path)
+    config, needs = json.loads((tmp_path / "config.json").read_text()), {}
+    for size in (32, 64):
+        architectures = {"architectures": ["ViTForImageClassification"]}
+        (tmp_path / "config.json").write_text(json.dumps({**config, "image_size": size, **architectures}))
+        for batch in (1, 3):
+            plan = plan_model(tmp_path, 2, batch=batch, device=Device("none", 1.0, 1.0))
+            needs[size, batch] = plan.dry_run.flops
+    assert needs[32, 3] == 3 * needs[32, 1]
+    assert needs[64, 1] > 3 * needs[32, 1]  # 65 positions in place of 17
 
 
 def test_devices_are_stated_or_measured() -> None:

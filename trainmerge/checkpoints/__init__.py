@@ -6,13 +6,28 @@ Names that need transformers or peft are imported on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trainmerge.checkpoints.integrity import Stamp, as_recorded, fingerprint, same_weights, stamps, verify
+from trainmerge.checkpoints.integrity import (
+    Stamp,
+    as_recorded,
+    as_then,
+    fingerprint,
+    same_weights,
+    stamps,
+    verify,
+)
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
-from trainmerge.checkpoints.side_modules import module_folders
+from trainmerge.checkpoints.side_modules import (
+    SideModule,
+    layer_name,
+    module_folders,
+    place_of,
+    read_modules,
+)
 from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
     from trainmerge.checkpoints.compatibility import find_sources
+    from trainmerge.checkpoints.computed_positions import compute, computed_parameters
     from trainmerge.checkpoints.expert_heads import find_own_heads
     from trainmerge.checkpoints.head_parts import may_have_head
     from trainmerge.checkpoints.linear_head import beyond_linear
@@ -20,8 +35,12 @@ if TYPE_CHECKING:
     from trainmerge.checkpoints.model import LoadedModel, empty_model, load_meta_model, load_model
     from trainmerge.checkpoints.output import Output, output_of, output_of_class
     from trainmerge.checkpoints.own_head import OwnHead
+    from trainmerge.checkpoints.side_layers import attach_side_layers
 
 _HEAVY = {
+    "attach_side_layers": "side_layers",
+    "compute": "computed_positions",
+    "computed_parameters": "computed_positions",
     "beyond_linear": "linear_head",
     "empty_model": "model",
     "find_own_heads": "expert_heads",
@@ -43,15 +62,21 @@ __all__ = [
     "LoadedModel",
     "Output",
     "OwnHead",
+    "SideModule",
     "Sources",
     "Stamp",
     "as_recorded",
+    "as_then",
+    "attach_side_layers",
     "beyond_linear",
     "build_meta_model",
+    "compute",
+    "computed_parameters",
     "empty_model",
     "find_own_heads",
     "find_sources",
     "fingerprint",
+    "layer_name",
     "load_meta_model",
     "load_model",
     "locate",
@@ -60,6 +85,8 @@ __all__ = [
     "open_checkpoint",
     "output_of",
     "output_of_class",
+    "place_of",
+    "read_modules",
     "same_weights",
     "stamps",
     "verify",

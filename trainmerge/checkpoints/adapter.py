@@ -14,7 +14,7 @@ from trainmerge.checkpoints.adapter_head import is_own_key
 from trainmerge.checkpoints.adapter_names import ROOT, WHOLE, Place, base_names, place_of, with_modern_names
 from trainmerge.checkpoints.meta_model import quiet, shorten
 from trainmerge.checkpoints.parameters import Parameters
-from trainmerge.checkpoints.reader import PickleFile, WeightFile
+from trainmerge.checkpoints.tensor_file import PickleFile, WeightFile
 from trainmerge.checkpoints.weight_files import find_weights, read_folder_json
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
 from trainmerge.system.text import reason

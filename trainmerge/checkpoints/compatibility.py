@@ -11,7 +11,8 @@ from trainmerge.checkpoints.low_rank_adapter import plan_adapter
 from trainmerge.checkpoints.parameters import Parameters, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.checkpoints.roles import roles_of
-from trainmerge.checkpoints.side_modules import warn_of_side_modules
+from trainmerge.checkpoints.side_experts import SidePlan, plan_side, side_roles
+from trainmerge.checkpoints.side_modules import MODULES
 from trainmerge.checkpoints.sources import Sources
 from trainmerge.checkpoints.ties import differing_ties, lost_ties, one_sided_updates
 from trainmerge.checkpoints.token_ties import token_tie_problems
@@ -47,6 +48,7 @@ def find_sources(
     frame = open_parameters(base, ignore)
     rows = _vocabulary(frame) if shared_vocabulary else None
     plans: dict[str, Plan] = {}
+    side: dict[str, SidePlan] = {}
     folders = {name: Path(folder) for name, folder in experts.items()}
     whole = with_whole_heads(base.path, folders, own_heads)
     problems = [f"base: {line}" for line in lost_ties(frame, ignore)]
@@ -57,10 +59,13 @@ def find_sources(
             )
             found += tokenizer_mismatches(base.path, path, rows)
             problems += [f"{expert}: {line}" for line in found]
+            if (path / MODULES).is_file() or not (path / ADAPTER).is_file():
+                side[expert] = plan_side(base, path, ignore, allow_pickle)
+                problems += [f"{expert}: {line}" for line in side[expert].problems]
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
     _raise(base, problems)
-    return _sources(frame, plans)
+    return _sources(frame, plans, side)
 
 
 def _vocabulary(frame: Parameters) -> int | None:
@@ -68,13 +73,15 @@ def _vocabulary(frame: Parameters) -> int | None:
     return rows
 
 
-def _sources(frame: Parameters, plans: Mapping[str, Plan]) -> Sources:
+def _sources(frame: Parameters, plans: Mapping[str, Plan], side: Mapping[str, SidePlan]) -> Sources:
     """The places of every expert's tensors; reads what ties and `ignore` hide."""
     _check_ties(frame, plans)
     warn_of_hidden_changes(frame, plans)
-    sources = {expert: plan.sources() for expert, plan in plans.items()}
+    after = {expert: plan.sources for expert, plan in side.items()}
+    sources = {expert: {**plan.sources(), **after.get(expert, {})} for expert, plan in plans.items()}
     roles = roles_of(frame.meta_model)
     known = {name: roles[parameter] for parameter, name in frame.files.items()}
+    known |= side_roles(frame.checkpoint)
     return Sources(tuple(known), frame.tied, sources, known)
 
 
@@ -92,9 +99,7 @@ def _plan(
     check_one_generation(path)
     if (path / ADAPTER).is_file():
         return _adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary, whole_head)
-    plan = plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary, whole_head)
-    warn_of_side_modules(frame.checkpoint.path, path)
-    return plan, []
+    return plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary, whole_head), []
 
 
 def _adapter(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from trainmerge.checkpoints.computed_positions import stored_as_computed
 from trainmerge.checkpoints.config_check import configuration_mismatches, warn_of_generation
 from trainmerge.checkpoints.head_parts import above, own_parameters
 from trainmerge.checkpoints.meta_model import shorten
@@ -114,7 +115,7 @@ def _shapes(
 def _one_sided(
     own: Parameters, frame: Parameters, fitted: Mapping[str, str], names: Mapping[str, str], apart: set[str]
 ) -> list[str]:
-    """Tensors that only the expert, or only the base, has.
+    """Tensors that only the expert, or only the base, has; computed positions are equal in both.
 
     An expert with a head of its own, the parameters `apart`, may lack the base's.
     """
@@ -122,12 +123,15 @@ def _one_sided(
     common = [key for key in fitted if key in frame.files]
     # Including ignored ones, and those that `lost_ties` finds missing from the base's files.
     known = {*frame.names.values(), *tied, *(frame.meta_model._tied_weights_keys or {})}
-    shared = own.files.keys() - apart
+    shared = {name for name in own.files.keys() - apart if not stored_as_computed(own, name)}
     extra = [own.files[name] for key, name in fitted.items() if key not in known and name in shared]
     missing = [
         name
         for key, name in frame.files.items()
-        if key not in fitted and key not in tied and not (apart and above(frame.meta_model, key, common))
+        if key not in fitted
+        and key not in tied
+        and not stored_as_computed(frame, key)
+        and not (apart and above(frame.meta_model, key, common))
     ]
     return [
         *_groups(own.checkpoint, extra, names.values(), "which the base lacks"),

@@ -4,11 +4,13 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from trainmerge.checkpoints.reader import Checkpoint
+from trainmerge.checkpoints.side_modules import module_folders
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Term
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.task_vectors.delta import TaskVectors
@@ -22,23 +24,41 @@ TOKENIZER = (
 READ = (*WEIGHTS, *TOKENIZER)
 WORKERS = min(8, os.cpu_count() or 1)
 Stamp = list[int]  # device, inode, size, mtime and ctime
+T = TypeVar("T")
 
 
 def fingerprint(path: str | Path) -> dict[str, str]:
     """SHA-256 of a checkpoint's or adapter's weights, configuration and tokenizer, by file name.
 
-    Not of other files, such as generation_config.json: nothing learned depends on them.
+    Also of modules after the model that have weights, by their path in the folder. Not of other files, such
+    as generation_config.json: nothing learned depends on them.
 
     Raises FileNotFoundError if there is none.
     """
     files = _files(Path(path))
     with ThreadPoolExecutor(WORKERS) as pool:
-        return dict(zip([file.name for file in files], pool.map(sha256, files), strict=True))
+        return dict(zip(files, pool.map(sha256, files.values()), strict=True))
 
 
 def same_weights(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether two fingerprints are of equal weights and configurations; other files are not compared."""
-    return _named(one, WEIGHTS) == _named(other, WEIGHTS)
+    """Whether two fingerprints are of equal weights and configurations; other files are not compared.
+
+    `one` is a run's.
+    """
+    return _named(one, WEIGHTS) == _named(_without_new(other, one), WEIGHTS)
+
+
+def as_then(
+    now: Mapping[str, Mapping[str, T]], recorded: Mapping[str, Mapping[str, T]]
+) -> dict[str, dict[str, T]]:
+    """Fingerprints or stamps, without files that the version that `recorded` others did not look at."""
+    return {name: _without_new(files, recorded.get(name, {})) for name, files in now.items()}
+
+
+def _without_new(files: Mapping[str, T], recorded: Mapping[str, T]) -> dict[str, T]:
+    """Version 0.1.0 recorded no files of subfolders, where modules after the model are."""
+    whole = any("/" in name for name in recorded)
+    return {name: value for name, value in files.items() if whole or "/" not in name}
 
 
 def as_recorded(
@@ -46,8 +66,8 @@ def as_recorded(
 ) -> dict[str, dict[str, str]]:
     """Fingerprints as a run recorded them, where they agree: older versions recorded further files too."""
     return {
-        name: dict(recorded[name] if _named(recorded.get(name, {}), READ) == files else files)
-        for name, files in found.items()
+        name: dict(recorded[name] if _named(recorded.get(name, {}), READ) == of_then else found[name])
+        for name, of_then in as_then(found, recorded).items()
     }
 
 
@@ -61,20 +81,32 @@ def stamps(path: str | Path) -> dict[str, Stamp]:
 
     The converse does not hold: a copied folder has other stamps and the same fingerprint.
     """
-    return {file.name: list(_stamp(file.stat())) for file in _files(Path(path))}
+    return {name: list(_stamp(file.stat())) for name, file in _files(Path(path)).items()}
 
 
 def _stamp(stat: os.stat_result) -> tuple[int, ...]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path) -> dict[str, Path]:
     files = sorted(file for file in folder.glob("*") if matches(file.name, READ) and file.is_file())
     if not files:
         raise FileNotFoundError(
             f"{folder}: no weights or configs in it. Name a checkpoint or adapter folder."
         )
-    return files
+    return {file.name: file for file in files} | _files_after(folder)
+
+
+def _files_after(folder: Path) -> dict[str, Path]:
+    """Weights and configurations of modules after the model that have weights, by their path."""
+    weights = [
+        file
+        for place in module_folders(folder)
+        for file in (folder / place).glob("*")
+        if matches(file.name, WEIGHTS)
+    ]
+    homes = {file.parent for file in weights if file.suffix in (".safetensors", ".bin")}
+    return {file.relative_to(folder).as_posix(): file for file in sorted(weights) if file.parent in homes}
 
 
 def verify(
@@ -108,8 +140,8 @@ def verify(
 def _of_base(base: Checkpoint) -> dict[str, Tensor]:
     return {
         f"base: {name} of {info.file}": base.read(name)
-        for name, info in base.tensors.items()
-        if info.dtype.is_floating_point
+        for name in [*base.tensors, *base.side]
+        if (info := base.info(name)).dtype.is_floating_point
     }
 
 

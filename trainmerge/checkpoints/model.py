@@ -13,8 +13,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from trainmerge.checkpoints.computed_positions import computed_parameters
 from trainmerge.checkpoints.meta_model import build_meta_model, locate, memory_names, quiet, shorten
 from trainmerge.checkpoints.reader import Checkpoint
+from trainmerge.checkpoints.side_layers import attach_side_layers
 from trainmerge.task_vectors.parameter_names import matches
 
 
@@ -49,7 +51,7 @@ def load_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
         parameters[parameter].data = base.read(name).clone()  # the file's dtype, in private memory
     for buffer in module.buffers():
         buffer.data = buffer.data.clone()
-    return LoadedModel(module, names)
+    return LoadedModel(module, names | attach_side_layers(module, base))
 
 
 @torch.no_grad()
@@ -66,7 +68,7 @@ def load_meta_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel
             buffers[inside].copy_(base.read(name))
     for name, parameter in names.items():
         parameters[parameter].data = torch.empty_like(base.read(name), device="meta")
-    return LoadedModel(module, names)
+    return LoadedModel(module, names | attach_side_layers(module, base, "meta"))
 
 
 def empty_model(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -87,7 +89,7 @@ def _checked(base: Checkpoint, ignore: Sequence[str]) -> tuple[PreTrainedModel, 
     meta_model = build_meta_model(base.path)
     names = locate(meta_model, base.path, base.tensors, ignore)
     absent = [name for name, _ in meta_model.named_parameters() if name not in names.values()]
-    computed = meta_model._keys_to_ignore_on_save or ()  # Marian's positions, which files never hold
+    computed = {*(meta_model._keys_to_ignore_on_save or ()), *computed_parameters(meta_model)}
     absent = [name for name in absent if not matches(name, ignore) and name not in computed]
     if absent:
         raise ValueError(

@@ -1,6 +1,7 @@
 """What a checkpoint's model puts out, decided by its class: this decides the measure of `evaluate`."""
 
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +24,7 @@ Kind = Literal[
     "model with another output",
 ]
 
-DEPTHS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")  # keys of config.json
+DEPTHS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "num_stages")  # keys of config.json
 
 
 def _classes(names: Mapping[str, Any]) -> frozenset[str]:
@@ -35,9 +36,13 @@ def _classes(names: Mapping[str, Any]) -> frozenset[str]:
 CAUSAL = _classes(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 MASKED = _classes(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 TARGETS = _classes(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+TARGETS |= _classes(auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
 PICTURES = _classes(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+TWO_TOWERS = _classes(auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES)
 ONE_ROW: dict[str, Kind] = {  # endings that transformers uses for nothing else
     "ForSequenceClassification": "classifier",
+    "ForImageClassification": "classifier",
+    "ForAudioClassification": "classifier",
     "ForTokenClassification": "token classifier",
     "ForQuestionAnswering": "question-answering model",
 }
@@ -53,6 +58,8 @@ class Output(NamedTuple):
         problem: That classifier's `problem_type` in config.json, if it has one.
         hidden: The hidden size, if config.json names it.
         layers: The decoder's layers, or the encoder's without one, if config.json names their number.
+        reads: `tokens`, `media` (pictures or sounds alone) or `both` (CLIP's towers).
+        embedding: The size of its pooled output, if config.json names it.
     """
 
     architecture: str
@@ -61,6 +68,8 @@ class Output(NamedTuple):
     problem: str | None = None
     hidden: int | None = None
     layers: int | None = None
+    reads: Literal["tokens", "media", "both"] = "tokens"
+    embedding: int | None = None
 
     @property
     def logits(self) -> bool:
@@ -82,20 +91,28 @@ def output_of(path: Path) -> Output:
 def output_of_class(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Output:
     """The kind of output of a model of this class and configuration."""
     found, text = _kind(kind, config), config.get_text_config()
+    towers = kind.__name__ in TWO_TOWERS
+    if towers:  # examples are pictures, and the texts are their labels
+        text = getattr(config, "vision_config", text)
+    hidden = getattr(text, "hidden_size", None)
+    reads_text = "input_ids" in signature(kind.forward).parameters
+    projected = towers or kind.__name__.endswith("WithProjection")
     return Output(
         kind.__name__,
         found,
         labels=config.num_labels if found == "classifier" else None,
         problem=config.problem_type if found == "classifier" else None,
-        hidden=getattr(text, "hidden_size", None),
+        hidden=hidden,
         layers=next((n for name in DEPTHS if (n := getattr(text, name, None)) is not None), None),
+        reads="both" if towers else "tokens" if reads_text else "media",
+        embedding=getattr(config, "projection_dim", hidden) if projected else hidden,
     )
 
 
 def _kind(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Kind:
     name = kind.__name__
     headless: Any = transformers.MODEL_MAPPING.get(type(config), None)
-    if kind is headless or name.endswith("EncoderModel"):
+    if kind is headless or name.endswith(("EncoderModel", "WithProjection")):
         return "model without an output layer"
     if own := next((task for ending, task in ONE_ROW.items() if name.endswith(ending)), None):
         return own

@@ -5,15 +5,17 @@ Three layouts: one `model.safetensors`, shards named by `model.safetensors.index
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from trainmerge.checkpoints.foreign import refuse_foreign
+from trainmerge.checkpoints.side_modules import SideTensor, side_weights
+from trainmerge.checkpoints.tensor_file import PickleFile, WeightFile
 from trainmerge.checkpoints.weight_files import (
     ADAPTER,
     PICKLE,
@@ -26,42 +28,6 @@ from trainmerge.checkpoints.whole import check_whole
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
 from trainmerge.system.text import shortened
-from trainmerge.system.torch_file import check_tensors, load_torch
-
-
-class WeightFile(Protocol):
-    """One file of tensors: its headers, and mapped reads."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Name -> header, in file order."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """The tensor `name`, mapped."""
-        ...
-
-
-class PickleFile:
-    """A `.bin` file, opened by torch's restricted unpickler and mapped.
-
-    Raises ValueError if it is not a plain dictionary of tensors in torch's zip format.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            state = check_tensors(load_torch(path, mmap=True), path)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: torch cannot load it: {error}. Save it again as safetensors."
-            ) from error
-        self._state = state
-        self.tensors = {name: TensorInfo(t.dtype, t.shape, path) for name, t in state.items()}
-
-    def read(self, name: str) -> Tensor:
-        """The tensor `name`, mapped."""
-        return self._state[name]
 
 
 @dataclass(frozen=True)
@@ -75,10 +41,17 @@ class Checkpoint:
     shards: Mapping[Path, tuple[str, ...]]  # file -> its tensors, in file order
     sources: Mapping[Path, WeightFile]
     known_ties: Mapping[str, str] | None = None  # `tied`, if known already
+    side: Mapping[str, SideTensor] = field(default_factory=dict)  # of modules after the model: `side_weights`
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, mapped: no memory of its own. Raises KeyError for an unknown name."""
+        if name in self.side:
+            return self.side[name].source.read(self.side[name].name)
         return self.sources[self.tensors[name].file].read(name)
+
+    def info(self, name: str) -> TensorInfo:
+        """The header of the tensor `name`, in the model's files or in those of a module after it."""
+        return self.side[name].info if name in self.side else self.tensors[name]
 
     @cached_property
     def tied(self) -> dict[str, str]:
@@ -94,7 +67,7 @@ class Checkpoint:
 
     def check_unchanged(self) -> None:
         """Raise ValueError if a safetensors file changed since it was opened."""
-        for source in self.sources.values():
+        for source in [*self.sources.values(), *(tensor.source for tensor in self.side.values())]:
             if isinstance(source, MappedFile):
                 source.check_unchanged()
 
@@ -135,6 +108,7 @@ def open_checkpoint(
         MappingProxyType(shards),
         MappingProxyType(sources),
         known_ties,
+        MappingProxyType(side_weights(path, allow_pickle)),
     )
 
 

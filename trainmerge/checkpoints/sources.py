@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints.reader import Checkpoint, PickleFile, WeightFile
+from trainmerge.checkpoints.reader import Checkpoint
+from trainmerge.checkpoints.tensor_file import PickleFile, WeightFile
 from trainmerge.kernels import ExpertWeight, LowRank, Term, Untouched
 from trainmerge.system.safetensors_file import MappedFile
 from trainmerge.task_vectors.delta import Delta, TaskVectors

@@ -24,7 +24,8 @@ def check_whole(folder: Path) -> None:
     listed = read_json(folder / MANIFEST, "Export the run again.").get("bytes", {})
     if not isinstance(listed, dict):
         raise ValueError(f"{folder / MANIFEST}: `bytes` is no list of files and sizes. Export the run again.")
-    found = {path.name: path.stat().st_size for path in folder.iterdir() if path.name in listed}
+    inside = {path.relative_to(folder).as_posix(): path for path in (*folder.iterdir(), *folder.glob("*/*"))}
+    found = {name: path.stat().st_size for name, path in inside.items() if name in listed}
     wrong = [f"{name} has {found.get(name, 0)} of {size} bytes" for name, size in listed.items()
              if found.get(name) != size]  # fmt: skip
     if wrong:

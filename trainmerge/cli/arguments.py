@@ -66,7 +66,8 @@ def options_of(command: Callable[..., None]) -> Options:
         if parameter.default is not Parameter.empty
     }
     flags = frozenset(name for name, kind in given.items() if kind is bool)
-    return Options(flags=flags, valued=frozenset(given) - flags)
+    short = {"h": "help"} | ({"o": "out"} if "out" in given else {})
+    return Options(flags=flags, valued=frozenset(given) - flags, short=short)
 
 
 def takes_a_bool(kind: object) -> bool:

@@ -12,6 +12,9 @@ def export(
     overwrite: bool = False,
     workers: int = 1,
     verify: bool = False,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    shard_size: str | None = None,
+    mergekit: bool = False,
     task: str | None = None,
 ) -> None:
     """Write a run's merge as an ordinary checkpoint folder that transformers loads.
@@ -19,6 +22,7 @@ def export(
     Examples: trainmerge export runs/first merged/
               torchrun --nproc-per-node 8 -m trainmerge.cli export runs/first merged/
               trainmerge export runs/first merged/ --verify
+              trainmerge export runs/first merged/ --dtype bfloat16 --shard-size 5GB
               trainmerge export runs/first sentiment/ --task sentiment
 
     Args:
@@ -28,13 +32,21 @@ def export(
         workers: Shards to write in parallel; their number changes no byte.
         verify: Read the result again and compare it bitwise with the run's merge. An existing folder, without
             `overwrite`, is compared and not written.
+        dtype: The dtype of all tensors, rounded once from float32 sums; by default as in the base.
+        shard_size: Bytes per weight file, such as 5GB; by default the base's files.
+        mergekit: Write the merge as mergekit's YAML to the file OUT, and no weights.
         task: An expert whose own head stands on the merge in the result, a model of that expert's class.
     """
     keep_freed_memory()
+    if mergekit:
+        from trainmerge.merging.to_mergekit import to_mergekit
+
+        print(f"mergekit's file: {to_mergekit(run, out)}")
+        return
     from trainmerge.export.export import export_run
 
     if not (verify and not overwrite and Path(out).is_dir() and any(Path(out).iterdir())):
-        print(f"merged checkpoint: {export_run(run, out, overwrite, workers, task=task)}")
+        print(f"merged checkpoint: {export_run(run, out, overwrite, workers, None, dtype, shard_size, task)}")
     if verify:
         from trainmerge.export.verify import verify_export
 

@@ -14,6 +14,7 @@ from trainmerge.cli.command_help import check_words, command_help
 from trainmerge.cli.commands import allocate, compare, evaluate, export, report
 from trainmerge.cli.exchange import push, rebuild
 from trainmerge.cli.inspect_and_plan import inspect, plan
+from trainmerge.cli.merge import merge
 from trainmerge.cli.threads import run_of, set_threads
 from trainmerge.cli.tradeoffs import pareto, search
 from trainmerge.fitting.mistakes import explain
@@ -21,14 +22,17 @@ from trainmerge.system.memory import is_out_of_memory
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
-PLAIN = (allocate, compare, evaluate, export, inspect, pareto, plan, push, rebuild, report, search)
-RESUMABLE = ("fit", "search")  # commands that resume
+PLAIN = (allocate, compare, evaluate, export, inspect, merge, pareto, plan, push, rebuild, report, search)
+RESUMABLE = ("fit", "merge", "search")  # commands that resume
 
 USAGE = """usage: trainmerge COMMAND ...
 
 Learn the coefficients of a model merge from unlabeled data.
 
 commands:
+  merge      all in one line:     trainmerge merge configs/demo.yaml merged/
+             mergekit's files:    trainmerge merge mergekit.yml merged/
+             models, no file:     trainmerge merge BASE EXPERT EXPERT --method ties -o merged/
   fit        learn coefficients:  trainmerge fit configs/adamerging.yaml runs/first
              again, to resume:    trainmerge fit configs/adamerging.yaml runs/first
   allocate   allocate chunks:     trainmerge allocate runs/first chunks.json --budget 1.0
@@ -129,7 +133,7 @@ def _plain(command: Callable[..., None], words: list[str]) -> int:
     set_threads(Path(positional[-1]) if command is search else None)
     from jsonargparse import ArgumentError, auto_cli
 
-    if command is compare:
+    if command in (compare, merge):
         positional = [json.dumps(positional)]  # jsonargparse parses it as a list
     try:
         auto_cli(

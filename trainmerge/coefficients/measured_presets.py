@@ -53,7 +53,7 @@ class MeasuredPreset(Preset):
 
     def read(self) -> list[Example]:
         """The texts."""
-        column = Columns().text
+        (column,) = Columns().names()
         return [Example(text) for text in load_examples(self.texts, [column])[column][: self.max_texts]]
 
 

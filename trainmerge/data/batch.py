@@ -1,7 +1,8 @@
 """The batches of a step and the model's outputs.
 
-Legend: `B` examples, `T` tokens, `V` vocabulary or classes, `D` hidden size; `P` counted positions of a
-batch, row-major over its mask; `R` rows of logits: `P` for a language model, `B` under a classification head.
+Legend: `B` examples, `T` tokens, `V` vocabulary or classes, `D` hidden size, `E` embedding's width; `P`
+counted positions of a batch, row-major over its mask; `R` rows of logits: `P` for a language model, `B` under
+a classification head.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,12 @@ class Asks(NamedTuple):
     temperature: float | None = None  # record log-probabilities at this temperature; None: none
     layers: tuple[int, ...] = ()  # hidden states to record, by transformers' index: 0 the embeddings
     dtype: torch.dtype = torch.bfloat16  # of the recorded hidden states
+    embedding: str | None = None  # record sentence embeddings of this pooling; `modules`: by modules.json
 
     def identity(self) -> str:
         """A text that identifies them; as in version 0.1.0 for what that could record."""
         exact = "" if self.dtype == torch.bfloat16 else f", dtype={self.dtype}"
+        exact += "" if self.embedding is None else f", embedding={self.embedding!r}"
         return f"Asks(temperature={self.temperature!r}, layers={self.layers!r}{exact})"
 
 
@@ -43,6 +46,7 @@ class Signals(NamedTuple):
     predictions: Predictions | None = None
     hidden: Mapping[int, Tensor] = {}  # layer -> [P, D] of `Asks.dtype`
     values: Tensor | None = None  # [B, V] float32, of a regression
+    embedding: Tensor | None = None  # [B, E] float32
 
 
 class Batch(NamedTuple):
@@ -60,9 +64,10 @@ class Batch(NamedTuple):
 class Outputs(NamedTuple):
     """The model outputs that an objective can use."""
 
-    logits: Tensor  # [B, V] from a classification head, or [B, T, V] from a language model
+    logits: Tensor  # [B, V] of a classification head, [B, T, V] of a language model; [0] if there is no head
     hidden: Mapping[int, Tensor] = {}  # layer -> [B, T, D], the layers that the objective needs
     of: Kind | None = None  # what the logits are, of an expert's own head; None: as their shape says
+    embedding: Tensor | None = None  # [B, E] of the sentences, if the objective needs it
 
     @property
     def kind(self) -> Kind:

@@ -8,7 +8,6 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from typing import Any
@@ -77,7 +76,7 @@ class Steps(Dataset[Step]):
         examples = [own[i] for i in chosen]
         encoded = self.tokenize.encode(examples)
         share = len(chosen) * self.world_size / self.batch_size
-        rows = self.tokenize.pictures.rows(examples, encoded.inputs)
+        rows = self.tokenize.rows(examples, encoded.inputs)
         return Batch(expert, encoded.inputs, encoded.mask, torch.tensor(chosen), share=share, rows=rows)
 
 
@@ -103,7 +102,7 @@ class Calibration(pl.LightningDataModule):
         test_files: Expert -> file of its test examples, to warn when the two overlap.
         batch_size: Examples per expert and step, over all processes.
         max_length: Texts are truncated to this many tokens.
-        columns: The columns of text, chat, spans, decoder's target and picture.
+        columns: The columns of text, chat, spans, decoder's target, picture and sound.
         max_examples: Use the first so many examples of each expert; by default all.
         seed: The data order is a function of this and the step.
         num_workers: Processes that tokenise ahead.
@@ -140,8 +139,7 @@ class Calibration(pl.LightningDataModule):
                     f"{name}: only one calibration example; the merge will overfit it", stacklevel=2
                 )
             if name in self.test_files:
-                plain = replace(columns, spans=None, target=None, image=None)
-                test = read_examples(self.test_files[name], plain, self._render, located=False)
+                test = read_examples(self.test_files[name], columns.plain(), self._render, located=False)
                 warn_of_overlap(name, [subject(e) for e in examples], [subject(e) for e in test])
         self._consumed = 0
 

@@ -3,13 +3,13 @@
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainmerge.data.media_values import Media, content_digest, picture_value, sound_value
 from trainmerge.data.text_files import load_examples
 from trainmerge.system.ranges import check_fields
-from trainmerge.system.safetensors_file import sha256
 from trainmerge.system.text import shortened
 
 ASSISTANT = "assistant"  # the role of the turns that enter the loss
@@ -22,13 +22,17 @@ REWRITTEN = (
 
 
 class Example(NamedTuple):
-    """One unlabeled example. `spans` are the characters of `text` that enter the loss; None is all."""
+    """One unlabeled example. `spans` are the characters of `text` that enter the loss; None is all.
+
+    A picture or a sound alone has the text "".
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...] | None = None
     target: str | None = None  # the decoder's text of a sequence-to-sequence model
-    image: str | None = None  # path of the text's picture
+    image: str | bytes | None = None  # path of the picture, or its file's content
     templated: bool = False  # `text` already has its special tokens
+    audio: Media | None = None  # path of the sound, its file's content, or its samples
     pair: str | None = None  # the second text of a pair
 
 
@@ -37,37 +41,56 @@ class Columns:
     """The columns of a calibration file; None if absent.
 
     Args:
-        text: The text. Not read if `messages` is given.
+        text: The text. Not read if `messages` is given. None for pictures or sounds without text.
         messages: A chat, a list of {"role", "content"}: rendered by the tokenizer's chat template; only the
             assistant's turns enter the loss.
         spans: Lists of [begin, end): the characters of the text that enter the loss. A position enters if the
             token that it predicts overlaps one of them.
         target: The decoder's text of a sequence-to-sequence model; its positions enter the loss.
-        image: Path of a picture, absolute, or relative to the file's folder. The text has the model's
-            placeholder for it (`<|vision_start|><|image_pad|><|vision_end|>`, say). All positions enter the
-            loss, the picture's too.
+        image: Path of a picture, absolute, or relative to the file's folder; or a `datasets.Image`, a file's
+            bytes, or an array [height, width] or [height, width, colours] of 0 to 255. A text beside it has
+            the model's placeholder (`<|vision_start|><|image_pad|><|vision_end|>`, say). All positions enter
+            the loss, the picture's too.
+        audio: Path of a WAV file; or a `datasets.Audio`, bytes, or `array` and `sampling_rate`. Needs
+            `text` None.
         pair: The second text of a pair: a hypothesis, a passage to rank, the context of the question in
             `text`.
     """
 
-    text: str = "text"
+    text: str | None = "text"
     messages: str | None = None
     spans: str | None = None
     target: str | None = None
     image: str | None = None
+    audio: str | None = field(default=None, metadata={"added": "0.2.0"})
     pair: str | None = field(default=None, metadata={"added": "0.2.0"})
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.pair and (self.messages or self.spans or self.image):
+        if not (self.messages or self.text or self.image or self.audio):
+            raise ValueError("data.columns.text is null: name a column of pictures (image) or sounds (audio)")
+        if self.audio and (self.messages or self.text or self.image):
+            raise ValueError("data.columns.audio: sounds are read alone: set text to null, without image")
+        if self.pair and (self.messages or self.spans or self.media or not self.text):
             raise ValueError(
-                "data.columns.pair: pairs are two plain texts: leave out messages, spans and image"
+                "data.columns.pair: pairs are two plain texts: leave out messages, spans, image and audio"
             )
 
     def names(self) -> list[str]:
         """The columns that a file must have."""
-        chosen = [self.messages or self.text, self.spans, self.target, self.image, self.pair]
+        chosen = [self.messages or self.text, self.spans, self.target, *self.media, self.pair]
         return list(dict.fromkeys(name for name in chosen if name))
+
+    @property
+    def media(self) -> list[str]:
+        """The columns whose values are no texts."""
+        return [name for name in (self.image, self.audio) if name]
+
+    def plain(self) -> "Columns":
+        """Only what identifies an example: its texts, or its picture or sound if that is all."""
+        return replace(
+            self, spans=None, target=None, image=None if self.text or self.messages else self.image
+        )
 
     def record(self) -> dict[str, str | None]:
         """The columns as a run's manifest has them: without one that older versions lack, at its default."""
@@ -89,7 +112,7 @@ def read_examples(
         ValueError: as `load_examples`; a row with a value of the wrong type; or a chat without any turn of
             the assistant that can be located.
     """
-    data = load_examples(path, columns.names())
+    data = load_examples(path, columns.names(), media=columns.media)
     rows = data.select(range(min(count or len(data), len(data))))
     examples = [
         _example(row, columns, render, Path(path), f"{path}: example {i}", located)
@@ -133,7 +156,7 @@ def _example(
                 f"{where} has no chat in {columns.messages!r}: it has no turn with the role {ASSISTANT!r}"
             )
     else:
-        example = Example(_text(row, columns.text, where))
+        example = Example(_text(row, columns.text, where) if columns.text else "")
     if columns.image and columns.spans:
         raise ValueError(
             "columns.spans with columns.image: with pictures, all positions enter the loss; leave out spans"
@@ -145,11 +168,25 @@ def _example(
     if columns.target:
         example = example._replace(target=_text(row, columns.target, where))
     if columns.image:
-        image = path.parent / _text(row, columns.image, where)
-        if not image.is_file():
-            raise ValueError(f"{where}: no picture {image}")
-        example = example._replace(image=str(image), spans=None)
+        image = picture_value(row[columns.image], path.parent, where)
+        example = example._replace(image=image, spans=None)
+    if columns.audio:
+        example = example._replace(audio=sound_value(row[columns.audio], path.parent, where))
     return example
+
+
+def contents(example: Example) -> list[Any]:
+    """The example as JSON data, with picture and sound identified by content."""
+    own = [*example._replace(image=None)[:5], content_digest(example.image)]
+    own += [content_digest(example.audio)] if example.audio else []
+    return own if example.pair is None else [*own, example.pair]
+
+
+def subject(example: Example) -> str:
+    """What two files must not share: the text, both of a pair, or the content of a picture or sound alone."""
+    if example.pair is not None:
+        return json.dumps([example.text, example.pair])
+    return example.text or content_digest(example.image or example.audio) or ""
 
 
 def _text(row: Mapping[str, Any], column: str, where: str) -> str:
@@ -186,14 +223,3 @@ def warn_of_overlap(name: str, calibration: Sequence[str], test: Sequence[str]) 
 def examples_identity(identities: Mapping[str, str], settings: Mapping[str, Any]) -> str:
     """A text that identifies calibration examples and how they are read."""
     return json.dumps([identities, settings], sort_keys=True)
-
-
-def contents(example: Example) -> list[Any]:
-    """The example as JSON data, with its picture identified by contents."""
-    own = [*example._replace(image=None)[:5], sha256(example.image) if example.image else None]
-    return own if example.pair is None else [*own, example.pair]
-
-
-def subject(example: Example) -> str:
-    """What two files must not share: the text, or both of a pair."""
-    return example.text if example.pair is None else json.dumps([example.text, example.pair])

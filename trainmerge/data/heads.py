@@ -5,19 +5,21 @@ Legend: `B` examples, `T` tokens, `D` hidden size, `V` classes.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.system.json_file import parse_json, read_bytes
+from trainmerge.data.label_texts import checked_labels, checked_templates, read_labels, read_templates
 from trainmerge.system.ranges import check_fields
 from trainmerge.system.safetensors_file import MappedFile, sha256
 
+TEXT_SCALE = 20.0  # of cosines, for text models
 Pooling = Literal["mean", "first"]
+PoolingOfFile = Literal["mean", "first", "pooled"]
 Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # texts -> hidden states [B, T, D], mask [B, T]
 
 
@@ -26,7 +28,7 @@ class Classifier(NamedTuple):
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
-    pooling: Pooling
+    pooling: PoolingOfFile
     normalise: bool
 
     @property
@@ -49,8 +51,13 @@ class Classifier(NamedTuple):
         )
 
 
-def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """One vector per example: [B, T, D], [B, T] -> [B, D]; padding, on either side, never counts."""
+def pool(hidden: Tensor, mask: Tensor, pooling: PoolingOfFile) -> Tensor:
+    """One vector per example: [B, T, D], [B, T] -> [B, D]; padding, on either side, never counts.
+
+    With `pooled`, `hidden` is the model's own pooled vector, [B, 1, D].
+    """
+    if pooling == "pooled":
+        return hidden[:, 0]
     if pooling == "first":
         first = mask.int().argmax(dim=1)
         return hidden[torch.arange(len(hidden), device=hidden.device), first]
@@ -83,25 +90,45 @@ class Head(ABC):
 class LabelHead(Head):
     """Cosine similarity to the label texts' embeddings under the base model, as CLIP's zero-shot head.
 
-    Logits are `scale` x cosine. Labels are a list, or the path of a JSON list.
+    Args:
+        labels: A list, or the path of a JSON list.
+        scale: Logits are `scale` x cosine. At its default, CLIP and SigLIP use their own `logit_scale`.
+        pooling: How a text model's hidden states become one vector. CLIP and SigLIP have their own.
+        templates: Texts with {} for the label, or the path of a JSON list of them: a label's embedding is the
+            mean of its texts' unit embeddings, at unit length (Radford et al., CLIP, ICML 2021, section
+            3.1.4). Without templates a label is its own text.
     """
 
     labels: Sequence[str] | str
-    scale: float = 20.0
+    scale: float = TEXT_SCALE
     pooling: Pooling = "mean"
+    # Outside the repr, which identities of older runs have.
+    templates: Sequence[str] | str | None = field(default=None, repr=False, metadata={"added": "0.2.0"})
 
     def __post_init__(self) -> None:
         check_fields(self, scale="(0, inf)")
 
     @override
     def build(self, encode: Encode) -> Classifier:
-        hidden, mask = encode(self.texts())
-        embeddings = torch.nn.functional.normalize(pool(hidden, mask, self.pooling), dim=-1)
-        return Classifier(self.scale * embeddings, None, self.pooling, normalise=True)
+        return Classifier(self.scale * self.embeddings(encode), None, self.pooling, normalise=True)
+
+    def embeddings(self, encode: Encode) -> Tensor:
+        """The labels' unit embeddings, [V, D]."""
+        templates = self.prompts()
+        if not templates:
+            hidden, mask = encode(self.texts())
+            return torch.nn.functional.normalize(pool(hidden, mask, self.pooling), dim=-1)
+        each = []
+        for label in self.texts():
+            hidden, mask = encode([template.replace("{}", label) for template in templates])
+            own = torch.nn.functional.normalize(pool(hidden, mask, self.pooling), dim=-1)
+            each.append(own.mean(dim=0))
+        return torch.nn.functional.normalize(torch.stack(each), dim=-1)
 
     @override
     def identity(self) -> str:
-        return f"{self!r} {self.texts()}"
+        templates = self.prompts()
+        return f"{self!r} {self.texts()}" + (f" {templates}" if templates else "")
 
     @override
     def classes(self) -> int:
@@ -115,7 +142,13 @@ class LabelHead(Head):
         """
         if isinstance(self.labels, str):
             return read_labels(Path(self.labels))
-        return _checked("LabelHead.labels", list(self.labels))
+        return checked_labels("LabelHead.labels", list(self.labels))
+
+    def prompts(self) -> list[str]:
+        """The templates; raises ValueError if they are no texts with {} in each."""
+        if isinstance(self.templates, str):
+            return read_templates(Path(self.templates))
+        return checked_templates("LabelHead.templates", list(self.templates or ()))
 
 
 @dataclass(frozen=True)
@@ -125,7 +158,7 @@ class LinearHead(Head):
     file: str
     weight: str = "classifier.weight"  # [V, D]
     bias: str | None = "classifier.bias"  # [V]
-    pooling: Pooling = "first"
+    pooling: PoolingOfFile = "first"  # `pooled`: the model's pooled output or image embedding
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -169,25 +202,3 @@ class LinearHead(Head):
                 "layer has a weight [classes, hidden] and a bias [classes]"
             )
         return file
-
-
-def read_labels(path: Path) -> list[str]:
-    """A JSON list of label texts.
-
-    Raises:
-        ValueError: the file does not exist, or is not such a list.
-    """
-    remedy = "Write a JSON list of label texts."
-    try:
-        return _checked(str(path), parse_json(read_bytes(path, remedy), path, remedy))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: the label texts cannot be read: no such file") from error
-
-
-def _checked(where: str, labels: Any) -> list[str]:
-    """The label texts, checked; raises ValueError, naming `where` they are from, if they are unusable."""
-    if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{where}: needs a list of at least two label texts")
-    if unusable := [label for label in labels if not label.strip() or labels.count(label) > 1]:
-        raise ValueError(f"{where}: label texts must be distinct and not blank, not {sorted(set(unusable))}")
-    return labels

@@ -16,6 +16,27 @@ FILES = (
 )  # fmt: skip
 
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+NEITHER = {"config.json", *PROCESSORS}  # files of `FILES` that a model without a tokenizer has too
+
+
+def takes_text(path: str) -> bool:
+    """Whether the folder should have a tokenizer: not with a processor of pictures or sounds alone."""
+    folder = Path(path)
+    has = [name for name in FILES if (folder / name).is_file()]
+    return not {*has} & {*PROCESSORS} or bool({*has} - NEITHER)
+
+
+def present(tokenizer: Any, path: str) -> Any:
+    """The tokenizer; raises ValueError if the folder has none."""
+    if tokenizer is None:
+        raise ValueError(
+            f"{path}: it has no tokenizer, so it reads no texts: for pictures or sounds alone, set "
+            "data.columns.text to null and data.columns.image or audio to their column"
+        )
+    return tokenizer
+
+
 def load_tokenizer(path: str) -> Any:
     """The transformers tokenizer of a folder; it pads and truncates on the right.
 

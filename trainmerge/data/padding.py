@@ -1,12 +1,23 @@
-"""Padding on the right, and the positions of spans.
+"""Padding of tokenised texts, and the positions that enter the loss.
 
-Legend: `T` tokens.
+Legend: `B` examples, `T` tokens.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from trainmerge.system.plain_data import text_settings
+
+WHOLE = ("siglip", "siglip2")  # their text towers read the last of a fixed number of tokens, padding or not
+
+
+def whole_length(config: Mapping[str, Any]) -> int | None:
+    """The number of tokens to which every text is padded, if the model of this config.json needs one."""
+    length = text_settings(config).get("max_position_embeddings", 64)
+    return int(length) if config.get("model_type") in WHOLE else None
 
 
 def joined(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from io import BytesIO
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -66,11 +67,12 @@ def load_processor(path: str) -> Any:
         ) from error
 
 
-def _picture(path: str | None) -> Image.Image:
-    if path is None:
+def _picture(media: str | bytes | None) -> Image.Image:
+    if media is None:
         raise ValueError("either all examples of an expert must have a picture, or none")
     try:
-        with Image.open(path) as picture:
+        with Image.open(BytesIO(media) if isinstance(media, bytes) else media) as picture:
             return picture.convert("RGB")
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not a picture that can be read") from error
+        name = f"a picture of {len(media)} bytes" if isinstance(media, bytes) else media
+        raise ValueError(f"{name}: not a picture that can be read") from error

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 
+from trainmerge.data.picture_folder import picture_folder
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.memory import is_out_of_memory
 from trainmerge.system.text import reason, shortened
@@ -19,12 +20,17 @@ ROWS = 1 << 16  # of a table in memory
 
 
 def load_examples(
-    path: str, columns: Sequence[str], optional: Sequence[str] = (), numbers: Sequence[str] = ()
+    path: str,
+    columns: Sequence[str],
+    optional: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+    media: Sequence[str] = (),
 ) -> datasets.Dataset:
     """A JSONL, CSV, parquet or text file, or a dataset saved with `save_to_disk`, as these columns.
 
     `optional` columns are read if they exist. All columns but `numbers` are texts, as they are written: 007,
-    null, NA and 2024-01-31 too.
+    null, NA and 2024-01-31 too. Values of `media` are not decoded. A folder of pictures (`picture_folder`) is
+    read as the columns `image` and `label`.
 
     Raises:
         ValueError: no such file, unknown format, unreadable, no examples, a missing column, or an example
@@ -36,13 +42,15 @@ def load_examples(
     absent = [column for column in columns if column not in data.column_names]
     if absent:
         raise ValueError(f"{path}: no column {absent}; it has {shortened(str(data.column_names), 600)}")
+    data = _undecoded(data, media)
     try:
         values, *_ = [list(data[column]) for column in columns]
     except Exception as error:  # an arrow file is read here, and may be damaged anywhere
         raise ValueError(f"{path}: damaged, or not in UTF-8: {reason(error)}. Save it again.") from error
     for i, value in enumerate(values):
         if value is None:
-            raise ValueError(f"{path}: example {i} has no value for {columns[0]!r}, which must be a text")
+            kind = "" if columns[0] in media else ", which must be a text"
+            raise ValueError(f"{path}: example {i} has no value for {columns[0]!r}{kind}")
     return data.select_columns([*columns, *(name for name in optional if name in data.column_names)])
 
 
@@ -50,13 +58,15 @@ def _read(source: Path, texts: Sequence[str]) -> datasets.Dataset:
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder{seen_from(source)}")
     if source.is_dir():
-        return _saved(source)
+        return picture_folder(source) or _saved(source)
     if source.suffix not in FORMATS:
         raise ValueError(
             f"{source}: unknown format; use one of {', '.join(FORMATS)}, or a saved dataset's folder"
         )
     if not source.stat().st_size:
         raise ValueError(f"{source}: the file is empty")
+    if FORMATS[source.suffix] == "json" and _begins_with_null(source):  # pyarrow would end the process
+        raise ValueError(f"{source}: example 0 is null, not an object with columns: remove it")
     options: dict[str, Any] = {}
     if source.suffix == ".csv":  # an empty cell is no value; all else is as written
         options = {"converters": dict.fromkeys(texts, _cell), "keep_default_na": False, "na_values": [""]}
@@ -88,6 +98,11 @@ def _in_memory(source: Path, options: Mapping[str, Any]) -> datasets.Dataset:
     return datasets.concatenate_datasets(tables) if tables else datasets.Dataset.from_dict({})
 
 
+def _begins_with_null(source: Path) -> bool:
+    with source.open("rb") as file:
+        return next((line for line in file if line.strip()), b"").lstrip().startswith(b"null")
+
+
 def _cell(written: str) -> str | None:
     return written or None
 
@@ -113,6 +128,15 @@ def _saved(folder: Path) -> datasets.Dataset:
         ) from error
     if isinstance(data, datasets.DatasetDict):
         raise ValueError(f"{folder}: has the splits {list(data)}; name the folder of one, {folder}/SPLIT")
+    return data
+
+
+def _undecoded(data: datasets.Dataset, media: Sequence[str]) -> datasets.Dataset:
+    """The columns of pictures and sounds as paths and bytes."""
+    for name in media:
+        feature = data.features[name]
+        if isinstance(feature, datasets.Image | datasets.Audio) and feature.decode:
+            data = data.cast_column(name, type(feature)(decode=False))
     return data
 
 

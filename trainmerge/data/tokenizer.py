@@ -12,8 +12,9 @@ from torch import Tensor
 
 from trainmerge.data.chat import render_chat
 from trainmerge.data.examples import Example
-from trainmerge.data.load_tokenizer import load_tokenizer
-from trainmerge.data.padding import answers, joined
+from trainmerge.data.load_tokenizer import load_tokenizer, present, takes_text
+from trainmerge.data.media import MediaInputs, without_text
+from trainmerge.data.padding import answers, joined, whole_length
 from trainmerge.data.pictures import Pictures
 from trainmerge.data.special_tokens import SpecialTokens, check_rows, embedding_rows
 from trainmerge.system.hub import folder_of
@@ -51,10 +52,11 @@ class Tokenizer:
         check_option("max_length", max_length, int, "[1, inf)")
         folder = folder_of(path, weights=False)
         self.path, self.max_length = str(folder), max_length
-        self._tokenizer = load_tokenizer(self.path)
+        self._own = load_tokenizer(self.path) if takes_text(self.path) else None
         file = folder / "config.json"
         config = read_json(file, REMEDY) if file.is_file() else {}
         self._has_decoder = config.get("is_encoder_decoder")
+        self._whole = whole_length(config)
         self._rows = embedding_rows(config)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -63,6 +65,8 @@ class Tokenizer:
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
         """Inputs, truncated to `max_length` and padded to the longest example, and the loss positions."""
+        if without_text(examples):
+            return self._media_alone(examples)
         if examples[0].image:
             return self._with_pictures(examples)
         spans = [example.spans for example in examples]
@@ -106,7 +110,7 @@ class Tokenizer:
         """A text's tokens and bytes after truncation; all bytes without offsets (slow tokenizers)."""
         if not self._tokenizer.is_fast:
             return Located(len(self([text])["input_ids"][0]), len(text.encode()))
-        offsets = self._padded([text], offsets=True)["offset_mapping"][0].tolist()
+        offsets = self._padded([text], offsets=True)["offset_mapping"][0].tolist() or [[0, 0]]
         first, last = offsets[0][1], max(end for _, end in offsets)
         return Located(len(offsets), len(text[first:last].encode()))
 
@@ -120,6 +124,11 @@ class Tokenizer:
         """The token to put before a text so that its first token is predicted too."""
         known = [self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self.padding]
         return int(next(token for token in known if token is not None))
+
+    @property
+    def special_ids(self) -> list[int]:
+        """The ids of special tokens; none without a tokenizer."""
+        return [] if self._own is None else list(self._own.all_special_ids)
 
     @property
     def padding(self) -> int:
@@ -140,6 +149,17 @@ class Tokenizer:
         inputs = self.pictures.encode(examples)
         return Encoded(inputs, inputs["attention_mask"].bool())
 
+    def _media_alone(self, examples: Sequence[Example]) -> Encoded:
+        """Pictures or sounds: one row of the loss per example, or the decoder's targets."""
+        inputs, mask = self.media.encode(examples), torch.ones(len(examples), 1, dtype=torch.bool)
+        if examples[0].target is not None:
+            inputs["labels"], mask = self._targets([example.target for example in examples])
+        return Encoded(inputs, mask)
+
+    def rows(self, examples: Sequence[Example], inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """`Batch.rows` of encoded examples."""
+        return {} if without_text(examples) else self.pictures.rows(examples, inputs)
+
     def longest(self, examples: Sequence[Example], limit: int) -> int:
         """Tokens of the longest example after truncation; checks only examples that may exceed `limit`."""
         if self.max_length <= limit:
@@ -153,7 +173,11 @@ class Tokenizer:
 
         Reads the texts only if the tokenizer has such tokens.
         """
-        if self._rows is None or max(self._tokenizer.get_vocab().values(), default=0) < self._rows:
+        if (
+            self._rows is None
+            or without_text(examples)
+            or max(self._tokenizer.get_vocab().values(), default=0) < self._rows
+        ):
             return
         for first in range(0, len(examples), together):
             self.encode(examples[first : first + together])
@@ -167,6 +191,15 @@ class Tokenizer:
         if not self._tokenizer.chat_template:
             raise ValueError(f"{self.path}: the tokenizer has no chat template; use a text column")
         return render_chat(self._tokenizer, messages)
+
+    @property
+    def _tokenizer(self) -> Any:
+        return present(self._own, self.path)
+
+    @cached_property
+    def media(self) -> MediaInputs:
+        """The encoder of pictures and sounds without text."""
+        return MediaInputs(self.path)
 
     @cached_property
     def pictures(self) -> Pictures:
@@ -193,8 +226,8 @@ class Tokenizer:
         encoded = self._tokenizer(
             texts,
             truncation=True,
-            max_length=self.max_length,
-            padding=True,
+            max_length=self._whole or self.max_length,
+            padding="max_length" if self._whole else True,
             return_tensors="pt",
             add_special_tokens=special,
             return_offsets_mapping=offsets,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from trainmerge.checkpoints import OwnHead, load_model, open_checkpoint, output_of
 from trainmerge.data.examples import Columns
@@ -12,13 +12,15 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessTask, run_harness
 from trainmerge.evaluate.measure import metric_of
-from trainmerge.evaluate.runs import DEVICE, Heads, build_heads
+from trainmerge.evaluate.runs import DEVICE, Heads, build_heads, references_from_files
 from trainmerge.evaluate.score_task import Subject, score_tasks
 from trainmerge.evaluate.tasks import Task, load_tasks
+from trainmerge.model.embedding import read_embedding
 from trainmerge.model.own_head import OwnModel, attach
 from trainmerge.model.resident import special_ids
 from trainmerge.run.heads import task_heads
 from trainmerge.run.recipe import Recipe
+from trainmerge.run.scores import SIMILARITY
 from trainmerge.run.sources import DEFAULT_LENGTH
 from trainmerge.system.hub import folder_of
 
@@ -52,9 +54,10 @@ def evaluate_checkpoint(
     if held_out or harness:
         folders = {"base": recipe.folders["base"], **folders}
     heads = heads_of(recipe, tasks, tokenize)
+    references = references_from_files(recipe, tasks, tokenize)
     rows, found = {}, {}
     for row, folder in folders.items():
-        subject = load_checkpoint(folder, recipe, heads, tokenize, answers)
+        subject = load_checkpoint(folder, recipe, heads, tokenize, answers, references)
         rows[row] = score_tasks(subject, tasks)
         if harness:
             found[row] = run_harness(subject.module, recipe.base, harness, limit)
@@ -102,9 +105,17 @@ def over(heads: PlannedHeads, module: nn.Module, names: Mapping[str, str], token
 
 
 def load_checkpoint(
-    folder: Path, recipe: Recipe, heads: PlannedHeads, tokenize: Tokenizer, answers: int = 0
+    folder: Path,
+    recipe: Recipe,
+    heads: PlannedHeads,
+    tokenize: Tokenizer,
+    answers: int = 0,
+    references: Mapping[str, Tensor] = {},
 ) -> Subject:
-    """A checkpoint as a `Subject`."""
-    loaded = load_model(open_checkpoint(folder, recipe.allow_pickle), recipe.ignore)
+    """A checkpoint as a `Subject`; a sentence embedder embeds by its own folder's modules."""
+    checkpoint = open_checkpoint(folder, recipe.allow_pickle)
+    embedding = read_embedding(checkpoint) if metric_of(recipe) is SIMILARITY else None
+    loaded = load_model(checkpoint, recipe.ignore)
     module = loaded.module.to(DEVICE)
-    return Subject(module, over(heads, module, loaded.names, tokenize), tokenize, answers)
+    placed = over(heads, module, loaded.names, tokenize)
+    return Subject(module, placed, tokenize, answers, embedding, references)

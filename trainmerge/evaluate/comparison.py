@@ -1,21 +1,23 @@
 """Several runs and checkpoints on the same tasks, and whether their differences are significant."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
+from torch import Tensor
 
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.bootstrap import ScoreDifference, score_differences
 from trainmerge.evaluate.checkpoints import PlannedHeads, check_kind, heads_of, load_checkpoint, over
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.measure import metric_of
-from trainmerge.evaluate.runs import load_subject
+from trainmerge.evaluate.runs import load_subject, references_from_files
 from trainmerge.evaluate.score_task import TaskScore, score_tasks
 from trainmerge.evaluate.tasks import Task, load_tasks
+from trainmerge.model.embedding import read_embedding
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.heads import task_heads
 from trainmerge.run.open_run import open_run
@@ -75,22 +77,29 @@ def compare(
     if held_out:
         folders = {"base": shared.folders["base"], **folders}
     bar = track(folders.items(), description="comparing", disable=distributed.rank() > 0)
-    rows = {name: _score(folder, shared, heads, tasks, tokenize) for name, folder in bar}
+    references = references_from_files(shared, tasks, tokenize)
+    rows = {name: _score(folder, shared, heads, references, tasks, tokenize) for name, folder in bar}
     held = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
     return _compared(Evaluation(metric, *held, rows))
 
 
 def _score(
-    folder: Path, recipe: Recipe, heads: PlannedHeads, tasks: Sequence[Task], tokenize: Tokenizer
+    folder: Path,
+    recipe: Recipe,
+    heads: PlannedHeads,
+    references: Mapping[str, Tensor],
+    tasks: Sequence[Task],
+    tokenize: Tokenizer,
 ) -> dict[str, TaskScore]:
     run = RunFolder(folder)
     if not run.manifest.exists():
         check_kind(folder, recipe, tasks)
-        return score_tasks(load_checkpoint(folder, recipe, heads, tokenize), tasks)
+        return score_tasks(load_checkpoint(folder, recipe, heads, tokenize, references=references), tasks)
     own, coefficients, opened = open_run(run)
     resident, subject = load_subject(own, coefficients, opened, tokenize, run, [])
     placed = over(heads, subject.module, resident.merged.names, tokenize)
-    return score_tasks(subject.with_heads(placed), tasks)
+    embedding = read_embedding(opened.base) if any(task.similar for task in tasks) else None
+    return score_tasks(replace(subject, heads=placed, embedding=embedding, references=references), tasks)
 
 
 def _compared(found: Evaluation) -> Comparison:

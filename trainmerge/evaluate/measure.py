@@ -11,12 +11,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from trainmerge.checkpoints import Output, OwnHead, output_of
+from trainmerge.checkpoints import Output, OwnHead, output_of, read_modules
 from trainmerge.data.batch import Kind
 from trainmerge.data.tokenizer import Encoded
 from trainmerge.run.heads import TaskHead, task_heads
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.scores import ACCURACY, PERPLEXITY, Metric
+from trainmerge.run.scores import ACCURACY, PERPLEXITY, SIMILARITY, Metric
 
 HEADS = "give every task a `head`, which scores accuracy"
 UNMEASURED = {
@@ -26,7 +26,8 @@ UNMEASURED = {
     f"is_decoder in its config.json if it was trained as a decoder, or {HEADS}",
     "token classifier": f"labels of single tokens have no measure here; {HEADS}",
     "question-answering model": f"answer spans have no measure here; {HEADS}",
-    "model without an output layer": HEADS,
+    "model without an output layer": f"{HEADS}; or, if it embeds sentences, write the modules.json of "
+    "sentence-transformers into its folder",
     "model with another output": "it has no measure here; score its export with the library that trained it",
 }
 
@@ -47,6 +48,8 @@ def metric_of(recipe: Recipe, found: Mapping[str, TaskHead] | None = None) -> Me
 
     `found` are the experts' heads, by default those of `task_heads`. Tasks of several metrics have `score`.
 
+    Without heads, a base with modules.json is a sentence embedder.
+
     Raises:
         ValueError: only some tasks have a head; the base has no measure.
     """
@@ -56,6 +59,8 @@ def metric_of(recipe: Recipe, found: Mapping[str, TaskHead] | None = None) -> Me
     if heads == {True}:
         metrics = {NAMES[kind_of_head(head)] for head in tasks}
         return metrics.pop() if len(metrics) == 1 else Metric("score")
+    if heads == {False} and read_modules(recipe.folders["base"]):
+        return SIMILARITY
     output = output_of(recipe.folders["base"])
     if output.kind != "classifier" and len(heads) > 1:
         raise ValueError("only some tasks have a head: score the two kinds in separate recipes")

@@ -5,19 +5,24 @@ Legend: `K` experts (tasks).
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from trainmerge.checkpoints import LoadedModel
+from trainmerge.checkpoints import Checkpoint, LoadedModel
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.data.heads import Classifier
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessScore, HarnessTask, run_harness
 from trainmerge.evaluate.measure import metric_of
+from trainmerge.evaluate.pairs import EXPERT
 from trainmerge.evaluate.score_task import Subject, TaskScore, score_task, score_tasks
+from trainmerge.evaluate.similarity import cosines, embed_texts
 from trainmerge.evaluate.tasks import Task, load_tasks
+from trainmerge.model.embedding import read_embedding
 from trainmerge.model.own_head import OwnModel
 from trainmerge.model.resident import Placement, Resident, load_resident, preprocess
 from trainmerge.model.resident import build_heads as build_resident_heads
@@ -106,7 +111,34 @@ def load_subject(
     merged = resident.merged
     heads = build_heads(merged.module, tasks, tokenize, merged.names)  # while it has the base's weights
     merged.materialise()
-    return resident, Subject(merged.module, heads, tokenize, answers)
+    subject = Subject(merged.module, heads, tokenize, answers)
+    return resident, as_embedder(subject, resident, opened.base, tasks)
+
+
+def as_embedder(subject: Subject, resident: Resident, base: Checkpoint, tasks: Sequence[Task]) -> Subject:
+    """The subject with its embedding, and the similarities of the experts that tasks without labels need.
+
+    The k-th task is the k-th expert's. Unchanged if the tasks are of no embedder.
+    """
+    if not any(task.similar for task in tasks):
+        return subject
+    embedding, found = read_embedding(base), {}
+    for k, task in enumerate(tasks):
+        if task.similar is not None and task.similar.measure == EXPERT:
+            with resident.merged.teacher(k) as expert:
+                rows = embed_texts(expert, embedding, subject.tokenize, task.similar.texts)
+            found[task.name] = cosines(rows, task.similar)
+    return replace(subject, embedding=embedding, references=found)
+
+
+def references_from_files(recipe: Recipe, tasks: Sequence[Task], tokenize: Tokenizer) -> Mapping[str, Tensor]:
+    """Task -> its expert's similarities [P], from the recipe's own files; empty if no task needs them."""
+    if not any(task.similar is not None and task.similar.measure == EXPERT for task in tasks):
+        return {}
+    opened = recipe.open()
+    coefficients = Coefficients(tuple(recipe.experts), opened.layout, 0.0)
+    resident = load_resident(recipe, opened, coefficients, tokenize, Placement(DEVICE))
+    return as_embedder(Subject(resident.merged.module, {}, tokenize), resident, opened.base, tasks).references
 
 
 def build_heads(

@@ -5,7 +5,7 @@ Legend: `N` examples of a task, `B` of a batch, `T` tokens, `V` classes or vocab
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,12 @@ from trainmerge.data.examples import Example
 from trainmerge.data.heads import Classifier
 from trainmerge.data.tokenizer import Encoded, Tokenizer
 from trainmerge.evaluate.measure import check_causal, predicted
+from trainmerge.evaluate.pairs import Similar
 from trainmerge.evaluate.score_heads import found_in, measures_of
+from trainmerge.evaluate.similarity import correlation_terms, cosines, embed_texts, ndcg
 from trainmerge.evaluate.tasks import Task
 from trainmerge.evaluate.torchmetrics_states import AnswerLengths, TokenLosses, class_measures
+from trainmerge.model.embedding import Embedding
 from trainmerge.model.forward import forward
 from trainmerge.model.own_head import OwnModel
 from trainmerge.system.distributed import merge_shares, own_share
@@ -52,6 +55,8 @@ class Subject:
     heads: Mapping[str, Classifier | OwnModel | None]  # by task
     tokenize: Tokenizer
     answers: int = 0  # maximal tokens of an answer
+    embedding: Embedding | None = None  # of a sentence embedder
+    references: Mapping[str, Tensor] = field(default_factory=dict)  # task -> its expert's cosines [P]
 
     @property
     def device(self) -> torch.device:
@@ -72,6 +77,8 @@ class Subject:
 @torch.inference_mode()
 def score_task(subject: Subject, task: Task) -> TaskScore:
     """All measures of a task. Several processes split the examples, and all get the result."""
+    if task.similar is not None:
+        return _similarities(subject, task.name, task.similar)
     if not task.labels:
         return _texts(subject, task)
     return _classes(subject, task) if task.kind == "classes" else _of_head(subject, task)
@@ -80,6 +87,19 @@ def score_task(subject: Subject, task: Task) -> TaskScore:
 def score_tasks(subject: Subject, tasks: Sequence[Task]) -> dict[str, TaskScore]:
     """Scores of one model on several tasks."""
     return {task.name: score_task(subject, task) for task in tasks}
+
+
+def _similarities(subject: Subject, name: str, similar: Similar) -> TaskScore:
+    """Retrieval by queries; else Spearman's correlation by pairs, with the ranks of the whole file."""
+    assert subject.embedding is not None
+    rows = embed_texts(subject.module, subject.embedding, subject.tokenize, similar.texts)
+    if similar.documents is not None:
+        terms = ndcg(rows, similar)
+    else:
+        wanted = subject.references[name] if similar.scores is None else similar.scores
+        terms = correlation_terms(cosines(rows, similar), wanted)
+    outcomes = torch.stack([terms, torch.ones_like(terms)], dim=1)
+    return TaskScore({similar.measure: float(terms.mean())}, outcomes)
 
 
 def _classes(subject: Subject, task: Task) -> TaskScore:
@@ -120,7 +140,9 @@ def _of_head(subject: Subject, task: Task) -> TaskScore:
 
 def _texts(subject: Subject, task: Task) -> TaskScore:
     """Losses over the tokens that count: of plain texts, all but the first; of targets, all."""
-    plain = [e.spans is None and e.target is None and e.image is None for e in task.examples]
+    plain = [
+        e.spans is None and e.target is None and e.image is None and e.audio is None for e in task.examples
+    ]
     if all(plain):
         _check(subject, task)
     metric = TokenLosses(bits=all(plain))

@@ -7,13 +7,15 @@ from typing import Any, Literal
 from trainmerge.checkpoints import Output, OwnHead, output_of
 from trainmerge.data.batch import Kind
 from trainmerge.data.examples import Columns, Example, read_examples
+from trainmerge.data.media import without_text
 from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.answers import COLUMN, read_answers
 from trainmerge.evaluate.measure import kind_of_head, metric_of, predicted
+from trainmerge.evaluate.pairs import EXPERT, Similar, read_similar
 from trainmerge.run.heads import TaskHead, linear_problems, task_heads
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.scores import PERPLEXITY
+from trainmerge.run.scores import PERPLEXITY, SIMILARITY
 from trainmerge.system.ranges import check_option
 
 Split = Literal["test", "validation"]
@@ -29,6 +31,7 @@ class Task:
     prompts: Sequence[str] = ()
     head: TaskHead = None
     kind: Kind = "classes"  # of the outputs that have labels
+    similar: Similar | None = None  # of a sentence embedder
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class TestFiles:
         tokenize: The base's tokenizer, which renders chats.
         limit: Read the first so many examples of each file; None reads all.
         split: Which of a task's files to read.
+        embedded: Whether the model is a sentence embedder.
     """
 
     output: Output
@@ -50,6 +54,7 @@ class TestFiles:
     tokenize: Tokenizer
     limit: int | None
     split: Split
+    embedded: bool = False
 
     def task(self, name: str, file: str | None, head: TaskHead) -> Task:
         """One task.
@@ -62,10 +67,18 @@ class TestFiles:
                 f"{name}: scoring needs `{self.split}`, a file with the fit's columns and, for classifiers, "
                 "a column label"
             )
+        if self.embedded:
+            return self._pairs(name, file)
         columns, kind = self._columns(), kind_of_head(head)
         names = [*columns.names(), *[COLUMN[kind]] * self.labelled]
         try:
-            data = load_examples(file, names, optional=["prompt"], numbers=[*set(COLUMN.values())])
+            data = load_examples(
+                file,
+                names,
+                optional=["prompt"],
+                numbers=[*set(COLUMN.values())],
+                media=columns.media,
+            )
         except ValueError as error:
             raise ValueError(
                 f"{error}. A {self.split} file needs the columns {names}: data.columns of the fit names the "
@@ -84,6 +97,17 @@ class TestFiles:
             raise ValueError(f"{file}: example {wrong[0]} has no text for 'prompt': write one, or remove it")
         return Task(name, examples, labels, prompts, head, kind)
 
+    def _pairs(self, name: str, file: str) -> Task:
+        """A sentence embedder's task."""
+        columns = replace(self.columns, spans=None, target=None)
+        if columns.text is None:
+            raise ValueError(
+                f"{file}: sentence embedders compare texts: set data.columns.text to their column"
+            )
+        examples = read_examples(file, columns, self.tokenize.render, self.limit, located=False)
+        self._check(file, examples)
+        return Task(name, examples, similar=read_similar(file, columns.text, len(examples)))
+
     def _columns(self) -> Columns:
         """The columns that the measure depends on: no spans or targets for accuracy."""
         if self.labelled:
@@ -98,12 +122,18 @@ class TestFiles:
         return self.columns
 
     def _check(self, file: str, examples: Sequence[Example]) -> None:
-        """Every example has a text and, for perplexity, a token that is predicted."""
+        """Every example has a text, picture or sound and, for perplexity, a token that is predicted."""
+        alone = without_text(examples)
+        if unreadable := self.tokenize.media.problems(examples) if alone else []:
+            raise ValueError(
+                f"{file}: {len(unreadable)} of {len(examples)} cannot be read, the first: {unreadable[0]}"
+            )
         for i, example in enumerate(examples):
-            blank = not example.text.strip() or (example.target is not None and not example.target.strip())
+            blank = not (alone or example.text.strip())
+            blank |= example.target is not None and not example.target.strip()
             if blank:
                 raise ValueError(f"{file}: example {i} is blank: remove it, or write its text")
-            if self.labelled or example.image:
+            if self.labelled or self.embedded or example.image or example.audio:
                 continue
             if not predicted(self.tokenize.encode([example])).any():
                 raise ValueError(
@@ -131,19 +161,37 @@ def load_tasks(
             held-out task has an expert's name.
     """
     heads = task_heads(recipe) if heads is None else heads
-    labelled = metric_of(recipe, heads) != PERPLEXITY
+    metric = metric_of(recipe, heads)
     if problems := list(linear_problems(recipe)):
         raise ValueError("\n".join(problems))
     check_option("limit", limit, int | None, "[1, inf)")
     if twice := recipe.experts.keys() & recipe.held_out.keys():
         raise ValueError(f"recipe.held_out: {sorted(twice)} are names of experts; rename these tasks")
-    files = TestFiles(output_of(recipe.folders["base"]), labelled, columns, tokenize, limit, split)
+    output, labelled = output_of(recipe.folders["base"]), metric not in (PERPLEXITY, SIMILARITY)
+    files = TestFiles(output, labelled, columns, tokenize, limit, split, embedded=metric == SIMILARITY)
     held_in = [
         files.task(name, getattr(expert, split), heads[name]) for name, expert in recipe.experts.items()
     ]
     if split != "test":
         return held_in, []
-    return held_in, [files.task(name, task.test, task.head) for name, task in recipe.held_out.items()]
+    held_out = [files.task(name, task.test, task.head) for name, task in recipe.held_out.items()]
+    check_measures(held_in, held_out)
+    return held_in, held_out
+
+
+def check_measures(held_in: Sequence[Task], held_out: Sequence[Task]) -> None:
+    """Raise ValueError if embedders' tasks have different measures, or a held-out one needs an expert."""
+    measures = {task.name: task.similar.measure for task in (*held_in, *held_out) if task.similar}
+    if strange := [task.name for task in held_out if measures.get(task.name) == EXPERT]:
+        raise ValueError(
+            f"recipe.held_out: {strange} have no expert whose similarities count: give their files the "
+            "column score or relevant"
+        )
+    if len(set(measures.values())) > 1:
+        raise ValueError(
+            f"the tasks have different measures, {measures}: give all test files the same of the columns "
+            "score and relevant, or score them in separate recipes"
+        )
 
 
 def _check_labels(file: str, labels: Sequence[object], classes: int | None) -> None:

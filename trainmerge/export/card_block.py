@@ -20,6 +20,7 @@ COEFFICIENTS = "trainmerge_coefficients.safetensors"
 LARGEST = 256 * 1024  # bytes of a coefficients file that the card holds
 WIDTH = 100  # characters of a line of base64
 FORM = 1
+NOTHING: Mapping[str, str] = {}
 FENCE = re.compile(r"^(`{3,})(\w+)\n(.*?)^\1[ \t]*$", re.DOTALL | re.MULTILINE)
 REMEDY = "Take the card as it was exported."
 
@@ -34,6 +35,7 @@ class Block:
         digest: The SHA-256 of the coefficients' file.
         content: Its bytes; None if it is too large for a card.
         task: The expert whose class and own head the checkpoint has; empty for the base's class.
+        form: Its dtype and division into files, where they are not the base's.
         recipe: The recipe as YAML text; of a card that was read.
     """
 
@@ -42,6 +44,7 @@ class Block:
     digest: str
     content: bytes | None = None
     task: str = ""
+    form: Mapping[str, str] = field(default_factory=dict)
     recipe: str = field(default="", compare=False)
 
 
@@ -50,10 +53,12 @@ def make_block(
     sources: Mapping[str, Mapping[str, str]],
     coefficients: Path,
     task: str = "",
+    form: Mapping[str, str] = NOTHING,
 ) -> Block:
     """The block of an export whose coefficients are in a file."""
     small = coefficients.stat().st_size <= LARGEST
-    return Block(files, sources, sha256(coefficients), coefficients.read_bytes() if small else None, task)
+    content = coefficients.read_bytes() if small else None
+    return Block(files, sources, sha256(coefficients), content, task, form)
 
 
 def block_text(block: Block) -> str:
@@ -66,6 +71,8 @@ def block_text(block: Block) -> str:
     }
     if block.task:
         content["task"] = block.task
+    if block.form:
+        content["form"] = dict(block.form)
     if block.content is not None:
         content["coefficients"]["base64"] = textwrap.wrap(base64.b64encode(block.content).decode(), WIDTH)
     text = fenced(json.dumps(content, indent=1) + "\n", "json")
@@ -102,9 +109,8 @@ def read_block(card: str, where: Path) -> Block:
         lines = own.get("base64")
         raw = None if lines is None else base64.b64decode("".join(lines), validate=True)
         sources = {str(name): _texts(files) for name, files in content["sources"].items()}
-        return Block(
-            _texts(content["files"]), sources, str(own["sha256"]), raw, str(content.get("task", "")), recipe
-        )
+        task, form = str(content.get("task", "")), _texts(content.get("form", {}))
+        return Block(_texts(content["files"]), sources, str(own["sha256"]), raw, task, form, recipe)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{where}: its block for `trainmerge rebuild` is damaged ({error}). {REMEDY}"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from trainmerge.checkpoints.whole import MANIFEST, RECIPE
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.export.card_block import COEFFICIENTS, make_block
 from trainmerge.export.card_run import merge_scores
+from trainmerge.export.form import Form
 from trainmerge.export.model_card import CardFacts, model_card
 from trainmerge.export.public import public, public_config, public_manifest
 from trainmerge.run.config import read_yaml, to_config
@@ -37,6 +38,7 @@ class Exported:
         own: Whether they are the run's own, not another point's of its front.
         unfinished: `step 40 of 80` of an unfinished run; empty otherwise.
         task: The expert whose class and own head the checkpoint has; empty for the base's class.
+        form: Its dtype and files.
     """
 
     run: RunFolder
@@ -46,6 +48,7 @@ class Exported:
     own: bool
     unfinished: str
     task: str = ""
+    form: Form = field(default_factory=Form)
 
 
 def explain(folder: Path, name: str, merge: Exported, made: Mapping[str, str]) -> None:
@@ -71,12 +74,13 @@ def explain(folder: Path, name: str, merge: Exported, made: Mapping[str, str]) -
         steps=_steps(merge, run),
         unfinished=merge.unfinished,
         scores=merge_scores(merge.run, merge.recipe) if merge.own else None,
-        block=make_block(made, run["checksums"], folder / COEFFICIENTS, merge.task),
+        block=make_block(made, run["checksums"], folder / COEFFICIENTS, merge.task, merge.form.to_json()),
     )
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
     more: dict[str, Any] = {"hub": to_json(found)} if found else {}
     more |= {"unfinished": merge.unfinished} if merge.unfinished else {}
     more |= {"task": merge.task} if merge.task else {}
+    more |= {"form": merge.form.to_json()} if merge.form.to_json() else {}
     write_export_manifest(folder, made, public_manifest(run), more)
 
 

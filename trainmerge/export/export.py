@@ -6,13 +6,15 @@ complete.
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.checkpoints.whole import MANIFEST
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.export.explain import Exported, explain
-from trainmerge.export.shards import CheckpointMerge, shard_names, write_shards
+from trainmerge.export.form import DtypeName, Form, write_dtype
+from trainmerge.export.shards import CheckpointMerge, Merged, write_shards
 from trainmerge.export.side_files import copy_side_files
 from trainmerge.export.task import TaskMerge, own_head, write_task
 from trainmerge.preprocess import apply_for_one_pass
@@ -53,24 +55,28 @@ def export_merge(
         write_checkpoint(CheckpointMerge(base, task_vectors, coefficients), folder, workers)
 
 
-def write_checkpoint(merge: CheckpointMerge, folder: Path, workers: int = 1) -> dict[str, str]:
+def write_checkpoint(merge: Merged, folder: Path, workers: int = 1) -> dict[str, str]:
     """Write weights and side files into an empty folder; returns the weight files' SHA-256.
 
     Several processes split the weight files; the first one writes the rest.
     """
     base = merge.base
     with agreed():
-        check_free_space(folder, sum(file.stat().st_size for file in base.files))
-        shards = shard_names(base)
-        sizes = dict(zip(shards, (file.stat().st_size for file in base.shards), strict=True))
+        shards, after = merge.form.shards(base), merge.after
+        size_of = {name: merge.form.size_of(info) for name, info in merge.tensors.items()}
+        files = {**shards, **after}
+        sizes = {file: sum(size_of[name] for name in names) for file, names in files.items()}
+        check_free_space(folder, sum(sizes.values()))
         mine = write_shards(merge, folder, balanced_share(sizes), workers)
         base.check_unchanged()
     made = {file: digest for part in distributed.all_gather(mine) for file, digest in part.items()}
     if distributed.rank() > 0:
         return made
-    copy_side_files(base.path, folder)
-    if len(made) > 1:
-        size = sum((folder / file).stat().st_size for file in made)
+    copy_side_files(base.path, folder, {Path(file).parent for file in after})
+    if merge.form.dtype:
+        write_dtype(folder / "config.json", merge.form.dtype)
+    if len(shards) > 1:
+        size = sum((folder / file).stat().st_size for file in shards)
         homes = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
@@ -95,6 +101,8 @@ def export_run(
     overwrite: bool = False,
     workers: int = 1,
     coefficients: Coefficients | None = None,
+    dtype: DtypeName | None = None,
+    shard_size: str | None = None,
     task: str | None = None,
 ) -> Path:
     """Export a run folder's merge, with a model card and everything needed to reproduce it.
@@ -102,14 +110,17 @@ def export_run(
     `workers` shards are written in parallel; their number changes no byte. `coefficients` replace the run's
     own, for example by those of a point on its Pareto front. With `task`, an expert's name, the checkpoint
     is of that expert's class, with its own head over the merged weights. Under torchrun, the processes split
-    the weight files; no tensor is gathered.
+    the weight files; no tensor is gathered. `dtype` and `shard_size` are those of `Form`; by default the
+    base's.
 
     Raises:
         ValueError: the run has no coefficients yet, base or experts changed since the fit, or `task` has no
             head of its own.
     """
     check_option("workers", workers, int, "[1, inf)")
-    run_folder, target = RunFolder(Path(run)), Path(out)
+    run_folder, target, form = RunFolder(Path(run)), Path(out), Form(dtype, shard_size)
+    if task and form.to_json():
+        raise ValueError("an export with a task's head has the base's dtype and one file: leave out the form")
     with joined():
         recipe, learned, opened = open_run(run_folder)
         at = unfinished(run_folder)
@@ -120,7 +131,7 @@ def export_run(
         head = own_head(recipe, opened, task) if task is not None else None
         with staging_shared(target, overwrite) as folder:
             with agreed(), distributed.rank_zero_first():
-                merge = merge_of(run_folder, recipe, coefficients, opened)
+                merge = replace(merge_of(run_folder, recipe, coefficients, opened), form=form)
             if head is None:
                 made = write_checkpoint(merge, folder, workers)
             else:
@@ -128,7 +139,7 @@ def export_run(
                     made = write_task(TaskMerge.of(merge, head), folder) if distributed.rank() == 0 else {}
             if distributed.rank() == 0:
                 own = coefficients is learned
-                merged = Exported(run_folder, recipe, opened, coefficients, own, at, task or "")
+                merged = Exported(run_folder, recipe, opened, coefficients, own, at, task or "", form)
                 explain(folder, target.name, merged, made)
     return target
 

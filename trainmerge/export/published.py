@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from trainmerge.checkpoints.whole import MANIFEST, RECIPE, check_whole
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.export.card_block import COEFFICIENTS, Block, read_block
+from trainmerge.export.form import Form
 from trainmerge.run.config import read_config
 from trainmerge.run.recipe import Recipe
 from trainmerge.system.json_file import read_bytes, read_json
@@ -31,6 +32,7 @@ class Published:
         recipe_text: The recipe as it was written.
         run: The run's manifest, of an export's folder.
         task: The expert whose class and own head the checkpoint has; empty for the base's class.
+        form: Its dtype and files.
     """
 
     recipe: Recipe
@@ -41,6 +43,7 @@ class Published:
     recipe_text: str
     run: Mapping[str, Any] | None = None
     task: str = ""
+    form: Form = field(default_factory=Form)
 
 
 def read_published(source: Path, place: Path) -> Published:
@@ -73,6 +76,7 @@ def read_published(source: Path, place: Path) -> Published:
         text,
         run,
         str(manifest.get("task", "")),
+        Form.read(manifest.get("form"), source / MANIFEST),
     )
 
 
@@ -101,6 +105,7 @@ def _of_card(source: Path, card: str, block: Block, place: Path) -> Published:
         block.recipe,
         None,
         block.task,
+        Form.read(block.form, source),
     )
 
 

@@ -50,13 +50,14 @@ def rebuild(source: str | Path, out: str | Path, overwrite: bool = False, worker
         task_vectors, rule = apply_for_one_pass(
             opened.task_vectors, made.recipe.preprocess, Path(place), opened.identity()
         )
-        merge = CheckpointMerge(opened.base, task_vectors, made.coefficients, rule)
+        merge = CheckpointMerge(opened.base, task_vectors, made.coefficients, rule, made.form)
+        form = {"form": made.form.to_json()} if made.form.to_json() else {}
         with staging(target, overwrite) as folder:
             check_files(write_checkpoint(merge, folder, workers), made.files, str(source))
             (folder / RECIPE).write_text(made.recipe_text, encoding="utf-8")
             (folder / "README.md").write_text(made.card, encoding="utf-8")
             save_coefficients(made.coefficients, folder / COEFFICIENTS)
-            write_export_manifest(folder, made.files, made.run, {"rebuilt": True})
+            write_export_manifest(folder, made.files, made.run, {"rebuilt": True} | form)
     return target
 
 

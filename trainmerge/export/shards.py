@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -19,8 +19,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints import Checkpoint
+from trainmerge.checkpoints import Checkpoint, place_of
 from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.export.form import Form
 from trainmerge.kernels import Difference, LowRank, chunk_bounds
 from trainmerge.preprocess import Rule
 from trainmerge.system.background import ahead
@@ -34,6 +35,46 @@ READY = 8  # pieces queued for writing
 PIECE = 1 << 19
 
 
+class Tensors(Protocol):
+    """The tensors of a checkpoint that is computed on request."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Their headers."""
+
+    @property
+    def shards(self) -> Mapping[str, tuple[str, ...]]:
+        """File name -> its tensors."""
+
+    @property
+    def after(self) -> Mapping[str, tuple[str, ...]]:
+        """Path -> tensors, of modules after the model with a merged tensor."""
+
+    def in_file(self, name: str) -> str:
+        """A tensor's name in its file."""
+
+    def merged(self, name: str) -> bool:
+        """Whether a tensor is merged; others are copies."""
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor as consecutive pieces of rows."""
+
+    def read_ahead_of(self, name: str) -> None:
+        """Ask the kernel to read ahead the pages that `pieces` will need."""
+
+
+class Merged(Tensors, Protocol):
+    """The tensors of a merged checkpoint, under the names of its base's files."""
+
+    @property
+    def base(self) -> Checkpoint:
+        """The checkpoint whose names, shapes and side files the merge has."""
+
+    @property
+    def form(self) -> Form:
+        """Its dtype and files."""
+
+
 @dataclass(frozen=True)
 class CheckpointMerge:
     """Base, task vectors and coefficients: computes each tensor of the merged checkpoint on request."""
@@ -42,34 +83,50 @@ class CheckpointMerge:
     task_vectors: TaskVectors
     coefficients: Coefficients
     rule: Rule | None = None  # the last preprocessor's, applied inside the pass
+    form: Form = field(default_factory=Form)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """The headers of the merged checkpoint's tensors."""
-        return self.base.tensors
+        """The headers of the merged checkpoint's tensors, merged ones of modules after the model too."""
+        after = {name: self.base.info(name) for names in self.after.values() for name in names}
+        return self.form.headers({**self.base.tensors, **after})
 
     @property
     def shards(self) -> Mapping[str, tuple[str, ...]]:
         """File name -> its tensors."""
-        return shard_names(self.base)
+        return self.form.shards(self.base)
+
+    @property
+    def after(self) -> Mapping[str, tuple[str, ...]]:
+        """Path -> tensors, of modules after the model with a merged tensor."""
+        found: dict[str, list[str]] = {}
+        for name in self.base.side:
+            found.setdefault(f"{place_of(name)}/model.safetensors", []).append(name)
+        return {file: tuple(names) for file, names in found.items() if any(map(self.merged, names))}
+
+    def in_file(self, name: str) -> str:
+        """A tensor's name in its file: without its folder, if it is of a module after the model."""
+        return self.base.side[name].name if name in self.base.side else name
 
     def merged(self, name: str) -> bool:
         """Whether a tensor of the base's files is merged; others are bitwise the base's."""
         return self.base.tied.get(name, name) in self.coefficients.layout.groups
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """A tensor of the base's files after the merge, as consecutive pieces of rows [*S] in its dtype.
+        """A tensor of the base's files after the merge, as consecutive pieces of rows [*S] in `form`'s dtype.
 
         Raises:
             ValueError: a merged number is not finite.
         """
+        info = self.base.info(name)
+        dtype = self.form.dtype_of(info)
         if not self.merged(name):
-            yield self.base.read(name)
+            yield finite(name, self.base.read(name).to(dtype), info.dtype)
             return
         parameter = self.base.tied.get(name, name)
         coefficients = self.coefficients.of(parameter, self.coefficients().detach())
         for part, delta in self._deltas(parameter):
-            out = torch.empty_like(delta.base)
+            out = torch.empty_like(delta.base, dtype=dtype)
             merge_rows(out, delta, part.start or 0, coefficients, self.task_vectors.deltas[parameter].shape)
             if not bool(torch.isfinite(torch.stack(torch.aminmax(out))).all()):
                 raise ValueError(
@@ -99,6 +156,19 @@ class CheckpointMerge:
                         read_ahead(tensor)
 
 
+def finite(name: str, converted: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor that was not merged, converted from `dtype`.
+
+    Raises:
+        ValueError: a number that the new dtype cannot hold.
+    """
+    if converted.dtype != dtype and not bool(torch.isfinite(converted).all()):
+        raise ValueError(
+            f"{name}: it is not finite in {str(converted.dtype).removeprefix('torch.')}; export another dtype"
+        )
+    return converted
+
+
 def merge_rows(out: Tensor, delta: Delta, first: int, coefficients: Tensor, whole: torch.Size) -> None:
     """Merge some rows of a parameter of shape `whole`, from row `first` on, into `out`.
 
@@ -114,54 +184,35 @@ def merge_rows(out: Tensor, delta: Delta, first: int, coefficients: Tensor, whol
             delta.rows(rows).merge(out[rows], coefficients[:, chunk : chunk + 1])
 
 
-class Tensors(Protocol):
-    """The tensors of a checkpoint that is computed on request."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Their headers."""
-
-    @property
-    def shards(self) -> Mapping[str, tuple[str, ...]]:
-        """File name -> its tensors."""
-
-    def merged(self, name: str) -> bool:
-        """Whether a tensor is merged; others are copies."""
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """A tensor as consecutive pieces of rows."""
-
-    def read_ahead_of(self, name: str) -> None:
-        """Ask the kernel to read ahead the pages that `pieces` will need."""
-
-
 def write_shard(merge: Tensors, names: Iterable[str], path: Path) -> str:
     """Write these tensors of a merge as one safetensors file; returns its SHA-256, computed while writing.
 
     The bytes depend on the arguments only, so any process may write any shard at any time.
     """
-    infos = merge.tensors
-    specs = {name: (infos[name].dtype, tuple(infos[name].shape)) for name in names}
+    inside = {merge.in_file(name): name for name in names}
+    infos = {key: merge.tensors[name] for key, name in inside.items()}
+    specs = {key: (info.dtype, tuple(info.shape)) for key, info in infos.items()}
     hasher = hashlib.sha256()
-    with closing(ahead(_in_order(merge, file_order(specs)), READY)) as tensors:  # its thread ends here
+    path.parent.mkdir(exist_ok=True, parents=True)
+    ordered = {key: inside[key] for key in file_order(specs)}
+    with closing(ahead(_in_order(merge, ordered), READY)) as tensors:  # its thread ends here
         write_safetensors(path, specs, tensors, {"format": "pt"}, hasher)
     return hasher.hexdigest()
 
 
 @torch.no_grad()
-def _in_order(merge: Tensors, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    for name, after in zip(names, [*names[1:], None], strict=True):
+def _in_order(merge: Tensors, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """The pieces of these tensors, name in the file -> name, under their names in the file."""
+    for (key, name), after in zip(names.items(), [*list(names.values())[1:], None], strict=True):
         if after is not None:
             merge.read_ahead_of(after)
         for piece in merge.pieces(name):
-            yield name, piece
+            yield key, piece
 
 
-def write_shards(
-    merge: CheckpointMerge, folder: Path, files: Iterable[str], workers: int = 1
-) -> dict[str, str]:
-    """Write these weight files of `shard_names` into a folder, `workers` in parallel: name -> SHA-256."""
-    names, shards = list(files), shard_names(merge.base)
+def write_shards(merge: Merged, folder: Path, files: Iterable[str], workers: int = 1) -> dict[str, str]:
+    """Write these weight files of `form.shards` into a folder, `workers` in parallel: name -> SHA-256."""
+    names, shards = list(files), {**merge.form.shards(merge.base), **merge.after}
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
@@ -170,11 +221,3 @@ def write_shards(
             return dict(zip(names, made, strict=True))
     finally:
         torch.set_num_threads(threads)
-
-
-def shard_names(base: Checkpoint) -> dict[str, tuple[str, ...]]:
-    """File name in an export -> its tensors: the base's files, as safetensors."""
-    return {
-        Path(file.name.replace("pytorch_model", "model")).with_suffix(".safetensors").name: names
-        for file, names in base.shards.items()
-    }

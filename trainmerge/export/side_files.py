@@ -7,6 +7,7 @@ sentence-transformers names it as a layer after the model.
 
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 from trainmerge.checkpoints import module_folders
@@ -68,10 +69,13 @@ WEIGHTS = {
 OF_MODULES = {".safetensors", ".bin"}
 
 
-def copy_side_files(source: Path, target: Path) -> None:
+def copy_side_files(source: Path, target: Path, written: Collection[Path] = ()) -> None:
     """Copy all side files of the checkpoint folder `source`, with subfolders and side modules.
 
     JSON files lose the local paths that a model was loaded from (`origins`), and nothing else.
+
+    `written` are modules' folders, relative to `source`, whose weights are merged, and in `target` already.
+
     Warns of links that lead out of `source`, and of files of an unknown kind; they are not copied.
     """
     modules = module_folders(source)
@@ -81,9 +85,9 @@ def copy_side_files(source: Path, target: Path) -> None:
         place = path.relative_to(source)
         if not path.is_file() or _is_hidden(place) or set(place.parents) & foreign:
             continue
-        of_module = bool(modules.intersection(place.parents)) and place.suffix in OF_MODULES
+        of_module = bool((modules - set(written)).intersection(place.parents)) and place.suffix in OF_MODULES
         if path.suffix.lower() in WEIGHTS and not of_module:
-            continue  # of the base
+            continue  # of the base, or merged
         if leads_outside(source, path):
             warnings.warn(
                 f"{path} is a link that leads out of {source}: it is not copied. If the file belongs to "

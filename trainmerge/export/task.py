@@ -59,6 +59,15 @@ class TaskMerge:
         """One file."""
         return {FILE: tuple(self.tensors)}
 
+    @property
+    def after(self) -> Mapping[str, tuple[str, ...]]:
+        """None: a class with a head has no modules after it."""
+        return {}
+
+    def in_file(self, name: str) -> str:
+        """Its name."""
+        return name
+
     def merged(self, name: str) -> bool:
         """Whether a tensor is merged; others are the expert's or the base's."""
         return name in self.head.shared and self.merge.merged(self.head.shared[name])

@@ -1,12 +1,15 @@
 """Verify an export: merge its run again and compare bitwise."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from trainmerge.checkpoints.whole import MANIFEST
 from trainmerge.export.export import INDEX, merge_of
+from trainmerge.export.form import Form
 from trainmerge.export.shards import Tensors
 from trainmerge.export.side_files import WEIGHTS
 from trainmerge.export.task import TaskMerge, own_head, task_of
@@ -28,11 +31,10 @@ def verify_export(run: str | Path, out: str | Path) -> int:
     """
     run_folder, folder = RunFolder(Path(run)), Path(out)
     recipe, coefficients, opened = open_run(run_folder)
-    merge: Tensors = merge_of(run_folder, recipe, coefficients, opened)
+    plain = replace(merge_of(run_folder, recipe, coefficients, opened), form=_form(folder))
+    merge: Tensors = plain
     if task := task_of(folder):
-        merge = TaskMerge.of(
-            merge_of(run_folder, recipe, coefficients, opened), own_head(recipe, opened, task)
-        )
+        merge = TaskMerge.of(plain, own_head(recipe, opened, task))
     problems = list(_differences(merge, folder))
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
@@ -44,6 +46,13 @@ def verify_export(run: str | Path, out: str | Path) -> int:
     return len(merge.tensors)
 
 
+def _form(folder: Path) -> Form:
+    """The dtype and shard size of an export, as its manifest has them."""
+    file = folder / MANIFEST
+    content = read_json(file, "Export the run again.") if file.is_file() else {}
+    return Form.read(content.get("form"), file)
+
+
 def _differences(merge: Tensors, folder: Path) -> Iterator[str]:
     shards = dict(merge.shards)
     there = {path.name for path in folder.glob("*") if path.suffix in WEIGHTS}
@@ -52,8 +61,10 @@ def _differences(merge: Tensors, folder: Path) -> Iterator[str]:
     yield from (f"{file} is not part of the export" for file in sorted(there - shards.keys() - own))
     if len(shards) > 1:
         yield from _index_differences(shards, folder / INDEX)
-    for file, names in shards.items():
-        if file in there:
+    after = dict(merge.after)
+    yield from (f"{file} is missing" for file in after if not (folder / file).is_file())
+    for file, names in (shards | after).items():
+        if (folder / file).is_file():
             yield from _shard_differences(merge, names, folder / file)
 
 
@@ -78,16 +89,19 @@ def _shard_differences(merge: Tensors, names: tuple[str, ...], path: Path) -> It
     except ValueError as error:
         yield str(error)
         return
-    yield from (f"{path.name}: {name} does not belong there" for name in file.tensors if name not in names)
-    for name in names:
-        want = merge.tensors[name]
-        got = file.tensors.get(name)
+    keys = {name: merge.in_file(name) for name in names}
+    strange = file.tensors.keys() - set(keys.values())
+    yield from (f"{path.name}: {name} does not belong there" for name in file.tensors if name in strange)
+    infos = merge.tensors
+    for name, key in keys.items():
+        want = infos[name]
+        got = file.tensors.get(key)
         if got is None:
             yield f"{path.name}: {name} is missing"
         elif (got.dtype, got.shape) != (want.dtype, want.shape):
             shapes = tuple(got.shape), tuple(want.shape)
             yield f"{path.name}: {name} is {got.dtype} {shapes[0]}, not {want.dtype} {shapes[1]}"
-        elif changed := _changed(merge, name, file.read(name)):
+        elif changed := _changed(merge, name, file.read(key)):
             what = "merged" if merge.merged(name) else "not merged"
             yield f"{path.name}: {name} ({what}) differs in {changed} of {want.shape.numel()} numbers"
 

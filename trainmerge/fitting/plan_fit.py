@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trainmerge.checkpoints import OwnHead, build_meta_model, locate, output_of
-from trainmerge.data.batch import Asks, Batch, Step
+from trainmerge.checkpoints import OwnHead, attach_side_layers, build_meta_model, locate, output_of
+from trainmerge.data.batch import Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.data.heads import Head
 from trainmerge.fitting.module import MergeModule
 from trainmerge.model.activation_checkpointing import recompute_blocks
+from trainmerge.model.embedding import read_embedding
+from trainmerge.model.media_forward import state_numbers, without_tokens
 from trainmerge.model.own_head import OwnModel, attach
 from trainmerge.plan.devices import Device, measured
 from trainmerge.plan.dry_run import dry_run
@@ -62,8 +64,18 @@ def plan_fit(
         recompute_blocks(model.module)
     parts = list(rounds(step, schedule))
     heads = _heads(module, model)
+    pooling = module.objective.asks.embedding
+    embedding = None if pooling is None else read_embedding(module.opened.base, pooling)
     needs = dry_run(
-        model.module, learned, parts, module.objective, heads, model.dtypes, precision, records.width
+        model.module,
+        learned,
+        parts,
+        module.objective,
+        heads,
+        model.dtypes,
+        precision,
+        records.width,
+        embedding,
     )
     device = device or measured(next(iter(model.dtypes.values())))
     before = anonymous() if sys.platform == "linux" and not device.link else 0
@@ -93,7 +105,8 @@ def _empty_model(module: MergeModule) -> _EmptyModel:
     base = module.opened.base
     meta_model = build_meta_model(base.path)
     names = locate(meta_model, base.path, base.tensors, module.opened.ignore)
-    dtypes = {inside: module.settings.dtype or base.tensors[name].dtype for name, inside in names.items()}
+    names |= attach_side_layers(meta_model, base, "meta")
+    dtypes = {inside: module.settings.dtype or base.info(name).dtype for name, inside in names.items()}
     return _EmptyModel(meta_model, names, dtypes)
 
 
@@ -101,7 +114,7 @@ def _sizes(module: MergeModule, model: _EmptyModel, records: "_Records", learned
     opened, names = module.opened, model.names
     parameters = dict(model.module.named_parameters())
     own = {name: p.numel() * model.dtypes.get(name, p.dtype).itemsize for name, p in parameters.items()}
-    stored = sum({names[n]: opened.base.tensors[n].nbytes for n in names}.values())
+    stored = sum({names[n]: opened.base.info(n).nbytes for n in names}.values())
     read = {names[name]: _read(module, opened.task_vectors.deltas[name]) for name in opened.layout.groups}
     files = [file for folder in opened.folders.values() for file in Path(folder).glob("*.safetensors")]
     return sizes_of(
@@ -127,8 +140,12 @@ class _Records(NamedTuple):
 def _records(module: MergeModule, data: Calibration, step: Step, meta_model: nn.Module) -> _Records:
     """The sizes that `teachers` will choose, at the length of the longest example."""
     asks = module.objective.asks
-    if asks == Asks():
+    if asks.temperature is None and not asks.layers:  # sentence embeddings are negligible
         return _Records()
+    if without_tokens(step[0].inputs) and "labels" not in step[0].inputs:
+        one = asks.dtype.itemsize * state_numbers(meta_model, step[0].inputs, asks.layers)
+        each = [one * len(own) for own in data.examples]  # a few classes: negligible
+        return _Records(0, max(each), sum(each))
     config: Any = meta_model.config
     config = getattr(config, "text_config", None) or config
     for name in ("hidden_size", "vocab_size"):
@@ -169,5 +186,5 @@ def _longest(data: Calibration, expert: int, count: int) -> Batch:
     own = sorted(data.examples[expert], key=lambda example: -len(example.text))
     chosen = (own * count)[:count] if len(own) < count else own[:count]
     encoded = data.tokenize.encode(chosen)
-    rows = data.tokenize.pictures.rows(chosen, encoded.inputs)
+    rows = data.tokenize.rows(chosen, encoded.inputs)
     return Batch(expert, encoded.inputs, encoded.mask, torch.arange(count), rows=rows)

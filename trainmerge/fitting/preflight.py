@@ -6,7 +6,10 @@ from trainmerge.checkpoints import Output, OwnHead, output_of
 from trainmerge.data.calibration import Calibration
 from trainmerge.data.examples import Example
 from trainmerge.data.heads import Head
+from trainmerge.data.media import without_text
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.fitting.embedding_check import embedding_problems
+from trainmerge.fitting.media_preflight import is_pooled, media_problems
 from trainmerge.fitting.module import MergeModule
 from trainmerge.objectives import Alignment, Objective
 from trainmerge.run.heads import linear_problems, task_heads
@@ -21,7 +24,8 @@ def check_tasks(module: MergeModule, data: Calibration) -> None:
     problems = [
         *head_problems(module, output),
         *layer_problems(module.objective, output),
-        *example_problems(data),
+        *embedding_problems(module, data),
+        *(media_problems(module, data, output) or example_problems(data)),
     ]
     if problems:
         raise ValueError("\n".join(problems))
@@ -41,14 +45,17 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
     for head in given.values():
         head.identity()  # reads its files, and raises if they are damaged
     problems = [
-        f"recipe.experts.{name}.head has hidden size {width}, {base} has {output.hidden}: use the head that "
+        f"recipe.experts.{name}.head has hidden size {width}, {base} has {size}: use the head that "
         "was trained with this expert"
         for name, head in given.items()
-        if output.hidden and (width := head.width()) not in (None, output.hidden)
+        if (size := output.embedding if is_pooled(head) else output.hidden)
+        and (width := head.width()) not in (None, size)
     ]
     for name, own in heads.items():
         if isinstance(own, OwnHead):
             problems += [f"{name}: {line}" for line in own_head_problems(own, module.objective)]
+    if not module.objective.needs_logits:
+        return problems
     if headless and not output.logits:
         problems.append(
             f"{base} has no output layer, and {headless} no `head`: give each a LabelHead or a LinearHead, "
@@ -105,7 +112,11 @@ def example_problems(data: Calibration) -> list[str]:
         except ValueError as error:
             found.append(f"{file}: {error}")
             continue
-        if silent := without_tokens(examples, data.tokenize):
+        if unreadable := data.tokenize.media.problems(examples) if without_text(examples) else []:
+            found.append(
+                f"{file}: {len(unreadable)} of {len(examples)} cannot be read, the first: {unreadable[0]}"
+            )
+        elif silent := without_tokens(examples, data.tokenize):
             found.append(
                 f"{file}: {len(silent)} of {len(examples)} examples are blank or have no unmasked token, the "
                 f"first is number {silent[0]}: remove them, or raise data.max_length ({data.max_length})"
@@ -116,9 +127,9 @@ def example_problems(data: Calibration) -> list[str]:
 def without_tokens(examples: list[Example], tokenizer: Tokenizer) -> list[int]:
     """Indices of blank examples, also where special tokens are added, and of those without an unmasked token.
 
-    Only spans can cause the latter; blank texts with a picture are not blank.
+    Only spans can cause the latter; blank texts with a picture or a sound are not blank.
     """
-    silent = [i for i, e in enumerate(examples) if not e.text.strip() and not e.image]
+    silent = [i for i, e in enumerate(examples) if not (e.text.strip() or e.image or e.audio)]
     suspects = [i for i, e in enumerate(examples) if e.spans is not None and e.text.strip()]
     for first in range(0, len(suspects), TOGETHER):
         some = suspects[first : first + TOGETHER]

@@ -81,7 +81,9 @@ def prepare(
         given.opened, first, settings.workspace
     )  # before the model is loaded, to reuse its memory
     placement = Placement(device, settings.dtype, settings.sharded)
-    experts = load_resident(recipe, given.opened, given.coefficients, given.data.tokenize, placement)
+    experts = load_resident(
+        recipe, given.opened, given.coefficients, given.data.tokenize, placement, given.asks.embedding
+    )
     vectors = preprocess_with_examples(given, vectors, first, rest, experts)
     vectors = quantise_vectors(given, vectors)
     resident = experts.merging(vectors, find_subspaces(given, vectors), schedule.keep)
@@ -158,6 +160,7 @@ def record(given: FitInputs, resident: Resident) -> list[Record]:
         data.max_length,
         settings.weights,
         torch.is_autocast_enabled(resident.device.type),
+        *([resident.embedding.identity()] if resident.embedding else []),
     ]
     folder, budget = settings.workspace, settings.teacher_budget
     return record_teachers(

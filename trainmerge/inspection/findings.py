@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from trainmerge.checkpoints import OwnHead, open_checkpoint
-from trainmerge.data.examples import Columns, Render, read_examples
+from trainmerge.data.examples import Columns, Render, read_examples, subject
+from trainmerge.data.media import without_text
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.run.heads import linear_problems, task_heads
 from trainmerge.run.opened import Opened
@@ -31,7 +32,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Texts:
-    """Expert -> its calibration examples, by the text that a fit uses; unreadable files are left out."""
+    """Expert -> its calibration examples, by `subject`; unreadable files are left out."""
 
     calibration: Mapping[str, list[str]]
     findings: tuple[Finding, ...]
@@ -132,11 +133,13 @@ def read_texts(recipe: Recipe, columns: Columns = Columns(), learning: bool = Tr
             continue
         try:
             examples = read_examples(expert.calibration, columns, lambda chat: tokenizer().render(chat))
-            texts[name] = [example.text for example in examples]
+            texts[name] = [subject(example) for example in examples]
             test = _test_texts(expert.test, columns, lambda chat: tokenizer().render(chat))
         except (ValueError, OSError) as error:
             found.append(Finding("error", f"{name}: {error}"))
             continue
+        if unreadable := tokenizer().media.problems(examples) if without_text(examples) else []:
+            found.append(Finding("error", f"{name}: {expert.calibration}: {unreadable[0]}"))
         found += _of_texts(name, texts[name], test)
     firsts: dict[str, str] = {}
     for name, own in texts.items():
@@ -151,7 +154,7 @@ def _test_texts(file: str | None, columns: Columns, render: Render) -> set[str]:
     if file is None:
         return set()
     plain = replace(columns, spans=None, target=None)
-    return {e.text for e in read_examples(file, plain, render, located=False)}
+    return {subject(e) for e in read_examples(file, plain, render, located=False)}
 
 
 def _of_texts(name: str, texts: Sequence[str], test: Set[str]) -> Iterator[Finding]:

@@ -129,7 +129,8 @@ def _look(path: Path, recipe: Recipe, workspace: Path, weights: Weights, every: 
     findings += fenced("the tensors", lambda: unchanged_tensors(opened))
     findings += fenced("the experts' own tensors and templates", lambda: expert_findings(recipe, opened))
     informed = any(isinstance(method, Informed) for method in recipe.preprocess)
-    texts = read_texts(recipe, columns_of(path), informed or learns(path))
+    columns = columns_of(path)
+    texts = read_texts(recipe, columns, informed or learns(path))
     findings += texts.findings
     geometry, measured = _measured(opened, weights)
     findings += measured
@@ -138,7 +139,7 @@ def _look(path: Path, recipe: Recipe, workspace: Path, weights: Weights, every: 
         print_geometry(opened.task_vectors.experts, geometry)
     counts = {name: len(own) for name, own in texts.calibration.items()}
     suggested, failed = attempt(
-        "a suggestion", lambda: suggest(recipe, counts, geometry, task_heads(recipe, opened))
+        "a suggestion", lambda: suggest(recipe, counts, geometry, task_heads(recipe, opened), columns)
     )
     return _Found(opened, texts, findings + failed, geometry, suggested)
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from trainmerge.checkpoints import OwnHead
+from trainmerge.checkpoints import OwnHead, read_modules
 from trainmerge.coefficients.layout import Granularity
+from trainmerge.data.examples import Columns
 from trainmerge.run.config import to_config
 from trainmerge.run.heads import TaskHead, task_heads
 from trainmerge.run.recipe import Recipe
@@ -34,11 +35,12 @@ def suggest(
     examples: Mapping[str, int],
     geometry: Geometry | None,
     found: Mapping[str, TaskHead] | None = None,
+    columns: Columns = Columns(),  # noqa: B008 - frozen
 ) -> Suggestion:
     """Objective, grouping, start and steps for a recipe; a closed form without calibration examples.
 
-    `examples` is the number per expert; `geometry` of the task vectors, if measured, refines the start;
-    `found` are the experts' heads, by default those of `task_heads`.
+    `examples` is the number per expert, read by `columns`; `geometry` of the task vectors, if measured,
+    refines the start; `found` are the experts' heads, by default those of `task_heads`.
     """
     K, found = len(recipe.experts), task_heads(recipe) if found is None else found
     own = [name for name, head in found.items() if isinstance(head, OwnHead)]
@@ -53,10 +55,8 @@ def suggest(
         "are enough for one coefficient per tensor" if fewest >= ENOUGH else "are few, so fewer coefficients"
     )
     reasons |= {f"recipe.experts.{name}.head": "the head in its files is its own: not merged" for name in own}
-    heads = all(found.values())
-    objective, reasons["model.objective"] = _objective(found)
+    objective, reasons["model.objective"], steps, batch_size = _objective(recipe, found)
     start, reasons["model.initial"] = _start(K, geometry)
-    steps = 80 if heads else 40
     reasons["trainer.max_steps"] = f"{steps} steps of Adam at 0.05 were enough in this project's suites"
     grouping = to_config(replace(recipe.grouping, granularity=granularity, chunks=1))
     settings = {
@@ -66,22 +66,31 @@ def suggest(
             "initial": start,
             "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.05}},
         },
-        "data": {"batch_size": min(4 if heads else 1, fewest), "max_examples": 256, "max_length": 256},
+        "data": {
+            "batch_size": min(batch_size, fewest),
+            "max_examples": 256,
+            "max_length": 256,
+            **({} if columns == Columns() else {"columns": columns.record()}),
+        },
         "trainer": {"max_steps": steps},
     }
     return Suggestion(settings, reasons)
 
 
-def _objective(found: Mapping[str, TaskHead]) -> tuple[dict[str, Any], str]:
-    """Entropy with agreement for classifiers, else alignment; and why."""
-    others = [head for head in found.values() if isinstance(head, OwnHead) and head.outputs != "classes"]
-    if all(found.values()) and not others:
+def _objective(recipe: Recipe, found: Mapping[str, TaskHead]) -> tuple[dict[str, Any], str, int, int]:
+    """Objective, reason, steps and batch size, by what the experts `found` heads and the base give."""
+    heads = all(found.values())
+    if heads and all(not isinstance(head, OwnHead) or head.outputs == "classes" for head in found.values()):
         reason = "classifiers: minimise entropy, with agreement with each expert against collapse"
-        return {"class_path": "trainmerge.Entropy", "init_args": {"agreement": 5.0}}, reason
+        return {"class_path": "trainmerge.Entropy", "init_args": {"agreement": 5.0}}, reason, 80, 4
+    if not any(found.values()) and read_modules(recipe.folders["base"]):
+        reason = "sentence embedders (modules.json): match each expert's similarities on its own texts"
+        return {"class_path": "trainmerge.Similarity"}, reason, 60, 16
+    alignment = {"class_path": "trainmerge.Alignment", "init_args": {"logits": 1.0}}
     reason = "match each expert's outputs on its own examples (Expert Merging)"
-    if not all(found.values()):
-        reason = f"no heads: {reason}"
-    return {"class_path": "trainmerge.Alignment", "init_args": {"logits": 1.0}}, reason
+    if heads:
+        return alignment, reason, 80, 4
+    return alignment, f"no heads: {reason}", 40, 1
 
 
 def _closed(recipe: Recipe) -> Suggestion:

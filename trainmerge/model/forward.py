@@ -3,39 +3,84 @@
 Legend: `B` examples, `T` tokens, `D` hidden size, `V` classes or vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainmerge.data.batch import Batch, Outputs
-from trainmerge.data.heads import Classifier, Head
+from trainmerge.data.heads import Classifier, Head, LabelHead
+from trainmerge.model.embedding import Embedding
+from trainmerge.model.media_forward import (
+    Tokenize,
+    as_stored,
+    has_two_towers,
+    label_classifier,
+    one_row,
+    states,
+    tower,
+    without_tokens,
+)
 from trainmerge.model.own_head import OwnModel
-
-Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]  # texts -> input_ids, attention_mask, ... [B, T]
 
 
 def forward(
-    module: nn.Module, batch: Batch, classifier: Classifier | OwnModel | None, layers: Sequence[int] = ()
+    module: nn.Module,
+    batch: Batch,
+    classifier: Classifier | OwnModel | None,
+    layers: Sequence[int] = (),
+    embedding: Embedding | None = None,
 ) -> Outputs:
     """Class logits [B, V] with a classifier, otherwise the model's own logits [B, T, V].
 
-    With an expert's own class the outputs of that, by their `Kind`.
+    With an expert's own class the outputs of that, by their `Kind`. With `embedding` sentence embeddings
+    [B, E] instead.
 
-    Includes the hidden states of `layers`, by transformers' index; the decoder's, if the model has one.
+    Includes the hidden states of `layers`, by transformers' index; the decoder's, if the model has one. Those
+    of a picture without text are one vector, [B, 1, T * D].
     """
     options = {"output_hidden_states": list(layers)} if layers else {}  # transformers stores only these
+    if embedding is not None:
+        output = backbone(module)(**batch.inputs, **options)
+        state, mask = output.last_hidden_state, batch.inputs["attention_mask"].bool()
+        rows = embedding(module, state, mask)
+        return Outputs(state.new_empty(0), _chosen(output, layers), embedding=rows)
+    if without_tokens(batch.inputs) and "labels" not in batch.inputs:
+        return _of_media(module, batch, classifier, layers, options)
     if isinstance(classifier, OwnModel):
         output = classifier.module(**classifier.inputs(batch), **options)
         return Outputs(_own_logits(classifier, batch, output), _chosen(output, layers), classifier.kind)
     if classifier is None:
         output = module(**_model_inputs(module, batch.inputs), **options)
-        return Outputs(output.logits, _chosen(output, layers))
+        logits: Tensor | None = getattr(output, "logits", None)  # a model without an output layer has none
+        return Outputs(torch.empty(0) if logits is None else logits, _chosen(output, layers))
     output = backbone(module)(**batch.inputs, **options)
     mask = batch.inputs["attention_mask"].bool()
     hidden = output.last_hidden_state.to(classifier.weight.dtype)
     return Outputs(classifier(hidden, mask), _chosen(output, layers))
+
+
+def _of_media(
+    module: nn.Module,
+    batch: Batch,
+    classifier: Classifier | OwnModel | None,
+    layers: Sequence[int],
+    options: Mapping[str, Any],
+) -> Outputs:
+    """The outputs of pictures or sounds alone."""
+    if isinstance(classifier, Classifier):
+        output = tower(module, batch.inputs, options)
+        hidden = states(output, classifier).to(classifier.weight.dtype)
+        logits = classifier(hidden, torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device))
+    else:
+        own = module if classifier is None else classifier.module
+        output = own(**as_stored(module, batch.inputs), **options)
+        logits = output.logits if classifier is None else _own_logits(classifier, batch, output)
+    found = getattr(output, "hidden_states", None)
+    chosen = {layer: found[layer] for layer in layers} if found is not None else {}
+    of = classifier.kind if isinstance(classifier, OwnModel) else None
+    return Outputs(logits, one_row(chosen, len(batch.mask)), of)
 
 
 def _own_logits(own: OwnModel, batch: Batch, output: Any) -> Tensor:
@@ -103,6 +148,8 @@ def build_classifier(head: Head | None, module: nn.Module, tokenize: Tokenize) -
     """A task's classifier; `module` must have the base's weights, which embed label texts."""
     if head is None:
         return None
+    if isinstance(head, LabelHead) and has_two_towers(module):
+        return label_classifier(head, module, tokenize).to(next(module.parameters()).device)
     device = next(module.parameters()).device
 
     def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:

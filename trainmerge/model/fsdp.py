@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from trainmerge.checkpoints import Checkpoint, LoadedModel
+from trainmerge.checkpoints import Checkpoint, LoadedModel, compute, computed_parameters
 from trainmerge.model.row_shards import local, local_rows
 from trainmerge.system import distributed
 
@@ -51,7 +51,7 @@ def shard_model(
     """Shard the model of `load_meta_model` over all processes and read this process's rows from the files.
 
     `learned` are the base's names of the parameters that get gradients; weights have `dtype`, by default the
-    stored one. Parameters that no file contains (an unused pooler) are 0.
+    stored one. Parameters that no file contains are computed (Marian's positions), or 0 (an unused pooler).
 
     Raises:
         ValueError: the learned parameters of one block are stored in different dtypes.
@@ -68,6 +68,8 @@ def shard_model(
     parameters = dict(module.named_parameters())
     for name in parameters.keys() - set(names.values()):
         local(parameters[name]).zero_()
+    for name, owner in computed_parameters(module).items():
+        local(parameters[name]).copy_(compute(owner)[local_rows(parameters[name])])
     for name, inside in names.items():
         local(parameters[inside]).copy_(base.read(name)[local_rows(parameters[inside])])
     return root

@@ -11,6 +11,7 @@ import torch
 from trainmerge.data.batch import Asks, Batch, Kind, Outputs
 from trainmerge.data.examples import Example
 from trainmerge.data.heads import Classifier
+from trainmerge.data.media import without_text
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.own_head import OwnModel
 from trainmerge.model.resident import Resident
@@ -23,6 +24,7 @@ class OutputSizes(NamedTuple):
     hidden: Mapping[int, int]  # layer -> D
     kinds: Sequence[Kind]  # K
     labels: Sequence[int]  # K: rows of an example, where each label has one
+    embedding: int = 0  # E, the width of sentence embeddings; 0 without
 
 
 @torch.no_grad()
@@ -46,7 +48,8 @@ def output_sizes(
         else:
             widths.append(outputs.logits.shape[-1] if head is None else len(head.weight))
     labels = [head.width if isinstance(head, OwnModel) else 1 for head in heads]
-    return OutputSizes(widths, hidden, kinds, labels)
+    embedding = 0 if outputs.embedding is None else outputs.embedding.shape[-1]
+    return OutputSizes(widths, hidden, kinds, labels, embedding)
 
 
 def _kind(head: Classifier | OwnModel | None, outputs: Outputs) -> Kind:
@@ -64,6 +67,8 @@ def count_positions(
     Raises:
         ValueError: an example has none.
     """
+    if without_text(examples) and examples[0].target is None:
+        return [1] * len(examples)  # one row each, whatever its size
     head = resident.classifiers[expert]
     counts = []
     for example in examples:

@@ -46,7 +46,7 @@ class OwnModel:
     def mask(self, batch: Batch) -> Tensor:
         """The positions [B, T] that enter the loss: a token classifier's have no special tokens."""
         present = batch.inputs.get("attention_mask")
-        if present is None:
+        if present is None or "input_ids" not in batch.inputs:  # pictures and sounds have one row each
             return batch.mask
         mask = batch.mask if batch.mask.shape == present.shape else present.bool()  # a decoder has another
         if self.kind == "tokens":

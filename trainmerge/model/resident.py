@@ -14,8 +14,10 @@ from trainmerge.data.batch import Batch, Outputs
 from trainmerge.data.examples import Example
 from trainmerge.data.heads import Classifier
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.model.forward import Tokenize, build_classifier, forward
+from trainmerge.model.embedding import Embedding, read_embedding
+from trainmerge.model.forward import build_classifier, forward
 from trainmerge.model.fsdp import Root, shard_model
+from trainmerge.model.media_forward import Tokenize
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.own_head import OwnModel, attach
 from trainmerge.preprocess import Preprocess, apply
@@ -35,6 +37,7 @@ class Resident:
     merged: MergedModel
     classifiers: Sequence[Classifier | OwnModel | None]  # K
     root: Root | None = None  # the module to call if the model is sharded
+    embedding: Embedding | None = None  # how it embeds, if the objective needs sentence embeddings
 
     @property
     def device(self) -> torch.device:
@@ -43,8 +46,8 @@ class Resident:
 
     def __call__(self, batch: Batch, layers: Sequence[int] = ()) -> Outputs:
         """A forward pass with the current weights, through the head of the batch's task."""
-        passage = (forward, self.merged.module, batch, self.classifiers[batch.expert], layers)
-        return within(self.root, *passage)
+        classifier = self.classifiers[batch.expert]
+        return within(self.root, forward, self.merged.module, batch, classifier, layers, self.embedding)
 
     def merging(
         self,
@@ -97,15 +100,20 @@ def load_resident(
     coefficients: Coefficients,
     tokenize: Tokenize,
     placement: Placement = Placement(),
+    pooling: str | None = None,
 ) -> Resident:
-    """Load the base and build the heads, for merges of the experts' own task vectors."""
+    """Load the base and build the heads, for merges of the experts' own task vectors.
+
+    With `pooling`, a forward gives sentence embeddings (`read_embedding`).
+    """
+    embedding = None if pooling is None else read_embedding(opened.base, pooling)
     loaded, root = load_base(opened, placement)
     classifiers = build_heads(task_heads(recipe, opened), loaded, root, tokenize, placement.dtype)
     if placement.dtype and root is None:  # after the heads, whose label texts the stored weights embed
         for parameter in loaded.module.parameters():
             parameter.data = parameter.data.to(placement.dtype)
     merged = MergedModel(loaded.module, opened.task_vectors, coefficients, loaded.names)
-    return Resident(merged, classifiers, root)
+    return Resident(merged, classifiers, root, embedding)
 
 
 def build_heads(
@@ -129,7 +137,7 @@ def build_heads(
 
 def special_ids(tokenize: Tokenize) -> Tensor:
     """The ids of a tokenizer's special tokens; none for another way of making inputs."""
-    known = tokenize.transformers.all_special_ids if isinstance(tokenize, Tokenizer) else []
+    known = tokenize.special_ids if isinstance(tokenize, Tokenizer) else []
     return torch.tensor(known, dtype=torch.int64)
 
 

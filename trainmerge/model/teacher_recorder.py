@@ -2,7 +2,7 @@
 
 Legend: `K` experts, `N` examples of one, `P` counted positions of all of them, `R` rows of logits (`P`, or
 `N` under a head or in a classifier; two per example of answer spans, one per label), `V` vocabulary or
-classes, `D` hidden size.
+classes, `D` hidden size, `E` embedding's width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,15 @@ from torch import Tensor
 
 from trainmerge.data.batch import Asks, Outputs
 from trainmerge.data.examples import Example
+from trainmerge.data.media import without_text
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.output_sizes import OutputSizes
 from trainmerge.model.resident import Resident
 from trainmerge.system import distributed
 
 TOKENS = 512  # per forward pass; one example if it is longer
+EMBEDDING = "embedding"  # the part with one sentence embedding per example
+PICTURES = 16  # per forward pass, without text
 ROWS = 32  # of logits converted to float32 at a time
 
 
@@ -57,6 +60,8 @@ class Recorder:
                     specs[f"{k}.tail"] = (torch.float32, (rows,))
             for layer in self.asks.layers:
                 specs[f"{k}.hidden.{layer}"] = (self.asks.dtype, (sum(of_expert), self.sizes.hidden[layer]))
+            if self.asks.embedding is not None:
+                specs[f"{k}.{EMBEDDING}"] = (torch.float32, (len(of_expert), self.sizes.embedding))
         return specs
 
     def run(self, examples: Sequence[Sequence[Example]]) -> Iterator[tuple[str, Tensor]]:
@@ -77,14 +82,14 @@ class Recorder:
         In each round every process runs one batch. A process without a batch repeats another's, because
         collectives of a sharded model need all processes.
         """
-        starts = cumulated(self.counts[k])
+        starts, by_example = cumulated(self.counts[k]), list(range(len(examples) + 1))
         row_starts = self.row_starts(k)
         parts: dict[str, Tensor] = {
             name.partition(".")[2]: torch.empty(shape, dtype=dtype)
             for name, (dtype, shape) in self.specs().items()
             if name.startswith(f"{k}.")
         }
-        batches = list(self._batches(k))
+        batches = list(self._batches(k, PICTURES if without_text(examples) else TOKENS))
         for begin in range(0, len(batches), distributed.world_size()):
             together = batches[begin : begin + distributed.world_size()]
             mine = [examples[i] for i in together[distributed.rank() % len(together)]]
@@ -92,16 +97,17 @@ class Recorder:
             spare = distributed.rank() >= len(together)
             for ids, of_batch in zip(together, distributed.gather({} if spare else signals), strict=False):
                 for name, rows in of_batch.items():
-                    places = _spans(starts if name.startswith("hidden.") else row_starts, torch.tensor(ids))
+                    own = starts if name.startswith("hidden.") else row_starts
+                    places = _spans(by_example if name == EMBEDDING else own, torch.tensor(ids))
                     parts[name][places] = rows
         return parts
 
-    def _batches(self, k: int) -> Iterator[list[int]]:
-        """Batches of example indices sorted by length, to reduce padding."""
+    def _batches(self, k: int, most: int) -> Iterator[list[int]]:
+        """Batches of example indices sorted by length, to reduce padding, of at most so many positions."""
         order = sorted(range(len(self.counts[k])), key=lambda i: self.counts[k][i])
         batch: list[int] = []
         for i in order:
-            if batch and (len(batch) + 1) * self.counts[k][i] > TOKENS:
+            if batch and (len(batch) + 1) * self.counts[k][i] > most:
                 yield batch
                 batch = []
             batch.append(i)
@@ -111,6 +117,8 @@ class Recorder:
         batch = self.resident.batch(k, examples, self.tokenizer)
         outputs = self.resident(batch, self.asks.layers)
         signals = {f"hidden.{i}": state[batch.mask] for i, state in outputs.hidden.items()}
+        if outputs.embedding is not None:
+            signals[EMBEDDING] = outputs.embedding
         if (temperature := self.asks.temperature) is not None:
             if outputs.kind == "values":
                 return signals | {"values": outputs.logits.float()}

@@ -21,7 +21,7 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.output_sizes import count_positions, output_sizes
 from trainmerge.model.own_head import OwnModel
 from trainmerge.model.resident import Resident
-from trainmerge.model.teacher_recorder import Recorder, cumulated
+from trainmerge.model.teacher_recorder import EMBEDDING, Recorder, cumulated
 from trainmerge.system import distributed
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 from trainmerge.system.workspace import digest, metadata_of, open_cached
@@ -49,9 +49,9 @@ class Record:
         hidden = {
             layer: _rows(self.parts[f"hidden.{layer}"], self.starts, ids).to(device) for layer in self.layers
         }
-        values = self.parts.get("values")
+        values, embedding = self.parts.get("values"), self.parts.get(EMBEDDING)
         numbers = None if values is None else _rows(values, self.row_starts, ids).to(device)
-        return Signals(predictions, hidden, numbers)
+        return Signals(predictions, hidden, numbers, None if embedding is None else embedding[ids].to(device))
 
 
 def _rows(part: Tensor, starts: Sequence[int], ids: Tensor) -> Tensor:

@@ -3,5 +3,6 @@
 from trainmerge.objectives.alignment import Alignment
 from trainmerge.objectives.base import Objective
 from trainmerge.objectives.entropy import Entropy
+from trainmerge.objectives.similarity import Similarity
 
-__all__ = ["Alignment", "Entropy", "Objective"]
+__all__ = ["Alignment", "Entropy", "Objective", "Similarity"]

@@ -67,6 +67,11 @@ class Alignment(Objective):
             torch.float32 if self.hidden and self.record == "float32" else torch.bfloat16,
         )
 
+    @property
+    @override
+    def needs_logits(self) -> bool:
+        return bool(self.logits)
+
     @override
     def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Loss per example, [B]."""

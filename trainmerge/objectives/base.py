@@ -26,6 +26,11 @@ class Objective(ABC):
         return False
 
     @property
+    def needs_logits(self) -> bool:
+        """Whether the model must have an output layer, or the task a head."""
+        return True
+
+    @property
     def needs_predictions(self) -> bool:
         """Whether it needs probabilities, which the numbers of a regression are not."""
         return False

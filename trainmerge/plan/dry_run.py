@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 
 from trainmerge.data.batch import Asks, Batch, Outputs, Predictions, Signals
 from trainmerge.data.heads import Classifier, Head
+from trainmerge.model.embedding import Embedding
 from trainmerge.model.forward import build_classifier, forward
 from trainmerge.model.own_head import OwnModel
 from trainmerge.objectives import Objective
@@ -44,6 +45,7 @@ def dry_run(
     dtypes: Mapping[str, torch.dtype] | torch.dtype = torch.float32,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     recorded: int = 0,
+    embedding: Embedding | None = None,
 ) -> DryRun:
     """Run every round, forwards of its batches and one backward, on fake tensors.
 
@@ -58,6 +60,7 @@ def dry_run(
         dtypes: The parameters' dtypes, by name, or one for all.
         precision: The fit's autocast.
         recorded: Recorded probabilities of an expert per row; 0 is all of them.
+        embedding: How the model embeds sentences, if the objective needs that.
 
     Raises:
         ValueError: the model's forward depends on tensor values, which fake tensors lack, or needs inputs
@@ -66,7 +69,7 @@ def dry_run(
     try:
         with _silent():
             return _on_fake_tensors(
-                module, trained, rounds, objective, heads or {}, dtypes, precision, recorded
+                module, trained, rounds, objective, heads or {}, dtypes, precision, recorded, embedding
             )
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
@@ -98,6 +101,7 @@ def _on_fake_tensors(
     dtypes: Mapping[str, torch.dtype] | torch.dtype,
     precision: Callable[[], AbstractContextManager[Any]],
     recorded: int,
+    embedding: Embedding | None,
 ) -> DryRun:
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = _make_fake(module, dtypes)
@@ -114,7 +118,7 @@ def _on_fake_tensors(
         for batches in rounds:
             with ledger, precision():
                 losses = [
-                    _loss(module, batch, objective, classifiers.get(batch.expert), recorded)
+                    _loss(module, batch, objective, classifiers.get(batch.expert), recorded, embedding)
                     for batch in batches
                 ]
                 activations = max(activations, ledger.now)
@@ -130,12 +134,13 @@ def _loss(
     objective: Objective,
     classifier: Classifier | OwnModel | None,
     recorded: int,
+    embedding: Embedding | None,
 ) -> Tensor:
     fake = batch._replace(
         inputs={name: torch.empty_like(value) for name, value in batch.inputs.items()},
         mask=torch.empty_like(batch.mask),
     )
-    outputs = forward(module, fake, classifier, objective.asks.layers)
+    outputs = forward(module, fake, classifier, objective.asks.layers, embedding)
     return objective(outputs, fake._replace(teacher=_signals(objective.asks, outputs, recorded))).mean()
 
 
@@ -143,7 +148,8 @@ def _signals(asks: Asks, outputs: Outputs, recorded: int) -> Signals:
     """Placeholders of an expert's recorded outputs."""
     hidden = {i: state.flatten(0, -2).to(asks.dtype) for i, state in outputs.hidden.items()}
     if asks.temperature is None:
-        return Signals(None, hidden)
+        embedding = None if outputs.embedding is None else outputs.embedding.detach()
+        return Signals(None, hidden, embedding=embedding)
     if outputs.kind == "values":
         return Signals(None, hidden, torch.empty(outputs.logits.shape))
     rows, classes = outputs.logits.shape[:-1].numel(), outputs.logits.shape[-1]

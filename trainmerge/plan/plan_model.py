@@ -1,8 +1,10 @@
 """The plan of a fit from config.json alone."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainmerge.checkpoints import build_meta_model
 from trainmerge.data.batch import Batch
@@ -34,7 +36,7 @@ def plan_model(
             are needed.
         experts: K.
         batch: Examples per expert and step, over all devices.
-        length: Tokens per example.
+        length: Tokens per example; pictures have the size that config.json names.
         device: The device whose speeds give the times; by default this processor, measured.
         devices: The number of devices that share model and examples.
         schedule: How a step is split into backwards.
@@ -50,7 +52,8 @@ def plan_model(
     own = {name: p.numel() * dtype.itemsize for name, p in meta_model.named_parameters()}
     read = {name: (experts + 1) * count for name, count in own.items()}
     sizes = sizes_of(meta_model, own, read, own, experts, experts * len(own), sum(read.values()))
-    step = _step(experts, -(-batch // devices), length, meta_model.config.is_encoder_decoder)
+    inputs = _inputs(meta_model, -(-batch // devices), length)
+    step = [_batch(k, inputs) for k in range(experts)]
     if schedule.recompute:
         recompute_blocks(meta_model)
     parts = list(rounds(step, schedule))
@@ -59,13 +62,23 @@ def plan_model(
     return Plan(sizes, schedule, needs, len(parts), device or measured(dtype), devices)
 
 
-def _step(experts: int, batch: int, length: int, decoder: bool) -> list[Batch]:
-    """Batches [batch, length] of one step; with a decoder, targets as long as the texts."""
+def _inputs(meta_model: Any, batch: int, length: int) -> dict[str, Tensor]:
+    """Texts [batch, length]; with a decoder, targets as long; or pictures of the configuration's size."""
+    config = meta_model.config
+    if meta_model.main_input_name == "pixel_values" and hasattr(config, "image_size"):
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.zeros(batch, getattr(config, "num_channels", 3), height, width)}
     tokens = torch.zeros(batch, length, dtype=torch.int64)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if decoder:
-        inputs["labels"] = tokens
-    return [Batch(k, inputs, tokens == 0, torch.arange(batch)) for k in range(experts)]
+    return {**inputs, "labels": tokens} if config.is_encoder_decoder else inputs
+
+
+def _batch(expert: int, inputs: dict[str, Tensor]) -> Batch:
+    """One expert's part of a step; all positions count, a picture is one."""
+    first = next(iter(inputs.values()))
+    mask = torch.ones(first.shape if first.dim() == 2 else (len(first), 1), dtype=torch.bool)
+    return Batch(expert, inputs, mask, torch.arange(len(first)))
 
 
 def print_plan(plan: Plan) -> None:

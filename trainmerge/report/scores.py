@@ -12,6 +12,7 @@ from trainmerge.report.picture import INK, QUIET, Picture, look, shortened
 from trainmerge.run.scores import Metric, Scores
 
 LEARNED = "learned"
+GAPS = {"perplexity": "log-perplexity", "similarity": "similarity"}  # by metric
 
 RINGS = "The centre of the radar chart is not 0: see its rings. "
 
@@ -23,14 +24,16 @@ def relative(scores: Scores, metric: Metric) -> dict[str, dict[str, float]]:
         logs. Tasks where this is undefined are left out of all rows.
     """
     expert, base = scores.get("expert"), scores.get("base")
-    if expert is None or (metric.name == "perplexity" and base is None):
+    if expert is None or (metric.name != "accuracy" and base is None):
         return {}
 
     def near(score: float, task: str) -> float:
         assert expert is not None
-        if metric.name != "perplexity":
+        if metric.name not in GAPS:
             return score / expert[task]
         assert base is not None
+        if metric.name == "similarity":
+            return (score - base[task]) / (expert[task] - base[task])
         return math.log(base[task] / score) / math.log(base[task] / expert[task])
 
     def sound(task: str) -> bool:
@@ -49,9 +52,9 @@ def score_picture(scores: Scores, metric: Metric) -> Picture | None:
     shown = {row: own for row, own in rows.items() if row != "expert"}
     figure = _radar(shown, tasks) if len(tasks) > 2 else _bars(shown, tasks)
     what = (
-        f"{metric.name} / the expert's {metric.name}"
-        if metric.name != "perplexity"
-        else "the share of the log-perplexity gap between base and expert that is closed"
+        f"the share of the {GAPS[metric.name]} gap between base and expert that is closed"
+        if metric.name in GAPS
+        else f"{metric.name} / the expert's {metric.name}"
     )
     means = {row: sum(own.values()) / len(own) for row, own in shown.items()}
     return Picture(

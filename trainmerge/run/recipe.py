@@ -10,6 +10,7 @@ from trainmerge.checkpoints import (
     Checkpoint,
     Sources,
     Stamp,
+    as_then,
     open_checkpoint,
     stamps,
 )
@@ -141,7 +142,8 @@ class Recipe:
             known, sources = content["stamps"], Sources.from_json(content["sources"])
         except (ValueError, KeyError, TypeError, AttributeError):  # damaged: the folders are opened anew
             return None
-        if (made := self.stamps()) != known:
+        made = self.stamps()
+        if as_then(made, known) != known:
             return None
         try:
             base = open_checkpoint(self.folders["base"], self.allow_pickle, sources.tied)
@@ -157,7 +159,7 @@ class Recipe:
         checksums: Mapping[str, Mapping[str, str]] | None = None,
     ) -> Opened:
         task_vectors = sources.open(base)
-        layout = self.grouping.layout(task_vectors.shapes, base.tensors)
+        layout = self.grouping.layout(task_vectors.shapes, [*base.tensors, *base.side])
         return Opened(base, task_vectors, layout, self.folders, self.ignore, sources, made, checksums)
 
     @property

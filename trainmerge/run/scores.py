@@ -1,4 +1,4 @@
-"""Scores (accuracy with a head, perplexity of a language model) and their means over tasks."""
+"""Scores (accuracy with a head, perplexity of language models, similarity of embedders), means over tasks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,8 @@ Scores = dict[str, dict[str, float]]  # row of a table -> task -> score
 class Metric:
     """One kind of score."""
 
-    name: Literal["accuracy", "perplexity", "exact_match", "f1", "pearson", "score"]  # `score`: several kinds
+    # `score`: several kinds
+    name: Literal["accuracy", "perplexity", "exact_match", "f1", "pearson", "score", "similarity"]
 
     @property
     def sign(self) -> int:
@@ -36,11 +37,12 @@ class Metric:
         Accuracy and the like: mean over the tasks of score / the expert's score, without tasks where that is
         0.
         Perplexity: the share of the gap between base and experts that is closed, in logs of the means.
+        Similarity: the share of that gap, in the means.
         """
         if "expert" not in rows:
             return {}
         expert = rows["expert"]
-        if self.name != "perplexity":
+        if self.name not in ("perplexity", "similarity"):
             used = [task for task in expert if expert[task]]
             return {
                 row: sum(scores[task] / expert[task] for task in used) / len(used)
@@ -48,6 +50,10 @@ class Metric:
             }
         if "base" not in rows:
             return {}
+        if self.name == "similarity":
+            means = {row: self.mean(scores) for row, scores in rows.items()}
+            gap = means["expert"] - means["base"]
+            return {row: (mean - means["base"]) / gap for row, mean in means.items()} if gap else {}
         logs = {row: math.log(self.mean(scores)) for row, scores in rows.items()}
         gap = logs["base"] - logs["expert"]
         return {row: (logs["base"] - log) / gap for row, log in logs.items()} if gap else {}
@@ -71,7 +77,7 @@ class Metric:
         return math.log(score / than) if self.name == "perplexity" else than - score
 
 
-ACCURACY, PERPLEXITY = Metric("accuracy"), Metric("perplexity")
+ACCURACY, PERPLEXITY, SIMILARITY = Metric("accuracy"), Metric("perplexity"), Metric("similarity")
 
 
 def score_rows(

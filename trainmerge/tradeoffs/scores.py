@@ -8,7 +8,7 @@ from torch import nn
 
 from trainmerge.data.calibration import Calibration
 from trainmerge.evaluate import load_tasks
-from trainmerge.evaluate.runs import build_heads
+from trainmerge.evaluate.runs import as_embedder, build_heads
 from trainmerge.evaluate.score_task import Subject, score_task
 from trainmerge.fitting.calibration_loss import calibration_loss
 from trainmerge.fitting.module import MergeModule
@@ -18,6 +18,7 @@ from trainmerge.run.scores import PERPLEXITY
 Score = Callable[[], float]  # of the model's current weights; higher is better
 SIGNS = {
     "accuracy": 1, "macro_f1": 1, "f1": 1, "exact_match": 1, "pearson": 1, "spearman": 1,
+    "expert_spearman": 1, "ndcg_at_10": 1,
     "calibration_error": -1, "perplexity": -1, "bits_per_byte": -1, "mse": -1,
 }  # fmt: skip
 
@@ -71,7 +72,7 @@ def _measured(name: str, module: MergeModule, data: Calibration, limit: int | No
     model = resident.merged.module
     with resident.merged.uniform(module.start.new_zeros(len(tasks)), everywhere=True):
         heads = build_heads(model, tasks, data.tokenize, resident.merged.names)
-    subject = Subject(model, heads, data.tokenize)
+    subject = as_embedder(Subject(model, heads, data.tokenize), resident, module.opened.base, tasks)
 
     def score() -> float:
         found = {task.name: score_task(subject, task).measures for task in tasks}

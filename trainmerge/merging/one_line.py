@@ -1,0 +1,145 @@
+"""From models or a configuration to a merged checkpoint, in one call."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainmerge.checkpoints.whole import MANIFEST
+from trainmerge.export.export import export_run
+from trainmerge.export.form import DtypeName, Form
+from trainmerge.export.public import public
+from trainmerge.fitting.fit import fit
+from trainmerge.fitting.from_config import from_config
+from trainmerge.merging.document import Document
+from trainmerge.merging.merge_file import merge_document
+from trainmerge.merging.methods import METHODS
+from trainmerge.report import write_report
+from trainmerge.run.config import read_yaml
+from trainmerge.run.folder import RunFolder
+from trainmerge.system.json_file import read_json
+from trainmerge.system.safetensors_file import sha256
+
+
+def merge_models(
+    base: str | Path,
+    experts: Sequence[str | Path],
+    out: str | Path,
+    method: str = "task_arithmetic",
+    weight: float | Sequence[float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    workers: int = 1,
+    faithful: bool = False,
+    dtype: DtypeName | None = None,
+    shard_size: str | None = None,
+) -> Path:
+    """Merge experts of a base by a method of mergekit's files; the base itself is merged by `linear` too.
+
+    Args:
+        base: The base model's folder; by `linear` and `karcher`, the first model.
+        experts: Folders of models and adapters.
+        out: The folder to create.
+        method: The method's name.
+        weight: One weight for all experts, or one each; by default 1 / experts, where the method has weights.
+        parameters: Further settings of the method, as in mergekit's files.
+        overwrite: Replace the folder if it exists.
+        workers: Weight files to write in parallel.
+        faithful: As in `merge_file`.
+        dtype: The dtype of all tensors; by default the models'.
+        shard_size: The most bytes per weight file, such as `5GB`.
+
+    Raises:
+        ValueError: as `merge_file`.
+    """
+    names = [str(expert) for expert in experts]
+    if twice := [name for name in names if names.count(name) > 1 or name == str(base)]:
+        raise ValueError(f"{twice[0]} is given twice: name each folder once, and add up its weights")
+    document = _document(str(base), names, method, weight, dict(parameters or {}))
+    return merge_document(document, out, overwrite, workers, faithful, dtype, shard_size)
+
+
+def _document(
+    base: str, names: list[str], method: str, weight: float | Sequence[float] | None, settings: dict[str, Any]
+) -> Document:
+    """The models and settings as a mergekit file would have them."""
+    known = METHODS[method].each if method in METHODS else {}  # the document names what is wrong
+    merged = [base, *names] if method in ("linear", "karcher") else names
+    weights: Sequence[Any] = [None] * len(merged)
+    if "weight" in known and "weight" not in settings:
+        given = 1 / len(merged) if weight is None else weight
+        weights = list(given) if isinstance(given, Sequence) else [given] * len(merged)
+    elif weight is not None and method in METHODS:
+        raise ValueError(f"{method} has no weights: leave out --weight")
+    if len(weights) != len(merged):
+        raise ValueError(f"there are {len(weights)} weights for {len(merged)} models: {', '.join(merged)}")
+    models = {name: {} if own is None else {"weight": own} for name, own in zip(merged, weights, strict=True)}
+    return Document(method, models, None if merged is not names else base, settings)
+
+
+def merge_config(
+    config: str | Path,
+    out: str | Path,
+    run: str | Path | None = None,
+    overwrite: bool = False,
+    workers: int = 1,
+    dtype: DtypeName | None = None,
+    shard_size: str | None = None,
+) -> Path:
+    """Fit a configuration, export the merge, and write the report. The same call resumes.
+
+    Args:
+        config: A configuration of `trainmerge fit`.
+        out: The folder of the merged checkpoint.
+        run: The run folder; by default the folder `OUT-run` beside `out`.
+        overwrite: Replace `out` if it exists.
+        workers: Weight files to write in parallel.
+        dtype: As in `export_run`.
+        shard_size: As in `export_run`.
+
+    Raises:
+        ValueError: as `from_config`, `fit` and `export_run`.
+        Preempted: a signal stopped the fit; its step is saved.
+    """
+    target = Path(out)
+    place = Path(run) if run is not None else target.with_name(f"{target.name}-run")
+    settings = from_config(config, place)
+    folder = fit(
+        settings.module, settings.data, settings.trainer, settings.run, settings.resume,
+        config=settings.text, memory=settings.memory,
+    )  # fmt: skip
+    if not overwrite and _exported(folder, target, Form(dtype, shard_size)):
+        print(f"{target} is this run's merge already")
+    else:
+        export_run(place, target, overwrite, workers, None, dtype, shard_size)
+    if settings.report:
+        write_report(place)
+    return target
+
+
+def _exported(folder: RunFolder, target: Path, form: Form) -> bool:
+    """Whether a folder is the export of the run as it is, in this form."""
+    file = target / MANIFEST
+    if not file.is_file():
+        return False
+    content = read_json(file, "Export again.")
+    made, files = content.get("run") or {}, content.get("files") or {}
+    return (
+        made.get("checksums") == public(folder.read_manifest()["checksums"])
+        and files.get("trainmerge_coefficients.safetensors") == sha256(folder.coefficients)
+        and content.get("form", {}) == form.to_json()
+    )
+
+
+def is_mergekit(path: Path) -> bool:
+    """Whether a file is a mergekit file rather than a configuration.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    content = read_yaml(path)
+    keys = set(content) if isinstance(content, Mapping) else set()
+    if {"merge_method", "recipe"} & keys:
+        return "merge_method" in keys
+    raise ValueError(
+        f"{path}: neither a mergekit file (no `merge_method`) nor a configuration of trainmerge (no `recipe`)"
+    )

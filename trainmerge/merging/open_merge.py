@@ -1,0 +1,179 @@
+"""A document's merge over mapped files, one tensor at a time."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainmerge.checkpoints import Checkpoint, find_sources, open_checkpoint
+from trainmerge.export.form import DtypeName, Form
+from trainmerge.export.shards import finite
+from trainmerge.kernels import ExpertWeight, Untouched
+from trainmerge.merging.document import Document
+from trainmerge.merging.group import OWN, Alternatives, Group
+from trainmerge.merging.values import places
+from trainmerge.system.safetensors_file import TensorInfo, read_ahead
+from trainmerge.task_vectors.delta import Delta, TaskVectors
+from trainmerge.task_vectors.parameter_names import number_of
+
+
+@dataclass(frozen=True)
+class DocumentMerge:
+    """The tensors of a document's merge."""
+
+    base: Checkpoint
+    form: Form
+    document: Document
+    groups: Mapping[str, Group]
+    faithful: bool
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The headers of the merged checkpoint's tensors."""
+        return self.form.headers(self.base.tensors)
+
+    @property
+    def shards(self) -> Mapping[str, tuple[str, ...]]:
+        """File name -> its tensors."""
+        return self.form.shards(self.base)
+
+    @property
+    def after(self) -> Mapping[str, tuple[str, ...]]:
+        """None: modules after the model are the base's."""
+        return {}
+
+    def in_file(self, name: str) -> str:
+        """A tensor's name in its file."""
+        return name
+
+    def merged(self, name: str) -> bool:
+        """Whether a tensor is merged; others are copies."""
+        return self.base.tied.get(name, name) in self.groups
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor of the base's files after the merge, as consecutive pieces of rows [*S].
+
+        Raises:
+            ValueError: a merged number is not finite.
+        """
+        info = self.base.tensors[name]
+        dtype = self.form.dtype_of(info)
+        group = self.groups.get(self.base.tied.get(name, name))
+        if group is None:
+            yield finite(name, self.base.read(name).to(dtype), info.dtype)
+            return
+        rule = self.document.definition.rule(group, self.faithful)
+        for piece in group.pieces():
+            out = rule(piece).to(dtype)
+            if not bool(torch.isfinite(out).all()):
+                raise ValueError(f"{name}: the merged tensor is not finite; check the weights, or the models")
+            yield out if info.shape else out.view(info.shape)
+
+    def read_ahead_of(self, name: str) -> None:
+        """Ask the kernel to read ahead the pages that `pieces` will need."""
+        read_ahead(self.base.read(name))
+        group = self.groups.get(self.base.tied.get(name, name))
+        for term in group.delta.terms if group else ():
+            if isinstance(term, ExpertWeight):
+                read_ahead(term.weight)
+
+
+def open_merge(
+    document: Document, scratch: Path, faithful: bool, dtype: DtypeName | None, shard_size: str | None
+) -> DocumentMerge:
+    """Check all headers and map the files; no weight is read, except those of unusual adapters."""
+    merged = document.merged
+    reference = reference_of(document)
+    base = open_checkpoint(reference)
+    others = [name for name in merged if not same_folder(name, reference)]
+    sources = find_sources(
+        base, {name: _expert_folder(name, reference) for name in others}, workspace=scratch
+    )
+    vectors = sources.open(base)
+    order = tuple(others.index(name) if name in others else OWN for name in merged)
+    located = places(list(sources.parameters))
+    depth = 1 + max((block[1] for name in located if (block := number_of(name))), default=-1)
+    if document.layers not in (None, depth):
+        raise ValueError(
+            f"slices: the layers end at {document.layers}, and {base.path} has {depth}; only slices over all "
+            "layers are supported"
+        )
+    shared, each = _settings(document)
+    groups = {
+        name: Group(
+            _delta(vectors, base, name, len(others)), order, tuple(merged), document.based, located[name],
+            shared, each,
+        )
+        for name in sources.parameters
+    }  # fmt: skip
+    chosen = dtype or document.out_dtype or document.dtype or _promoted(base, vectors)
+    return DocumentMerge(base, Form(chosen, shard_size), document, groups, faithful)  # type: ignore[arg-type]
+
+
+def _settings(document: Document) -> tuple[dict[str, object], dict[str, tuple[object, ...]]]:
+    """The settings of all models, and of each, with the values that count after them."""
+    method, given = document.definition, document.parameters
+
+    def values(key: str, default: object, *own: Mapping[str, Any]) -> Alternatives:
+        found = [parameters[key] for parameters in (*own, given) if key in parameters]
+        return Alternatives((*found, *([] if default is None else [default])))
+
+    shared: dict[str, object] = {key: values(key, default) for key, default in method.shared.items()}
+    each: dict[str, tuple[object, ...]] = {
+        key: tuple(values(key, default, document.models.get(name, {})) for name in document.merged)
+        for key, default in method.each.items()
+    }
+    return shared, each
+
+
+def _delta(vectors: TaskVectors, base: Checkpoint, name: str, count: int) -> Delta:
+    """A parameter's differences; one that no model changed has them too."""
+    found = vectors.deltas.get(name)
+    delta = found or Delta(base.read(name), tuple(Untouched() for _ in range(count)))
+    return delta if delta.base.dim() else _as_vector(delta)
+
+
+def _as_vector(delta: Delta) -> Delta:
+    terms = tuple(
+        ExpertWeight(term.weight.view(1)) if isinstance(term, ExpertWeight) else term for term in delta.terms
+    )
+    return Delta(delta.base.view(1), terms, delta.role)
+
+
+def _promoted(base: Checkpoint, vectors: TaskVectors) -> str | None:
+    """The dtype that holds all models' numbers; None if it is the base's."""
+    own = {info.dtype for info in base.tensors.values() if info.dtype.is_floating_point}
+    every = set(own)
+    for delta in vectors.deltas.values():
+        every |= {term.weight.dtype for term in delta.terms if isinstance(term, ExpertWeight)}
+    if every == own:
+        return None
+    first, *rest = sorted(every, key=str)
+    for dtype in rest:
+        first = torch.promote_types(first, dtype)
+    return str(first).removeprefix("torch.")
+
+
+def reference_of(document: Document) -> str:
+    """The checkpoint whose names, configuration and files the result has: the base model, or the first."""
+    return (document.base or document.merged[0]).partition("+")[0]
+
+
+def _expert_folder(name: str, reference: str) -> str:
+    """The folder of a model; that of its adapter, of a model `MODEL+ADAPTER` on the reference checkpoint."""
+    model, plus, adapter = name.partition("+")
+    if not plus or Path(name).is_dir():
+        return name
+    if not same_folder(model, reference):
+        raise ValueError(
+            f"{name}: an adapter of another model than {reference}; merge it into its model first"
+        )
+    return adapter
+
+
+def same_folder(first: str, second: str) -> bool:
+    """Whether two paths are one folder."""
+    return Path(first).resolve() == Path(second).resolve()
