@@ -63,8 +63,9 @@ fuzz: $(READY) ## 100,000 mutated files at every door: SECONDS per door, ONLY so
 test-processors: $(READY) ## the tests as other processors, with other threads, on a busy machine (hours)
 	@$(BIN)/python -m tests.processors --only "$(SETTING)"
 
-families: $(READY) ## the gradient of every family of models against autograd (a minute); FAMILY=mamba for one
+families: $(READY) ## every family of models: gradients against autograd, and files to files; FAMILY=mamba for one
 	@$(BIN)/python -m tests.gradient_sweep --only "$(FAMILY)"
+	@$(BIN)/python -m tests.family_table --only "$(FAMILY)"
 
 lower-bounds: ## install the oldest dependencies that pyproject.toml promises, run the quick tests with them
 	@$(PYTHON) -m tests.lower_bounds

@@ -6,7 +6,7 @@ arithmetic on the files; the export must load with nothing missing. `fit` has th
 `export --verify`. What is refused comes with the words of the refusal; any other end is a CRASH.
 
     python -m tests.family_table                the whole table, kept in tests/results/families.json
-    python -m tests.family_table --only Mamba   families whose name contains this
+    python -m tests.family_table --only Mamba   families whose name contains this: their rows are replaced
 """
 
 import argparse
@@ -148,7 +148,7 @@ def _call(*words: object) -> tuple[str, str]:
 
 
 def main() -> None:
-    """Print a line for each family; keep the table if all were tried."""
+    """Print a line for each family; keep the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.family_table")
     parser.add_argument("--only", default="", help="families whose name contains this")
     only = parser.parse_args().only
@@ -172,8 +172,9 @@ def main() -> None:
             *(f"{rows[name][key]:8}" for key in ("inspect", "merge", "fit")),
             rows[name]["reason"],
         )
-    if not only:
-        write_whole(FOLDER / "families.json", json.dumps(rows, indent=1) + "\n")
+    file = FOLDER / "families.json"
+    known = json.loads(file.read_text()) if only else {}
+    write_whole(file, json.dumps(known | rows, indent=1) + "\n")
     if bad := [name for name, row in rows.items() if {CRASH, "WRONG"} & set(row.values())]:
         sys.exit(f"crashed or wrong: {', '.join(bad)}")
 

@@ -69,10 +69,10 @@ def _write_adapter(family: Family, folder: Path) -> bool:
     model = _moved(family, 0)
     try:
         adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"))
-    except ValueError:
+    except (ValueError, NotImplementedError):  # no linear layers, or a model that peft does not know
         return False
     nudge(adapted, 7, SIZE)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
     return True
 
 

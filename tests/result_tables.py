@@ -113,6 +113,15 @@ def kills() -> str:
     return markdown(["command", "kills"], [[f"`{name}`", str(count)] for name, count in seen.items()])
 
 
+def families() -> str:
+    """What each family of models said on its way from files to files."""
+    rows = json.loads((results.FOLDER / "families.json").read_text())
+    cells = [
+        [name, *(row[key] for key in ("inspect", "merge", "fit", "reason"))] for name, row in rows.items()
+    ]
+    return markdown(["family", "inspect", "merge", "fit", "reason"], cells)
+
+
 def cases() -> str:
     """What each script of `make cases` said."""
     rows = json.loads((results.FOLDER / "cases.json").read_text())
@@ -136,6 +145,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "paper": paper.table,
     "soak": soak,
     "kills": kills,
+    "families": families,
     "cases": cases,
     **{
         f"bench-{file.stem}": (lambda group=file.stem: figures(group))

@@ -82,12 +82,13 @@ class Evaluation:
         """The evaluation as JSON data."""
         write_whole(path, json.dumps(self.to_json(), indent=2))
 
-    def write_scores(self, path: Path, learned: Mapping[str, Any]) -> None:
+    def write_scores(self, path: Path, learned: Mapping[str, Any] | None = None) -> None:
         """Scores of the held-in tasks only, with mean and normalised mean per row.
 
-        `learned` are entries of the learned merge's row: which coefficients were scored.
+        `learned` are entries of the learned merge's row: which coefficients were scored. Without them
+        a report does not know whether the scores are still the run's.
         """
         keys = {*self.held_in, "mean", "normalised"}
         short = {row: {k: v for k, v in all_.items() if k in keys} for row, all_ in self.to_json().items()}
-        short["learned"] |= learned
+        short["learned"] |= learned or {}
         write_whole(path, json.dumps(short, indent=2))

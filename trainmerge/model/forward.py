@@ -53,8 +53,7 @@ def forward(
         return Outputs(_own_logits(classifier, batch, output), _chosen(output, layers), classifier.kind)
     if classifier is None:
         output = module(**_model_inputs(module, batch.inputs), **options)
-        logits: Tensor | None = getattr(output, "logits", None)  # a model without an output layer has none
-        return Outputs(torch.empty(0) if logits is None else logits, _chosen(output, layers))
+        return Outputs(_logits(output), _chosen(output, layers))
     output = backbone(module)(**batch.inputs, **options)
     mask = batch.inputs["attention_mask"].bool()
     hidden = output.last_hidden_state.to(classifier.weight.dtype)
@@ -76,11 +75,17 @@ def _of_media(
     else:
         own = module if classifier is None else classifier.module
         output = own(**as_stored(module, batch.inputs), **options)
-        logits = output.logits if classifier is None else _own_logits(classifier, batch, output)
+        logits = _logits(output) if classifier is None else _own_logits(classifier, batch, output)
     found = getattr(output, "hidden_states", None)
     chosen = {layer: found[layer] for layer in layers} if found is not None else {}
     of = classifier.kind if isinstance(classifier, OwnModel) else None
     return Outputs(logits, one_row(chosen, len(batch.mask)), of)
+
+
+def _logits(output: Any) -> Tensor:
+    """The model's own logits; [0] of a model without an output layer."""
+    logits: Tensor | None = getattr(output, "logits", None)
+    return torch.empty(0) if logits is None else logits
 
 
 def _own_logits(own: OwnModel, batch: Batch, output: Any) -> Tensor:
