@@ -62,7 +62,7 @@ def write_checkpoint(merge: Merged, folder: Path, workers: int = 1) -> dict[str,
     """
     base = merge.base
     with agreed():
-        shards, after = merge.form.shards(base), merge.after
+        shards, after = merge.shards, merge.after
         size_of = {name: merge.form.size_of(info) for name, info in merge.tensors.items()}
         files = {**shards, **after}
         sizes = {file: sum(size_of[name] for name in names) for file, names in files.items()}

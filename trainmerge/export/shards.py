@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -85,18 +86,18 @@ class CheckpointMerge:
     rule: Rule | None = None  # the last preprocessor's, applied inside the pass
     form: Form = field(default_factory=Form)
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The headers of the merged checkpoint's tensors, merged ones of modules after the model too."""
         after = {name: self.base.info(name) for names in self.after.values() for name in names}
         return self.form.headers({**self.base.tensors, **after})
 
-    @property
+    @cached_property
     def shards(self) -> Mapping[str, tuple[str, ...]]:
         """File name -> its tensors."""
         return self.form.shards(self.base)
 
-    @property
+    @cached_property
     def after(self) -> Mapping[str, tuple[str, ...]]:
         """Path -> tensors, of modules after the model with a merged tensor."""
         found: dict[str, list[str]] = {}
@@ -189,8 +190,8 @@ def write_shard(merge: Tensors, names: Iterable[str], path: Path) -> str:
 
     The bytes depend on the arguments only, so any process may write any shard at any time.
     """
-    inside = {merge.in_file(name): name for name in names}
-    infos = {key: merge.tensors[name] for key, name in inside.items()}
+    inside, headers = {merge.in_file(name): name for name in names}, merge.tensors
+    infos = {key: headers[name] for key, name in inside.items()}
     specs = {key: (info.dtype, tuple(info.shape)) for key, info in infos.items()}
     hasher = hashlib.sha256()
     path.parent.mkdir(exist_ok=True, parents=True)
@@ -211,8 +212,8 @@ def _in_order(merge: Tensors, names: Mapping[str, str]) -> Iterator[tuple[str, T
 
 
 def write_shards(merge: Merged, folder: Path, files: Iterable[str], workers: int = 1) -> dict[str, str]:
-    """Write these weight files of `form.shards` into a folder, `workers` in parallel: name -> SHA-256."""
-    names, shards = list(files), {**merge.form.shards(merge.base), **merge.after}
+    """Write these weight files of a merge into a folder, `workers` in parallel: name -> SHA-256."""
+    names, shards = list(files), {**merge.shards, **merge.after}
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ class DocumentMerge:
     groups: Mapping[str, Group]
     faithful: bool
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The headers of the merged checkpoint's tensors."""
         return self.form.headers(self.base.tensors)
 
-    @property
+    @cached_property
     def shards(self) -> Mapping[str, tuple[str, ...]]:
         """File name -> its tensors."""
         return self.form.shards(self.base)
