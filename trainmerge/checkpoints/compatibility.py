@@ -95,23 +95,13 @@ def _plan(
     shared_vocabulary: bool,
     whole_head: bool,
 ) -> tuple[Plan, list[str]]:
-    """One expert, and its mismatches beyond those that its plan raises."""
+    """One expert, and its mismatches beyond those that its plan raises.
+
+    Those are an adapter's with the base's configuration and ties.
+    """
     check_one_generation(path)
-    if (path / ADAPTER).is_file():
-        return _adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary, whole_head)
-    return plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary, whole_head), []
-
-
-def _adapter(
-    frame: Parameters,
-    path: Path,
-    ignore: Sequence[str],
-    allow_pickle: bool,
-    workspace: Path | None,
-    shared_vocabulary: bool,
-    whole_head: bool,
-) -> tuple[Plan, list[str]]:
-    """An adapter, and its mismatches with the base's configuration and ties."""
+    if not (path / ADAPTER).is_file():
+        return plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary, whole_head), []
     plan = plan_adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary, whole_head)
     recorded = read_folder_json(path / ADAPTER).get("base_model_name_or_path")
     mismatches = recorded_mismatches(frame.meta_model, frame.checkpoint.path, path, recorded)

@@ -5,11 +5,19 @@ of its files are complete. Exports of older versions list no bytes and are taken
 """
 
 from pathlib import Path
+from typing import Any
 
 from trainmerge.system.json_file import read_json
 
 MANIFEST = "trainmerge_manifest.json"
 RECIPE = "trainmerge_recipe.yaml"
+COEFFICIENTS = "trainmerge_coefficients.safetensors"
+
+
+def export_manifest(folder: Path, remedy: str = "Export the run again.") -> dict[str, Any]:
+    """An export's manifest; empty for another folder. Raises ValueError for a damaged one."""
+    file = folder / MANIFEST
+    return read_json(file, remedy) if file.is_file() else {}
 
 
 def check_whole(folder: Path) -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainmerge.checkpoints.whole import COEFFICIENTS
 from trainmerge.export.markdown import fenced
 from trainmerge.system.json_file import parse_json
 from trainmerge.system.safetensors_file import sha256
 
-COEFFICIENTS = "trainmerge_coefficients.safetensors"
 LARGEST = 256 * 1024  # bytes of a coefficients file that the card holds
 WIDTH = 100  # characters of a line of base64
 FORM = 1

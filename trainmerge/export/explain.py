@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from trainmerge.checkpoints.whole import MANIFEST, RECIPE
+from trainmerge.checkpoints.whole import COEFFICIENTS, MANIFEST, RECIPE
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
-from trainmerge.export.card_block import COEFFICIENTS, make_block
+from trainmerge.export.card_block import make_block
 from trainmerge.export.card_run import merge_scores
 from trainmerge.export.form import Form
 from trainmerge.export.model_card import CardFacts, model_card

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainmerge.checkpoints.whole import MANIFEST, RECIPE, check_whole
+from trainmerge.checkpoints.whole import COEFFICIENTS, MANIFEST, RECIPE, check_whole
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.coefficients.layout import Grouping
-from trainmerge.export.card_block import COEFFICIENTS, Block, read_block
+from trainmerge.export.card_block import Block, read_block
 from trainmerge.export.form import Form
 from trainmerge.run.config import read_config
 from trainmerge.run.recipe import Recipe

@@ -5,9 +5,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from trainmerge.checkpoints import same_weights
-from trainmerge.checkpoints.whole import RECIPE
+from trainmerge.checkpoints.whole import COEFFICIENTS, RECIPE
 from trainmerge.coefficients.coefficients import save_coefficients
-from trainmerge.export.card_block import COEFFICIENTS
 from trainmerge.export.explain import write_export_manifest
 from trainmerge.export.export import check_target, write_checkpoint
 from trainmerge.export.published import Published, read_published

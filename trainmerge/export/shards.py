@@ -76,6 +76,19 @@ class Merged(Tensors, Protocol):
         """Its dtype and files."""
 
 
+class OnlyModel:
+    """The part of `Tensors` about modules after the model, where none is merged."""
+
+    @property
+    def after(self) -> Mapping[str, tuple[str, ...]]:
+        """None."""
+        return {}
+
+    def in_file(self, name: str) -> str:
+        """Its name."""
+        return name
+
+
 @dataclass(frozen=True)
 class CheckpointMerge:
     """Base, task vectors and coefficients: computes each tensor of the merged checkpoint on request."""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints.whole import MANIFEST
-from trainmerge.export.shards import CheckpointMerge, write_shard
+from trainmerge.checkpoints.whole import export_manifest
+from trainmerge.export.shards import CheckpointMerge, OnlyModel, write_shard
 from trainmerge.export.side_files import copy_side_files
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
@@ -32,7 +32,7 @@ ALIKE = ("vocab_size", "dtype", "torch_dtype")  # keys of config.json that descr
 
 
 @dataclass(frozen=True)
-class TaskMerge:
+class TaskMerge(OnlyModel):
     """The tensors of a task's checkpoint, by the names of its class."""
 
     merge: CheckpointMerge
@@ -58,15 +58,6 @@ class TaskMerge:
     def shards(self) -> Mapping[str, tuple[str, ...]]:
         """One file."""
         return {FILE: tuple(self.tensors)}
-
-    @property
-    def after(self) -> Mapping[str, tuple[str, ...]]:
-        """None: a class with a head has no modules after it."""
-        return {}
-
-    def in_file(self, name: str) -> str:
-        """Its name."""
-        return name
 
     def merged(self, name: str) -> bool:
         """Whether a tensor is merged; others are the expert's or the base's."""
@@ -108,8 +99,7 @@ def own_head(recipe: Recipe, opened: Opened, task: str) -> "OwnHead":
 
 def task_of(folder: Path) -> str | None:
     """The task whose checkpoint an export is; None for the base's class."""
-    manifest = folder / MANIFEST
-    task = read_json(manifest, "Export the run again.").get("task") if manifest.is_file() else None
+    task = export_manifest(folder).get("task")
     return task if isinstance(task, str) else None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints.whole import MANIFEST
+from trainmerge.checkpoints.whole import COEFFICIENTS, MANIFEST, export_manifest
 from trainmerge.export.export import INDEX, merge_of
 from trainmerge.export.form import Form
 from trainmerge.export.shards import Tensors
@@ -48,15 +48,13 @@ def verify_export(run: str | Path, out: str | Path) -> int:
 
 def _form(folder: Path) -> Form:
     """The dtype and shard size of an export, as its manifest has them."""
-    file = folder / MANIFEST
-    content = read_json(file, "Export the run again.") if file.is_file() else {}
-    return Form.read(content.get("form"), file)
+    return Form.read(export_manifest(folder).get("form"), folder / MANIFEST)
 
 
 def _differences(merge: Tensors, folder: Path) -> Iterator[str]:
     shards = dict(merge.shards)
     there = {path.name for path in folder.glob("*") if path.suffix in WEIGHTS}
-    own = {"trainmerge_coefficients.safetensors"}
+    own = {COEFFICIENTS}
     yield from (f"{file} is missing" for file in shards if file not in there)
     yield from (f"{file} is not part of the export" for file in sorted(there - shards.keys() - own))
     if len(shards) > 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
-from trainmerge.checkpoints.whole import RECIPE
+from trainmerge.checkpoints.whole import COEFFICIENTS, RECIPE
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.inspection.attention import attention_findings
 from trainmerge.inspection.console import (
@@ -102,7 +102,7 @@ def _show_suggestion(suggested: Suggestion, file: Path | None) -> None:
 
 def _coefficients(path: Path) -> Coefficients | None:
     """The coefficients of a run folder or an export; None for others."""
-    run, exported = RunFolder(path), path / "trainmerge_coefficients.safetensors"
+    run, exported = RunFolder(path), path / COEFFICIENTS
     if run.manifest.is_file() and run.coefficients.is_file():
         return read_run(run)[1]
     return load_coefficients(exported) if exported.is_file() else None

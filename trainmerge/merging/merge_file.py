@@ -1,6 +1,5 @@
 """Merge models as a mergekit file describes, in one pass over mapped files."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,15 +9,14 @@ from typing import Any
 import yaml
 
 from trainmerge.checkpoints import stamps
-from trainmerge.checkpoints.whole import MANIFEST
+from trainmerge.checkpoints.whole import export_manifest
+from trainmerge.export.explain import write_export_manifest
 from trainmerge.export.export import check_target, write_checkpoint
 from trainmerge.export.form import DtypeName
 from trainmerge.export.public import public, public_name
 from trainmerge.merging.document import Document
 from trainmerge.merging.open_merge import open_merge, reference_of, same_folder
 from trainmerge.merging.read_document import read_document
-from trainmerge.run.manifest import versions
-from trainmerge.system.json_file import read_json
 from trainmerge.system.staging import staging
 from trainmerge.system.workspace import digest
 
@@ -108,9 +106,7 @@ def _take_tokenizer(document: Document, folder: Path) -> None:
 
 def _made(target: Path) -> str:
     """The identity of the merge in a folder; empty if it has none."""
-    file = target / MANIFEST
-    content = read_json(file, "Merge again with --overwrite.") if file.is_file() else {}
-    return str(content.get("merge", ""))
+    return str(export_manifest(target, "Merge again with --overwrite.").get("merge", ""))
 
 
 def _explain(
@@ -126,13 +122,7 @@ def _explain(
         f"---\n{yaml.safe_dump(card, sort_keys=False)}---\n# {public_name(name)}\n\nA merge of "
         f"{', '.join(models)} {how}.\n\n```yaml\n{text}```\n"
     )
-    manifest = {
-        "versions": versions(),
-        "merge": identity,
-        "files": dict(sorted(made.items())),
-        "bytes": {file: (folder / file).stat().st_size for file in sorted(made)},
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    write_export_manifest(folder, made, None, {"merge": identity})
 
 
 def to_mergekit(document: Document) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainmerge.checkpoints.whole import MANIFEST
+from trainmerge.checkpoints.whole import COEFFICIENTS, export_manifest
 from trainmerge.export.export import export_run
 from trainmerge.export.form import DtypeName, Form
 from trainmerge.export.public import public
@@ -16,7 +16,6 @@ from trainmerge.merging.methods import METHODS
 from trainmerge.report import write_report
 from trainmerge.run.config import read_yaml
 from trainmerge.run.folder import RunFolder
-from trainmerge.system.json_file import read_json
 from trainmerge.system.safetensors_file import sha256
 
 
@@ -118,14 +117,11 @@ def merge_config(
 
 def _exported(folder: RunFolder, target: Path, form: Form) -> bool:
     """Whether a folder is the export of the run as it is, in this form."""
-    file = target / MANIFEST
-    if not file.is_file():
-        return False
-    content = read_json(file, "Export again.")
+    content = export_manifest(target)
     made, files = content.get("run") or {}, content.get("files") or {}
     return (
         made.get("checksums") == public(folder.read_manifest()["checksums"])
-        and files.get("trainmerge_coefficients.safetensors") == sha256(folder.coefficients)
+        and files.get(COEFFICIENTS) == sha256(folder.coefficients)
         and content.get("form", {}) == form.to_json()
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainmerge.checkpoints import Checkpoint, find_sources, open_checkpoint
 from trainmerge.export.form import DtypeName, Form
-from trainmerge.export.shards import finite
+from trainmerge.export.shards import OnlyModel, finite
 from trainmerge.kernels import ExpertWeight, Untouched
 from trainmerge.merging.document import Document
 from trainmerge.merging.group import OWN, Alternatives, Group
@@ -22,7 +22,7 @@ from trainmerge.task_vectors.parameter_names import number_of
 
 
 @dataclass(frozen=True)
-class DocumentMerge:
+class DocumentMerge(OnlyModel):
     """The tensors of a document's merge."""
 
     base: Checkpoint
@@ -40,15 +40,6 @@ class DocumentMerge:
     def shards(self) -> Mapping[str, tuple[str, ...]]:
         """File name -> its tensors."""
         return self.form.shards(self.base)
-
-    @property
-    def after(self) -> Mapping[str, tuple[str, ...]]:
-        """None: modules after the model are the base's."""
-        return {}
-
-    def in_file(self, name: str) -> str:
-        """A tensor's name in its file."""
-        return name
 
     def merged(self, name: str) -> bool:
         """Whether a tensor is merged; others are copies."""
