@@ -20,7 +20,6 @@ from trainmerge.model.own_head import OwnModel, attach
 from trainmerge.model.resident import special_ids
 from trainmerge.run.heads import task_heads
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.scores import SIMILARITY
 from trainmerge.run.sources import DEFAULT_LENGTH
 from trainmerge.system.hub import folder_of
 
@@ -57,7 +56,7 @@ def evaluate_checkpoint(
     references = references_from_files(recipe, tasks, tokenize)
     rows, found = {}, {}
     for row, folder in folders.items():
-        subject = load_checkpoint(folder, recipe, heads, tokenize, answers, references)
+        subject = load_checkpoint(folder, recipe, heads, tasks, tokenize, answers, references)
         rows[row] = score_tasks(subject, tasks)
         if harness:
             found[row] = run_harness(subject.module, recipe.base, harness, limit)
@@ -108,13 +107,14 @@ def load_checkpoint(
     folder: Path,
     recipe: Recipe,
     heads: PlannedHeads,
+    tasks: Sequence[Task],
     tokenize: Tokenizer,
     answers: int = 0,
     references: Mapping[str, Tensor] = {},
 ) -> Subject:
     """A checkpoint as a `Subject`; a sentence embedder embeds by its own folder's modules."""
     checkpoint = open_checkpoint(folder, recipe.allow_pickle)
-    embedding = read_embedding(checkpoint) if metric_of(recipe) is SIMILARITY else None
+    embedding = read_embedding(checkpoint) if any(task.similar for task in tasks) else None
     loaded = load_model(checkpoint, recipe.ignore)
     module = loaded.module.to(DEVICE)
     placed = over(heads, module, loaded.names, tokenize)

@@ -94,7 +94,8 @@ def _score(
     run = RunFolder(folder)
     if not run.manifest.exists():
         check_kind(folder, recipe, tasks)
-        return score_tasks(load_checkpoint(folder, recipe, heads, tokenize, references=references), tasks)
+        subject = load_checkpoint(folder, recipe, heads, tasks, tokenize, references=references)
+        return score_tasks(subject, tasks)
     own, coefficients, opened = open_run(run)
     resident, subject = load_subject(own, coefficients, opened, tokenize, run, [])
     placed = over(heads, subject.module, resident.merged.names, tokenize)

@@ -4,7 +4,7 @@ Legend: `N` examples of a task, `B` of a batch, `T` tokens, `V` classes or vocab
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -102,18 +102,23 @@ def _similarities(subject: Subject, name: str, similar: Similar) -> TaskScore:
     return TaskScore({similar.measure: float(terms.mean())}, outcomes)
 
 
+def _batches(subject: Subject, task: Task) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Numbers and logits of the examples of this process, sorted by length to reduce padding."""
+    order = own_share(sorted(range(len(task.examples)), key=lambda i: len(task.examples[i].text)))
+    for first in range(0, len(order), TOGETHER):
+        chosen = order[first : first + TOGETHER]
+        yield chosen, subject.logits(task.name, subject.tokenize.encode([task.examples[i] for i in chosen]))
+
+
 def _classes(subject: Subject, task: Task) -> TaskScore:
-    """Texts are sorted by length, to reduce padding."""
+    """One class per example."""
     classifier, config = subject.heads[task.name], subject.module.config
     classes = classifier.width if classifier is not None else int(config.num_labels)  # type: ignore
     if (highest := max(task.labels)) >= classes:
         raise ValueError(f"{task.name}: its file has label {highest}; its classifier has {classes} classes")
     metric = class_measures(classes)
     right: dict[int, tuple[float, float]] = {}
-    order = own_share(sorted(range(len(task.examples)), key=lambda i: len(task.examples[i].text)))
-    for first in range(0, len(order), TOGETHER):
-        chosen = order[first : first + TOGETHER]
-        logits = subject.logits(task.name, subject.tokenize.encode([task.examples[i] for i in chosen]))
+    for chosen, logits in _batches(subject, task):
         p = logits.float().softmax(-1).cpu()  # torchmetrics mistakes logits in [0, 1] for probabilities
         labels = torch.tensor([task.labels[i] for i in chosen])
         metric.update(p, labels)
@@ -127,11 +132,8 @@ def _classes(subject: Subject, task: Task) -> TaskScore:
 def _of_head(subject: Subject, task: Task) -> TaskScore:
     """An expert's own head whose outputs are not one class per text."""
     found: dict[int, Any] = {}
-    order = own_share(sorted(range(len(task.examples)), key=lambda i: len(task.examples[i].text)))
-    for first in range(0, len(order), TOGETHER):
-        chosen = order[first : first + TOGETHER]
+    for chosen, logits in _batches(subject, task):
         examples, labels = [task.examples[i] for i in chosen], [task.labels[i] for i in chosen]
-        logits = subject.logits(task.name, subject.tokenize.encode(examples))
         each = found_in(task.kind, logits, examples, labels, subject.tokenize)
         found |= dict(zip(chosen, each, strict=True))
     every = merge_shares(found)

@@ -68,13 +68,8 @@ class ModuleSteps:
             losses, slopes = gradient(turns, number)
             found.append({name: float(value) for name, value in losses.items()})
             self.optimizer.zero_grad()
-            self.coefficients.raw.grad = slopes
-            penalty = self.anchor(self.coefficients(), self.start)
-            if self.anchor.weight:
-                penalty.backward()  # type: ignore[no-untyped-call]
-            if self.clip:
-                nn.utils.clip_grad_norm_(self.coefficients.parameters(), self.clip)
-            return torch.stack(list(losses.values())).sum() + penalty.detach()
+            penalty = gradient.assign(slopes, self.anchor, self.start, self.clip)
+            return torch.stack(list(losses.values())).sum() + penalty
 
         self.optimizer.step(closure)  # type: ignore[arg-type]
         self.coefficients.project_()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainmerge.coefficients.aggregation import combined
+from trainmerge.coefficients.anchor import Anchor
 from trainmerge.data.batch import Batch, Step
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.plan.micro_batches import StepSchedule, rounds
@@ -49,6 +50,20 @@ class StepGradient:
             losses, rows = self._means(step)
         slopes = torch.stack([self.merged.coefficients.slope(row) for row in rows])
         return losses, slopes[0] if self.rule is None else combined(slopes, self.rule, seed)
+
+    def assign(self, slopes: Tensor, anchor: Anchor, start: Tensor, clip: float) -> Tensor:
+        """Give the coefficients the gradient `slopes` [K, G] and the anchor's, clipped; returns its penalty.
+
+        `start` [K, G] is what the anchor holds them at; `clip` is the maximal norm, 0 for none.
+        """
+        coefficients = self.merged.coefficients
+        coefficients.raw.grad = slopes
+        penalty = anchor(coefficients(), start)
+        if anchor.weight:
+            self.backward(penalty)
+        if clip:
+            nn.utils.clip_grad_norm_(coefficients.parameters(), clip)
+        return penalty.detach()
 
     def _means(self, step: Step) -> tuple[dict[str, Tensor], Tensor]:
         """Means over processes of the losses and of the rows [m, K, G]: all that is reduced."""

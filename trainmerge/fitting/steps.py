@@ -84,13 +84,8 @@ class CoefficientSteps(pl.LightningModule, ABC):
             losses, slopes = gradient(step, self.global_step)
             reports.append(losses)
             optimizer.zero_grad()
-            self.coefficients.raw.grad = slopes
-            penalty = self.anchor(self.coefficients(), self.start.to(self.device))
-            if self.anchor.weight:
-                self.manual_backward(penalty)
-            if self.clip:
-                torch.nn.utils.clip_grad_norm_(self.coefficients.parameters(), self.clip)
-            return torch.stack(list(losses.values())).sum() + penalty.detach()
+            penalty = gradient.assign(slopes, self.anchor, self.start.to(self.device), self.clip)
+            return torch.stack(list(losses.values())).sum() + penalty
 
         with without_scaler(self.trainer.strategy.precision_plugin):
             optimizer.step(closure)
