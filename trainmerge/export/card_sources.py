@@ -63,8 +63,7 @@ class Source:
 
 def card_sources(recipe: Recipe, folders: Mapping[str, Path]) -> list[Source]:
     """The base and every expert, in order."""
-    paths = {"base": recipe.base} | {name: expert.path for name, expert in recipe.experts.items()}
-    return [_source(name, path, folders[name]) for name, path in paths.items()]
+    return [_source(name, path, folders[name]) for name, path in recipe.paths.items()]
 
 
 def _source(name: str, path: str, folder: Path) -> Source:

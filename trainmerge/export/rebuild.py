@@ -75,9 +75,10 @@ def check_possible(made: Published, source: str) -> None:
         )
     if list(made.coefficients.experts) != list(made.recipe.experts):
         raise ValueError(f"{source}: its recipe and its coefficients name other experts: one is damaged")
-    paths = {"base": made.recipe.base} | {name: e.path for name, e in made.recipe.experts.items()}
     missing = [
-        f"{name} ({path})" for name, path in paths.items() if not is_hub_id(path) and not Path(path).is_dir()
+        f"{name} ({path})"
+        for name, path in made.recipe.paths.items()
+        if not is_hub_id(path) and not Path(path).is_dir()
     ]
     if missing:
         raise FileNotFoundError(

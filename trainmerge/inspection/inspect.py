@@ -89,8 +89,7 @@ def inspect_path(
 
 def _on_disk(recipe: Recipe) -> bool:
     """Whether base and experts are here, as folders or in the hub's cache; nothing is downloaded."""
-    paths = [recipe.base, *(expert.path for expert in recipe.experts.values())]
-    return all(cached_folder(path) is not None for path in paths)
+    return all(cached_folder(path) is not None for path in recipe.paths.values())
 
 
 def _show_suggestion(suggested: Suggestion, file: Path | None) -> None:

@@ -163,14 +163,18 @@ class Recipe:
         return Opened(base, task_vectors, layout, self.folders, self.ignore, sources, made, checksums)
 
     @property
+    def paths(self) -> dict[str, str]:
+        """`base`, and every expert, as they were given: folders or ids."""
+        return {"base": self.base} | {name: expert.path for name, expert in self.experts.items()}
+
+    @property
     def folders(self) -> dict[str, Path]:
         """`base`, and every expert; ids are in the hub's cache, or downloaded into it.
 
         Raises:
             FileNotFoundError: an id that is neither in the cache nor can be downloaded.
         """
-        paths = {"base": self.base} | {name: expert.path for name, expert in self.experts.items()}
-        return {name: folder_of(path, True, self.allow_pickle) for name, path in paths.items()}
+        return {name: folder_of(path, True, self.allow_pickle) for name, path in self.paths.items()}
 
     def stamps(self) -> dict[str, dict[str, Stamp]]:
         """The file system's stamps of all files of base and experts."""
