@@ -10,8 +10,10 @@ import socket
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from random import SystemRandom
 from time import monotonic
 from typing import Any
 
@@ -21,9 +23,12 @@ SERVER.set_forkserver_preload(["tests.ranks_imports"])
 
 
 def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
+    """A port that the system gives to nobody unasked, so that none takes it before the ranks do."""
+    for port in SystemRandom().sample(range(10_000, 32_000), 100):
+        with socket.socket() as place, suppress(OSError):
+            place.bind(("127.0.0.1", port))
+            return port
+    raise OSError("100 ports are taken")
 
 
 class Ranks:
@@ -107,7 +112,11 @@ def _work(rank: int, count: int, port: int, place: Path, function: Callable, arg
 
 
 def join_group() -> None:
-    """Make the process group, for checks without Lightning."""
+    """Make the process group, for checks without Lightning; no rank goes on before all are in.
+
+    Rank 0 holds the store: if it ended while another still asks the store for the group, that one would fail.
+    """
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
+    dist.barrier()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import Ranks, join_group
+from tests.ranks import Ranks, join_group, run
 from trainmerge.system import distributed
 from trainmerge.system.shared_output import agreed, balanced_share, staging_shared
 
@@ -44,7 +44,7 @@ def share() -> list[str]:
 
 
 def test_shares_are_balanced_and_disjoint() -> None:
-    first, second = Ranks(2, share).join()
+    first, second = run(2, share)
     assert (first, second) == (["a", "d"], ["b", "c"])
     assert balanced_share({"a": 1, "b": 2}) == ["b", "a"]
 
