@@ -13,7 +13,7 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.answers import COLUMN, read_answers
 from trainmerge.evaluate.measure import kind_of_head, metric_of, predicted
 from trainmerge.evaluate.pairs import EXPERT, Similar, read_similar
-from trainmerge.run.heads import TaskHead, linear_problems, task_heads
+from trainmerge.run.heads import TaskHead, all_heads, linear_problems
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import PERPLEXITY, SIMILARITY
 from trainmerge.system.ranges import check_option
@@ -152,15 +152,15 @@ def load_tasks(
 ) -> tuple[list[Task], list[Task]]:
     """The experts' tasks (held in) and the held-out ones, the first `limit` examples of each.
 
-    `columns` are the fit's; `tokenize` is the base's tokenizer; `heads` are the experts', by default those of
-    `task_heads`.
+    `columns` are the fit's; `tokenize` is the base's tokenizer; `heads` are those of all tasks, by default
+    `all_heads`.
 
     Raises:
         ValueError: the base has no measure; `limit` is not positive; a task has no such file, or the file
             lacks a column; an example has no text, no label that is a class, or no token to predict; a
             held-out task has an expert's name.
     """
-    heads = task_heads(recipe) if heads is None else heads
+    heads = all_heads(recipe) if heads is None else heads
     metric = metric_of(recipe, heads)
     if problems := list(linear_problems(recipe)):
         raise ValueError("\n".join(problems))
@@ -174,7 +174,7 @@ def load_tasks(
     ]
     if split != "test":
         return held_in, []
-    held_out = [files.task(name, task.test, task.head) for name, task in recipe.held_out.items()]
+    held_out = [files.task(name, task.test, heads[name]) for name, task in recipe.held_out.items()]
     check_measures(held_in, held_out)
     return held_in, held_out
 
