@@ -1,5 +1,4 @@
-"""Checkpoints with a head of their own, and held-out tasks with one: accuracies are transformers' own.
-"""
+"""Checkpoints with a head of their own, and held-out tasks with one: accuracies are transformers' own."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +68,9 @@ def test_held_out_tasks_have_own_heads(tmp_path: Path) -> None:
     out = tm.evaluate_checkpoint(tm.export_run(run, tmp_path / "out"), recipe, max_length=32)
     assert out.others[str(tmp_path / "out")] == found.others["learned"]
     task = tm.export_run(run, tmp_path / "task", task="a")
-    with pytest.warns(UserWarning, match=r"task has a head of its own, so the held-out tasks \['x'\] are not"):
+    with pytest.warns(
+        UserWarning, match=r"task has a head of its own, so the held-out tasks \['x'\] are not"
+    ):
         assert tm.evaluate_checkpoint(task, recipe, max_length=32).held_out == ()
 
 

@@ -46,7 +46,8 @@ def kind_of_head(head: TaskHead) -> Kind:
 def metric_of(recipe: Recipe, found: Mapping[str, TaskHead] | None = None) -> Metric:
     """The metric of the tasks: that of their heads, accuracy of an own classifier, else perplexity.
 
-    `found` are the heads of all tasks, by default those of `all_heads`. Tasks of several metrics have `score`.
+    `found` are the heads of all tasks, by default those of `all_heads`. If they have several
+    metrics, it is `score`.
 
     Without heads, a base with modules.json is a sentence embedder.
 

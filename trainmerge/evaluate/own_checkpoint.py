@@ -1,4 +1,4 @@
-"""A checkpoint with a head of its own (`export --task`, an expert), which is scored on the tasks of that head."""
+"""A checkpoint with a head of its own: it is scored on the task of that head (`export --task`, an expert)."""
 
 import warnings
 from collections.abc import Mapping, Sequence

@@ -1,5 +1,6 @@
 """Tasks to score a model on: test examples, with labels for a classifier, and prompts to answer."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.answers import COLUMN, read_answers
 from trainmerge.evaluate.measure import kind_of_head, metric_of, predicted
 from trainmerge.evaluate.pairs import EXPERT, Similar, read_similar
+from trainmerge.model.embedding_settings import unfollowed_settings
 from trainmerge.run.heads import TaskHead, all_heads, linear_problems
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import PERPLEXITY, SIMILARITY
@@ -167,6 +169,9 @@ def load_tasks(
     check_option("limit", limit, int | None, "[1, inf)")
     if twice := recipe.experts.keys() & recipe.held_out.keys():
         raise ValueError(f"recipe.held_out: {sorted(twice)} are names of experts; rename these tasks")
+    if metric == SIMILARITY:
+        for line in unfollowed_settings(recipe.folders["base"]):
+            warnings.warn(line, stacklevel=2)
     output, labelled = output_of(recipe.folders["base"]), metric not in (PERPLEXITY, SIMILARITY)
     files = TestFiles(output, labelled, columns, tokenize, limit, split, embedded=metric == SIMILARITY)
     held_in = [
