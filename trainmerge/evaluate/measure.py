@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainmerge.checkpoints import Output, OwnHead, output_of, read_modules
+from trainmerge.checkpoints.output import ENDS
 from trainmerge.data.batch import Kind
 from trainmerge.data.tokenizer import Encoded
 from trainmerge.run.heads import TaskHead, all_heads
@@ -74,6 +75,8 @@ def own_metric(output: Output, where: str) -> Metric:
         ValueError: it has none.
     """
     named = f"{where}: {output.architecture} is a {output.kind}"
+    if output.ends:
+        raise ValueError(f"{where}: {output.architecture} {ENDS}")
     if output.kind in UNMEASURED:
         raise ValueError(f"{named}: {UNMEASURED[output.kind]}")
     if output.kind != "classifier":
