@@ -34,8 +34,9 @@ def without_text(examples: Sequence[Example]) -> bool:
 def _longest(extractor: Any) -> int | None:
     """The samples at which an extractor cuts: Whisper's window, and AST's frames (25 ms, every 10 ms)."""
     if isinstance(extractor, ASTFeatureExtractor):
-        return 400 + 160 * extractor.max_length - 1
-    return getattr(extractor, "n_samples", None)
+        return 400 + 160 * int(extractor.max_length) - 1
+    samples: int | None = getattr(extractor, "n_samples", None)
+    return samples
 
 
 class MediaInputs:

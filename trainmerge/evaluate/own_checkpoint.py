@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from trainmerge.checkpoints import OwnHead, load_model, open_checkpoint, output_of
 from trainmerge.checkpoints.meta_model import architecture_of
 from trainmerge.checkpoints.model_config import read_model_config
@@ -68,6 +70,7 @@ def own_subject(
     """
     head = _head_of(folder)
     module = load_model(open_checkpoint(folder, recipe.allow_pickle), recipe.ignore).module.to(DEVICE)
+    assert isinstance(module, PreTrainedModel)
     model = OwnModel(module, head.outputs, head.config.num_labels or 0, head.padding, special_ids(tokenize))
     return Subject(module, {task.name: model for task in tasks}, tokenize, answers)
 
