@@ -75,7 +75,7 @@ def _kind(model: Mapping[str, Any]) -> str:
 
 
 def _around(tokenizer: Any) -> Any:
-    """What is added around one text, and around two: ids and segments. Given as a file's content, or built."""
+    """Ids and segments around one text, and around two. Given as a file's content, or built."""
     built = not isinstance(tokenizer, Mapping)
     content = _post_processor(tokenizer) if built else tokenizer.get("post_processor")
     blank = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"": TEXT}, "unk_token": ""}}

@@ -10,8 +10,10 @@ from pandas.errors import ParserWarning
 
 
 def check_header(file: Path, columns: Sequence[str]) -> None:
-    """Raises:
-    ValueError: two columns have one name that is read: pandas would take the first.
+    """Refuse two columns of one name that is read: pandas would take the first.
+
+    Raises:
+        ValueError: such a name.
     """
     with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
         try:

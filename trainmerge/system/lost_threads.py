@@ -13,8 +13,10 @@ DIED = "Exception ignored in thread started by"  # the interpreter's words; the 
 
 
 def check_room() -> None:
-    """Raises:
-    MemoryError: not even one thread could be started: C libraries would end the process without a word.
+    """Refuse to begin where C libraries would end the process without a word.
+
+    Raises:
+        MemoryError: there is no room for one thread.
     """
     try:
         mmap.mmap(-1, ROOM).close()
@@ -26,7 +28,7 @@ def check_room() -> None:
 def lost_threads() -> Iterator[None]:
     """Raise MemoryError in the main thread if another one finds no memory for its first line.
 
-    `threading.Thread.start` waits without a limit until the new thread has begun, in datasets and in torch too.
+    `threading.Thread.start` waits without a limit until the new thread has begun, in datasets too.
     """
     before, main, lost = sys.unraisablehook, threading.main_thread().ident or 0, []
 
