@@ -8,6 +8,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from typing import Any
@@ -26,6 +27,7 @@ from trainmerge.data.examples import (
     subject,
     warn_of_overlap,
 )
+from trainmerge.data.held_out import split
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.system.ranges import check_option
 
@@ -106,6 +108,8 @@ class Calibration(pl.LightningDataModule):
         max_examples: Use the first so many examples of each expert; by default all.
         seed: The data order is a function of this and the step.
         num_workers: Processes that tokenise ahead.
+        held_out: The share of each expert's examples that the fit does not see; `StopOnHeldOut` and
+            `trainmerge auto` judge merges by them.
     """
 
     def __init__(
@@ -119,6 +123,7 @@ class Calibration(pl.LightningDataModule):
         max_examples: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        held_out: float = 0.0,
     ) -> None:
         super().__init__()
         check_option("data.batch_size", batch_size, int, "[1, 1e6]")
@@ -126,6 +131,7 @@ class Calibration(pl.LightningDataModule):
         check_option("data.max_examples", max_examples, int | None, "[1, inf)")
         check_option("data.seed", seed, int, "[0, inf)")
         check_option("data.num_workers", num_workers, int, "[0, inf)")
+        check_option("data.held_out", held_out, float, "[0, 0.5]")
         self.files, self.test_files = dict(files), dict(test_files or {})
         self.batch_size, self.columns = batch_size, columns
         self.seed, self.num_workers = seed, num_workers
@@ -141,7 +147,28 @@ class Calibration(pl.LightningDataModule):
             if name in self.test_files:
                 test = read_examples(self.test_files[name], columns.plain(), self._render, located=False)
                 warn_of_overlap(name, [subject(e) for e in examples], [subject(e) for e in test])
+        self.held_out = held_out
+        self._held = self._hold_out()
         self._consumed = 0
+
+    def _hold_out(self) -> list[list[Example]]:
+        """Take the held-out examples out of `examples`; returns them."""
+        parts = [split(own, self.held_out, self.seed, k) for k, own in enumerate(self.examples)]
+        self.examples = [learned_from for learned_from, _ in parts]
+        return [held for _, held in parts]
+
+    def held_out_part(self) -> "Calibration":
+        """The same settings with the held-out examples instead of those that the fit learns from.
+
+        Raises:
+            ValueError: none are held out.
+        """
+        if not self.held_out:
+            raise ValueError("no examples are held out: set data.held_out to a share, such as 0.2")
+        part = copy(self)
+        vars(part).pop("_identities", None)
+        part.examples = self._held
+        return part
 
     @cached_property
     def tokenize(self) -> Tokenizer:
@@ -169,6 +196,7 @@ class Calibration(pl.LightningDataModule):
             "max_length": self.max_length,
             "columns": self.columns.record(),
             "max_examples": self.max_examples,
+            **({"held_out": self.held_out} if self.held_out else {}),
         }
 
     def identity(self) -> str:
