@@ -114,6 +114,8 @@ class AutoSearch:
                 del judged[name]
             else:
                 rows[name] = found
+        if not rows:
+            raise ValueError("no start was judged: give more minutes, or see the warnings")
         finalists = sorted(rows, key=lambda name: -rows[name].mean)[:FINALISTS]
         for name in finalists:
             if self._has_time(f"scales per expert of {name}"):

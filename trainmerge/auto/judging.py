@@ -41,6 +41,7 @@ class Judged:
         recipe = replace(inputs.recipe, preprocess=start.preprocess)
         values = read_initial(start.initial, names, layout)
         own = Coefficients(names, layout, values, inputs.coefficients.constraint)
+        self._initial = own().detach().clone()  # judging changes the coefficients themselves
         asks = Asks(embedding=judge_of(objective).asks.embedding)
         self.start, self.objective, self.log = start, objective, log
         self.inputs = replace(inputs, recipe=recipe, coefficients=own, initial=start.initial, asks=asks)
@@ -81,7 +82,5 @@ class Judged:
     @cached_property
     def _model(self) -> InMemory:
         made = prepare(self.inputs, "cpu", nullcontext)
-        values = self.inputs.coefficients().detach().clone()
-        if made.start is not None:
-            values = made.start.expand_as(values).clone()
+        values = self._initial if made.start is None else made.start.expand_as(self._initial)
         return InMemory(values, HeldOut.of(self.inputs, made.resident, self.objective))

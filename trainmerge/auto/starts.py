@@ -12,8 +12,8 @@ from trainmerge.preprocess import OptMerge, Preprocess, Ties, Tsv, Wudi
 
 UNIFORM = "task arithmetic"
 OWN = "as configured"
-GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)  # of the uniform coefficient
-SCALES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.25)  # of a method's own coefficients: less where it overshoots
+GRID = (0.1, 0.2, 0.3, 0.5, 0.7)  # of the uniform coefficient
+SCALES = (0.3, 0.6, 1.0)  # of a method's own coefficients: less where it overshoots
 
 
 @dataclass(frozen=True)

@@ -157,8 +157,8 @@ class Calibration(pl.LightningDataModule):
         self.examples = [learned_from for learned_from, _ in parts]
         return [held for _, held in parts]
 
-    def held_out_part(self) -> "Calibration":
-        """The same settings with the held-out examples instead of those that the fit learns from.
+    def held_out_part(self, limit: int | None = None) -> "Calibration":
+        """The same with the held-out examples, or the first so many of each expert's, to learn nothing from.
 
         Raises:
             ValueError: none are held out.
@@ -167,7 +167,7 @@ class Calibration(pl.LightningDataModule):
             raise ValueError("no examples are held out: set data.held_out to a share, such as 0.2")
         part = copy(self)
         vars(part).pop("_identities", None)
-        part.examples = self._held
+        part.examples = [own[:limit] for own in self._held]
         return part
 
     @cached_property

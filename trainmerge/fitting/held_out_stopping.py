@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.data.calibration import Calibration
-from trainmerge.fitting.held_out import HeldOut
+from trainmerge.fitting.held_out import EXAMPLES, HeldOut
 from trainmerge.fitting.module import MergeModule
 from trainmerge.system.ranges import check_option
 
@@ -29,13 +29,17 @@ class StopOnHeldOut(Callback):
         every: Steps between two measurements.
         patience: Measurements without a rise.
         least: The least rise that counts.
+        examples: Measure the first so many held-out examples of each expert; None measures all.
     """
 
-    def __init__(self, every: int = 10, patience: int = 2, least: float = 0.002) -> None:
+    def __init__(
+        self, every: int = 10, patience: int = 2, least: float = 0.002, examples: int | None = EXAMPLES
+    ) -> None:
         check_option("StopOnHeldOut.every", every, int, "[1, inf)")
         check_option("StopOnHeldOut.patience", patience, int, "[1, inf)")
         check_option("StopOnHeldOut.least", least, float, "[0, inf)")
-        self.every, self.patience, self.least = every, patience, least
+        check_option("StopOnHeldOut.examples", examples, int | None, "[1, inf)")
+        self.every, self.patience, self.least, self.examples = every, patience, least, examples
         self.recovered: dict[int, list[float]] = {}  # step -> r of every expert
         self.best: tuple[int, Tensor] | None = None  # the best step and its coefficients [K, G]
         self.highest = -math.inf  # mean r of the last rise that counted
@@ -47,7 +51,8 @@ class StopOnHeldOut(Callback):
         assert isinstance(pl_module, MergeModule)
         data: Calibration = trainer.datamodule  # type: ignore[attr-defined]
         with trainer.strategy.precision_plugin.forward_context():
-            self._judge = HeldOut.of(pl_module.inputs(data), pl_module.resident, pl_module.objective)
+            given, model = pl_module.inputs(data), pl_module.resident
+            self._judge = HeldOut.of(given, model, pl_module.objective, self.examples)
         if trainer.global_step == 0:
             self._measure(trainer, pl_module)
         trainer.should_stop = trainer.should_stop or self.stopped > 0
