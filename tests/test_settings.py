@@ -16,7 +16,8 @@ from trainmerge.tradeoffs.cma_es import Search
 VALID = [
     tm.Expert("a"), tm.HeldOut("t"), tm.Recipe("base", {"a": tm.Expert("a")}), tm.Grouping(), tm.Columns(),
     tm.Anchor(), tm.Free(), tm.Box(), tm.Sigmoid(), tm.Simplex(),
-    tm.LayerLeastSquares(), tm.LayerSwap("a", "b"), tm.MetricsWeighted({"a": 1.0}), tm.DomainPosterior("t"), tm.T3("t"),
+    tm.LayerLeastSquares(),
+    tm.LayerSwap("a", "b"), tm.MetricsWeighted({"a": 1.0}), tm.DomainPosterior("t"), tm.T3("t"),
     tm.Breadcrumbs(), tm.Consensus(), tm.Dare(), tm.Doge(), tm.Fisher(), tm.ModelStock(), tm.Opcm(),
     tm.OptMerge(), tm.Pcb(), tm.Rcp("a", "b"), tm.RegMean(), tm.Slerp(), tm.Ties(), tm.Tsv(), tm.Widen(),
     tm.Wudi(), tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
