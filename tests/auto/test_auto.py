@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import trainmerge as tm
 from tests.world import LABELS, write_world
-from trainmerge.auto import auto, auto_config, starts
+from trainmerge.auto import auto_config, search, starts
 from trainmerge.auto.starts import Start
 from trainmerge.auto.trials import Trial, TrialLog
 from trainmerge.cli import main
@@ -60,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chosen(world: Path) -> tm.Choice:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auto, "starts", lambda *_: FEW)
+        patch.setattr(search, "starts", lambda *_: FEW)
         return tm.auto_config(world / "config.yaml", world / "merged")
 
 
@@ -87,7 +87,7 @@ def test_learning_begins_at_the_judged_scales(chosen: tm.Choice) -> None:
 
 
 def test_the_same_call_resumes(world: Path, chosen: tm.Choice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "starts", lambda *_: FEW)
+    monkeypatch.setattr(search, "starts", lambda *_: FEW)
     log = (world / "merged-auto" / "trials.jsonl").read_bytes()
     before = RunFolder(chosen.run).coefficients.read_bytes()
     again = tm.auto_config(world / "config.yaml", world / "merged", overwrite=True)
@@ -105,8 +105,8 @@ def test_every_start_can_be_judged(world: Path, tmp_path: Path, capsys: pytest.C
         return [Start(s.name, s.preprocess, s.initial, (0.5,)) for s in made]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auto, "starts", single)
-        patch.setattr(auto, "FINALISTS", 0)
+        patch.setattr(search, "starts", single)
+        patch.setattr(search, "FINALISTS", 0)
         assert main(["auto", str(world / "config.yaml"), str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     for start in starts.starts(K, (), 0.3):
@@ -119,8 +119,8 @@ def test_a_start_that_cannot_be_made_is_left_out(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slerp = Start("SLERP", (tm.Slerp(),), scales=(1.0,))  # takes two experts, and there are three
-    monkeypatch.setattr(auto, "starts", lambda *_: [FEW[0], slerp])
-    monkeypatch.setattr(auto, "FINALISTS", 0)
+    monkeypatch.setattr(search, "starts", lambda *_: [FEW[0], slerp])
+    monkeypatch.setattr(search, "FINALISTS", 0)
     with pytest.warns(UserWarning, match="SLERP is left out"):
         found = tm.auto_config(world / "config.yaml", tmp_path / "out")
     assert [*found.rows] == ["task arithmetic"]
@@ -133,9 +133,9 @@ def test_without_time_only_the_first_start_is_judged(world: Path, tmp_path: Path
 
 def test_it_is_loud_where_nothing_helps() -> None:
     with pytest.warns(UserWarning, match="no merge is closer"):
-        auto.warn_if_none(Trial("s", (0.1,), (-0.1, 0.05)))
+        search.warn_if_none(Trial("s", (0.1,), (-0.1, 0.05)))
     with pytest.warns(UserWarning, match="further from one of its experts"):
-        auto.warn_if_none(Trial("s", (0.1,), (-0.1, 0.5)))
+        search.warn_if_none(Trial("s", (0.1,), (-0.1, 0.5)))
 
 
 def test_what_it_cannot_do_is_refused(world: Path, tmp_path: Path) -> None:

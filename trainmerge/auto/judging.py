@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from time import monotonic
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,19 +17,13 @@ from trainmerge.auto.starts import Start
 from trainmerge.auto.trials import Trial, TrialLog
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.initial import read_initial
+from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.batch import Asks
 from trainmerge.fitting.held_out import HeldOut, judge_of
 from trainmerge.fitting.prepare import FitInputs, prepare
 from trainmerge.objectives import Objective
 from trainmerge.run.config import to_config
 from trainmerge.system.workspace import digest
-
-
-class InMemory(NamedTuple):
-    """A start's model."""
-
-    values: Tensor  # its coefficients [K, G]
-    held_out: HeldOut
 
 
 class Judged:
@@ -41,7 +34,9 @@ class Judged:
         recipe = replace(inputs.recipe, preprocess=start.preprocess)
         values = read_initial(start.initial, names, layout)
         own = Coefficients(names, layout, values, inputs.coefficients.constraint)
-        self._initial = own().detach().clone()  # judging changes the coefficients themselves
+        self._model: HeldOut | None = None
+        self._values = own().detach().clone()  # judging changes the coefficients themselves
+        self._measured = not isinstance(start.initial, MeasuredPreset)
         asks = Asks(embedding=judge_of(objective).asks.embedding)
         self.start, self.objective, self.log = start, objective, log
         self.inputs = replace(inputs, recipe=recipe, coefficients=own, initial=start.initial, asks=asks)
@@ -57,14 +52,20 @@ class Judged:
         return self.log.known[key]
 
     def at(self, scales: Sequence[float]) -> Tensor:
-        """The coefficients [K, G] at these scales [K]."""
-        return self._model.values * torch.tensor(scales, dtype=torch.float32)[:, None]
+        """The coefficients [K, G] at these scales [K]: the nearest ones in the constraint's set."""
+        if not self._measured:
+            self._load()
+        wanted = self._values * torch.tensor(scales, dtype=torch.float32)[:, None]
+        return self.inputs.coefficients.constraint.project(wanted)
 
     def recovered(self, values: Tensor) -> Tensor:
-        """Of each expert, [K], at coefficients [K, G]; the nearest ones in the constraint's set."""
-        own, held_out = self.inputs.coefficients, self._model.held_out
-        own.reset_(own.constraint.project(values.to(own.raw)))
-        return held_out.recovered()
+        """Of each expert, [K], at coefficients [K, G]."""
+        self.inputs.coefficients.reset_(values)
+        return self._load().recovered()
+
+    def release(self) -> None:
+        """Free the model's memory."""
+        self._model = None
 
     @cached_property
     def _depends_on(self) -> list[object]:
@@ -79,8 +80,10 @@ class Judged:
             given.settings.weights,
         ]
 
-    @cached_property
-    def _model(self) -> InMemory:
-        made = prepare(self.inputs, "cpu", nullcontext)
-        values = self._initial if made.start is None else made.start.expand_as(self._initial)
-        return InMemory(values, HeldOut.of(self.inputs, made.resident, self.objective))
+    def _load(self) -> HeldOut:
+        if self._model is None:
+            made = prepare(self.inputs, "cpu", nullcontext)
+            if made.start is not None:
+                self._values, self._measured = made.start.expand_as(self._values).clone(), True
+            self._model = HeldOut.of(self.inputs, made.resident, self.objective)
+        return self._model
