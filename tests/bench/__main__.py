@@ -17,6 +17,7 @@ GROUPS = (
     "fit_memory",
     "fit_step",
     "guard",
+    "auto",
     "fit_lm",
     "closed_memory",
     "closed_cost",

@@ -33,6 +33,7 @@ class Choice:
     rows: Mapping[str, Trial]  # name -> its best trial
     best: str
     run: Path  # an ordinary run folder
+    learned: Mapping[str, Path]  # rows that were learned -> their run folders
 
     def to_json(self) -> dict[str, Any]:
         """As auto.json has it."""
@@ -53,40 +54,31 @@ class AutoSearch:
         module = self.settings.module
         if isinstance(module.coefficients.constraint, Sigmoid):
             raise ValueError("auto scales coefficients directly: use trainmerge.Box instead of Sigmoid")
-        self.inputs = module.inputs(self.settings.data)
-        self.K = len(module.recipe.experts)
+        inputs, self.K = module.inputs(self.settings.data), len(module.recipe.experts)
+        log = TrialLog(place / "trials.jsonl")
+        tried = starts(self.K, module.recipe.preprocess, module.initial)
+        self.judged = {start.name: Judged(start, inputs, module.objective, log) for start in tried}
 
     def choose(self) -> Choice:
         """Try everything, and make the run folder of the best."""
-        place = self.place
-        log = TrialLog(place / "trials.jsonl")
-        judged = self._judged(log)
-        rows: dict[str, Trial] = {}
-        for name, judge in [*judged.items()]:
-            if (found := self._try(name, judge)) is None:
-                del judged[name]
-            else:
-                rows[name] = found
+        found = {name: self._try(name, judge) for name, judge in self.judged.items()}
+        rows = {name: trial for name, trial in found.items() if trial is not None}
         if not rows:
             raise ValueError("no start was judged: give more minutes, or see the warnings")
         finalists = sorted(rows, key=lambda name: -rows[name].mean)[:FINALISTS]
         for name in finalists:
             if self._has_time(f"scales per expert of {name}"):
-                rows[name] = own_scales(judged[name], rows[name])
-                judged[name].release()
+                rows[name] = own_scales(self.judged[name], rows[name])
+                self.judged[name].release()
         learned: dict[str, Path] = {}
         for name in finalists:
             row = f"learned from {name}"
             if self._has_time(row):
-                learned[row], rows[row] = self._learn(judged[name], rows[name])
+                learned[row], rows[row] = self._learn(rows[name])
         best = max(rows, key=lambda name: rows[name].mean)
         warn_if_none(rows[best])
-        return Choice(rows, best, learned.get(best) or self._settle(judged[best], rows[best]))
-
-    def _judged(self, log: TrialLog) -> dict[str, Judged]:
-        module = self.settings.module
-        all_starts = starts(self.K, module.recipe.preprocess, module.initial)
-        return {start.name: Judged(start, self.inputs, module.objective, log) for start in all_starts}
+        run = learned.get(best) or self.settle(rows[best])
+        return Choice(rows, best, run, learned)
 
     def _try(self, name: str, judge: Judged) -> Trial | None:
         """The best common scale of a start; None if there is no time, or it cannot be made."""
@@ -102,19 +94,18 @@ class AutoSearch:
         print(f"{name}: recovers {found.mean:.3f} at scale {found.scales[0]:.2f}", flush=True)
         return found
 
-    def _learn(self, judge: Judged, trial: Trial) -> tuple[Path, Trial]:
+    def _learn(self, trial: Trial) -> tuple[Path, Trial]:
         """Learn from a start, stopped on the held-out examples."""
         folder = f"learned-{_slug(trial)}"
         callbacks = {"trainer.callbacks": self._callbacks()}
-        settings = self._settings(folder, {**self._from(judge, trial, folder), **callbacks})
+        settings = self._settings(folder, {**self._from(trial, folder), **callbacks})
         clock = monotonic()
         self._fit(settings)
         (stopped,) = [c for c in settings.trainer.callbacks if isinstance(c, StopOnHeldOut)]  # type: ignore[attr-defined]
         assert stopped.best is not None
         shares = tuple(stopped.recovered[stopped.best[0]])
-        return settings.run, Trial(
-            f"learned from {judge.start.name}", trial.scales, shares, monotonic() - clock
-        )
+        seconds = monotonic() - clock
+        return settings.run, Trial(f"learned from {trial.start}", trial.scales, shares, seconds)
 
     def _callbacks(self) -> list[Any]:
         """The configuration's callbacks, and StopOnHeldOut."""
@@ -122,15 +113,16 @@ class AutoSearch:
         stops = any(str(one.get("class_path", "")).endswith("StopOnHeldOut") for one in given)
         return given if stops else [*given, {"class_path": "trainmerge.StopOnHeldOut"}]
 
-    def _settle(self, judge: Judged, trial: Trial) -> Path:
+    def settle(self, trial: Trial) -> Path:
         """A run folder without steps at a trial's coefficients."""
         folder = _slug(trial)
-        settings = self._settings(folder, {**self._from(judge, trial, folder), "trainer.max_steps": 0})
+        settings = self._settings(folder, {**self._from(trial, folder), "trainer.max_steps": 0})
         self._fit(settings)
         return settings.run
 
-    def _from(self, judge: Judged, trial: Trial, name: str) -> dict[str, Any]:
+    def _from(self, trial: Trial, name: str) -> dict[str, Any]:
         """The changes of the configuration that begin at a trial."""
+        judge = self.judged[trial.start]
         file, own = self.place / f"{name}-start.safetensors", judge.inputs.coefficients
         save_coefficients(Coefficients(own.experts, own.layout, judge.at(trial.scales)), file)
         judge.release()
