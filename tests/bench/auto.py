@@ -6,9 +6,12 @@ import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import torch
+
 import trainmerge as tm
 from tests.bench.__main__ import figure
 from trainmerge.auto.search import AutoSearch, Choice
+from trainmerge.tradeoffs.surrogate import rank_correlation
 
 CONFIG = Path("configs/demo.yaml")
 
