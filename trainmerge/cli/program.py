@@ -10,6 +10,7 @@ from pathlib import Path
 from platform import python_version
 
 from trainmerge.cli.arguments import options_of, split_words, take_trusted
+from trainmerge.cli.auto import auto
 from trainmerge.cli.command_help import check_words, command_help
 from trainmerge.cli.commands import allocate, compare, evaluate, export, report
 from trainmerge.cli.exchange import push, rebuild
@@ -23,8 +24,22 @@ from trainmerge.system.memory import is_out_of_memory
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
-PLAIN = (allocate, compare, evaluate, export, inspect, merge, pareto, plan, push, rebuild, report, search)
-RESUMABLE = ("fit", "merge", "search")  # commands that resume
+PLAIN = (
+    allocate,
+    auto,
+    compare,
+    evaluate,
+    export,
+    inspect,
+    merge,
+    pareto,
+    plan,
+    push,
+    rebuild,
+    report,
+    search,
+)
+RESUMABLE = ("auto", "fit", "merge", "search")  # commands that resume
 
 USAGE = """usage: trainmerge COMMAND ...
 
@@ -34,6 +49,7 @@ commands:
   merge      all in one line:     trainmerge merge configs/demo.yaml merged/
              mergekit's files:    trainmerge merge mergekit.yml merged/
              models, no file:     trainmerge merge BASE EXPERT EXPERT --method ties -o merged/
+  auto       choose how, and do: trainmerge auto configs/demo.yaml merged/
   fit        learn coefficients:  trainmerge fit configs/adamerging.yaml runs/first
              again, to resume:    trainmerge fit configs/adamerging.yaml runs/first
   allocate   allocate chunks:     trainmerge allocate runs/first chunks.json --budget 1.0
