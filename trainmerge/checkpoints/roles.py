@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from trainmerge.task_vectors.places import is_place
 from trainmerge.task_vectors.roles import Role
 
 # Classes whose weights are ([E,] inputs, outputs), or [E, outputs, inputs], and that have no `is_transposed`
@@ -27,6 +28,15 @@ def roles_of(model: nn.Module) -> dict[str, Role]:
             if role == "embedding" or id(parameter) not in roles:
                 roles[id(parameter)] = role
     return {name: roles[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def place_role(role: Role, inside: str) -> Role:
+    """The role of a tensor of the files, whose parameter has this one: it may be stored transposed."""
+    if not is_place(inside):
+        return role
+    if role == "transposed" and inside.endswith(".T"):
+        return "linear"
+    return role
 
 
 def _role(module: nn.Module, name: str, parameter: Tensor) -> Role:

@@ -23,18 +23,21 @@ from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Gathered, Product, run_merges, run_products, shareable
 from trainmerge.model.loss_scale import LossScale
 from trainmerge.model.low_rank_gradient import layer_products, tappable, tapped
+from trainmerge.model.placed import Placed
 from trainmerge.model.row_shards import DeltaShard, as_shard, delta_shards, local, shares_storage
 from trainmerge.preprocess.subspace import outside_subspace
 from trainmerge.task_vectors.delta import Delta, TaskVectors
+from trainmerge.task_vectors.places import view
 from trainmerge.task_vectors.prefetch import Prefetch, prefetch_to
 
 
 class MergedModel:
     """Writes the merge of the task vectors into `module`, and computes the gradient of the coefficients.
 
-    `names` maps a task vector's name to the module's parameter name, where they differ; `parameters` has the
-    module's parameters under the task vectors' names. If `task_vectors` are preprocessed, `originals` are the
-    experts' own, which `teacher` and `uniform` merge. The module's weights are overwritten; only parameters
+    `names` maps a task vector's name to the module's parameter or place (`task_vectors.places`), where they
+    differ; `parameters` has the module's parameters, or views of their places, under the task vectors' names.
+    If `task_vectors` are preprocessed, `originals` are the experts' own, which `teacher` and `uniform` merge.
+    The module's weights are overwritten; only parameters
     with a learned coefficient require gradients. Gradients are projected onto the orthogonal complement of
     `subspaces`, orthonormal columns [m, k]. With `keep_gradients`, weight gradients accumulate until
     `gradient` processes them in one pass over the task vectors: several backwards then cost one pass and the
@@ -57,10 +60,12 @@ class MergedModel:
         self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
         self.names, self.originals = names or {}, originals or task_vectors
         self.subspaces, self.keep_gradients = subspaces or {}, keep_gradients
-        own, deltas = dict(module.named_parameters()), task_vectors.deltas
-        self.parameters = {name: own[self.names.get(name, name)] for name in deltas}
+        deltas = task_vectors.deltas
+        self.placed = Placed.of(module, deltas, self.names)
+        self.parameters = self.placed.views()
         self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
-        self._learned = {name: self.parameters[name] for name in coefficients.layout.learned}
+        self._learned = {name: self.placed.owners[name] for name in coefficients.layout.learned}
+        self._together = self.placed.by_owner(self._learned)
         if aliased := [n for n, p in self.parameters.items() if shares_storage(p, deltas[n].base)]:
             raise ValueError(
                 f"the model's weights share storage with the base of {aliased[:3]}: give the task vectors a "
@@ -74,11 +79,11 @@ class MergedModel:
         self._products = Gathered(self._run_products)
         self._found: list[tuple[Sequence[int], Tensor]] = []  # groups, and the sums to add to each
         module.requires_grad_(False)
-        for parameter in self._learned.values():
-            parameter.requires_grad_(True)
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))  # type: ignore[no-untyped-call]
-            for name, parameter in self._learned.items()
+            self._learned[names[0]]
+            .requires_grad_(True)
+            .register_post_accumulate_grad_hook(partial(self._arrived, names))  # type: ignore[no-untyped-call]
+            for names in self._together
         ]
 
     def with_task_vectors(
@@ -123,9 +128,9 @@ class MergedModel:
 
         Fixed coefficients have none: everything that reads a gradient sees 0 there.
         """
-        for name, parameter in self._learned.items():
-            if parameter.grad is not None:
-                self._collect(name, parameter)
+        for names in self._together:
+            if (parameter := self._learned[names[0]]).grad is not None:
+                self._collect(names, parameter)
         self._products.flush()
         found, self._found = self._found, []
         total = torch.zeros(self.coefficients.raw.shape, dtype=torch.float64)  # sum of many small terms
@@ -147,22 +152,26 @@ class MergedModel:
                 layers.enter_context(tapped(layer, partial(self._collect_at_layer, name)))
             yield self.module
 
-    def _arrived(self, name: str, parameter: Tensor) -> None:
+    def _arrived(self, names: Sequence[str], parameter: Tensor) -> None:
         if not self.keep_gradients:
-            self._collect(name, parameter)
+            self._collect(names, parameter)
 
-    def _collect(self, name: str, parameter: Tensor) -> None:
+    def _collect(self, names: Sequence[str], parameter: Tensor) -> None:
         assert parameter.grad is not None
         with exact(parameter):
-            slope = local(parameter.grad)
-            if slope.is_sparse:  # an embedding's
-                slope = slope.to_dense()
-            slope = outside_subspace(slope, self.subspaces.get(name), self.task_vectors.deltas[name].role)
-            delta = self._delta(self._to_collect, self.task_vectors, name)
-            columns = self.coefficients.layout.groups[name]
-            for chunks, product in delta.products(slope, len(columns)):
-                self._products.add((columns[chunks], product), shareable(product))
+            whole = local(parameter.grad)
+            if whole.is_sparse:  # an embedding's
+                whole = whole.to_dense()
+            for name in names:
+                self._collect_part(name, view(self.placed.inside[name], whole))
         parameter.grad = None
+
+    def _collect_part(self, name: str, slope: Tensor) -> None:
+        slope = outside_subspace(slope, self.subspaces.get(name), self.task_vectors.deltas[name].role)
+        delta = self._delta(self._to_collect, self.task_vectors, name)
+        columns = self.coefficients.layout.groups[name]
+        for chunks, product in delta.products(slope, len(columns)):
+            self._products.add((columns[chunks], product), shareable(product))
 
     def _run_products(self, calls: Sequence[tuple[Sequence[int], Product]]) -> None:
         with exact(calls[0][1].grad):
@@ -182,7 +191,7 @@ class MergedModel:
         with exact(next(self.module.parameters())):
             for name in names:
                 delta = self._delta(self._to_write, source, name)
-                for merge in delta.merges(local(self.parameters[name]), coefficients(name)):
+                for merge in delta.merges(self.placed.written(name), coefficients(name)):
                     merges.add(merge, shareable(merge))
             merges.flush()
         torch.clear_autocast_cache()  # autocast caches casts of the previous weights

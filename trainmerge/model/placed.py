@@ -1,0 +1,46 @@
+"""The task vectors' tensors inside a module: parameters, or places in them (`task_vectors.places`)."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from trainmerge.model.row_shards import local
+from trainmerge.task_vectors.places import is_place, parameter_of, view
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where each tensor is in the module."""
+
+    inside: Mapping[str, str]  # tensor's name -> its parameter's or place's name
+    owners: Mapping[str, nn.Parameter]  # tensor's name -> its parameter
+
+    @staticmethod
+    def of(module: nn.Module, tensors: Iterable[str], names: Mapping[str, str]) -> "Placed":
+        """These tensors; `names` are those in the module that differ from the tensors'.
+
+        Raises:
+            KeyError: the module has no such parameter.
+        """
+        own = dict(module.named_parameters())
+        inside = {name: names.get(name, name) for name in tensors}
+        return Placed(inside, {name: own[parameter_of(place)] for name, place in inside.items()})
+
+    def views(self) -> dict[str, Tensor]:
+        """Every tensor's parameter itself, or a view of its place."""
+        return {
+            name: view(inside, self.owners[name].data) if is_place(inside) else self.owners[name]
+            for name, inside in self.inside.items()
+        }
+
+    def written(self, name: str) -> Tensor:
+        """The memory of one tensor, or this process's rows of it, as they are now."""
+        return view(self.inside[name], local(self.owners[name]))
+
+    def by_owner(self, names: Iterable[str]) -> list[tuple[str, ...]]:
+        """The names that share a parameter, together."""
+        found: dict[int, list[str]] = {}
+        for name in names:
+            found.setdefault(id(self.owners[name]), []).append(name)
+        return [tuple(together) for together in found.values()]
