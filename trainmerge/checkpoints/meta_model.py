@@ -19,11 +19,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from trainmerge.checkpoints.model_config import cannot_build, read_model_config
-from trainmerge.checkpoints.places import names_in_memory, uncovered
+from trainmerge.checkpoints.places import names_in_memory, shape_in, uncovered
 from trainmerge.system.safetensors_file import TensorInfo
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.parameter_names import matches
-from trainmerge.task_vectors.places import parameter_of, view
+from trainmerge.task_vectors.places import parameter_of
 
 RENAMED = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm in files of the first BERTs
 SHOWN = 8  # tensors of one kind that an error lists by name
@@ -69,7 +69,7 @@ def locate(
         if parameter_of(inside) not in in_model:
             if not matches(name, ignore) and not any(search(pattern, name) for pattern in obsolete):
                 unknown.append(name)
-        elif (want := _shape(inside, in_model)) != (got := tuple(tensors[name].shape)):
+        elif (want := shape_in(inside, in_model)) != (got := tuple(tensors[name].shape)):
             shapes.append(f"{name} is {got}, config.json makes it {want or 'something else'}")
     if unknown or shapes:
         lines = (
@@ -84,8 +84,8 @@ def locate(
         )
     if lost := uncovered(module, memory.values()):
         raise ValueError(
-            f"{path}: the files lack a part of {len(lost)} parameters, an expert's matrix say: "
-            f"{shorten(lost)}. Save or download the checkpoint again."
+            f"{path}: the files do not fill {len(lost)} parameters exactly: {shorten(lost)}. An expert's "
+            "matrix is missing or there twice, or config.json makes them larger: save or download the checkpoint again."
         )
     return _owned(memory, owners)
 
@@ -122,14 +122,6 @@ def _owned(memory: Mapping[str, str], owners: Mapping[str, str]) -> dict[str, st
         for name, inside in memory.items()
         if parameter_of(inside) in owners
     }
-
-
-def _shape(inside: str, in_model: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    """The shape that a tensor of the files must have; empty if the place is outside the parameter."""
-    try:
-        return tuple(view(inside, in_model[parameter_of(inside)]).shape)
-    except IndexError:
-        return ()
 
 
 def _owners(module: PreTrainedModel) -> dict[str, str]:

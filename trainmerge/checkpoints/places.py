@@ -8,6 +8,7 @@ Legend: `E` experts of a layer, `*S` a tensor's shape.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,7 @@ from transformers.core_model_loading import (
 )
 
 from trainmerge.system.safetensors_file import TensorInfo
-from trainmerge.task_vectors.places import is_place, parameter_of, view
+from trainmerge.task_vectors.places import parameter_of, view
 
 PLACED = (MergeModulelist, Concatenate, Transpose)  # what a place can say
 
@@ -97,11 +98,14 @@ def _placed(inside: str, parameter: Tensor | None, parts: Sequence[_Part]) -> di
     if parameter is None:
         return {part.name: inside for part in parts}
     converter = parts[0].converter
-    sizes = {part.pattern: part.shape for part in parts}
+    shapes: dict[str, Counter[tuple[int, ...]]] = {}
+    for part in parts:
+        shapes.setdefault(part.pattern, Counter())[tuple(part.shape)] += 1
+    sizes = {pattern: count.most_common(1)[0][0] for pattern, count in shapes.items()}
     order = [pattern for pattern in converter.source_patterns if pattern in sizes]
     found = {}
     for part in parts:
-        axes = [Axis(i, 0, size) for i, size in enumerate(part.shape)]
+        axes = [Axis(i, 0, size) for i, size in enumerate(sizes[part.pattern])]
         for operation in converter.operations:
             axes = _after(operation, axes, part, order, sizes)
         found[part.name] = _written(inside, axes, parameter)
@@ -147,14 +151,22 @@ def _index(key: str, pattern: str) -> int:
     return int(found.group(1)) if found and found.groups() else 0
 
 
+def shape_in(inside: str, in_model: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The shape that a tensor of the files must have; empty if the place is outside the parameter."""
+    try:
+        return tuple(view(inside, in_model[parameter_of(inside)]).shape)
+    except IndexError:
+        return ()
+
+
 def uncovered(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Parameters of which the places leave out a part: an expert's tensor is not in the files."""
-    parameters = dict(model.named_parameters())
+    """Parameters that their places do not fill exactly: an expert's tensor is not in the files, say."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     filled: dict[str, int] = {}
     for name in {*names}:
-        if is_place(name) and parameter_of(name) in parameters:
-            own = view(name, torch.empty(parameters[parameter_of(name)].shape, device="meta"))
-            filled[parameter_of(name)] = filled.get(parameter_of(name), 0) + own.numel()
+        if (own := parameter_of(name)) in parameters:
+            part = view(name, torch.empty(parameters[own].shape, device="meta"))
+            filled[own] = filled.get(own, 0) + part.numel()
     return [name for name, size in filled.items() if size != parameters[name].numel()]
 
 

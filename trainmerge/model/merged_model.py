@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Gathered, Product, run_merges, run_products, shareable
+from trainmerge.model.exact import exact
 from trainmerge.model.loss_scale import LossScale
 from trainmerge.model.low_rank_gradient import layer_products, tappable, tapped
-from trainmerge.model.placed import Placed
-from trainmerge.model.row_shards import DeltaShard, as_shard, delta_shards, local, shares_storage
+from trainmerge.model.placed import Placed, check_apart
+from trainmerge.model.row_shards import DeltaShard, as_shard, delta_shards, local
 from trainmerge.preprocess.subspace import outside_subspace
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.places import view
@@ -66,11 +67,7 @@ class MergedModel:
         self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
         self._learned = {name: self.placed.owners[name] for name in coefficients.layout.learned}
         self._together = self.placed.by_owner(self._learned)
-        if aliased := [n for n, p in self.parameters.items() if shares_storage(p, deltas[n].base)]:
-            raise ValueError(
-                f"the model's weights share storage with the base of {aliased[:3]}: give the task vectors a "
-                "copy"
-            )
+        check_apart(self.parameters, deltas)
         device = next(module.parameters()).device
         # Each pass has its own order
         self._to_write, self._to_collect = prefetch_to(device), prefetch_to(device)
@@ -202,8 +199,3 @@ class MergedModel:
             self._mine = source, delta_shards(source.deltas, self.parameters)
         mine = self._mine[1]
         return as_shard(prefetch.take(mine, name) if prefetch else mine[name], self.parameters[name])
-
-
-def exact(parameter: Tensor) -> torch.autocast:
-    """Disable autocast: the passes choose their own precision, also in a mixed-precision step."""
-    return torch.autocast(parameter.device.type, enabled=False)

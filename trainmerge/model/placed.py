@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from trainmerge.model.row_shards import local
+from trainmerge.model.row_shards import local, shares_storage
+from trainmerge.task_vectors.delta import Delta
 from trainmerge.task_vectors.places import is_place, parameter_of, view
 
 
@@ -44,3 +45,11 @@ class Placed:
         for name in names:
             found.setdefault(id(self.owners[name]), []).append(name)
         return [tuple(together) for together in found.values()]
+
+
+def check_apart(parameters: Mapping[str, Tensor], deltas: Mapping[str, Delta]) -> None:
+    """Raise ValueError if a parameter, which the merge overwrites, shares storage with its base."""
+    if aliased := [name for name, own in parameters.items() if shares_storage(own, deltas[name].base)]:
+        raise ValueError(
+            f"the model's weights share storage with the base of {aliased[:3]}: give the task vectors a copy"
+        )

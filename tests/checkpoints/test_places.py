@@ -1,0 +1,144 @@
+"""Mixtures of experts: every tensor of the files is a place in a parameter, from files to files and back.
+
+Legend: `E` experts of a layer, `K` fine-tunes, `G` coefficient groups.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import trainmerge as tm
+from tests.contracts import assert_same_bits, relative_error
+from tests.model_families import FAMILIES, Family
+from tests.world import nudge
+from trainmerge.checkpoints import load_meta_model, load_model, open_checkpoint
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.coefficients.layout import Grouping
+from trainmerge.model.functional import merged_weights
+from trainmerge.model.merged_model import MergedModel
+from trainmerge.task_vectors.places import is_place, parameter_of, view
+
+PER_EXPERT = (
+    "Mixtral", "Qwen2-MoE", "Qwen3-MoE", "Qwen3-Next", "DeepSeek-V2", "DeepSeek-V3", "OLMoE clip_qkv",
+    "PhiMoE", "GLM-4-MoE", "Jamba",
+)  # fmt: skip
+FUSED = ("Granite-MoE", "gpt-oss", "Llama 4")
+
+
+def write(family: Family, folder: Path, seed: int) -> Path:
+    model = family.build()
+    nudge(model, seed, 0.02)
+    model.save_pretrained(folder)
+    return folder
+
+
+def world(name: str, root: Path) -> tm.Recipe:
+    """A base and two fine-tunes of it."""
+    for seed, place in enumerate(("base", "a", "b")):
+        write(FAMILIES[name], root / place, seed)
+    return tm.Recipe(str(root / "base"), {n: tm.Expert(str(root / n)) for n in "ab"})
+
+
+def files(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", PER_EXPERT + FUSED)
+def test_the_model_in_memory_is_transformers_own(name: str, tmp_path: Path) -> None:
+    base = open_checkpoint(write(FAMILIES[name], tmp_path / "base", 1))
+    loaded = load_model(base)
+    own = getattr(transformers, FAMILIES[name].kind).from_pretrained(base.path)
+    assert any(is_place(inside) for inside in loaded.names.values()) == (name in PER_EXPERT)
+    parts = dict(loaded.module.named_parameters())
+    for parameter, want in own.named_parameters():
+        assert_same_bits(parts[parameter], want)
+    for tensor, inside in loaded.names.items():
+        assert_same_bits(view(inside, parts[parameter_of(inside)]), base.read(tensor))
+    empty = load_meta_model(base)
+    assert empty.names == loaded.names
+    assert {n: (p.shape, p.dtype) for n, p in empty.module.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in parts.items()
+    }
+
+
+@pytest.mark.parametrize("name", PER_EXPERT + FUSED)
+def test_a_one_hot_merge_writes_the_files_of_that_fine_tune(name: str, tmp_path: Path) -> None:
+    opened = world(name, tmp_path).open()
+    coefficients = Coefficients(("a", "b"), opened.layout, torch.tensor([[0.0], [1.0]]))
+    loaded = load_model(opened.base)
+    MergedModel(loaded.module, opened.task_vectors, coefficients, loaded.names).materialise()
+    want, parts = files(tmp_path / "b"), dict(loaded.module.named_parameters())
+    for tensor, inside in loaded.names.items():
+        assert_same_bits(view(inside, parts[parameter_of(inside)]), want[tensor])
+
+
+@pytest.mark.parametrize("grouping", [Grouping(), Grouping(mixture="expert")], ids=["kind", "expert"])
+@pytest.mark.parametrize("name", PER_EXPERT)
+def test_gradients_are_autograds(name: str, grouping: Grouping, tmp_path: Path) -> None:
+    opened = world(name, tmp_path).open()
+    vectors = opened.task_vectors
+    layout = grouping.layout(vectors.shapes)
+    start = torch.rand(2, len(layout.labels), generator=torch.Generator().manual_seed(0))
+    coefficients = Coefficients(("a", "b"), layout, start).double()
+    loaded = load_model(opened.base)
+    module = loaded.module.double()
+    module.set_experts_implementation("eager")  # the grouped products take no float64
+    merged = MergedModel(module, vectors, coefficients, loaded.names)
+    weights = in_memory(module, loaded.names, merged_weights(vectors, coefficients))
+    want_loss = loss(functional_call(module, weights, (), FAMILIES[name].inputs()))
+    (want,) = torch.autograd.grad(want_loss, coefficients.raw)
+    merged.materialise()
+    loss(merged.module(**FAMILIES[name].inputs())).backward()
+    assert relative_error(merged.gradient(), want) < 1e-6
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def in_memory(module: nn.Module, names: dict[str, str], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the files as the module's parameters, inside the graph."""
+    found = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    for tensor, weight in weights.items():
+        inside = names[tensor]
+        view(inside, found[parameter_of(inside)]).copy_(weight)
+    return found
+
+
+def loss(outputs: object) -> Tensor:
+    logits: Tensor = outputs.logits
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5), dtype=logits.dtype)
+    return (logits * weights).sum() + (logits.tanh() * weights).mean()
+
+
+def test_experts_of_two_dtypes_are_held_in_the_wider_one(tmp_path: Path) -> None:
+    folder = write(FAMILIES["Mixtral"], tmp_path / "base", 1)
+    tensors = files(folder)
+    narrow = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    tensors[narrow] = tensors[narrow].bfloat16()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    loaded = load_model(open_checkpoint(folder))
+    parts = dict(loaded.module.named_parameters())
+    for tensor, inside in loaded.names.items():
+        assert_same_bits(view(inside, parts[parameter_of(inside)]), tensors[tensor].float())
+
+
+def test_a_file_without_one_experts_matrix_is_refused(tmp_path: Path) -> None:
+    folder = write(FAMILIES["Qwen3-MoE"], tmp_path / "base", 1)
+    tensors = files(folder)
+    tensors.pop("model.layers.1.mlp.experts.2.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"not fill 1 .*layers\.1\.mlp\.experts\.gate_up"):
+        load_model(open_checkpoint(folder))
+
+
+def test_a_matrix_of_another_shape_is_refused(tmp_path: Path) -> None:
+    folder = write(FAMILIES["Mixtral"], tmp_path / "base", 1)
+    tensors = files(folder)
+    wrong = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+    tensors[wrong] = tensors[wrong][:, :-1].contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"experts\.3\.w2\.weight is .*makes it"):
+        load_model(open_checkpoint(folder))
