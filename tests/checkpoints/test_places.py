@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -19,6 +20,7 @@ from tests.world import nudge
 from trainmerge.checkpoints import load_meta_model, load_model, open_checkpoint
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
+from trainmerge.fitting.learned import warn_if_unreached
 from trainmerge.model.functional import merged_weights
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.task_vectors.places import is_place, parameter_of, view
@@ -142,3 +144,57 @@ def test_a_matrix_of_another_shape_is_refused(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"experts\.3\.w2\.weight is .*makes it"):
         load_model(open_checkpoint(folder))
+
+
+def test_adapters_of_the_experts_stacks_are_merged_as_peft_does(tmp_path: Path) -> None:
+    base = write(FAMILIES["Qwen3-MoE"], tmp_path / "base", 1)
+    kind = getattr(transformers, FAMILIES["Qwen3-MoE"].kind)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets)
+    adapted = get_peft_model(kind.from_pretrained(base), config)
+    nudge(adapted, 5)
+    adapted.save_pretrained(tmp_path / "low")
+    whole = PeftModel.from_pretrained(kind.from_pretrained(base), tmp_path / "low").merge_and_unload()
+    want = dict(whole.named_parameters())
+    opened = tm.Recipe(str(base), {"low": tm.Expert(str(tmp_path / "low"))}).open(tmp_path / "workspace")
+    loaded = load_model(opened.base)
+    MergedModel(
+        loaded.module, opened.task_vectors, Coefficients(("low",), opened.layout, 1.0), loaded.names
+    ).materialise()
+    assert sum("experts" in name for name in opened.task_vectors.deltas) == 24
+    for name, parameter in loaded.module.named_parameters():
+        assert_same_bits(parameter, want[name])
+
+
+def test_the_base_keeps_its_router_biases_and_says_so(tmp_path: Path) -> None:
+    recipe = world("DeepSeek-V3", tmp_path)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors = files(tmp_path / "b")
+    tensors[name] = torch.ones_like(tensors[name])
+    save_file(tensors, tmp_path / "b" / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match=r"expert b has router biases of its own, .*e_score_correction_bias"):
+        opened = recipe.open()
+    assert name not in opened.task_vectors.deltas
+
+
+def test_experts_that_no_token_reached_are_known(tmp_path: Path) -> None:
+    opened = world("Qwen3-MoE", tmp_path).open()
+    layout = Grouping(mixture="expert").layout(opened.task_vectors.shapes)
+    loaded = load_model(opened.base)
+    merged = MergedModel(loaded.module, opened.task_vectors, Coefficients(("a", "b"), layout), loaded.names)
+    merged.materialise()
+    chosen: set[tuple[int, int]] = set()
+    for i, layer in enumerate(loaded.module.model.layers):
+        layer.mlp.gate.register_forward_hook(
+            lambda _, __, out, i=i: chosen.update((i, int(e)) for e in out[2].flatten())
+        )
+    loss(loaded.module(input_ids=torch.tensor([[3, 4]]))).backward()
+    slopes = merged.gradient()
+    kinds = ("gate_proj", "up_proj", "down_proj")
+    want = {f"model.layers.{i}.mlp.experts.{e}.{kind}.weight" for i, e in chosen for kind in kinds}
+    assert merged.reached == want
+    assert len(want) < 24
+    lost = [g for name, (g,) in layout.groups.items() if ".experts." in name and name not in want]
+    assert not slopes[:, lost].any()
+    with pytest.warns(UserWarning, match=rf"{len(lost)} of 24 matrices .* {len(lost)} keep their start"):
+        warn_if_unreached(merged)

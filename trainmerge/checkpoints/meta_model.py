@@ -85,7 +85,7 @@ def locate(
     if lost := uncovered(module, memory.values()):
         raise ValueError(
             f"{path}: the files do not fill {len(lost)} parameters exactly: {shorten(lost)}. An expert's "
-            "matrix is missing or there twice, or config.json makes them larger: save or download the checkpoint again."
+            "matrix is missing or there twice, or config.json makes it larger: download the checkpoint again."
         )
     return _owned(memory, owners)
 

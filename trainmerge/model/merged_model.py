@@ -74,7 +74,8 @@ class MergedModel:
         self._mine: tuple[TaskVectors, Mapping[str, Delta]] | None = None  # this process's rows of them
         self.loss_scale = LossScale.of(module)  # for losses whose backward `gradient` collects
         self._products = Gathered(self._run_products)
-        self._found: list[tuple[Sequence[int], Tensor]] = []  # groups, and the sums to add to each
+        self._found: list[tuple[str, Sequence[int], Tensor]] = []  # groups, and the sums to add to each
+        self.reached: set[str] = set()  # parts of parameters that had a gradient
         module.requires_grad_(False)
         self._hooks = [
             self._learned[names[0]]
@@ -89,8 +90,8 @@ class MergedModel:
         """The same module as the merge of other task vectors; this object stops receiving gradients."""
         for hook in self._hooks:
             hook.remove()
-        same = self.coefficients, self.names, self.originals
-        return MergedModel(self.module, task_vectors, *same, subspaces, keep_gradients)
+        same = self.coefficients, self.names, self.originals, subspaces, keep_gradients
+        return MergedModel(self.module, task_vectors, *same)
 
     @torch.no_grad()
     def materialise(self) -> None:
@@ -132,8 +133,10 @@ class MergedModel:
         found, self._found = self._found, []
         total = torch.zeros(self.coefficients.raw.shape, dtype=torch.float64)  # sum of many small terms
         if found:  # on the CPU, in a fixed order: a GPU's index_add_ is nondeterministic
-            columns = torch.tensor([column for columns, _ in found for column in columns])
-            total.index_add_(1, columns, torch.cat([inner for _, inner in found], 1).cpu().double())
+            columns = torch.tensor([column for _, columns, _ in found for column in columns])
+            inner = torch.cat([inner for *_, inner in found], 1).cpu().double()
+            total.index_add_(1, columns, inner)
+            self.reached |= self.placed.moved([(name, len(own)) for name, own, _ in found], inner)
         total[:, list(self.coefficients.layout.fixed)] = 0.0
         return self.loss_scale.unscaled(total).to(self.coefficients.raw)
 
@@ -168,17 +171,17 @@ class MergedModel:
         delta = self._delta(self._to_collect, self.task_vectors, name)
         columns = self.coefficients.layout.groups[name]
         for chunks, product in delta.products(slope, len(columns)):
-            self._products.add((columns[chunks], product), shareable(product))
+            self._products.add((name, columns[chunks], product), shareable(product))
 
-    def _run_products(self, calls: Sequence[tuple[Sequence[int], Product]]) -> None:
-        with exact(calls[0][1].grad):
-            found = run_products([product for _, product in calls])
-        self._found += zip((columns for columns, _ in calls), found, strict=True)
+    def _run_products(self, calls: Sequence[tuple[str, Sequence[int], Product]]) -> None:
+        with exact(calls[0][2].grad):
+            found = run_products([product for *_, product in calls])
+        self._found += [(*call[:2], inner) for call, inner in zip(calls, found, strict=True)]
 
     def _collect_at_layer(self, name: str, inputs: Tensor, slopes: Tensor) -> None:
         columns, delta = self.coefficients.layout.groups[name], self.task_vectors.deltas[name]
         with exact(slopes):
-            self._found.append((columns, layer_products(inputs, slopes, delta, len(columns))))
+            self._found.append((name, columns, layer_products(inputs, slopes, delta, len(columns))))
 
     @torch.no_grad()
     def _write(

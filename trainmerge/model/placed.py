@@ -1,8 +1,12 @@
-"""The task vectors' tensors inside a module: parameters, or places in them (`task_vectors.places`)."""
+"""The task vectors' tensors inside a module: parameters, or places in them (`task_vectors.places`).
 
-from collections.abc import Iterable, Mapping
+Legend: `K` experts, `C` chunks.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from trainmerge.model.row_shards import local, shares_storage
@@ -45,6 +49,18 @@ class Placed:
         for name in names:
             found.setdefault(id(self.owners[name]), []).append(name)
         return [tuple(together) for together in found.values()]
+
+    def moved(self, parts: Sequence[tuple[str, int]], inner: Tensor) -> set[str]:
+        """The places among `parts` (names, numbers of columns) whose inner products [K, C] are not all 0."""
+        if not any(is_place(self.inside[name]) for name, _ in parts):
+            return set()
+        columns = torch.split(inner.abs().amax(0), [count for _, count in parts])
+        pairs = zip(parts, columns, strict=True)
+        return {name for (name, _), own in pairs if is_place(self.inside[name]) and bool(own.any())}
+
+    def parts(self, names: Iterable[str]) -> list[str]:
+        """The names that are places, experts of a mixture say."""
+        return [name for name in names if is_place(self.inside[name])]
 
 
 def check_apart(parameters: Mapping[str, Tensor], deltas: Mapping[str, Delta]) -> None:
