@@ -23,7 +23,7 @@ from trainmerge.checkpoints.places import names_in_memory, shape_in, uncovered
 from trainmerge.system.safetensors_file import TensorInfo
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.parameter_names import matches
-from trainmerge.task_vectors.places import parameter_of
+from trainmerge.task_vectors.places import is_place, parameter_of
 
 RENAMED = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm in files of the first BERTs
 SHOWN = 8  # tensors of one kind that an error lists by name
@@ -140,11 +140,13 @@ def memory_names(module: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> 
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in module.named_buffers()}
     prefix = module.base_model_prefix
+    placed = names_in_memory(module, names, tensors)
     ways = [
+        *([placed] if any(is_place(inside) for inside in placed.values()) else []),
         {name: _modern(name, known) for name in names},
         {name: _modern(f"{prefix}.{name}", known) for name in names},
         {name: _modern(name.removeprefix(f"{prefix}."), known) for name in names},
-        names_in_memory(module, names, tensors),
+        placed,
     ]
     return max(ways, key=lambda way: sum(parameter_of(name) in known for name in way.values()))
 

@@ -107,7 +107,8 @@ def _placed(inside: str, parameter: Tensor | None, parts: Sequence[_Part]) -> di
     for part in parts:
         axes = [Axis(i, 0, size) for i, size in enumerate(sizes[part.pattern])]
         for operation in converter.operations:
-            axes = _after(operation, axes, part, order, sizes)
+            if not (getattr(operation, "check_dims", False) and tuple(part.shape) == tuple(parameter.shape)):
+                axes = _after(operation, axes, part, order, sizes)
         found[part.name] = _written(inside, axes, parameter)
     return found
 
@@ -137,10 +138,12 @@ def _written(inside: str, axes: Sequence[Axis], parameter: Tensor) -> str:
         return inside
     order = [axis.source for axis in axes if axis.source is not None]
     turned = order != sorted(order)
+    if turned and (axes[-1].source, axes[-2].source) != tuple(sorted(order)[-2:]):
+        return f"{inside} with other dimensions exchanged than the last two"
     text = [axis.text(whole) for axis, whole in zip(axes, parameter.shape, strict=True)]
     if not turned and all(part == ":" for part in text):
         return inside
-    while text and text[-1] == ":":
+    while len(text) > 1 and text[-1] == ":":
         text.pop()
     return f"{inside}[{','.join(text)}]{'.T' if turned else ''}"
 
@@ -171,5 +174,5 @@ def uncovered(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
 
 def _is_placing(operation: Any) -> bool:
-    """Whether it only stacks, concatenates or exchanges dimensions, whatever the shapes are."""
-    return type(operation) in PLACED and not getattr(operation, "check_dims", False)
+    """Whether it only stacks, concatenates or exchanges dimensions."""
+    return type(operation) in PLACED

@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trainmerge.task_vectors.places import is_place
 from trainmerge.task_vectors.roles import Role
 
 # Classes whose weights are ([E,] inputs, outputs), or [E, outputs, inputs], and that have no `is_transposed`
@@ -32,11 +31,8 @@ def roles_of(model: nn.Module) -> dict[str, Role]:
 
 def place_role(role: Role, inside: str) -> Role:
     """The role of a tensor of the files, whose parameter has this one: it may be stored transposed."""
-    if not is_place(inside):
-        return role
-    if role == "transposed" and inside.endswith(".T"):
-        return "linear"
-    return role
+    turned: dict[Role, Role] = {"linear": "transposed", "transposed": "linear"}
+    return turned.get(role, role) if inside.endswith(".T") else role
 
 
 def _role(module: nn.Module, name: str, parameter: Tensor) -> Role:
