@@ -80,7 +80,9 @@ def locate(
         raise ValueError(
             f"{path}: the files do not match {type(module).__name__}: {'; '.join(lines + shapes)}. "
             "Tensors that transformers converts on loading, other than by stacking, concatenating or "
-            "transposing, are not supported; tensors that the model doesn't have can be named in `ignore`."
+            "transposing, are not supported yet: if transformers loads them, save base and experts with "
+            "save_pretrained(FOLDER, save_original_format=False). Tensors that the model doesn't have can be "
+            "named in `ignore`."
         )
     if lost := uncovered(module, memory.values()):
         raise ValueError(

@@ -13,6 +13,8 @@ GROUPED = torch.ops.aten._grouped_mm
 
 def grouped_product(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """An empty result of `torch._grouped_mm`: [T, m] x [E, m, n] -> [T, n], [m, T] x [T, n] -> [E, m, n]."""
+    one: Tensor
+    other: Tensor
     one, other = args[:2]
     shape = [one.shape[-2], other.shape[-1]]
     return one.new_empty([len(_ends(args, kwargs)), *shape] if one.dim() == other.dim() == 2 else shape)
