@@ -232,3 +232,15 @@ def test_stacks_that_the_hub_has_transposed_are_merged_as_they_lie(tmp_path: Pat
     MergedModel(loaded.module, opened.task_vectors, coefficients, loaded.names).materialise()
     for parameter, want in model.named_parameters():
         assert_same_bits(dict(loaded.module.named_parameters())[parameter], want)
+
+
+def test_adapters_of_single_experts_are_refused_with_a_remedy(tmp_path: Path) -> None:
+    base = write(FAMILIES["Qwen3-MoE"], tmp_path / "base", 1)
+    LoraConfig(r=2, target_modules=["up_proj"]).save_pretrained(tmp_path / "low")
+    module = "base_model.model.model.layers.0.mlp.experts.1.up_proj"
+    factors = {f"{module}.lora_A.weight": torch.ones(2, 32), f"{module}.lora_B.weight": torch.ones(16, 2)}
+    save_file(factors, tmp_path / "low" / "adapter_model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"1 mismatch .*\n.*up_proj\.lora_A.* single experts.*merge the adapter"
+    ):
+        tm.Recipe(str(base), {"low": tm.Expert(str(tmp_path / "low"))}).open(tmp_path / "workspace")
