@@ -21,8 +21,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedModel,
 )
 
@@ -302,14 +300,6 @@ def test_what_the_file_lacks_is_never_random(tmp_path: Path) -> None:
     ):
         load_model(open_checkpoint(path))
     assert load_model(open_checkpoint(path), ignore=["pooler.*"]).module
-
-
-def test_architectures_that_transformers_fuses_are_refused(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2)
-    path = save(MixtralForCausalLM(config), tmp_path / "m")
-    with pytest.raises(ValueError, match=r"experts\.0\.w1\.weight.*mixtures of experts.*not supported yet"):
-        load_model(open_checkpoint(path))
 
 
 def test_unknown_architectures_and_remote_code_are_refused(base: Path) -> None:

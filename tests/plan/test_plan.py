@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 import trainmerge as tm
 from tests.bounds import SCORE, fitted_bound
 from tests.fitting.test_fit import build, learned
+from tests.model_families import FAMILIES
 from tests.picture_world import vit
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.data.batch import Batch
@@ -260,3 +261,15 @@ def test_devices_are_stated_or_measured() -> None:
     assert here.bandwidth > 0
     with pytest.raises(ValueError, match="choose one of here, a100"):
         device_named("abacus")
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "gpt-oss"])
+def test_a_dry_run_of_a_mixture_counts_what_a_real_step_holds(family: str, tmp_path: Path) -> None:
+    FAMILIES[family].build().save_pretrained(tmp_path)
+    inputs = {"input_ids": torch.full((2, 30), 5), "attention_mask": torch.ones(2, 30, dtype=torch.int64)}
+    inputs["attention_mask"][0, 20:] = 0
+    want = real_step(tmp_path, inputs, Entropy())
+    got = dry_run_of(tmp_path, inputs, Entropy())
+    assert got.flops == want.flops > 0
+    assert got.activations == pytest.approx(want.activations, rel=0.05)
+    assert got.peak == pytest.approx(want.peak, rel=0.05)

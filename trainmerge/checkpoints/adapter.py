@@ -19,6 +19,7 @@ from trainmerge.checkpoints.weight_files import find_weights, read_folder_json
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
 from trainmerge.system.text import reason
 from trainmerge.task_vectors.parameter_names import matches
+from trainmerge.task_vectors.places import is_place
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def open_adapter(
                 keys[ours] = name
         elif fits[place(key)] in modules:
             ignored[ours] = name
+    _check_experts(files[0], base, list(keys), place)
     _check_modules(files[0], list(keys), place, modules)
     if old:
         adapted = {place(key) for key in keys if key not in base.names.values()}
@@ -124,6 +126,16 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{file}: peft rejects it: {reason(error)}") from error
     if parsed.is_prompt_learning or parsed.is_adaption_prompt:
         raise ValueError(f"{file}: {peft_type} changes inputs, not weights; it cannot be merged.")
+
+
+def _check_experts(file: Path, base: Parameters, keys: Sequence[str], place: Place) -> None:
+    """Raise ValueError if it adapts single experts of a mixture, which peft finds in stacks only."""
+    if single := [key for key in keys if is_place(base.names.get(f"{place(key)}.weight", ""))]:
+        raise ValueError(
+            f"{file}: {shorten(single)} adapt single experts, which transformers now holds in one stack per "
+            "layer: merge the adapter with the versions of transformers and peft that it was trained with, "
+            "and give the merged model"
+        )
 
 
 def _check_modules(file: Path, keys: Sequence[str], place: Place, modules: set[str]) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-from trainmerge.checkpoints.meta_model import renamed
 from trainmerge.checkpoints.parameters import Parameters
+from trainmerge.checkpoints.places import renamed
 
 ROOT = "base_model.model."  # peft's name for the model that it wraps
 WHOLE = "base_model."  # tensors of all layers together: VeRA's projections, VB-LoRA's bank

@@ -10,7 +10,7 @@ from trainmerge.checkpoints.hidden_changes import Plan, warn_of_hidden_changes
 from trainmerge.checkpoints.low_rank_adapter import plan_adapter
 from trainmerge.checkpoints.parameters import Parameters, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint
-from trainmerge.checkpoints.roles import roles_of
+from trainmerge.checkpoints.roles import place_role, roles_of
 from trainmerge.checkpoints.side_experts import SidePlan, plan_side, side_roles
 from trainmerge.checkpoints.side_modules import MODULES
 from trainmerge.checkpoints.sources import Sources
@@ -18,6 +18,7 @@ from trainmerge.checkpoints.ties import differing_ties, lost_ties, one_sided_upd
 from trainmerge.checkpoints.token_ties import token_tie_problems
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
 from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_folder_json
+from trainmerge.task_vectors.places import parameter_of
 
 
 def find_sources(
@@ -80,7 +81,7 @@ def _sources(frame: Parameters, plans: Mapping[str, Plan], side: Mapping[str, Si
     after = {expert: plan.sources for expert, plan in side.items()}
     sources = {expert: {**plan.sources(), **after.get(expert, {})} for expert, plan in plans.items()}
     roles = roles_of(frame.meta_model)
-    known = {name: roles[parameter] for parameter, name in frame.files.items()}
+    known = {name: place_role(roles[parameter_of(inside)], inside) for inside, name in frame.files.items()}
     known |= side_roles(frame.checkpoint)
     return Sources(tuple(known), frame.tied, sources, known)
 

@@ -28,6 +28,11 @@ STATISTICS = (
     "has statistics of its own, {names}: buffers are not merged, so the merge and the recorded outputs use "
     "the base's. tm.batch_norm_statistics estimates them again, for the exported model on unlabeled examples"
 )
+BIAS = "e_score_correction_bias"
+BALANCE = (
+    "has router biases of its own, {names}: they balance the load of training and are buffers, so the merge "
+    "and the recorded outputs use the base's"
+)
 Plan = FullExpert | LowRankAdapter | MergedAdapter
 
 
@@ -36,7 +41,10 @@ def warn_of_hidden_changes(frame: Parameters, plans: Mapping[str, Plan]) -> None
     for expert, plan in plans.items():
         if isinstance(plan, FullExpert):
             _warn(expert, _ignored(frame, plan.parameters), IGNORED)
-            _warn(expert, list(_buffers(frame, plan.parameters)), STATISTICS)
+            changed = list(_buffers(frame, plan.parameters))
+            biases = [name for name in changed if name.endswith(BIAS)]
+            _warn(expert, [name for name in changed if name not in biases], STATISTICS)
+            _warn(expert, biases, BALANCE)
         else:
             _warn(expert, _ignored_by_adapter(frame, plan.adapter), IGNORED)
 

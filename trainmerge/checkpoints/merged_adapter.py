@@ -24,6 +24,7 @@ from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.safetensors_file import sha256, write_safetensors
 from trainmerge.system.workspace import cached, digest
+from trainmerge.task_vectors.places import parameter_of, view
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,10 @@ class MergedAdapter:
                 "in Python), or leave the adapter out."
             )
         read = base.checkpoint.read
-        tensors = {name: fit_rows(merged[own], read(name)) for own, name in base.files.items()}
+        tensors = {
+            name: fit_rows(view(own, merged[parameter_of(own)]), read(name))
+            for own, name in base.files.items()
+        }
         return {name: tensor for name, tensor in tensors.items() if not torch.equal(tensor, read(name))}
 
     def _check_loaded(self, wrapped: PeftModel) -> None:

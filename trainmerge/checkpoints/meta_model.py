@@ -1,4 +1,4 @@
-"""A checkpoint's model on the meta device, and the parameter of each tensor in its files.
+"""A checkpoint's model on the meta device, and the parameter, or place in one, of each tensor in its files.
 
 transformers renames, fuses and ties tensors on loading. So names, shapes and ties are compared with a model
 on the meta device, which has no storage, before a weight is read.
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging
 
 from trainmerge.checkpoints.model_config import cannot_build, read_model_config
+from trainmerge.checkpoints.places import names_in_memory, shape_in, uncovered
 from trainmerge.system.safetensors_file import TensorInfo
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.parameter_names import matches
+from trainmerge.task_vectors.places import is_place, parameter_of
 
 RENAMED = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm in files of the first BERTs
 SHOWN = 8  # tensors of one kind that an error lists by name
@@ -56,7 +56,7 @@ def architecture_of(config: PreTrainedConfig) -> Any:
 def locate(
     module: PreTrainedModel, path: Path, tensors: Mapping[str, TensorInfo], ignore: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Tensor of the files -> parameter. Tied tensors have the same parameter; buffers are left out.
+    """Tensor of the files -> parameter or place. Tied tensors have the same one; buffers are left out.
 
     Raises ValueError for floating tensors that are neither parameter nor buffer, and for shape mismatches.
     """
@@ -66,12 +66,11 @@ def locate(
     obsolete = sorted(module._keys_to_ignore_on_load_unexpected or ())  # old buffers, transformers' own list
     unknown, shapes = [], []
     for name, inside in memory.items():
-        if inside not in in_model:
+        if parameter_of(inside) not in in_model:
             if not matches(name, ignore) and not any(search(pattern, name) for pattern in obsolete):
                 unknown.append(name)
-        elif in_model[inside].shape != tensors[name].shape:
-            want, got = tuple(in_model[inside].shape), tuple(tensors[name].shape)
-            shapes.append(f"{name} is {got}, config.json makes it {want}")
+        elif (want := shape_in(inside, in_model)) != (got := tuple(tensors[name].shape)):
+            shapes.append(f"{name} is {got}, config.json makes it {want or 'something else'}")
     if unknown or shapes:
         lines = (
             [f"{len(unknown)} tensors that the model has no parameter for: {shorten(unknown)}"]
@@ -80,12 +79,17 @@ def locate(
         )
         raise ValueError(
             f"{path}: the files do not match {type(module).__name__}: {'; '.join(lines + shapes)}. "
-            "Architectures that transformers renames or fuses on loading (mixtures of experts) are not "
-            "supported yet: if transformers loads them, save base and experts with "
+            "Tensors that transformers converts on loading, other than by stacking, concatenating or "
+            "transposing, are not supported yet: if transformers loads them, save base and experts with "
             "save_pretrained(FOLDER, save_original_format=False). Tensors that the model doesn't have can be "
             "named in `ignore`."
         )
-    return {name: owners[inside] for name, inside in memory.items() if inside in owners}
+    if lost := uncovered(module, memory.values()):
+        raise ValueError(
+            f"{path}: the files do not fill {len(lost)} parameters exactly: {shorten(lost)}. An expert's "
+            "matrix is missing or there twice, or config.json makes it larger: download the checkpoint again."
+        )
+    return _owned(memory, owners)
 
 
 def canonical_names(names: Mapping[str, str]) -> dict[str, str]:
@@ -110,8 +114,16 @@ def ties_of(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """`tied_names` of a checkpoint's files."""
     module = build_meta_model(path)
     owners = _owners(module)
-    names = memory_names(module, tensors)
-    return tied_names({name: owners[inside] for name, inside in names.items() if inside in owners})
+    return tied_names(_owned(memory_names(module, tensors), owners))
+
+
+def _owned(memory: Mapping[str, str], owners: Mapping[str, str]) -> dict[str, str]:
+    """The tensors that are parameters, or in one, by the first name of a tied one."""
+    return {
+        name: owners[parameter_of(inside)] + inside.removeprefix(parameter_of(inside))
+        for name, inside in memory.items()
+        if parameter_of(inside) in owners
+    }
 
 
 def _owners(module: PreTrainedModel) -> dict[str, str]:
@@ -121,7 +133,7 @@ def _owners(module: PreTrainedModel) -> dict[str, str]:
 
 
 def memory_names(module: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Each floating tensor's name in memory.
+    """Each floating tensor's name in memory, or its place (`places`).
 
     With the model's own prefix (`bert.`) added to all, removed from all, or unchanged, or as transformers
     renames them on loading (vision-language models): whichever matches most.
@@ -130,20 +142,15 @@ def memory_names(module: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> 
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in module.named_buffers()}
     prefix = module.base_model_prefix
+    placed = names_in_memory(module, names, tensors)
     ways = [
+        *([placed] if any(is_place(inside) for inside in placed.values()) else []),
         {name: _modern(name, known) for name in names},
         {name: _modern(f"{prefix}.{name}", known) for name in names},
         {name: _modern(name.removeprefix(f"{prefix}."), known) for name in names},
-        renamed(module, names),
+        placed,
     ]
-    return max(ways, key=lambda way: sum(name in known for name in way.values()))
-
-
-def renamed(module: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
-    """Names after transformers' renamings for this model; names of tensors that it fuses are unchanged."""
-    steps = [step for step in get_model_conversion_mapping(module) if isinstance(step, WeightRenaming)]
-    in_model = module.state_dict()
-    return {name: rename_source_key(name, steps, [], module.base_model_prefix, in_model)[0] for name in names}
+    return max(ways, key=lambda way: sum(parameter_of(name) in known for name in way.values()))
 
 
 def _modern(name: str, known: set[str]) -> str:

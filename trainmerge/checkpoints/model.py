@@ -18,6 +18,7 @@ from trainmerge.checkpoints.meta_model import build_meta_model, locate, memory_n
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.checkpoints.side_layers import attach_side_layers
 from trainmerge.task_vectors.parameter_names import matches
+from trainmerge.task_vectors.places import is_place, parameter_of, view
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class LoadedModel:
     """A model that owns its weights, and the parameter of each tensor in the files."""
 
     module: nn.Module
-    names: Mapping[str, str]  # name in the checkpoint -> the parameter's; tied ones share a parameter
+    names: Mapping[str, str]  # name in the checkpoint -> the parameter's or place's; tied ones share one
 
 
 def load_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
@@ -46,9 +47,14 @@ def load_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
         )
     module.train(False).requires_grad_(False)
     parameters = dict(module.named_parameters())
-    for name, parameter in names.items():
-        parameters[parameter].data = torch.empty(0)  # free the old storage first: never two of the largest
-        parameters[parameter].data = base.read(name).clone()  # the file's dtype, in private memory
+    for name, dtype in _stacked_dtypes(base, names).items():
+        parameters[name].data = parameters[name].data.to(dtype)
+    for name, inside in names.items():
+        if is_place(inside):
+            view(inside, parameters[parameter_of(inside)].data).copy_(base.read(name))
+            continue
+        parameters[inside].data = torch.empty(0)  # free the old storage first: never two of the largest
+        parameters[inside].data = base.read(name).clone()  # the file's dtype, in private memory
     for buffer in module.buffers():
         buffer.data = buffer.data.clone()
     return LoadedModel(module, names | attach_side_layers(module, base))
@@ -66,8 +72,11 @@ def load_meta_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel
     for name, inside in memory_names(module, base.tensors).items():
         if inside in buffers:
             buffers[inside].copy_(base.read(name))
-    for name, parameter in names.items():
-        parameters[parameter].data = torch.empty_like(base.read(name), device="meta")
+    for name, inside in names.items():
+        if not is_place(inside):
+            parameters[inside].data = torch.empty_like(base.read(name), device="meta")
+    for name, dtype in _stacked_dtypes(base, names).items():
+        parameters[name].data = torch.empty_like(parameters[name], dtype=dtype, device="meta")
     return LoadedModel(module, names | attach_side_layers(module, base, "meta"))
 
 
@@ -88,7 +97,8 @@ def empty_model(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: to
 def _checked(base: Checkpoint, ignore: Sequence[str]) -> tuple[PreTrainedModel, dict[str, str]]:
     meta_model = build_meta_model(base.path)
     names = locate(meta_model, base.path, base.tensors, ignore)
-    absent = [name for name, _ in meta_model.named_parameters() if name not in names.values()]
+    there = {parameter_of(inside) for inside in names.values()}
+    absent = [name for name, _ in meta_model.named_parameters() if name not in there]
     computed = {*(meta_model._keys_to_ignore_on_save or ()), *computed_parameters(meta_model)}
     absent = [name for name in absent if not matches(name, ignore) and name not in computed]
     if absent:
@@ -98,6 +108,16 @@ def _checked(base: Checkpoint, ignore: Sequence[str]) -> tuple[PreTrainedModel, 
             "`ignore`; otherwise save the checkpoint with the class that it was trained with."
         )
     return meta_model, names
+
+
+def _stacked_dtypes(base: Checkpoint, names: Mapping[str, str]) -> dict[str, torch.dtype]:
+    """The dtype of every parameter that several tensors of the files fill: the widest of theirs."""
+    found: dict[str, torch.dtype] = {}
+    for name, inside in names.items():
+        if is_place(inside):
+            own, dtype = parameter_of(inside), base.tensors[name].dtype
+            found[own] = torch.promote_types(found.get(own, dtype), dtype)
+    return found
 
 
 def _first_dtype(base: Checkpoint) -> torch.dtype:

@@ -29,6 +29,12 @@ def roles_of(model: nn.Module) -> dict[str, Role]:
     return {name: roles[id(parameter)] for name, parameter in model.named_parameters()}
 
 
+def place_role(role: Role, inside: str) -> Role:
+    """The role of a tensor of the files, whose parameter has this one: it may be stored transposed."""
+    turned: dict[Role, Role] = {"linear": "transposed", "transposed": "linear"}
+    return turned.get(role, role) if inside.endswith(".T") else role
+
+
 def _role(module: nn.Module, name: str, parameter: Tensor) -> Role:
     if parameter.dim() < 2 or name.endswith("bias"):
         return "vector"

@@ -4,6 +4,7 @@ Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from trainmerge.system.workspace import digest
 from trainmerge.task_vectors.parameter_names import block_of, idle_patterns, matches
 
 Granularity = Literal["task", "block", "tensor", "chunk"]
+EXPERT = re.compile(r"(?<![^.])experts\.\d+\.")  # in the name of a tensor of one expert of a mixture
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class Grouping:
     numbers by fnmatch pattern, of which the last match applies (1 without a match); or a file of `trainmerge
     allocate`. A parameter with 0 chunks is merged at its starting coefficient, which is not learned.
 
+    In mixtures of experts whose files have one matrix per expert (`...experts.3.up_proj.weight`), `tensor`
+    and `chunk` give the matrices of one kind in a layer one coefficient together, since few tokens reach each
+    of the experts; with `mixture: expert`, one each.
+
     `include` and `exclude` are fnmatch patterns over parameter names; parameters that are not included, or
     excluded, keep the base's value.
     """
@@ -38,6 +44,7 @@ class Grouping:
     chunks: int | Mapping[str, int] | str = 1
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
+    mixture: Literal["kind", "expert"] = field(default="kind", metadata={"added": "0.2.0"})
 
     def __post_init__(self) -> None:
         check_fields(self, chunks="[1, inf)" if isinstance(self.chunks, int) else "[0, inf)")
@@ -65,7 +72,9 @@ class Grouping:
             for name, shape in shapes.items()
             if name not in excluded
         }
-        fixed = tuple(group for name, chunks in groups.items() if not counts[name] for group in chunks)
+        held = {group: None for name, chunks in groups.items() if not counts[name] for group in chunks}
+        self._check_held(held, groups, counts)
+        fixed = tuple(held)
         if len(fixed) == len(labels):
             raise ValueError("no coefficient is left to learn: every parameter has 0 chunks")
         return Layout(tuple(labels), groups, excluded, fixed)
@@ -82,6 +91,18 @@ class Grouping:
                 f"patterns that match no parameter: {idle}. "
                 f"Parameter names look like {names[:3]}; `trainmerge inspect` lists them all."
             )
+
+    def _check_held(
+        self, held: Iterable[int], groups: Mapping[str, tuple[int, ...]], counts: Mapping[str, int]
+    ) -> None:
+        """Raise ValueError if a coefficient that is not learned belongs to learned parameters too."""
+        still = {*held}
+        for name, chunks in groups.items():
+            if counts[name] and not still.isdisjoint(chunks):
+                raise ValueError(
+                    f"chunks: {name} has {counts[name]}, other experts of its layer 0, and they share a "
+                    "coefficient: give all the same number, or set grouping.mixture to expert"
+                )
 
     def _counts(self, names: Sequence[str]) -> dict[str, int]:
         """The number of chunks per parameter."""
@@ -104,10 +125,18 @@ class Grouping:
             case "block":
                 return [block_of(name)]
             case "tensor":
-                return [name]
+                return [self._shared(name)]
             case "chunk":
                 rows = shape[0] if shape else 1
-                return [f"{name}[{i}]" for i in range(max(1, min(chunks, rows)))]
+                return [f"{self._shared(name)}[{i}]" for i in range(max(1, min(chunks, rows)))]
+
+    def _shared(self, name: str) -> str:
+        """The name that all experts of a layer have in common, or the parameter's own.
+
+        >>> Grouping()._shared("layers.0.mlp.experts.3.up_proj.weight")
+        'layers.0.mlp.experts.*.up_proj.weight'
+        """
+        return name if self.mixture == "expert" else EXPERT.sub("experts.*.", name)
 
 
 def read_chunks(path: Path) -> dict[str, int]:

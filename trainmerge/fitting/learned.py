@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.model.merged_model import MergedModel
+from trainmerge.system.text import listed
 
 MOVED = 1e-4  # change of a coefficient, below which nothing was learned
 AT_BOUND = 0.25  # share of coefficients at a bound
@@ -36,3 +38,20 @@ def warn_if_at_bound(coefficients: Coefficients) -> None:
             "lower the learning rate, or remove the constraint",
             stacklevel=2,
         )
+
+
+def warn_if_unreached(merged: MergedModel) -> None:
+    """Warn of experts of a mixture that no calibration token of this process reached."""
+    layout = merged.coefficients.layout
+    learned = merged.placed.parts(layout.learned)
+    lost = [name for name in learned if name not in merged.reached]
+    if not lost or not merged.reached:
+        return
+    reached = {group for name in merged.reached for group in layout.groups[name]}
+    alone = sum(reached.isdisjoint(layout.groups[name]) for name in lost)
+    warnings.warn(
+        f"{len(lost)} of {len(learned)} matrices of experts were reached by no calibration token "
+        f"({listed(lost, 3)}): {alone} keep their starting coefficient, {len(lost) - alone} have the "
+        "one that their layer's other experts learned. More examples reach more experts",
+        stacklevel=2,
+    )

@@ -9,7 +9,7 @@ import torch
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.begin import Snapshot
 from trainmerge.fitting.held_out_stopping import StopOnHeldOut
-from trainmerge.fitting.learned import warn_if_at_bound, warn_if_unchanged
+from trainmerge.fitting.learned import warn_if_at_bound, warn_if_unchanged, warn_if_unreached
 from trainmerge.fitting.model_settings import needs_examples
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
@@ -59,6 +59,7 @@ def check_learned(folder: RunFolder, module: MergeModule) -> None:
         raise ValueError("no step was made: raise trainer.max_time")
     warn_if_unchanged(module.coefficients, module.start, "trainer.max_steps")
     warn_if_at_bound(module.coefficients)
+    warn_if_unreached(module.resident.merged)
 
 
 def warn_if_loss_did_not_fall(folder: RunFolder) -> None:

@@ -30,6 +30,7 @@ from trainmerge.plan.sizes import Sizes, sizes_of
 from trainmerge.run.heads import task_heads
 from trainmerge.system.memory import anonymous
 from trainmerge.task_vectors.delta import Delta
+from trainmerge.task_vectors.places import parameter_of
 
 Precision = Callable[[], AbstractContextManager[Any]]
 
@@ -58,7 +59,7 @@ def plan_fit(
     model = _empty_model(module)
     step = [_longest(data, k, -(-data.batch_size // devices)) for k in range(len(data.examples))]
     records = _records(module, data, step, model.module)
-    learned = {model.names[name] for name in module.opened.layout.learned}
+    learned = {parameter_of(model.names[name]) for name in module.opened.layout.learned}
     sizes = _sizes(module, model, records, learned)
     if schedule.recompute:
         recompute_blocks(model.module)
@@ -106,7 +107,9 @@ def _empty_model(module: MergeModule) -> _EmptyModel:
     meta_model = build_meta_model(base.path)
     names = locate(meta_model, base.path, base.tensors, module.opened.ignore)
     names |= attach_side_layers(meta_model, base, "meta")
-    dtypes = {inside: module.settings.dtype or base.info(name).dtype for name, inside in names.items()}
+    dtypes = {
+        parameter_of(inside): module.settings.dtype or base.info(name).dtype for name, inside in names.items()
+    }
     return _EmptyModel(meta_model, names, dtypes)
 
 
@@ -115,7 +118,10 @@ def _sizes(module: MergeModule, model: _EmptyModel, records: "_Records", learned
     parameters = dict(model.module.named_parameters())
     own = {name: p.numel() * model.dtypes.get(name, p.dtype).itemsize for name, p in parameters.items()}
     stored = sum({names[n]: opened.base.info(n).nbytes for n in names}.values())
-    read = {names[name]: _read(module, opened.task_vectors.deltas[name]) for name in opened.layout.groups}
+    read: dict[str, int] = {}
+    for name in opened.layout.groups:
+        parameter = parameter_of(names[name])
+        read[parameter] = read.get(parameter, 0) + _read(module, opened.task_vectors.deltas[name])
     files = [file for folder in opened.folders.values() for file in Path(folder).glob("*.safetensors")]
     return sizes_of(
         model.module,

@@ -21,6 +21,7 @@ from trainmerge.model.resident import Resident
 from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 from trainmerge.task_vectors.delta import TaskVectors
+from trainmerge.task_vectors.places import view
 from trainmerge.task_vectors.roles import LINEAR
 
 TOGETHER = 8  # examples per forward pass
@@ -54,7 +55,7 @@ class ExpertStatistics:
     def in_order(self, names: Iterable[str]) -> list[str]:
         """These parameters in the network's order."""
         places = {id(p): place for place, p in enumerate(self.resident.merged.module.parameters())}
-        return sorted(names, key=lambda name: places[id(self.resident.merged.parameters[name])])
+        return sorted(names, key=lambda name: places[id(self.resident.merged.placed.owners[name])])
 
     def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors, mapped from an unlinked temporary file, which is freed with them."""
@@ -102,7 +103,9 @@ class ExpertStatistics:
         `sampled`: -log p(y | x) of a y drawn at every unmasked position, whose mean square is the Fisher
         information. Otherwise the language-model loss: the mean over the text's next tokens.
         """
-        parameters = {n: p for n, p in self.resident.merged.parameters.items() if p.requires_grad}
+        merged = self.resident.merged
+        owners = {id(p): p for p in merged.placed.owners.values() if p.requires_grad}
+        parameters = {n: p for n, p in merged.parameters.items() if id(merged.placed.owners[n]) in owners}
         dice = torch.Generator().manual_seed(self.seed)
         with self.resident.merged.teacher(expert):
             for batch in self._batches(expert, "measuring gradients", together=1):
@@ -112,10 +115,12 @@ class ExpertStatistics:
                         tokens = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=dice)[:, 0]
                     each = -log_p.gather(-1, tokens.to(log_p.device)[:, None])
                     loss = each.sum() if sampled else each.mean()
-                    slopes = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                    found = torch.autograd.grad(loss, list(owners.values()), allow_unused=True)
+                slopes = dict(zip(owners, found, strict=True))
                 yield {
-                    name: torch.zeros_like(p) if slope is None else slope
-                    for (name, p), slope in zip(parameters.items(), slopes, strict=True)
+                    name: torch.zeros_like(p) if slope is None else view(merged.placed.inside[name], slope)
+                    for name, p in parameters.items()
+                    for slope in [slopes[id(merged.placed.owners[name])]]
                 }
 
     @torch.no_grad()

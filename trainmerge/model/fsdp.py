@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from trainmerge.checkpoints import Checkpoint, LoadedModel, compute, computed_parameters
 from trainmerge.model.row_shards import local, local_rows
 from trainmerge.system import distributed
+from trainmerge.task_vectors.places import is_place
 
 
 class Root(nn.Module):
@@ -54,9 +55,14 @@ def shard_model(
     stored one. Parameters that no file contains are computed (Marian's positions), or 0 (an unused pooler).
 
     Raises:
-        ValueError: the learned parameters of one block are stored in different dtypes.
+        ValueError: the learned parameters of one block are stored in different dtypes; a mixture of experts.
     """
     module, names = loaded.module, loaded.names
+    if placed := [name for name, inside in names.items() if is_place(inside)]:
+        raise ValueError(
+            f"model.sharded: {placed[0]} and {len(placed) - 1} more are parts of parameters in memory, "
+            "which are not sharded yet: run mixtures of experts without model.sharded"
+        )
     parameters = dict(module.named_parameters())
     for parameter in parameters.values():
         parameter.data = parameter.data.to(dtype or parameter.dtype)

@@ -21,20 +21,24 @@ from torch import Tensor, nn
 
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Gathered, Product, run_merges, run_products, shareable
+from trainmerge.model.exact import exact
 from trainmerge.model.loss_scale import LossScale
 from trainmerge.model.low_rank_gradient import layer_products, tappable, tapped
-from trainmerge.model.row_shards import DeltaShard, as_shard, delta_shards, local, shares_storage
+from trainmerge.model.placed import Placed, check_apart
+from trainmerge.model.row_shards import DeltaShard, as_shard, delta_shards, local
 from trainmerge.preprocess.subspace import outside_subspace
 from trainmerge.task_vectors.delta import Delta, TaskVectors
+from trainmerge.task_vectors.places import view
 from trainmerge.task_vectors.prefetch import Prefetch, prefetch_to
 
 
 class MergedModel:
     """Writes the merge of the task vectors into `module`, and computes the gradient of the coefficients.
 
-    `names` maps a task vector's name to the module's parameter name, where they differ; `parameters` has the
-    module's parameters under the task vectors' names. If `task_vectors` are preprocessed, `originals` are the
-    experts' own, which `teacher` and `uniform` merge. The module's weights are overwritten; only parameters
+    `names` maps a task vector's name to the module's parameter or place (`task_vectors.places`), where they
+    differ; `parameters` has the module's parameters, or views of their places, under the task vectors' names.
+    If `task_vectors` are preprocessed, `originals` are the experts' own, which `teacher` and `uniform` merge.
+    The module's weights are overwritten; only parameters
     with a learned coefficient require gradients. Gradients are projected onto the orthogonal complement of
     `subspaces`, orthonormal columns [m, k]. With `keep_gradients`, weight gradients accumulate until
     `gradient` processes them in one pass over the task vectors: several backwards then cost one pass and the
@@ -57,28 +61,27 @@ class MergedModel:
         self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
         self.names, self.originals = names or {}, originals or task_vectors
         self.subspaces, self.keep_gradients = subspaces or {}, keep_gradients
-        own, deltas = dict(module.named_parameters()), task_vectors.deltas
-        self.parameters = {name: own[self.names.get(name, name)] for name in deltas}
+        deltas = task_vectors.deltas
+        self.placed = Placed.of(module, deltas, self.names)
+        self.parameters = self.placed.views()
         self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
-        self._learned = {name: self.parameters[name] for name in coefficients.layout.learned}
-        if aliased := [n for n, p in self.parameters.items() if shares_storage(p, deltas[n].base)]:
-            raise ValueError(
-                f"the model's weights share storage with the base of {aliased[:3]}: give the task vectors a "
-                "copy"
-            )
+        self._learned = {name: self.placed.owners[name] for name in coefficients.layout.learned}
+        self._together = self.placed.by_owner(self._learned)
+        check_apart(self.parameters, deltas)
         device = next(module.parameters()).device
         # Each pass has its own order
         self._to_write, self._to_collect = prefetch_to(device), prefetch_to(device)
         self._mine: tuple[TaskVectors, Mapping[str, Delta]] | None = None  # this process's rows of them
         self.loss_scale = LossScale.of(module)  # for losses whose backward `gradient` collects
         self._products = Gathered(self._run_products)
-        self._found: list[tuple[Sequence[int], Tensor]] = []  # groups, and the sums to add to each
+        self._found: list[tuple[str, Sequence[int], Tensor]] = []  # groups, and the sums to add to each
+        self.reached: set[str] = set()  # parts of parameters that had a gradient
         module.requires_grad_(False)
-        for parameter in self._learned.values():
-            parameter.requires_grad_(True)
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))  # type: ignore[no-untyped-call]
-            for name, parameter in self._learned.items()
+            self._learned[names[0]]
+            .requires_grad_(True)
+            .register_post_accumulate_grad_hook(partial(self._arrived, names))  # type: ignore[no-untyped-call]
+            for names in self._together
         ]
 
     def with_task_vectors(
@@ -87,8 +90,8 @@ class MergedModel:
         """The same module as the merge of other task vectors; this object stops receiving gradients."""
         for hook in self._hooks:
             hook.remove()
-        same = self.coefficients, self.names, self.originals
-        return MergedModel(self.module, task_vectors, *same, subspaces, keep_gradients)
+        same = self.coefficients, self.names, self.originals, subspaces, keep_gradients
+        return MergedModel(self.module, task_vectors, *same)
 
     @torch.no_grad()
     def materialise(self) -> None:
@@ -123,15 +126,17 @@ class MergedModel:
 
         Fixed coefficients have none: everything that reads a gradient sees 0 there.
         """
-        for name, parameter in self._learned.items():
-            if parameter.grad is not None:
-                self._collect(name, parameter)
+        for names in self._together:
+            if (parameter := self._learned[names[0]]).grad is not None:
+                self._collect(names, parameter)
         self._products.flush()
         found, self._found = self._found, []
         total = torch.zeros(self.coefficients.raw.shape, dtype=torch.float64)  # sum of many small terms
         if found:  # on the CPU, in a fixed order: a GPU's index_add_ is nondeterministic
-            columns = torch.tensor([column for columns, _ in found for column in columns])
-            total.index_add_(1, columns, torch.cat([inner for _, inner in found], 1).cpu().double())
+            columns = torch.tensor([column for _, columns, _ in found for column in columns])
+            inner = torch.cat([inner for *_, inner in found], 1).cpu().double()
+            total.index_add_(1, columns, inner)
+            self.reached |= self.placed.moved([(name, len(own)) for name, own, _ in found], inner)
         total[:, list(self.coefficients.layout.fixed)] = 0.0
         return self.loss_scale.unscaled(total).to(self.coefficients.raw)
 
@@ -147,32 +152,36 @@ class MergedModel:
                 layers.enter_context(tapped(layer, partial(self._collect_at_layer, name)))
             yield self.module
 
-    def _arrived(self, name: str, parameter: Tensor) -> None:
+    def _arrived(self, names: Sequence[str], parameter: Tensor) -> None:
         if not self.keep_gradients:
-            self._collect(name, parameter)
+            self._collect(names, parameter)
 
-    def _collect(self, name: str, parameter: Tensor) -> None:
+    def _collect(self, names: Sequence[str], parameter: Tensor) -> None:
         assert parameter.grad is not None
         with exact(parameter):
-            slope = local(parameter.grad)
-            if slope.is_sparse:  # an embedding's
-                slope = slope.to_dense()
-            slope = outside_subspace(slope, self.subspaces.get(name), self.task_vectors.deltas[name].role)
-            delta = self._delta(self._to_collect, self.task_vectors, name)
-            columns = self.coefficients.layout.groups[name]
-            for chunks, product in delta.products(slope, len(columns)):
-                self._products.add((columns[chunks], product), shareable(product))
+            whole = local(parameter.grad)
+            if whole.is_sparse:  # an embedding's
+                whole = whole.to_dense()
+            for name in names:
+                self._collect_part(name, view(self.placed.inside[name], whole))
         parameter.grad = None
 
-    def _run_products(self, calls: Sequence[tuple[Sequence[int], Product]]) -> None:
-        with exact(calls[0][1].grad):
-            found = run_products([product for _, product in calls])
-        self._found += zip((columns for columns, _ in calls), found, strict=True)
+    def _collect_part(self, name: str, slope: Tensor) -> None:
+        slope = outside_subspace(slope, self.subspaces.get(name), self.task_vectors.deltas[name].role)
+        delta = self._delta(self._to_collect, self.task_vectors, name)
+        columns = self.coefficients.layout.groups[name]
+        for chunks, product in delta.products(slope, len(columns)):
+            self._products.add((name, columns[chunks], product), shareable(product))
+
+    def _run_products(self, calls: Sequence[tuple[str, Sequence[int], Product]]) -> None:
+        with exact(calls[0][2].grad):
+            found = run_products([product for *_, product in calls])
+        self._found += [(*call[:2], inner) for call, inner in zip(calls, found, strict=True)]
 
     def _collect_at_layer(self, name: str, inputs: Tensor, slopes: Tensor) -> None:
         columns, delta = self.coefficients.layout.groups[name], self.task_vectors.deltas[name]
         with exact(slopes):
-            self._found.append((columns, layer_products(inputs, slopes, delta, len(columns))))
+            self._found.append((name, columns, layer_products(inputs, slopes, delta, len(columns))))
 
     @torch.no_grad()
     def _write(
@@ -182,7 +191,7 @@ class MergedModel:
         with exact(next(self.module.parameters())):
             for name in names:
                 delta = self._delta(self._to_write, source, name)
-                for merge in delta.merges(local(self.parameters[name]), coefficients(name)):
+                for merge in delta.merges(self.placed.written(name), coefficients(name)):
                     merges.add(merge, shareable(merge))
             merges.flush()
         torch.clear_autocast_cache()  # autocast caches casts of the previous weights
@@ -193,8 +202,3 @@ class MergedModel:
             self._mine = source, delta_shards(source.deltas, self.parameters)
         mine = self._mine[1]
         return as_shard(prefetch.take(mine, name) if prefetch else mine[name], self.parameters[name])
-
-
-def exact(parameter: Tensor) -> torch.autocast:
-    """Disable autocast: the passes choose their own precision, also in a mixed-precision step."""
-    return torch.autocast(parameter.device.type, enabled=False)

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
+
+from trainmerge.plan.grouped_products import GROUPED, grouped_flops, grouped_product
 
 aten = torch.ops.aten
 # torch does not count the CPU's attention kernels; they compute the same products as a GPU's.
@@ -36,11 +39,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet = func.overloadpacket
         if packet == aten.nonzero:
             result: Any = _places(args[0])
+        elif packet == GROUPED and isinstance(args[0], FakeTensor):
+            result = grouped_product(args, kwargs)
         else:
             if packet in (aten.index, aten.index_put, aten.index_put_):
                 args = (args[0], _all_of_masks(args[1]), *args[2:])
             result = func(*args, **kwargs)
-        if count := flop_registry.get(SAME_PRODUCTS.get(packet, packet)):
+        if packet == GROUPED:
+            self.flops += grouped_flops(args)
+        elif count := flop_registry.get(SAME_PRODUCTS.get(packet, packet)):
             self.flops += count(*args, **kwargs, out_val=result)
         tree_map_only(Tensor, self._enter, result)
         return result

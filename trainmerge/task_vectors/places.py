@@ -1,0 +1,37 @@
+"""Names of parts of parameters: one matrix per expert in the files, one parameter per layer in memory.
+
+model.layers.0.mlp.experts.gate_up_proj[3,0:64]      rows 0 to 63 of expert 3
+model.layers.0.mlp.experts.gate_up_proj[3,:,0:64].T  the same where the parameter is inputs x outputs
+"""
+
+from torch import Tensor
+
+
+def parameter_of(name: str) -> str:
+    """The parameter of a place's name, or the parameter's own."""
+    return name.partition("[")[0]
+
+
+def is_place(name: str) -> bool:
+    """Whether a name is of a part of a parameter."""
+    return "[" in name
+
+
+def view(name: str, tensor: Tensor) -> Tensor:
+    """The part of a parameter's tensor, or of its gradient, that a name in memory stands for: a view.
+
+    >>> import torch
+    >>> view("w[1,0:2].T", torch.arange(12).view(2, 3, 2)).tolist()
+    [[6, 8], [7, 9]]
+    """
+    if not is_place(name):
+        return tensor
+    inside, _, turned = name.partition("[")[2].partition("]")
+    index: list[int | slice] = []
+    for part in inside.split(","):
+        first, colon, last = part.partition(":")
+        index.append(
+            slice(int(first) if first else None, int(last) if last else None) if colon else int(part)
+        )
+    found = tensor[tuple(index)]
+    return found.mT if turned else found
