@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from trainmerge.checkpoints.expert_heads import find_own_heads
     from trainmerge.checkpoints.head_parts import may_have_head
     from trainmerge.checkpoints.linear_head import beyond_linear
+    from trainmerge.checkpoints.lora_targets import LoraTarget, LoraTargets, lora_targets
     from trainmerge.checkpoints.meta_model import build_meta_model, locate
     from trainmerge.checkpoints.model import LoadedModel, empty_model, load_meta_model, load_model
     from trainmerge.checkpoints.output import Output, output_of, output_of_class
@@ -46,6 +47,9 @@ _HEAVY = {
     "find_own_heads": "expert_heads",
     "find_sources": "compatibility",
     "LoadedModel": "model",
+    "LoraTarget": "lora_targets",
+    "LoraTargets": "lora_targets",
+    "lora_targets": "lora_targets",
     "load_meta_model": "model",
     "load_model": "model",
     "Output": "output",
@@ -60,6 +64,8 @@ _HEAVY = {
 __all__ = [
     "Checkpoint",
     "LoadedModel",
+    "LoraTarget",
+    "LoraTargets",
     "Output",
     "OwnHead",
     "SideModule",
@@ -80,6 +86,7 @@ __all__ = [
     "load_meta_model",
     "load_model",
     "locate",
+    "lora_targets",
     "may_have_head",
     "module_folders",
     "open_checkpoint",

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
 
+from trainmerge.cli.adapters import extract
 from trainmerge.cli.arguments import options_of, split_words, take_trusted
 from trainmerge.cli.command_help import check_words, command_help
 from trainmerge.cli.commands import allocate, compare, evaluate, export, report
@@ -22,7 +23,21 @@ from trainmerge.system.memory import is_out_of_memory
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
-PLAIN = (allocate, compare, evaluate, export, inspect, merge, pareto, plan, push, rebuild, report, search)
+PLAIN = (
+    allocate,
+    compare,
+    evaluate,
+    export,
+    extract,
+    inspect,
+    merge,
+    pareto,
+    plan,
+    push,
+    rebuild,
+    report,
+    search,
+)
 RESUMABLE = ("fit", "merge", "search")  # commands that resume
 
 USAGE = """usage: trainmerge COMMAND ...
@@ -39,6 +54,8 @@ commands:
              for a second fit:    trainmerge fit ... --recipe.grouping.chunks chunks.json
   export     write the model:     trainmerge export runs/first merged/
              and read it again:   trainmerge export runs/first merged/ --verify
+             as a LoRA:           trainmerge export runs/first adapter/ --as adapter --rank 16
+  extract    a LoRA of a model:   trainmerge extract BASE EXPERT adapter/ --rank 16 --rest leave
   push       to the hub:          trainmerge push merged/ org/name --dry-run
   rebuild    a merge again:       trainmerge rebuild merged/README.md again/
   evaluate   score it:            trainmerge evaluate runs/first
