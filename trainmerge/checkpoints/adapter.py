@@ -78,7 +78,7 @@ def open_adapter(
     if (path / PATCH).is_file():
         raise ValueError(
             f"{path}: an adapter with a file of further differences, {PATCH}, which a merge of the adapter "
-            "would lack. Merge the model that it was made from; or remove that file to merge the adapter alone"
+            "would lack. Merge the model that it was made from; or remove that file to merge the rest"
         )
     config = read_folder_json(path / "adapter_config.json")
     check_adapter_config(path / "adapter_config.json", config)

@@ -8,58 +8,25 @@ Legend: `r` rank of a module, `m x n` its weight as stored, `T` terms, `C` chunk
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints import Checkpoint
 from trainmerge.checkpoints.whole import PATCH
 from trainmerge.export.adapter_form import AdapterForm, AdapterReport, Written, relative
+from trainmerge.export.adapter_source import AdapterSource, check_budget, check_rest
 from trainmerge.kernels import accumulation_dtype
 from trainmerge.system.console import progress
 from trainmerge.system.safetensors_file import sha256, write_safetensors
 from trainmerge.system.safetensors_format import file_order
-from trainmerge.system.text import listed
-from trainmerge.task_vectors.changes import Change
 from trainmerge.task_vectors.factors import EXACT, Factors, recompress, truncate
 
 if TYPE_CHECKING:  # imports transformers and peft
-    from trainmerge.checkpoints import LoraTarget, LoraTargets
+    from trainmerge.checkpoints import LoraTarget
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-@dataclass(frozen=True)
-class AdapterSource:
-    """What an adapter is made from.
-
-    Args:
-        base: The checkpoint that it will be loaded on.
-        targets: Its modules.
-        changes: Tensor of the base's files -> its change; tensors that nothing changes are left out.
-        base_id: The base's id on the hub, and its commit, where they are known.
-        label: For errors: the run, or the expert.
-    """
-
-    base: Checkpoint
-    targets: "LoraTargets"
-    changes: Mapping[str, Change]
-    base_id: tuple[str | None, str | None] = (None, None)
-    label: str = "the merge"
-
-    def divided(self, form: AdapterForm) -> tuple[list[str], list[str]]:
-        """Tensors that become factors, and the rest."""
-        modules: list[str] = []
-        rest: list[str] = []
-        for name, change in self.changes.items():
-            target = self.targets.modules.get(name)
-            fits = target and (target.kind != "embedding" or form.embeddings or change.low_rank)
-            (modules if fits else rest).append(name)
-        return modules, rest
 
 
 @torch.no_grad()
@@ -75,8 +42,8 @@ def write_adapter(
     modules, rest = source.divided(form)
     sizes = {name: source.changes[name].square() for name in rest}
     rest = [name for name in rest if sizes[name] > 0]
-    _check_rest(source, form, modules, {name: sizes[name] for name in rest})
-    _check_budget(source, form, modules)
+    check_rest(source, form, modules, {name: sizes[name] for name in rest})
+    check_budget(source, form, modules)
     made: dict[str, Factors] = {}
     for name in progress(modules, "factors", disable=len(modules) < 2):
         if (factors := _factors(source, form, name)).square > 0:
@@ -189,36 +156,3 @@ def _report(
         sum(rest.values()) / square,
         patched,
     )
-
-
-def _check_rest(
-    source: AdapterSource, form: AdapterForm, modules: Sequence[str], rest: Mapping[str, float]
-) -> None:
-    """Raise ValueError for changes outside of all modules, with their share of the norm."""
-    after = [name for name in rest if name not in source.targets.parameters]
-    if after and form.rest == "patch":
-        raise ValueError(
-            f"{source.label} changes {listed(after)}, of layers after the model, which neither an adapter "
-            "nor a patch of the model reaches: export a checkpoint, or leave them out with --rest leave"
-        )
-    if not rest or form.rest is not None:
-        return
-    square = sum(rest.values())
-    whole = square + sum(source.changes[name].square() for name in modules)
-    worst = sorted(rest, key=lambda name: -rest[name])
-    raise ValueError(
-        f"{source.label} changes {len(rest)} tensors that a LoRA does not hold (norms, biases, embeddings, "
-        f"weights outside of linear layers): {listed(worst)}. They are {sqrt(square / whole):.2%} of the "
-        f"change's norm, {square / whole:.2%} of its square. Write them to a file of differences with --rest "
-        "patch, leave them out with --rest leave, factor embeddings with --embeddings, or export a checkpoint"
-    )
-
-
-def _check_budget(source: AdapterSource, form: AdapterForm, modules: Sequence[str]) -> None:
-    """Raise ValueError for dense changes without a bound, which would be factors of full rank."""
-    dense = [name for name in modules if not source.changes[name].low_rank]
-    if dense and form.budget.is_open:
-        raise ValueError(
-            f"{source.label} changes {listed(dense)} by more than adapters, so their ranks are full: name a "
-            "--rank, or the share of the squared norm to keep, --energy 0.95"
-        )

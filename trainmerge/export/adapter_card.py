@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainmerge.checkpoints.whole import PATCH as PATCH_FILE
 from trainmerge.export.adapter_form import KIND, AdapterForm, AdapterReport
 from trainmerge.export.card_sources import Source, base_ids
 from trainmerge.export.markdown import code, fenced, inline
@@ -52,7 +53,7 @@ def adapter_words(form: AdapterForm, reports: Sequence[AdapterReport]) -> str:
     parts.append(fenced(PEFT.format(folder=folder, what=what), "python"))
     if any(report.patched for report in reports):
         parts.append(
-            f"Norms, biases and other tensors that no LoRA holds are in {code('trainmerge_rest.safetensors')}, as "
+            f"Norms, biases and other tensors that no LoRA holds are in {code(PATCH_FILE)}, as "
             "differences under the model's parameter names. Add them first:"
         )
         parts.append(fenced(PATCH.format(folder=folder, what=what), "python"))

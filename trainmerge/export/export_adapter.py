@@ -7,8 +7,9 @@ from pathlib import Path
 
 from trainmerge.checkpoints.whole import export_manifest
 from trainmerge.coefficients.coefficients import Coefficients
-from trainmerge.export.adapter import AdapterSource, write_adapter
+from trainmerge.export.adapter import write_adapter
 from trainmerge.export.adapter_form import AdapterForm, AdapterReport
+from trainmerge.export.adapter_source import AdapterSource
 from trainmerge.export.card_sources import base_origin, card_sources
 from trainmerge.export.explain import Exported, explain
 from trainmerge.export.export import check_target, merge_of
@@ -120,8 +121,8 @@ def warn_of_errors(reports: Sequence[AdapterReport]) -> None:
         if report.worst:
             place = f"{report.place}: " if report.place else ""
             warnings.warn(
-                f"{place}the adapter misses {report.error:.1%} of the change, most of it in {report.worst}; a "
-                "larger rank, or a share of energy nearer to 1, misses less",
+                f"{place}the adapter misses {report.error:.1%} of the change, most of it in {report.worst}; "
+                "a larger rank, or a share of energy nearer to 1, misses less",
                 stacklevel=3,
             )
 

@@ -9,9 +9,10 @@ import torch
 import yaml
 
 from trainmerge.checkpoints import find_own_heads, find_sources, lora_targets, open_checkpoint
-from trainmerge.export.adapter import AdapterSource, write_adapter
+from trainmerge.export.adapter import write_adapter
 from trainmerge.export.adapter_card import adapter_metadata, adapter_words
 from trainmerge.export.adapter_form import AdapterForm, AdapterReport, adapter_record
+from trainmerge.export.adapter_source import AdapterSource
 from trainmerge.export.card_metadata import hub_metadata
 from trainmerge.export.card_sources import Source, base_origin, source_of
 from trainmerge.export.explain import write_export_manifest

@@ -114,7 +114,7 @@ def recompress(up: Tensor, down: Tensor, budget: Budget) -> Factors:
 
 
 def truncate(matrix: Tensor, budget: Budget) -> Factors:
-    """The leading singular triples of a matrix [m, n] that the budget keeps; both factors have their roots."""
+    """The leading singular triples of a matrix [m, n] that the budget keeps, their roots in both factors."""
     square = sum(float(rows.square().sum()) for _, rows in _wide_rows(matrix))
     small, rank = min(matrix.shape), FIRST if budget.rank is None else budget.rank
     while small > EXACT and 4 * (rank + OVERSAMPLING) < small:
