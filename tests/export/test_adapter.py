@@ -67,7 +67,9 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number, config in enumerate(LORAS[kind]):
             with quiet():
                 model = get_peft_model(build(), config)
-            nudge(model, number)
+            generator = torch.Generator().manual_seed(number)
+            for parameter in (one for one in model.parameters() if one.requires_grad):
+                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
             save(model, root / kind / "ab"[number])
     return root
 
@@ -112,7 +114,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def with_adapter(model: PreTrainedModel, adapter: Path) -> torch.nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # peft warns of keys that it misses or does not know
+        warnings.simplefilter("error", UserWarning)  # peft warns of keys that it misses or does not know
         found: torch.nn.Module = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
         return found.eval()
 
@@ -129,7 +131,7 @@ def test_lora_experts_are_one_lora_exactly(
     kind: str, grouping: tm.Grouping, worlds: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    (report,), merge = write(recipe(worlds / kind, grouping=grouping), out)
+    (report,), _ = write(recipe(worlds / kind, grouping=grouping), out)
     assert {one.how for one in report.modules.values()} == {"exact"}
     assert report.error < 1e-7
     assert not report.rest
@@ -169,7 +171,7 @@ def test_an_adapter_is_an_expert_again(kind: str, worlds: Path, tmp_path: Path) 
         torch.testing.assert_close(tensor, want[name], rtol=0, atol=1e-6)
 
 
-def dense_changes(own: tm.Recipe, merge: CheckpointMerge) -> dict[str, torch.Tensor]:
+def dense_changes(merge: CheckpointMerge) -> dict[str, torch.Tensor]:
     """merged - base in float64, by the formula."""
     values = merge.coefficients().detach().double()
     found = {}
@@ -188,7 +190,7 @@ def test_a_smaller_rank_loses_what_float64_singular_values_say(
     with pytest.warns(UserWarning, match=r"misses .*% of the change.*q_proj|misses .*% of the change"):
         (report,), merge = write_and_warn(own, tmp_path / "out", rank=2, rest="leave")
     square = lost = 0.0
-    for name, change in dense_changes(own, merge).items():
+    for name, change in dense_changes(merge).items():
         one = report.modules.get(name.removesuffix(".weight"))
         whole = float(change.square().sum())
         tail = whole
@@ -196,7 +198,9 @@ def test_a_smaller_rank_loses_what_float64_singular_values_say(
             assert one.rank == 2
             tail = float(torch.linalg.svdvals(change)[2:].square().sum())
             assert one.error == pytest.approx((tail / whole) ** 0.5, rel=1e-5, abs=1e-7)
-            assert one.how == ("SVD" if experts == "f" else "recompressed" if tail else one.how)
+            assert one.how == (
+                "SVD" if experts == "f" else "exact" if "down_proj" in name else "recompressed"
+            )
         square, lost = square + whole, lost + tail
     assert report.error == pytest.approx((lost / square) ** 0.5, rel=1e-5)
 
@@ -235,7 +239,7 @@ def test_energy_holds_in_every_module(worlds: Path, tmp_path: Path) -> None:
     own = recipe(worlds / "llama", "f")
     (report,), merge = write(own, tmp_path / "out", energy=0.9, rest="leave")
     assert len({one.rank for one in report.modules.values()}) > 1
-    for name, change in dense_changes(own, merge).items():
+    for name, change in dense_changes(merge).items():
         if one := report.modules.get(name.removesuffix(".weight")):
             shares = torch.linalg.svdvals(change).square().cumsum(0) / change.square().sum()
             assert one.rank == int((shares < 0.9).sum()) + 1
@@ -251,7 +255,7 @@ def test_what_no_lora_holds_is_refused_with_its_share(worlds: Path, tmp_path: Pa
     ):
         write(own, tmp_path / "none", rank=4)
     (report,), merge = write(own, tmp_path / "left", rank=4, rest="leave")
-    changes = dense_changes(own, merge)
+    changes = dense_changes(merge)
     rest = {name for name in changes if "norm" in name or "embed" in name}
     assert set(report.rest) == rest
     share = sum(float(changes[n].square().sum()) for n in rest) / sum(
@@ -312,7 +316,7 @@ def test_what_vllm_reads(worlds: Path, tmp_path: Path) -> None:
     assert config["lora_alpha"] / config["r"] == 1  # the only scale that it knows
     assert config["target_modules"] == sorted(EVERY)
     assert config["bias"] == "none"
-    assert not config["modules_to_save"] and not config["use_dora"] and not config["use_rslora"]
+    assert not any(config[key] for key in ("modules_to_save", "use_dora", "use_rslora"))
     made: Mapping[str, torch.Tensor] = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for name, part in made.items():
         first, second, *inner, side, end = name.split(".")

@@ -123,9 +123,9 @@ def test_a_norm_from_factors_survives_cancellation() -> None:
 
 
 def test_a_budget_is_checked() -> None:
-    with pytest.raises(ValueError, match=r"adapter.rank must be .* at least 1"):
+    with pytest.raises(ValueError, match=r"adapter.rank must be at least 1"):
         Budget(0)
-    with pytest.raises(ValueError, match=r"adapter.energy must be .* in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"adapter.energy must be in \(0, 1\]"):
         Budget(energy=1.5)
     with pytest.raises(ValueError, match="exclude each other"):
         Budget(4, 0.9)

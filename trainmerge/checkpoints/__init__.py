@@ -26,12 +26,12 @@ from trainmerge.checkpoints.side_modules import (
 from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
+    from trainmerge.checkpoints.adapter_targets import LoraTarget, LoraTargets, lora_targets
     from trainmerge.checkpoints.compatibility import find_sources
     from trainmerge.checkpoints.computed_positions import compute, computed_parameters
     from trainmerge.checkpoints.expert_heads import find_own_heads
     from trainmerge.checkpoints.head_parts import may_have_head
     from trainmerge.checkpoints.linear_head import beyond_linear
-    from trainmerge.checkpoints.lora_targets import LoraTarget, LoraTargets, lora_targets
     from trainmerge.checkpoints.meta_model import build_meta_model, locate
     from trainmerge.checkpoints.model import LoadedModel, empty_model, load_meta_model, load_model
     from trainmerge.checkpoints.output import Output, output_of, output_of_class
@@ -47,9 +47,9 @@ _HEAVY = {
     "find_own_heads": "expert_heads",
     "find_sources": "compatibility",
     "LoadedModel": "model",
-    "LoraTarget": "lora_targets",
-    "LoraTargets": "lora_targets",
-    "lora_targets": "lora_targets",
+    "LoraTarget": "adapter_targets",
+    "LoraTargets": "adapter_targets",
+    "lora_targets": "adapter_targets",
     "load_meta_model": "model",
     "load_model": "model",
     "Output": "output",

@@ -45,7 +45,8 @@ def write_adapter(
     check_rest(source, form, modules, {name: sizes[name] for name in rest})
     check_budget(source, form, modules)
     made: dict[str, Factors] = {}
-    for name in progress(modules, "factors", disable=len(modules) < 2):
+    quick = all(source.changes[name].low_rank for name in modules)
+    for name in progress(modules, "factors", disable=quick):
         if (factors := _factors(source, form, name)).square > 0:
             made[name] = factors
     if not made:

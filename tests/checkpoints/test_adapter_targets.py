@@ -15,7 +15,7 @@ from transformers import (
 
 from tests.world import bert, llama
 from trainmerge.checkpoints import lora_targets, open_checkpoint
-from trainmerge.checkpoints.lora_targets import LoraTarget, LoraTargets
+from trainmerge.checkpoints.adapter_targets import LoraTarget, LoraTargets
 from trainmerge.checkpoints.meta_model import quiet
 
 
