@@ -62,7 +62,8 @@ class AdapterForm:
         """
         try:
             kept = dict(content)
-            return cls(**kept, each={"adapter": False, "adapters": True}[kept.pop(KIND)])
+            each = {"adapter": False, "adapters": True}[kept.pop(KIND)]
+            return cls(**kept, each=each)
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"{where}: its `adapter` is damaged ({error}). Export the run again.") from error
 
@@ -115,10 +116,9 @@ class AdapterReport:
 
     @property
     def worst(self) -> str:
-        """The modules with the largest errors, where the whole error is large; empty otherwise."""
-        if self.error <= LARGE:
-            return ""
-        order = sorted(self.modules, key=lambda name: -self.modules[name].error)
+        """The modules with the largest errors, where they are large; empty otherwise."""
+        far = [name for name, one in self.modules.items() if one.error > LARGE]
+        order = sorted(far, key=lambda name: -self.modules[name].error)
         return listed([f"{name} ({self.modules[name].error:.1%})" for name in order], 4)
 
     def to_json(self) -> dict[str, Any]:

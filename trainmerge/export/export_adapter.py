@@ -101,7 +101,7 @@ def export_adapter(
         at = unfinished(run_folder)
         if at and distributed.rank() == 0:
             print(unfinished_line(run_folder), flush=True)
-        coefficients = coefficients or learned
+        coefficients, reports = coefficients or learned, []
         check_target(target, [run_folder.path, *opened.folders.values()])
         with staging_shared(target, overwrite) as folder, agreed():
             with distributed.rank_zero_first():
@@ -111,7 +111,7 @@ def export_adapter(
                 own = coefficients is learned
                 merged = Exported(run_folder, recipe, opened, coefficients, own, at)
                 explain(folder, target.name, replace(merged, adapter=form, reports=reports), made)
-                warn_of_errors(reports)
+    warn_of_errors(reports)
     return target
 
 

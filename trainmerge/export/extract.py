@@ -1,8 +1,8 @@
 """A LoRA out of a full fine-tune, or an adapter of another rank: from files, one tensor at a time."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -57,10 +57,11 @@ def extract(
         raise ValueError("extract writes one adapter: leave out `each`")
     folders = [folder_of(str(path), True, allow_pickle) for path in (base, expert)]
     check_target(target, folders)
-    with staging(target, overwrite) as folder, TemporaryDirectory(dir=target.resolve().parent) as place:
+    with staging(target, overwrite) as folder:
+        workspace = folder / ".workspace"  # of adapters that are not plainly low-rank
         checkpoint = open_checkpoint(folders[0], allow_pickle)
         sources = find_sources(
-            checkpoint, {EXPERT: folders[1]}, ignore=ignore, allow_pickle=allow_pickle, workspace=Path(place)
+            checkpoint, {EXPERT: folders[1]}, ignore=ignore, allow_pickle=allow_pickle, workspace=workspace
         )
         one = torch.ones(1, 1, dtype=torch.float64)
         changes = {name: Change(name, delta, one) for name, delta in sources.open(checkpoint).deltas.items()}
@@ -76,7 +77,8 @@ def extract(
         (folder / "README.md").write_text(card, encoding="utf-8")
         record = {"extracted": True, "own_head": left} | adapter_record(form, [report])
         write_export_manifest(folder, made, None, record)
-        warn_of_errors([report])
+        shutil.rmtree(workspace, ignore_errors=True)
+    warn_of_errors([report])
     return target
 
 
