@@ -10,18 +10,32 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import BertModel, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    ViTConfig,
+    ViTModel,
+)
 
 import trainmerge as tm
 from tests.bounds import aligned
 from tests.world import WORDS, bert, llama, nudge, write_tokenizer
+from trainmerge.checkpoints import lora_targets, open_checkpoint
 from trainmerge.checkpoints.meta_model import quiet
 from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.export import adapter_source
+from trainmerge.export.adapter import write_adapter
 from trainmerge.export.adapter_form import AdapterReport
-from trainmerge.export.export_adapter import AdapterMerge
+from trainmerge.export.export import write_checkpoint
+from trainmerge.export.export_adapter import AdapterMerge, warn_of_errors
 from trainmerge.export.shards import CheckpointMerge
+from trainmerge.kernels import Difference
 from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.run.opened import Opened
+from trainmerge.task_vectors.changes import Change
 
 LOGITS = 1e-6  # relative to the largest: rounding of one small model, two ways
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -206,8 +220,6 @@ def test_a_smaller_rank_loses_what_float64_singular_values_say(
 
 
 def write_and_warn(own: tm.Recipe, out: Path, **form: object) -> tuple[list[AdapterReport], CheckpointMerge]:
-    from trainmerge.export.export_adapter import warn_of_errors
-
     reports, merge = write(own, out, **form)
     warn_of_errors(reports)
     return reports, merge
@@ -286,8 +298,6 @@ def test_each_expert_on_the_merge(methods: list[tm.Preprocess], worlds: Path, tm
     form = {"energy": 1.0, "rest": "leave"} if methods else {}
     out.mkdir()
     merge, opened = opened_merge(own, tmp_path / "w")
-    from trainmerge.export.export import write_checkpoint
-
     (tmp_path / "merged").mkdir()
     write_checkpoint(merge, tmp_path / "merged")
     reports, files = AdapterMerge(merge, opened, own, tm.AdapterForm(each=True, **form)).write(out)  # type: ignore[arg-type]
@@ -328,3 +338,41 @@ def test_what_vllm_reads(worlds: Path, tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+
+
+def test_a_convolution_is_factored_over_its_kernel(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    with quiet():
+        base = ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4))
+        base.save_pretrained(tmp_path / "base")
+        nudge(base, 1)
+        base.save_pretrained(tmp_path / "full")
+    (report,), _ = write(recipe(tmp_path, "f"), tmp_path / "out", energy=1.0, rest="patch")
+    assert report.modules["embeddings.patch_embeddings.projection"].rank == 8
+    made = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    place = "base_model.model.embeddings.patch_embeddings.projection"
+    assert made[f"{place}.lora_A.weight"].shape == (8, 3, 4, 4)
+    assert made[f"{place}.lora_B.weight"].shape == (8, 8, 1, 1)
+    pictures = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with quiet(), torch.no_grad():
+        model = apply_patch(
+            ViTModel.from_pretrained(tmp_path / "base"), tmp_path / "out" / "trainmerge_rest.safetensors"
+        )
+        got = with_adapter(model, tmp_path / "out")(pixel_values=pictures)[0]
+        want = ViTModel.from_pretrained(tmp_path / "out-merged").eval()(pixel_values=pictures)[0]
+    assert_same(got, want, 1e-5)
+
+
+def test_layers_after_the_model_are_out_of_reach(worlds: Path, tmp_path: Path) -> None:
+    """As sentence-transformers has them: neither an adapter nor a patch of the model changes them."""
+    source = adapter_source.AdapterSource(
+        open_checkpoint(worlds / "llama" / "base"),
+        lora_targets(open_checkpoint(worlds / "llama" / "base")),
+        {"2_Dense/linear.weight": Change("2_Dense/linear.weight", one_term(), torch.ones(1, 1))},
+    )
+    with pytest.raises(ValueError, match=r"2_Dense/linear.weight, of layers after the model"):
+        write_adapter(source, tm.AdapterForm(rank=2, rest="patch"), tmp_path)
+
+
+def one_term() -> tm.Delta:
+    return tm.Delta(torch.zeros(3, 2), (Difference(torch.ones(3, 2)),))

@@ -59,8 +59,8 @@ def export(
         form = AdapterForm(rank, energy, rest, embeddings, dtype, as_ == "adapters")
         export_adapters(run, out, form, overwrite, verify)
         return
-    given = {"rank": rank, "energy": energy, "rest": rest, "embeddings": embeddings}
-    refuse("a checkpoint (--as adapter has one)", given)
+    of_adapters = {"rank": rank, "energy": energy, "rest": rest, "embeddings": embeddings}
+    refuse("a checkpoint (--as adapter has one)", of_adapters)
     if mergekit:
         from trainmerge.merging.to_mergekit import to_mergekit
 

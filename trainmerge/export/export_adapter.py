@@ -55,7 +55,8 @@ class AdapterMerge:
             source = AdapterSource(self.merge.base, targets, merge_changes(self.merge), base_id)
             report, files = write_adapter(source, self.form, folder)
             return [report], files
-        reports, made = [], {}
+        reports: list[AdapterReport] = []
+        made: dict[str, str] = {}
         self._check_names()
         for number, name in enumerate(self.merge.coefficients.experts):
             changes = expert_changes(self.merge, self.opened.task_vectors, number)
@@ -96,12 +97,13 @@ def export_adapter(
         ValueError: as `export_run`; or changes that no LoRA holds, or dense ones, without a choice in `form`.
     """
     run_folder, target, form = RunFolder(Path(run)), Path(out), form or AdapterForm()
+    reports: list[AdapterReport] = []
     with joined():
         recipe, learned, opened = open_run(run_folder)
         at = unfinished(run_folder)
         if at and distributed.rank() == 0:
             print(unfinished_line(run_folder), flush=True)
-        coefficients, reports = coefficients or learned, []
+        coefficients = coefficients or learned
         check_target(target, [run_folder.path, *opened.folders.values()])
         with staging_shared(target, overwrite) as folder, agreed():
             with distributed.rank_zero_first():
