@@ -63,10 +63,10 @@ def export_adapters(run: str, out: str, form: "AdapterForm", overwrite: bool, ve
 
 def print_adapters(folder: Path) -> None:
     """Print rank and error of every module, of the whole, and what is left out."""
-    from trainmerge.checkpoints.whole import export_manifest
+    from trainmerge.export.export_adapter import adapter_manifest
     from trainmerge.system.console import print_table
 
-    manifest = export_manifest(folder)
+    manifest = adapter_manifest(folder)
     for place, found in manifest["adapters"].items():
         rows = [
             [name, str(one["rank"]), f"{one['error']:.3g}", one["how"]]

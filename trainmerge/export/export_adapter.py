@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from trainmerge.checkpoints.whole import export_manifest
 from trainmerge.coefficients.coefficients import Coefficients
@@ -129,7 +130,12 @@ def warn_of_errors(reports: Sequence[AdapterReport]) -> None:
             )
 
 
+def adapter_manifest(folder: Path) -> dict[str, Any]:
+    """An export's manifest; empty for another folder."""
+    return export_manifest(folder)
+
+
 def adapter_of(folder: Path) -> AdapterForm | None:
     """What an export with adapters kept; None for another folder."""
-    record = export_manifest(folder).get("adapter")
+    record = adapter_manifest(folder).get("adapter")
     return AdapterForm.read(record, folder) if isinstance(record, Mapping) else None
