@@ -8,7 +8,13 @@ from transformers import (
     CLIPModel,
     GPT2Config,
     GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
     ViTConfig,
     ViTModel,
 )
@@ -91,3 +97,30 @@ def test_a_head_over_an_encoder_and_a_pooler(tmp_path: Path) -> None:
     assert found.task_type == "FEATURE_EXTRACTION"
     assert kinds(found)["pooler.dense"] == "linear"
     assert kinds(found)["embeddings.word_embeddings"] == "embedding"
+
+
+def test_modules_whose_weight_is_used_without_calling_them(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "vocab_size": 9, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 2}
+    mamba = targets(MambaForCausalLM(MambaConfig(**sizes, tie_word_embeddings=False)), tmp_path / "m")
+    assert kinds(mamba)["backbone.layers.0.mixer.in_proj"] == "linear"
+    assert not {"backbone.layers.0.mixer.dt_proj", "backbone.layers.0.mixer.conv1d"} & kinds(mamba).keys()
+    opt = OPTConfig(
+        hidden_size=8, word_embed_proj_dim=8, vocab_size=9, num_hidden_layers=1, num_attention_heads=2,
+        ffn_dim=8, max_position_embeddings=8,
+    )  # fmt: skip
+    found = kinds(targets(OPTForCausalLM(opt), tmp_path / "o"))
+    assert "model.decoder.embed_positions" not in found  # it adds an offset to its input
+    assert found["model.decoder.layers.0.fc1"] == "linear"
+    t5 = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9)
+    assert (
+        kinds(targets(T5EncoderModel(t5), tmp_path / "t"))["encoder.block.0.layer.1.DenseReluDense.wo"]
+        == "linear"
+    )
+
+
+def test_modules_that_peft_refuses_are_named(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "vocab_size": 9, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 2}
+    found = targets(MambaForCausalLM(MambaConfig(**sizes)), tmp_path / "m")
+    config = {"peft_type": "LORA", "r": 1, "target_modules": ["out_proj"]}
+    with pytest.raises(ValueError, match=r"peft has no LoRA of these modules.*out_proj"):
+        found.check(config, {})

@@ -1,7 +1,10 @@
 """The base's modules that a LoRA can change, and peft's own opinion of a configuration for them."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from inspect import getsource
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +19,7 @@ from trainmerge.checkpoints.meta_model import build_meta_model, quiet
 from trainmerge.checkpoints.output import output_of
 from trainmerge.checkpoints.parameters import Parameters, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint
+from trainmerge.system.text import reason
 
 Kind = Literal["linear", "transposed", "embedding", "convolution"]
 TASKS = {  # kind of output -> peft's task_type, where its wrapper adds no module of its own
@@ -23,9 +27,16 @@ TASKS = {  # kind of output -> peft's task_type, where its wrapper adds no modul
     "sequence-to-sequence model": "SEQ_2_SEQ_LM",
     "model without an output layer": "FEATURE_EXTRACTION",
 }
-# Convolutions of these kinds with one group are products of a convolution and a 1 x 1 one.
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-UNREAD = (nn.modules.linear.NonDynamicallyQuantizableLinear,)  # of nn.MultiheadAttention: never called
+KINDS: dict[type[nn.Module], Kind] = {  # a subclass with a forward of its own is none of them
+    nn.Linear: "linear",
+    Conv1D: "transposed",
+    nn.Embedding: "embedding",
+    # of one group: the product of a convolution and one of 1 x 1
+    nn.Conv1d: "convolution",
+    nn.Conv2d: "convolution",
+    nn.Conv3d: "convolution",
+}
+UNCALLED = (nn.modules.linear.NonDynamicallyQuantizableLinear,)  # of nn.MultiheadAttention
 
 
 class LoraTarget(NamedTuple):
@@ -75,13 +86,20 @@ class LoraTargets:
         return "|".join(name.replace(".", r"\.") for name in whole)
 
     def check(self, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
-        """Assert that peft, given this configuration, expects tensors of exactly these names and shapes."""
-        with quiet(), torch.device("meta"):
-            wrapped = get_peft_model(
-                build_meta_model(self.folder),
-                LoraConfig(**{**config, "task_type": None, "auto_mapping": None}),
-            )
-            expected = saved_tensors(wrapped)
+        """Assert that peft, given this configuration, expects tensors of exactly these names and shapes.
+
+        Raises:
+            ValueError: peft refuses these modules.
+        """
+        own = LoraConfig(**{**config, "task_type": None, "auto_mapping": None})
+        try:
+            with quiet(), torch.device("meta"):
+                expected = saved_tensors(get_peft_model(build_meta_model(self.folder), own))
+        except ValueError as error:
+            raise ValueError(
+                f"{self.folder}: peft has no LoRA of these modules: {reason(error)}. Leave them out of the "
+                "merge (recipe.grouping.exclude, or --ignore of extract), or export a checkpoint"
+            ) from error
         made = {name: tuple(shape) for name, shape in shapes.items()}
         wanted = {name: tuple(shape) for name, shape in expected.items()}
         assert made == wanted, f"peft expects other tensors: {sorted(made.items() ^ wanted.items())[:4]}"
@@ -108,9 +126,12 @@ def lora_targets(base: Checkpoint, ignore: Sequence[str] = ()) -> LoraTargets:
 
 def _modules(frame: Parameters) -> dict[str, LoraTarget]:
     users: dict[int, list[LoraTarget | None]] = {}
-    for name, module in frame.meta_model.named_modules():
+    inside = dict(frame.meta_model.named_modules())
+    for name, module in inside.items():
+        parent, _, own = name.rpartition(".")
         for leaf, parameter in module.named_parameters(recurse=False):
-            kind = _kind(module) if leaf == "weight" and name else None
+            called = leaf == "weight" and name and not _reads_weight(type(inside[parent]), own)
+            kind = _kind(module) if called else None
             users.setdefault(id(parameter), []).append(LoraTarget(name, kind) if kind else None)
     owners = {name: id(parameter) for name, parameter in frame.meta_model.named_parameters()}
     found = {file: users[owners[parameter]] for parameter, file in frame.files.items()}
@@ -118,15 +139,26 @@ def _modules(frame: Parameters) -> dict[str, LoraTarget]:
 
 
 def _kind(module: nn.Module) -> Kind | None:
-    if isinstance(module, UNREAD):
+    """What peft would make of it, if it computes what a module of that kind does."""
+    if isinstance(module, UNCALLED) or getattr(module, "groups", 1) != 1:
         return None
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, Conv1D):
-        return "transposed"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    return "convolution" if isinstance(module, CONVOLUTIONS) and module.groups == 1 else None
+    return next((kind for base, kind in KINDS.items() if type(module).forward is base.forward), None)
+
+
+@cache
+def _reads_weight(parent: type[nn.Module], child: str) -> bool:
+    """Whether a module's code computes with a child's weight without calling it (Mamba's `dt_proj`).
+
+    peft would not be asked then, so its LoRA would change nothing. Reading the dtype, or setting it, is fine.
+    """
+    try:
+        lines = getsource(parent).splitlines()
+    except (OSError, TypeError):  # no file has it
+        return False
+    use = re.compile(
+        rf"self\.{re.escape(child)}\.weight\b(?!\.(?:dtype|device|shape|size|data)\b)(?!\s*=[^=])"
+    )
+    return any(use.search(line) and "isinstance(" not in line for line in lines)
 
 
 def _matches(module: str, names: Iterable[str]) -> bool:

@@ -127,6 +127,11 @@ def _factors(source: AdapterSource, form: AdapterForm, name: str) -> Factors:
         wide = torch.float64 if min(rows, columns) <= EXACT else own
         found = truncate(change.dense(wide).view(rows, columns), form.budget)
     found = found.rounded(own)
+    if not (found.up.isfinite().all() and found.down.isfinite().all()):
+        raise ValueError(
+            f"{name}: the factors of {source.label} are not finite in {str(own).removeprefix('torch.')}; check "
+            "the coefficients with `trainmerge inspect`, or write another dtype"
+        )
     if target.kind != "convolution":
         return found
     ones = [1] * len(change.shape[2:])
