@@ -129,8 +129,8 @@ def _factors(source: AdapterSource, form: AdapterForm, name: str) -> Factors:
     found = found.rounded(own)
     if not (found.up.isfinite().all() and found.down.isfinite().all()):
         raise ValueError(
-            f"{name}: the factors of {source.label} are not finite in {str(own).removeprefix('torch.')}; check "
-            "the coefficients with `trainmerge inspect`, or write another dtype"
+            f"{name}: the factors of {source.label} are not finite in {str(own).removeprefix('torch.')}; "
+            "check the coefficients with `trainmerge inspect`, or write another dtype"
         )
     if target.kind != "convolution":
         return found
