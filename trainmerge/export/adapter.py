@@ -19,6 +19,7 @@ from trainmerge.export.adapter_form import AdapterForm, AdapterReport, Written, 
 from trainmerge.export.adapter_source import AdapterSource, check_budget, check_rest
 from trainmerge.kernels import accumulation_dtype
 from trainmerge.system.console import progress
+from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.safetensors_file import sha256, write_safetensors
 from trainmerge.system.safetensors_format import file_order
 from trainmerge.task_vectors.factors import EXACT, Factors, recompress, truncate
@@ -112,6 +113,7 @@ def write_patch(source: AdapterSource, names: Sequence[str], path: Path) -> str:
     kinds = {key: accumulation_dtype(change.delta.base.dtype) for key, change in inside.items()}
     specs = {key: (kinds[key], tuple(change.shape)) for key, change in inside.items()}
     pairs = ((key, block.to(kinds[key])) for key in file_order(specs) for block in inside[key].blocks())
+    check_free_space(path.parent, sum(kinds[key].itemsize * c.shape.numel() for key, c in inside.items()))
     write_safetensors(path, specs, pairs, {"format": "pt"})
     return sha256(path)
 
@@ -142,6 +144,7 @@ def _factors(source: AdapterSource, form: AdapterForm, name: str) -> Factors:
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
     specs = {key: (part.dtype, tuple(part.shape)) for key, part in tensors.items()}
+    check_free_space(path.parent, sum(part.nbytes for part in tensors.values()))
     write_safetensors(path, specs, ((key, tensors[key]) for key in file_order(specs)), {"format": "pt"})
     return sha256(path)
 
