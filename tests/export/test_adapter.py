@@ -107,7 +107,9 @@ def write(own: tm.Recipe, out: Path, **form: object) -> tuple[list[AdapterReport
     """The adapter in `out`, the merged checkpoint in `out`-merged."""
     out.mkdir()
     merge, opened = opened_merge(own, out.with_name(f"{out.name}-workspace"))
-    tm.export_merge(opened.base, merge.task_vectors, merge.coefficients, out.with_name(f"{out.name}-merged"))
+    merged = out.with_name(f"{out.name}-merged")
+    merged.mkdir()
+    write_checkpoint(merge, merged)
     reports, _ = AdapterMerge(merge, opened, own, tm.AdapterForm(**form)).write(out)  # type: ignore[arg-type]
     return reports, merge
 
@@ -245,6 +247,19 @@ def test_a_full_merge_with_all_its_rank_and_a_patch_is_whole(kind: str, worlds: 
     assert_same(logits(with_adapter(model, out)), logits(load(tmp_path / "out-merged")), 1e-5)
     with pytest.raises(ValueError, match=r"adapter with a file of further differences, trainmerge_rest"):
         tm.Recipe(str(worlds / kind / "base"), {"x": tm.Expert(str(out))}).open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "method", [tm.Ties(0.5), tm.Dare(0.4, seed=1), tm.Tsv()], ids=["ties", "dare", "tsv"]
+)
+def test_a_preprocessed_merge_of_adapters_is_dense(
+    method: tm.Preprocess, worlds: Path, tmp_path: Path
+) -> None:
+    own = recipe(worlds / "llama", preprocess=[method], grouping=tm.Grouping("chunk", chunks=2))
+    (report,), _ = write(own, tmp_path / "out", energy=1.0)
+    assert {one.how for one in report.modules.values()} == {"SVD"}
+    got = logits(with_adapter(load(worlds / "llama" / "base"), tmp_path / "out"))
+    assert_same(got, logits(load(tmp_path / "out-merged")), 1e-5)
 
 
 def test_energy_holds_in_every_module(worlds: Path, tmp_path: Path) -> None:
