@@ -1,12 +1,12 @@
 """The base's modules that a LoRA can change, and peft's own opinion of a configuration for them."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from inspect import getsource
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -130,7 +130,7 @@ def _modules(frame: Parameters) -> dict[str, LoraTarget]:
     for name, module in inside.items():
         parent, _, own = name.rpartition(".")
         for leaf, parameter in module.named_parameters(recurse=False):
-            called = leaf == "weight" and name and not _reads_weight(type(inside[parent]), own)
+            called = leaf == "weight" and name and not _reads_weight(inside[parent], own)
             kind = _kind(module) if called else None
             users.setdefault(id(parameter), []).append(LoraTarget(name, kind) if kind else None)
     owners = {name: id(parameter) for name, parameter in frame.meta_model.named_parameters()}
@@ -145,20 +145,26 @@ def _kind(module: nn.Module) -> Kind | None:
     return next((kind for base, kind in KINDS.items() if type(module).forward is base.forward), None)
 
 
-@cache
-def _reads_weight(parent: type[nn.Module], child: str) -> bool:
+def _reads_weight(parent: nn.Module, child: str) -> bool:
     """Whether a module's code computes with a child's weight without calling it (Mamba's `dt_proj`).
 
     peft would not be asked then, so its LoRA would change nothing. Reading the dtype, or setting it, is fine.
     """
-    try:
-        lines = getsource(parent).splitlines()
-    except (OSError, TypeError):  # no file has it
-        return False
     use = re.compile(
         rf"self\.{re.escape(child)}\.weight\b(?!\.(?:dtype|device|shape|size|data)\b)(?!\s*=[^=])"
     )
-    return any(use.search(line) and "isinstance(" not in line for line in lines)
+    return any(
+        use.search(line) and "isinstance(" not in line for line in _source(cast(Hashable, type(parent)))
+    )
+
+
+@cache
+def _source(kind: Hashable) -> tuple[str, ...]:
+    """The lines of a class; none if no file has it."""
+    try:
+        return tuple(getsource(cast(type, kind)).splitlines())
+    except (OSError, TypeError):
+        return ()
 
 
 def _matches(module: str, names: Iterable[str]) -> bool:
