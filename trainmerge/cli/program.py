@@ -19,6 +19,7 @@ from trainmerge.cli.merge import merge
 from trainmerge.cli.threads import run_of, set_threads
 from trainmerge.cli.tradeoffs import pareto, search
 from trainmerge.fitting.mistakes import explain
+from trainmerge.system.lost_threads import check_room, lost_threads
 from trainmerge.system.memory import is_out_of_memory
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -99,13 +100,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(name: str, words: list[str]) -> int:
     """Run a command; errors that a user can cause are a line on stderr, any other is a bug's traceback."""
     try:
+        check_room()
         modules, words = take_trusted(words)
-        if not modules:
-            return COMMANDS[name](words)
-        from trainmerge.run.trust import trusting
+        with lost_threads():
+            if not modules:
+                return COMMANDS[name](words)
+            from trainmerge.run.trust import trusting
 
-        with trusting(*modules):
-            return COMMANDS[name](words)
+            with trusting(*modules):
+                return COMMANDS[name](words)
     except KeyboardInterrupt:
         again = "resumes" if name in RESUMABLE else "starts over"
         print(f"trainmerge {name}: stopped; the same command {again}", file=sys.stderr)

@@ -19,7 +19,7 @@ from trainmerge.evaluate.score_task import TaskScore, score_tasks
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.model.embedding import read_embedding
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.heads import task_heads
+from trainmerge.run.heads import all_heads
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import columns_of, tasks_of, text_length
@@ -68,7 +68,7 @@ def compare(
         raise ValueError("give two or more different runs or checkpoints to compare")
     source = Path(recipe or paths[0])
     shared = tasks_of(source)
-    own = task_heads(shared)
+    own = all_heads(shared)
     metric, tokenize = metric_of(shared, own), Tokenizer(shared.base, text_length(source, max_length))
     held_in, held_out = load_tasks(shared, tokenize, columns_of(source), limit, heads=own)
     tasks = [*held_in, *held_out]
