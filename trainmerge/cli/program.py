@@ -11,6 +11,7 @@ from platform import python_version
 
 from trainmerge.cli.adapters import extract
 from trainmerge.cli.arguments import options_of, split_words, take_trusted
+from trainmerge.cli.auto import auto
 from trainmerge.cli.command_help import check_words, command_help
 from trainmerge.cli.commands import allocate, compare, evaluate, export, report
 from trainmerge.cli.exchange import push, rebuild
@@ -26,6 +27,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
 PLAIN = (
     allocate,
+    auto,
     compare,
     evaluate,
     export,
@@ -39,7 +41,7 @@ PLAIN = (
     report,
     search,
 )
-RESUMABLE = ("fit", "merge", "search")  # commands that resume
+RESUMABLE = ("auto", "fit", "merge", "search")  # commands that resume
 
 USAGE = """usage: trainmerge COMMAND ...
 
@@ -49,6 +51,7 @@ commands:
   merge      all in one line:     trainmerge merge configs/demo.yaml merged/
              mergekit's files:    trainmerge merge mergekit.yml merged/
              models, no file:     trainmerge merge BASE EXPERT EXPERT --method ties -o merged/
+  auto       choose how, and do: trainmerge auto configs/demo.yaml merged/
   fit        learn coefficients:  trainmerge fit configs/adamerging.yaml runs/first
              again, to resume:    trainmerge fit configs/adamerging.yaml runs/first
   allocate   allocate chunks:     trainmerge allocate runs/first chunks.json --budget 1.0
