@@ -191,6 +191,7 @@ def test_commands_are_ours_and_their_configurations_are_there(example: Example) 
             "fit",
             "allocate",
             "export",
+            "extract",
             "merge",
             "evaluate",
             "compare",

@@ -34,8 +34,11 @@ from .data.heads import LinearHead as LinearHead
 from .evaluate import compare as compare
 from .evaluate import evaluate_checkpoint as evaluate_checkpoint
 from .evaluate import evaluate_run as evaluate_run
+from .export.adapter_form import AdapterForm as AdapterForm
 from .export.export import export_merge as export_merge
 from .export.export import export_run as export_run
+from .export.export_adapter import export_adapter as export_adapter
+from .export.extract import extract as extract
 from .export.push import push as push
 from .export.rebuild import rebuild as rebuild
 from .export.untie import untie as untie

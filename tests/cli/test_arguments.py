@@ -49,9 +49,16 @@ def test_split_words(words: str, positional: str, options: str) -> None:
 
 
 def test_options_of_a_command() -> None:
-    assert options_of(export).flags == {"overwrite", "verify", "mergekit"}
+    assert options_of(export).flags == {"overwrite", "verify", "mergekit", "embeddings"}
     assert options_of(evaluate).flags == {"compare"}
     assert {"limit", "max_length", "output", "recipe"} < options_of(evaluate).valued
+
+
+def test_an_option_may_be_a_word_of_python(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--as` is the parameter `as_`."""
+    assert split_words(["r", "o", "--as", "adapter"], options_of(export))[1] == ["--as_=adapter"]
+    assert main(["export", "--help"]) == 0
+    assert "--as checkpoint|adapter|adapters" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "fit"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,16 @@ def test_a_failure_of_one_leaves_nothing(finished: Path, broken: int) -> None:
     results = Ranks(2, part_of_an_export, finished, "never", broken).join()
     assert all(isinstance(result, Failed) for result in results)  # of the assertion on the exit code
     assert set(finished.iterdir()) == before
+
+
+def one_adapter(root: Path, out: str) -> None:
+    with warnings.catch_warnings(category=UserWarning, action="ignore"):  # of what so small a rank misses
+        words = ["export", str(root / "run"), str(root / out), "--as", "adapter", "--rank", "2"]
+        assert main([*words, "--rest", "leave"]) == 0
+
+
+def test_processes_write_the_adapter_of_one(finished: Path) -> None:
+    run(2, one_adapter, finished, "adapter-by2")
+    one_adapter(finished, "adapter")
+    assert contents(finished / "adapter-by2") == contents(finished / "adapter")
+    assert manifest(finished / "adapter-by2") == manifest(finished / "adapter")

@@ -26,6 +26,7 @@ from trainmerge.checkpoints.side_modules import (
 from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
+    from trainmerge.checkpoints.adapter_targets import LoraTarget, LoraTargets, lora_targets
     from trainmerge.checkpoints.compatibility import find_sources
     from trainmerge.checkpoints.computed_positions import compute, computed_parameters
     from trainmerge.checkpoints.expert_heads import find_own_heads
@@ -46,6 +47,9 @@ _HEAVY = {
     "find_own_heads": "expert_heads",
     "find_sources": "compatibility",
     "LoadedModel": "model",
+    "LoraTarget": "adapter_targets",
+    "LoraTargets": "adapter_targets",
+    "lora_targets": "adapter_targets",
     "load_meta_model": "model",
     "load_model": "model",
     "Output": "output",
@@ -60,6 +64,8 @@ _HEAVY = {
 __all__ = [
     "Checkpoint",
     "LoadedModel",
+    "LoraTarget",
+    "LoraTargets",
     "Output",
     "OwnHead",
     "SideModule",
@@ -80,6 +86,7 @@ __all__ = [
     "load_meta_model",
     "load_model",
     "locate",
+    "lora_targets",
     "may_have_head",
     "module_folders",
     "open_checkpoint",

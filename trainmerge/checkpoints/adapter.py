@@ -16,6 +16,7 @@ from trainmerge.checkpoints.meta_model import quiet, shorten
 from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.tensor_file import PickleFile, WeightFile
 from trainmerge.checkpoints.weight_files import find_weights, read_folder_json
+from trainmerge.checkpoints.whole import PATCH, check_whole
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
 from trainmerge.system.text import reason
 from trainmerge.task_vectors.parameter_names import matches
@@ -74,6 +75,12 @@ def open_adapter(
     Raises FileNotFoundError or ValueError for a damaged folder, for fields and types unknown to the installed
     peft, for prompt tuning (it changes inputs, not weights), and for tensors of modules that the base lacks.
     """
+    check_whole(path)
+    if (path / PATCH).is_file():
+        raise ValueError(
+            f"{path}: an adapter with a file of further differences, {PATCH}, which a merge of the adapter "
+            "would lack. Merge the model that it was made from; or remove that file to merge the rest"
+        )
     config = read_folder_json(path / "adapter_config.json")
     check_adapter_config(path / "adapter_config.json", config)
     _check_config(path, config)

@@ -10,6 +10,7 @@ from typing import Any
 from trainmerge.system.json_file import read_json
 
 MANIFEST = "trainmerge_manifest.json"
+PATCH = "trainmerge_rest.safetensors"  # of an adapter: what no LoRA holds, as differences
 RECIPE = "trainmerge_recipe.yaml"
 COEFFICIENTS = "trainmerge_coefficients.safetensors"
 

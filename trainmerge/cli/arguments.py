@@ -42,6 +42,8 @@ class Options:
     def spelled(self, key: str) -> str:
         """The option of a user's spelling: `trainer.max-steps` is `trainer.max_steps`."""
         plain = key.replace("-", "_")
+        if f"{plain}_" in self.known:  # a word of Python: --as is the parameter `as_`
+            return f"{plain}_"
         if key in self.known or plain in self.known:
             return key if key in self.known else plain
         for mapping in self.mappings:

@@ -74,7 +74,7 @@ def _spelling(parameter: Parameter) -> str:
     """`PATH`, `--dry-run`, `--no-compare`, `--limit N`, `--over experts|coefficients`."""
     if parameter.default is Parameter.empty:
         return parameter.name.upper()
-    option = f"--{parameter.name.replace('_', '-')}"
+    option = f"--{parameter.name.rstrip('_').replace('_', '-')}"
     if parameter.annotation is bool:
         return option.replace("--", "--no-") if parameter.default else option
     return f"{option} {_value(parameter.annotation)}"

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from trainmerge.cli.adapters import export_adapters, refuse
 from trainmerge.system.memory import keep_freed_memory
 
 
@@ -16,14 +17,21 @@ def export(
     shard_size: str | None = None,
     mergekit: bool = False,
     task: str | None = None,
+    as_: Literal["checkpoint", "adapter", "adapters"] = "checkpoint",
+    rank: int | None = None,
+    energy: float | None = None,
+    rest: Literal["patch", "leave"] | None = None,
+    embeddings: bool = False,
 ) -> None:
-    """Write a run's merge as an ordinary checkpoint folder that transformers loads.
+    """Write a run's merge as an ordinary checkpoint folder that transformers loads, or as a LoRA adapter.
 
     Examples: trainmerge export runs/first merged/
               torchrun --nproc-per-node 8 -m trainmerge.cli export runs/first merged/
               trainmerge export runs/first merged/ --verify
               trainmerge export runs/first merged/ --dtype bfloat16 --shard-size 5GB
               trainmerge export runs/first sentiment/ --task sentiment
+              trainmerge export runs/first adapter/ --as adapter
+              trainmerge export runs/first adapter/ --as adapter --rank 16 --rest patch
 
     Args:
         run: The run folder.
@@ -36,8 +44,23 @@ def export(
         shard_size: Bytes per weight file, such as 5GB; by default the base's files.
         mergekit: Write the merge as mergekit's YAML to the file OUT, and no weights.
         task: An expert whose own head stands on the merge in the result, a model of that expert's class.
+        as_: `adapter` writes the merge as a LoRA on the base, `adapters` each expert as a LoRA on the merge.
+        rank: The largest rank of an adapter's module; without rank and energy, LoRA experts are stacked.
+        energy: The share of each module's squared norm that an adapter keeps, instead of a rank.
+        rest: Write what no LoRA holds to a file of differences, or leave it out; by default it is an error.
+        embeddings: Factor the embeddings' changes too.
     """
     keep_freed_memory()
+    if as_ != "checkpoint":
+        given = {"workers": workers != 1, "shard-size": shard_size, "mergekit": mergekit, "task": task}
+        refuse(f"--as {as_}", given)
+        from trainmerge.export.adapter_form import AdapterForm
+
+        form = AdapterForm(rank, energy, rest, embeddings, dtype, as_ == "adapters")
+        export_adapters(run, out, form, overwrite, verify)
+        return
+    of_adapters = {"rank": rank, "energy": energy, "rest": rest, "embeddings": embeddings}
+    refuse("a checkpoint (--as adapter has one)", of_adapters)
     if mergekit:
         from trainmerge.merging.to_mergekit import to_mergekit
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
 
+from trainmerge.cli.adapters import extract
 from trainmerge.cli.arguments import options_of, split_words, take_trusted
 from trainmerge.cli.auto import auto
 from trainmerge.cli.command_help import check_words, command_help
@@ -30,6 +31,7 @@ PLAIN = (
     compare,
     evaluate,
     export,
+    extract,
     inspect,
     merge,
     pareto,
@@ -56,6 +58,8 @@ commands:
              for a second fit:    trainmerge fit ... --recipe.grouping.chunks chunks.json
   export     write the model:     trainmerge export runs/first merged/
              and read it again:   trainmerge export runs/first merged/ --verify
+             as a LoRA:           trainmerge export runs/first adapter/ --as adapter --rank 16
+  extract    a LoRA of a model:   trainmerge extract BASE EXPERT adapter/ --rank 16 --rest leave
   push       to the hub:          trainmerge push merged/ org/name --dry-run
   rebuild    a merge again:       trainmerge rebuild merged/README.md again/
   evaluate   score it:            trainmerge evaluate runs/first

@@ -37,6 +37,7 @@ class Block:
         task: The expert whose class and own head the checkpoint has; empty for the base's class.
         form: Its dtype and division into files, where they are not the base's.
         recipe: The recipe as YAML text; of a card that was read.
+        adapter: What the adapters keep, of an export as such.
     """
 
     files: Mapping[str, str]
@@ -46,6 +47,7 @@ class Block:
     task: str = ""
     form: Mapping[str, str] = field(default_factory=dict)
     recipe: str = field(default="", compare=False)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_block(
@@ -73,6 +75,8 @@ def block_text(block: Block) -> str:
         content["task"] = block.task
     if block.form:
         content["form"] = dict(block.form)
+    if block.adapter:
+        content["adapter"] = dict(block.adapter)
     if block.content is not None:
         content["coefficients"]["base64"] = textwrap.wrap(base64.b64encode(block.content).decode(), WIDTH)
     text = fenced(json.dumps(content, indent=1) + "\n", "json")
@@ -110,7 +114,8 @@ def read_block(card: str, where: Path) -> Block:
         raw = None if lines is None else base64.b64decode("".join(lines), validate=True)
         sources = {str(name): _texts(files) for name, files in content["sources"].items()}
         task, form = str(content.get("task", "")), _texts(content.get("form", {}))
-        return Block(_texts(content["files"]), sources, str(own["sha256"]), raw, task, form, recipe)
+        files, adapter = _texts(content["files"]), dict(content.get("adapter", {}))
+        return Block(files, sources, str(own["sha256"]), raw, task, form, recipe, adapter)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{where}: its block for `trainmerge rebuild` is damaged ({error}). {REMEDY}"

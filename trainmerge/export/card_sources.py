@@ -63,10 +63,11 @@ class Source:
 
 def card_sources(recipe: Recipe, folders: Mapping[str, Path]) -> list[Source]:
     """The base and every expert, in order."""
-    return [_source(name, path, folders[name]) for name, path in recipe.paths.items()]
+    return [source_of(name, path, folders[name]) for name, path in recipe.paths.items()]
 
 
-def _source(name: str, path: str, folder: Path) -> Source:
+def source_of(name: str, path: str, folder: Path) -> Source:
+    """The base or an expert, by its folder."""
     origin = origin_of(folder)
     label = origin.id if origin else public_name(path)
     return Source(name, label, origin, _recorded(folder), read_metadata(folder))
@@ -82,6 +83,13 @@ def base_ids(sources: list[Source]) -> list[str]:
     first = base.repository or next((one for one in recorded if one), None)
     found = [first, *(source.repository for source in experts)]
     return list(dict.fromkeys(one for one in found if one))
+
+
+def base_origin(sources: list[Source]) -> tuple[str | None, str | None]:
+    """The base's id and commit on the hub; an id alone where a configuration records it; or neither."""
+    if sources[0].origin is not None and "/" not in sources[0].origin.id.partition("/")[2]:
+        return sources[0].origin.id, sources[0].origin.revision
+    return next((source.recorded for source in sources if source.recorded), None), None
 
 
 def _recorded(folder: Path) -> str | None:

@@ -1,8 +1,8 @@
 """What an export holds besides the model: recipe, coefficients, card and manifest."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import yaml
 
 from trainmerge.checkpoints.whole import COEFFICIENTS, MANIFEST, RECIPE
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
+from trainmerge.export.adapter_card import adapter_words
+from trainmerge.export.adapter_form import AdapterForm, AdapterReport, adapter_record
 from trainmerge.export.card_block import make_block
 from trainmerge.export.card_run import merge_scores
 from trainmerge.export.form import Form
@@ -39,6 +41,8 @@ class Exported:
         unfinished: `step 40 of 80` of an unfinished run; empty otherwise.
         task: The expert whose class and own head the checkpoint has; empty for the base's class.
         form: Its dtype and files.
+        adapter: What the adapters keep, of an export as such.
+        reports: What they lack, one per adapter.
     """
 
     run: RunFolder
@@ -49,6 +53,8 @@ class Exported:
     unfinished: str
     task: str = ""
     form: Form = field(default_factory=Form)
+    adapter: AdapterForm | None = None
+    reports: Sequence[AdapterReport] = ()
 
 
 def explain(folder: Path, name: str, merge: Exported, made: Mapping[str, str]) -> None:
@@ -69,18 +75,26 @@ def explain(folder: Path, name: str, merge: Exported, made: Mapping[str, str]) -
         coefficients=merge.coefficients,
         run=run,
         folders=merge.opened.folders,
-        config=read_json(folder / "config.json", "Export the run again."),
+        config=merge.opened.base.config
+        if merge.adapter
+        else read_json(folder / "config.json", "Export the run again."),
         sentences=(merge.opened.base.path / "modules.json").is_file(),
         steps=_steps(merge, run),
         unfinished=merge.unfinished,
         scores=merge_scores(merge.run, merge.recipe) if merge.own else None,
-        block=make_block(made, run["checksums"], folder / COEFFICIENTS, merge.task, merge.form.to_json()),
+        block=replace(
+            make_block(made, run["checksums"], folder / COEFFICIENTS, merge.task, merge.form.to_json()),
+            adapter=merge.adapter.to_json() if merge.adapter else {},
+        ),
+        adapter=adapter_words(merge.adapter, merge.reports) if merge.adapter else "",
     )
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
     more: dict[str, Any] = {"hub": to_json(found)} if found else {}
     more |= {"unfinished": merge.unfinished} if merge.unfinished else {}
     more |= {"task": merge.task} if merge.task else {}
     more |= {"form": merge.form.to_json()} if merge.form.to_json() else {}
+    if merge.adapter:
+        more |= adapter_record(merge.adapter, merge.reports)
     write_export_manifest(folder, made, public_manifest(run), more)
 
 

@@ -9,6 +9,7 @@ import yaml
 from torch import Tensor
 
 from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.export.adapter_card import adapter_metadata
 from trainmerge.export.card_block import Block, block_text
 from trainmerge.export.card_metadata import Scores, hub_metadata, licence_words
 from trainmerge.export.card_run import fit_settings, last_command, papers
@@ -36,6 +37,7 @@ class CardFacts:
         unfinished: `step 40 of 80` of an unfinished run; empty otherwise.
         scores: Of the merge, if `evaluate` has run.
         block: What `trainmerge rebuild` needs.
+        adapter: How to load it, of an adapter; empty for a checkpoint.
     """
 
     name: str
@@ -49,6 +51,7 @@ class CardFacts:
     unfinished: str
     scores: Scores | None
     block: Block
+    adapter: str = ""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -59,9 +62,12 @@ def model_card(facts: CardFacts) -> str:
     recipe_text = yaml.safe_dump({"recipe": public(to_config(facts.recipe))}, sort_keys=False, width=110)
     sources = card_sources(facts.recipe, facts.folders)
     head = hub_metadata(facts.name, sources, facts.config, facts.sentences, facts.scores)
+    if facts.adapter:
+        head = adapter_metadata(head, facts.block.adapter, sources)
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, width=110)}---\n# {inline(facts.name)}",
         _first_words(facts, sources),
+        facts.adapter,
         _source_table(sources),
         licence_words(sources),
         "## Coefficients\n\nMean coefficient per block and expert; `trainmerge_coefficients.safetensors` has "

@@ -9,6 +9,7 @@ from typing import Any
 from trainmerge.checkpoints.whole import COEFFICIENTS, MANIFEST, RECIPE, check_whole
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.coefficients.layout import Grouping
+from trainmerge.export.adapter_form import AdapterForm
 from trainmerge.export.card_block import Block, read_block
 from trainmerge.export.form import Form
 from trainmerge.run.config import read_config
@@ -33,6 +34,7 @@ class Published:
         run: The run's manifest, of an export's folder.
         task: The expert whose class and own head the checkpoint has; empty for the base's class.
         form: Its dtype and files.
+        adapter: What its adapters keep; None for a checkpoint.
     """
 
     recipe: Recipe
@@ -44,6 +46,7 @@ class Published:
     run: Mapping[str, Any] | None = None
     task: str = ""
     form: Form = field(default_factory=Form)
+    adapter: AdapterForm | None = None
 
 
 def read_published(source: Path, place: Path) -> Published:
@@ -77,6 +80,7 @@ def read_published(source: Path, place: Path) -> Published:
         run,
         str(manifest.get("task", "")),
         Form.read(manifest.get("form"), source / MANIFEST),
+        _adapter(manifest.get("adapter"), source / MANIFEST),
     )
 
 
@@ -106,7 +110,12 @@ def _of_card(source: Path, card: str, block: Block, place: Path) -> Published:
         None,
         block.task,
         Form.read(block.form, source),
+        _adapter(block.adapter, source),
     )
+
+
+def _adapter(record: Any, where: Path) -> AdapterForm | None:
+    return AdapterForm.read(record, where) if record else None
 
 
 def _recipe(file: Path) -> Recipe:

@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from trainmerge.checkpoints import same_weights
 from trainmerge.checkpoints.whole import COEFFICIENTS, RECIPE
 from trainmerge.coefficients.coefficients import save_coefficients
+from trainmerge.export.adapter_form import adapter_record
 from trainmerge.export.explain import write_export_manifest
 from trainmerge.export.export import check_target, write_checkpoint
+from trainmerge.export.export_adapter import AdapterMerge
 from trainmerge.export.published import Published, read_published
 from trainmerge.export.shards import CheckpointMerge
 from trainmerge.preprocess import Informed, apply_for_one_pass
@@ -50,13 +53,18 @@ def rebuild(source: str | Path, out: str | Path, overwrite: bool = False, worker
             opened.task_vectors, made.recipe.preprocess, Path(place), opened.identity()
         )
         merge = CheckpointMerge(opened.base, task_vectors, made.coefficients, rule, made.form)
-        form = {"form": made.form.to_json()} if made.form.to_json() else {}
+        more: dict[str, Any] = {"form": made.form.to_json()} if made.form.to_json() else {}
         with staging(target, overwrite) as folder:
-            check_files(write_checkpoint(merge, folder, workers), made.files, str(source))
+            if made.adapter is None:
+                check_files(write_checkpoint(merge, folder, workers), made.files, str(source))
+            else:
+                reports, files = AdapterMerge(merge, opened, made.recipe, made.adapter).write(folder)
+                check_files(files, made.files, str(source))
+                more |= adapter_record(made.adapter, reports)
             (folder / RECIPE).write_text(made.recipe_text, encoding="utf-8")
             (folder / "README.md").write_text(made.card, encoding="utf-8")
             save_coefficients(made.coefficients, folder / COEFFICIENTS)
-            write_export_manifest(folder, made.files, made.run, {"rebuilt": True} | form)
+            write_export_manifest(folder, made.files, made.run, {"rebuilt": True} | more)
     return target
 
 

@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from trainmerge.checkpoints.whole import COEFFICIENTS, MANIFEST, export_manifest
+from trainmerge.export.adapter import CONFIG
 from trainmerge.export.export import INDEX, merge_of
+from trainmerge.export.export_adapter import AdapterMerge, adapter_of
 from trainmerge.export.form import Form
 from trainmerge.export.shards import Tensors
 from trainmerge.export.side_files import WEIGHTS
@@ -16,7 +19,8 @@ from trainmerge.export.task import TaskMerge, own_head, task_of
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
 from trainmerge.system.json_file import read_json
-from trainmerge.system.safetensors_file import MappedFile
+from trainmerge.system.safetensors_file import MappedFile, sha256
+from trainmerge.system.text import listed
 
 SHOWN = 8  # problems that the error lists
 
@@ -31,6 +35,9 @@ def verify_export(run: str | Path, out: str | Path) -> int:
     """
     run_folder, folder = RunFolder(Path(run)), Path(out)
     recipe, coefficients, opened = open_run(run_folder)
+    if (form := adapter_of(folder)) is not None:
+        merged = merge_of(run_folder, recipe, coefficients, opened)
+        return _verify_adapter(AdapterMerge(merged, opened, recipe, form), run_folder.path, folder)
     plain = replace(merge_of(run_folder, recipe, coefficients, opened), form=_form(folder))
     merge: Tensors = plain
     if task := task_of(folder):
@@ -44,6 +51,20 @@ def verify_export(run: str | Path, out: str | Path) -> int:
             f"{len(problems)} differences:\n{shown}{more}"
         )
     return len(merge.tensors)
+
+
+def _verify_adapter(merge: AdapterMerge, run: Path, folder: Path) -> int:
+    """Write the adapters again, next to the folder, and compare the files; returns the number of tensors."""
+    with TemporaryDirectory(prefix=".verify-", dir=folder.resolve().parent) as place:
+        _, made = merge.write(Path(place))
+        configs = [str(path.relative_to(place)) for path in Path(place).rglob(CONFIG)]
+        wanted = made | {name: sha256(Path(place, name)) for name in configs}
+        there = {name: sha256(folder / name) for name in wanted if (folder / name).is_file()}
+        if wrong := sorted(name for name in wanted if there.get(name) != wanted[name]):
+            raise ValueError(
+                f"{folder} is not the export of {run}; export it again. It differs in {listed(wrong, SHOWN)}"
+            )
+        return sum(len(MappedFile(Path(place, name)).tensors) for name in made)
 
 
 def _form(folder: Path) -> Form:
