@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -28,6 +29,13 @@ from trainmerge.data.examples import (
 )
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.system.ranges import check_option
+from trainmerge.system.workspace import VOCABULARY
+
+
+def recorded(tokenizer: str) -> str:
+    """The tokenizer as a run records it: a folder that was made for it by its name, which is a digest."""
+    name = Path(tokenizer).name
+    return name if name.startswith(VOCABULARY) else tokenizer
 
 
 def sample(seed: int, expert: int, step: int, size: int, count: int) -> list[int]:
@@ -165,7 +173,7 @@ class Calibration(pl.LightningDataModule):
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "tokenizer": self.tokenizer,
+            "tokenizer": recorded(self.tokenizer),
             "max_length": self.max_length,
             "columns": self.columns.record(),
             "max_examples": self.max_examples,

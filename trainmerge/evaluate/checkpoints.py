@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from trainmerge.checkpoints import OwnHead, load_model, open_checkpoint, output_of
+from trainmerge.checkpoints import Checkpoint, OwnHead, load_model, output_of
 from trainmerge.data.examples import Columns
 from trainmerge.data.heads import Classifier
 from trainmerge.data.tokenizer import Tokenizer
@@ -15,6 +15,7 @@ from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.runs import DEVICE, Heads, build_heads, references_from_files
 from trainmerge.evaluate.score_task import Subject, score_tasks
 from trainmerge.evaluate.tasks import Task, load_tasks
+from trainmerge.evaluate.vocabulary import Reading, reading
 from trainmerge.model.embedding import read_embedding
 from trainmerge.model.own_head import OwnModel, attach
 from trainmerge.model.resident import special_ids
@@ -43,23 +44,37 @@ def evaluate_checkpoint(
     Raises:
         ValueError: as `load_tasks`; or the checkpoint is of another kind than the recipe's base.
     """
+    with reading(recipe) as words:
+        return _evaluated(words, str(checkpoint), limit, max_length, answers, harness, columns)
+
+
+def _evaluated(
+    words: Reading,
+    checkpoint: str,
+    limit: int | None,
+    max_length: int,
+    answers: int,
+    harness: Sequence[HarnessTask],
+    columns: Columns,
+) -> Evaluation:
+    recipe = words.recipe
     own = task_heads(recipe)
-    metric, tokenize = metric_of(recipe, own), Tokenizer(recipe.base, max_length)
+    metric, tokenize = metric_of(recipe, own), Tokenizer(words.tokenizer, max_length)
     held_in, held_out = load_tasks(recipe, tokenize, columns, limit, heads=own)
     tasks = [*held_in, *held_out]
     place = folder_of(checkpoint, allow_pickle=recipe.allow_pickle)
     check_kind(place, recipe, tasks)
-    folders = {str(checkpoint): place}
+    folders = {checkpoint: place}
     if held_out or harness:
         folders = {"base": recipe.folders["base"], **folders}
-    heads = heads_of(recipe, tasks, tokenize)
+    heads = heads_of(words, tasks, tokenize)
     references = references_from_files(recipe, tasks, tokenize)
     rows, found = {}, {}
     for row, folder in folders.items():
-        subject = load_checkpoint(folder, recipe, heads, tasks, tokenize, answers, references)
+        subject = load_checkpoint(words.open(folder), recipe, heads, tasks, tokenize, answers, references)
         rows[row] = score_tasks(subject, tasks)
         if harness:
-            found[row] = run_harness(subject.module, recipe.base, harness, limit)
+            found[row] = run_harness(subject.module, words.tokenizer, harness, limit)
     names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
     return Evaluation(metric, *names, rows, found)
 
@@ -86,10 +101,10 @@ def check_kind(checkpoint: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
         )
 
 
-def heads_of(recipe: Recipe, tasks: Sequence[Task], tokenize: Tokenizer) -> PlannedHeads:
+def heads_of(words: Reading, tasks: Sequence[Task], tokenize: Tokenizer) -> PlannedHeads:
     """The tasks' heads; loads the base temporarily. Experts' own ones stand on each checkpoint: `over`."""
-    opened = open_checkpoint(recipe.folders["base"], recipe.allow_pickle)
-    base = load_model(opened, recipe.ignore).module.to(DEVICE)
+    recipe = words.recipe
+    base = load_model(words.open(recipe.folders["base"]), recipe.ignore).module.to(DEVICE)
     built = build_heads(base, [task for task in tasks if not isinstance(task.head, OwnHead)], tokenize)
     return {**{task.name: task.head for task in tasks if isinstance(task.head, OwnHead)}, **built}
 
@@ -104,7 +119,7 @@ def over(heads: PlannedHeads, module: nn.Module, names: Mapping[str, str], token
 
 
 def load_checkpoint(
-    folder: Path,
+    checkpoint: Checkpoint,
     recipe: Recipe,
     heads: PlannedHeads,
     tasks: Sequence[Task],
@@ -113,7 +128,6 @@ def load_checkpoint(
     references: Mapping[str, Tensor] = {},
 ) -> Subject:
     """A checkpoint as a `Subject`; a sentence embedder embeds by its own folder's modules."""
-    checkpoint = open_checkpoint(folder, recipe.allow_pickle)
     embedding = read_embedding(checkpoint) if any(task.similar for task in tasks) else None
     loaded = load_model(checkpoint, recipe.ignore)
     module = loaded.module.to(DEVICE)

@@ -15,7 +15,7 @@ from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.export.explain import Exported, explain
 from trainmerge.export.form import DtypeName, Form, write_dtype
 from trainmerge.export.shards import CheckpointMerge, Merged, write_shards
-from trainmerge.export.side_files import copy_side_files
+from trainmerge.export.side_files import copy_side_files, take_vocabulary
 from trainmerge.export.task import TaskMerge, own_head, write_task
 from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.run.folder import RunFolder
@@ -72,7 +72,8 @@ def write_checkpoint(merge: Merged, folder: Path, workers: int = 1) -> dict[str,
     made = {file: digest for part in distributed.all_gather(mine) for file, digest in part.items()}
     if distributed.rank() > 0:
         return made
-    copy_side_files(base.path, folder, {Path(file).parent for file in after})
+    copy_side_files(base.origin or base.path, folder, {Path(file).parent for file in after})
+    take_vocabulary(base, folder)
     if merge.form.dtype:
         write_dtype(folder / "config.json", merge.form.dtype)
     if len(shards) > 1:

@@ -40,6 +40,7 @@ def reopen(
     )
     module.coefficients.release_()  # trade-offs scale fixed coefficients too, and need their gradients
     settings = manifest["data"] | {"columns": Columns(**manifest["data"]["columns"])}
+    settings["tokenizer"] = recipe.tokenizer_folder(folder.workspace)
     if examples is not None:
         settings["max_examples"] = min(examples, settings["max_examples"] or examples)
     return module, Calibration(calibration_files(recipe), **settings)
