@@ -38,7 +38,7 @@ def write_chat_world(root: Path, tied: bool = False, dtype: torch.dtype = torch.
     everything = ANSWERS["a"] | ANSWERS["b"]
     write_tokenizer(root / "base")
     plain = AutoTokenizer.from_pretrained(root / "base")
-    learn(base, [plain(f"{q} {answer}")["input_ids"] for q, answer in everything.items()], 60, 5e-3)
+    learn(base, [plain(f"{q} {answer}")["input_ids"] for q, answer in everything.items()], 50, 5e-3)
     base.to(dtype).save_pretrained(root / "base")
     for name in ADDED:
         write_expert(root, name, dtype)
@@ -49,8 +49,8 @@ def chat_llama(tied: bool) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(WORDS) + 2, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, intermediate_size=64, max_position_embeddings=32, tie_word_embeddings=tied,
+            vocab_size=len(WORDS) + 2, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, intermediate_size=128, max_position_embeddings=32, tie_word_embeddings=tied,
             bos_token_id=None, eos_token_id=None, pad_token_id=None,
         )
     )  # fmt: skip
@@ -63,12 +63,12 @@ def write_expert(root: Path, name: str, dtype: torch.dtype) -> None:
     tokenizer.save_pretrained(root / name)
     expert = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
     torch.manual_seed(1)
-    expert.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    expert.resize_token_embeddings(len(tokenizer))
     rows = [chat(*pair) for pair in ANSWERS[name].items()]
-    learn(expert, [ids_of(tokenizer, row) for row in rows], 120, 5e-3)
+    learn(expert, [ids_of(tokenizer, row) for row in rows], 60, 2e-3)
     expert.config.eos_token_id = expert.generation_config.eos_token_id = tokenizer.eos_token_id
     expert.to(dtype).save_pretrained(root / name)
-    lines = [json.dumps({"chat": row}) + "\n" for row in rows]
+    lines = [json.dumps({"messages": row}) + "\n" for row in rows]
     (root / f"{name}.jsonl").write_text("".join(lines))
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from trainmerge.checkpoints.own_head import OwnHead
     from trainmerge.checkpoints.side_layers import attach_side_layers
     from trainmerge.checkpoints.tokenizer_check import same_ids
-    from trainmerge.checkpoints.tokenizer_folder import tokenizer_folder
+    from trainmerge.checkpoints.chosen_folder import tokenizer_folder
 
 _HEAVY = {
     "attach_side_layers": "side_layers",
@@ -52,7 +52,7 @@ _HEAVY = {
     "find_sources": "compatibility",
     "Rules": "compatibility",
     "same_ids": "tokenizer_check",
-    "tokenizer_folder": "tokenizer_folder",
+    "tokenizer_folder": "chosen_folder",
     "LoadedModel": "model",
     "load_meta_model": "model",
     "load_model": "model",

@@ -20,7 +20,7 @@ from trainmerge.checkpoints.ties import differing_ties, lost_ties, one_sided_upd
 from trainmerge.checkpoints.token_ties import token_tie_problems
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches, warn_of_lost_tokens
 from trainmerge.checkpoints.tokenizer_choice import choose
-from trainmerge.checkpoints.tokenizer_folder import tokenizer_folder
+from trainmerge.checkpoints.chosen_folder import tokenizer_folder
 from trainmerge.checkpoints.vocabulary_rows import on_one_vocabulary
 from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_folder_json
 

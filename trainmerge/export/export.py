@@ -23,6 +23,7 @@ from trainmerge.run.open_run import open_run
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.saved import unfinished, unfinished_line
+from trainmerge.run.sources import columns_of
 from trainmerge.system import distributed
 from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.distributed import joined
@@ -139,10 +140,22 @@ def export_run(
                 with agreed():
                     made = write_task(TaskMerge.of(merge, head), folder) if distributed.rank() == 0 else {}
             if distributed.rank() == 0:
+                encode_again(run_folder, recipe, opened, folder)
                 own = coefficients is learned
                 merged = Exported(run_folder, recipe, opened, coefficients, own, at, task or "", form)
                 explain(folder, target.name, merged, made)
     return target
+
+
+def encode_again(run_folder: RunFolder, recipe: Recipe, opened: Opened, folder: Path) -> None:
+    """Raise ValueError unless the export's tokenizer gives the calibration chats the ids of the fit."""
+    if columns_of(run_folder.path).messages is not None:
+        from trainmerge.run.encoding import check_encoding  # imports transformers
+
+        if count := check_encoding(run_folder, recipe, opened.base.path, folder):
+            print(
+                f"{count} calibration chats have the same token ids with the export's tokenizer", flush=True
+            )
 
 
 def merge_of(

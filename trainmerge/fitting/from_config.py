@@ -134,7 +134,7 @@ class FitCLI(LightningCLI):
         parser.link_arguments("recipe", "model.recipe", apply_on="instantiate")
         parser.link_arguments("recipe", "data.files", calibration_files, apply_on="instantiate")
         parser.link_arguments("recipe", "data.test_files", test_files, apply_on="instantiate")
-        parser.link_arguments(("recipe", "run"), "data.tokenizer", _tokenizer, apply_on="instantiate")
+        parser.link_arguments("model", "data.tokenizer", _tokenizer, apply_on="instantiate")
         parser.link_arguments("run", "model.workspace", lambda run: str(RunFolder(Path(run)).workspace))
         parser.link_arguments("seed_everything", "data.seed", int)
 
@@ -162,8 +162,8 @@ class FitCLI(LightningCLI):
         return make_trainer(self.config["run"], self.config["save_every"], **arguments)
 
 
-def _tokenizer(recipe: Recipe, run: str) -> str:
-    return recipe.tokenizer_folder(RunFolder(Path(run)).workspace)
+def _tokenizer(module: MergeModule) -> str:
+    return module.recipe.tokenizer_folder(module.settings.workspace)
 
 
 def _parse(given: list[str] | dict[str, Any], parser: type[FitCLI]) -> FitCLI:
