@@ -50,8 +50,8 @@ def chat_llama(tied: bool) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(WORDS) + 2, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, intermediate_size=128, max_position_embeddings=32, tie_word_embeddings=tied,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
+            num_key_value_heads=1, intermediate_size=128, max_position_embeddings=32,
+            tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None, pad_token_id=None,
         )
     )  # fmt: skip
 
