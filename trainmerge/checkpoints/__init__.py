@@ -28,6 +28,7 @@ from trainmerge.checkpoints.side_modules import (
 from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
+    from trainmerge.checkpoints.chosen_folder import tokenizer_folder
     from trainmerge.checkpoints.compatibility import Rules, find_chosen, find_sources
     from trainmerge.checkpoints.computed_positions import compute, computed_parameters
     from trainmerge.checkpoints.expert_heads import find_own_heads
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from trainmerge.checkpoints.own_head import OwnHead
     from trainmerge.checkpoints.side_layers import attach_side_layers
     from trainmerge.checkpoints.tokenizer_check import same_ids
-    from trainmerge.checkpoints.chosen_folder import tokenizer_folder
 
 _HEAVY = {
     "attach_side_layers": "side_layers",

@@ -120,9 +120,9 @@ def _check(chosen: Chosen, target: Path) -> None:
     if wrong:
         token, i = wrong[0]
         raise ValueError(
-            f"{chosen.folders[BASE]}: transformers gives {token!r} the id {found.get(token)} where {i} "
-            f"follows the base's tokens ({len(wrong)} differ): its tokenizer's ids have gaps. Set `tokenizer` to an "
-            "expert's name"
+            f"{chosen.folders[BASE]}: transformers gives {token!r} the id {found.get(token)} where "
+            f"{i} follows the base's tokens ({len(wrong)} differ): its tokenizer's ids have gaps. Set `tokenizer` "
+            "to an expert's name"
         )
 
 

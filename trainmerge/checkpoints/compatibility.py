@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainmerge.checkpoints.choice import BASE, TokenizerChoice
+from trainmerge.checkpoints.chosen_folder import tokenizer_folder
 from trainmerge.checkpoints.config_check import recorded_mismatches
 from trainmerge.checkpoints.full_expert import FullExpert, plan_full
 from trainmerge.checkpoints.head_parts import with_whole_heads
@@ -20,7 +21,6 @@ from trainmerge.checkpoints.ties import differing_ties, lost_ties, one_sided_upd
 from trainmerge.checkpoints.token_ties import token_tie_problems
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches, warn_of_lost_tokens
 from trainmerge.checkpoints.tokenizer_choice import choose
-from trainmerge.checkpoints.chosen_folder import tokenizer_folder
 from trainmerge.checkpoints.vocabulary_rows import on_one_vocabulary
 from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_folder_json
 

@@ -112,8 +112,8 @@ def _score(
         Path(words.tokenizer), opened.base.path
     ):
         raise ValueError(
-            f"{folder}: its merge has another tokenizer than {words.recipe.base}'s tasks are read with: compare "
-            "runs of one tokenizer"
+            f"{folder}: its merge has another tokenizer than {words.recipe.base}'s tasks are read with: "
+            "compare runs of one tokenizer"
         )
     resident, subject = load_subject(own, coefficients, opened, tokenize, run, [])
     placed = over(heads, subject.module, resident.merged.names, tokenize)

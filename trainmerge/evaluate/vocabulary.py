@@ -41,7 +41,8 @@ class Reading:
         if not same_ids(Path(self.tokenizer), folder):
             raise ValueError(
                 f"{folder}: its token ids are not those of the recipe's merge (tokenizer: "
-                f"{recipe.choice.tokenizer}): score an export of the merge, or the run, which has the experts too"
+                f"{recipe.choice.tokenizer}): score an export of the merge, or the run, which has "
+                "the experts too"
             )
         return open_checkpoint(folder, recipe.allow_pickle)
 

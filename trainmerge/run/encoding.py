@@ -56,6 +56,7 @@ def _compare(
         pairs = zip([*ours, None], [*got, None], strict=False)
         at = next(i for i, (a, b) in enumerate(pairs) if a != b)
         raise ValueError(
-            f"{exported}: its tokenizer encodes a calibration chat of {expert} otherwise than the fit's, from token "
-            f"{at} on: {got[at : at + 4]} instead of {ours[at : at + 4]}, in {shortened(repr(mine.text), LONGEST)}"
+            f"{exported}: its tokenizer encodes a calibration chat of {expert} otherwise than the fit's, "
+            f"from token {at} on: {got[at : at + 4]} instead of {ours[at : at + 4]}, in "
+            f"{shortened(repr(mine.text), LONGEST)}"
         )
