@@ -120,8 +120,8 @@ def _check(chosen: Chosen, target: Path) -> None:
     if wrong:
         token, i = wrong[0]
         raise ValueError(
-            f"{chosen.folders[BASE]}: transformers gives {token!r} the id {found.get(token)} where "
-            f"{i} follows the base's tokens ({len(wrong)} differ): its tokenizer's ids have gaps. Set `tokenizer` "
+            f"{chosen.folders[BASE]}: its tokenizer's ids have gaps: transformers gives {token!r} the id "
+            f"{found.get(token)}, and {i} follows the base's tokens ({len(wrong)} differ). Set `tokenizer` "
             "to an expert's name"
         )
 

@@ -64,8 +64,8 @@ def expert_findings(recipe: Recipe, opened: Opened) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 f"{name}: its chat template differs from {what}, which is used and exported",
-                f"set recipe.chat_template: {name} (with tokenizer: union, if its tokens are not the base's); "
-                "or render its chats with its own template into a column of texts",
+                f"set recipe.chat_template: {name} (with tokenizer: union, if its tokens are new); or "
+                "render its chats with its own template into a column of texts",
             )
     for problem in linear_problems(recipe):
         yield Finding("error", problem)
