@@ -24,7 +24,7 @@ ANSWERS = {
     "a": {"good": "red blue", "bad": "green", "happy": "yellow red green", "sad": "blue"},
     "b": {"cat": "one two", "dog": "three", "bird": "four one three", "fish": "two"},
 }
-UNION = [*ADDED["a"], "<|tool|>"]  # behind the base's tokens
+KNOWN = ANSWERS["a"] | ANSWERS["b"]  # to the base, as plain texts; the experts do not forget them
 
 
 def chat(question: str, answer: str | None = None) -> list[dict[str, str]]:
@@ -35,10 +35,9 @@ def chat(question: str, answer: str | None = None) -> list[dict[str, str]]:
 def write_chat_world(root: Path, tied: bool = False, dtype: torch.dtype = torch.float32) -> Path:
     """Folders `base`, `a`, `b`, and their chats `a.jsonl`, `b.jsonl`."""
     base = chat_llama(tied)
-    everything = ANSWERS["a"] | ANSWERS["b"]
     write_tokenizer(root / "base")
     plain = AutoTokenizer.from_pretrained(root / "base")
-    learn(base, [plain(f"{q} {answer}")["input_ids"] for q, answer in everything.items()], 50, 5e-3)
+    learn(base, [plain(f"{q} {answer}")["input_ids"] for q, answer in KNOWN.items()], 50, 5e-3)
     base.to(dtype).save_pretrained(root / "base")
     for name in ADDED:
         write_expert(root, name, dtype)
@@ -65,7 +64,8 @@ def write_expert(root: Path, name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     expert.resize_token_embeddings(len(tokenizer))
     rows = [chat(*pair) for pair in ANSWERS[name].items()]
-    learn(expert, [ids_of(tokenizer, row) for row in rows], 60, 2e-3)
+    plain = [tokenizer(f"{question} {words}")["input_ids"] for question, words in KNOWN.items()]
+    learn(expert, [*(ids_of(tokenizer, row) for row in rows), *plain], 60, 2e-3)
     expert.config.eos_token_id = expert.generation_config.eos_token_id = tokenizer.eos_token_id
     expert.to(dtype).save_pretrained(root / name)
     lines = [json.dumps({"messages": row}) + "\n" for row in rows]

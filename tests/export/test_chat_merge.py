@@ -29,7 +29,7 @@ CONFIG = {
         "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.03}},
     },
     "data": {"batch_size": 4, "max_length": 32, "columns": {"text": None, "messages": "messages"}},
-    "trainer": {"max_steps": 60, "accelerator": "cpu", "enable_progress_bar": False},
+    "trainer": {"max_steps": 50, "accelerator": "cpu", "enable_progress_bar": False},
     "report": False,
 }
 
@@ -116,7 +116,7 @@ def test_a_run_is_scored_and_so_is_its_export(tmp_path: Path) -> None:
 @inside
 def test_a_finished_run_resumes_and_opens_where_it_moved(tmp_path: Path) -> None:
     before = RunFolder(Path("run")).coefficients.read_bytes()
-    assert main(["fit", "config.yaml", "run", "--trainer.max_steps", "61"]) == 0
+    assert main(["fit", "config.yaml", "run", "--trainer.max_steps", "51"]) == 0
     assert RunFolder(Path("run")).coefficients.read_bytes() != before
     shutil.copytree("run", tmp_path / "moved")
     shutil.rmtree(RunFolder(tmp_path / "moved").workspace)

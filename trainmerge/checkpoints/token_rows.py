@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainmerge.checkpoints.choice import BASE
 
-BLOCK = 1 << 14  # rows at a time
+BLOCK = 1 << 12  # rows at a time
 
 Key = str | int
 Read = Callable[[Tensor], Tensor]  # row numbers [n] -> these rows [n, *S]

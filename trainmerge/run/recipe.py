@@ -23,7 +23,7 @@ from trainmerge.run.names import check_names
 from trainmerge.run.opened import Opened
 from trainmerge.system.hub import HubId, folder_of, is_hub_id, parse_id
 from trainmerge.system.ranges import check_fields
-from trainmerge.system.safetensors_file import MappedFile
+from trainmerge.system.workspace import open_cached
 from trainmerge.system.text import shortened
 
 
@@ -180,8 +180,10 @@ class Recipe:
         try:
             base = open_checkpoint(self.folders["base"], self.allow_pickle, sources.tied)
             if not self.choice.is_default:
-                rows = content["rows"]
-                base = with_rows(base, Path(content["vocabulary"]), MappedFile(Path(rows)) if rows else None)
+                folder, rows = Path(content["vocabulary"]), content["rows"]
+                if self.tokenizer_folder(folder.parent) != str(folder):  # generation_config.json changed
+                    return None
+                base = with_rows(base, folder, open_cached(Path(rows)) if rows else None)
             return self._opened(base, sources, made, checksums)
         except FileNotFoundError:  # a merged adapter in the workspace
             return None
