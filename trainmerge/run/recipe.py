@@ -23,8 +23,8 @@ from trainmerge.run.names import check_names
 from trainmerge.run.opened import Opened
 from trainmerge.system.hub import HubId, folder_of, is_hub_id, parse_id
 from trainmerge.system.ranges import check_fields
-from trainmerge.system.workspace import open_cached
 from trainmerge.system.text import shortened
+from trainmerge.system.workspace import open_cached
 
 
 @dataclass(frozen=True)
