@@ -339,3 +339,9 @@ def test_vocabulary_union_is_tokenizer_union(tmp_path: Path) -> None:
     root = write_models(tmp_path)
     assert recipe_of(root, tokenizer=None, vocabulary="union").choice == recipe_of(root).choice
     assert chat_recipe(root).choice == recipe_of(root).choice
+
+
+def test_a_word_that_only_an_expert_finds_first_is_named(tmp_path: Path) -> None:
+    root = write_models(tmp_path, a=["red", *ADDED["a"]])
+    with pytest.warns(UserWarning, match="it finds token .* 'red' before it splits a text"):
+        recipe_of(root).open(tmp_path / "ws")

@@ -14,6 +14,7 @@ import trainmerge as tm
 from tests.chat_world import ADDED, ANSWERS, TEMPLATE, answer, chat_recipe, write_chat_world
 from tests.export.test_card import check_card
 from trainmerge.cli import main
+from trainmerge.fitting.reopen import reopen
 from trainmerge.run.encoding import check_encoding
 from trainmerge.run.folder import RunFolder
 
@@ -123,6 +124,25 @@ def test_a_finished_run_resumes_and_opens_where_it_moved(tmp_path: Path) -> None
     assert main(["export", str(tmp_path / "moved"), str(tmp_path / "out"), "--verify"]) == 0
     assert main(["export", "run", "out", "--overwrite"]) == 0
     assert (tmp_path / "out/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
+
+
+def test_an_export_after_a_change_of_generation_config_takes_the_new_file(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(world, tmp_path / "world"))
+    monkeypatch.chdir(root)
+    (root / "base/generation_config.json").write_text(json.dumps({"temperature": 0.5, "do_sample": True}))
+    out = tm.export_run("run", "again")
+    assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.5
+    assert (out / "model.safetensors").read_bytes() == (root / "out/model.safetensors").read_bytes()
+
+
+@inside
+def test_a_finished_run_gives_its_module_and_data_again() -> None:
+    module, data = reopen(RunFolder(Path("run")))
+    assert Path(data.tokenizer) == module.opened.base.path
+    module.load(data)
+    assert len(module.teachers) == len(ADDED)
 
 
 @inside

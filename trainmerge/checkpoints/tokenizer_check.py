@@ -81,6 +81,13 @@ def warn_of_lost_tokens(merge: Path, expert: Path) -> None:
             "Set tokenizer: union to keep them",
             stacklevel=3,
         )
+    apart = {ours.tokens[i] for i in ours.added & ours.tokens.keys()}
+    if found := [i for i in theirs.added if (token := theirs.tokens.get(i)) in known and token not in apart]:
+        warnings.warn(
+            f"{theirs.file}: it finds {_named(theirs, found)} before it splits a text, and the merge's "
+            "tokenizer does not: it may split a text into other tokens",
+            stacklevel=3,
+        )
     if parts := differing_parts(ours, theirs):
         warnings.warn(
             f"{theirs.file}: {', '.join(parts)} differs from that of the merge's tokenizer, so it may split "
@@ -101,7 +108,10 @@ def _comparable(ours: Vocabulary, theirs: Vocabulary) -> bool:
 def _warn_of_added(ours: Vocabulary, theirs: Vocabulary, different: list[int], rows: int | None) -> None:
     if different:
         pairs = [f"{i} is {theirs.tokens[i]!r}, the base's {ours.tokens[i]!r}" for i in sorted(different)]
-        warnings.warn(f"{theirs.file}: added token {listed(pairs)}; {USED}", stacklevel=3)
+        warnings.warn(
+            f"{theirs.file}: added token {listed(pairs)}; {USED}. tokenizer: union matches rows by token",
+            stacklevel=3,
+        )
     more = [i for i in theirs.tokens.keys() - ours.tokens.keys() if rows is None or i < rows]
     if more:
         warnings.warn(

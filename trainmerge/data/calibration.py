@@ -106,7 +106,7 @@ class Calibration(pl.LightningDataModule):
 
     Args:
         files: Expert -> file of its unlabeled examples.
-        tokenizer: Folder of the base's tokenizer.
+        tokenizer: Folder of the merge's tokenizer: the base, or `Recipe.tokenizer_folder`.
         test_files: Expert -> file of its test examples, to warn when the two overlap.
         batch_size: Examples per expert and step, over all processes.
         max_length: Texts are truncated to this many tokens.
@@ -153,7 +153,7 @@ class Calibration(pl.LightningDataModule):
 
     @cached_property
     def tokenize(self) -> Tokenizer:
-        """The base's tokenizer, loaded on first use."""
+        """The merge's tokenizer, loaded on first use."""
         return Tokenizer(self.tokenizer, self.max_length)
 
     def _render(self, chat: Sequence[Mapping[str, str]]) -> Example:
