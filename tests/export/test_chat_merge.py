@@ -132,7 +132,8 @@ def test_an_export_after_a_change_of_generation_config_takes_the_new_file(
     root = Path(shutil.copytree(world, tmp_path / "world"))
     monkeypatch.chdir(root)
     (root / "base/generation_config.json").write_text(json.dumps({"temperature": 0.5, "do_sample": True}))
-    out = tm.export_run("run", "again")
+    with pytest.warns(UserWarning, match="temperature is None, the base has 0.5"):
+        out = tm.export_run("run", "again")
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.5
     assert (out / "model.safetensors").read_bytes() == (root / "out/model.safetensors").read_bytes()
 
