@@ -59,11 +59,34 @@ GRADIENT = (  # a private method of 0.1.0, and what it did
     "mod.resident.merged, tuple(mod.recipe.experts), mod.loss, lambda loss: loss.backward(), "
     "lambda mean: mean, mod.schedule, mod.rule)(st, 0)",
 )
+CHANGED = (  # what a script expects of the card or needs on disk, and why another answer is right
+    GRADIENT,
+    (  # a base on this disk is named by no hub id, and a card has the task of its model
+        'set(d) == {"base_model", "base_model_relation", "library_name", "tags"}',
+        'set(d) == {"library_name", "pipeline_tag", "tags"}',
+    ),
+    (  # two tables: each has one number of columns
+        'widths = {l.replace("\\\\|", "").count("|") for l in rows}',
+        'widths = {max(len({l.replace("\\\\|", "").count("|") for l in part.splitlines() '
+        'if l.startswith("|")}) for part in t.split("\\n\\n"))}; assert rows',
+    ),
+    ("len(widths) == 1 and not inj", "widths == {1} and not inj"),
+    (  # the log of the script itself is no file that a command wrote
+        'base = ROOT / "sec"; shutil.rmtree(base, ignore_errors=True); base.mkdir()',
+        'base = ROOT / "sec"; shutil.rmtree(base, ignore_errors=True); base.mkdir(); '
+        '(base / "log.txt").touch()',
+    ),
+    (  # a run to mutate, which no script makes
+        "cks = list(",
+        "run(['fit', '--config', config(world(), ROOT / 'ref0.yaml', steps=4, save_every=2), "
+        "'--run', ROOT / 'ref0'])\ncks = list(",
+    ),
+)
 IMPORT = re.compile(r"from trainmerge(?:\.[\w.]+)? import (\w+(?: *, *\w+)*)")
 
 
 def mended(text: str) -> str:
-    """A script with today's modules in its imports."""
+    """A script with today's modules in its imports, and today's card."""
 
     def names(found: re.Match[str]) -> str:
         parts = [name.strip() for name in found[1].split(",")]
@@ -74,7 +97,10 @@ def mended(text: str) -> str:
 
     for old, new in MODULES.items():
         text = re.sub(rf"\b{re.escape(old)}\b", new, text)
-    return IMPORT.sub(names, text).replace(*GRADIENT)
+    text = IMPORT.sub(names, text)
+    for old, new in CHANGED:
+        text = text.replace(old, new)
+    return text
 
 
 def verdict(out: str, err: str, code: int) -> str:

@@ -98,6 +98,11 @@ WHISPER = {
     **BART, "num_mel_bins": 16, "max_source_positions": 30, "max_target_positions": 64,
     "suppress_tokens": None, "begin_suppress_tokens": None,
 }  # fmt: skip
+AST = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "patch_size": 8, "frequency_stride": 8, "time_stride": 8, "max_length": 40, "num_mel_bins": 16,
+    "num_labels": 3,
+}  # fmt: skip
 SWIN = {
     "image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2],
     "window_size": 4, "num_labels": 5,
@@ -175,6 +180,10 @@ def patches() -> dict[str, Tensor]:
 
 def spectrogram() -> dict[str, Tensor]:
     return {"input_features": random(B, 16, 60), "decoder_input_ids": text()["input_ids"][:, :4]}
+
+
+def patches_of_sound() -> dict[str, Tensor]:
+    return {"input_values": random(B, 40, 16)}
 
 
 def wave() -> dict[str, Tensor]:

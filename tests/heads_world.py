@@ -14,7 +14,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.family_settings import DEBERTA, DISTILBERT, ENCODER, GPT, MODERNBERT, T5, TEXT
+from tests.family_settings import BART, DEBERTA, DISTILBERT, ENCODER, GPT, MODERNBERT, T5, TEXT
 from tests.world import WORDS, nudge
 from trainmerge.run.recipe import Expert, Recipe
 
@@ -35,6 +35,7 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Qwen2": ("Qwen2Model", {**TEXT, "tie_word_embeddings": True}),
     "GPT2": ("GPT2LMHeadModel", GPT),
     "T5": ("T5ForConditionalGeneration", {**T5, **ENDS, "pad_token_id": 0}),
+    "Bart": ("BartModel", {**BART, **ENDS, "pad_token_id": 0}),
 }
 
 

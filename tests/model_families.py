@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from tests.family_settings import (
+    AST,
     BART,
     CLIP,
     CONVNEXT,
@@ -53,6 +54,7 @@ from tests.family_settings import (
     captioned,
     pair,
     patches,
+    patches_of_sound,
     picture,
     spectrogram,
     text,
@@ -163,7 +165,12 @@ FAMILIES: dict[str, Family] = {
     "Wav2Vec2": Family("Wav2Vec2ForCTC", SPEECH, wave),
     "HuBERT": Family("HubertForSequenceClassification", {**SPEECH, "classifier_proj_size": 16}, wave),
     "ViT": Family("ViTForImageClassification", VISION, picture),
-    "DINOv2": Family("Dinov2ForImageClassification", {**VISION, "use_swiglu_ffn": True}, picture),
+    "DINOv2": Family("Dinov2ForImageClassification", VISION, picture),
+    "DINOv2 SwiGLU": Family("Dinov2ForImageClassification", {**VISION, "use_swiglu_ffn": True}, picture),
+    "Wav2Vec2 classifier": Family(
+        "Wav2Vec2ForSequenceClassification", {**SPEECH, "classifier_proj_size": 16}, wave
+    ),
+    "AST": Family("ASTForAudioClassification", AST, patches_of_sound),
     "Swin": Family("SwinForImageClassification", SWIN, picture),
     "ConvNeXt": Family("ConvNextForImageClassification", CONVNEXT, picture),
     "CLIP": Family("CLIPModel", CLIP, lambda: {**text(), **picture()}),

@@ -22,6 +22,16 @@ def test_imports_of_an_old_script_are_mended() -> None:
     assert mended("from trainmerge.run import RunFolder") == "from trainmerge.run.folder import RunFolder"
 
 
+def test_expectations_of_an_older_card_are_replaced() -> None:
+    old = 'widths = {l.replace("\\\\|", "").count("|") for l in rows}'
+    names: dict[str, object] = {"t": "| a | b |\n| c | d |\n\n| a |\n| b |\n", "rows": ["| a |"]}
+    exec(mended(old), names)
+    assert names["widths"] == {1}
+    names["t"] = "| a | b |\n| c |\n"
+    exec(mended(old), names)
+    assert names["widths"] == {2}
+
+
 def test_answers() -> None:
     assert verdict("PASS: early\nFAIL: late\n", "", 1) == "FAIL 1 of 2: late"
     assert verdict("FAIL: early\nPASS: late\n", "", 0) == "FAIL 1 of 2: early"

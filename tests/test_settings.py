@@ -16,13 +16,22 @@ from trainmerge.tradeoffs.cma_es import Search
 VALID = [
     tm.Expert("a"), tm.HeldOut("t"), tm.Recipe("base", {"a": tm.Expert("a")}), tm.Grouping(), tm.Columns(),
     tm.Anchor(), tm.Free(), tm.Box(), tm.Sigmoid(), tm.Simplex(),
+    tm.LayerLeastSquares(),
     tm.LayerSwap("a", "b"), tm.MetricsWeighted({"a": 1.0}), tm.DomainPosterior("t"), tm.T3("t"),
     tm.Breadcrumbs(), tm.Consensus(), tm.Dare(), tm.Doge(), tm.Fisher(), tm.ModelStock(), tm.Opcm(),
     tm.OptMerge(), tm.Pcb(), tm.Rcp("a", "b"), tm.RegMean(), tm.Slerp(), tm.Ties(), tm.Tsv(), tm.Widen(),
     tm.Wudi(), tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
     tm.Int8(), tm.Ternary(), ModelSettings(), StepSchedule(), Search(),
 ]  # fmt: skip
-MADE_BY_US = {"Layout", "Asks", "Delta", "TaskVectors", "Plan", "FittedModule"}  # results, not settings
+MADE_BY_US = {
+    "Layout",
+    "Asks",
+    "Delta",
+    "TaskVectors",
+    "Plan",
+    "FittedModule",
+    "Choice",
+}  # results, not settings
 ENDLESS = {"Box.low", "Box.high", "OptMerge.time", "Wudi.time", "Widen.above"}  # infinity has a meaning
 SIGNED = {"Box.low", "Box.high", "Anchor.at", "Alignment.layers", "T3.low", "T3.high", "Dare.seed"}
 

@@ -3,6 +3,8 @@
 A class is written into saved files by its public name, so a name stays here for as long as files have it.
 """
 
+from .auto import Choice as Choice
+from .auto import auto_config as auto_config
 from .checkpoints.state_dict_files import load_state_dict as load_state_dict
 from .coefficients.anchor import Anchor as Anchor
 from .coefficients.coefficients import Coefficients as Coefficients
@@ -13,6 +15,7 @@ from .coefficients.constraints import Free as Free
 from .coefficients.constraints import Sigmoid as Sigmoid
 from .coefficients.constraints import Simplex as Simplex
 from .coefficients.frank_wolfe import FrankWolfe as FrankWolfe
+from .coefficients.layer_least_squares import LayerLeastSquares as LayerLeastSquares
 from .coefficients.layout import Grouping as Grouping
 from .coefficients.layout import Layout as Layout
 from .coefficients.measured_presets import T3 as T3
@@ -41,6 +44,7 @@ from .fitting.early_stopping import StopWhenFlat as StopWhenFlat
 from .fitting.fit import fit as fit
 from .fitting.fit_module import FittedModule as FittedModule
 from .fitting.fit_module import fit_module as fit_module
+from .fitting.held_out_stopping import StopOnHeldOut as StopOnHeldOut
 from .fitting.module import MergeModule as MergeModule
 from .fitting.plan_fit import plan_fit as plan_fit
 from .fitting.trainer import make_trainer as make_trainer

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.results import FOLDER
-from trainmerge.run.folder import versions
+from trainmerge.run.manifest import versions
 from trainmerge.system.atomic import write_whole
 
 GROUPS = (
@@ -17,6 +17,7 @@ GROUPS = (
     "fit_memory",
     "fit_step",
     "guard",
+    "auto",
     "fit_lm",
     "closed_memory",
     "closed_cost",

@@ -19,7 +19,7 @@ from tests.bench.suite_model import demo, many_experts, texts_of
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.data.batch import Batch
-from trainmerge.data.calibration import Tokenizer
+from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.kernels import ExpertWeight, using
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.resident import Resident, load_resident

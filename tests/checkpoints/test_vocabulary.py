@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
 
@@ -82,7 +84,8 @@ def test_two_formats_of_one_vocabulary_agree(tmp_path: Path, theirs: Write) -> N
     bert_words(base, TOKENS)
     theirs(expert, TOKENS)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=r".* model\.type .* into other tokens")
+        warnings.simplefilter("error", append=True)
         assert tokenizer_mismatches(base, expert) == []
     theirs(expert, SWAPPED)
     (line,) = tokenizer_mismatches(base, expert)
@@ -255,4 +258,99 @@ def test_scores_of_a_unigram_model_are_compared(tmp_path: Path) -> None:
     file = expert / "tokenizer.json"
     file.write_text(file.read_text().replace('["red", -1.0]', '["red", -2.0]'))
     with pytest.warns(UserWarning, match=r"model\.vocab \(scores\) differs"):
+        assert tokenizer_mismatches(base, expert) == []
+
+
+def test_a_tokenizer_saved_again_in_another_format_is_the_same(tmp_path: Path) -> None:
+    base, expert = folders(tmp_path)
+    bert_words(base, TOKENS)
+    AutoTokenizer.from_pretrained(base).save_pretrained(expert)
+    (expert / "vocab.txt").unlink(missing_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokenizer_mismatches(base, expert) == []
+
+
+def sentence_marks(first: int, single: str = "<s> $A") -> dict[str, object]:
+    made = TemplateProcessing(single=single, pair="<s> $A <s> $B", special_tokens=[("<s>", first)])
+    content: dict[str, object] = json.loads(made.__getstate__())
+    return content
+
+
+BERT_MARKS = {"type": "BertProcessing", "cls": ["r", 1], "sep": ["e", 2]}
+ROBERTA_MARKS = {**BERT_MARKS, "type": "RobertaProcessing", "trim_offsets": True, "add_prefix_space": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+TOKEN = {
+    "id": 3, "content": "d", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False,
+    "special": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (None, sentence_marks(0)),
+        (sentence_marks(0), sentence_marks(1)),
+        (sentence_marks(0), sentence_marks(0, "$A <s>")),
+        (BERT_MARKS, ROBERTA_MARKS),  # they differ in pairs of texts
+    ],
+)
+def test_marks_around_a_text_are_compared_by_their_ids(tmp_path: Path, ours: object, theirs: object) -> None:
+    base, expert = folders(tmp_path)
+    splits(base, post_processor=ours)
+    splits(expert, post_processor=theirs)
+    with pytest.warns(UserWarning, match=r"json: post_processor differs from that of"):
+        assert tokenizer_mismatches(base, expert) == []
+
+
+@pytest.mark.parametrize("key", ["lstrip", "rstrip", "single_word", "normalized", ""])
+def test_how_added_tokens_are_found_is_compared(tmp_path: Path, key: str) -> None:
+    base, expert = folders(tmp_path)
+    splits(base, added_tokens=[TOKEN])
+    splits(expert, added_tokens=[{**TOKEN, key: True}] if key else [])
+    with pytest.warns(UserWarning, match=r"json: added_tokens \('d'\) differs from that of"):
+        assert tokenizer_mismatches(base, expert) == []
+
+
+@pytest.mark.parametrize("setting", ["byte_fallback", "fuse_unk"])
+def test_settings_of_a_model_are_compared(tmp_path: Path, setting: str) -> None:
+    base, expert = folders(tmp_path)
+    splits(base, model={**SPLIT["model"], setting: False})  # type: ignore[dict-item]
+    splits(expert, model={**SPLIT["model"], setting: True})  # type: ignore[dict-item]
+    with pytest.warns(UserWarning, match=rf"model\.{setting} differs"):
+        assert tokenizer_mismatches(base, expert) == []
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "WordPiece", "vocab": BPE, "unk_token": "r", "continuing_subword_prefix": "##",
+         "max_input_chars_per_word": 100},
+        {"type": "WordLevel", "vocab": BPE, "unk_token": "r"},
+        {"type": "Unigram", "vocab": [[token, -1.0] for token in BPE], "unk_id": 0},
+    ],
+)  # fmt: skip
+def test_models_of_other_types_are_named(tmp_path: Path, model: dict[str, object]) -> None:
+    base, expert = folders(tmp_path)
+    splits(base)
+    splits(expert, model=model)
+    with pytest.warns(UserWarning, match=rf"model\.type \({model['type']}, the base's is BPE\) differs"):
+        assert tokenizer_mismatches(base, expert) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decoder": BYTES},
+        {"post_processor": BYTES},  # borders alone
+        {"added_tokens": [{**TOKEN, "special": False}]},
+        {"model": {key: value for key, value in SPLIT["model"].items() if key != "type"}},  # type: ignore[attr-defined]
+    ],
+)
+def test_what_changes_no_id_is_not_a_difference(tmp_path: Path, changes: dict[str, object]) -> None:
+    base, expert = folders(tmp_path)
+    splits(base, added_tokens=[TOKEN])
+    splits(expert, **{"added_tokens": [TOKEN], **changes})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert tokenizer_mismatches(base, expert) == []

@@ -9,8 +9,8 @@ import datasets
 import pytest
 
 from tests.world import write_tokenizer
-from trainmerge.data.calibration import Steps, sample
 from trainmerge.data.examples import Example, warn_of_overlap
+from trainmerge.data.steps import Steps, sample
 from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
 

@@ -22,9 +22,9 @@ from tests.checkpoints.test_families import (
 )
 from trainmerge.data import pictures as pictures_of_ours
 from trainmerge.data.batch import Batch
-from trainmerge.data.calibration import Steps
 from trainmerge.data.example_rows import row_counts, split_rows
 from trainmerge.data.examples import Example
+from trainmerge.data.steps import Steps
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.plan.micro_batches import StepSchedule, rounds
 

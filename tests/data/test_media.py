@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from transformers.image_utils import load_image
 
 from tests.picture_world import ALONE, CUT, SQUARE, picture, write_pictures, write_processor
 from trainmerge.data.calibration import Calibration
@@ -100,6 +101,12 @@ def test_a_folder_gives_classes_by_name_and_a_prefix_of_all_classes(tmp_path: Pa
     assert [Path(path).parent.name for path in data["image"][:3]] == ["a", "b", "c"]
     assert [Path(path).stem for path in data["image"][::3]] == ["0", "3", "6", "9", "12", "15", "18", "21"]
     assert len(read(tmp_path / "calibration")) == 24
+    (tmp_path / "test" / "a" / "z.jfif").write_bytes(b"")
+    assert len(load_examples(str(tmp_path / "test"), ["image", "label"], media=["image"])) == 25
+    (tmp_path / "test" / "a" / "z.HEIC").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"z\.HEIC: a picture of a format that is not read: save it as PNG"):
+        read(tmp_path / "test")
+    (tmp_path / "test" / "a" / "z.HEIC").unlink()
     (tmp_path / "test" / "stray.png").write_bytes(b"")
     with pytest.raises(ValueError, match="lies beside subfolders"):
         read(tmp_path / "test")
@@ -209,8 +216,56 @@ def test_a_folder_without_processor_or_tokenizer_says_what_to_do(tmp_path: Path)
     with pytest.raises(ValueError, match=r"no tokenizer, so it reads no texts.*data\.columns\.text to null"):
         Tokenizer(str(tmp_path), 8).encode([Example("red")])
     (tmp_path / "bare").mkdir()
-    with pytest.raises(ValueError, match="preprocessor_config"):
+    with pytest.raises(ValueError, match=r"^\S*bare: no image processor that .*preprocessor_config"):
         MediaInputs(str(tmp_path / "bare")).encode([_as_png(tmp_path, picture(0))])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
+def test_pictures_of_other_modes_are_what_transformers_reads(tmp_path: Path, mode: str) -> None:
+    file = tmp_path / ("p.jpg" if mode in ("CMYK", "YCbCr") else "p.png")
+    grey = mode in ("1", "LA")
+    (picture(3).convert("L") if grey else picture(3)).convert(mode).save(file)
+    assert np.array_equal(np.asarray(open_picture(str(file))), np.asarray(load_image(str(file))))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_more_than_eight_bits_per_colour_are_refused(tmp_path: Path, mode: str) -> None:
+    grey = np.asarray(picture(3).convert("L"))
+    pixels = grey.astype(np.uint16) * 257 if mode == "I;16" else grey.astype(np.float32)
+    Image.fromarray(pixels).save(file := tmp_path / "p.tiff")
+    with pytest.raises(ValueError, match=rf"p\.tiff: its pixels have the mode {mode}; save it with 8 bits"):
+        open_picture(str(file))
+
+
+MEAN = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ({"feature_extractor_type": "ViTFeatureExtractor", "size": 24, **MEAN}, 24),
+        ({"size": 24, **MEAN}, 24),  # its class is the one of the model's type
+        ({"image_processor_type": "ViTImageProcessorFast", "size": {"height": 24, "width": 24}, **MEAN}, 24),
+        ({"feature_extractor_type": "CLIPFeatureExtractor", "size": 24, "crop_size": 20, **MEAN}, 20),
+        ({"image_processor_type": "ViTImageProcessor", "do_resize": False, **MEAN}, None),
+    ],
+)
+def test_processors_of_older_files(tmp_path: Path, settings: dict[str, object], size: int | None) -> None:
+    """Pixels of two pictures of other sizes; without resizing they have no common one."""
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for file, shape in zip(files, ((40, 36), (30, 44)), strict=True):
+        picture(1, size=shape).save(file)
+    examples = [Example("", image=str(file)) for file in files]
+    if size is None:
+        words = r"cannot encode 2 pictures [\s\S]*All must get one size: set size"
+        with pytest.raises(ValueError, match=words):
+            MediaInputs(str(tmp_path)).encode(examples)
+        return
+    pixels = MediaInputs(str(tmp_path)).encode(examples)["pixel_values"]
+    assert pixels.shape == (2, 3, size, size)
+    assert 0 < pixels.abs().max() <= 1
 
 
 def write_wave(file: Path, samples: np.ndarray, rate: int, width: int = 2, channels: int = 1) -> None:
@@ -252,6 +307,23 @@ def test_sounds_are_padded_by_the_feature_extractor(tmp_path: Path) -> None:
     slow = Example("", audio=examples[1].audio._replace(rate=8000))  # type: ignore[union-attr]
     (line,) = MediaInputs(str(tmp_path)).problems([slow])
     assert "it has 8000 samples a second, the model needs 16000" in line
+
+
+def test_ast_refuses_what_it_would_cut(tmp_path: Path) -> None:
+    """The longest sound that is not cut fills every frame, and one sample more is cut at the next."""
+    transformers.ASTFeatureExtractor(max_length=40, num_mel_bins=16).save_pretrained(tmp_path)
+    sizes = (400 + 160 * 39, 400 + 160 * 40 - 1, 400 + 160 * 40)
+    for i, size in enumerate(sizes):
+        noise = np.random.default_rng(i).uniform(-0.5, 0.5, size)
+        write_wave(tmp_path / f"{i}.wav", noise, 16000)
+    examples = read(write_rows(tmp_path / "a.jsonl", [{"audio": f"{i}.wav"} for i in range(3)]), SOUNDS)
+    media = MediaInputs(str(tmp_path))
+    full = media.encode(examples[:2])["input_values"]
+    assert full.shape == (2, 40, 16)
+    assert full[:, -1].std(dim=-1).min() > 0  # no frame of padding
+    (line,) = media.problems(examples)
+    assert line.startswith("example 2: ")
+    assert "cut it" in line
 
 
 def test_whisper_refuses_what_its_window_would_cut(tmp_path: Path) -> None:

@@ -187,3 +187,24 @@ def test_independent_labels_and_several_kinds(tmp_path: Path) -> None:
     found = tm.evaluate_run(run_of(recipe, tmp_path / "run", steps=2), grid=())
     assert found.metric.name == "score"
     assert found.rows["expert"]["a"].measures == {"f1": 1.0, "exact_match": 1.0}
+
+
+def test_labels_as_others_write_them(tmp_path: Path) -> None:
+    """Names in another order than the numbers, numbers as texts, and one number per independent label."""
+    names = {0: "neg", 1: "neu", 2: "pos"}
+    settings = {**LABELS, "id2label": names, "label2id": {"pos": 2, "neu": 1, "neg": 0}}
+    several = {**LABELS, "problem_type": "multi_label_classification"}
+    recipe, models = write_heads(tmp_path, "Bert", {"a": settings, "b": several})
+    told = logits(models["a"], recipe, TEXTS).argmax(-1).tolist()
+    each = [names[i] if k % 2 else str(i) for k, i in enumerate(told)]
+    yes = (logits(models["b"], recipe, TEXTS) > 0).double().tolist()
+    assert {0.0, 1.0} == {one for row in yes for one in row}
+    for name, column, values in (("a", "label", each), ("b", "labels", yes)):
+        rows = [{"text": text, column: value} for text, value in zip(TEXTS, values, strict=True)]
+        recipe = with_test(recipe, name, rows, tmp_path)
+    found = tm.evaluate_run(run_of(recipe, tmp_path / "run"), grid=())
+    assert found.rows["expert"]["a"].measures["accuracy"] == 1.0
+    assert found.rows["expert"]["b"].measures == {"f1": 1.0, "exact_match": 1.0}
+    wrong = [{"text": text, "labels": [0.5, 0.0, 1.0]} for text in TEXTS]
+    with pytest.raises(ValueError, match=r"example 0: labels is \[0\.5, 0\.0, 1\.0\], not a class number"):
+        tm.evaluate_checkpoint(recipe.base, with_test(recipe, "b", wrong, tmp_path))

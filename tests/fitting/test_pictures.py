@@ -45,6 +45,7 @@ HEADS = {
     "shade": tm.LabelHead(["red", "blue", "green"], templates=["good {}", "a {} fish"]),
     "hue": tm.LabelHead(["cat", "dog", "bird"]),
 }
+RESNET = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1]}
 ENTROPY = tm.Entropy(agreement=1.0)
 BOTH = tm.Alignment(hidden=1.0, layers=(0, -1), record="float32")
 
@@ -94,6 +95,8 @@ def test_own_heads_on_pictures_fit_evaluate_and_export(tmp_path: Path) -> None:
         ("ViTModel", "ViTForImageClassification", VISION),
         ("Dinov2Model", "Dinov2ForImageClassification", VISION),
         ("ConvNextModel", "ConvNextForImageClassification", CONVNEXT),
+        ("Swinv2Model", "Swinv2ForImageClassification", SWIN),
+        ("ResNetModel", "ResNetForImageClassification", RESNET),
     ],
 )
 def test_experts_bring_classifiers_of_their_own(

@@ -14,7 +14,7 @@ import trainmerge as tm
 from tests.world import languages_recipe, llama, nudge, write_languages, write_tokenizer
 from trainmerge.coefficients.aggregation import combined
 from trainmerge.coefficients.layout import Grouping
-from trainmerge.data.calibration import Steps
+from trainmerge.data.steps import Steps
 from trainmerge.fitting.module import MergeModule
 from trainmerge.model.loss_scale import LossScale
 from trainmerge.run.recipe import Recipe, calibration_files

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from trainmerge.system.disk_space import naming
@@ -19,6 +20,7 @@ from trainmerge.system.memory import is_out_of_memory
         (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (KeyError("out of memory"), False),
+        (pa.ArrowException("Unknown error: Failed to launch worker thread: try again"), True),
     ],
 )
 def test_which_errors_mean_a_full_memory(error: Exception, full: bool) -> None:

@@ -56,6 +56,8 @@ def is_own_key(
     parameters = dict(base.meta_model.named_parameters(remove_duplicate=False))
     known = parameters.get(ours)
     if known is None and "lora_" in key:
+        if ours.partition(".lora_")[0] in dict(base.meta_model.named_modules()):
+            return False  # an update of the base's own head is merged
         raise ValueError(
             f"{key} adapts the task's head, which the base lacks: merge the adapter into its head before "
             "(peft's merge_and_unload), or name the module in modules_to_save"

@@ -81,7 +81,9 @@ def locate(
         raise ValueError(
             f"{path}: the files do not match {type(module).__name__}: {'; '.join(lines + shapes)}. "
             "Architectures that transformers renames or fuses on loading (mixtures of experts) are not "
-            "supported yet; tensors that the model doesn't have can be named in `ignore`."
+            "supported yet: if transformers loads them, save base and experts with "
+            "save_pretrained(FOLDER, save_original_format=False). Tensors that the model doesn't have can be "
+            "named in `ignore`."
         )
     return {name: owners[inside] for name, inside in memory.items() if inside in owners}
 

@@ -48,6 +48,12 @@ ONE_ROW: dict[str, Kind] = {  # endings that transformers uses for nothing else
 }
 
 
+ENDS = (
+    "classifies by the last position, which is padding for all but the longest text of a batch: it is not "
+    "supported. Train with summary_type `first`"
+)
+
+
 class Output(NamedTuple):
     """A model's class, and the kind of its output.
 
@@ -60,6 +66,7 @@ class Output(NamedTuple):
         layers: The decoder's layers, or the encoder's without one, if config.json names their number.
         reads: `tokens`, `media` (pictures or sounds alone) or `both` (CLIP's towers).
         embedding: The size of its pooled output, if config.json names it.
+        ends: Whether it classifies by the last position, which is padding in a batch (XLNet).
     """
 
     architecture: str
@@ -70,6 +77,7 @@ class Output(NamedTuple):
     layers: int | None = None
     reads: Literal["tokens", "media", "both"] = "tokens"
     embedding: int | None = None
+    ends: bool = False
 
     @property
     def logits(self) -> bool:
@@ -106,7 +114,16 @@ def output_of_class(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Ou
         layers=next((n for name in DEPTHS if (n := getattr(text, name, None)) is not None), None),
         reads="both" if towers else "tokens" if reads_text else "media",
         embedding=getattr(config, "projection_dim", hidden) if projected else hidden,
+        ends="sequence_summary" in names_in_forward(kind) and getattr(config, "summary_type", "") == "last",
     )
+
+
+def names_in_forward(kind: type[PreTrainedModel]) -> tuple[str, ...]:
+    """The attributes that a class's forward names itself."""
+    code: Any = kind.forward
+    while hasattr(code, "__wrapped__"):
+        code = code.__wrapped__
+    return tuple(code.__code__.co_names)
 
 
 def _kind(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Kind:

@@ -7,13 +7,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from trainmerge.checkpoints.meta_model import shorten
-from trainmerge.checkpoints.output import Output, output_of_class
+from trainmerge.checkpoints.output import ENDS, Output, names_in_forward, output_of_class
 from trainmerge.checkpoints.sources import FullSource, OpenedFiles
 
 HeadKind = Literal["classes", "tokens", "spans", "labels", "values"]  # as `data.batch.Kind`
@@ -95,8 +95,10 @@ class OwnHead:
         """The token that its class takes for padding; None if it does not look for one.
 
         Raises:
-            ValueError: it does, and config.json names none.
+            ValueError: it does, and config.json names none; or it reads the last position, padding or not.
         """
+        if self.output.ends:
+            raise ValueError(f"{self.config_file}: {self.kind.__name__} {ENDS}")
         if self.output.kind != "classifier" or not self._reads_last_token():
             return None
         token: int | None = self.config.get_text_config().pad_token_id
@@ -110,7 +112,4 @@ class OwnHead:
 
     def _reads_last_token(self) -> bool:
         """Whether its class's forward looks for the padding token in its inputs."""
-        code: Any = self.kind.forward
-        while hasattr(code, "__wrapped__"):
-            code = code.__wrapped__
-        return "pad_token_id" in code.__code__.co_names
+        return "pad_token_id" in names_in_forward(self.kind)

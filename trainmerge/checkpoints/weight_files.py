@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from trainmerge.checkpoints.side_modules import MODULES, read_modules
 from trainmerge.system.hub import origin_of
 from trainmerge.system.json_file import read_json
 from trainmerge.system.links import check_link
@@ -73,9 +74,24 @@ def _warn_of_others(path: Path, taken: list[Path], safe: str, pickled: str) -> N
 def read_folder_json(path: Path) -> dict[str, Any]:
     """A JSON object of a checkpoint folder. Raises FileNotFoundError or ValueError that names the file."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; {path.parent} is not a complete checkpoint folder.")
+        more = _of_modules(path.parent)
+        raise FileNotFoundError(
+            f"{path}: no such file; {path.parent} is not a complete checkpoint folder.{more}"
+        )
     check_link(path.parent, path)
     return read_json(path, "Download or save it again.")
+
+
+def _of_modules(folder: Path) -> str:
+    """What a folder of sentence-transformers is, if its model is not at its top; else nothing."""
+    if not (folder / MODULES).is_file():
+        return ""
+    kinds = [f"{module.kind} in {module.place or 'the folder'}" for module in read_modules(folder)]
+    return shortened(
+        f" Its {MODULES} lists {', '.join(kinds)}: the files of one Transformer must be in the folder "
+        "itself, and its path in the list empty",
+        600,
+    )
 
 
 def find_weights(

@@ -10,6 +10,7 @@ from pathlib import Path
 from platform import python_version
 
 from trainmerge.cli.arguments import options_of, split_words, take_trusted
+from trainmerge.cli.auto import auto
 from trainmerge.cli.command_help import check_words, command_help
 from trainmerge.cli.commands import allocate, compare, evaluate, export, report
 from trainmerge.cli.exchange import push, rebuild
@@ -18,12 +19,27 @@ from trainmerge.cli.merge import merge
 from trainmerge.cli.threads import run_of, set_threads
 from trainmerge.cli.tradeoffs import pareto, search
 from trainmerge.fitting.mistakes import explain
+from trainmerge.system.lost_threads import check_room, lost_threads
 from trainmerge.system.memory import is_out_of_memory
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
-PLAIN = (allocate, compare, evaluate, export, inspect, merge, pareto, plan, push, rebuild, report, search)
-RESUMABLE = ("fit", "merge", "search")  # commands that resume
+PLAIN = (
+    allocate,
+    auto,
+    compare,
+    evaluate,
+    export,
+    inspect,
+    merge,
+    pareto,
+    plan,
+    push,
+    rebuild,
+    report,
+    search,
+)
+RESUMABLE = ("auto", "fit", "merge", "search")  # commands that resume
 
 USAGE = """usage: trainmerge COMMAND ...
 
@@ -33,6 +49,7 @@ commands:
   merge      all in one line:     trainmerge merge configs/demo.yaml merged/
              mergekit's files:    trainmerge merge mergekit.yml merged/
              models, no file:     trainmerge merge BASE EXPERT EXPERT --method ties -o merged/
+  auto       choose how, and do: trainmerge auto configs/demo.yaml merged/
   fit        learn coefficients:  trainmerge fit configs/adamerging.yaml runs/first
              again, to resume:    trainmerge fit configs/adamerging.yaml runs/first
   allocate   allocate chunks:     trainmerge allocate runs/first chunks.json --budget 1.0
@@ -82,13 +99,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(name: str, words: list[str]) -> int:
     """Run a command; errors that a user can cause are a line on stderr, any other is a bug's traceback."""
     try:
+        check_room()
         modules, words = take_trusted(words)
-        if not modules:
-            return COMMANDS[name](words)
-        from trainmerge.run.trust import trusting
+        with lost_threads():
+            if not modules:
+                return COMMANDS[name](words)
+            from trainmerge.run.trust import trusting
 
-        with trusting(*modules):
-            return COMMANDS[name](words)
+            with trusting(*modules):
+                return COMMANDS[name](words)
     except KeyboardInterrupt:
         again = "resumes" if name in RESUMABLE else "starts over"
         print(f"trainmerge {name}: stopped; the same command {again}", file=sys.stderr)

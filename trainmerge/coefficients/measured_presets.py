@@ -1,10 +1,10 @@
-"""Published rules that measure the models on the experts' examples: starting points, or complete merges.
+"""Published rules that measure the models on unlabeled examples: starting points, or complete merges.
 
-Legend: `K` experts, `G` coefficient groups, `N` texts.
+Legend: `K` experts, `G` coefficient groups, `N` texts, `n` inputs of a linear layer.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import Protocol
@@ -18,10 +18,26 @@ from trainmerge.coefficients.presets import Preset
 from trainmerge.data.examples import Columns, Example
 from trainmerge.data.text_files import load_examples
 from trainmerge.system.ranges import check_fields
+from trainmerge.task_vectors.delta import TaskVectors
 
 
 class Measures(Protocol):
     """The statistics that `trainmerge.model.expert_statistics` gives to a preset."""
+
+    @property
+    def task_vectors(self) -> TaskVectors:
+        """What the coefficients scale."""
+
+    @property
+    def originals(self) -> TaskVectors:
+        """The experts' own task vectors."""
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """The tasks' weights, K."""
+
+    def grams(self, expert: int, names: Sequence[str], merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mean x x^T [n, n] of the inputs x of each linear layer among `names`; see `Calibrator`."""
 
     def likelihoods(self, expert: int, texts: Sequence[Example]) -> Tensor:
         """Log-likelihood of each text under the expert, [N] float64."""
@@ -32,7 +48,21 @@ class Measures(Protocol):
 
 @dataclass(frozen=True)
 class MeasuredPreset(Preset):
-    """Coefficients from the experts' predictions on unlabeled texts, before the fit.
+    """Coefficients from measuring the models, before the fit."""
+
+    @override
+    def __call__(self, experts: Sequence[str], layout: Layout) -> Tensor:
+        """Uniform, as a placeholder until `measured`."""
+        return torch.full((len(experts), 1), 1 / len(experts))
+
+    @abstractmethod
+    def measured(self, experts: Sequence[str], layout: Layout, measure: Measures) -> Tensor:
+        """The coefficients, [K, 1] or [K, G]."""
+
+
+@dataclass(frozen=True)
+class TextPreset(MeasuredPreset):
+    """Coefficients from the experts' predictions on texts of the target domain.
 
     Args:
         texts: File of texts from the target domain, read as calibration files are.
@@ -42,15 +72,6 @@ class MeasuredPreset(Preset):
     texts: str
     max_texts: int = 64
 
-    @override
-    def __call__(self, experts: Sequence[str], layout: Layout) -> Tensor:
-        """Uniform, as a placeholder until `measured`."""
-        return torch.full((len(experts), 1), 1 / len(experts))
-
-    @abstractmethod
-    def measured(self, experts: Sequence[str], measure: Measures) -> Tensor:
-        """The coefficients, [K, 1]."""
-
     def read(self) -> list[Example]:
         """The texts."""
         (column,) = Columns().names()
@@ -58,7 +79,7 @@ class MeasuredPreset(Preset):
 
 
 @dataclass(frozen=True)
-class DomainPosterior(MeasuredPreset):
+class DomainPosterior(TextPreset):
     """The posterior of each expert's domain, given texts from the target domain.
 
     Branch-Train-Merge (Li et al., arXiv 2208.03306): p(k | x) is proportional to p(x | k) p(k). The prior
@@ -75,7 +96,7 @@ class DomainPosterior(MeasuredPreset):
         check_fields(self, rate="(0, 1]", max_texts="[1, inf)")
 
     @override
-    def measured(self, experts: Sequence[str], measure: Measures) -> Tensor:
+    def measured(self, experts: Sequence[str], layout: Layout, measure: Measures) -> Tensor:
         texts = self.read()
         likelihoods = torch.stack([measure.likelihoods(k, texts) for k in range(len(experts))])
         return posterior(likelihoods, self.rate)[:, None]
@@ -91,7 +112,7 @@ def posterior(likelihoods: Tensor, rate: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class T3(MeasuredPreset):
+class T3(TextPreset):
     """One expert and its base: the coefficient grows with their disagreement on the texts.
 
     T3 (arXiv 2510.27265), one batch at a time: the mean over texts of `t3_coefficients`. One coefficient per
@@ -113,7 +134,7 @@ class T3(MeasuredPreset):
         check_fields(self, gamma="[0, inf)", max_texts="[1, inf)")
 
     @override
-    def measured(self, experts: Sequence[str], measure: Measures) -> Tensor:
+    def measured(self, experts: Sequence[str], layout: Layout, measure: Measures) -> Tensor:
         if len(experts) != 1:
             raise ValueError(f"T3 weights one expert against its base; the recipe has {len(experts)}")
         coefficients = t3_coefficients(

@@ -7,17 +7,17 @@ mid-epoch, with a different number of workers or processes.
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Mapping, Sequence
+from copy import copy
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
-from trainmerge.data.batch import Batch, Step
+from trainmerge.data.batch import Step
 from trainmerge.data.examples import (
     Columns,
     Example,
@@ -27,6 +27,8 @@ from trainmerge.data.examples import (
     subject,
     warn_of_overlap,
 )
+from trainmerge.data.held_out import split
+from trainmerge.data.steps import FromStep, Steps
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.system.ranges import check_option
 from trainmerge.system.workspace import VOCABULARY
@@ -36,69 +38,6 @@ def recorded(tokenizer: str) -> str:
     """The tokenizer as a run records it: a folder that was made for it by its name, which is a digest."""
     name = Path(tokenizer).name
     return name if name.startswith(VOCABULARY) else tokenizer
-
-
-def sample(seed: int, expert: int, step: int, size: int, count: int) -> list[int]:
-    """The `size` example indices of step `step` for an expert with `count` examples.
-
-    Consecutive steps go through one permutation after another: every example is used once before any is
-        reused, and batches continue across the border of two permutations.
-    """
-    positions = range(step * size, (step + 1) * size)
-    return [_permutation(seed, expert, p // count, count)[p % count] for p in positions]
-
-
-@lru_cache(maxsize=64)
-def _permutation(seed: int, expert: int, epoch: int, count: int) -> list[int]:
-    mixed = (seed * 1_000_003 + expert) * 1_000_003 + epoch
-    generator = torch.Generator().manual_seed(mixed % 2**63)
-    order: list[int] = torch.randperm(count, generator=generator).tolist()
-    return order
-
-
-class Steps(Dataset[Step]):
-    """Item t is this process's part of optimizer step t.
-
-    A step's examples do not depend on the number of processes, which split them round-robin.
-    """
-
-    def __init__(
-        self,
-        examples: Sequence[Sequence[Example]],  # one list per expert
-        tokenize: Tokenizer,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.examples, self.tokenize = examples, tokenize
-        self.batch_size, self.seed = batch_size, seed
-        self.rank, self.world_size = rank, world_size
-
-    def __getitem__(self, step: int) -> Step:
-        return [self._batch(expert, step) for expert in range(len(self.examples))]
-
-    def _batch(self, expert: int, step: int) -> Batch:
-        own = self.examples[expert]
-        chosen = sample(self.seed, expert, step, self.batch_size, len(own))[self.rank :: self.world_size]
-        examples = [own[i] for i in chosen]
-        encoded = self.tokenize.encode(examples)
-        share = len(chosen) * self.world_size / self.batch_size
-        rows = self.tokenize.rows(examples, encoded.inputs)
-        return Batch(expert, encoded.inputs, encoded.mask, torch.tensor(chosen), share=share, rows=rows)
-
-
-class _FromStep(Sampler[int]):
-    """Steps first .. last; its length is the whole run's, as Lightning expects."""
-
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last = first, last
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.first, self.last))
-
-    def __len__(self) -> int:
-        return self.last
 
 
 class Calibration(pl.LightningDataModule):
@@ -114,6 +53,8 @@ class Calibration(pl.LightningDataModule):
         max_examples: Use the first so many examples of each expert; by default all.
         seed: The data order is a function of this and the step.
         num_workers: Processes that tokenise ahead.
+        held_out: The share of each expert's examples that the fit does not see; `StopOnHeldOut` and
+            `trainmerge auto` judge merges by them.
     """
 
     def __init__(
@@ -127,6 +68,7 @@ class Calibration(pl.LightningDataModule):
         max_examples: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        held_out: float = 0.0,
     ) -> None:
         super().__init__()
         check_option("data.batch_size", batch_size, int, "[1, 1e6]")
@@ -134,6 +76,7 @@ class Calibration(pl.LightningDataModule):
         check_option("data.max_examples", max_examples, int | None, "[1, inf)")
         check_option("data.seed", seed, int, "[0, inf)")
         check_option("data.num_workers", num_workers, int, "[0, inf)")
+        check_option("data.held_out", held_out, float, "[0, 0.5]")
         self.files, self.test_files = dict(files), dict(test_files or {})
         self.batch_size, self.columns = batch_size, columns
         self.seed, self.num_workers = seed, num_workers
@@ -149,7 +92,28 @@ class Calibration(pl.LightningDataModule):
             if name in self.test_files:
                 test = read_examples(self.test_files[name], columns.plain(), self._render, located=False)
                 warn_of_overlap(name, [subject(e) for e in examples], [subject(e) for e in test])
+        self.held_out = held_out
+        self._held = self._hold_out()
         self._consumed = 0
+
+    def _hold_out(self) -> list[list[Example]]:
+        """Take the held-out examples out of `examples`; returns them."""
+        parts = [split(own, self.held_out, self.seed, k) for k, own in enumerate(self.examples)]
+        self.examples = [learned_from for learned_from, _ in parts]
+        return [held for _, held in parts]
+
+    def held_out_part(self, limit: int | None = None) -> "Calibration":
+        """The same with the held-out examples, or the first so many of each expert's, to learn nothing from.
+
+        Raises:
+            ValueError: none are held out.
+        """
+        if not self.held_out:
+            raise ValueError("no examples are held out: set data.held_out to a share, such as 0.2")
+        part = copy(self)
+        vars(part).pop("_identities", None)
+        part.examples = [own[:limit] for own in self._held]
+        return part
 
     @cached_property
     def tokenize(self) -> Tokenizer:
@@ -177,6 +141,7 @@ class Calibration(pl.LightningDataModule):
             "max_length": self.max_length,
             "columns": self.columns.record(),
             "max_examples": self.max_examples,
+            **({"held_out": self.held_out} if self.held_out else {}),
         }
 
     def identity(self) -> str:
@@ -198,5 +163,5 @@ class Calibration(pl.LightningDataModule):
         steps = Steps(
             self.examples, self.tokenize, self.batch_size, self.seed, trainer.global_rank, trainer.world_size
         )
-        sampler = _FromStep(self._consumed, trainer.max_steps)
+        sampler = FromStep(self._consumed, trainer.max_steps)
         return DataLoader(steps, batch_size=None, sampler=sampler, num_workers=self.num_workers)

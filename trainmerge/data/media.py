@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoFeatureExtractor, AutoImageProcessor, Wav2Vec2FeatureExtractor
+from transformers import (
+    ASTFeatureExtractor,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    Wav2Vec2FeatureExtractor,
+)
 
 from trainmerge.data.examples import Example
 from trainmerge.data.media_values import open_picture, open_sound
@@ -24,6 +29,14 @@ FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 def without_text(examples: Sequence[Example]) -> bool:
     """Whether the examples are pictures or sounds alone."""
     return not examples[0].text and bool(examples[0].image or examples[0].audio)
+
+
+def _longest(extractor: Any) -> int | None:
+    """The samples at which an extractor cuts: Whisper's window, and AST's frames (25 ms, every 10 ms)."""
+    if isinstance(extractor, ASTFeatureExtractor):
+        return 400 + 160 * int(extractor.max_length) - 1
+    samples: int | None = getattr(extractor, "n_samples", None)
+    return samples
 
 
 class MediaInputs:
@@ -43,8 +56,9 @@ class MediaInputs:
         pictures = [open_picture(example.image) for example in examples if example.image]
         if len(pictures) < len(examples):
             raise ValueError("either all examples of an expert must have a picture, or none")
+        processor = self._image_processor
         try:
-            made = self._image_processor(images=pictures, return_tensors="pt")
+            made = processor(images=pictures, return_tensors="pt")
         except Exception as error:  # as in `_loaded`
             raise ValueError(
                 f"{self.path}: the image processor cannot encode {len(pictures)} pictures "
@@ -81,7 +95,7 @@ class MediaInputs:
         name = example.audio if isinstance(example.audio, str) else "a sound"
         if rate != (own := self._feature_extractor.sampling_rate):
             raise ValueError(f"{name}: it has {rate} samples a second, the model needs {own}: resample it")
-        longest = getattr(self._feature_extractor, "n_samples", None)  # Whisper's window, which it cuts at
+        longest = _longest(self._feature_extractor)
         if longest and len(samples) > longest:
             raise ValueError(
                 f"{name}: it has {len(samples) / rate:.1f} s, the model reads {longest / rate:.0f} s: cut it"

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import datasets
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SUFFIXES = {
+    ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff",
+    ".webp",
+}  # fmt: skip
+OTHERS = {".cr2", ".dng", ".exr", ".hdr", ".heic", ".heif", ".jp2", ".nef", ".npy", ".psd", ".raw", ".svg"}
 
 
 def picture_folder(folder: Path) -> datasets.Dataset | None:
@@ -17,7 +21,8 @@ def picture_folder(folder: Path) -> datasets.Dataset | None:
     that the first few are of all classes.
 
     Raises:
-        ValueError: pictures in the folder and in its subfolders, or in subfolders of those.
+        ValueError: pictures in the folder and in its subfolders, or in subfolders of those; among them a
+            picture of a format that is not read.
     """
     below = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     classes = [path for path in below if path.is_dir()]
@@ -34,11 +39,19 @@ def picture_folder(folder: Path) -> datasets.Dataset | None:
         )
     if not flat and not any(inside):
         return None
+    if strange := [path for path in _files(below, classes) if path.suffix.lower() in OTHERS]:
+        raise ValueError(
+            f"{strange[0]}: a picture of a format that is not read: save it as PNG, or remove it"
+        )
     if flat:
         return datasets.Dataset.from_dict({"image": [str(path.absolute()) for path in flat]})
     turns = sorted((place, label) for label, own in enumerate(inside) for place in range(len(own)))
     images = [str(inside[label][place].absolute()) for place, label in turns]
     return datasets.Dataset.from_dict({"image": images, "label": [label for _, label in turns]})
+
+
+def _files(below: Iterable[Path], classes: Iterable[Path]) -> list[Path]:
+    return sorted([*below, *(path for own in classes for path in own.iterdir())])
 
 
 def _pictures(paths: Iterable[Path]) -> list[Path]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 
+from trainmerge.data.csv_rows import check_header, no_cell_lost
 from trainmerge.data.picture_folder import picture_folder
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.memory import is_out_of_memory
@@ -69,7 +70,13 @@ def _read(source: Path, texts: Sequence[str]) -> datasets.Dataset:
         raise ValueError(f"{source}: example 0 is null, not an object with columns: remove it")
     options: dict[str, Any] = {}
     if source.suffix == ".csv":  # an empty cell is no value; all else is as written
-        options = {"converters": dict.fromkeys(texts, _cell), "keep_default_na": False, "na_values": [""]}
+        check_header(source, texts)
+        options = {
+            "converters": dict.fromkeys(texts, _cell), "keep_default_na": False, "na_values": [""],
+            "index_col": False,  # never a row's first cell instead of its first column
+        }  # fmt: skip
+    if source.suffix == ".txt":
+        options = {"encoding": "utf-8-sig"}  # without the byte order mark that some editors write
     if source.suffix == ".parquet":  # by default as many rows at a time as the first group has, perhaps none
         options = {"batch_size": ROWS}
     try:
@@ -89,7 +96,7 @@ def _in_memory(source: Path, options: Mapping[str, Any]) -> datasets.Dataset:
 
     Only a lock without contents is written, to a temporary folder.
     """
-    with TemporaryDirectory() as locks, _quiet():
+    with TemporaryDirectory() as locks, _quiet(), no_cell_lost():
         rows = datasets.load_dataset(
             FORMATS[source.suffix], data_files=str(source), split="train", streaming=True, cache_dir=locks,
             **options,

@@ -54,6 +54,9 @@ def _answer(kind: Kind, value: Any, example: Example, names: Mapping[str, int]) 
         return _texts(value)
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError("not a list")
+    numbers = len(value) == len(names) and all(isinstance(one, float) for one in value)
+    if kind == "labels" and numbers and {*value} <= {0.0, 1.0}:  # one per label, as transformers trains with
+        return [i for i, one in enumerate(value) if one]
     labels = [_number(one, names, kind == "tokens") for one in value]
     if kind == "tokens" and len(labels) != (words := len(example.text.split())):
         raise ValueError(f"{len(labels)} labels for {words} words: give each word of the text one label")

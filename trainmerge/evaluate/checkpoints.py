@@ -12,6 +12,7 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessTask, run_harness
 from trainmerge.evaluate.measure import metric_of
+from trainmerge.evaluate.own_checkpoint import narrowed, own_subject, own_tasks
 from trainmerge.evaluate.runs import DEVICE, Heads, build_heads, references_from_files
 from trainmerge.evaluate.score_task import Subject, score_tasks
 from trainmerge.evaluate.tasks import Task, load_tasks
@@ -19,7 +20,7 @@ from trainmerge.evaluate.vocabulary import Reading, reading
 from trainmerge.model.embedding import read_embedding
 from trainmerge.model.own_head import OwnModel, attach
 from trainmerge.model.resident import special_ids
-from trainmerge.run.heads import task_heads
+from trainmerge.run.heads import all_heads
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import DEFAULT_LENGTH
 from trainmerge.system.hub import folder_of
@@ -38,6 +39,7 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Scores of one checkpoint folder, and of the base if the recipe has held-out tasks.
 
+    A checkpoint with a head of its own, an `export --task` or an expert, is scored on its own task alone.
     Label heads use the recipe's base. Texts are truncated to `max_length` tokens; `text_length` gives the
     length of a run's fit, and `columns_of` its columns.
 
@@ -58,20 +60,25 @@ def _evaluated(
     columns: Columns,
 ) -> Evaluation:
     recipe = words.recipe
-    own = task_heads(recipe)
+    own, place = all_heads(recipe), folder_of(checkpoint, allow_pickle=recipe.allow_pickle)
+    if alone := own_tasks(place, recipe, own):
+        recipe, own = narrowed(recipe, alone, place), {name: own[name] for name in alone}
     metric, tokenize = metric_of(recipe, own), Tokenizer(words.tokenizer, max_length)
     held_in, held_out = load_tasks(recipe, tokenize, columns, limit, heads=own)
     tasks = [*held_in, *held_out]
-    place = folder_of(checkpoint, allow_pickle=recipe.allow_pickle)
-    check_kind(place, recipe, tasks)
+    if not alone:
+        check_kind(place, recipe, tasks)
     folders = {checkpoint: place}
-    if held_out or harness:
+    if held_out or (harness and not alone):
         folders = {"base": recipe.folders["base"], **folders}
-    heads = heads_of(words, tasks, tokenize)
-    references = references_from_files(recipe, tasks, tokenize)
+    heads = {} if alone else heads_of(words, tasks, tokenize)
+    references = {} if alone else references_from_files(recipe, tasks, tokenize)
     rows, found = {}, {}
     for row, folder in folders.items():
-        subject = load_checkpoint(words.open(folder), recipe, heads, tasks, tokenize, answers, references)
+        if alone:
+            subject = own_subject(words.open(folder).path, recipe, tasks, tokenize, answers)
+        else:
+            subject = load_checkpoint(words.open(folder), recipe, heads, tasks, tokenize, answers, references)
         rows[row] = score_tasks(subject, tasks)
         if harness:
             found[row] = run_harness(subject.module, words.tokenizer, harness, limit)

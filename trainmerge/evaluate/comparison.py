@@ -21,7 +21,7 @@ from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.evaluate.vocabulary import Reading, reading
 from trainmerge.model.embedding import read_embedding
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.heads import task_heads
+from trainmerge.run.heads import all_heads
 from trainmerge.run.open_run import open_run
 from trainmerge.run.sources import columns_of, tasks_of, text_length
 from trainmerge.system import distributed
@@ -77,7 +77,7 @@ def _rows(
     words: Reading, source: Path, names: Sequence[str], limit: int | None, max_length: int | None
 ) -> Evaluation:
     shared = words.recipe
-    own = task_heads(shared)
+    own = all_heads(shared)
     metric, tokenize = metric_of(shared, own), Tokenizer(words.tokenizer, text_length(source, max_length))
     held_in, held_out = load_tasks(shared, tokenize, columns_of(source), limit, heads=own)
     tasks = [*held_in, *held_out]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from trainmerge.checkpoints import Output, OwnHead, output_of, read_modules
+from trainmerge.checkpoints.output import ENDS
 from trainmerge.data.batch import Kind
 from trainmerge.data.tokenizer import Encoded
-from trainmerge.run.heads import TaskHead, task_heads
+from trainmerge.run.heads import TaskHead, all_heads
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import ACCURACY, PERPLEXITY, SIMILARITY, Metric
 
@@ -46,15 +47,15 @@ def kind_of_head(head: TaskHead) -> Kind:
 def metric_of(recipe: Recipe, found: Mapping[str, TaskHead] | None = None) -> Metric:
     """The metric of the tasks: that of their heads, accuracy of an own classifier, else perplexity.
 
-    `found` are the experts' heads, by default those of `task_heads`. Tasks of several metrics have `score`.
+    `found` are the heads of all tasks, by default those of `all_heads`. If they have several
+    metrics, it is `score`.
 
     Without heads, a base with modules.json is a sentence embedder.
 
     Raises:
         ValueError: only some tasks have a head; the base has no measure.
     """
-    tasks = [*(task_heads(recipe) if found is None else found).values()]
-    tasks += [task.head for task in recipe.held_out.values()]
+    tasks = [*(all_heads(recipe) if found is None else found).values()]
     heads = {head is not None for head in tasks}
     if heads == {True}:
         metrics = {NAMES[kind_of_head(head)] for head in tasks}
@@ -74,6 +75,8 @@ def own_metric(output: Output, where: str) -> Metric:
         ValueError: it has none.
     """
     named = f"{where}: {output.architecture} is a {output.kind}"
+    if output.ends:
+        raise ValueError(f"{where}: {output.architecture} {ENDS}")
     if output.kind in UNMEASURED:
         raise ValueError(f"{named}: {UNMEASURED[output.kind]}")
     if output.kind != "classifier":

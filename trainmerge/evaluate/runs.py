@@ -27,7 +27,7 @@ from trainmerge.model.own_head import OwnModel
 from trainmerge.model.resident import Placement, Resident, load_resident, preprocess
 from trainmerge.model.resident import build_heads as build_resident_heads
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.heads import task_heads
+from trainmerge.run.heads import all_heads
 from trainmerge.run.open_run import open_run
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
@@ -70,7 +70,7 @@ def evaluate_run(
     recipe, coefficients, opened = open_run(folder := RunFolder(Path(run)))
     words = recipe.tokenizer_folder(folder.workspace)
     tokenize = Tokenizer(words, text_length(folder.path, max_length))
-    own = task_heads(recipe, opened)
+    own = all_heads(recipe, opened)
     held_in, held_out = load_tasks(recipe, tokenize, columns_of(folder.path), limit, heads=own)
     tasks = [*held_in, *held_out]
     resident, subject = load_subject(recipe, coefficients, opened, tokenize, folder, tasks, answers)

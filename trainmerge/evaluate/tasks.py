@@ -1,5 +1,6 @@
 """Tasks to score a model on: test examples, with labels for a classifier, and prompts to answer."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,7 +14,8 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.answers import COLUMN, read_answers
 from trainmerge.evaluate.measure import kind_of_head, metric_of, predicted
 from trainmerge.evaluate.pairs import EXPERT, Similar, read_similar
-from trainmerge.run.heads import TaskHead, linear_problems, task_heads
+from trainmerge.model.embedding_settings import unfollowed_settings
+from trainmerge.run.heads import TaskHead, all_heads, linear_problems
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import PERPLEXITY, SIMILARITY
 from trainmerge.system.ranges import check_option
@@ -152,21 +154,24 @@ def load_tasks(
 ) -> tuple[list[Task], list[Task]]:
     """The experts' tasks (held in) and the held-out ones, the first `limit` examples of each.
 
-    `columns` are the fit's; `tokenize` is the base's tokenizer; `heads` are the experts', by default those of
-    `task_heads`.
+    `columns` are the fit's; `tokenize` is the base's tokenizer; `heads` are those of all tasks, by default
+    `all_heads`.
 
     Raises:
         ValueError: the base has no measure; `limit` is not positive; a task has no such file, or the file
             lacks a column; an example has no text, no label that is a class, or no token to predict; a
             held-out task has an expert's name.
     """
-    heads = task_heads(recipe) if heads is None else heads
+    heads = all_heads(recipe) if heads is None else heads
     metric = metric_of(recipe, heads)
     if problems := list(linear_problems(recipe)):
         raise ValueError("\n".join(problems))
     check_option("limit", limit, int | None, "[1, inf)")
     if twice := recipe.experts.keys() & recipe.held_out.keys():
         raise ValueError(f"recipe.held_out: {sorted(twice)} are names of experts; rename these tasks")
+    if metric == SIMILARITY:
+        for line in unfollowed_settings(recipe.folders["base"]):
+            warnings.warn(line, stacklevel=2)
     output, labelled = output_of(recipe.folders["base"]), metric not in (PERPLEXITY, SIMILARITY)
     files = TestFiles(output, labelled, columns, tokenize, limit, split, embedded=metric == SIMILARITY)
     held_in = [
@@ -174,7 +179,7 @@ def load_tasks(
     ]
     if split != "test":
         return held_in, []
-    held_out = [files.task(name, task.test, task.head) for name, task in recipe.held_out.items()]
+    held_out = [files.task(name, task.test, heads[name]) for name, task in recipe.held_out.items()]
     check_measures(held_in, held_out)
     return held_in, held_out
 

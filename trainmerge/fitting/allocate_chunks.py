@@ -78,7 +78,7 @@ def energy(module: MergeModule, data: Calibration) -> dict[str, float]:
     module.load(data)
     module.resident.merged.materialise()
     scores = dict.fromkeys(module.opened.layout.groups, 0.0)
-    for batch in track(list(batches(module, data)), description="measuring gradients"):
+    for batch in track(list(batches(module.resident, data)), description="measuring gradients"):
         squares = loss_and_gradient(module, batch)[1].double().square().sum(dim=0)
         for name, groups in module.opened.layout.groups.items():
             scores[name] += squares[list(groups)].sum().item()

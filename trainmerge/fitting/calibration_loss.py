@@ -8,6 +8,7 @@ from torch import Tensor
 from trainmerge.data.batch import Batch
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
+from trainmerge.model.resident import Resident
 from trainmerge.model.row_shards import shard_rows
 from trainmerge.system import distributed
 
@@ -21,14 +22,14 @@ def calibration_loss(module: MergeModule, data: Calibration) -> float:
     module.resident.merged.materialise()
     mine = sum(
         float(module.loss(batch)) * _count(batch) / len(data.examples[batch.expert])
-        for batch in batches(module, data)
+        for batch in batches(module.resident, data)
     )
     return float(
         distributed.all_reduce(torch.tensor(mine, dtype=torch.float64, device=module.resident.device))
     )
 
 
-def batches(module: MergeModule, data: Calibration) -> Iterator[Batch]:
+def batches(resident: Resident, data: Calibration) -> Iterator[Batch]:
     """One process's part of all calibration examples, expert after expert, on the model's device.
 
     Every process takes part in every batch, because a batch may contain collectives. With fewer examples than
@@ -41,7 +42,7 @@ def batches(module: MergeModule, data: Calibration) -> Iterator[Batch]:
             share = (part.stop - part.start) * distributed.world_size() / len(own)
             if not share:
                 part = slice(0, 1)
-            batch = module.resident.batch(expert, own[part], data.tokenize, first + part.start)
+            batch = resident.batch(expert, own[part], data.tokenize, first + part.start)
             yield batch._replace(share=share)
 
 

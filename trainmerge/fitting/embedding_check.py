@@ -8,11 +8,11 @@ from trainmerge.checkpoints import read_modules
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
 from trainmerge.model.embedding import Embedding, embedding_of, read_embedding
+from trainmerge.model.embedding_settings import prompts_of, unfollowed_settings
 from trainmerge.system.json_file import read_json
 
 REMEDY = "Download or save it again."
 SETTINGS = "sentence_bert_config.json"
-PROMPTS = "config_sentence_transformers.json"
 
 
 def embedding_problems(module: MergeModule, data: Calibration) -> list[str]:
@@ -76,20 +76,15 @@ def _text_problems(base: Path, data: Calibration) -> Iterator[str]:
             f"{base / SETTINGS}: do_lower_case is set, and the tokenizer keeps capitals: write the texts in "
             "lower case, and set it to false"
         )
-    known = read_json(base / PROMPTS, REMEDY) if (base / PROMPTS).is_file() else {}
-    prompts = known.get("prompts")
-    used = [text for text in prompts.values() if text] if isinstance(prompts, dict) else []
+    used = [text for text in prompts_of(base)[0].values() if text]
     if used and _leaves_prompts_out(base):
         yield (
             f"{base}: its pooling leaves out prompts ({used[0]!r}), which is not supported: set "
             "include_prompt to true in the configuration of Pooling, or remove the prompts"
         )
-    elif used and known.get("default_prompt_name"):
-        warnings.warn(
-            f"{base / PROMPTS}: texts are embedded as the files have them, without the default prompt: begin "
-            "each text with it if it is used",
-            stacklevel=2,
-        )
+        return
+    for line in unfollowed_settings(base):
+        warnings.warn(line, stacklevel=2)
 
 
 def _leaves_prompts_out(base: Path) -> bool:

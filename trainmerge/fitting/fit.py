@@ -8,12 +8,19 @@ import torch
 
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.begin import Snapshot, begin, find_snapshot
+from trainmerge.fitting.held_out_stopping import check_held_out
 from trainmerge.fitting.keep_better import save_better
 from trainmerge.fitting.memory_budget import schedule_within, watch_memory
 from trainmerge.fitting.model_settings import check_data, needs_examples
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.optimisation import check_optimisation
-from trainmerge.fitting.outcome import check_learned, save_end, save_start, warn_if_loss_did_not_fall
+from trainmerge.fitting.outcome import (
+    check_learned,
+    save_best,
+    save_end,
+    save_start,
+    warn_if_loss_did_not_fall,
+)
 from trainmerge.fitting.plan_fit import Precision
 from trainmerge.fitting.preflight import check_heads, check_tasks
 from trainmerge.fitting.snapshots import Snapshots
@@ -114,6 +121,7 @@ def take_steps(
     elif trainer.is_global_zero:
         if done and snapshot:
             save_end(folder, module, snapshot)
+        save_best(folder, module, trainer, snapshot)
         warn_if_loss_did_not_fall(folder)
 
 
@@ -187,6 +195,7 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
             f"precision {trainer.precision} would round the coefficients; use bf16-mixed or 16-mixed"
         )
     check_strategy(trainer)
+    check_held_out(trainer, data, module.keep_better)
     if trainer.max_steps:
         check_optimisation(module, trainer.strategy.root_device)
     if data.batch_size < trainer.world_size:

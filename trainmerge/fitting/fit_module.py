@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from trainmerge.coefficients.constraints import Constraint, Free
 from trainmerge.coefficients.initial import Initial, read_initial
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.fitting.learned import warn_if_at_bound, warn_if_unchanged
+from trainmerge.fitting.module_run import ModuleRun, describe_modules
 from trainmerge.fitting.module_steps import ModuleSteps
 from trainmerge.fitting.module_tasks import ModuleTasks, PlainLoss, Stream
 from trainmerge.model.batch_norm import Forward, batch_norm_statistics, call
@@ -28,6 +30,7 @@ from trainmerge.model.plain_models import ModelWeights, PlainModels, open_models
 from trainmerge.model.state_dicts import Loaders, check_buffers, rule_buffers, task_weights
 from trainmerge.objectives import Objective
 from trainmerge.preprocess import Preprocess, apply_in_memory
+from trainmerge.run.folder import RunFolder
 from trainmerge.system.ranges import check_option
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.state_dicts import StateDict
@@ -63,6 +66,8 @@ def fit_module(
     buffers: BufferRule | None = None,
     ignore: Sequence[str] = (),
     allow_pickle: bool = False,
+    run: str | Path | None = None,
+    save_every: int = 10,
 ) -> FittedModule:
     """Learn the coefficients of a merge of modules, on their device; no argument is changed.
 
@@ -93,10 +98,13 @@ def fit_module(
             the start, which all steps use, and again at the end.
         ignore: fnmatch patterns of tensors that keep the base's value.
         allow_pickle: Read files of torch.save too.
+        run: A run folder, from which the same call resumes after it was stopped, to the same bits. Loaders
+            are drawn again up to its step, and must give the same batches.
+        save_every: Steps between its snapshots.
 
     Raises:
         ValueError: lists every mismatch of the state dicts; a setting or loader that cannot work; a loss that
-            is not finite.
+            is not finite; a run of other models, settings or batches.
     """
     names = tuple(experts)
     check_option("steps", steps, int, "[1, inf)")
@@ -104,7 +112,9 @@ def fit_module(
     check_buffers(buffers, module, loaders)
     if loaders.keys() != {*names}:
         raise ValueError(f"loaders for {listed([*loaders], 12)}, and the experts are {listed(names, 12)}")
-    streams, shares = [Stream(name, loaders[name]) for name in names], task_weights(weights, names)
+    check_option("save_every", save_every, int, "[1, inf)")
+    streams = [Stream(name, loaders[name], compared=run is not None) for name in names]
+    shares = task_weights(weights, names)
     models = open_models(module, experts, ignore, allow_pickle)
     vectors = apply_in_memory(models.task_vectors, preprocess)
     layout = grouping.layout(vectors.shapes)
@@ -123,7 +133,17 @@ def fit_module(
     settle()
     tasks = ModuleTasks(merged, loss, forward, shares, own_buffers(models))
     stepping = ModuleSteps(tasks, streams, optimizer, lr_scheduler, anchor, combine, clip)
-    losses = [stepping.step(number) for number in range(steps)]
+    if run is None:
+        losses = [stepping.step(number) for number in range(steps)]
+    else:
+        settings = {
+            "preprocess": preprocess, "grouping": grouping, "ignore": ignore, "buffers": buffers,
+            "objective": loss, "forward": forward, "optimizer": stepping.optimizer,
+            "lr_scheduler": stepping.scheduler, "constraint": constraint, "anchor": anchor,
+            "combine": combine, "clip": clip, "weights": shares,
+        }  # fmt: skip
+        described = describe_modules(module, models, coefficients, settings)
+        losses = ModuleRun(RunFolder(Path(run)), steps, save_every, described).take(stepping)
     warn_if_unchanged(coefficients, stepping.start, "steps")
     warn_if_at_bound(coefficients)
     settle()

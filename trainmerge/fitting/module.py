@@ -150,13 +150,16 @@ class MergeModule(CoefficientSteps):
         check_data(self.recipe, self.opened, data)
         if self._resident is not None:
             return
-        merge = self.recipe, self.opened, self.coefficients, self.initial
-        given = FitInputs(*merge, self.objective.asks, data, self.settings, self.schedule)
-        made = prepare(given, device, precision)
+        made = prepare(self.inputs(data), device, precision)
         self._resident, self.teachers = made.resident, made.teachers
         if made.start is not None:
             self.start = made.start.expand_as(self.start).clone()
             self.coefficients.reset_(self.start)
+
+    def inputs(self, data: Calibration) -> FitInputs:
+        """What `prepare` makes the model from."""
+        merge = self.recipe, self.opened, self.coefficients, self.initial
+        return FitInputs(*merge, self.objective.asks, data, self.settings, self.schedule)
 
     @override
     def setup(self, stage: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainmerge.data.batch import Asks, Batch, Outputs, Predictions, Signals
+from trainmerge.fitting.contents import content_sha256
 from trainmerge.model.batch_norm import Forward
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.objectives import Objective
@@ -29,6 +30,8 @@ class Stream:
 
     name: str
     loader: Iterable[Any]
+    compared: bool = False  # whether `digest` is that of all batches so far
+    digest: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.loader, Iterator):
@@ -40,7 +43,16 @@ class Stream:
 
     def take(self) -> tuple[Any, int | None]:
         """The next batch, and its number in a list."""
-        return next(self._batches)
+        batch, number = next(self._batches)
+        if self.compared:
+            try:
+                self.digest = content_sha256([self.digest, batch])
+            except ValueError as error:
+                raise ValueError(
+                    f"loaders: {self.name}: {error}, so a run could not tell whether it resumes with the "
+                    "same batches: give tensors in lists or mappings, or leave out `run`"
+                ) from error
+        return batch, number
 
     def _forever(self) -> Iterator[tuple[Any, int | None]]:
         numbered = isinstance(self.loader, Sequence)

@@ -3,10 +3,12 @@
 import math
 import warnings
 
+import pytorch_lightning as pl
 import torch
 
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.begin import Snapshot
+from trainmerge.fitting.held_out_stopping import StopOnHeldOut
 from trainmerge.fitting.learned import warn_if_at_bound, warn_if_unchanged
 from trainmerge.fitting.model_settings import needs_examples
 from trainmerge.fitting.module import MergeModule
@@ -30,6 +32,21 @@ def save_end(folder: RunFolder, module: MergeModule, snapshot: Snapshot) -> None
         module.coefficients.raw.copy_(snapshot.content["state_dict"]["coefficients.raw"])
     save_moment(folder, module.coefficients, snapshot.step, steps=snapshot.step)
     print(f"{folder.path}: finished at step {snapshot.step}; raise trainer.max_steps to continue")
+
+
+def save_best(folder: RunFolder, module: MergeModule, trainer: pl.Trainer, snapshot: Snapshot | None) -> None:
+    """With `StopOnHeldOut`, make the best step's coefficients the run's."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if not isinstance(callback, StopOnHeldOut):
+            continue
+        states = snapshot.content["callbacks"] if snapshot else {}
+        if callback.best is None and callback.state_key in states:  # no step was left to make
+            callback.load_state_dict(states[callback.state_key])
+        if callback.best is not None:
+            step, values = callback.best
+            module.coefficients.reset_(values)
+            save_moment(folder, module.coefficients, step, steps=step)
 
 
 def check_learned(folder: RunFolder, module: MergeModule) -> None:

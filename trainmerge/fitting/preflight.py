@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from trainmerge.checkpoints import Output, OwnHead, output_of
+from trainmerge.checkpoints.output import ENDS
 from trainmerge.data.calibration import Calibration
 from trainmerge.data.examples import Example
 from trainmerge.data.heads import Head
@@ -61,6 +62,8 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
             f"{base} has no output layer, and {headless} no `head`: give each a LabelHead or a LinearHead, "
             "or use experts, or a base and experts, that were saved with an output layer"
         )
+    elif headless and output.ends:
+        problems.append(f"{base}: {output.architecture} {ENDS}")
     elif headless and output.kind in UNUSABLE:
         problems.append(
             f"{base}: {output.architecture} is a {output.kind}, whose outputs no objective compares: give "

@@ -121,7 +121,8 @@ def preprocess_with_examples(
 
 def statistics_of(given: FitInputs, resident: Resident) -> ExpertStatistics:
     """The experts on their own calibration examples."""
-    return ExpertStatistics(resident, given.data.examples, given.data.tokenize, given.settings.workspace)
+    data, weights = given.data, [expert.weight for expert in given.recipe.experts.values()]
+    return ExpertStatistics(resident, data.examples, data.tokenize, given.settings.workspace, weights=weights)
 
 
 def quantise_vectors(given: FitInputs, vectors: TaskVectors) -> TaskVectors:
@@ -143,7 +144,8 @@ def measure_start(given: FitInputs, resident: Resident) -> Tensor | None:
     """The starting coefficients of a preset that measures the experts."""
     if not isinstance(given.initial, MeasuredPreset):
         return None
-    return given.initial.measured(tuple(given.recipe.experts), statistics_of(given, resident))
+    names, layout = tuple(given.recipe.experts), given.opened.layout
+    return given.initial.measured(names, layout, statistics_of(given, resident))
 
 
 def record(given: FitInputs, resident: Resident) -> list[Record]:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from trainmerge.fitting.checkpoint_file import LocalFile
 from trainmerge.fitting.early_stopping import StopWhenFlat
+from trainmerge.fitting.held_out_stopping import StopOnHeldOut
 from trainmerge.fitting.metrics_log import log_before_saving
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
@@ -146,10 +147,11 @@ class Snapshots(Callback):
 
 
 def _last_step(trainer: pl.Trainer) -> int:
-    """The step at which the fit is finished: the current one, if it was stopped because its loss is flat."""
+    """The step at which the fit is finished: the current one, if a callback stopped it."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    flat = any(isinstance(callback, StopWhenFlat) and callback.stopped for callback in callbacks)
-    return trainer.global_step if flat else trainer.max_steps
+    stops = StopWhenFlat | StopOnHeldOut
+    stopped = any(isinstance(callback, stops) and callback.stopped for callback in callbacks)
+    return trainer.global_step if stopped else trainer.max_steps
 
 
 def check_finite(trainer: pl.Trainer, module: pl.LightningModule) -> None:

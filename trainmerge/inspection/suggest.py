@@ -131,6 +131,8 @@ def write_suggestion(suggestion: Suggestion, path: Path) -> None:
     """A configuration for `trainmerge fit`, with the reasons as comments on top. Raises as `check_new`."""
     check_new(path)
     lines = ["# Suggested by `trainmerge inspect` from rules of thumb: a starting point."]
+    if suggestion.settings["trainer"]["max_steps"]:
+        lines.append("# `trainmerge auto THIS_FILE OUT` tries other starts and methods on held-out examples.")
     lines += [f"# {key}: {reason}" for key, reason in suggestion.reasons.items()]
     text = yaml.safe_dump(dict(suggestion.settings), sort_keys=False, width=110)
     write_whole(path, "\n".join(lines) + "\n" + text)

@@ -3,64 +3,25 @@
 Legend: `B` examples, `T` tokens, `D` hidden size, `E` width of an embedding.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from trainmerge.checkpoints import Checkpoint, SideModule, layer_name, module_folders, read_modules
-from trainmerge.data.heads import pool
+from trainmerge.model.poolings import POOLINGS, poolings_of
 from trainmerge.system.json_file import read_json
 from trainmerge.system.text import shortened
 
-KEY = "pooling_mode_"
 REMEDY = "Download or save it again."
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid", "ELU", "LeakyReLU", "Softplus", "Mish")
 KNOWN = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
+NAME = "sentence_embedding"  # what a Dense module reads and writes
 WITH_FILES = ("Pooling", "Dense", "LayerNorm")
-Pooled = Callable[[Tensor, Tensor], Tensor]  # hidden states [B, T, D], mask [B, T] -> [B, D]
-
-
-def _largest(hidden: Tensor, mask: Tensor) -> Tensor:
-    return hidden.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
-
-
-def _last(hidden: Tensor, mask: Tensor) -> Tensor:
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask, positions, -1).amax(dim=1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
-
-
-def _root_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    weights = mask[..., None].float()
-    return ((hidden * weights).sum(dim=1) / weights.sum(dim=1).sqrt()).to(hidden.dtype)
-
-
-def _weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    weights = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device))[..., None].float()
-    return ((hidden * weights).sum(dim=1) / weights.sum(dim=1)).to(hidden.dtype)
-
-
-# By sentence-transformers' keys `pooling_mode_*`, in the order in which it concatenates them
-POOLINGS: dict[str, Pooled] = {
-    "cls_token": lambda hidden, mask: pool(hidden, mask, "first"),
-    "max_tokens": _largest,
-    "mean_tokens": lambda hidden, mask: pool(hidden, mask, "mean"),
-    "mean_sqrt_len_tokens": _root_mean,
-    "weightedmean_tokens": _weighted_mean,
-    "lasttoken": _last,
-}
 PLAIN = {"mean": "mean_tokens", "first": "cls_token", "last": "lasttoken"}
-SHORT = {
-    "cls": "cls_token",
-    "max": "max_tokens",
-    "mean": "mean_tokens",
-    "weightedmean": "weightedmean_tokens",
-}
 
 
 @dataclass(frozen=True)
@@ -71,6 +32,7 @@ class Stage:
     poolings: tuple[str, ...] = ()
     layer: str = ""  # the child of the model that has its weights
     activation: str = "Identity"
+    residual: bool = False  # whether its input is added, [B, E] with E = D
 
     def __call__(self, module: nn.Module, states: Tensor, mask: Tensor) -> Tensor:
         """[B, T, D] -> [B, E] if it is a pooling, else [B, D] -> [B, E]."""
@@ -81,7 +43,8 @@ class Stage:
         layer = module.get_submodule(self.layer)
         out: Tensor = layer(states.to(next(layer.parameters()).dtype))
         activation: nn.Module = getattr(nn, self.activation)()
-        return activation(out)  # type: ignore[no-any-return]
+        out = activation(out)
+        return out + states if self.residual else out
 
 
 @dataclass(frozen=True)
@@ -99,7 +62,8 @@ class Embedding:
 
     def identity(self) -> str:
         """A text that identifies the computation; the folders' names do not matter."""
-        return repr([(stage.kind, stage.poolings, stage.activation) for stage in self.stages])
+        each = ((s, ("residual",) if s.residual else ()) for s in self.stages)
+        return repr([(stage.kind, stage.poolings, stage.activation, *more) for stage, more in each])
 
 
 def read_embedding(base: Checkpoint, pooling: str = "modules") -> Embedding:
@@ -167,7 +131,7 @@ def _stage(folder: Path, module: SideModule) -> Stage:
     path = folder / module.place / "config.json"
     config = read_json(path, REMEDY) if path.is_file() or module.kind != "LayerNorm" else {}
     if module.kind == "Pooling":
-        return Stage("Pooling", _poolings(config, path))
+        return Stage("Pooling", poolings_of(config, path))
     if module.kind == "LayerNorm":
         return Stage("LayerNorm", layer=layer_name(f"{module.place}.norm.weight"))
     named = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
@@ -176,22 +140,13 @@ def _stage(folder: Path, module: SideModule) -> Stage:
         raise ValueError(
             f"{path}: the activation {_few([named])} is not one of torch.nn's {', '.join(ACTIVATIONS)}"
         )
-    return Stage("Dense", layer=layer_name(f"{module.place}.linear.weight"), activation=activation)
-
-
-def _poolings(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """The poolings that a configuration names, by its keys `pooling_mode_*` or `pooling_mode`."""
-    given = config.get("pooling_mode", [])
-    listed = [given] if isinstance(given, str) else given if isinstance(given, list) else []
-    chosen = [SHORT.get(str(name), str(name)) for name in listed]
-    chosen += [key.removeprefix(KEY) for key, on in config.items() if key.startswith(KEY) and on is True]
-    known = tuple(name for name in POOLINGS if name in chosen)
-    strange = [name for name in chosen if name not in POOLINGS]
-    if strange or not known:
+    names = [config.get(key) or NAME for key in ("module_input_name", "module_output_name")]
+    if names != [NAME, NAME]:
         raise ValueError(
-            f"{path}: poolings {_few(strange) or 'of no kind'}; supported are {', '.join(POOLINGS)}"
+            f"{path}: reads or writes {_few([str(name) for name in names])}; only {NAME} is supported"
         )
-    return known
+    layer = layer_name(f"{module.place}.linear.weight")
+    return Stage("Dense", layer=layer, activation=activation, residual=config.get("use_residual") is True)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from trainmerge.model.layer_inputs import Moment, watching
 from trainmerge.model.resident import Resident
 from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
+from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.roles import LINEAR
 
 TOGETHER = 8  # examples per forward pass
@@ -28,13 +29,27 @@ PREDICTIONS = 256 << 20  # bytes of the base's predictions stored at a time
 
 @dataclass(frozen=True)
 class ExpertStatistics:
-    """`preprocess.Calibrator` over a resident model. Order and samples depend on the seed only."""
+    """`preprocess.Calibrator`, and a preset's `Measures`, over a resident model.
+
+    Order and samples depend on the seed only.
+    """
 
     resident: Resident
     examples: Sequence[Sequence[Example]]  # one list per expert
     tokenizer: Tokenizer
     folder: Path
     seed: int = 0
+    weights: Sequence[float] = ()  # of the tasks, K
+
+    @property
+    def task_vectors(self) -> TaskVectors:
+        """What the coefficients scale: the preprocessed task vectors."""
+        return self.resident.merged.task_vectors
+
+    @property
+    def originals(self) -> TaskVectors:
+        """The experts' own task vectors."""
+        return self.resident.merged.originals
 
     def in_order(self, names: Iterable[str]) -> list[str]:
         """These parameters in the network's order."""

@@ -21,9 +21,9 @@ from trainmerge.system.ranges import check_fields
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.parameter_names import block_of
+from trainmerge.task_vectors.portions import MOMENTS, portions
 from trainmerge.task_vectors.roles import LINEAR, each_matrix
 
-MOMENTS = 1 << 30  # bytes of second moments per pass of each expert
 RIDGE = 1e-6  # of the mean diagonal: a direction that no expert reads keeps the base
 
 
@@ -56,7 +56,7 @@ class RegMean(Informed):
             yield from ((name, results[name]) for name in task_vectors.deltas)
             return
         unseen: list[str] = []
-        for names in _portions(task_vectors):
+        for names in portions(task_vectors, MOMENTS):
             grams = _grams(task_vectors, calibrator, names, {})
             for name in names:
                 yield name, self._result(task_vectors, name, grams)
@@ -126,22 +126,6 @@ def _weighed(tau: Tensor, moment: Tensor, factor: Tensor) -> Tensor:
     """tau G total^-1, some rows after the others; total = factor factor^T."""
     blocks = (torch.cholesky_solve((rows @ moment).T, factor).T for rows in wide_rows(tau))
     return torch.cat([block.to(tau.dtype) for block in blocks])
-
-
-def _portions(task_vectors: TaskVectors) -> Iterator[list[str]]:
-    """Groups of consecutive parameters with `MOMENTS` bytes of second moments each."""
-    portion: list[str] = []
-    size = 0
-    for name, delta in task_vectors.deltas.items():
-        inputs = delta.shape[0 if delta.role == "transposed" else -1] if len(delta.shape) == 2 else 0
-        more = 4 * inputs**2
-        if portion and size + more > MOMENTS:
-            yield portion
-            portion, size = [], 0
-        portion.append(name)
-        size += more
-    if portion:
-        yield portion
 
 
 def _grams(

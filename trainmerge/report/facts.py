@@ -39,8 +39,16 @@ def score_table(scores: Scores, metric: Metric) -> str:
 def merged_section(numbers: Numbers) -> Section:
     """Base, experts, and which parameters are merged or unchanged."""
     layout, recipe = numbers.layout, numbers.recipe
-    rows = [["base", recipe.base, ""]]
-    rows += [[n, e.path, e.calibration or "no calibration data"] for n, e in recipe.experts.items()]
+    if recipe is None:
+        rows = [["base", str(numbers.manifest["module"]), ""]]
+        rows += [[name, "a module in memory", "loaders of its own"] for name in numbers.experts]
+        made = numbers.manifest["recipe"]
+        grain = str(made.get("grouping", {}).get("granularity", ""))
+        done = [str(one.get("class_path", one)) for one in made.get("preprocess", [])]
+    else:
+        rows = [["base", recipe.base, ""]]
+        rows += [[n, e.path, e.calibration or "no calibration data"] for n, e in recipe.experts.items()]
+        grain, done = recipe.grouping.granularity, [repr(one) for one in recipe.preprocess]
     body = table(["name", "folder", "calibration"], rows, wide=True)
     reasons = Counter(layout.excluded.values())
     kept = [
@@ -50,10 +58,10 @@ def merged_section(numbers: Numbers) -> Section:
         kept.append(["merged at the starting coefficient (0 chunks)", str(len(layout.fixed)), ""])
     if kept:
         body += table(["unchanged from the base", "parameters", "examples"], kept, wide=True)
-    preprocess = ", ".join(map(repr, recipe.preprocess)) or "no preprocessing"
+    preprocess = ", ".join(done) or "no preprocessing"
     words = (
         f"{len(layout.groups)} parameters are merged, with {len(layout.labels)} coefficients per expert "
-        f"({recipe.grouping.granularity}); {preprocess}."
+        f"({grain}); {preprocess}."
     )
     return Section("merged", "What was merged", words, body)
 

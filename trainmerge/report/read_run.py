@@ -14,7 +14,7 @@ from torch import Tensor
 from trainmerge.coefficients.layout import Layout
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.front import read_front
-from trainmerge.run.open_run import open_run, read_run
+from trainmerge.run.open_run import of_modules, open_run, read_module_run, read_run
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.saved import scored_with, unfinished
 from trainmerge.run.scores import ACCURACY, PERPLEXITY, Metric, Scores
@@ -31,7 +31,7 @@ class Numbers:
     """The data of a run; absent parts are empty or None."""
 
     name: str
-    recipe: Recipe
+    recipe: Recipe | None  # None of a run of `fit_module`
     experts: tuple[str, ...]  # K
     layout: Layout
     values: Tensor  # [K, G]
@@ -67,13 +67,17 @@ def read_numbers(run: str | Path) -> Numbers:
         ValueError: the folder holds no run, or one without coefficients.
     """
     folder = RunFolder(Path(run))
-    recipe, coefficients, manifest = read_run(folder)
+    recipe: Recipe | None = None
+    if of_modules(folder):
+        coefficients, manifest = read_module_run(folder)
+    else:
+        recipe, coefficients, manifest = read_run(folder)
     values = coefficients().detach()
     trajectory = read_trajectory(folder.trajectory, *values.shape)
     starts = trajectory is not None and int(trajectory.steps[0]) == 0
     geometry, missing = _geometry(folder, manifest)
     scores, notes = _scores(folder, coefficients.experts)
-    heads = any(expert.head for expert in recipe.experts.values())
+    heads = recipe is not None and any(expert.head for expert in recipe.experts.values())
     return Numbers(
         name=folder.path.resolve().name,
         recipe=recipe,

@@ -88,9 +88,10 @@ def _shown(picture: Picture, folder: Path, numbers: Numbers) -> Section:
 
 def _under(numbers: Numbers) -> str:
     names = ", ".join(numbers.experts)
+    base = numbers.recipe.base if numbers.recipe else str(numbers.manifest["module"]).rpartition(".")[2]
     notes = "".join(f" {note}" for note in numbers.notes)
     note = f" The task vectors could not be measured: {numbers.missing}" if numbers.missing else ""
-    return f"A learned merge of {names} into {_name(numbers.recipe.base)}.{notes}{note}"
+    return f"A learned merge of {names} into {_name(base)}.{notes}{note}"
 
 
 def _name(base: str) -> str:

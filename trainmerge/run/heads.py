@@ -4,10 +4,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from trainmerge.checkpoints import OwnHead, beyond_linear, may_have_head, open_checkpoint
+from trainmerge.checkpoints import (
+    OwnHead,
+    beyond_linear,
+    find_own_heads,
+    find_sources,
+    may_have_head,
+    open_checkpoint,
+)
 from trainmerge.data.heads import Head, LinearHead
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
+from trainmerge.system.hub import folder_of
 
 TaskHead = Head | OwnHead | None
 
@@ -31,6 +39,46 @@ def task_heads(recipe: Recipe, opened: Opened | None = None) -> dict[str, TaskHe
         if name not in explicit:
             head.check()
     return {name: explicit.get(name, own.get(name)) for name in recipe.experts}
+
+
+def all_heads(recipe: Recipe, opened: Opened | None = None) -> dict[str, TaskHead]:
+    """The heads of the experts' and the held-out tasks. Raises as `task_heads` and `held_out_heads`."""
+    return held_out_heads(recipe) | task_heads(recipe, opened)
+
+
+def held_out_heads(recipe: Recipe) -> dict[str, TaskHead]:
+    """Held-out task -> its head: the recipe's, or the own head in the files of its `path`.
+
+    Raises:
+        ValueError: files that do not fit the base, or without a head; or a part of a head is in no file.
+    """
+    found: dict[str, TaskHead] = {
+        name: task.head for name, task in recipe.held_out.items() if not isinstance(task.head, str)
+    }
+    given = {name: task.path for name, task in recipe.held_out.items() if task.path}
+    if not given:
+        return found
+    folders = {name: folder_of(path, True, recipe.allow_pickle) for name, path in given.items()}
+    base = open_checkpoint(recipe.folders["base"], recipe.allow_pickle)
+    with TemporaryDirectory() as place:  # as below
+        sources = find_sources(
+            base,
+            folders,
+            ignore=recipe.ignore,
+            allow_pickle=recipe.allow_pickle,
+            workspace=Path(place),
+            shared_vocabulary=recipe.vocabulary == "shared",
+            own_heads=[*folders],
+        )
+        own = find_own_heads(base, folders, sources, recipe.ignore)
+    if absent := [name for name in folders if name not in own]:
+        raise ValueError(
+            f"recipe.held_out: the files of {absent} have no head of their own: `path` names a checkpoint of "
+            "the class of its task (...ForSequenceClassification); or set a `head`"
+        )
+    for head in own.values():
+        head.check()
+    return found | own
 
 
 def _own_heads(recipe: Recipe, opened: Opened | None) -> dict[str, OwnHead]:

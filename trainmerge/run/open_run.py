@@ -50,6 +50,11 @@ def read_run(folder: RunFolder) -> tuple[Recipe, Coefficients, dict[str, Any]]:
     Raises:
         ValueError: no run, no coefficients, a damaged file, or files of different runs.
     """
+    if of_modules(folder):
+        raise ValueError(
+            f"{folder.path}: a run of tm.fit_module, whose base and experts are modules of another program: "
+            "`trainmerge report` reads it; save the module that fit_module returns"
+        )
     if not folder.recipe.exists():
         raise ValueError(f"{folder.path}: not a run folder (no recipe.yaml); `trainmerge fit` creates one")
     if not folder.coefficients.exists():
@@ -66,6 +71,24 @@ def read_run(folder: RunFolder) -> tuple[Recipe, Coefficients, dict[str, Any]]:
         )
     check_coefficients(folder, manifest)
     return pinned(recipe, recorded_origins(manifest, folder.manifest)), coefficients, manifest
+
+
+def of_modules(folder: RunFolder) -> bool:
+    """Whether a folder holds a run of `fit_module`, which has no recipe."""
+    return folder.manifest.exists() and "module" in folder.read_manifest()
+
+
+def read_module_run(folder: RunFolder) -> tuple[Coefficients, dict[str, Any]]:
+    """The coefficients and manifest of a run of `fit_module`.
+
+    Raises:
+        ValueError: no coefficients, or not those of this run; a damaged file.
+    """
+    if not folder.coefficients.exists():
+        raise ValueError(f"{folder.path}: no coefficients yet; call fit_module again to resume")
+    manifest = folder.read_manifest()
+    check_coefficients(folder, manifest)
+    return load_coefficients(folder.coefficients), manifest
 
 
 def _mismatches(recipe: Recipe, coefficients: Coefficients, manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -58,14 +58,18 @@ class HeldOut:
 
     Args:
         test: Labelled examples, or texts for a language model.
-        head: The task's frozen classification head; none for a language model.
+        head: The task's frozen head; none for a language model, and `own`, or none, with a `path`.
+        path: A checkpoint of the base's architecture: the head in its files scores the task on every merge.
     """
 
     test: str
-    head: Head | None = None
+    head: Head | Literal["own"] | None = None
+    path: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if (self.head == "own") > bool(self.path) or (isinstance(self.head, Head) and self.path):
+            raise ValueError("recipe.held_out: a task has a `head`, or a `path` to the files of its own head")
 
 
 @dataclass(frozen=True)

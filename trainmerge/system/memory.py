@@ -121,7 +121,7 @@ NO_MEMORY = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory is full: also as torch and the interpreter's threads say it, in a RuntimeError."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "Failed to launch worker thread" in str(error):  # pyarrow's own
         return True
     return isinstance(error, RuntimeError) and any(
         re.search(words, str(error).lower()) for words in NO_MEMORY

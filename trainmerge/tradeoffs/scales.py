@@ -30,7 +30,7 @@ def losses_at(
     module.resident.merged.materialise()
     losses = torch.zeros(len(data.examples), dtype=torch.float64)
     slopes = torch.zeros(len(data.examples), len(coefficients), dtype=torch.float64)
-    for batch in batches(module, data):
+    for batch in batches(module.resident, data):
         loss, gradient = loss_and_gradient(module, batch, len(batch.ids), len(data.examples[batch.expert]))
         losses[batch.expert] += loss.cpu().double()
         slopes[batch.expert] += (gradient.cpu().double() * coefficients.cpu().double()).sum(dim=1)

@@ -12,7 +12,7 @@ from trainmerge.evaluate.runs import as_embedder, build_heads
 from trainmerge.evaluate.score_task import Subject, score_task
 from trainmerge.fitting.calibration_loss import calibration_loss
 from trainmerge.fitting.module import MergeModule
-from trainmerge.run.heads import task_heads
+from trainmerge.run.heads import all_heads
 from trainmerge.run.scores import PERPLEXITY
 
 Score = Callable[[], float]  # of the model's current weights; higher is better
@@ -66,7 +66,7 @@ def imported(path: str, options: Mapping[str, Any]) -> Callable[[nn.Module], flo
 
 
 def _measured(name: str, module: MergeModule, data: Calibration, limit: int | None) -> Score:
-    own = task_heads(module.recipe, module.opened)
+    own = all_heads(module.recipe, module.opened)
     tasks, _ = load_tasks(module.recipe, data.tokenize, data.columns, limit, "validation", own)
     resident = module.resident
     model = resident.merged.module

@@ -1,0 +1,148 @@
+"""`trainmerge auto` on a tiny world: its table, its choice, its export, and that it resumes.
+
+Legend: `K` experts, `G` coefficient groups.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import trainmerge as tm
+from tests.world import LABELS, write_world
+from trainmerge.auto import auto_config, search, starts
+from trainmerge.auto.starts import Start
+from trainmerge.auto.trials import Trial, TrialLog
+from trainmerge.cli import main
+from trainmerge.run.folder import RunFolder
+
+K = len(LABELS)
+pytestmark = [  # the experts are random
+    pytest.mark.filterwarnings("ignore:the best merge is further"),
+    pytest.mark.filterwarnings("ignore:no merge is closer"),
+]
+FEW = [Start("task arithmetic", scales=(0.2, 0.4)), Start("TIES", (tm.Ties(),), scales=(0.5, 1.0))]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    write_world(root)
+    config = {
+        "recipe": {
+            "base": str(root / "base"),
+            "each": {
+                "path": f"{root}/experts/{{name}}",
+                "calibration": f"{root}/{{name}}/calibration.jsonl",
+                "test": f"{root}/{{name}}/test.jsonl",
+                "head": {
+                    "class_path": "trainmerge.LabelHead",
+                    "init_args": {"labels": f"{root}/{{name}}/labels.json"},
+                },
+            },
+            "experts": [*LABELS],
+        },
+        "model": {
+            "objective": {"class_path": "trainmerge.Alignment"},
+            "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.02}},
+        },
+        "data": {"batch_size": 4, "max_length": 16},
+        "trainer": {"max_steps": 4, "accelerator": "cpu", "enable_progress_bar": False},
+    }
+    (root / "config.yaml").write_text(yaml.safe_dump(config))
+    return root
+
+
+@pytest.fixture(scope="module")
+def chosen(world: Path) -> tm.Choice:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "starts", lambda *_: FEW)
+        return tm.auto_config(world / "config.yaml", world / "merged")
+
+
+def test_the_best_row_is_chosen_and_exported(world: Path, chosen: tm.Choice) -> None:
+    assert chosen.best == max(chosen.rows, key=lambda name: chosen.rows[name].mean)
+    assert {"task arithmetic", "TIES"} <= chosen.rows.keys()
+    assert any(name.startswith("learned from") for name in chosen.rows)
+    uniform = max(t.mean for t in TrialLog(world / "merged-auto" / "trials.jsonl").known.values())
+    assert chosen.rows[chosen.best].mean >= uniform
+    again = tm.export_run(chosen.run, world / "again")
+    one, other = load_file(again / "model.safetensors"), load_file(world / "merged" / "model.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    written = json.loads((world / "merged-auto" / "auto.json").read_text())
+    assert written["best"] == chosen.best
+    assert written["rows"][chosen.best]["mean"] == chosen.rows[chosen.best].mean
+
+
+def test_learning_begins_at_the_judged_scales(chosen: tm.Choice) -> None:
+    """A learned row is judged before its first step, where it is the start's own trial."""
+    for name, trial in chosen.rows.items():
+        if name.startswith("learned from"):
+            assert trial.mean >= chosen.rows[name.removeprefix("learned from ")].mean - 1e-6
+
+
+def test_the_same_call_resumes(world: Path, chosen: tm.Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "starts", lambda *_: FEW)
+    log = (world / "merged-auto" / "trials.jsonl").read_bytes()
+    before = RunFolder(chosen.run).coefficients.read_bytes()
+    again = tm.auto_config(world / "config.yaml", world / "merged", overwrite=True)
+    assert (world / "merged-auto" / "trials.jsonl").read_bytes() == log  # nothing was judged again
+    assert RunFolder(again.run).coefficients.read_bytes() == before
+    assert again.best == chosen.best
+    assert {n: t.recovered for n, t in again.rows.items()} == {n: t.recovered for n, t in chosen.rows.items()}
+
+
+def test_every_start_can_be_judged(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the command line; one scale each, and no time to learn."""
+
+    def single(*given: object) -> list[Start]:
+        made: Sequence[Start] = starts.starts(*given)
+        return [Start(s.name, s.preprocess, s.initial, (0.5,)) for s in made]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "starts", single)
+        patch.setattr(search, "FINALISTS", 0)
+        assert main(["auto", str(world / "config.yaml"), str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    for start in starts.starts(K, (), 0.3):
+        assert start.name in printed
+    assert "(chosen)" in printed
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_start_that_cannot_be_made_is_left_out(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slerp = Start("SLERP", (tm.Slerp(),), scales=(1.0,))  # takes two experts, and there are three
+    monkeypatch.setattr(search, "starts", lambda *_: [FEW[0], slerp])
+    monkeypatch.setattr(search, "FINALISTS", 0)
+    with pytest.warns(UserWarning, match="SLERP is left out"):
+        found = tm.auto_config(world / "config.yaml", tmp_path / "out")
+    assert [*found.rows] == ["task arithmetic"]
+
+
+def test_without_time_only_the_first_start_is_judged(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no start was judged"):
+        tm.auto_config(world / "config.yaml", tmp_path / "out", minutes=1e-9)
+
+
+def test_it_is_loud_where_nothing_helps() -> None:
+    with pytest.warns(UserWarning, match="no merge is closer"):
+        search.warn_if_none(Trial("s", (0.1,), (-0.1, 0.05)))
+    with pytest.warns(UserWarning, match="further from one of its experts"):
+        search.warn_if_none(Trial("s", (0.1,), (-0.1, 0.5)))
+
+
+def test_what_it_cannot_do_is_refused(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="held_out"):
+        auto_config(world / "config.yaml", tmp_path / "out", held_out=0.0)
+    content = yaml.safe_load((world / "config.yaml").read_text())
+    content["model"]["constraint"] = {"class_path": "trainmerge.Sigmoid"}
+    (tmp_path / "sigmoid.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"use trainmerge\.Box"):
+        auto_config(tmp_path / "sigmoid.yaml", tmp_path / "out")

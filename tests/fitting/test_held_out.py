@@ -1,0 +1,148 @@
+"""What a merge recovers of its experts on held-out examples, and stopping by it.
+
+Legend: `K` experts.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import trainmerge as tm
+from tests.world import LABELS, recipe, write_world
+from trainmerge.fitting.held_out import HeldOut
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.recipe import calibration_files
+from trainmerge.run.saved import unfinished
+
+K = len(LABELS)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    write_world(root)
+    return root
+
+
+def module_and_data(world: Path, run: Path, **settings: object) -> tuple[tm.MergeModule, tm.Calibration]:
+    merge = recipe(world)
+    module = tm.MergeModule(
+        merge, workspace=str(run / "workspace"), **{"objective": tm.Alignment(), **settings}
+    )
+    files = calibration_files(merge)
+    return module, tm.Calibration(files, merge.base, batch_size=4, max_length=16, held_out=0.25)
+
+
+@pytest.fixture
+def held_out(world: Path, tmp_path: Path) -> HeldOut:
+    module, data = module_and_data(world, tmp_path)
+    module.load(data)
+    return HeldOut.of(module.inputs(data), module.resident, module.objective)
+
+
+def recovered(held_out: HeldOut, values: Tensor) -> Tensor:
+    held_out.resident.merged.coefficients.reset_(values)
+    return held_out.recovered()
+
+
+def test_the_base_recovers_nothing_and_each_expert_itself(held_out: HeldOut) -> None:
+    shape = held_out.resident.merged.coefficients.raw.shape
+    torch.testing.assert_close(recovered(held_out, torch.zeros(shape)), torch.zeros(K, dtype=torch.float64))
+    for k in range(K):
+        one_hot = torch.zeros(shape)
+        one_hot[k] = 1.0
+        assert recovered(held_out, one_hot)[k] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_it_is_the_mean_divergence_over_the_held_out_examples(held_out: HeldOut) -> None:
+    """Example by example, from the experts' own logits in float64."""
+    resident, data = held_out.resident, held_out.data
+    values = torch.full(resident.merged.coefficients.raw.shape, 0.4)
+    got = recovered(held_out, values)
+    want = []
+    for k, examples in enumerate(data.examples):
+        batch = resident.batch(k, examples, data.tokenize)
+        with torch.no_grad():
+            merged = resident(batch).logits.double().log_softmax(-1)
+            with resident.merged.teacher(k):
+                expert = resident(batch).logits.double().log_softmax(-1)
+            with resident.merged.uniform(torch.zeros(K), everywhere=True):
+                base = resident(batch).logits.double().log_softmax(-1)
+        divergence = [(expert.exp() * (expert - other)).sum(-1).mean() for other in (merged, base)]
+        want.append(1 - float(divergence[0] / divergence[1]))
+    assert got.tolist() == pytest.approx(want, rel=1e-3, abs=1e-4)
+
+
+def trainer(run: Path, steps: int, **settings: object) -> object:
+    stop = tm.StopOnHeldOut(**{"every": 2, "patience": 2, **settings})
+    return tm.make_trainer(
+        run, max_steps=steps, accelerator="cpu", enable_progress_bar=False, callbacks=[stop]
+    )
+
+
+def learn(
+    world: Path, run: Path, steps: int, lr: float = 0.05, **settings: object
+) -> tuple[tm.MergeModule, object]:
+    module, data = module_and_data(world, run, optimizer=lambda c: torch.optim.Adam(c, lr=lr))
+    made = trainer(run, steps, **settings)
+    tm.fit(module, data, made, run)
+    return module, made
+
+
+def callback(made: object) -> tm.StopOnHeldOut:
+    return next(c for c in made.callbacks if isinstance(c, tm.StopOnHeldOut))
+
+
+def test_the_run_has_the_best_steps_coefficients(world: Path, tmp_path: Path) -> None:
+    module, made = learn(world, tmp_path / "run", steps=8, lr=3.0)  # far too fast: it only gets worse
+    stop = callback(made)
+    assert stop.best is not None
+    step, values = stop.best
+    means = {at: sum(shares) for at, shares in stop.recovered.items()}
+    assert step == max(means, key=means.__getitem__)
+    saved = tm.load_coefficients(tmp_path / "run" / "coefficients.safetensors")
+    assert torch.equal(saved(), values)
+    assert torch.equal(module.coefficients(), values)
+    assert stop.stopped == made.global_step < 8
+    assert unfinished(RunFolder(tmp_path / "run")) == ""
+
+
+def test_a_resumed_run_keeps_the_same_step(world: Path, tmp_path: Path) -> None:
+    whole, made = learn(world, tmp_path / "whole", steps=6)
+    learn(world, tmp_path / "parts", steps=3)
+    parts, resumed = learn(world, tmp_path / "parts", steps=6)
+    assert callback(resumed).best[0] == callback(made).best[0]
+    assert torch.equal(parts.coefficients(), whole.coefficients())
+    again, ended = learn(world, tmp_path / "parts", steps=6)  # no step is left
+    assert callback(ended).best[0] == callback(made).best[0]
+    assert torch.equal(again.coefficients(), whole.coefficients())
+
+
+def test_patience_counts_measurements_without_a_rise() -> None:
+    stop = tm.StopOnHeldOut(every=1, patience=2, least=0.01)
+    for step, mean in enumerate((0.1, 0.3, 0.305, 0.309)):
+        stop.add(step, torch.tensor([mean]), torch.tensor([[float(step)]]))
+    assert stop.waited == 2
+    assert stop.best is not None
+    assert stop.best[0] == 3  # the best, though the rise was too small to wait for
+    other = tm.StopOnHeldOut()
+    other.load_state_dict(stop.state_dict())
+    assert other.state_dict() == stop.state_dict()
+
+
+def test_it_needs_held_out_examples(world: Path, tmp_path: Path) -> None:
+    module, data = module_and_data(world, tmp_path / "run")
+    none = tm.Calibration(data.files, data.tokenizer, max_length=16)
+    with pytest.raises(ValueError, match=r"set data\.held_out"):
+        tm.fit(module, none, trainer(tmp_path / "run", 2), tmp_path / "run")
+    better, data = module_and_data(world, tmp_path / "two", keep_better=True)
+    with pytest.raises(ValueError, match=r"leave out model\.keep_better"):
+        tm.fit(better, data, trainer(tmp_path / "two", 2), tmp_path / "two")
+
+
+def test_settings_are_checked() -> None:
+    for wrong in ({"every": 0}, {"patience": 0}, {"least": -1.0}):
+        with pytest.raises(ValueError, match="StopOnHeldOut"):
+            tm.StopOnHeldOut(**wrong)

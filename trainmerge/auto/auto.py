@@ -1,0 +1,55 @@
+"""`trainmerge auto`: judge starts on held-out examples, learn from the best ones, export the best merge.
+
+    every start at several scales -> the two best, one scale per expert -> learn from each -> the best of all
+
+No label is read. All of it is in one folder; a killed search goes on where it stopped.
+
+Legend: `K` experts, `G` coefficient groups.
+"""
+
+import json
+from pathlib import Path
+
+from trainmerge.auto.search import AutoSearch, Choice
+from trainmerge.export.export import export_run
+from trainmerge.report import write_report
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.in_use import in_use
+from trainmerge.system.atomic import write_whole
+from trainmerge.system.ranges import check_option
+
+
+def auto_config(
+    config: str | Path,
+    out: str | Path,
+    run: str | Path | None = None,
+    held_out: float = 0.2,
+    minutes: float | None = None,
+    memory: str | None = None,
+    overwrite: bool = False,
+) -> Choice:
+    """Choose start and method for a configuration by held-out examples, and export the best merge.
+
+    Args:
+        config: A configuration of `trainmerge fit`; objective, optimizer and steps are used for learning.
+        out: The folder of the merged checkpoint.
+        run: The folder of everything that is tried; by default `OUT-auto` beside `out`.
+        held_out: Share of each expert's examples to judge by; nothing is learned from them.
+        minutes: Begin no further trial after this time; by default all are made.
+        memory: The memory limit of the fits, such as `8GiB`.
+        overwrite: Replace `out` if it exists.
+
+    Raises:
+        ValueError: as `from_config`, `fit` and `export_run`; an expert has no examples to hold out.
+    """
+    check_option("held_out", held_out, float, "(0, 0.5]")
+    check_option("minutes", minutes, float | None, "(0, inf)")
+    target = Path(out)
+    place = Path(run) if run is not None else target.with_name(f"{target.name}-auto")
+    search = AutoSearch(Path(config), place, held_out, minutes, memory)
+    with in_use(RunFolder(place), "trainmerge auto"):
+        choice = search.choose()
+        write_whole(place / "auto.json", json.dumps(choice.to_json(), indent=2))
+        export_run(choice.run, target, overwrite)
+        write_report(choice.run)
+    return choice

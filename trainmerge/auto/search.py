@@ -1,0 +1,172 @@
+"""The search of `auto`: which starts, at which scales, and what is learned from them.
+
+Legend: `K` experts, `G` coefficient groups.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from trainmerge.auto.judging import Judged
+from trainmerge.auto.scales import common_scale, own_scales
+from trainmerge.auto.starts import starts
+from trainmerge.auto.trials import Trial, TrialLog
+from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
+from trainmerge.coefficients.constraints import Sigmoid
+from trainmerge.fitting.fit import fit
+from trainmerge.fitting.from_config import FitSettings, from_config
+from trainmerge.fitting.held_out_stopping import StopOnHeldOut
+from trainmerge.run.config import read_settings, to_config
+from trainmerge.system.workspace import digest
+
+FINALISTS = 2  # starts that get a scale per expert, and are learned from
+STEPS = 80  # of a configuration that has none
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `auto_config` found: the best trial of every row, and the run folder of the best."""
+
+    rows: Mapping[str, Trial]  # name -> its best trial
+    best: str
+    run: Path  # an ordinary run folder
+    learned: Mapping[str, Path]  # rows that were learned -> their run folders
+
+    def to_json(self) -> dict[str, Any]:
+        """As auto.json has it."""
+        rows = {name: {**asdict(t), "mean": t.mean, "worst": t.worst} for name, t in self.rows.items()}
+        return {"best": self.best, "run": self.run.name, "rows": rows}
+
+
+class AutoSearch:
+    """One search in the folder `place`."""
+
+    def __init__(
+        self, config: Path, place: Path, held_out: float, minutes: float | None, memory: str | None
+    ) -> None:
+        self.config, self.place, self.memory = config, place, memory
+        self.changes: dict[str, Any] = {"data.held_out": held_out}
+        self.ends = monotonic() + 60 * minutes if minutes else None
+        self.settings = self._settings("judging", {})
+        module = self.settings.module
+        if isinstance(module.coefficients.constraint, Sigmoid):
+            raise ValueError("auto scales coefficients directly: use trainmerge.Box instead of Sigmoid")
+        inputs, self.K = module.inputs(self.settings.data), len(module.recipe.experts)
+        log = TrialLog(place / "trials.jsonl")
+        tried = starts(self.K, module.recipe.preprocess, module.initial)
+        self.judged = {start.name: Judged(start, inputs, module.objective, log) for start in tried}
+
+    def choose(self) -> Choice:
+        """Try everything, and make the run folder of the best."""
+        found = {name: self._try(name, judge) for name, judge in self.judged.items()}
+        rows = {name: trial for name, trial in found.items() if trial is not None}
+        if not rows:
+            raise ValueError("no start was judged: give more minutes, or see the warnings")
+        finalists = sorted(rows, key=lambda name: -rows[name].mean)[:FINALISTS]
+        for name in finalists:
+            if self._has_time(f"scales per expert of {name}"):
+                rows[name] = own_scales(self.judged[name], rows[name])
+                self.judged[name].release()
+        learned: dict[str, Path] = {}
+        for name in finalists:
+            row = f"learned from {name}"
+            if self._has_time(row):
+                learned[row], rows[row] = self._learn(rows[name])
+        best = max(rows, key=lambda name: rows[name].mean)
+        warn_if_none(rows[best])
+        run = learned.get(best) or self.settle(rows[best])
+        return Choice(rows, best, run, learned)
+
+    def _try(self, name: str, judge: Judged) -> Trial | None:
+        """The best common scale of a start; None if there is no time, or it cannot be made."""
+        if not self._has_time(name):
+            return None
+        try:
+            found = common_scale(judge, self.K, judge.start.scales)
+        except ValueError as error:
+            warnings.warn(f"{name} is left out: {error}", stacklevel=2)
+            return None
+        finally:
+            judge.release()  # one model in memory at a time
+        print(f"{name}: recovers {found.mean:.3f} at scale {found.scales[0]:.2f}", flush=True)
+        return found
+
+    def _learn(self, trial: Trial) -> tuple[Path, Trial]:
+        """Learn from a start, stopped on the held-out examples."""
+        folder = f"learned-{_slug(trial)}"
+        callbacks = {"trainer.callbacks": self._callbacks()}
+        settings = self._settings(folder, {**self._from(trial, folder), **callbacks})
+        clock = monotonic()
+        self._fit(settings)
+        (stopped,) = [c for c in settings.trainer.callbacks if isinstance(c, StopOnHeldOut)]  # type: ignore[attr-defined]
+        assert stopped.best is not None
+        shares = tuple(stopped.recovered[stopped.best[0]])
+        seconds = monotonic() - clock
+        return settings.run, Trial(f"learned from {trial.start}", trial.scales, shares, seconds)
+
+    def _callbacks(self) -> list[Any]:
+        """The configuration's callbacks, and StopOnHeldOut."""
+        given = list((read_settings(self.config).get("trainer") or {}).get("callbacks") or [])
+        stops = any(str(one.get("class_path", "")).endswith("StopOnHeldOut") for one in given)
+        return given if stops else [*given, {"class_path": "trainmerge.StopOnHeldOut"}]
+
+    def settle(self, trial: Trial) -> Path:
+        """A run folder without steps at a trial's coefficients."""
+        folder = _slug(trial)
+        settings = self._settings(folder, {**self._from(trial, folder), "trainer.max_steps": 0})
+        self._fit(settings)
+        return settings.run
+
+    def _from(self, trial: Trial, name: str) -> dict[str, Any]:
+        """The changes of the configuration that begin at a trial."""
+        judge = self.judged[trial.start]
+        file, own = self.place / f"{name}-start.safetensors", judge.inputs.coefficients
+        save_coefficients(Coefficients(own.experts, own.layout, judge.at(trial.scales)), file)
+        judge.release()
+        return {
+            "recipe.preprocess": to_config(judge.inputs.recipe.preprocess),
+            "model.initial": str(file),
+        }
+
+    def _fit(self, settings: FitSettings) -> None:
+        fit(
+            settings.module, settings.data, settings.trainer, settings.run, settings.resume,
+            config=settings.text, memory=self.memory or settings.memory,
+        )  # fmt: skip
+
+    def _settings(self, name: str, changes: Mapping[str, Any]) -> FitSettings:
+        made = {**self.changes, **changes}
+        steps = (read_settings(self.config).get("trainer") or {}).get("max_steps")
+        if not steps:
+            made.setdefault("trainer.max_steps", STEPS)
+        return from_config(self.config, self.place / name, made)
+
+    def _has_time(self, what: str) -> bool:
+        if self.ends is None or monotonic() < self.ends:
+            return True
+        print(f"no time is left for: {what}", flush=True)
+        return False
+
+
+def warn_if_none(best: Trial) -> None:
+    """Warn if the best merge recovers nothing of the experts, or less than nothing of one."""
+    if best.mean <= 0:
+        warnings.warn(
+            "no merge is closer to the experts than the base itself on the held-out examples: they do not "
+            "merge by these methods. Keep the experts apart, or check that they share this base",
+            stacklevel=2,
+        )
+    elif best.worst < 0:
+        warnings.warn(
+            "the best merge is further from one of its experts than the base is: leave that expert out, or "
+            "give it a higher weight",
+            stacklevel=2,
+        )
+
+
+def _slug(trial: Trial) -> str:
+    """A folder's name for the run that begins at a trial."""
+    return f"{trial.start.lower().replace(' ', '-')}-{digest(repr(trial.scales), length=6)}"

@@ -1,0 +1,77 @@
+"""Judged merges, one line each, so that nothing is judged twice.
+
+Legend: `K` experts.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from trainmerge.system.atomic import append_line, write_whole
+from trainmerge.system.json_file import parse_json
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A merge and what it recovers of each expert on the held-out examples."""
+
+    start: str
+    scales: tuple[float, ...]  # K, of the start's coefficients
+    recovered: tuple[float, ...]  # K: 1 is the expert, 0 the base
+    seconds: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Mean over the experts."""
+        return sum(self.recovered) / len(self.recovered)
+
+    @property
+    def worst(self) -> float:
+        """The least of the experts."""
+        return min(self.recovered)
+
+
+class TrialLog:
+    """The trials of a file by what they depend on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, Trial] = {}
+        if path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        lines = self.path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        if len(whole) < len(lines):  # a killed process's
+            write_whole(self.path, "".join(whole))
+        for line in whole:
+            content = parse_json(line, self.path, "Remove it: its merges are judged again.")
+            self.known[_key(content)] = _trial(content, self.path)
+
+    def add(self, key: str, trial: Trial) -> None:
+        """Append a trial; it is on disk when this returns."""
+        self.known[key] = trial
+        append_line(self.path, json.dumps({"key": key, **asdict(trial)}), durable=True)
+
+
+def _key(content: object) -> str:
+    return str(content.get("key")) if isinstance(content, Mapping) else ""
+
+
+def _trial(content: object, path: Path) -> Trial:
+    try:
+        assert isinstance(content, Mapping)
+        return Trial(
+            str(content["start"]),
+            _numbers(content["scales"]),
+            _numbers(content["recovered"]),
+            float(content["seconds"]),
+        )
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged. Remove it: its merges are judged again.") from error
+
+
+def _numbers(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
