@@ -57,8 +57,14 @@ def narrowed(recipe: Recipe, names: Sequence[str], folder: Path) -> Recipe:
             stacklevel=2,
         )
     experts = {name: replace(recipe.experts[name], weight=1.0) for name in names}
-    plain = dict.fromkeys(("tokenizer", "chat_template", "generation_config"))  # they may name other experts
-    return replace(recipe, experts=experts, held_out={}, **plain)
+    return replace(  # the tokenizer's keys may name other experts
+        recipe,
+        experts=experts,
+        held_out={},
+        tokenizer=None,
+        chat_template=None,
+        generation_config=None,
+    )
 
 
 def own_subject(
