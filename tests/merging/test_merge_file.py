@@ -107,7 +107,6 @@ MISTAKES = [
     ({"models": []}, "models must be a list"),
     ({"base_model": None}, "ties needs base_model"),
     ({"dtype": "int8"}, "dtype is 'int8'; it is one of float32"),
-    ({"tokenizer_source": "union"}, "union is not supported"),
     ({"tokenizer": {"source": "base", "tokens": {}}}, "only its key `source`"),
     ({"chat_template": "auto"}, "chat_template is not supported"),
     ({"models": None, "slices": [{"sources": []}, {"sources": []}]}, "stacking layers is not supported"),

@@ -6,6 +6,8 @@ Names that need transformers or peft are imported on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trainmerge.checkpoints.choice import TokenizerChoice
+from trainmerge.checkpoints.chosen_base import with_rows
 from trainmerge.checkpoints.integrity import (
     Stamp,
     as_recorded,
@@ -27,7 +29,8 @@ from trainmerge.checkpoints.sources import Sources
 
 if TYPE_CHECKING:
     from trainmerge.checkpoints.adapter_targets import LoraTarget, LoraTargets, lora_targets
-    from trainmerge.checkpoints.compatibility import find_sources
+    from trainmerge.checkpoints.chosen_folder import tokenizer_folder
+    from trainmerge.checkpoints.compatibility import Rules, find_chosen, find_sources
     from trainmerge.checkpoints.computed_positions import compute, computed_parameters
     from trainmerge.checkpoints.expert_heads import find_own_heads
     from trainmerge.checkpoints.head_parts import may_have_head
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from trainmerge.checkpoints.output import Output, output_of, output_of_class
     from trainmerge.checkpoints.own_head import OwnHead
     from trainmerge.checkpoints.side_layers import attach_side_layers
+    from trainmerge.checkpoints.tokenizer_check import same_ids
 
 _HEAVY = {
     "attach_side_layers": "side_layers",
@@ -45,7 +49,11 @@ _HEAVY = {
     "beyond_linear": "linear_head",
     "empty_model": "model",
     "find_own_heads": "expert_heads",
+    "find_chosen": "compatibility",
     "find_sources": "compatibility",
+    "Rules": "compatibility",
+    "same_ids": "tokenizer_check",
+    "tokenizer_folder": "chosen_folder",
     "LoadedModel": "model",
     "LoraTarget": "adapter_targets",
     "LoraTargets": "adapter_targets",
@@ -68,9 +76,11 @@ __all__ = [
     "LoraTargets",
     "Output",
     "OwnHead",
+    "Rules",
     "SideModule",
     "Sources",
     "Stamp",
+    "TokenizerChoice",
     "as_recorded",
     "as_then",
     "attach_side_layers",
@@ -79,6 +89,7 @@ __all__ = [
     "compute",
     "computed_parameters",
     "empty_model",
+    "find_chosen",
     "find_own_heads",
     "find_sources",
     "fingerprint",
@@ -94,9 +105,12 @@ __all__ = [
     "output_of_class",
     "place_of",
     "read_modules",
+    "same_ids",
     "same_weights",
     "stamps",
+    "tokenizer_folder",
     "verify",
+    "with_rows",
 ]
 
 

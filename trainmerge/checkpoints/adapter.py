@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
@@ -86,8 +87,9 @@ def open_adapter(
     _check_config(path, config)
     files, _ = find_weights(path, "adapter_model.safetensors", "adapter_model.bin", allow_pickle)
     source: WeightFile = PickleFile(files[0]) if files[0].suffix == ".bin" else MappedFile(files[0])
-    names = [name for name in source.tensors if name.startswith(ROOT)]
-    whole = [name for name in source.tensors if name.startswith(WHOLE) and name not in names]
+    doubles = _doubles(source)
+    names = [name for name in source.tensors if name.startswith(ROOT) and name not in doubles]
+    whole = [name for name in source.tensors if name.startswith(WHOLE) and name not in (*names, *doubles)]
     if strange := [name for name in source.tensors if not name.startswith(WHOLE)]:
         raise ValueError(f"{files[0]}: {shorten(strange)} are outside {WHOLE!r}: not a supported adapter.")
     place = place_of(config["peft_type"])
@@ -111,6 +113,21 @@ def open_adapter(
         config = with_modern_names(config, sorted(adapted), str(path / "adapter_config.json"))
     keys |= {name: name for name in whole}
     return Adapter(path, config, keys, source, ignored, frozenset(whole), head)
+
+
+def _doubles(source: WeightFile) -> set[str]:
+    """Further copies of an embedding that is a module to save, of a resized vocabulary: peft reads neither.
+
+    They are `X.original_module.weight`, and `X.modules_to_save.weight`, which equals `X.weight`.
+    """
+    found = set()
+    for name in source.tensors:
+        for end in (".original_module.weight", ".modules_to_save.weight"):
+            module = name.removesuffix(end)
+            plain, copy = f"{module}.weight", f"{module}.modules_to_save.weight"
+            if name.endswith(end) and plain in source.tensors and copy in source.tensors:
+                found |= {name} if torch.equal(source.read(copy), source.read(plain)) else set()
+    return found
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:

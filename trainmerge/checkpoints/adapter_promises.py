@@ -19,7 +19,7 @@ from trainmerge.task_vectors.parameter_names import matches
 
 RESIZED = (
     "the vocabulary was resized; resize the base's too (model.resize_token_embeddings) and save it again, or "
-    "set vocabulary=shared to merge the common tokens"
+    "set vocabulary=shared to merge the common tokens, or tokenizer=union to keep all of them"
 )
 
 

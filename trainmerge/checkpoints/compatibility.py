@@ -1,8 +1,11 @@
 """Check experts against the base: every mismatch in one error, then task vectors over mapped files."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from trainmerge.checkpoints.choice import BASE, TokenizerChoice
+from trainmerge.checkpoints.chosen_folder import tokenizer_folder
 from trainmerge.checkpoints.config_check import recorded_mismatches
 from trainmerge.checkpoints.full_expert import FullExpert, plan_full
 from trainmerge.checkpoints.head_parts import with_whole_heads
@@ -16,9 +19,34 @@ from trainmerge.checkpoints.side_modules import MODULES
 from trainmerge.checkpoints.sources import Sources
 from trainmerge.checkpoints.ties import differing_ties, lost_ties, one_sided_updates
 from trainmerge.checkpoints.token_ties import token_tie_problems
-from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches
+from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches, warn_of_lost_tokens
+from trainmerge.checkpoints.tokenizer_choice import choose
+from trainmerge.checkpoints.vocabulary_rows import on_one_vocabulary
 from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_folder_json
 from trainmerge.task_vectors.places import parameter_of
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How experts are compared with a base: the arguments of `find_sources`.
+
+    Args:
+        ignore: As there.
+        allow_pickle: As there.
+        workspace: As there.
+        shared_vocabulary: As there.
+        own_heads: As there.
+        choice: Whose tokenizer the merge has.
+        tokenizer: The folder of that tokenizer; None is the base's.
+    """
+
+    ignore: Sequence[str] = ()
+    allow_pickle: bool = False
+    workspace: Path | None = None
+    shared_vocabulary: bool = False
+    own_heads: Collection[str] = ()
+    choice: TokenizerChoice = TokenizerChoice()  # noqa: RUF009 - frozen
+    tokenizer: Path | None = None
 
 
 def find_sources(
@@ -33,6 +61,8 @@ def find_sources(
 ) -> Sources:
     """Compare experts, any mix of full models and peft adapters, with one base.
 
+    Rows of embeddings are matched by their number.
+
     Args:
         base: The checkpoint that every expert was fine-tuned from.
         experts: Name -> folder.
@@ -46,27 +76,60 @@ def find_sources(
         ValueError: lists every mismatch of all experts, before a weight is read; later, an expert whose tied
             tensors differ, or an adapter that peft cannot merge.
     """
-    frame = open_parameters(base, ignore)
-    rows = _vocabulary(frame) if shared_vocabulary else None
+    rules = Rules(ignore, allow_pickle, workspace, shared_vocabulary, own_heads)
+    return _compared(base, experts, rules)[1]
+
+
+def find_chosen(
+    base: Checkpoint, experts: Mapping[str, str | Path], choice: TokenizerChoice, rules: Rules
+) -> tuple[Checkpoint, Sources]:
+    """The same, and the base, with the tokenizer of a choice: embeddings have the rows of its tokens.
+
+    By default the base is as it is.
+
+    Raises:
+        ValueError: as `find_sources`, `tokenizer_folder` and `on_one_vocabulary`; or there is no workspace.
+    """
+    if choice.is_default:
+        return base, _compared(base, experts, rules)[1]
+    if rules.workspace is None:
+        raise ValueError("a choice of the tokenizer needs a workspace folder for the merge's rows")
+    folders = {BASE: base.path} | {name: Path(folder) for name, folder in experts.items()}
+    folder = tokenizer_folder(folders, choice, rules.workspace)
+    frame, sources = _compared(base, experts, replace(rules, choice=choice, tokenizer=folder))
+    return on_one_vocabulary(frame, sources, choose(folders, choice), folder, rules.workspace)
+
+
+def _compared(
+    base: Checkpoint, experts: Mapping[str, str | Path], rules: Rules
+) -> tuple[Parameters, Sources]:
+    frame = open_parameters(base, rules.ignore)
     plans: dict[str, Plan] = {}
     side: dict[str, SidePlan] = {}
     folders = {name: Path(folder) for name, folder in experts.items()}
-    whole = with_whole_heads(base.path, folders, own_heads)
-    problems = [f"base: {line}" for line in lost_ties(frame, ignore)]
+    whole = with_whole_heads(base.path, folders, rules.own_heads)
+    problems = [f"base: {line}" for line in lost_ties(frame, rules.ignore)]
     for expert, path in folders.items():
         try:
-            plans[expert], found = _plan(
-                frame, expert, path, ignore, allow_pickle, workspace, shared_vocabulary, expert in whole
-            )
-            found += tokenizer_mismatches(base.path, path, rows)
+            plans[expert], found = _plan(frame, expert, path, rules, expert in whole)
+            found += _tokenizers(frame, path, rules)
             problems += [f"{expert}: {line}" for line in found]
             if (path / MODULES).is_file() or not (path / ADAPTER).is_file():
-                side[expert] = plan_side(base, path, ignore, allow_pickle)
+                side[expert] = plan_side(base, path, rules.ignore, rules.allow_pickle)
                 problems += [f"{expert}: {line}" for line in side[expert].problems]
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
     _raise(base, problems)
-    return _sources(frame, plans, side)
+    return frame, _sources(frame, plans, side)
+
+
+def _tokenizers(frame: Parameters, path: Path, rules: Rules) -> list[str]:
+    """The mismatches of an expert's tokenizer with the one of the merge."""
+    if rules.choice.moves_rows and rules.tokenizer:
+        warn_of_lost_tokens(rules.tokenizer, path)
+        return []
+    rows = _vocabulary(frame) if rules.shared_vocabulary else None
+    return tokenizer_mismatches(frame.checkpoint.path, path, rows)
 
 
 def _vocabulary(frame: Parameters) -> int | None:
@@ -87,25 +150,20 @@ def _sources(frame: Parameters, plans: Mapping[str, Plan], side: Mapping[str, Si
 
 
 def _plan(
-    frame: Parameters,
-    expert: str,
-    path: Path,
-    ignore: Sequence[str],
-    allow_pickle: bool,
-    workspace: Path | None,
-    shared_vocabulary: bool,
-    whole_head: bool,
+    frame: Parameters, expert: str, path: Path, rules: Rules, whole_head: bool
 ) -> tuple[Plan, list[str]]:
     """One expert, and its mismatches beyond those that its plan raises.
 
     Those are an adapter's with the base's configuration and ties.
     """
     check_one_generation(path)
+    ignore, pickle, shared, choice = rules.ignore, rules.allow_pickle, rules.shared_vocabulary, rules.choice
     if not (path / ADAPTER).is_file():
-        return plan_full(frame, expert, path, ignore, allow_pickle, shared_vocabulary, whole_head), []
-    plan = plan_adapter(frame, path, ignore, allow_pickle, workspace, shared_vocabulary, whole_head)
+        return plan_full(frame, expert, path, ignore, pickle, shared, whole_head, choice), []
+    every = choice.moves_rows
+    plan = plan_adapter(frame, path, ignore, pickle, rules.workspace, shared, whole_head, every)
     recorded = read_folder_json(path / ADAPTER).get("base_model_name_or_path")
-    mismatches = recorded_mismatches(frame.meta_model, frame.checkpoint.path, path, recorded)
+    mismatches = recorded_mismatches(frame.meta_model, frame.checkpoint.path, path, recorded, choice)
     mismatches += token_tie_problems(frame, path, plan.adapter.keys, recorded)
     return plan, mismatches + one_sided_updates(frame, path, plan.adapter.keys)
 

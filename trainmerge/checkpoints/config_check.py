@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from trainmerge.checkpoints.choice import TokenizerChoice
 from trainmerge.checkpoints.config_keys import LABELS, SILENT, decides_function, is_known, is_one_of
 from trainmerge.checkpoints.config_values import flat_values, same_value
 from trainmerge.checkpoints.model_config import read_model_config
@@ -19,6 +20,7 @@ from trainmerge.system.hub import cached_config
 from trainmerge.system.json_file import read_json
 
 ABSENT = "absent"
+OF_TOKENS = ("*_token_id", "*_token_index")
 OF_HEADS = (*LABELS, "pad_token_id")  # what a head of its own reads from its own configuration
 GENERATION = "generation_config.json"
 # Keys that change no generated text: what is returned beside it, the cache, padding
@@ -26,13 +28,18 @@ SAME_TEXT = ("_", "transformers_", "output_", "return_dict", "use_cache", "pad_t
 
 
 def configuration_mismatches(
-    base: PreTrainedModel, expert: PreTrainedConfig, file: Path, own_head: bool = False
+    base: PreTrainedModel,
+    expert: PreTrainedConfig,
+    file: Path,
+    own_head: bool = False,
+    choice: TokenizerChoice = TokenizerChoice(),  # noqa: B008 - frozen
 ) -> list[str]:
     """One line per key of the expert's configuration, in `file`, that changes the model's function.
 
     With `own_head`, its labels and its padding token stay its own, so they may differ. Warns of keys that
     change decoding or the names of classes. Keys that only one version of transformers writes, defaults, and
-    keys that the model's code does not read are equal or left out.
+    keys that the model's code does not read are equal or left out. A `choice` of the tokenizer decides the
+    ids of tokens.
     """
     problems, noted = [], []
     for key, ours, theirs in _differences(base.config, expert):
@@ -43,7 +50,7 @@ def configuration_mismatches(
                 f"another model. Leave it out; or, if it was trained with the base's value, set {key} "
                 f"to that in {file.name}"
             )
-        elif is_known(base, expert, key) and not (own_head and is_one_of(key, OF_HEADS)):
+        elif is_known(base, expert, key) and not _settled(key, own_head, choice):
             noted.append(what)
     if noted and not problems:
         warnings.warn(
@@ -54,8 +61,17 @@ def configuration_mismatches(
     return problems
 
 
+def _settled(key: str, own_head: bool, choice: TokenizerChoice) -> bool:
+    """Whether another value of a key is no news: a head has its own, or the choice of a tokenizer decides."""
+    return (own_head and is_one_of(key, OF_HEADS)) or (not choice.is_default and is_one_of(key, OF_TOKENS))
+
+
 def recorded_mismatches(
-    base: PreTrainedModel, base_folder: Path, adapter: Path, recorded: object
+    base: PreTrainedModel,
+    base_folder: Path,
+    adapter: Path,
+    recorded: object,
+    choice: TokenizerChoice = TokenizerChoice(),  # noqa: B008 - frozen
 ) -> list[str]:
     """`configuration_mismatches` of a config.json in the adapter's folder and of the base that it names.
 
@@ -71,7 +87,7 @@ def recorded_mismatches(
         if (folder / "config.json").is_file():
             config, file = read_model_config(folder), folder / "config.json"
             if config.model_type == base.config.model_type:
-                problems += configuration_mismatches(base, config, file)
+                problems += configuration_mismatches(base, config, file, choice=choice)
             else:
                 problems.append(
                     f"{file}: model_type is {config.model_type!r}, the base has {base.config.model_type!r}: "
@@ -81,25 +97,30 @@ def recorded_mismatches(
 
 
 def warn_of_generation(
-    base: Path, base_config: PreTrainedConfig, expert: Path, own: PreTrainedConfig
+    base: Path,
+    base_config: PreTrainedConfig,
+    expert: Path,
+    own: PreTrainedConfig,
+    choice: TokenizerChoice = TokenizerChoice(),  # noqa: B008 - frozen
 ) -> None:
     """Warn if the settings of generation differ: what ends an answer, sampling.
 
     Raises:
         ValueError: a generation_config.json that transformers cannot parse.
     """
-    if not any((folder / GENERATION).is_file() for folder in (base, expert)):
-        return  # config.json has been compared
+    if choice.generation_config or not any((folder / GENERATION).is_file() for folder in (base, expert)):
+        return  # chosen, or config.json has been compared
     ours, theirs = _generation(base, base_config), _generation(expert, own)
     different = [
         f"{key} is {theirs.get(key)!r}, the base has {ours.get(key)!r}"
         for key in sorted(ours.keys() | theirs.keys())
         if not key.startswith(SAME_TEXT) and not same_value(key, ours.get(key), theirs.get(key))
+        if not _settled(key, False, choice)
     ]
     if different:
         warnings.warn(
             f"{expert / GENERATION}: {'; '.join(different)}. The merge has the base's {GENERATION}; edit it "
-            "after the export if the expert's is right",
+            "after the export if the expert's is right, or set generation_config to the expert's name",
             stacklevel=2,
         )
 

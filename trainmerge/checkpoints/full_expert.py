@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from trainmerge.checkpoints.choice import TokenizerChoice
 from trainmerge.checkpoints.computed_positions import stored_as_computed
 from trainmerge.checkpoints.config_check import configuration_mismatches, warn_of_generation
 from trainmerge.checkpoints.head_parts import above, own_parameters
@@ -17,7 +18,10 @@ from trainmerge.checkpoints.sources import FullSource, Source
 from trainmerge.checkpoints.ties import lost_ties, tie_mismatches
 from trainmerge.system.plain_data import text_settings
 
-RESIZED = "resize both to one vocabulary, or set vocabulary=shared to merge the common tokens"
+RESIZED = (
+    "resize both to one vocabulary, or set vocabulary=shared to merge the common tokens, or "
+    "tokenizer=union to keep all of them"
+)
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,13 @@ def plan_full(
     allow_pickle: bool,
     shared_vocabulary: bool,
     whole_head: bool = False,
+    choice: TokenizerChoice = TokenizerChoice(),  # noqa: B008 - frozen
 ) -> FullExpert:
     """A full fine-tuned model against the base, from headers. Raises ValueError, one line per mismatch.
 
-    With `whole_head` its head is its own, whatever the base has.
+    With `whole_head` its head is its own, whatever the base has. `choice` may match rows by token later.
     """
+    shared_vocabulary = shared_vocabulary or choice.moves_rows
     checkpoint, base = open_checkpoint(path, allow_pickle), frame.checkpoint
     problems = _other_model(frame, checkpoint, shared_vocabulary)
     own = open_parameters(checkpoint, ignore)
@@ -54,14 +60,15 @@ def plan_full(
     shared = own.files.keys() - apart
     names = {name: own.files[fitted[key]] for key, name in frame.files.items() if fitted.get(key) in shared}
     settings = own.meta_model.config
-    problems += configuration_mismatches(frame.meta_model, settings, path / "config.json", bool(apart))
+    file = path / "config.json"
+    problems += configuration_mismatches(frame.meta_model, settings, file, bool(apart), choice)
     problems += _shapes(checkpoint, base, names, shared_vocabulary)
     problems += tie_mismatches(own, frame, {key: name for key, name in fitted.items() if name not in apart})
     problems += lost_ties(own, ignore)
     problems += _one_sided(own, frame, fitted, names, apart)
     if problems:
         raise ValueError("\n".join(problems))
-    warn_of_generation(base.path, frame.meta_model.config, path, settings)
+    warn_of_generation(base.path, frame.meta_model.config, path, settings, choice)
     _warn_of_dtypes(expert, checkpoint, base, names)
     return FullExpert(own, names)
 

@@ -93,16 +93,19 @@ def plan_adapter(
     workspace: Path | None,
     shared_vocabulary: bool = False,
     whole_head: bool = False,
+    every_row: bool = False,
 ) -> LowRankAdapter | MergedAdapter:
     """The expert of the adapter at `path`, low-rank or merged, from headers alone.
+
+    With `every_row`, merged embeddings keep the rows that the base lacks.
 
     Raises ValueError, with one line per mismatch, if it has another base, if its tensors are not those that
     its config promises, if peft does not support it, or if it needs `workspace` and that is None.
     """
     adapter = open_adapter(base, path, ignore, allow_pickle, whole_head)
     _check_start(adapter)
-    promises = check_promises(base, adapter, ignore, shared_vocabulary)
-    dense = MergedAdapter(base, adapter, promises, ignore, workspace)
+    promises = check_promises(base, adapter, ignore, shared_vocabulary or every_row)
+    dense = MergedAdapter(base, adapter, promises, ignore, workspace, every_row)
     reason = _not_linear(adapter, promises)
     factors: dict[str, Factor] = {}
     if reason is None and promises.model is not None:

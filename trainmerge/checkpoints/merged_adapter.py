@@ -36,6 +36,7 @@ class MergedAdapter:
     promises: Promises
     ignore: Sequence[str]
     workspace: Path | None
+    every_row: bool = False  # also those of tokens that the base lacks
 
     def sources(self) -> dict[str, Source]:
         """The base's tensor name -> the merged weight, where merging changed it.
@@ -57,7 +58,8 @@ class MergedAdapter:
         contents = {path.name: sha256(path) for path in sorted(folder.glob("adapter_*")) if path.is_file()}
         files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in base.files]
         versions = [peft.__version__, torch.__version__]
-        return json.dumps([contents, files, base.config, list(self.ignore), versions], sort_keys=True)
+        more = ["every row"] if self.every_row else []
+        return json.dumps([contents, files, base.config, list(self.ignore), versions, *more], sort_keys=True)
 
     def _merged(self, workspace: Path) -> dict[str, Tensor]:
         """The base's tensor name -> merged weight, for those that differ from the base."""
@@ -84,9 +86,9 @@ class MergedAdapter:
                 "in Python), or leave the adapter out."
             )
         read = base.checkpoint.read
+        fit = (lambda weight, _: weight) if self.every_row else fit_rows
         tensors = {
-            name: fit_rows(view(own, merged[parameter_of(own)]), read(name))
-            for own, name in base.files.items()
+            name: fit(view(own, merged[parameter_of(own)]), read(name)) for own, name in base.files.items()
         }
         return {name: tensor for name, tensor in tensors.items() if not torch.equal(tensor, read(name))}
 

@@ -42,6 +42,8 @@ class Checkpoint:
     sources: Mapping[Path, WeightFile]
     known_ties: Mapping[str, str] | None = None  # `tied`, if known already
     side: Mapping[str, SideTensor] = field(default_factory=dict)  # of modules after the model: `side_weights`
+    origin: Path | None = None  # the base's own folder, if `path` is one of a chosen tokenizer
+    rows: Path | None = None  # the file of its embeddings then, if they have other rows than the base's
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, mapped: no memory of its own. Raises KeyError for an unknown name."""

@@ -60,6 +60,42 @@ def tokenizer_mismatches(base: Path, expert: Path, rows: int | None = None) -> l
     return []
 
 
+def same_ids(one: Path, other: Path) -> bool:
+    """Whether two folders' tokenizers give every token the same id."""
+    ours, theirs = read_vocabularies(one, other)
+    return ours.tokens == theirs.tokens
+
+
+def warn_of_lost_tokens(merge: Path, expert: Path) -> None:
+    """Warn of an expert's tokens that the merge's tokenizer lacks, and of texts that it may split otherwise.
+
+    `merge` is the folder of a chosen tokenizer, whose rows are matched by token.
+    """
+    if not tokenizer_files(expert):
+        return
+    ours, theirs = read_vocabularies(merge, expert)
+    known = {*ours.tokens.values()}
+    if lost := [i for i, token in theirs.tokens.items() if token not in known and not UNUSED.search(token)]:
+        warnings.warn(
+            f"{theirs.file}: the merge's tokenizer lacks {_named(theirs, lost)}: their rows are left out. "
+            "Set tokenizer: union to keep them",
+            stacklevel=3,
+        )
+    apart = {ours.tokens[i] for i in ours.added & ours.tokens.keys()}
+    if found := [i for i in theirs.added if (token := theirs.tokens.get(i)) in known and token not in apart]:
+        warnings.warn(
+            f"{theirs.file}: it finds {_named(theirs, found)} before it splits a text, and the merge's "
+            "tokenizer does not: it may split a text into other tokens",
+            stacklevel=3,
+        )
+    if parts := differing_parts(ours, theirs):
+        warnings.warn(
+            f"{theirs.file}: {', '.join(parts)} differs from that of the merge's tokenizer, so it may split "
+            "a text into other tokens: the expert was trained on its own splits",
+            stacklevel=3,
+        )
+
+
 def _comparable(ours: Vocabulary, theirs: Vocabulary) -> bool:
     """Whether both were read; of two formats, most ids must agree: some tokenizers shift a file's ids."""
     if any(is_vocabulary(own.file) and not own.whole for own in (ours, theirs)):
@@ -72,12 +108,15 @@ def _comparable(ours: Vocabulary, theirs: Vocabulary) -> bool:
 def _warn_of_added(ours: Vocabulary, theirs: Vocabulary, different: list[int], rows: int | None) -> None:
     if different:
         pairs = [f"{i} is {theirs.tokens[i]!r}, the base's {ours.tokens[i]!r}" for i in sorted(different)]
-        warnings.warn(f"{theirs.file}: added token {listed(pairs)}; {USED}", stacklevel=3)
+        warnings.warn(
+            f"{theirs.file}: added token {listed(pairs)}; {USED}. tokenizer: union matches rows by token",
+            stacklevel=3,
+        )
     more = [i for i in theirs.tokens.keys() - ours.tokens.keys() if rows is None or i < rows]
     if more:
         warnings.warn(
             f"{theirs.file}: the base's tokenizer lacks {_named(theirs, more)}, and {USED}: it splits them "
-            "into others. If the experts need them, copy their tokenizer's files into the base's folder",
+            "into others. If the experts need them, set tokenizer: union",
             stacklevel=3,
         )
     fewer = ours.tokens.keys() - theirs.tokens.keys()

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -30,6 +31,13 @@ from trainmerge.data.held_out import split
 from trainmerge.data.steps import FromStep, Steps
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.system.ranges import check_option
+from trainmerge.system.workspace import VOCABULARY
+
+
+def recorded(tokenizer: str) -> str:
+    """The tokenizer as a run records it: a folder that was made for it by its name, which is a digest."""
+    name = Path(tokenizer).name
+    return name if name.startswith(VOCABULARY) else tokenizer
 
 
 class Calibration(pl.LightningDataModule):
@@ -37,7 +45,7 @@ class Calibration(pl.LightningDataModule):
 
     Args:
         files: Expert -> file of its unlabeled examples.
-        tokenizer: Folder of the base's tokenizer.
+        tokenizer: Folder of the merge's tokenizer: the base, or `Recipe.tokenizer_folder`.
         test_files: Expert -> file of its test examples, to warn when the two overlap.
         batch_size: Examples per expert and step, over all processes.
         max_length: Texts are truncated to this many tokens.
@@ -109,7 +117,7 @@ class Calibration(pl.LightningDataModule):
 
     @cached_property
     def tokenize(self) -> Tokenizer:
-        """The base's tokenizer, loaded on first use."""
+        """The merge's tokenizer, loaded on first use."""
         return Tokenizer(self.tokenizer, self.max_length)
 
     def _render(self, chat: Sequence[Mapping[str, str]]) -> Example:
@@ -129,7 +137,7 @@ class Calibration(pl.LightningDataModule):
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "tokenizer": self.tokenizer,
+            "tokenizer": recorded(self.tokenizer),
             "max_length": self.max_length,
             "columns": self.columns.record(),
             "max_examples": self.max_examples,

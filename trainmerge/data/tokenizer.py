@@ -189,7 +189,10 @@ class Tokenizer:
             ValueError: the tokenizer has no template, or as `render_chat`.
         """
         if not self._tokenizer.chat_template:
-            raise ValueError(f"{self.path}: the tokenizer has no chat template; use a text column")
+            raise ValueError(
+                f"{self.path}: the tokenizer has no chat template; use a text column, or set "
+                "recipe.chat_template to an expert that has one"
+            )
         return render_chat(self._tokenizer, messages)
 
     @property

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from trainmerge.checkpoints import OwnHead, load_model, open_checkpoint, output_of
+from trainmerge.checkpoints import Checkpoint, OwnHead, load_model, output_of
 from trainmerge.data.examples import Columns
 from trainmerge.data.heads import Classifier
 from trainmerge.data.tokenizer import Tokenizer
@@ -16,6 +16,7 @@ from trainmerge.evaluate.own_checkpoint import narrowed, own_subject, own_tasks
 from trainmerge.evaluate.runs import DEVICE, Heads, build_heads, references_from_files
 from trainmerge.evaluate.score_task import Subject, score_tasks
 from trainmerge.evaluate.tasks import Task, load_tasks
+from trainmerge.evaluate.vocabulary import Reading, reading
 from trainmerge.model.embedding import read_embedding
 from trainmerge.model.own_head import OwnModel, attach
 from trainmerge.model.resident import special_ids
@@ -45,28 +46,42 @@ def evaluate_checkpoint(
     Raises:
         ValueError: as `load_tasks`; or the checkpoint is of another kind than the recipe's base.
     """
+    with reading(recipe) as words:
+        return _evaluated(words, str(checkpoint), limit, max_length, answers, harness, columns)
+
+
+def _evaluated(
+    words: Reading,
+    checkpoint: str,
+    limit: int | None,
+    max_length: int,
+    answers: int,
+    harness: Sequence[HarnessTask],
+    columns: Columns,
+) -> Evaluation:
+    recipe = words.recipe
     own, place = all_heads(recipe), folder_of(checkpoint, allow_pickle=recipe.allow_pickle)
     if alone := own_tasks(place, recipe, own):
         recipe, own = narrowed(recipe, alone, place), {name: own[name] for name in alone}
-    metric, tokenize = metric_of(recipe, own), Tokenizer(recipe.base, max_length)
+    metric, tokenize = metric_of(recipe, own), Tokenizer(words.tokenizer, max_length)
     held_in, held_out = load_tasks(recipe, tokenize, columns, limit, heads=own)
     tasks = [*held_in, *held_out]
     if not alone:
         check_kind(place, recipe, tasks)
-    folders = {str(checkpoint): place}
+    folders = {checkpoint: place}
     if held_out or (harness and not alone):
         folders = {"base": recipe.folders["base"], **folders}
-    heads = {} if alone else heads_of(recipe, tasks, tokenize)
+    heads = {} if alone else heads_of(words, tasks, tokenize)
     references = {} if alone else references_from_files(recipe, tasks, tokenize)
     rows, found = {}, {}
     for row, folder in folders.items():
         if alone:
-            subject = own_subject(folder, recipe, tasks, tokenize, answers)
+            subject = own_subject(words.open(folder).path, recipe, tasks, tokenize, answers)
         else:
-            subject = load_checkpoint(folder, recipe, heads, tasks, tokenize, answers, references)
+            subject = load_checkpoint(words.open(folder), recipe, heads, tasks, tokenize, answers, references)
         rows[row] = score_tasks(subject, tasks)
         if harness:
-            found[row] = run_harness(subject.module, recipe.base, harness, limit)
+            found[row] = run_harness(subject.module, words.tokenizer, harness, limit)
     names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
     return Evaluation(metric, *names, rows, found)
 
@@ -93,10 +108,10 @@ def check_kind(checkpoint: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
         )
 
 
-def heads_of(recipe: Recipe, tasks: Sequence[Task], tokenize: Tokenizer) -> PlannedHeads:
+def heads_of(words: Reading, tasks: Sequence[Task], tokenize: Tokenizer) -> PlannedHeads:
     """The tasks' heads; loads the base temporarily. Experts' own ones stand on each checkpoint: `over`."""
-    opened = open_checkpoint(recipe.folders["base"], recipe.allow_pickle)
-    base = load_model(opened, recipe.ignore).module.to(DEVICE)
+    recipe = words.recipe
+    base = load_model(words.open(recipe.folders["base"]), recipe.ignore).module.to(DEVICE)
     built = build_heads(base, [task for task in tasks if not isinstance(task.head, OwnHead)], tokenize)
     return {**{task.name: task.head for task in tasks if isinstance(task.head, OwnHead)}, **built}
 
@@ -111,7 +126,7 @@ def over(heads: PlannedHeads, module: nn.Module, names: Mapping[str, str], token
 
 
 def load_checkpoint(
-    folder: Path,
+    checkpoint: Checkpoint,
     recipe: Recipe,
     heads: PlannedHeads,
     tasks: Sequence[Task],
@@ -120,7 +135,6 @@ def load_checkpoint(
     references: Mapping[str, Tensor] = {},
 ) -> Subject:
     """A checkpoint as a `Subject`; a sentence embedder embeds by its own folder's modules."""
-    checkpoint = open_checkpoint(folder, recipe.allow_pickle)
     embedding = read_embedding(checkpoint) if any(task.similar for task in tasks) else None
     loaded = load_model(checkpoint, recipe.ignore)
     module = loaded.module.to(DEVICE)

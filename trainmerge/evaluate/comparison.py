@@ -9,6 +9,7 @@ from typing import Any
 from rich.progress import track
 from torch import Tensor
 
+from trainmerge.checkpoints import same_ids
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.bootstrap import ScoreDifference, score_differences
 from trainmerge.evaluate.checkpoints import PlannedHeads, check_kind, heads_of, load_checkpoint, over
@@ -17,11 +18,11 @@ from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.runs import load_subject, references_from_files
 from trainmerge.evaluate.score_task import TaskScore, score_tasks
 from trainmerge.evaluate.tasks import Task, load_tasks
+from trainmerge.evaluate.vocabulary import Reading, reading
 from trainmerge.model.embedding import read_embedding
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.heads import all_heads
 from trainmerge.run.open_run import open_run
-from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import columns_of, tasks_of, text_length
 from trainmerge.system import distributed
 from trainmerge.system.atomic import write_whole
@@ -68,24 +69,32 @@ def compare(
         raise ValueError("give two or more different runs or checkpoints to compare")
     source = Path(recipe or paths[0])
     shared = tasks_of(source)
+    with reading(shared) as words:
+        return _compared(_rows(words, source, names, limit, max_length))
+
+
+def _rows(
+    words: Reading, source: Path, names: Sequence[str], limit: int | None, max_length: int | None
+) -> Evaluation:
+    shared = words.recipe
     own = all_heads(shared)
-    metric, tokenize = metric_of(shared, own), Tokenizer(shared.base, text_length(source, max_length))
+    metric, tokenize = metric_of(shared, own), Tokenizer(words.tokenizer, text_length(source, max_length))
     held_in, held_out = load_tasks(shared, tokenize, columns_of(source), limit, heads=own)
     tasks = [*held_in, *held_out]
-    heads = heads_of(shared, tasks, tokenize)
+    heads = heads_of(words, tasks, tokenize)
     folders = {name: folder_of(name, allow_pickle=shared.allow_pickle) for name in names}
     if held_out:
         folders = {"base": shared.folders["base"], **folders}
     bar = track(folders.items(), description="comparing", disable=distributed.rank() > 0)
     references = references_from_files(shared, tasks, tokenize)
-    rows = {name: _score(folder, shared, heads, references, tasks, tokenize) for name, folder in bar}
+    rows = {name: _score(folder, words, heads, references, tasks, tokenize) for name, folder in bar}
     held = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
-    return _compared(Evaluation(metric, *held, rows))
+    return Evaluation(metric, *held, rows)
 
 
 def _score(
     folder: Path,
-    recipe: Recipe,
+    words: Reading,
     heads: PlannedHeads,
     references: Mapping[str, Tensor],
     tasks: Sequence[Task],
@@ -93,10 +102,19 @@ def _score(
 ) -> dict[str, TaskScore]:
     run = RunFolder(folder)
     if not run.manifest.exists():
-        check_kind(folder, recipe, tasks)
-        subject = load_checkpoint(folder, recipe, heads, tasks, tokenize, references=references)
+        check_kind(folder, words.recipe, tasks)
+        subject = load_checkpoint(
+            words.open(folder), words.recipe, heads, tasks, tokenize, references=references
+        )
         return score_tasks(subject, tasks)
     own, coefficients, opened = open_run(run)
+    if (words.recipe.choice.moves_rows or own.choice.moves_rows) and not same_ids(
+        Path(words.tokenizer), opened.base.path
+    ):
+        raise ValueError(
+            f"{folder}: its merge has another tokenizer than {words.recipe.base}'s tasks are read with: "
+            "compare runs of one tokenizer"
+        )
     resident, subject = load_subject(own, coefficients, opened, tokenize, run, [])
     placed = over(heads, subject.module, resident.merged.names, tokenize)
     embedding = read_embedding(opened.base) if any(task.similar for task in tasks) else None

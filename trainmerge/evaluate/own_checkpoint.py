@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
 from trainmerge.checkpoints import OwnHead, load_model, open_checkpoint, output_of
 from trainmerge.checkpoints.meta_model import architecture_of
 from trainmerge.checkpoints.model_config import read_model_config
@@ -15,7 +13,7 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.runs import DEVICE
 from trainmerge.evaluate.score_task import Subject
 from trainmerge.evaluate.tasks import Task
-from trainmerge.model.own_head import OwnModel
+from trainmerge.model.own_head import whole_model
 from trainmerge.model.resident import special_ids
 from trainmerge.run.heads import TaskHead
 from trainmerge.run.recipe import Recipe
@@ -57,7 +55,14 @@ def narrowed(recipe: Recipe, names: Sequence[str], folder: Path) -> Recipe:
             stacklevel=2,
         )
     experts = {name: replace(recipe.experts[name], weight=1.0) for name in names}
-    return replace(recipe, experts=experts, held_out={})
+    return replace(  # the tokenizer's keys may name other experts
+        recipe,
+        experts=experts,
+        held_out={},
+        tokenizer=None,
+        chat_template=None,
+        generation_config=None,
+    )
 
 
 def own_subject(
@@ -70,8 +75,7 @@ def own_subject(
     """
     head = _head_of(folder)
     module = load_model(open_checkpoint(folder, recipe.allow_pickle), recipe.ignore).module.to(DEVICE)
-    assert isinstance(module, PreTrainedModel)
-    model = OwnModel(module, head.outputs, head.config.num_labels or 0, head.padding, special_ids(tokenize))
+    model = whole_model(head, module, special_ids(tokenize))
     return Subject(module, {task.name: model for task in tasks}, tokenize, answers)
 
 

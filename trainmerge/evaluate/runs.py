@@ -68,7 +68,8 @@ def evaluate_run(
     """
     check_option("grid", grid, Sequence[float])
     recipe, coefficients, opened = open_run(folder := RunFolder(Path(run)))
-    tokenize = Tokenizer(recipe.base, text_length(folder.path, max_length))
+    words = recipe.tokenizer_folder(folder.workspace)
+    tokenize = Tokenizer(words, text_length(folder.path, max_length))
     own = all_heads(recipe, opened)
     held_in, held_out = load_tasks(recipe, tokenize, columns_of(folder.path), limit, heads=own)
     tasks = [*held_in, *held_out]
@@ -82,7 +83,7 @@ def evaluate_run(
             continue
         with _uniform(resident, rows[row]):
             if harness and not row.startswith(ARITHMETIC):
-                harnessed[row] = run_harness(subject.module, recipe.base, harness, limit)
+                harnessed[row] = run_harness(subject.module, words, harness, limit)
             scored[row] = score_tasks(subject, tasks)
     return _evaluation(metric_of(recipe, own), held_in, held_out, scored, harnessed)
 

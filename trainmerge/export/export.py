@@ -15,7 +15,7 @@ from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.export.explain import Exported, explain
 from trainmerge.export.form import DtypeName, Form, write_dtype
 from trainmerge.export.shards import CheckpointMerge, Merged, write_shards
-from trainmerge.export.side_files import copy_side_files
+from trainmerge.export.side_files import copy_side_files, take_vocabulary
 from trainmerge.export.task import TaskMerge, own_head, write_task
 from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.run.folder import RunFolder
@@ -23,6 +23,7 @@ from trainmerge.run.open_run import open_run
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.saved import unfinished, unfinished_line
+from trainmerge.run.sources import columns_of
 from trainmerge.system import distributed
 from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.distributed import joined
@@ -72,7 +73,8 @@ def write_checkpoint(merge: Merged, folder: Path, workers: int = 1) -> dict[str,
     made = {file: digest for part in distributed.all_gather(mine) for file, digest in part.items()}
     if distributed.rank() > 0:
         return made
-    copy_side_files(base.path, folder, {Path(file).parent for file in after})
+    copy_side_files(base.origin or base.path, folder, {Path(file).parent for file in after})
+    take_vocabulary(base, folder)
     if merge.form.dtype:
         write_dtype(folder / "config.json", merge.form.dtype)
     if len(shards) > 1:
@@ -138,10 +140,22 @@ def export_run(
                 with agreed():
                     made = write_task(TaskMerge.of(merge, head), folder) if distributed.rank() == 0 else {}
             if distributed.rank() == 0:
+                encode_again(run_folder, recipe, opened, folder)
                 own = coefficients is learned
                 merged = Exported(run_folder, recipe, opened, coefficients, own, at, task or "", form)
                 explain(folder, target.name, merged, made)
     return target
+
+
+def encode_again(run_folder: RunFolder, recipe: Recipe, opened: Opened, folder: Path) -> None:
+    """Raise ValueError unless the export's tokenizer gives the calibration chats the ids of the fit."""
+    if columns_of(run_folder.path).messages is not None:
+        from trainmerge.run.encoding import check_encoding  # imports transformers
+
+        if count := check_encoding(run_folder, recipe, opened.base.path, folder):
+            print(
+                f"{count} calibration chats have the same token ids with the export's tokenizer", flush=True
+            )
 
 
 def merge_of(

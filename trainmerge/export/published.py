@@ -123,5 +123,6 @@ def _recipe(file: Path) -> Recipe:
     recipe = read_config(Recipe, "recipe", file)
     return Recipe(
         recipe.base, recipe.experts, recipe.preprocess, Grouping(), recipe.ignore, recipe.vocabulary,
-        recipe.allow_pickle,
+        recipe.allow_pickle, {}, recipe.tokenizer, recipe.chat_template, recipe.generation_config,
+        recipe.pad_to_multiple,
     )  # fmt: skip

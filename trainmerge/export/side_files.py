@@ -10,10 +10,12 @@ import warnings
 from collections.abc import Collection
 from pathlib import Path
 
-from trainmerge.checkpoints import module_folders
+from trainmerge.checkpoints import Checkpoint, module_folders
+from trainmerge.checkpoints.integrity import TOKENIZER as OF_TOKENIZER
 from trainmerge.export.origins import without_local_origins
 from trainmerge.system.links import leads_outside
 from trainmerge.system.text import listed
+from trainmerge.task_vectors.parameter_names import matches
 
 # Of configurations, tokenizers, code and documentation; files without a suffix (LICENSE) are copied too.
 COPIED = {
@@ -105,6 +107,17 @@ def copy_side_files(source: Path, target: Path, written: Collection[Path] = ()) 
             "If the merge needs it, copy it by hand",
             stacklevel=2,
         )
+
+
+def take_vocabulary(base: Checkpoint, target: Path) -> None:
+    """Replace tokenizer, chat template and configurations by those of a base with a chosen tokenizer."""
+    if base.origin is None:
+        return
+    for path in base.origin.iterdir():
+        if matches(path.name, OF_TOKENIZER):
+            (target / path.name).unlink(missing_ok=True)
+    for path in sorted(base.path.iterdir()):
+        _copy(path, target / path.name)
 
 
 def _copy(path: Path, target: Path) -> None:

@@ -134,7 +134,7 @@ class FitCLI(LightningCLI):
         parser.link_arguments("recipe", "model.recipe", apply_on="instantiate")
         parser.link_arguments("recipe", "data.files", calibration_files, apply_on="instantiate")
         parser.link_arguments("recipe", "data.test_files", test_files, apply_on="instantiate")
-        parser.link_arguments("recipe.base", "data.tokenizer")
+        parser.link_arguments("model", "data.tokenizer", _tokenizer, apply_on="instantiate")
         parser.link_arguments("run", "model.workspace", lambda run: str(RunFolder(Path(run)).workspace))
         parser.link_arguments("seed_everything", "data.seed", int)
 
@@ -160,6 +160,10 @@ class FitCLI(LightningCLI):
         """The trainer of `trainer.make_trainer`, with the configuration's arguments."""
         arguments = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         return make_trainer(self.config["run"], self.config["save_every"], **arguments)
+
+
+def _tokenizer(module: MergeModule) -> str:
+    return module.recipe.tokenizer_folder(module.settings.workspace)
 
 
 def _parse(given: list[str] | dict[str, Any], parser: type[FitCLI]) -> FitCLI:

@@ -81,6 +81,12 @@ def check_data(recipe: Recipe, opened: Opened, data: Calibration) -> None:
         raise ValueError(
             f"the data have the experts {list(data.files)}, the recipe has {list(recipe.experts)}"
         )
+    folder = opened.base.path
+    if opened.base.origin is not None and Path(data.tokenizer).resolve() != folder.resolve():
+        raise ValueError(
+            f"data.tokenizer is {data.tokenizer}, and the recipe chooses another for the merge: set it to "
+            "recipe.tokenizer_folder(Path(module's workspace))"
+        )
     limit = text_settings(opened.base.config).get("max_position_embeddings")
     for name, examples in zip(data.files, data.examples, strict=True):
         if limit and (longest := data.tokenize.longest(examples, limit)) > limit:

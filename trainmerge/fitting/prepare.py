@@ -21,7 +21,7 @@ from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.initial import Initial
 from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.batch import Asks
-from trainmerge.data.calibration import Calibration
+from trainmerge.data.calibration import Calibration, recorded
 from trainmerge.fitting.model_settings import ModelSettings
 from trainmerge.model.activation_checkpointing import recompute_blocks
 from trainmerge.model.expert_statistics import ExpertStatistics
@@ -158,7 +158,7 @@ def record(given: FitInputs, resident: Resident) -> list[Record]:
         given.opened.identity(),
         *heads,
         *data.identities().values(),
-        data.tokenizer,
+        recorded(data.tokenizer),
         data.max_length,
         settings.weights,
         torch.is_autocast_enabled(resident.device.type),

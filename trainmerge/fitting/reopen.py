@@ -40,6 +40,8 @@ def reopen(
     )
     module.coefficients.release_()  # trade-offs scale fixed coefficients too, and need their gradients
     settings = manifest["data"] | {"columns": Columns(**manifest["data"]["columns"])}
+    if not recipe.choice.is_default:  # the manifest has its name only
+        settings["tokenizer"] = recipe.tokenizer_folder(folder.workspace)
     if examples is not None:
         settings["max_examples"] = min(examples, settings["max_examples"] or examples)
     return module, Calibration(calibration_files(recipe), **settings)

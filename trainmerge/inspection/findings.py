@@ -58,12 +58,14 @@ def expert_findings(recipe: Recipe, opened: Opened) -> Iterator[Finding]:
                 "merged",
                 "" if expert.head else "if they are the task's classifier, set the expert's `head`",
             )
-        ours, theirs = _template(folders["base"]), _template(folders[name])
+        ours, theirs = _template(opened.base.path), _template(folders[name])
         if theirs and theirs != ours:
+            what = "the base's" if opened.base.origin is None else "the merge's"
             yield Finding(
                 "warning",
-                f"{name}: its chat template differs from the base's, which is used and exported",
-                "if it was trained with its own template, render its chats with it into a column of texts",
+                f"{name}: its chat template differs from {what}, which is used and exported",
+                f"set recipe.chat_template: {name} (with tokenizer: union, if its tokens are new); or "
+                "render its chats with its own template into a column of texts",
             )
     for problem in linear_problems(recipe):
         yield Finding("error", problem)
@@ -116,15 +118,22 @@ def _template(folder: Path) -> str:
         return ""
 
 
-def read_texts(recipe: Recipe, columns: Columns = Columns(), learning: bool = True) -> Texts:  # noqa: B008 - frozen
+def read_texts(
+    recipe: Recipe,
+    columns: Columns = Columns(),  # noqa: B008 - frozen
+    learning: bool = True,
+    tokenizer_folder: str | None = None,
+) -> Texts:
     """Problems of the calibration examples: none, few, shared by two experts, or in the test set.
 
     The files are read as a fit reads them: chats are rendered, and every value is checked. A merge without
-    `learning` needs none.
+    `learning` needs none. `tokenizer_folder` is the merge's; None is the base.
     """
     found: list[Finding] = []
     texts: dict[str, list[str]] = {}
-    tokenizer = cache(lambda: Tokenizer(recipe.base, LENGTH))  # loaded for the first chat only
+    tokenizer = cache(
+        lambda: Tokenizer(tokenizer_folder or recipe.base, LENGTH)
+    )  # loaded for the first chat only
     for name, expert in recipe.experts.items():
         if not expert.calibration:
             if learning:

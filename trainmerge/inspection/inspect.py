@@ -129,7 +129,8 @@ def _look(path: Path, recipe: Recipe, workspace: Path, weights: Weights, every: 
     findings += fenced("the experts' own tensors and templates", lambda: expert_findings(recipe, opened))
     informed = any(isinstance(method, Informed) for method in recipe.preprocess)
     columns = columns_of(path)
-    texts = read_texts(recipe, columns, informed or learns(path))
+    chosen = None if opened.base.origin is None else str(opened.base.path)
+    texts = read_texts(recipe, columns, informed or learns(path), chosen)
     findings += texts.findings
     geometry, measured = _measured(opened, weights)
     findings += measured

@@ -23,7 +23,8 @@ class Document:
         dtype: The dtype of the result; mergekit computes in it too.
         out_dtype: The same, and counts before `dtype`.
         layers: The number of layers that the file names, in a slice over all of them; None without.
-        tokenizer: The folder whose tokenizer the result has; None is the base model's, or the first's.
+        tokenizer: The folder whose tokenizer the result has; None is the base model's, or the first's. With
+            `union` it has the tokens of all models, and rows of embeddings are matched by token.
     """
 
     method: str
@@ -89,8 +90,6 @@ class Document:
         for key, value in (("dtype", self.dtype), ("out_dtype", self.out_dtype)):
             if value is not None and value not in DTYPES:
                 yield f"{key} is {value!r}; it is one of {', '.join(DTYPES)}"
-        if self.tokenizer == "union":
-            yield "tokenizer_source: union is not supported; name `base`, or a model's folder"
 
     def _mistaken(self) -> Iterator[str]:
         """Wrong settings."""

@@ -84,16 +84,18 @@ def merge_document(
 
 
 def _folders(document: Document) -> list[str]:
-    named = [*document.models, *filter(None, (document.base, document.tokenizer))]
+    tokenizer = None if document.tokenizer == "union" else document.tokenizer
+    named = [*document.models, *filter(None, (document.base, tokenizer))]
     parts = [part for name in named for part in ([name] if Path(name).is_dir() else name.split("+"))]
     return sorted({part for part in parts if Path(part).is_dir()})
 
 
 def _take_tokenizer(document: Document, folder: Path) -> None:
     """Replace the reference's tokenizer by that of `tokenizer_source`."""
-    if document.tokenizer is None or same_folder(document.tokenizer, reference_of(document)):
+    named = document.tokenizer
+    if named is None or named == "union" or same_folder(named, reference_of(document)):
         return
-    source = Path(document.tokenizer)
+    source = Path(named)
     files = [path for pattern in TOKENIZER for path in source.glob(pattern) if path.is_file()]
     if not files:
         raise ValueError(f"tokenizer_source: {source} has no tokenizer files")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints import Checkpoint, find_sources, open_checkpoint
+from trainmerge.checkpoints import Checkpoint, Rules, TokenizerChoice, find_chosen, open_checkpoint
 from trainmerge.export.form import DtypeName, Form
 from trainmerge.export.shards import OnlyModel, finite
 from trainmerge.kernels import ExpertWeight, Untouched
@@ -81,9 +81,9 @@ def open_merge(
     reference = reference_of(document)
     base = open_checkpoint(reference)
     others = [name for name in merged if not same_folder(name, reference)]
-    sources = find_sources(
-        base, {name: _expert_folder(name, reference) for name in others}, workspace=scratch
-    )
+    folders = {f"./{name}" if name == "base" else name: _expert_folder(name, reference) for name in others}
+    choice = TokenizerChoice("union" if document.tokenizer == "union" else "base")
+    base, sources = find_chosen(base, folders, choice, Rules(workspace=scratch))
     vectors = sources.open(base)
     order = tuple(others.index(name) if name in others else OWN for name in merged)
     located = places(list(sources.parameters))

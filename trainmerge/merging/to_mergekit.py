@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from trainmerge.checkpoints import TokenizerChoice
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.merging.values import places, value_at
 from trainmerge.preprocess import Breadcrumbs, Preprocess, Ties
@@ -45,6 +46,7 @@ def to_mergekit(run: str | Path, file: str | Path) -> Path:
     content = {
         "merge_method": method, "base_model": recipe.base, "models": models,
         **({"parameters": parameters} if parameters else {}), "dtype": "float32", **out,
+        **({} if recipe.choice.is_default else {"tokenizer_source": recipe.choice.tokenizer}),
     }  # fmt: skip
     write_whole(Path(file), yaml.safe_dump(content, sort_keys=False, width=110))
     return Path(file)
@@ -67,8 +69,10 @@ def _inexpressible(recipe: Recipe, coefficients: Coefficients) -> Iterator[str]:
             yield "Ties(scope='global') ranks over all tensors; mergekit ranks within each"
         elif isinstance(method, Ties) and not bool((values == values[0]).all()):
             yield "Ties with different coefficients per expert: mergekit elects signs after weighting"
-    if recipe.vocabulary != "same":
-        yield f"vocabulary: {recipe.vocabulary}"
+    if recipe.vocabulary == "shared":
+        yield "vocabulary: shared"
+    if recipe.choice not in (TokenizerChoice(), TokenizerChoice("union")):
+        yield "tokenizer, chat_template, generation_config or pad_to_multiple, except tokenizer: union"
 
 
 def _chunks(coefficients: Coefficients, name: str, values: Any) -> list[tuple[float, ...]]:

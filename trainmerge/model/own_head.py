@@ -54,6 +54,16 @@ class OwnModel:
         return mask
 
 
+def whole_model(head: OwnHead, module: nn.Module, special: Tensor) -> OwnModel:
+    """A checkpoint that is of the head's class itself, loaded as `module`.
+
+    Raises:
+        ValueError: see `OwnHead.padding`.
+    """
+    assert isinstance(module, PreTrainedModel)
+    return OwnModel(module, head.outputs, head.config.num_labels or 0, head.padding, special)
+
+
 def attach(
     head: OwnHead,
     resident: nn.Module,

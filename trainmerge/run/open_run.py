@@ -15,7 +15,10 @@ from trainmerge.run.recipe import Recipe
 from trainmerge.run.saved import check_coefficients
 from trainmerge.run.trust import check_classes
 
-MERGED = ("preprocess", "grouping", "ignore", "vocabulary")  # recipe keys that an export depends on
+MERGED = (  # recipe keys that an export depends on
+    "preprocess", "grouping", "ignore", "vocabulary", "tokenizer", "chat_template", "generation_config",
+    "pad_to_multiple",
+)  # fmt: skip
 
 
 def open_run(folder: RunFolder) -> tuple[Recipe, Coefficients, Opened]:

@@ -62,8 +62,12 @@ class Opened:
 
     def save(self, path: Path) -> None:
         """Write the file that `Recipe.reopen` reads."""
-        write_whole(path, json.dumps({"stamps": self.stamps, "sources": self.sources.to_json()}))
+        content: dict[str, object] = {"stamps": self.stamps, "sources": self.sources.to_json()}
+        if self.base.origin is not None:
+            content |= {"vocabulary": str(self.base.path), "rows": self.base.rows and str(self.base.rows)}
+        write_whole(path, json.dumps(content))
 
     def identity(self) -> str:
         """One digest of base and experts, by their contents and order."""
-        return digest(json.dumps([self.checksums, list(self.ignore)]), length=64)
+        vocabulary = [] if self.base.origin is None else [self.base.path.name]
+        return digest(json.dumps([self.checksums, list(self.ignore), *vocabulary]), length=64)

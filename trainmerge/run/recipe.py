@@ -10,9 +10,11 @@ from trainmerge.checkpoints import (
     Checkpoint,
     Sources,
     Stamp,
+    TokenizerChoice,
     as_then,
     open_checkpoint,
     stamps,
+    with_rows,
 )
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.data.heads import Head
@@ -22,6 +24,7 @@ from trainmerge.run.opened import Opened
 from trainmerge.system.hub import HubId, folder_of, is_hub_id, parse_id
 from trainmerge.system.ranges import check_fields
 from trainmerge.system.text import shortened
+from trainmerge.system.workspace import open_cached
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,17 @@ class Recipe:
         grouping: Which parameters are merged and which share a coefficient.
         ignore: fnmatch patterns of tensors that an expert may have and the base lacks (its own head, say).
         vocabulary: `same`, or `shared`, which merges the common tokens if an expert's embeddings were
-            resized. The result has the base's vocabulary.
+            resized. The result has the base's vocabulary. `union` is `tokenizer: union`.
         allow_pickle: Read `.bin` checkpoints too. Pickle can run code; use it for files you trust.
         held_out: Name -> further task, for `evaluate` only.
+        tokenizer: `base`, an expert's name, or `union`: the base's tokens, then those that only experts have.
+            With the last two, rows of embeddings and heads are matched by token, and a token that the base
+            lacks has the mean of its rows in the experts that have it. By default the base's.
+        chat_template: `base` or an expert's name; by default the tokenizer's, or for tokens of experts the
+            one that all of them share. Special tokens that a template names are its owner's.
+        generation_config: `base` or an expert's name; by default the base's. With this or another of these
+            keys, the ends of an answer are those of base and all experts.
+        pad_to_multiple: Rows of the embedding are a multiple of this number.
     """
 
     base: str
@@ -91,17 +102,22 @@ class Recipe:
     preprocess: Sequence[Preprocess] = ()
     grouping: Grouping = field(default_factory=Grouping)
     ignore: Sequence[str] = ()
-    vocabulary: Literal["same", "shared"] = "same"
+    vocabulary: Literal["same", "shared", "union"] = "same"
     allow_pickle: bool = False
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
+    tokenizer: str | None = field(default=None, metadata={"added": "0.2.0"})
+    chat_template: str | None = field(default=None, metadata={"added": "0.2.0"})
+    generation_config: str | None = field(default=None, metadata={"added": "0.2.0"})
+    pad_to_multiple: int | None = field(default=None, metadata={"added": "0.2.0"})
 
     def __post_init__(self) -> None:
-        check_fields(self, "recipe")
+        check_fields(self, "recipe", pad_to_multiple="[1, 1e6]")
         if not self.experts:
             raise ValueError("recipe.experts is empty: name at least one expert")
         check_names([*self.experts, *self.held_out])
         if not any(expert.weight for expert in self.experts.values()):
             raise ValueError("recipe.experts: every weight is 0, so there is nothing to learn from")
+        self.choice.check(list(self.experts), self.vocabulary)
         owners: dict[Path | HubId, str] = {_place(self.base): "the base"}
         for name, expert in self.experts.items():
             if (other := owners.setdefault(_place(expert.path), name)) != name:
@@ -118,21 +134,37 @@ class Recipe:
             ValueError: lists every mismatch between base and experts; or a pattern matches nothing.
         """
         from trainmerge.checkpoints import (
-            find_sources,
+            Rules,
+            find_chosen,
         )  # imports transformers and peft, which `reopen` does not need
 
         folders = self.folders
         base = open_checkpoint(folders["base"], allow_pickle=self.allow_pickle)
-        sources = find_sources(
-            base,
-            {name: folders[name] for name in self.experts},
-            ignore=self.ignore,
-            allow_pickle=self.allow_pickle,
-            workspace=workspace,
-            shared_vocabulary=self.vocabulary == "shared",
-            own_heads=[name for name, expert in self.experts.items() if expert.head == "own"],
-        )
+        experts = {name: folders[name] for name in self.experts}
+        own_heads = [name for name, expert in self.experts.items() if expert.head == "own"]
+        shared = self.vocabulary == "shared"
+        rules = Rules(self.ignore, self.allow_pickle, workspace, shared, own_heads)
+        base, sources = find_chosen(base, experts, self.choice, rules)
         return self._opened(base, sources, self.stamps())
+
+    @property
+    def choice(self) -> TokenizerChoice:
+        """Whose tokenizer, chat template and generation settings the merge has."""
+        union = self.vocabulary == "union" and self.tokenizer is None
+        tokenizer = "union" if union else self.tokenizer or "base"
+        return TokenizerChoice(tokenizer, self.chat_template, self.generation_config, self.pad_to_multiple)
+
+    def tokenizer_folder(self, workspace: Path) -> str:
+        """The merge's tokenizer: the base, or a folder in the workspace, made if it is not there.
+
+        Raises:
+            ValueError: the choice of the tokenizer is impossible.
+        """
+        if self.choice.is_default:
+            return self.base
+        from trainmerge.checkpoints import tokenizer_folder  # imports transformers
+
+        return str(tokenizer_folder(self.folders, self.choice, workspace))
 
     def reopen(self, saved: Path, checksums: Mapping[str, Mapping[str, str]]) -> Opened | None:
         """`open` from the file of `Opened.save`, if no file changed since; does not need transformers.
@@ -151,6 +183,11 @@ class Recipe:
             return None
         try:
             base = open_checkpoint(self.folders["base"], self.allow_pickle, sources.tied)
+            if not self.choice.is_default:
+                folder, rows = Path(content["vocabulary"]), content["rows"]
+                if self.tokenizer_folder(folder.parent) != str(folder):  # generation_config.json changed
+                    return None
+                base = with_rows(base, folder, open_cached(Path(rows)) if rows else None)
             return self._opened(base, sources, made, checksums)
         except FileNotFoundError:  # a merged adapter in the workspace
             return None

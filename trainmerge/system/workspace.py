@@ -8,6 +8,8 @@ from typing import Any
 from trainmerge.system.json_file import parse_json
 from trainmerge.system.safetensors_file import MappedFile
 
+VOCABULARY = "vocabulary-"  # begins the name of a folder with a merge's tokenizer; a digest follows
+
 
 def digest(text: str, length: int = 16) -> str:
     """The first hexadecimal digits of a text's SHA-256."""
