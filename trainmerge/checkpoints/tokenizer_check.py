@@ -81,13 +81,6 @@ def warn_of_lost_tokens(merge: Path, expert: Path) -> None:
             "Set tokenizer: union to keep them",
             stacklevel=3,
         )
-    apart = {ours.tokens[i] for i in ours.added & ours.tokens.keys()}
-    if found := [i for i in theirs.added if (token := theirs.tokens.get(i)) in known and token not in apart]:
-        warnings.warn(
-            f"{theirs.file}: it finds {_named(theirs, found)} before it splits a text, and the merge's "
-            "tokenizer does not: it may split a text into other tokens",
-            stacklevel=3,
-        )
     if parts := differing_parts(ours, theirs):
         warnings.warn(
             f"{theirs.file}: {', '.join(parts)} differs from that of the merge's tokenizer, so it may split "
