@@ -6,9 +6,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 ROOM = 16 << 20  # bytes: the stack of one thread, and some
+WOKEN_BY = signal.SIGUSR2  # not SIGINT, which background jobs ignore
 DIED = "Exception ignored in thread started by"  # the interpreter's words; the new thread says them
 
 
@@ -30,21 +32,25 @@ def lost_threads() -> Iterator[None]:
 
     `threading.Thread.start` waits without a limit until the new thread has begun, in datasets too.
     """
-    before, main, lost = sys.unraisablehook, threading.main_thread().ident or 0, []
+    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+        yield
+        return
+    hook_before, main = sys.unraisablehook, threading.main_thread().ident or 0
 
     def hook(found: Any) -> None:
         if issubclass(found.exc_type, MemoryError) and (found.err_msg or "").startswith(DIED):
-            lost.append(True)
-            signal.pthread_kill(main, signal.SIGINT)  # a real signal: the main thread waits for a lock
+            signal.pthread_kill(main, WOKEN_BY)  # a real signal: the main thread waits for a lock
         else:
-            before(found)
+            hook_before(found)
 
+    handler_before = signal.signal(WOKEN_BY, _raise)
     sys.unraisablehook = hook
     try:
         yield
-    except KeyboardInterrupt as stopped:
-        if lost:
-            raise MemoryError("a thread could not begin") from stopped
-        raise
     finally:
-        sys.unraisablehook = before
+        sys.unraisablehook = hook_before
+        signal.signal(WOKEN_BY, handler_before)
+
+
+def _raise(*_: int | FrameType | None) -> None:
+    raise MemoryError("a thread could not begin")
