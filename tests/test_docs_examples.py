@@ -134,10 +134,11 @@ def completed(example: Example, worlds: dict[str, Path]) -> dict[str, Any]:
         if "head" in task and not own:
             link(task["head"]["init_args"]["labels"], files["labels"])
     initial = content.get("model", {}).get("initial")
-    if isinstance(initial, dict) and "texts" in initial["init_args"]:
-        link(initial["init_args"]["texts"], files_of(worlds, world, 0)["calibration"])
-    if isinstance(initial, dict) and "outer" in initial["init_args"]:
-        initial["init_args"].update(bottom=1, top=0, transition=0)  # these models have two blocks
+    arguments = initial.get("init_args", {}) if isinstance(initial, dict) else {}
+    if "texts" in arguments:
+        link(arguments["texts"], files_of(worlds, world, 0)["calibration"])
+    if "outer" in arguments:
+        arguments.update(bottom=1, top=0, transition=0)  # these models have two blocks
     trainer = content.setdefault("trainer", {})
     trainer.update(accelerator="cpu", max_steps=min(trainer.get("max_steps", 1), 2))
     content["data"] = {**content.get("data", {}), "batch_size": 2, "max_examples": 4}
@@ -188,6 +189,7 @@ def test_python_runs(
 def test_commands_are_ours_and_their_configurations_are_there(example: Example) -> None:
     for command in re.findall(r"(?:^|[ ./])trainmerge(?:\.cli)? ([a-z]+)", example.code):
         assert command in {
+            "auto",
             "fit",
             "allocate",
             "export",

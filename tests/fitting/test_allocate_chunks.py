@@ -48,7 +48,7 @@ def test_energy_is_the_squared_gradient_of_every_batch(tmp_path: Path) -> None:
     got = energy(module, data)
     resident, groups = module.resident, module.opened.layout.groups
     squares = torch.zeros(len(module.opened.layout.labels), dtype=torch.float64)
-    for batch in batches(module, data):
+    for batch in batches(module.resident, data):
         said = module.teachers[batch.expert].of(batch.ids, resident.device)
         weights = tm.merged_weights(module.opened.task_vectors, module.coefficients)
         states = torch.func.functional_call(resident.merged.module, weights, (), dict(batch.inputs))

@@ -188,4 +188,4 @@ def _warn_of_dtypes(expert: str, checkpoint: Checkpoint, base: Checkpoint, names
         message = (
             f"expert {expert} ({checkpoint.path}) and the base differ in dtype: {mixed}; differences are"
         )
-        warnings.warn(f"{message} taken in float32", stacklevel=6)
+        warnings.warn(f"{message} taken in float32", stacklevel=7)

@@ -28,9 +28,7 @@ def export(
     Examples: trainmerge export runs/first merged/
               torchrun --nproc-per-node 8 -m trainmerge.cli export runs/first merged/
               trainmerge export runs/first merged/ --verify
-              trainmerge export runs/first merged/ --dtype bfloat16 --shard-size 5GB
               trainmerge export runs/first sentiment/ --task sentiment
-              trainmerge export runs/first adapter/ --as adapter
               trainmerge export runs/first adapter/ --as adapter --rank 16 --rest patch
 
     Args:
