@@ -48,7 +48,10 @@ class AutoSearch:
         self, config: Path, place: Path, held_out: float, minutes: float | None, memory: str | None
     ) -> None:
         self.config, self.place, self.memory = config, place, memory
+        self.trainer: Mapping[str, Any] = read_settings(config).get("trainer") or {}
         self.changes: dict[str, Any] = {"data.held_out": held_out}
+        if not self.trainer.get("max_steps"):
+            self.changes["trainer.max_steps"] = STEPS
         self.ends = monotonic() + 60 * minutes if minutes else None
         self.settings = self._settings("judging", {})
         module = self.settings.module
@@ -109,7 +112,7 @@ class AutoSearch:
 
     def _callbacks(self) -> list[Any]:
         """The configuration's callbacks, and StopOnHeldOut."""
-        given = list((read_settings(self.config).get("trainer") or {}).get("callbacks") or [])
+        given = list(self.trainer.get("callbacks") or [])
         stops = any(str(one.get("class_path", "")).endswith("StopOnHeldOut") for one in given)
         return given if stops else [*given, {"class_path": "trainmerge.StopOnHeldOut"}]
 
@@ -138,11 +141,7 @@ class AutoSearch:
         )  # fmt: skip
 
     def _settings(self, name: str, changes: Mapping[str, Any]) -> FitSettings:
-        made = {**self.changes, **changes}
-        steps = (read_settings(self.config).get("trainer") or {}).get("max_steps")
-        if not steps:
-            made.setdefault("trainer.max_steps", STEPS)
-        return from_config(self.config, self.place / name, made)
+        return from_config(self.config, self.place / name, {**self.changes, **changes})
 
     def _has_time(self, what: str) -> bool:
         if self.ends is None or monotonic() < self.ends:

@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from trainmerge.checkpoints.choice import BASE
-from trainmerge.checkpoints.meta_model import quiet
 from trainmerge.checkpoints.tokenizer_choice import Chosen
-from trainmerge.checkpoints.vocabulary import SETTINGS
+from trainmerge.checkpoints.vocabulary import SETTINGS, build_tokenizer
 from trainmerge.system.json_file import read_json
 from trainmerge.system.text import listed, reason
 
@@ -83,8 +80,7 @@ def _template(tokenizer: Any) -> str | None:
 def load(folder: Path) -> Any:
     """transformers' tokenizer of a folder, without its code. Raises ValueError if it has none."""
     try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return build_tokenizer(folder)
     except Exception as error:  # a foreign parser
         raise ValueError(f"{folder}: no tokenizer that transformers can load ({reason(error)})") from error
 

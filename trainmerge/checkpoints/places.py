@@ -68,13 +68,13 @@ def names_in_memory(
     found: dict[str, str] = {}
     stacked: dict[str, list[_Part]] = {}
     for name in names:
-        key = rename_source_key(name, renamings, [], None, None)[0]
         inside, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, in_model)
         if pattern is None:
             found[name] = inside
             continue
+        key = rename_source_key(name, renamings, [], None, None)[0]
         converter = next(step for step in converters if step.rename_source_key(key)[1] is not None)
-        if all(_is_placing(operation) for operation in converter.operations):
+        if all(type(operation) in PLACED for operation in converter.operations):
             part = _Part(name, tensors[name].shape, pattern, _index(key, pattern), converter)
             stacked.setdefault(inside, []).append(part)
         else:
@@ -171,8 +171,3 @@ def uncovered(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
             part = view(name, torch.empty(parameters[own].shape, device="meta"))
             filled[own] = filled.get(own, 0) + part.numel()
     return [name for name, size in filled.items() if size != parameters[name].numel()]
-
-
-def _is_placing(operation: Any) -> bool:
-    """Whether it only stacks, concatenates or exchanges dimensions."""
-    return type(operation) in PLACED

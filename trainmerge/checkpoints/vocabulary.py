@@ -72,13 +72,19 @@ def _built_once(folder: Path, _: tuple[tuple[int, ...], ...]) -> Vocabulary | No
     if not is_vocabulary(files[0]):  # transformers would make one up
         return None
     try:
+        tokenizer = build_tokenizer(folder)
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             tokens = {int(i): str(token) for token, i in tokenizer.get_vocab().items()}
             added = frozenset(tokenizer.added_tokens_decoder)
     except Exception:  # a foreign parser: the files are read instead, and say what is wrong with them
         return None
     return Vocabulary(files[0], tokens, added, True, getattr(tokenizer, "backend_tokenizer", None))
+
+
+def build_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a folder: no code of the folder runs, and nothing is downloaded."""
+    with quiet():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def is_vocabulary(file: Path) -> bool:

@@ -53,7 +53,7 @@ def export_adapters(run: str, out: str, form: "AdapterForm", overwrite: bool, ve
     """`trainmerge export --as adapter` and `adapters`."""
     from trainmerge.export.export_adapter import export_adapter
 
-    if not (verify and not overwrite and Path(out).is_dir() and any(Path(out).iterdir())):
+    if not compares_only(out, overwrite, verify):
         print_adapters(export_adapter(run, out, form, overwrite))
     if verify:
         from trainmerge.export.verify import verify_export
@@ -61,12 +61,17 @@ def export_adapters(run: str, out: str, form: "AdapterForm", overwrite: bool, ve
         print(f"{out}: {verify_export(run, out)} tensors are the adapters of {run}, bit for bit")
 
 
+def compares_only(out: str, overwrite: bool, verify: bool) -> bool:
+    """Whether an export is there already and is to be read again, not written."""
+    return verify and not overwrite and Path(out).is_dir() and any(Path(out).iterdir())
+
+
 def print_adapters(folder: Path) -> None:
     """Print rank and error of every module, of the whole, and what is left out."""
-    from trainmerge.export.export_adapter import adapter_manifest
+    from trainmerge.checkpoints.whole import PATCH, export_manifest
     from trainmerge.system.console import print_table
 
-    manifest = adapter_manifest(folder)
+    manifest = export_manifest(folder)
     for place, found in manifest["adapters"].items():
         rows = [
             [name, str(one["rank"]), f"{one['error']:.3g}", one["how"]]
@@ -76,7 +81,7 @@ def print_adapters(folder: Path) -> None:
         print_table(str(folder / place), ["module", "rank", "relative error", "by"], rows)
         if found["rest"]:
             patched = manifest["adapter"].get("rest") == "patch"
-            where = "in trainmerge_rest.safetensors" if patched else "left out"
+            where = f"in {PATCH}" if patched else "left out"
             print(
                 f"{len(found['rest'])} tensors that no LoRA holds, {found['rest_share']:.2%} of the squared "
                 f"norm, are {where}: {', '.join(found['rest'])}"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from trainmerge.cli.adapters import export_adapters, refuse
+from trainmerge.cli.adapters import compares_only, export_adapters, refuse
 from trainmerge.system.memory import keep_freed_memory
 
 
@@ -66,7 +66,7 @@ def export(
         return
     from trainmerge.export.export import export_run
 
-    if not (verify and not overwrite and Path(out).is_dir() and any(Path(out).iterdir())):
+    if not compares_only(out, overwrite, verify):
         print(f"merged checkpoint: {export_run(run, out, overwrite, workers, None, dtype, shard_size, task)}")
     if verify:
         from trainmerge.export.verify import verify_export

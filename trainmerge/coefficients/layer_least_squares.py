@@ -67,12 +67,11 @@ class System:
             torch.zeros(experts, experts, dtype=torch.float64), torch.zeros(experts, dtype=torch.float64)
         )
 
-    def __iadd__(self, other: "System") -> "System":
+    def add(self, other: "System") -> None:
         """Add a layer's system, relative to its total."""
         self.products += other.products / other.total
         self.effects += other.effects / other.total
         self.total += 1.0
-        return self
 
     def solve(self, ridge: float) -> Tensor:
         """The minimising c, [K]."""
@@ -98,7 +97,7 @@ def sum_systems(layout: Layout, measure: Measures, experts: int) -> dict[int, Sy
                 continue
             for group, system in layer_systems(name, layout.groups[name], moments, measure):
                 if system.total > 0:
-                    systems.setdefault(group, System.zero(experts)).__iadd__(system)
+                    systems.setdefault(group, System.zero(experts)).add(system)
     return systems
 
 

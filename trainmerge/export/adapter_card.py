@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainmerge.checkpoints.whole import PATCH as PATCH_FILE
+from trainmerge.checkpoints.whole import PATCH
 from trainmerge.export.adapter_form import KIND, AdapterForm, AdapterReport
 from trainmerge.export.card_sources import Source, base_ids
 from trainmerge.export.markdown import code, fenced, inline
@@ -12,13 +12,13 @@ PEFT = """\
 from peft import PeftModel
 model = PeftModel.from_pretrained(model, "{folder}")  # `model` is the {what}
 """
-PATCH = """\
+LOAD_PATCH = """\
 import torch
 from safetensors.torch import load_file
 
 parameters = dict(model.named_parameters())  # of the {what}, before the adapter
 with torch.no_grad():
-    for name, difference in load_file("{folder}/trainmerge_rest.safetensors").items():
+    for name, difference in load_file("{folder}/{patch}").items():
         parameters[name].copy_(parameters[name].float() + difference)
 """
 
@@ -53,8 +53,8 @@ def adapter_words(form: AdapterForm, reports: Sequence[AdapterReport]) -> str:
     parts.append(fenced(PEFT.format(folder=folder, what=what), "python"))
     if any(report.patched for report in reports):
         parts.append(
-            f"Norms, biases and other tensors that no LoRA holds are in {code(PATCH_FILE)}, as "
+            f"Norms, biases and other tensors that no LoRA holds are in {code(PATCH)}, as "
             "differences under the model's parameter names. Add them first:"
         )
-        parts.append(fenced(PATCH.format(folder=folder, what=what), "python"))
+        parts.append(fenced(LOAD_PATCH.format(folder=folder, what=what, patch=PATCH), "python"))
     return "\n\n".join(parts)

@@ -15,7 +15,7 @@ from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.export.explain import Exported, explain
 from trainmerge.export.form import DtypeName, Form, write_dtype
 from trainmerge.export.shards import CheckpointMerge, Merged, write_shards
-from trainmerge.export.side_files import copy_side_files, take_vocabulary
+from trainmerge.export.side_files import copy_base_files
 from trainmerge.export.task import TaskMerge, own_head, write_task
 from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.run.folder import RunFolder
@@ -73,8 +73,7 @@ def write_checkpoint(merge: Merged, folder: Path, workers: int = 1) -> dict[str,
     made = {file: digest for part in distributed.all_gather(mine) for file, digest in part.items()}
     if distributed.rank() > 0:
         return made
-    copy_side_files(base.origin or base.path, folder, {Path(file).parent for file in after})
-    take_vocabulary(base, folder)
+    copy_base_files(base, folder, {Path(file).parent for file in after})
     if merge.form.dtype:
         write_dtype(folder / "config.json", merge.form.dtype)
     if len(shards) > 1:
@@ -124,16 +123,12 @@ def export_run(
     if task and form.to_json():
         raise ValueError("an export with a task's head has the base's dtype and one file: leave out the form")
     with joined():
-        recipe, learned, opened = open_run(run_folder)
-        at = unfinished(run_folder)
-        if at and distributed.rank() == 0:
-            print(unfinished_line(run_folder), flush=True)
-        coefficients = coefficients or learned
-        check_target(target, [run_folder.path, *opened.folders.values()])
+        exported = replace(begin_export(run_folder, target, coefficients), task=task or "", form=form)
+        recipe, opened = exported.recipe, exported.opened
         head = own_head(recipe, opened, task) if task is not None else None
         with staging_shared(target, overwrite) as folder:
             with agreed(), distributed.rank_zero_first():
-                merge = replace(merge_of(run_folder, recipe, coefficients, opened), form=form)
+                merge = replace(merge_of(run_folder, recipe, exported.coefficients, opened), form=form)
             if head is None:
                 made = write_checkpoint(merge, folder, workers)
             else:
@@ -141,10 +136,22 @@ def export_run(
                     made = write_task(TaskMerge.of(merge, head), folder) if distributed.rank() == 0 else {}
             if distributed.rank() == 0:
                 encode_again(run_folder, recipe, opened, folder)
-                own = coefficients is learned
-                merged = Exported(run_folder, recipe, opened, coefficients, own, at, task or "", form)
-                explain(folder, target.name, merged, made)
+                explain(folder, target.name, exported, made)
     return target
+
+
+def begin_export(run_folder: RunFolder, target: Path, coefficients: Coefficients | None) -> Exported:
+    """Open a run for its export into `target`, and say if it is unfinished; for all processes.
+
+    Raises:
+        ValueError: as `open_run` and `check_target`.
+    """
+    recipe, learned, opened = open_run(run_folder)
+    at = unfinished(run_folder)
+    if at and distributed.rank() == 0:
+        print(unfinished_line(run_folder), flush=True)
+    check_target(target, [run_folder.path, *opened.folders.values()])
+    return Exported(run_folder, recipe, opened, coefficients or learned, coefficients is None, at)
 
 
 def encode_again(run_folder: RunFolder, recipe: Recipe, opened: Opened, folder: Path) -> None:

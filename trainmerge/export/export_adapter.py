@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from trainmerge.checkpoints.whole import export_manifest
 from trainmerge.coefficients.coefficients import Coefficients
@@ -12,15 +11,13 @@ from trainmerge.export.adapter import write_adapter
 from trainmerge.export.adapter_form import AdapterForm, AdapterReport
 from trainmerge.export.adapter_source import AdapterSource
 from trainmerge.export.card_sources import base_origin, card_sources
-from trainmerge.export.explain import Exported, explain
-from trainmerge.export.export import check_target, merge_of
+from trainmerge.export.explain import explain
+from trainmerge.export.export import begin_export, merge_of
 from trainmerge.export.merge_changes import expert_changes, merge_changes
 from trainmerge.export.shards import CheckpointMerge
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.open_run import open_run
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.saved import unfinished, unfinished_line
 from trainmerge.system import distributed
 from trainmerge.system.distributed import joined
 from trainmerge.system.shared_output import agreed, staging_shared
@@ -100,20 +97,14 @@ def export_adapter(
     run_folder, target, form = RunFolder(Path(run)), Path(out), form or AdapterForm()
     reports: list[AdapterReport] = []
     with joined():
-        recipe, learned, opened = open_run(run_folder)
-        at = unfinished(run_folder)
-        if at and distributed.rank() == 0:
-            print(unfinished_line(run_folder), flush=True)
-        coefficients = coefficients or learned
-        check_target(target, [run_folder.path, *opened.folders.values()])
+        exported = begin_export(run_folder, target, coefficients)
+        recipe, opened = exported.recipe, exported.opened
         with staging_shared(target, overwrite) as folder, agreed():
             with distributed.rank_zero_first():
-                merge = merge_of(run_folder, recipe, coefficients, opened)
+                merge = merge_of(run_folder, recipe, exported.coefficients, opened)
             if distributed.rank() == 0:
                 reports, made = AdapterMerge(merge, opened, recipe, form).write(folder)
-                own = coefficients is learned
-                merged = Exported(run_folder, recipe, opened, coefficients, own, at)
-                explain(folder, target.name, replace(merged, adapter=form, reports=reports), made)
+                explain(folder, target.name, replace(exported, adapter=form, reports=reports), made)
     warn_of_errors(reports)
     return target
 
@@ -130,12 +121,7 @@ def warn_of_errors(reports: Sequence[AdapterReport]) -> None:
             )
 
 
-def adapter_manifest(folder: Path) -> dict[str, Any]:
-    """An export's manifest; empty for another folder."""
-    return export_manifest(folder)
-
-
 def adapter_of(folder: Path) -> AdapterForm | None:
     """What an export with adapters kept; None for another folder."""
-    record = adapter_manifest(folder).get("adapter")
+    record = export_manifest(folder).get("adapter")
     return AdapterForm.read(record, folder) if isinstance(record, Mapping) else None

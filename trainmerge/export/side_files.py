@@ -109,8 +109,12 @@ def copy_side_files(source: Path, target: Path, written: Collection[Path] = ()) 
         )
 
 
-def take_vocabulary(base: Checkpoint, target: Path) -> None:
-    """Replace tokenizer, chat template and configurations by those of a base with a chosen tokenizer."""
+def copy_base_files(base: Checkpoint, target: Path, written: Collection[Path] = ()) -> None:
+    """Copy the side files of a merge's base: with a chosen tokenizer, its files instead of the base's own.
+
+    See `copy_side_files`.
+    """
+    copy_side_files(base.origin or base.path, target, written)
     if base.origin is None:
         return
     for path in base.origin.iterdir():

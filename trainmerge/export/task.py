@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainmerge.checkpoints.whole import export_manifest
 from trainmerge.export.shards import CheckpointMerge, OnlyModel, write_shard
-from trainmerge.export.side_files import copy_side_files, take_vocabulary
+from trainmerge.export.side_files import copy_base_files
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.system.disk_space import check_free_space
@@ -111,8 +111,7 @@ def write_task(merge: TaskMerge, folder: Path) -> dict[str, str]:
     check_free_space(folder, sum(sizes))
     digest = write_shard(merge, merge.tensors, folder / FILE)
     base.check_unchanged()
-    copy_side_files(base.origin or base.path, folder)
-    take_vocabulary(base, folder)
+    copy_base_files(base, folder)
     (folder / "config.json").write_text(json.dumps(settings_of(merge), indent=2) + "\n")
     return {FILE: digest}
 

@@ -76,7 +76,7 @@ def _text_problems(base: Path, data: Calibration) -> Iterator[str]:
             f"{base / SETTINGS}: do_lower_case is set, and the tokenizer keeps capitals: write the texts in "
             "lower case, and set it to false"
         )
-    used = [text for text in prompts_of(base)[0].values() if text]
+    used = [text for text in prompts_of(base).values() if text]
     if used and _leaves_prompts_out(base):
         yield (
             f"{base}: its pooling leaves out prompts ({used[0]!r}), which is not supported: set "

@@ -38,12 +38,12 @@ class MergedModel:
     `names` maps a task vector's name to the module's parameter or place (`task_vectors.places`), where they
     differ; `parameters` has the module's parameters, or views of their places, under the task vectors' names.
     If `task_vectors` are preprocessed, `originals` are the experts' own, which `teacher` and `uniform` merge.
-    The module's weights are overwritten; only parameters
-    with a learned coefficient require gradients. Gradients are projected onto the orthogonal complement of
-    `subspaces`, orthonormal columns [m, k]. With `keep_gradients`, weight gradients accumulate until
-    `gradient` processes them in one pass over the task vectors: several backwards then cost one pass and the
-    memory of one more model. Under FSDP2, which must sum gradients (`sharded`), the coefficient gradients of
-    all processes add up to the sum of each process's own.
+    The module's weights are overwritten; only parameters with a learned coefficient require gradients.
+    Gradients are projected onto the orthogonal complement of `subspaces`, orthonormal columns [m, k]. With
+    `keep_gradients`, weight gradients accumulate until `gradient` processes them in one pass over the task
+    vectors: several backwards then cost one pass and the memory of one more model. Under FSDP2, which must
+    sum gradients (`sharded`), the coefficient gradients of all processes add up to the sum of each process's
+    own.
 
     Raises ValueError if its parameters share storage with the task vectors' base.
     """
@@ -146,7 +146,8 @@ class MergedModel:
 
         Linear layers whose experts are all low-rank form no weight gradient (`low_rank_gradient`).
         """
-        ordinary = {n: p for n, p in self._learned.items() if n not in self.subspaces}
+        parts = {*self.placed.parts(self._learned)}  # a tap sees the whole weight, not a part of it
+        ordinary = {n: p for n, p in self._learned.items() if n not in self.subspaces and n not in parts}
         with ExitStack() as layers:
             for name, layer in tappable(self.module, ordinary, self.task_vectors.deltas):
                 layers.enter_context(tapped(layer, partial(self._collect_at_layer, name)))

@@ -4,6 +4,8 @@ model.layers.0.mlp.experts.gate_up_proj[3,0:64]      rows 0 to 63 of expert 3
 model.layers.0.mlp.experts.gate_up_proj[3,:,0:64].T  the same where the parameter is inputs x outputs
 """
 
+from functools import cache
+
 from torch import Tensor
 
 
@@ -26,6 +28,14 @@ def view(name: str, tensor: Tensor) -> Tensor:
     """
     if not is_place(name):
         return tensor
+    index, turned = _parsed(name)
+    found = tensor[index]
+    return found.mT if turned else found
+
+
+@cache  # each pass of a fit asks for every place
+def _parsed(name: str) -> tuple[tuple[int | slice, ...], bool]:
+    """The index of a place, and whether its last two dimensions are exchanged."""
     inside, _, turned = name.partition("[")[2].partition("]")
     index: list[int | slice] = []
     for part in inside.split(","):
@@ -33,5 +43,4 @@ def view(name: str, tensor: Tensor) -> Tensor:
         index.append(
             slice(int(first) if first else None, int(last) if last else None) if colon else int(part)
         )
-    found = tensor[tuple(index)]
-    return found.mT if turned else found
+    return tuple(index), bool(turned)
