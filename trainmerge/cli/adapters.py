@@ -68,10 +68,10 @@ def compares_only(out: str, overwrite: bool, verify: bool) -> bool:
 
 def print_adapters(folder: Path) -> None:
     """Print rank and error of every module, of the whole, and what is left out."""
-    from trainmerge.checkpoints.whole import PATCH, export_manifest
+    from trainmerge.export.export_adapter import adapter_manifest
     from trainmerge.system.console import print_table
 
-    manifest = export_manifest(folder)
+    manifest = adapter_manifest(folder)
     for place, found in manifest["adapters"].items():
         rows = [
             [name, str(one["rank"]), f"{one['error']:.3g}", one["how"]]
@@ -81,7 +81,7 @@ def print_adapters(folder: Path) -> None:
         print_table(str(folder / place), ["module", "rank", "relative error", "by"], rows)
         if found["rest"]:
             patched = manifest["adapter"].get("rest") == "patch"
-            where = f"in {PATCH}" if patched else "left out"
+            where = "in trainmerge_rest.safetensors" if patched else "left out"
             print(
                 f"{len(found['rest'])} tensors that no LoRA holds, {found['rest_share']:.2%} of the squared "
                 f"norm, are {where}: {', '.join(found['rest'])}"

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from trainmerge.checkpoints.whole import export_manifest
 from trainmerge.coefficients.coefficients import Coefficients
@@ -119,6 +120,11 @@ def warn_of_errors(reports: Sequence[AdapterReport]) -> None:
                 "a larger rank, or a share of energy nearer to 1, misses less",
                 stacklevel=3,
             )
+
+
+def adapter_manifest(folder: Path) -> dict[str, Any]:
+    """An export's manifest, for the command line; empty for another folder."""
+    return export_manifest(folder)
 
 
 def adapter_of(folder: Path) -> AdapterForm | None:
