@@ -1,7 +1,9 @@
 """Files that a reader would take for other texts in silence: marks, cells and names too many."""
 
+import struct
 from pathlib import Path
 
+import datasets
 import pytest
 
 from trainmerge.data.text_files import load_examples
@@ -40,3 +42,13 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def test_two_columns_of_one_name_that_is_not_read_are_fine(tmp_path: Path) -> None:
     assert read(tmp_path / "a.csv", "note,text,note\na,b,c\n") == ["b"]
+
+
+def test_offsets_out_of_a_saved_dataset_are_an_error_and_no_crash(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["good happy", "bad"]}).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    ours, far = (struct.pack("<3i", 0, 10, last) for last in (13, 2**30))
+    assert file.read_bytes().count(ours) == 1
+    file.write_bytes(file.read_bytes().replace(ours, far))
+    with pytest.raises(ValueError, match="saved: not a dataset saved by `save_to_disk`"):
+        load_examples(str(tmp_path / "saved"), ["text"])

@@ -129,6 +129,8 @@ def _undated(data: datasets.Dataset, source: Path, texts: Sequence[str]) -> data
 def _saved(folder: Path) -> datasets.Dataset:
     try:
         data = datasets.load_from_disk(str(folder))
+        if isinstance(data, datasets.Dataset):  # offsets that lead out of the file would end the process
+            data.data.table.validate(full=True)
     except Exception as error:  # as in `_read`
         raise ValueError(
             f"{folder}: not a dataset saved by `save_to_disk`: {type(error).__name__}: {reason(error)}"
