@@ -9,6 +9,7 @@ from typing import Literal
 
 from trainmerge.checkpoints import OwnHead, open_checkpoint
 from trainmerge.data.examples import Columns, Render, read_examples, subject
+from trainmerge.data.heads import LabelHead
 from trainmerge.data.media import without_text
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.run.heads import linear_problems, task_heads
@@ -73,10 +74,19 @@ def expert_findings(recipe: Recipe, opened: Opened) -> Iterator[Finding]:
     for name, head in heads.items():
         if isinstance(head, OwnHead):
             yield from _own_head(name, head)
+        elif isinstance(head, LabelHead):
+            yield from _label_head(name, head)
     if len({head is None for head in heads.values()}) > 1:
         yield Finding(
             "warning", "only some experts have a head", "evaluate the two kinds in separate recipes"
         )
+
+
+def _label_head(name: str, head: LabelHead) -> Iterator[Finding]:
+    try:
+        head.identity()  # reads its files
+    except ValueError as error:
+        yield Finding("error", f"{name}: {error}")
 
 
 def _own_head(name: str, head: OwnHead) -> Iterator[Finding]:
