@@ -27,7 +27,7 @@ from .data.batch import Asks as Asks
 from .data.batch import Batch as Batch
 from .data.batch import Outputs as Outputs
 from .data.calibration import Calibration as Calibration
-from .data.examples import Columns as Columns
+from .data.columns import Columns as Columns
 from .data.heads import Head as Head
 from .data.heads import LabelHead as LabelHead
 from .data.heads import LinearHead as LinearHead
@@ -86,9 +86,9 @@ from .preprocess import Tsv as Tsv
 from .preprocess import Widen as Widen
 from .preprocess import Wudi as Wudi
 from .report import write_report as write_report
-from .run.recipe import Expert as Expert
-from .run.recipe import HeldOut as HeldOut
 from .run.recipe import Recipe as Recipe
+from .run.recipe_tasks import Expert as Expert
+from .run.recipe_tasks import HeldOut as HeldOut
 from .task_vectors.delta import Delta as Delta
 from .task_vectors.delta import TaskVectors as TaskVectors
 from .task_vectors.quantise import Int8 as Int8

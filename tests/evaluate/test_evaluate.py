@@ -24,11 +24,13 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate import evaluate_run
 from trainmerge.evaluate.bootstrap import score_differences
 from trainmerge.evaluate.harness import run_harness
-from trainmerge.evaluate.score_task import Subject, score_task, token_losses
+from trainmerge.evaluate.score_task import score_task, token_losses
+from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.evaluate.torchmetrics_states import TokenLosses, class_measures
 from trainmerge.run.config import to_config
-from trainmerge.run.recipe import HeldOut, Recipe, calibration_files
+from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.recipe_tasks import HeldOut
 from trainmerge.run.sources import text_length
 from trainmerge.system.safetensors_file import sha256
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification
 import trainmerge as tm
 from tests.evaluate.test_own_heads import LABELS, TEXTS, logits, run_of, with_test
 from tests.heads_world import write_heads
-from trainmerge.run.recipe import HeldOut, Recipe
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_tasks import HeldOut
 
 NAMES = {0: "low", 1: "mid", 2: "high"}
 OTHERS = {**LABELS, "id2label": NAMES, "label2id": {name: i for i, name in NAMES.items()}}

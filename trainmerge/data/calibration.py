@@ -18,8 +18,8 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from trainmerge.data.batch import Step
+from trainmerge.data.columns import Columns
 from trainmerge.data.examples import (
-    Columns,
     Example,
     contents,
     examples_identity,

@@ -26,8 +26,13 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Exampl
     say) cannot be located, and has no span.
 
     Raises:
-        ValueError: the template rejects the chat.
+        ValueError: the tokenizer has no template, or it rejects the chat.
     """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; use a text column, or set "
+            "recipe.chat_template to an expert that has one"
+        )
     chat = [dict(message) for message in messages]
     template = tokenizer.get_chat_template()
     if re.search(GENERATION, template):

@@ -16,7 +16,8 @@ from trainmerge.evaluate.checkpoints import PlannedHeads, check_kind, heads_of, 
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.runs import load_subject, references_from_files
-from trainmerge.evaluate.score_task import TaskScore, score_tasks
+from trainmerge.evaluate.score_task import score_tasks
+from trainmerge.evaluate.subject import TaskScore
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.evaluate.vocabulary import Reading, reading
 from trainmerge.model.embedding import read_embedding

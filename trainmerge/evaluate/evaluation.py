@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainmerge.evaluate.harness import HarnessScore
-from trainmerge.evaluate.score_task import TaskScore
+from trainmerge.evaluate.subject import TaskScore
 from trainmerge.run.scores import Metric, Scores
 from trainmerge.system.atomic import write_whole
 

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from trainmerge.checkpoints import Checkpoint, LoadedModel
 from trainmerge.coefficients.coefficients import Coefficients
-from trainmerge.data.heads import Classifier
+from trainmerge.data.classifier import Classifier
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessScore, HarnessTask, run_harness
 from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.pairs import EXPERT
-from trainmerge.evaluate.score_task import Subject, TaskScore, score_task, score_tasks
+from trainmerge.evaluate.score_task import score_task, score_tasks
 from trainmerge.evaluate.similarity import cosines, embed_texts
+from trainmerge.evaluate.subject import Subject, TaskScore
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.model.embedding import read_embedding
 from trainmerge.model.own_head import OwnModel

@@ -9,6 +9,7 @@ import torch
 from trainmerge.coefficients.initial import Initial
 from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.calibration import Calibration
+from trainmerge.data.token_checks import longest
 from trainmerge.model.teachers import BUDGET
 from trainmerge.preprocess import Informed
 from trainmerge.run.opened import Opened
@@ -89,8 +90,8 @@ def check_data(recipe: Recipe, opened: Opened, data: Calibration) -> None:
         )
     limit = text_settings(opened.base.config).get("max_position_embeddings")
     for name, examples in zip(data.files, data.examples, strict=True):
-        if limit and (longest := data.tokenize.longest(examples, limit)) > limit:
+        if limit and (tokens := longest(data.tokenize, examples, limit)) > limit:
             raise ValueError(
-                f"{data.files[name]}: an example of {longest} tokens is over the model's limit of "
+                f"{data.files[name]}: an example of {tokens} tokens is over the model's limit of "
                 f"{limit} (max_position_embeddings): set data.max_length to {limit} or less"
             )

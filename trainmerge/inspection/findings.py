@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from trainmerge.checkpoints import OwnHead, open_checkpoint
-from trainmerge.data.examples import Columns, Render, read_examples, subject
+from trainmerge.data.columns import Columns
+from trainmerge.data.examples import Render, read_examples, subject
 from trainmerge.data.media import without_text
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.run.heads import linear_problems, task_heads

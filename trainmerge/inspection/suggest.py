@@ -12,7 +12,7 @@ import yaml
 
 from trainmerge.checkpoints import OwnHead, read_modules
 from trainmerge.coefficients.layout import Granularity
-from trainmerge.data.examples import Columns
+from trainmerge.data.columns import Columns
 from trainmerge.run.config import to_config
 from trainmerge.run.heads import TaskHead, task_heads
 from trainmerge.run.recipe import Recipe

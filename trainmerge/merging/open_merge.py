@@ -11,7 +11,8 @@ from torch import Tensor
 
 from trainmerge.checkpoints import Checkpoint, Rules, TokenizerChoice, find_chosen, open_checkpoint
 from trainmerge.export.form import DtypeName, Form
-from trainmerge.export.shards import OnlyModel, finite
+from trainmerge.export.shards import finite
+from trainmerge.export.tensors import OnlyModel
 from trainmerge.kernels import ExpertWeight, Untouched
 from trainmerge.merging.document import Document
 from trainmerge.merging.group import OWN, Alternatives, Group

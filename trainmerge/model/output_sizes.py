@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from trainmerge.data.batch import Asks, Batch, Kind, Outputs
+from trainmerge.data.classifier import Classifier
 from trainmerge.data.examples import Example
-from trainmerge.data.heads import Classifier
 from trainmerge.data.media import without_text
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.own_head import OwnModel
