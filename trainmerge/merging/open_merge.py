@@ -143,7 +143,7 @@ def _as_vector(delta: Delta) -> Delta:
 
 
 def _promoted(base: Checkpoint, vectors: TaskVectors) -> str | None:
-    """The dtype that holds all models' numbers; None if it is the base's."""
+    """The dtype that holds all models' numbers, at most the float32 of the sums; None if the base's."""
     own = {info.dtype for info in base.tensors.values() if info.dtype.is_floating_point}
     every = set(own)
     for delta in vectors.deltas.values():
@@ -153,7 +153,7 @@ def _promoted(base: Checkpoint, vectors: TaskVectors) -> str | None:
     first, *rest = sorted(every, key=str)
     for dtype in rest:
         first = torch.promote_types(first, dtype)
-    return str(first).removeprefix("torch.")
+    return str(torch.float32 if first == torch.float64 else first).removeprefix("torch.")
 
 
 def reference_of(document: Document) -> str:
