@@ -21,7 +21,8 @@ VALID = [
     tm.Breadcrumbs(), tm.Consensus(), tm.Dare(), tm.Doge(), tm.Fisher(), tm.ModelStock(), tm.Opcm(),
     tm.OptMerge(), tm.Pcb(), tm.Rcp("a", "b"), tm.RegMean(), tm.Slerp(), tm.Ties(), tm.Tsv(), tm.Widen(),
     tm.Wudi(), tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
-    tm.AdapterForm(), tm.Int8(), tm.Ternary(), ModelSettings(), StepSchedule(), Search(),
+    tm.AdapterForm(), tm.PackedForm("mask"), tm.Int8(), tm.Ternary(),
+    ModelSettings(), StepSchedule(), Search(),
 ]  # fmt: skip
 MADE_BY_US = {
     "Layout",
@@ -31,6 +32,7 @@ MADE_BY_US = {
     "Plan",
     "FittedModule",
     "Choice",
+    "Packed",
 }  # results, not settings
 ENDLESS = {"Box.low", "Box.high", "OptMerge.time", "Wudi.time", "Widen.above"}  # infinity has a meaning
 SIGNED = {"Box.low", "Box.high", "Anchor.at", "Alignment.layers", "T3.low", "T3.high", "Dare.seed"}
