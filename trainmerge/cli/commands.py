@@ -25,6 +25,7 @@ def export(
     embeddings: bool = False,
     codec: str | None = None,
     budget: str | None = None,
+    router: bool = False,
 ) -> None:
     """Write a run's merge as a checkpoint folder that transformers loads, as a LoRA, or its experts packed.
 
@@ -54,16 +55,19 @@ def export(
         embeddings: Factor the embeddings' changes too.
         codec: mask, emr, lowrank, twin, ternary or pca, or with a number: lowrank:16.
         budget: Bytes of packed experts, 20MB, or of base and experts in models, 1.5.
+        router: Fit a classifier of texts to tasks too, on the base's states of the calibration texts.
     """
     keep_freed_memory()
     of_adapters = {"rank": rank, "energy": energy, "rest": rest, "embeddings": embeddings}
-    of_packed = {"codec": codec, "budget": budget}
+    of_packed = {"codec": codec, "budget": budget, "router": router}
     if as_ != "checkpoint":
         given = {"workers": workers != 1, "shard-size": shard_size, "mergekit": mergekit, "task": task}
         others = of_adapters | {"verify": verify} if as_ == "packed" else of_packed
         refuse(f"--as {as_}", given | others)
         if as_ == "packed":
-            export_packed_experts(run, out, codec, budget, dtype, overwrite)
+            from trainmerge.packed.form import PackedForm
+
+            export_packed_experts(run, out, PackedForm(codec, budget, dtype, router), overwrite)
             return
         from trainmerge.export.adapter_form import AdapterForm
 

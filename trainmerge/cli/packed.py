@@ -2,9 +2,12 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from trainmerge.system.memory import format_size, keep_freed_memory
+
+if TYPE_CHECKING:
+    from trainmerge.packed.form import PackedForm
 
 
 def unpack(packed: str, task: str, out: str, base: str | None = None, overwrite: bool = False) -> None:
@@ -28,19 +31,10 @@ def unpack(packed: str, task: str, out: str, base: str | None = None, overwrite:
     print(f"checkpoint of {task}: {unpack_task(packed, task, out, base, overwrite)}")
 
 
-def export_packed_experts(
-    run: str,
-    out: str,
-    codec: str | None,
-    budget: str | None,
-    dtype: Literal["float32", "bfloat16", "float16"] | None,
-    overwrite: bool,
-) -> None:
+def export_packed_experts(run: str, out: str, form: "PackedForm", overwrite: bool) -> None:
     """`trainmerge export --as packed`."""
     from trainmerge.packed.export_packed import export_packed
-    from trainmerge.packed.form import PackedForm
 
-    form = PackedForm(codec, budget, dtype)
     print_packed(export_packed(run, out, form, overwrite))
 
 
@@ -59,3 +53,6 @@ def print_packed(folder: Path) -> None:
     print(
         f"packed experts: {folder}, {format_size(record.bytes)}, {record.bits:.3g} bits per weight and task"
     )
+    if record.router:
+        told = record.router
+        print(f"router: {told['accuracy']:.1%} of {told['held_out']} held-out texts go to their own task")

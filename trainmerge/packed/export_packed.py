@@ -76,6 +76,7 @@ class Packing:
         shards, heads = Shards(folder), self._heads()
         for task, (_, tensors) in heads.items():
             shards.add({f"h/{task}/{name}": tensor for name, tensor in tensors.items()})
+        routed = self._router(shards)
         spent, parameters = shards.nbytes, self.parameters()
         norms = torch.stack([parameter.squares() for parameter in parameters]).sum(dim=0)
         codecs = self.codecs(parameters, norms, spent)
@@ -96,6 +97,7 @@ class Packing:
             bytes=size,
             errors=dict(zip(self.tasks, relative(lost, norms), strict=True)),
             heads={task: head for task, (head, _) in heads.items()},
+            router=routed,
         )
         (folder / RECORD).write_text(json.dumps(record.to_json(), indent=1) + "\n")
         return made
@@ -107,6 +109,18 @@ class Packing:
         origin = origins({"base": place}).get("base")
         path = f"{origin.id}@{origin.revision}" if origin else os.path.relpath(place, target.resolve())
         return {"path": path, "sha256": opened.checksums["base"]}
+
+    def _router(self, shards: Shards) -> dict[str, object] | None:
+        """Fit the router and add its tensors, if one is wanted; what `packed.json` says of it."""
+        if not self.form.router:
+            return None
+        from trainmerge.packed.fit_router import (
+            router_of,  # imports transformers, which packing does not need
+        )
+
+        router, told = router_of(self.exported)
+        shards.add(router.parts())
+        return told
 
     def _heads(self) -> dict[str, tuple[TaskHead, Mapping[str, Tensor]]]:
         """Task -> its own head and the head's tensors, of experts that have one."""

@@ -1,15 +1,21 @@
 """Packed experts in Python: their state dicts, and a model in memory that changes from one into another."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from trainmerge.data.examples import Example
 from trainmerge.packed.stored import Stored, open_stored
 from trainmerge.packed.task_tensors import HeadedTask, task_tensors, whole
 from trainmerge.system.text import listed
+
+if TYPE_CHECKING:  # imports transformers
+    from trainmerge.packed.text_rows import TextRows
 
 SHOWN = 5  # names in an error
 
@@ -65,6 +71,24 @@ class Packed:
             )
         for name, place in places.items():
             there[place].copy_(whole(found, name))
+
+    def route(self, texts: Sequence[str]) -> list[str]:
+        """The task of each text, by the base's hidden states; the base is loaded once.
+
+        It is as good as `packed.json` says: the accuracy on calibration texts that it was not fitted on.
+
+        Raises:
+            ValueError: the experts were packed without a router.
+        """
+        router, rows = self.stored.router, self._rows
+        return [self.tasks[number] for number in router(rows(list(map(Example, texts)))).tolist()]
+
+    @cached_property
+    def _rows(self) -> "TextRows":
+        from trainmerge.packed.text_rows import text_rows  # imports transformers
+
+        told = self.stored.record.router or {}
+        return text_rows(self.stored.base, int(told["max_length"]), list(told["ignore"]))
 
 
 def open_packed(path: str | Path, base: str | Path | None = None, allow_pickle: bool = False) -> Packed:

@@ -110,5 +110,9 @@ def _check(record: Record) -> None:
     for name, one in record.tensors.items():
         if one.dtype not in DTYPES or not all(type(size) is int and size >= 0 for size in one.shape):
             raise ValueError(f"shape or dtype of {name}")
+    if record.router is not None and not (
+        isinstance(record.router["max_length"], int) and isinstance(record.router["ignore"], list)
+    ):
+        raise ValueError("router")
     if not isinstance(record.base["sha256"], dict) or record.heads.keys() - set(record.tasks):
         raise ValueError("base or heads")

@@ -17,6 +17,7 @@ from trainmerge.checkpoints.whole import check_whole
 from trainmerge.packed.codec import decode
 from trainmerge.packed.parameter import as_matrix, blocks
 from trainmerge.packed.record import NONE, RECORD, REMEDY, Record, read_record
+from trainmerge.packed.router import Router
 from trainmerge.system.hub import folder_of, parse_id
 from trainmerge.system.safetensors_file import MappedFile
 
@@ -81,6 +82,16 @@ class Stored:
         """The tensors of a task's own head."""
         start = f"h/{task}/"
         return {name.removeprefix(start): self._read(name) for name in self.files if name.startswith(start)}
+
+    @cached_property
+    def router(self) -> Router:
+        """The router. Raises ValueError if there is none."""
+        if self.record.router is None:
+            raise ValueError(f"{self.path} has no router: export the run again, with --router")
+        router = Router(self._read("router/weight"), self._read("router/bias"))
+        if (router.weight.dim(), len(router.weight), len(router.bias)) != (2, *[len(self.tasks)] * 2):
+            raise ValueError(f"{self.path}: the router is not one of its tasks. {REMEDY}")
+        return router
 
     @cached_property
     def scales(self) -> dict[str, Tensor]:
