@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainmerge.cli.adapters import compares_only, export_adapters, refuse
+from trainmerge.cli.mixtures import export_moe
 from trainmerge.system.memory import keep_freed_memory
 
 
@@ -17,11 +18,13 @@ def export(
     shard_size: str | None = None,
     mergekit: bool = False,
     task: str | None = None,
-    as_: Literal["checkpoint", "adapter", "adapters"] = "checkpoint",
+    as_: Literal["checkpoint", "adapter", "adapters", "moe"] = "checkpoint",
     rank: int | None = None,
     energy: float | None = None,
     rest: Literal["patch", "leave"] | None = None,
     embeddings: bool = False,
+    top_k: int | None = None,
+    routed: float | None = None,
 ) -> None:
     """Write a run's merge as an ordinary checkpoint folder that transformers loads, or as a LoRA adapter.
 
@@ -30,6 +33,7 @@ def export(
               trainmerge export runs/first merged/ --verify
               trainmerge export runs/first sentiment/ --task sentiment
               trainmerge export runs/first adapter/ --as adapter --rank 16 --rest patch
+              trainmerge export runs/first moe/ --as moe --top-k 2
 
     Args:
         run: The run folder.
@@ -42,22 +46,31 @@ def export(
         shard_size: Bytes per weight file, such as 5GB; by default the base's files.
         mergekit: Write the merge as mergekit's YAML to the file OUT, and no weights.
         task: An expert whose own head stands on the merge in the result, a model of that expert's class.
-        as_: `adapter` writes the merge as a LoRA on the base, `adapters` each expert as a LoRA on the merge.
+        as_: `adapter` writes the merge as a LoRA on the base, `adapters` each expert as a LoRA on the merge,
+            `moe` a mixture whose experts are the experts' feed-forward networks.
         rank: The largest rank of an adapter's module; without rank and energy, LoRA experts are stacked.
         energy: The share of each module's squared norm that an adapter keeps, instead of a rank.
         rest: Write what no LoRA holds to a file of differences, or leave it out; by default it is an error.
         embeddings: Factor the embeddings' changes too.
+        top_k: Experts of a mixture for each token, 2 by default.
+        routed: The share of a Qwen2 mixture's routed experts beside the shared one, 0.5 by default.
     """
     keep_freed_memory()
+    of_checkpoints = {"workers": workers != 1, "mergekit": mergekit, "task": task}
+    of_adapters = {"rank": rank, "energy": energy, "rest": rest, "embeddings": embeddings}
+    if as_ == "moe":
+        refuse("--as moe", of_checkpoints | of_adapters)
+        choices = 2 if top_k is None else top_k, 0.5 if routed is None else routed
+        export_moe(run, out, *choices, overwrite, verify, dtype, shard_size)
+        return
+    refuse(f"--as {as_} (--as moe has one)", {"top-k": top_k, "routed": routed})
     if as_ != "checkpoint":
-        given = {"workers": workers != 1, "shard-size": shard_size, "mergekit": mergekit, "task": task}
-        refuse(f"--as {as_}", given)
+        refuse(f"--as {as_}", of_checkpoints | {"shard-size": shard_size})
         from trainmerge.export.adapter_form import AdapterForm
 
         form = AdapterForm(rank, energy, rest, embeddings, dtype, as_ == "adapters")
         export_adapters(run, out, form, overwrite, verify)
         return
-    of_adapters = {"rank": rank, "energy": energy, "rest": rest, "embeddings": embeddings}
     refuse("a checkpoint (--as adapter has one)", of_adapters)
     if mergekit:
         from trainmerge.merging.to_mergekit import to_mergekit
