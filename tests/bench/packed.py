@@ -1,7 +1,6 @@
 """Packed experts of the demo: bits per weight and task against the kept share of the experts' scores."""
 
 import contextlib
-import json
 import sys
 import tempfile
 from dataclasses import replace
