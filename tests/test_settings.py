@@ -25,7 +25,7 @@ VALID = [
     tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
     tm.AdapterForm(), tm.Int8(), tm.Ternary(), ModelSettings(), StepSchedule(), Search(),
     tm.Wudi(), tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
-    tm.AdapterForm(), tm.PackedForm("mask"), tm.Int8(), tm.Ternary(),
+    tm.AdapterForm(), tm.PackedForm("mask"), tm.Concrete(), tm.Int8(), tm.Ternary(),
     ModelSettings(), StepSchedule(), Search(),
 ]  # fmt: skip
 MADE_BY_US = {

@@ -58,6 +58,7 @@ from .merging.one_line import merge_models as merge_models
 from .merging.to_mergekit import to_mergekit as to_mergekit
 from .mixtures.upcycle import export_mixture as export_mixture
 from .model.batch_norm import batch_norm_statistics as batch_norm_statistics
+from .model.concrete import Concrete as Concrete
 from .model.functional import merged_weights as merged_weights
 from .model.merged_model import MergedModel as MergedModel
 from .model.state_dicts import merge_state_dicts as merge_state_dicts
