@@ -18,8 +18,9 @@ VALID = [
     tm.Anchor(), tm.Free(), tm.Box(), tm.Sigmoid(), tm.Simplex(),
     tm.LayerLeastSquares(),
     tm.LayerSwap("a", "b"), tm.MetricsWeighted({"a": 1.0}), tm.DomainPosterior("t"), tm.T3("t"),
-    tm.Breadcrumbs(), tm.Consensus(), tm.Dare(), tm.Doge(), tm.Fisher(), tm.ModelStock(), tm.Opcm(),
-    tm.OptMerge(), tm.Pcb(), tm.Rcp("a", "b"), tm.RegMean(), tm.Slerp(), tm.Ties(), tm.Tsv(), tm.Widen(),
+    tm.Breadcrumbs(), tm.CalibratedRouters(), tm.Consensus(), tm.Dare(), tm.Doge(), tm.Fisher(),
+    tm.ModelStock(), tm.Opcm(), tm.OptMerge(), tm.Pcb(),
+    tm.Rcp("a", "b"), tm.RegMean(), tm.Slerp(), tm.Ties(), tm.Tsv(), tm.Widen(),
     tm.Wudi(), tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
     tm.AdapterForm(), tm.Int8(), tm.Ternary(), ModelSettings(), StepSchedule(), Search(),
 ]  # fmt: skip

@@ -68,6 +68,7 @@ from .objectives import Similarity as Similarity
 from .plan.plan import Plan as Plan
 from .plan.plan_model import plan_model as plan_model
 from .preprocess import Breadcrumbs as Breadcrumbs
+from .preprocess import CalibratedRouters as CalibratedRouters
 from .preprocess import Consensus as Consensus
 from .preprocess import Dare as Dare
 from .preprocess import Doge as Doge

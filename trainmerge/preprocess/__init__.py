@@ -1,6 +1,6 @@
 """Task vectors -> task vectors, one method per file. Experts stay separate for the coefficients."""
 
-from trainmerge.preprocess.base import Calibrator, Informed, Preprocess
+from trainmerge.preprocess.base import Calibrator, Informed, Preprocess, Router
 from trainmerge.preprocess.breadcrumbs import Breadcrumbs
 from trainmerge.preprocess.cache import apply, apply_for_one_pass, key_after
 from trainmerge.preprocess.consensus import Consensus
@@ -14,6 +14,7 @@ from trainmerge.preprocess.pcb import Pcb
 from trainmerge.preprocess.piecewise import Piecewise, Rule
 from trainmerge.preprocess.rcp import Rcp
 from trainmerge.preprocess.regmean import RegMean
+from trainmerge.preprocess.routers import CalibratedRouters
 from trainmerge.preprocess.slerp import ModelStock, Slerp
 from trainmerge.preprocess.ties import Ties
 from trainmerge.preprocess.tsv import Tsv
@@ -23,6 +24,7 @@ from trainmerge.task_vectors.pieces import in_pieces
 
 __all__ = [
     "Breadcrumbs",
+    "CalibratedRouters",
     "Calibrator",
     "Consensus",
     "Dare",
@@ -37,6 +39,7 @@ __all__ = [
     "Preprocess",
     "Rcp",
     "RegMean",
+    "Router",
     "Rule",
     "Slerp",
     "Ties",
