@@ -76,6 +76,7 @@ from .plan.plan import Plan as Plan
 from .plan.plan_model import plan_model as plan_model
 from .preprocess import Aim as Aim
 from .preprocess import Breadcrumbs as Breadcrumbs
+from .preprocess import CalibratedRouters as CalibratedRouters
 from .preprocess import Consensus as Consensus
 from .preprocess import CoreSpace as CoreSpace
 from .preprocess import Dare as Dare

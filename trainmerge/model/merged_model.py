@@ -125,6 +125,16 @@ class MergedModel:
             self._write(self.originals, excluded, lambda _: torch.zeros(len(weights), 1))
             self.materialise()
 
+    @contextmanager
+    def merge_of(self, task_vectors: TaskVectors, scale: float) -> Iterator[nn.Module]:
+        """In this context the module is base + scale * sum of other task vectors; then the merge again."""
+        weights = torch.full((len(task_vectors.experts), 1), scale)
+        try:
+            self._write(task_vectors, self._parameters, lambda _: weights)
+            yield self.module
+        finally:
+            self.materialise()
+
     def gradient(self) -> Tensor:
         """The coefficient gradient [K, G] of all backwards since the last call, and resets it to zero.
 
