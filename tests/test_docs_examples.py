@@ -204,6 +204,7 @@ def test_commands_are_ours_and_their_configurations_are_there(example: Example) 
             "search",
             "push",
             "rebuild",
+            "unpack",
         }
     for file in re.findall(r"configs/\S+", example.code):
         assert (ROOT / file).is_file()

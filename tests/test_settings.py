@@ -24,6 +24,9 @@ VALID = [
     tm.LocalizeAndStitch(), tm.MagMax(), tm.Ram(), tm.Sce(), tm.Svc(),
     tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
     tm.AdapterForm(), tm.Int8(), tm.Ternary(), ModelSettings(), StepSchedule(), Search(),
+    tm.Wudi(), tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
+    tm.AdapterForm(), tm.PackedForm("mask"), tm.Int8(), tm.Ternary(),
+    ModelSettings(), StepSchedule(), Search(),
 ]  # fmt: skip
 MADE_BY_US = {
     "Layout",
@@ -33,6 +36,7 @@ MADE_BY_US = {
     "Plan",
     "FittedModule",
     "Choice",
+    "Packed",
 }  # results, not settings
 ENDLESS = {"Box.low", "Box.high", "OptMerge.time", "Wudi.time", "Widen.above"}  # infinity has a meaning
 SIGNED = {

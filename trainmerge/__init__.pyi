@@ -64,6 +64,12 @@ from .objectives import Alignment as Alignment
 from .objectives import Entropy as Entropy
 from .objectives import Objective as Objective
 from .objectives import Similarity as Similarity
+from .packed.export_packed import export_packed as export_packed
+from .packed.form import PackedForm as PackedForm
+from .packed.opened import Packed as Packed
+from .packed.opened import load_packed as load_packed
+from .packed.opened import open_packed as open_packed
+from .packed.unpack import unpack as unpack
 from .plan.plan import Plan as Plan
 from .plan.plan_model import plan_model as plan_model
 from .preprocess import Aim as Aim

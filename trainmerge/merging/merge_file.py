@@ -9,14 +9,16 @@ from typing import Any
 import yaml
 
 from trainmerge.checkpoints import stamps
+from trainmerge.checkpoints.chat_template import check_template, write_template
 from trainmerge.checkpoints.whole import export_manifest
 from trainmerge.export.explain import write_export_manifest
 from trainmerge.export.export import check_target, write_checkpoint
 from trainmerge.export.form import DtypeName
 from trainmerge.export.public import public, public_name
 from trainmerge.merging.document import Document
-from trainmerge.merging.open_merge import open_merge, reference_of, same_folder
+from trainmerge.merging.open_merge import open_merge, sides_of
 from trainmerge.merging.read_document import read_document
+from trainmerge.merging.vocabulary import outside
 from trainmerge.system.staging import staging
 from trainmerge.system.workspace import digest
 
@@ -77,6 +79,8 @@ def merge_document(
     target.parent.mkdir(parents=True, exist_ok=True)
     with staging(target, overwrite) as folder, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         merge = open_merge(document, Path(scratch), faithful, dtype, shard_size)
+        if (text := document.tokenizer.template_text) is not None:
+            check_template(merge.base.path, text)
         made = write_checkpoint(merge, folder, workers)
         _take_tokenizer(document, folder)
         _explain(document, folder, target.name, made, identity, faithful)
@@ -84,26 +88,21 @@ def merge_document(
 
 
 def _folders(document: Document) -> list[str]:
-    tokenizer = None if document.tokenizer == "union" else document.tokenizer
-    named = [*document.models, *filter(None, (document.base, tokenizer))]
+    named = [*document.models, *filter(None, (document.base, document.tokenizer.source))]
     parts = [part for name in named for part in ([name] if Path(name).is_dir() else name.split("+"))]
     return sorted({part for part in parts if Path(part).is_dir()})
 
 
 def _take_tokenizer(document: Document, folder: Path) -> None:
-    """Replace the reference's tokenizer by that of `tokenizer_source`."""
-    named = document.tokenizer
-    if named is None or named == "union" or same_folder(named, reference_of(document)):
-        return
-    source = Path(named)
-    files = [path for pattern in TOKENIZER for path in source.glob(pattern) if path.is_file()]
-    if not files:
-        raise ValueError(f"tokenizer_source: {source} has no tokenizer files")
-    for pattern in TOKENIZER:
-        for path in folder.glob(pattern):
-            path.unlink()
-    for path in files:
-        shutil.copyfile(path, folder / path.name)
+    """Write the tokenizer of a folder that is not merged, and a template that is none of a model's."""
+    if (source := outside(document.tokenizer, sides_of(document))) is not None:
+        for pattern in TOKENIZER:
+            for path in folder.glob(pattern):
+                path.unlink()
+            for path in source.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
+    if (text := document.tokenizer.template_text) is not None:
+        write_template(folder, text, {})
 
 
 def _made(target: Path) -> str:
@@ -120,6 +119,7 @@ def _explain(
     models = [public_name(part) for part in document.merged]
     card = {"library_name": "transformers", "tags": ["merge", "trainmerge"]}
     how = f"by {document.method}{' with the numbers of mergekit 0.1.5' if faithful else ''}"
+    how += ", with the rows of embeddings that all share" if document.vocabulary == "shared" else ""
     (folder / "README.md").write_text(
         f"---\n{yaml.safe_dump(card, sort_keys=False)}---\n# {public_name(name)}\n\nA merge of "
         f"{', '.join(models)} {how}.\n\n```yaml\n{text}```\n"
@@ -131,10 +131,10 @@ def to_mergekit(document: Document) -> dict[str, Any]:
     """A document as the plain data of mergekit's YAML."""
     models = [{"model": n, **({"parameters": dict(p)} if p else {})} for n, p in document.models.items()]
     rest = {"base_model": document.base, "dtype": document.dtype, "out_dtype": document.out_dtype}
-    rest["tokenizer_source"] = document.tokenizer
     return {
         "merge_method": document.method,
         "models": models,
         **({"parameters": dict(document.parameters)} if document.parameters else {}),
         **{key: value for key, value in rest.items() if value is not None},
+        **document.tokenizer.to_plain(),
     }
