@@ -103,7 +103,7 @@ def without_pooler() -> Path:
 def score(
     name: str, base: Path, experts: Path, tasks: Sequence[str], start: str, steps: int, limit: int
 ) -> dict[str, float]:
-    """Fit and evaluate one merge: the mean accuracy of each row; with the first start, of the baselines too."""
+    """Fit and evaluate one merge: the mean accuracy by row; the first start brings the baselines."""
     RUNS.mkdir(parents=True, exist_ok=True)
     merge, initial = STARTS[start]
     run = RUNS / f"{name}-{start.lower().replace(' ', '-')}"
