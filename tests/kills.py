@@ -12,6 +12,7 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
 import trainmerge.cli.fit
 import trainmerge.evaluate.console
@@ -89,7 +91,8 @@ def write_configuration(root: Path) -> None:
 
 
 def call(words: list[str], log: Path) -> None:
-    """One command, in a forked process."""
+    """One command, in a forked process, with a lock of progress bars that no killed one can have kept."""
+    tqdm.set_lock(threading.RLock())
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -173,6 +176,7 @@ class Kills:
 def run(kills: int, seed: int) -> dict[str, int]:
     """Kill so many times; command -> its kills."""
     limit_threads()
+    tqdm.set_lock(threading.RLock())  # by default one that all processes share
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         write_world(root)

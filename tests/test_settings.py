@@ -24,9 +24,13 @@ VALID = [
     tm.Wudi(), tm.Aim(), tm.CoreSpace(), tm.Della(), tm.Iso(), tm.Karcher(), tm.Knots(),
     tm.LocalizeAndStitch(), tm.MagMax(), tm.Ram(), tm.Sce(), tm.Svc(),
     tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
+    tm.Breadcrumbs(), tm.CalibratedRouters(), tm.Consensus(), tm.Dare(), tm.Doge(), tm.Fisher(),
+    tm.ModelStock(), tm.Opcm(), tm.OptMerge(), tm.Pcb(),
+    tm.Rcp("a", "b"), tm.RegMean(), tm.Slerp(), tm.Ties(), tm.Tsv(), tm.Widen(),
+    tm.Wudi(), tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
     tm.AdapterForm(), tm.Int8(), tm.Ternary(), ModelSettings(), StepSchedule(), Search(),
     tm.Wudi(), tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
-    tm.AdapterForm(), tm.PackedForm("mask"), tm.Int8(), tm.Ternary(),
+    tm.AdapterForm(), tm.PackedForm("mask"), tm.Concrete(), tm.Int8(), tm.Ternary(),
     ModelSettings(), StepSchedule(), Search(),
 ]  # fmt: skip
 MADE_BY_US = {

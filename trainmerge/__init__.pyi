@@ -59,7 +59,9 @@ from .merging.merge_file import merge_file as merge_file
 from .merging.one_line import merge_config as merge_config
 from .merging.one_line import merge_models as merge_models
 from .merging.to_mergekit import to_mergekit as to_mergekit
+from .mixtures.upcycle import export_mixture as export_mixture
 from .model.batch_norm import batch_norm_statistics as batch_norm_statistics
+from .model.concrete import Concrete as Concrete
 from .model.functional import merged_weights as merged_weights
 from .model.merged_model import MergedModel as MergedModel
 from .model.state_dicts import merge_state_dicts as merge_state_dicts
@@ -78,6 +80,7 @@ from .plan.plan import Plan as Plan
 from .plan.plan_model import plan_model as plan_model
 from .preprocess import Aim as Aim
 from .preprocess import Breadcrumbs as Breadcrumbs
+from .preprocess import CalibratedRouters as CalibratedRouters
 from .preprocess import Consensus as Consensus
 from .preprocess import CoreSpace as CoreSpace
 from .preprocess import Dare as Dare

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from trainmerge.cli.arguments import Options, options_of, split_words
-from trainmerge.cli.commands import evaluate, export
+from trainmerge.cli.commands import evaluate
+from trainmerge.cli.export import export
 from trainmerge.cli.fit_help import FIT_HELP
 from trainmerge.cli.program import COMMANDS, main
 

@@ -166,11 +166,11 @@ def test_each_expert_has_a_folder(world: Path, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rank", "4"], "--rank does not apply to a checkpoint"),
+        (["--rank", "4"], "--rank does not apply to --as checkpoint, but to --as adapter or"),
         (["--as", "adapter", "--task", "a"], "--task does not apply to --as adapter"),
         (
             ["--as", "adapter", "--shard-size", "1GB", "--workers", "2"],
-            "--workers and --shard-size does not apply",
+            "--workers does not apply",
         ),
         (["--as", "adapter", "--rank", "2", "--energy", "0.9"], "exclude each other"),
         (["--as", "adapter", "--energy", "90"], "adapter.energy must be in"),

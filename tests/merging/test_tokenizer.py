@@ -25,7 +25,7 @@ from tests.checkpoints.test_chosen_vocabulary import (
 )
 from trainmerge.checkpoints import open_checkpoint
 from trainmerge.cli import main
-from trainmerge.merging.merge_file import to_mergekit
+from trainmerge.merging.document_card import to_mergekit
 from trainmerge.merging.read_document import parse_document
 
 A, B = 0.25, 0.75  # exact in float32 too

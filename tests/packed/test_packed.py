@@ -272,7 +272,7 @@ def test_the_commands(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["--as", "packed", "--budget", "1.0"], "are too few"),
         (["--as", "packed", "--codec", "mask", "--rank", "2"], "--rank does not apply to --as packed"),
         (["--as", "packed", "--codec", "mask", "--verify"], "--verify does not apply to --as packed"),
-        (["--codec", "mask"], "--codec does not apply to a checkpoint"),
+        (["--codec", "mask"], "--codec does not apply to --as checkpoint, but to --as packed"),
         (["--as", "adapter", "--budget", "2"], "--budget does not apply to --as adapter"),
     ],
 )

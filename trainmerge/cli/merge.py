@@ -59,7 +59,7 @@ def merge(
     form: dict[str, Any] = {
         "overwrite": overwrite, "workers": workers, "dtype": dtype, "shard_size": shard_size
     }  # fmt: skip
-    if Path(paths[0]).is_dir():
+    if Path(paths[0]).is_dir() or (len(paths) > 1 and _is_model(paths[0])):
         _refuse({"--run": run}, "CONFIG", paths[0])
         form |= {key: value for key, value in words.items() if value is not None}
         made = _merge_models(paths, out, method, weight, given, faithful, form)
@@ -111,6 +111,13 @@ def _merge_file(
     except Preempted as stop:
         print(f"trainmerge merge: {stop}", file=sys.stderr)
         raise SystemExit(stop.code) from stop
+
+
+def _is_model(path: str) -> bool:
+    """Whether a word is a model's id on the hub rather than a file that is not there."""
+    from trainmerge.system.hub import is_hub_id
+
+    return is_hub_id(path) and Path(path).suffix not in (".yaml", ".yml")
 
 
 def _refuse(options: dict[str, Any], kind: str, path: str) -> None:

@@ -13,8 +13,9 @@ from trainmerge.cli.adapters import extract
 from trainmerge.cli.arguments import options_of, split_words, take_trusted
 from trainmerge.cli.auto import auto
 from trainmerge.cli.command_help import check_words, command_help
-from trainmerge.cli.commands import allocate, compare, evaluate, export, report
+from trainmerge.cli.commands import allocate, compare, evaluate, report
 from trainmerge.cli.exchange import push, rebuild
+from trainmerge.cli.export import export
 from trainmerge.cli.inspect_and_plan import inspect, plan
 from trainmerge.cli.merge import merge
 from trainmerge.cli.packed import unpack

@@ -92,6 +92,7 @@ def print_evaluation(title: str, found: Evaluation) -> None:
     _add_held_out(found, header, cells)
     print_table(title, header, cells)
     _print_measures(found)
+    _print_routing(found)
     for row, scores in found.harness.items():
         print_table(
             f"harness, {row}",
@@ -108,6 +109,20 @@ def _print_measures(found: Evaluation) -> None:
     ]
     print_table(
         "means over the experts' tasks", ["measure", *(name.replace("_", " ") for name in names)], rows
+    )
+
+
+def _print_routing(found: Evaluation) -> None:
+    """Of mixtures: by layer, how many tokens go where the fine-tunes' own routers send them."""
+    if not (layers := found.layers()):
+        return
+    rows = list(next(iter(layers.values())))
+    cells = [[name, *(f"{own[row]:.3f}" for row in rows)] for name, own in layers.items()]
+    means = [sum(own[row] for own in layers.values()) / len(layers) for row in rows]
+    print_table(
+        "share of tokens with the same set of experts as in the task's fine-tune, mean over the tasks",
+        ["router", *rows],
+        [*cells, ["mean", *(f"{mean:.3f}" for mean in means)]],
     )
 
 

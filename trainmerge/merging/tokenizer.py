@@ -12,6 +12,7 @@ chat_template: auto                # or chatml, or the text of a template
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 ZERO, AUTO = "zero", "auto"
@@ -76,6 +77,8 @@ class Tokenizer:
                 yield f"tokenizer.tokens.{token}: {own.model} is none of the models that are merged"
         name = self.chat_template
         if name is None or name in (AUTO, "base", *known) or self.template_text is not None:
+            return
+        if Path(name).resolve() in {Path(own).resolve() for own in known}:
             return
         if name in THEIRS:
             yield (

@@ -4,7 +4,9 @@ Legend: `B` examples, `T` tokens, `R` rows, `n` inputs of a linear layer, `V` vo
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from math import log
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.layer_inputs import Magnitude, Moment, watching
 from trainmerge.model.resident import Resident
+from trainmerge.model.router_states import merged_routers, states_of
+from trainmerge.preprocess import Router
 from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 from trainmerge.task_vectors.delta import TaskVectors
@@ -67,6 +71,24 @@ class ExpertStatistics:
             write_safetensors(path, specs, tensors.items())
             file = MappedFile(path)
             return {name: file.read(name) for name in tensors}
+
+    def routers(self) -> Sequence[Router]:
+        """The routers of mixtures of experts that are merged, in the network's order."""
+        return merged_routers(self.resident.merged)
+
+    def merge_of(self, task_vectors: TaskVectors, scale: float) -> AbstractContextManager[object]:
+        """In this context the model is base + scale * sum of these task vectors."""
+        return self.resident.merged.merge_of(task_vectors, scale)
+
+    @torch.no_grad()
+    def write(self, name: str, weight: Tensor) -> None:
+        """Replace one weight of that model."""
+        self.resident.merged.parameters[name].copy_(weight)
+
+    def router_states(self, router: Router) -> Sequence[Tensor]:
+        """Inputs [R, H] of a router in the model, on some tokens of every expert's examples."""
+        batches = partial(self._batches, doing=f"reading {router.weight}")
+        return states_of(self.resident.merged, router, batches, self.examples, self.resident)
 
     @torch.no_grad()
     def grams(self, expert: int, names: Sequence[str], merged: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -124,7 +124,7 @@ class Packing:
 
     def _heads(self) -> dict[str, tuple[TaskHead, Mapping[str, Tensor]]]:
         """Task -> its own head and the head's tensors, of experts that have one."""
-        found = {}
+        found: dict[str, tuple[TaskHead, Mapping[str, Tensor]]] = {}
         for task, head in self.exported.opened.own_heads.items():
             head.check()
             merge = TaskMerge.of(self.merge, head)

@@ -102,8 +102,8 @@ def _masked(parameter: Parameter, unified: Tensor, keep: Keep) -> Encoded:
         for own, mask in zip(bits, kept, strict=True):
             own.append(pack_bits(mask))
     scales = torch.where(squares > 0, products / squares, 0).float()
-    own = ({"m": torch.cat(parts)} if scale else {} for parts, scale in zip(bits, scales, strict=True))
-    return Encoded({"u": unified}, tuple(own), scales)
+    masks = ({"m": torch.cat(parts)} if scale else {} for parts, scale in zip(bits, scales, strict=True))
+    return Encoded({"u": unified}, tuple(masks), scales)
 
 
 def _kept(parameter: Parameter, unified: Tensor, keep: Keep) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -1,7 +1,7 @@
 """Task vectors -> task vectors, one method per file. Experts stay separate for the coefficients."""
 
 from trainmerge.preprocess.aim import Aim
-from trainmerge.preprocess.base import Calibrator, Informed, Preprocess
+from trainmerge.preprocess.base import Calibrator, Informed, Preprocess, Router
 from trainmerge.preprocess.breadcrumbs import Breadcrumbs
 from trainmerge.preprocess.cache import apply, apply_for_one_pass, key_after
 from trainmerge.preprocess.consensus import Consensus
@@ -22,6 +22,7 @@ from trainmerge.preprocess.piecewise import Piecewise, Rule
 from trainmerge.preprocess.ram import Ram
 from trainmerge.preprocess.rcp import Rcp
 from trainmerge.preprocess.regmean import RegMean
+from trainmerge.preprocess.routers import CalibratedRouters
 from trainmerge.preprocess.sce import Sce
 from trainmerge.preprocess.slerp import ModelStock, Slerp
 from trainmerge.preprocess.svc import Svc
@@ -34,6 +35,7 @@ from trainmerge.task_vectors.pieces import in_pieces
 __all__ = [
     "Aim",
     "Breadcrumbs",
+    "CalibratedRouters",
     "Calibrator",
     "Consensus",
     "CoreSpace",
@@ -56,6 +58,7 @@ __all__ = [
     "Ram",
     "Rcp",
     "RegMean",
+    "Router",
     "Rule",
     "Sce",
     "Slerp",

@@ -1,12 +1,14 @@
 """The interface of preprocessors.
 
-Legend: `K` experts, `*S` parameter shape, `n` inputs of a linear layer.
+Legend: `K` experts, `*S` parameter shape, `n` inputs of a linear layer; of a router `E` experts of a layer,
+`H` hidden size, `R` tokens.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 from typing_extensions import override
@@ -28,6 +30,19 @@ class Preprocess(ABC):
         """Whether the method itself computes this parameter's result; if not, `otherwise` says what does."""
         del name, delta
         return True
+
+
+class Router(NamedTuple):
+    """A router of a mixture of experts, by its tensors in the base's files."""
+
+    weight: str  # [E, H]
+    bias: str | None  # [E]
+    sigmoid: bool  # whether scores are sigmoids, not a softmax
+
+    @property
+    def tensors(self) -> list[str]:
+        """Weight and bias."""
+        return [self.weight, *([self.bias] if self.bias else [])]
 
 
 class Calibrator(Protocol):
@@ -57,6 +72,22 @@ class Calibrator(Protocol):
     def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors, in a file instead of memory."""
 
+    @property
+    def originals(self) -> TaskVectors:
+        """The experts' own task vectors."""
+
+    def routers(self) -> Sequence[Router]:
+        """The routers of mixtures of experts that an expert changes, in the network's order."""
+
+    def merge_of(self, task_vectors: TaskVectors, scale: float) -> AbstractContextManager[object]:
+        """In this context the model is base + scale * sum of these task vectors."""
+
+    def write(self, name: str, weight: Tensor) -> None:
+        """Replace one weight of that model."""
+
+    def router_states(self, router: Router) -> Sequence[Tensor]:
+        """Inputs [R, H] of a router in that model, on some tokens of every expert's examples."""
+
 
 @dataclass(frozen=True)
 class Informed(Preprocess):
@@ -66,6 +97,11 @@ class Informed(Preprocess):
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
         raise TypeError(f"{type(self).__name__} needs calibration examples: use it in a fit")
 
+    def changes(self, task_vectors: TaskVectors, calibrator: Calibrator) -> Sequence[str]:
+        """The parameters that `informed` yields; others keep their task vectors."""
+        del calibrator
+        return list(task_vectors.deltas)
+
     @abstractmethod
     def informed(self, task_vectors: TaskVectors, calibrator: Calibrator) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's name and its K new differences [K, *S], in the order of `task_vectors.deltas`."""
+        """The name of every one of `changes` and its K new differences [K, *S], in that order."""

@@ -1,0 +1,44 @@
+"""Mixtures of experts: `export --as moe`; heavy imports happen inside."""
+
+from pathlib import Path
+from typing import Literal
+
+from trainmerge.cli.adapters import compares_only
+
+
+def export_moe(
+    run: str,
+    out: str,
+    top_k: int,
+    routed: float,
+    overwrite: bool,
+    verify: bool,
+    dtype: Literal["float32", "bfloat16", "float16"] | None,
+    shard_size: str | None,
+) -> None:
+    """`trainmerge export --as moe`."""
+    from trainmerge.mixtures.upcycle import export_mixture, verify_mixture
+
+    if not compares_only(out, overwrite, verify):
+        print_mixture(export_mixture(run, out, top_k, routed, overwrite, dtype, shard_size))
+    if verify:
+        count = verify_mixture(run, out)
+        print(f"{out}: {count} tensors are the mixture of {run}, bit for bit, with the routers as they are")
+
+
+def print_mixture(folder: Path) -> None:
+    """Print each layer's router, and how near the mixture and the merge are to the experts."""
+    from trainmerge.mixtures.upcycle import mixture_facts
+    from trainmerge.system.console import print_table
+
+    facts = mixture_facts(folder)
+    rows = [[layer, f"{share:.3f}"] for layer, share in facts["accuracy"].items()]
+    print_table(
+        "held-out tokens that go to their own expert first", ["layer", f"of {facts['experts']} experts"], rows
+    )
+    loss = facts["divergence"]
+    print(
+        f"from the experts on held-out texts, nats per token: merge {loss['merge']:.4f}, mixture "
+        f"{loss['mixture']:.4f} (routers times {facts['temperature']:g})"
+    )
+    print(f"{facts['family']} of {facts['experts']} experts, {facts['top_k']} for each token: {folder}")
