@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tests import closed_suite, embed_suite, lm_suite, results, suite, vision_suite
+from tests import closed_suite, embed_suite, lm_suite, results, suite, survey, vision_suite
 from tests.bench import paper
 
 PAGES = (Path("README.md"), *sorted(Path("notebooks/docs").rglob("*.md")))
@@ -163,6 +163,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kills": kills,
     "families": families,
     "cases": cases,
+    "survey": survey.table,
     "gpu": gpu,
     **{
         f"bench-{file.stem}": (lambda group=file.stem: figures(group))

@@ -6,7 +6,9 @@ A class is written into saved files by its public name, so a name stays here for
 from .auto import Choice as Choice
 from .auto import auto_config as auto_config
 from .checkpoints.state_dict_files import load_state_dict as load_state_dict
+from .checkpoints.unshard import unshard as unshard
 from .coefficients.anchor import Anchor as Anchor
+from .coefficients.checkpoint_average import CheckpointAverage as CheckpointAverage
 from .coefficients.coefficients import Coefficients as Coefficients
 from .coefficients.coefficients import load_coefficients as load_coefficients
 from .coefficients.constraints import Box as Box
@@ -50,6 +52,7 @@ from .fitting.fit_module import fit_module as fit_module
 from .fitting.held_out_stopping import StopOnHeldOut as StopOnHeldOut
 from .fitting.module import MergeModule as MergeModule
 from .fitting.plan_fit import plan_fit as plan_fit
+from .fitting.save_checkpoints import SaveForMerging as SaveForMerging
 from .fitting.trainer import make_trainer as make_trainer
 from .inspection import inspect_path as inspect_path
 from .merging.merge_file import merge_file as merge_file
@@ -62,6 +65,7 @@ from .model.concrete import Concrete as Concrete
 from .model.functional import merged_weights as merged_weights
 from .model.merged_model import MergedModel as MergedModel
 from .model.state_dicts import merge_state_dicts as merge_state_dicts
+from .model.trainer_callback import MergeCheckpoints as MergeCheckpoints
 from .objectives import Alignment as Alignment
 from .objectives import Entropy as Entropy
 from .objectives import Objective as Objective
