@@ -27,8 +27,8 @@ from trainmerge.system.safetensors_file import sha256
 
 KEYS = {  # of the hub's documented metadata -> the type of the value
     "base_model": (list, str), "base_model_relation": str, "license": str, "license_name": str,
-    "license_link": str, "library_name": str, "pipeline_tag": str, "language": list, "datasets": list, "tags": list,
-    "model-index": list,
+    "license_link": str, "library_name": str, "pipeline_tag": str, "language": list, "datasets": list,
+    "tags": list, "model-index": list,
 }  # fmt: skip
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
