@@ -82,7 +82,9 @@ COMMANDS = {
         lambda place: ["export", str(place / "run"), str(place / "adapter"), "--as", "adapter", *CUT]
     ),
     "extract": Command(
-        lambda place: ["extract", str(place / "../base"), str(place / "../experts/mood"), str(place / "lora"), *CUT],
+        lambda place: [
+            "extract", str(place / "../base"), str(place / "../experts/mood"), str(place / "lora"), *CUT
+        ],
         reads=False,
     ),
     "auto": Command(lambda place: ["auto", str(place / "../auto.yaml"), str(place / "merged")], reads=False),
