@@ -17,6 +17,7 @@ from trainmerge.cli.commands import allocate, compare, evaluate, export, report
 from trainmerge.cli.exchange import push, rebuild
 from trainmerge.cli.inspect_and_plan import inspect, plan
 from trainmerge.cli.merge import merge
+from trainmerge.cli.mixtures import shrink
 from trainmerge.cli.threads import run_of, set_threads
 from trainmerge.cli.tradeoffs import pareto, search
 from trainmerge.fitting.mistakes import explain
@@ -40,6 +41,7 @@ PLAIN = (
     rebuild,
     report,
     search,
+    shrink,
 )
 RESUMABLE = ("auto", "fit", "merge", "search")  # commands that resume
 
@@ -60,6 +62,7 @@ commands:
              and read it again:   trainmerge export runs/first merged/ --verify
              as a LoRA:           trainmerge export runs/first adapter/ --as adapter --rank 16
   extract    a LoRA of a model:   trainmerge extract BASE EXPERT adapter/ --rank 16 --rest leave
+  shrink     a mixture's experts: trainmerge shrink MIXTURE smaller/ --experts 96 --calibration t.jsonl
   push       to the hub:          trainmerge push merged/ org/name --dry-run
   rebuild    a merge again:       trainmerge rebuild merged/README.md again/
   evaluate   score it:            trainmerge evaluate runs/first
