@@ -59,6 +59,7 @@ from .merging.merge_file import merge_file as merge_file
 from .merging.one_line import merge_config as merge_config
 from .merging.one_line import merge_models as merge_models
 from .merging.to_mergekit import to_mergekit as to_mergekit
+from .mixtures.shrink import shrink as shrink
 from .mixtures.upcycle import export_mixture as export_mixture
 from .model.batch_norm import batch_norm_statistics as batch_norm_statistics
 from .model.concrete import Concrete as Concrete
