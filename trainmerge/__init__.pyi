@@ -28,6 +28,7 @@ from .data.batch import Batch as Batch
 from .data.batch import Outputs as Outputs
 from .data.calibration import Calibration as Calibration
 from .data.columns import Columns as Columns
+from .data.generate import Generate as Generate
 from .data.heads import Head as Head
 from .data.heads import LabelHead as LabelHead
 from .data.heads import LinearHead as LinearHead

@@ -191,5 +191,5 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
         )
     check_heads(module)
     if trainer.max_steps or needs_examples(module.recipe, module.initial):
-        check_data(module.recipe, module.opened, data)
+        check_data(module.recipe, module.opened, data, module.settings.sharded)
         check_tasks(module, data)

@@ -147,7 +147,7 @@ class MergeModule(CoefficientSteps):
         Raises:
             ValueError: the data's experts or their order differ from the recipe's.
         """
-        check_data(self.recipe, self.opened, data)
+        check_data(self.recipe, self.opened, data, self.settings.sharded)
         if self._resident is not None:
             return
         made = prepare(self.inputs(data), device, precision)
