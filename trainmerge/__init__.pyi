@@ -50,6 +50,7 @@ from .fitting.fit_module import FittedModule as FittedModule
 from .fitting.fit_module import fit_module as fit_module
 from .fitting.held_out_stopping import StopOnHeldOut as StopOnHeldOut
 from .fitting.module import MergeModule as MergeModule
+from .fitting.on_policy import OnPolicy as OnPolicy
 from .fitting.plan_fit import plan_fit as plan_fit
 from .fitting.trainer import make_trainer as make_trainer
 from .inspection import inspect_path as inspect_path
@@ -63,6 +64,7 @@ from .model.merged_model import MergedModel as MergedModel
 from .model.state_dicts import merge_state_dicts as merge_state_dicts
 from .objectives import Alignment as Alignment
 from .objectives import Entropy as Entropy
+from .objectives import JensenShannon as JensenShannon
 from .objectives import Objective as Objective
 from .objectives import Similarity as Similarity
 from .plan.plan import Plan as Plan

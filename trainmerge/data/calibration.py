@@ -122,11 +122,16 @@ class Calibration(pl.LightningDataModule):
         """
         if not self.held_out:
             raise ValueError("no examples are held out: set data.held_out to a share, such as 0.2")
-        part = copy(self)
-        part.files = dict.fromkeys(self.files, "")  # known by its examples, written ones too
-        vars(part).pop("_identities", None)
-        part.examples = [own[:limit] for own in self._held]
-        return part
+        return self.with_examples([own[:limit] for own in self._held])
+
+    def with_examples(self, examples: list[list[Example]]) -> "Calibration":
+        """The same settings for other examples of the experts, K lists."""
+        other = copy(self)
+        other.files = dict.fromkeys(self.files, "")  # known by their contents, written ones too
+        other.unwritten = {}
+        vars(other).pop("_identities", None)
+        other.examples = examples
+        return other
 
     @cached_property
     def tokenize(self) -> Tokenizer:

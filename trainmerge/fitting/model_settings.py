@@ -97,6 +97,8 @@ def check_data(recipe: Recipe, opened: Opened, data: Calibration, sharded: bool 
         )
     limit = text_settings(opened.base.config).get("max_position_embeddings")
     for name, examples in zip(data.files, data.examples, strict=True):
+        if name in data.unwritten:  # no longer than the model reads
+            continue
         if limit and (tokens := longest(data.tokenize, examples, limit)) > limit:
             raise ValueError(
                 f"{data.files[name]}: an example of {tokens} tokens is over the model's limit of "

@@ -10,7 +10,7 @@ Legend: `K` experts, `G` coefficient groups, `m` rows of a matrix, `k` direction
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -51,6 +51,10 @@ class FitInputs:
     data: Calibration
     settings: ModelSettings
     schedule: StepSchedule
+
+    def without_records(self) -> "FitInputs":
+        """The same where nothing of the experts is recorded on the examples."""
+        return replace(self, asks=Asks(embedding=self.asks.embedding))
 
     def identity(self) -> str:
         """A text that identifies the preprocessed task vectors."""

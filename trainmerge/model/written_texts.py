@@ -77,8 +77,8 @@ class Writer:
         prompts = [
             own(begun)["input_ids"] if begun else [self.tokenize.beginning] for begun in beginnings
         ]  # with what the tokenizer puts before a text
-        ends = self._ends()
-        prompts = [row[:-1] if row[-1] in ends and len(row) > 1 else row for row in prompts]
+        ends = ends_of(self.module, self.tokenize)
+        prompts = [row[:-1] if row[-1] in self._special and len(row) > 1 else row for row in prompts]
         written = self._sample(prompts, seeds, ends)
         return [begun + self._words(tokens) for begun, tokens in zip(beginnings, written, strict=True)]
 
@@ -89,7 +89,7 @@ class Writer:
         prompts = [own(opening, add_special_tokens=False)["input_ids"] for opening, _ in around]
         closing = around[0][1].strip()
         first = {*own(closing, add_special_tokens=False)["input_ids"][:1]}
-        ends = self._ends() | first & self._special
+        ends = ends_of(self.module, self.tokenize) | first & self._special
         written = self._sample(prompts, seeds, ends)
         return [self._turn(tokens, closing) for tokens in written]
 
@@ -108,13 +108,6 @@ class Writer:
         added = {i for i, token in own.added_tokens_decoder.items() if token.special}
         return added | {*own.all_special_ids}
 
-    def _ends(self) -> set[int]:
-        """The tokens that end a text: the tokenizer's, and those of the model's own settings."""
-        settings: Any = self.module.generation_config
-        given, own = settings.eos_token_id, self.tokenize.transformers.eos_token_id
-        ends = [*(given if isinstance(given, list) else [given]), own]
-        return {int(end) for end in ends if end is not None}
-
     def _sample(self, prompts: list[list[int]], seeds: Sequence[int], ends: set[int]) -> list[list[int]]:
         """What the model writes after the prompts, within the length of the examples."""
         settings: Any = self.module.config
@@ -124,3 +117,10 @@ class Writer:
         length = max(1, min(self.wanted.length, most - max(map(len, kept))))
         padding, temperature = self.tokenize.padding, self.wanted.temperature
         return sample_tokens(self.module, kept, seeds, length, ends, padding, temperature)
+
+
+def ends_of(module: Any, tokenize: Tokenizer) -> set[int]:
+    """The tokens that end a text: the tokenizer's, and those of the model's own settings."""
+    given, own = module.generation_config.eos_token_id, tokenize.transformers.eos_token_id
+    ends = [*(given if isinstance(given, list) else [given]), own]
+    return {int(end) for end in ends if end is not None}
