@@ -20,7 +20,7 @@ from trainmerge.fitting.outcome import (
     save_start,
     warn_if_loss_did_not_fall,
 )
-from trainmerge.fitting.preflight import check_heads, check_tasks
+from trainmerge.fitting.preflight import check_heads, check_rounds, check_tasks
 from trainmerge.fitting.snapshots import Snapshots
 from trainmerge.fitting.trainer import check_folder, check_strategy, precision_of
 from trainmerge.run.folder import RunFolder
@@ -191,5 +191,6 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
         )
     check_heads(module)
     if trainer.max_steps or needs_examples(module.recipe, module.initial):
-        check_data(module.recipe, module.opened, data)
+        check_data(module.recipe, module.opened, data, module.settings.sharded)
+        check_rounds(module, data)
         check_tasks(module, data)
