@@ -15,14 +15,14 @@ from tests.model_families import FAMILIES
 from tests.picture_world import vit
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.data.batch import Batch
-from trainmerge.fitting.fit import precision_of
-from trainmerge.fitting.memory_budget import MARGIN, schedule_within
+from trainmerge.fitting.fit import cut_steps
 from trainmerge.fitting.plan_fit import plan_fit
 from trainmerge.model.activation_checkpointing import recompute_blocks
 from trainmerge.model.forward import forward
 from trainmerge.objectives import Alignment, Entropy, Objective
 from trainmerge.plan.devices import STATED, Device, device_named
 from trainmerge.plan.dry_run import DryRun, dry_run
+from trainmerge.plan.fastest import MARGIN
 from trainmerge.plan.ledger import Ledger
 from trainmerge.plan.micro_batches import StepSchedule, rounds, smaller_schedules
 from trainmerge.plan.plan_model import plan_model
@@ -237,7 +237,8 @@ def test_a_budget_is_kept_or_refused(
     )  # else megabytes hide the difference
     plan, tighter = (plan_fit(module, data, schedule=e) for e in (StepSchedule(2), StepSchedule(1)))
     limit = int(MARGIN * (plan.total + tighter.total) / 2)
-    assert schedule_within(module, data, precision_of(trainer), limit) == StepSchedule(1)
+    cut_steps(module, data, trainer, limit)
+    assert module.schedule == StepSchedule(1)
     assert "planned, of" in capsys.readouterr().out
 
 
