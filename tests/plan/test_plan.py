@@ -65,9 +65,18 @@ def test_a_7b_model_by_hand(tmp_path: Path) -> None:
     products = 6 * tokens * (weights - embedding - norms)
     attention = 7 * 2 * tokens**2 * 4096 * 32  # two products forwards, five backwards
     assert plan.dry_run.flops == experts * (products + attention)
-    assert plan.seconds["merge and coefficient gradient"] == plan.read / 64e9  # streams over PCIe
     assert plan.total == plan.memory.total == sum(astuple(plan.memory))
-    assert plan.memory.prefetched == 2 * 4 * plan.sizes.gradient
+    assert plan.memory.vectors == plan.sizes.vectors  # everything fits
+    assert plan.memory.prefetched == 0
+    assert plan.total <= 0.9 * 80e9
+    assert plan.seconds["merge and coefficient gradient"] == plan.read / 3.35e12
+    sent = replace(plan, vectors="file")
+    assert sent.residency.sent == plan.read
+    assert sent.seconds["merge and coefficient gradient"] == plan.read / 64e9  # over PCIe
+    assert (sent.memory.vectors, sent.memory.prefetched) == (0, 2 * 4 * plan.sizes.gradient)
+    assert sent.needed == sent.total
+    with pytest.raises(ValueError, match="are free on the device: set model"):
+        replace(plan, vectors="device", limit=plan.sizes.vectors).total  # noqa: B018
 
 
 def test_a_70b_model_on_eight_devices(tmp_path: Path) -> None:
