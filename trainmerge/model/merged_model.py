@@ -99,8 +99,8 @@ class MergedModel:
         """The same module as the merge of other task vectors; this object stops receiving gradients."""
         for hook in self._hooks:
             hook.remove()
-        same = self.coefficients, self.names, self.originals, subspaces, keep_gradients, residency
-        return MergedModel(self.module, task_vectors, *same)
+        same = self.coefficients, self.names, self.originals, subspaces, keep_gradients, self.masks
+        return MergedModel(self.module, task_vectors, *same, residency)
 
     @torch.no_grad()
     def materialise(self) -> None:
