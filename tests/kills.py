@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -23,6 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
 import trainmerge.auto
 import trainmerge.cli.fit
@@ -110,7 +112,8 @@ def write_configuration(root: Path) -> None:
 
 
 def call(words: list[str], log: Path) -> None:
-    """One command, in a forked process."""
+    """One command, in a forked process, with a lock of progress bars that no killed one can have kept."""
+    tqdm.set_lock(threading.RLock())
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -200,6 +203,7 @@ class Kills:
 def run(kills: int, seed: int, only: Collection[str] = ()) -> dict[str, int]:
     """Kill so many times, or each of some commands so many times; command -> its kills."""
     limit_threads()
+    tqdm.set_lock(threading.RLock())  # by default one that all processes share
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         write_world(root)

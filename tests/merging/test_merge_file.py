@@ -218,3 +218,25 @@ def test_wrong_words_are_named(
 def test_help_fits_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", "--help"]) == 0
     assert len(capsys.readouterr().out.splitlines()) <= 50
+
+
+def test_a_wider_expert_makes_the_merge_float32_and_not_wider(world: Path, tmp_path: Path) -> None:
+    wide = AutoModelForCausalLM.from_pretrained(world / "a").double()
+    wide.save_pretrained(tmp_path / "wide")
+    with pytest.warns(UserWarning, match="float64 against torch.float32"):
+        tm.merge_models(world / "base", [tmp_path / "wide"], tmp_path / "out")
+    want = tensors(world / "a")
+    got = tensors(tmp_path / "out")
+    assert {name: tensor.dtype for name, tensor in got.items()} == dict.fromkeys(want, torch.float32)
+    for name, tensor in want.items():  # base + 1 * (a - base) is within a rounding of a
+        torch.testing.assert_close(got[name], tensor)
+
+
+def test_a_first_word_that_is_no_path_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", "~/base", "a", "b", "-o", "out"]) == 1
+    error = capsys.readouterr().err
+    assert "~/base: neither a file nor a folder" in error
+    assert "~ and $ are no shortcuts here: write the whole path" in error

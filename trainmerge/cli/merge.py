@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from trainmerge.system.atomic import seen_from
 from trainmerge.system.memory import keep_freed_memory
 
 
@@ -89,11 +90,11 @@ def _merge_file(
     paths: list[str], out: str | None, of_models: dict[str, Any], faithful: bool, run: str | None, form: Any
 ) -> Path:
     places = [*paths, *([out] if out is not None else [])]
+    if not Path(paths[0]).exists():
+        raise FileNotFoundError(f"{paths[0]}: neither a file nor a folder{seen_from(paths[0])}")
     if len(places) != 2:
         raise ValueError(f"name a file and the output: trainmerge merge {paths[0]} OUT")
     file, target = Path(places[0]), places[1]
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: neither a file nor a folder")
     _refuse(of_models, "models", str(file))
     from trainmerge.merging.one_line import is_mergekit, merge_config
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from trainmerge.checkpoints import Checkpoint, Rules, find_chosen, open_checkpoint
 from trainmerge.checkpoints.choice import BASE, UNION
 from trainmerge.export.form import DtypeName, Form
-from trainmerge.export.shards import OnlyModel, finite
+from trainmerge.export.shards import finite
+from trainmerge.export.tensors import OnlyModel
 from trainmerge.kernels import ExpertWeight, Untouched
 from trainmerge.merging.document import Document
 from trainmerge.merging.group import OWN, Alternatives, Group
@@ -142,7 +143,7 @@ def _as_vector(delta: Delta) -> Delta:
 
 
 def _promoted(base: Checkpoint, vectors: TaskVectors) -> str | None:
-    """The dtype that holds all models' numbers; None if it is the base's."""
+    """The dtype that holds all models' numbers, at most the float32 of the sums; None if the base's."""
     own = {info.dtype for info in base.tensors.values() if info.dtype.is_floating_point}
     every = set(own)
     for delta in vectors.deltas.values():
@@ -152,7 +153,7 @@ def _promoted(base: Checkpoint, vectors: TaskVectors) -> str | None:
     first, *rest = sorted(every, key=str)
     for dtype in rest:
         first = torch.promote_types(first, dtype)
-    return str(first).removeprefix("torch.")
+    return str(torch.float32 if first == torch.float64 else first).removeprefix("torch.")
 
 
 def reference_of(document: Document) -> str:
