@@ -33,7 +33,7 @@ def test_a_child_is_of_both_parents_with_a_border_in_the_networks_order() -> Non
 
 
 class Specialists:
-    """Example j is solved by the j-th coefficient; best is one expert below and the other above the border."""
+    """Example j is solved by the j-th coefficient; best is one expert below, the other above the border."""
 
     best = (1.0, 0.0, 0.0, 1.0)
 
