@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainmerge as tm
-from tests.family_world import write_words
-from tests.model_families import FAMILIES
-from tests.world import nudge, write_languages
+from tests.mixture_world import write_mixture
+from tests.world import write_languages
 from trainmerge.cli import main
 from trainmerge.preprocess.router_calibration import divergence
 from trainmerge.run.recipe import calibration_files
@@ -26,19 +25,7 @@ SCALE = 0.4
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3-MoE and two fine-tunes whose routers are far apart, with texts."""
-    root = tmp_path_factory.mktemp("world")
-    for number, name in enumerate(("base", "a", "b")):
-        model = FAMILIES["Qwen3-MoE"].build()
-        nudge(model, number, 0.02)
-        dice = torch.Generator().manual_seed(number)
-        for layer in model.model.layers:
-            router = layer.mlp.gate.weight
-            router.data += 0.5 * torch.randn(router.shape, generator=dice)
-        model.save_pretrained(root / name)
-        write_words(root / name)
-        words = [" ".join(f"w{10 + (7 * i + (number + 3) * j) % 90}" for j in range(5 + i)) for i in range(6)]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
-    return root
+    return write_mixture(tmp_path_factory.mktemp("world"))
 
 
 def fit(root: Path, run: Path, names: str = "ab", scale: float = SCALE, **changes: object) -> Path:

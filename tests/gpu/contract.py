@@ -22,7 +22,9 @@ SHAPES = ([7], [5, 3], [64, 33], [130, 2000], [6, 4, 5], [1024, 1024])
 RANK = 5
 
 
-def random_delta(shape: Sequence[int], forms: Sequence[type], like: Tensor, seed: int = 0) -> Delta:
+def random_delta(
+    shape: Sequence[int], forms: Sequence[type], like: Tensor, seed: int = 0, rank: int = RANK
+) -> Delta:
     """A random parameter in the dtype and on the device of `like`, one term for each of `forms`."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -38,7 +40,7 @@ def random_delta(shape: Sequence[int], forms: Sequence[type], like: Tensor, seed
         if form is ExpertWeight:
             return ExpertWeight(base + 0.05 * draw(*shape))
         if form is LowRank:
-            return LowRank(draw(rows, RANK), draw(RANK, width), 0.05)
+            return LowRank(draw(rows, rank), draw(rank, width), 0.05)
         if form is Quantised:
             codes = torch.randint(-127, 128, (rows, width), generator=generator).to(torch.int8)
             scale = 4e-4 * (1 + torch.rand(rows, generator=generator))

@@ -20,6 +20,7 @@ from trainmerge.packed.parameter import Parameter
 from trainmerge.packed.pca import Pca
 from trainmerge.packed.ternary import Signs, largest
 from trainmerge.packed.unified import Emr, Mask, Shared
+from trainmerge.task_vectors.changes import Change
 from trainmerge.task_vectors.delta import Delta
 
 SHAPES = [(), (7,), (50, 13), (4, 3, 5), (131, 3)]
@@ -125,6 +126,18 @@ def test_the_mask_of_threshold_one_is_the_best() -> None:
     best = squared((tau.abs() > (u - tau).abs()) * u, tau)
     entries = torch.minimum(tau.square(), (u - tau).square())  # each entry is kept or not
     assert best == pytest.approx(float(entries.double().sum()), rel=1e-5)
+
+
+def test_masks_do_not_depend_on_the_size_of_the_merge() -> None:
+    parameter = heavy_parameter((60, 50))
+    lost = []
+    for coefficient in (0.2, 0.4, 1.0):
+        merge = Change("w", parameter.whole, torch.full((4, 1), coefficient))
+        made = Mask(dtype=torch.float32).encode(replace(parameter, change=merge))
+        lost.append(float(errors(parameter, made).sum() / parameter.squares().sum()))
+        first = Mask(threshold=1 - 1e-9, dtype=torch.float32).encode(replace(parameter, change=merge))
+        assert lost[-1] <= float(errors(parameter, first).sum() / parameter.squares().sum())  # one turn
+    assert max(lost) < 1.05 * min(lost)
 
 
 def test_emr_elects_as_the_paper_and_scales_better() -> None:

@@ -18,7 +18,7 @@ from tests.model.test_own_head import TWO
 from tests.world import languages_recipe, llama, nudge, write_languages
 from trainmerge.checkpoints.meta_model import quiet
 from trainmerge.cli import main
-from trainmerge.packed import write
+from trainmerge.packed import parameter, write
 
 CODECS = ["mask", "emr", "lowrank", "twin", "ternary", "pca", "mask:0.4", "lowrank:4", "ternary:0.2"]
 
@@ -99,6 +99,18 @@ def test_an_unpacked_folder_is_an_ordinary_checkpoint(world: Path, packed: Path,
         str(world)
         not in (packed / "packed.json").read_text() + (packed / "trainmerge_manifest.json").read_text()
     )
+
+
+def test_unpacking_reads_some_rows_at_a_time(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = weights(tm.unpack(packed, "a", tmp_path / "whole"))
+    monkeypatch.setattr(parameter, "BLOCK", 1)
+    stored = tm.open_packed(packed).stored
+    sizes = [len(piece) for piece in stored.pieces("model.layers.0.mlp.up_proj.weight", "a")]
+    assert sizes == [40, 24]  # rows of 64: whole bytes of bits and of trits
+    pieces = weights(tm.unpack(packed, "a", tmp_path / "pieces"))
+    assert all(torch.equal(whole[name], tensor) for name, tensor in pieces.items())
 
 
 def test_excluded_parameters_are_packed_too(world: Path, packed: Path) -> None:
@@ -211,6 +223,11 @@ def test_damaged_folders_are_refused(world: Path, packed: Path, tmp_path: Path) 
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ValueError, match="not whole"):
         tm.open_packed(out, world / "base")
+
+
+def test_a_packed_folder_is_no_expert(world: Path, packed: Path) -> None:
+    with pytest.raises(ValueError, match=r"packed experts, no transformers folder. Unpack one of them"):
+        tm.Recipe(str(world / "base"), {"a": tm.Expert(str(packed))}).open()
 
 
 def test_shards_hold_what_one_file_does(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainmerge.checkpoints.weight_files import PICKLE, SAFETENSORS, read_folder_json
+from trainmerge.checkpoints.whole import MANIFEST, PACKED
 from trainmerge.system.sharded_file import METADATA
 from trainmerge.system.text import listed
 
@@ -91,6 +92,8 @@ def _with_config(path: Path, names: list[str]) -> Foreign | None:
 
 
 def _without_config(path: Path, names: list[str]) -> Foreign | None:
+    if PACKED in names and MANIFEST in names:
+        return Foreign("packed experts", (), "Unpack one of them: trainmerge unpack PACKED TASK OUT")
     if "model_index.json" in names:
         inside = sorted(p.parent.name for p in path.glob(f"*/{DIFFUSERS}*"))
         parts = listed([f"{path.name}/{name}" for name in dict.fromkeys(inside)]) or "unet or transformer"

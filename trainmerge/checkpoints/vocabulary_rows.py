@@ -132,11 +132,11 @@ def _given(chosen: Chosen, name: str, counts: Mapping[str, int]) -> dict[int, Gi
     """The rows of the choice's tokens in one tensor."""
     found = {}
     for token, row in chosen.choice.tokens:
-        own: int | None = 0
+        own = 0
         if row.side is not None:
             keys = keys_of(chosen.vocabularies[row.side].tokens, counts[row.side])
-            own = row.token if isinstance(row.token, int) else keys.get(row.token or token)
-            if own is None or not 0 <= own < counts[row.side]:
+            own = row.token if isinstance(row.token, int) else keys.get(row.token or token, -1)
+            if not 0 <= own < counts[row.side]:
                 raise ValueError(
                     f"{chosen.folders[row.side]}: {name} has {counts[row.side]} rows, and none for the row "
                     f"of the token {token!r}"

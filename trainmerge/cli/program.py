@@ -18,6 +18,7 @@ from trainmerge.cli.exchange import push, rebuild
 from trainmerge.cli.export import export
 from trainmerge.cli.inspect_and_plan import inspect, plan
 from trainmerge.cli.merge import merge
+from trainmerge.cli.mixtures import shrink
 from trainmerge.cli.packed import unpack
 from trainmerge.cli.threads import run_of, set_threads
 from trainmerge.cli.tradeoffs import pareto, search
@@ -43,6 +44,7 @@ PLAIN = (
     report,
     search,
     unpack,
+    shrink,
 )
 RESUMABLE = ("auto", "fit", "merge", "search")  # commands that resume
 
@@ -65,6 +67,7 @@ commands:
              its experts packed:  trainmerge export runs/first packed/ --as packed --codec mask
   unpack     one packed expert:   trainmerge unpack packed/ movie movie/
   extract    a LoRA of a model:   trainmerge extract BASE EXPERT adapter/ --rank 16 --rest leave
+  shrink     a mixture's experts: trainmerge shrink MIXTURE smaller/ --experts 96 --calibration t.jsonl
   push       to the hub:          trainmerge push merged/ org/name --dry-run
   rebuild    a merge again:       trainmerge rebuild merged/README.md again/
   evaluate   score it:            trainmerge evaluate runs/first

@@ -131,9 +131,8 @@ def fit_module(
     coefficients = Coefficients(names, layout, read_initial(initial, names, layout), constraint)
     work = deepcopy(module).eval()
     work.load_state_dict(rule_buffers(models, buffers, shares), strict=False)
-    learned = masks and ConcreteMasks(
-        masks, {name: vectors.shapes[name] for name in layout.groups}, next(work.parameters()).device
-    )
+    shapes, device = {name: vectors.shapes[name] for name in layout.groups}, next(work.parameters()).device
+    learned = None if masks is None else ConcreteMasks(masks, shapes, device)
     merged = MergedModel(work, vectors, coefficients, originals=models.task_vectors, masks=learned)
 
     def settle() -> None:

@@ -35,15 +35,16 @@ def fit_rows(states: Tensor, experts: Tensor, count: int, ridge: float = RIDGE) 
     def loss() -> Tensor:
         solver.zero_grad()
         found = cross_entropy(wide @ rows.T, experts, weights) + ridge / 2 * rows.square().sum()
-        found.backward()
+        found.backward()  # type: ignore[no-untyped-call]
         return found
 
     with torch.enable_grad():
-        solver.step(loss)
+        solver.step(loss)  # type: ignore[no-untyped-call]
     return rows.detach() / size
 
 
 def accuracy(rows: Tensor, states: Tensor, experts: Tensor) -> float:
     """The share of states whose own expert has the largest logit; every expert weighs the same."""
     right = (states.float() @ rows.T).argmax(dim=-1) == experts
-    return float(torch.stack([right[experts == k].float().mean() for k in experts.unique()]).mean())
+    shares = [right[experts == k].float().mean() for k in range(len(rows)) if bool((experts == k).any())]
+    return float(torch.stack(shares).mean())

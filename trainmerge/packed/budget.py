@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from trainmerge.kernels import LowRank as LowRankTerm
+from trainmerge.kernels import Untouched
 from trainmerge.packed.codec import Codec, Encoded, errors
 from trainmerge.packed.low_rank import LowRank
 from trainmerge.packed.parameter import Parameter
@@ -41,12 +43,21 @@ def offers(parameter: Parameter, codecs: Sequence[Codec], norms: Tensor) -> Iter
 
 
 def _useful(parameter: Parameter, codec: Codec) -> Encoded | None:
-    """The parts; None of a rank that the matrix does not have, or of factors that are not smaller."""
-    if isinstance(codec, LowRank):
-        rank, shape = codec.rank or 0, parameter.shape
-        if len(parameter.whole.shape) < 2 or sum(shape) * rank >= shape.numel():
+    """The parts; None of factors that are not smaller, or no better than those of half their rank."""
+    if isinstance(codec, LowRank) and codec.rank:
+        shape = parameter.shape
+        if len(parameter.whole.shape) < 2 or sum(shape) * codec.rank >= shape.numel():
+            return None
+        if codec.rank // 2 >= _rank(parameter):
             return None
     return codec.encode(parameter)
+
+
+def _rank(parameter: Parameter) -> int:
+    """The largest rank that a task's difference can have."""
+    full = min(parameter.shape)
+    terms = (term for term in parameter.whole.terms if not isinstance(term, Untouched))
+    return max((len(t.down) if isinstance(t, LowRankTerm) else full for t in terms), default=0)
 
 
 def hull(found: Sequence[Offer]) -> list[Offer]:

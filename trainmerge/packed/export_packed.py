@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainmerge.checkpoints.whole import PACKED
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.export.explain import Exported, write_export_manifest
 from trainmerge.export.export import begin_export, merge_of
 from trainmerge.export.merge_changes import merge_changes
+from trainmerge.export.origins import without_local_origins
 from trainmerge.export.public import public_manifest
 from trainmerge.export.shards import CheckpointMerge
 from trainmerge.export.task import TaskMerge, settings_of
@@ -23,7 +25,7 @@ from trainmerge.packed.budget import choose, offers
 from trainmerge.packed.codec import Codec
 from trainmerge.packed.form import PackedForm
 from trainmerge.packed.parameter import Parameter
-from trainmerge.packed.record import RECORD, Record, TaskHead, entry
+from trainmerge.packed.record import Record, TaskHead, entry
 from trainmerge.packed.write import Shards, write_parameters
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.hub_origins import origins
@@ -99,7 +101,7 @@ class Packing:
             heads={task: head for task, (head, _) in heads.items()},
             router=routed,
         )
-        (folder / RECORD).write_text(json.dumps(record.to_json(), indent=1) + "\n")
+        (folder / PACKED).write_text(json.dumps(record.to_json(), indent=1) + "\n")
         return made
 
     def _base(self, target: Path) -> dict[str, object]:
@@ -114,9 +116,7 @@ class Packing:
         """Fit the router and add its tensors, if one is wanted; what `packed.json` says of it."""
         if not self.form.router:
             return None
-        from trainmerge.packed.fit_router import (
-            router_of,  # imports transformers, which packing does not need
-        )
+        from trainmerge.packed.fit_router import router_of  # imports transformers
 
         router, told = router_of(self.exported)
         shards.add(router.parts())
@@ -129,7 +129,8 @@ class Packing:
             head.check()
             merge = TaskMerge.of(self.merge, head)
             tensors = {name: tensor.contiguous() for name, tensor in merge.own.items()}
-            found[task] = TaskHead(dict(head.shared), settings_of(merge)), tensors
+            config = without_local_origins(json.dumps(settings_of(merge)).encode())
+            found[task] = TaskHead(dict(head.shared), json.loads(config)), tensors
         return found
 
 

@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainmerge.checkpoints.whole import PACKED
 from trainmerge.packed.codec import Codec
 from trainmerge.system.json_file import read_json
 from trainmerge.system.safetensors_format import DTYPE_NAMES, DTYPES
 from trainmerge.task_vectors.delta import Delta
 
-RECORD = "packed.json"
 VERSION = 1
 REMEDY = "Export the run again."
 NONE = "none"  # codec of a parameter that has the base's values
@@ -80,7 +80,7 @@ def read_record(folder: Path) -> Record:
         FileNotFoundError: no folder of packed experts.
         ValueError: of another version, or damaged.
     """
-    path = folder / RECORD
+    path = folder / PACKED
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file; {folder} is no folder of packed experts, as `trainmerge export RUN OUT "

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from trainmerge.checkpoints import Checkpoint, fingerprint, open_checkpoint, same_weights
-from trainmerge.checkpoints.whole import check_whole
+from trainmerge.checkpoints.whole import PACKED, check_whole
 from trainmerge.packed.codec import decode
 from trainmerge.packed.parameter import as_matrix, blocks
-from trainmerge.packed.record import NONE, RECORD, REMEDY, Record, read_record
+from trainmerge.packed.record import NONE, REMEDY, Record, read_record
 from trainmerge.packed.router import Router
 from trainmerge.system.hub import folder_of, parse_id
 from trainmerge.system.safetensors_file import MappedFile
@@ -160,4 +160,4 @@ def _check_shapes(stored: Stored) -> None:
         if not (name in known.tensors or name in known.side) or list(known.info(name).shape) != [*one.shape]
     ]
     if wrong:
-        raise ValueError(f"{stored.path / RECORD}: not tensors of its base: {', '.join(wrong[:3])}. {REMEDY}")
+        raise ValueError(f"{stored.path / PACKED}: not tensors of its base: {', '.join(wrong[:3])}. {REMEDY}")

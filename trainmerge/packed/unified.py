@@ -21,6 +21,7 @@ from trainmerge.packed.codec import Codec, Encoded
 from trainmerge.packed.parameter import Parameter
 from trainmerge.system.ranges import check_fields
 
+ROUNDS = 2  # further turns of masks and scales
 Keep = Callable[[Tensor, Tensor], Tensor]  # u [r, W] and tau [K, r, W] -> bool [K, r, W]
 
 
@@ -29,8 +30,9 @@ class Mask(Codec):
     """TALL masks over the run's merge; over the sum of all tasks where the run merges nothing.
 
     Args:
-        threshold: lambda. 1 keeps exactly the entries whose squared error falls; the paper takes 0.2 to 0.6,
-            chosen by labels.
+        threshold: lambda. 1 keeps exactly the entries whose squared error falls; mask and scale are then
+            found in turns, each of which lowers the error, so that the scale of u does not matter. The paper
+            takes 0.2 to 0.6, chosen by labels, and masks u as it is.
     """
 
     threshold: float = 1.0
@@ -46,7 +48,15 @@ class Mask(Codec):
     @override
     def encode(self, parameter: Parameter) -> Encoded:
         unified = parameter.merged().to(self.dtype)
-        return _masked(parameter, unified, lambda u, taus: taus.abs() > self.threshold * (u - taus).abs())
+        made = _masked(parameter, unified, self._kept(torch.ones(parameter.tasks)))
+        for _ in range(ROUNDS if self.threshold == 1 else 0):
+            made = _masked(parameter, unified, self._kept(torch.where(made.scales > 0, made.scales, 1)))
+        return made
+
+    def _kept(self, scales: Tensor) -> Keep:
+        """Where the scaled difference is near enough, for scales [K]."""
+        a = scales[:, None, None]
+        return lambda u, taus: taus.abs() > self.threshold * (a * u - taus).abs()
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,11 @@ def least_divergence(
         solver.zero_grad()
         pairs = zip(scaled, targets, strict=True)
         found = torch.stack([divergence(rows, x, w, sigmoid) for x, w in pairs]).sum()
-        found.backward()
+        found.backward()  # type: ignore[no-untyped-call]
         return found
 
     with torch.enable_grad():
-        solver.step(loss)
+        solver.step(loss)  # type: ignore[no-untyped-call]
     return rows.detach() / size
 
 
