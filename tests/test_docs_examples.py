@@ -134,7 +134,8 @@ def completed(example: Example, worlds: dict[str, Path]) -> dict[str, Any]:
     for number, task in enumerate([*experts.values(), *recipe.get("held_out", {}).values()]):
         files = own_files(worlds, number) if own else files_of(worlds, world, number)
         for key in {"path", "calibration", "test"} & set(task):
-            (put if key == "path" else link)(task[key], files[key])
+            if isinstance(task[key], str):
+                (put if key == "path" else link)(task[key], files[key])
         if "head" in task and not own:
             link(task["head"]["init_args"]["labels"], files["labels"])
     initial = content.get("model", {}).get("initial")

@@ -15,6 +15,7 @@ from trainmerge.tradeoffs.cma_es import Search
 
 VALID = [
     tm.Expert("a"), tm.HeldOut("t"), tm.Recipe("base", {"a": tm.Expert("a")}), tm.Grouping(), tm.Columns(),
+    tm.Generate(4), tm.OnPolicy(), tm.JensenShannon(),
     tm.Anchor(), tm.Free(), tm.Box(), tm.Sigmoid(), tm.Simplex(),
     tm.LayerLeastSquares(),
     tm.CheckpointAverage(),

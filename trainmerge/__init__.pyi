@@ -30,6 +30,7 @@ from .data.batch import Batch as Batch
 from .data.batch import Outputs as Outputs
 from .data.calibration import Calibration as Calibration
 from .data.columns import Columns as Columns
+from .data.generate import Generate as Generate
 from .data.heads import Head as Head
 from .data.heads import LabelHead as LabelHead
 from .data.heads import LinearHead as LinearHead
@@ -51,6 +52,7 @@ from .fitting.fit_module import FittedModule as FittedModule
 from .fitting.fit_module import fit_module as fit_module
 from .fitting.held_out_stopping import StopOnHeldOut as StopOnHeldOut
 from .fitting.module import MergeModule as MergeModule
+from .fitting.on_policy import OnPolicy as OnPolicy
 from .fitting.plan_fit import plan_fit as plan_fit
 from .fitting.save_checkpoints import SaveForMerging as SaveForMerging
 from .fitting.trainer import make_trainer as make_trainer
@@ -69,6 +71,7 @@ from .model.state_dicts import merge_state_dicts as merge_state_dicts
 from .model.trainer_callback import MergeCheckpoints as MergeCheckpoints
 from .objectives import Alignment as Alignment
 from .objectives import Entropy as Entropy
+from .objectives import JensenShannon as JensenShannon
 from .objectives import Objective as Objective
 from .objectives import Similarity as Similarity
 from .packed.export_packed import export_packed as export_packed

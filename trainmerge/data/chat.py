@@ -11,6 +11,7 @@ from trainmerge.data.examples import ASSISTANT, Example
 
 GENERATION = r"\{%-?\s*generation\b"  # a template's own mark of what the assistant writes
 CLOCK = "strftime_now"  # transformers' function of a template for the current date
+MARK = "CONTENT"  # in place of a turn's content, to find what is around it
 DATE = datetime(2024, 7, 26)  # the date that Llama 3's template has where there is no clock
 CODES = ["%-d", "%-m", "%e", *(f"%{code}" for code in "aAbBcdDfFHIjmMpSTuwxXyYZz")]
 
@@ -42,6 +43,19 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Exampl
     else:
         whole, spans = _located(tokenizer, template, chat)
     return Example(whole, tuple((begin, end) for begin, end in spans if begin < end), templated=True)
+
+
+def around_turn(tokenizer: Any, before: Sequence[Mapping[str, Any]], role: str) -> tuple[str, str]:
+    """The template's text up to a turn's content, and from its end; `before` are the turns before it.
+
+    Raises:
+        ValueError: as `render_chat`, or the template does not write the content as it is.
+    """
+    text = render_chat(tokenizer, [*before, {"role": role, "content": MARK}]).text
+    opening, found, closing = text.rpartition(MARK)
+    if not found:
+        raise ValueError(f"the chat template does not write the content of a turn of the {role}")
+    return opening, closing
 
 
 def _located(tokenizer: Any, template: str, chat: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:

@@ -23,6 +23,8 @@ REWRITTEN = (
 class Example(NamedTuple):
     """One unlabeled example. `spans` are the characters of `text` that enter the loss; None is all.
 
+    With `tokens`, which a model wrote, they are places of tokens instead, and the first token is in none.
+
     A picture or a sound alone has the text "".
     """
 
@@ -33,6 +35,7 @@ class Example(NamedTuple):
     templated: bool = False  # `text` already has its special tokens
     audio: Media | None = None  # path of the sound, its file's content, or its samples
     pair: str | None = None  # the second text of a pair
+    tokens: tuple[int, ...] | None = None  # those of `text`
 
 
 Render = Callable[[Sequence[Mapping[str, str]]], Example]  # a chat -> its text and spans
@@ -126,7 +129,8 @@ def contents(example: Example) -> list[Any]:
     """The example as JSON data, with picture and sound identified by content."""
     own = [*example._replace(image=None)[:5], content_digest(example.image)]
     own += [content_digest(example.audio)] if example.audio else []
-    return own if example.pair is None else [*own, example.pair]
+    own += [] if example.pair is None else [example.pair]
+    return own if example.tokens is None else [*own, list(example.tokens)]
 
 
 def subject(example: Example) -> str:

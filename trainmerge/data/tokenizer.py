@@ -18,11 +18,10 @@ from trainmerge.data.media import MediaInputs, without_text
 from trainmerge.data.padding import answers, joined, whole_length
 from trainmerge.data.pictures import Pictures
 from trainmerge.data.special_tokens import SpecialTokens, check_rows, embedding_rows
+from trainmerge.data.token_examples import encode_tokens
 from trainmerge.system.hub import folder_of
 from trainmerge.system.json_file import read_json
 from trainmerge.system.ranges import check_option
-
-REMEDY = "Download or save it again."
 
 
 class Tokenizer:
@@ -41,7 +40,7 @@ class Tokenizer:
         self.path, self.max_length = str(folder), max_length
         self._own = load_tokenizer(self.path) if takes_text(self.path) else None
         file = folder / "config.json"
-        config = read_json(file, REMEDY) if file.is_file() else {}
+        config = read_json(file, "Download or save it again.") if file.is_file() else {}
         self._has_decoder = config.get("is_encoder_decoder")
         self._whole = whole_length(config)
         self._rows = embedding_rows(config)
@@ -52,12 +51,13 @@ class Tokenizer:
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
         """Inputs, truncated to `max_length` and padded to the longest example, and the loss positions."""
+        if examples[0].tokens is not None:
+            return encode_tokens(examples, self.padding)
         if without_text(examples):
             return self._media_alone(examples)
         if examples[0].image:
             return self._with_pictures(examples)
-        spans = [example.spans for example in examples]
-        texts = [example.text for example in examples]
+        spans, texts = [example.spans for example in examples], [example.text for example in examples]
         if any(example.pair is not None for example in examples):
             inputs = dict(self.pairs(examples))
         else:
@@ -187,13 +187,14 @@ class Tokenizer:
         return encoded
 
     def _encoded(self, texts: list[str], special: bool, offsets: bool) -> dict[str, Tensor]:
-        encoded = self.transformers(
-            texts,
-            truncation=True,
-            max_length=self._whole or self.max_length,
-            padding="max_length" if self._whole else True,
-            return_tensors="pt",
-            add_special_tokens=special,
-            return_offsets_mapping=offsets,
+        return dict(
+            self.transformers(
+                texts,
+                truncation=True,
+                max_length=self._whole or self.max_length,
+                padding="max_length" if self._whole else True,
+                return_tensors="pt",
+                add_special_tokens=special,
+                return_offsets_mapping=offsets,
+            )
         )
-        return dict(encoded)

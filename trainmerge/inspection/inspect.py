@@ -138,10 +138,10 @@ def _look(path: Path, recipe: Recipe, workspace: Path, weights: Weights, every: 
     findings += fenced("preprocessing", lambda: preprocess_findings(recipe, opened, geometry))
     if geometry is not None:
         print_geometry(opened.task_vectors.experts, geometry)
-    counts = {name: len(own) for name, own in texts.calibration.items()}
     sparse = geometry is not None and is_sparse(geometry, opened.task_vectors.shapes)
+    heads = task_heads(recipe, opened)
     suggested, failed = attempt(
-        "a suggestion", lambda: suggest(recipe, counts, geometry, task_heads(recipe, opened), columns, sparse)
+        "a suggestion", lambda: suggest(recipe, texts.counts, geometry, heads, columns, sparse)
     )
     return _Found(opened, texts, findings + failed, geometry, suggested)
 
@@ -173,7 +173,7 @@ def _as_json(recipe: Recipe, found: _Found) -> dict[str, Any]:
     content: dict[str, Any] = {
         "base": recipe.base,
         "experts": {name: expert.path for name, expert in recipe.experts.items()},
-        "examples": {name: len(own) for name, own in found.texts.calibration.items()},
+        "examples": found.texts.counts,
         **parameter_counts(opened),
         "findings": [asdict(finding) for finding in found.findings],
     }

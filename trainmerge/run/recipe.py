@@ -17,6 +17,7 @@ from trainmerge.checkpoints import (
     with_rows,
 )
 from trainmerge.coefficients.layout import Grouping
+from trainmerge.data.generate import Generate
 from trainmerge.preprocess import Preprocess
 from trainmerge.run.names import check_names
 from trainmerge.run.opened import Opened
@@ -182,8 +183,8 @@ def _place(path: str) -> Path | HubId:
     return Path(path).resolve() if found is None else found._replace(revision=found.revision or "main")
 
 
-def calibration_files(recipe: Recipe) -> dict[str, str]:
-    """Expert -> its file of unlabeled examples, if it has one."""
+def calibration_files(recipe: Recipe) -> dict[str, str | Generate]:
+    """Expert -> its file of unlabeled examples, or the texts that it writes, if it has either."""
     return {name: expert.calibration for name, expert in recipe.experts.items() if expert.calibration}
 
 

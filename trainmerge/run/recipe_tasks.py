@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from trainmerge.data.generate import Generate
 from trainmerge.data.heads import Head
 from trainmerge.system.ranges import check_fields
 from trainmerge.system.text import shortened
@@ -14,7 +15,8 @@ class Expert:
 
     Args:
         path: A transformers checkpoint folder or a peft adapter folder, or its id on the hub.
-        calibration: Unlabeled examples to learn from: a JSONL, CSV, parquet or text file, or a saved dataset.
+        calibration: Unlabeled examples to learn from: a JSONL, CSV, parquet or text file, or a saved dataset;
+            or `{generate: N}`: texts that the expert writes itself.
         test: Labelled examples, for `evaluate` only; a fit never reads their labels.
         head: The task's frozen head: a class, or `own`, the head in the expert's files by its own class. That
             one is used without `head` too, where the base has no head of the same labels.
@@ -23,7 +25,7 @@ class Expert:
     """
 
     path: str
-    calibration: str | None = None
+    calibration: str | Generate | None = None
     test: str | None = None
     head: Head | Literal["own"] | None = None
     weight: float = 1.0
