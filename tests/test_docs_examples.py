@@ -208,6 +208,7 @@ def test_commands_are_ours_and_their_configurations_are_there(example: Example) 
             "search",
             "push",
             "rebuild",
+            "shrink",
         }
     for file in re.findall(r"configs/\S+", example.code):
         assert (ROOT / file).is_file()
