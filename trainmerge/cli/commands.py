@@ -108,6 +108,7 @@ def evaluate(
     output: str | None = None,
     answers: int = 0,
     harness: list[str] | None = None,
+    controls: bool = False,
 ) -> None:
     """Score a run (compared with base, average, task arithmetic and experts) or a checkpoint.
 
@@ -126,12 +127,14 @@ def evaluate(
         answers: Answer the test files' column `prompt` with up to this many tokens, and report answer
             lengths.
         harness: Tasks of lm-evaluation-harness: their names, or YAML files of one task each.
+        controls: Score a run's merge with random task vectors and with shuffled coefficients too.
     """
     from trainmerge.evaluate.console import evaluate_path
 
     length, file = max_length or None, Path(output) if output else None
     tasks = harness or ()
-    evaluate_path(Path(path), Path(recipe or path), limit or None, length, compare, file, answers, tasks)
+    where = Path(path), Path(recipe or path)
+    evaluate_path(*where, limit or None, length, compare, file, answers, tasks, controls)
 
 
 def compare(
