@@ -147,3 +147,14 @@ def test_a_token_beyond_the_embedding_is_named(tmp_path: Path) -> None:
             check_rows(tokenize, texts)
     with pytest.raises(ValueError, match=rf"{rows} rows"):
         tokenize(["[EOS]"])
+
+
+@pytest.mark.parametrize(
+    "chat",
+    ["[]", {"role": "user", "content": "red"}, [{"from": "human", "value": "red"}], [{"role": 3}], ["red"]],
+)
+def test_what_is_no_chat_is_shown_with_the_form_of_one(tmp_path: Path, chat: object) -> None:
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}))
+    words = tokenizer(tmp_path / "model", SEP + PROMPT)
+    with pytest.raises(ValueError, match=r"example 0 has .* for 'messages': a chat is a list of turns"):
+        read_examples(str(tmp_path / "chats.jsonl"), Columns(messages="messages"), words.render)

@@ -42,6 +42,12 @@ def test_a_task_is_scored_as_transformers_does(tmp_path: Path, architecture: str
     assert found.scores[str(out)] == {"b": tm.evaluate_run(run, grid=()).scores["learned"]["b"]}
     expert = tm.evaluate_checkpoint(tmp_path / "a", recipe, max_length=32)
     assert expert.scores[str(tmp_path / "a")] == {"a": accuracy(tmp_path / "a", recipe, told)}
+    several = tm.compare([run, out, tmp_path / "b"], recipe=run).evaluation
+    assert several.held_in == ("b",)
+    assert several.scores[str(out)] == several.scores[str(run)] == found.scores[str(out)]
+    assert several.scores[str(tmp_path / "b")] == {"b": accuracy(tmp_path / "b", recipe, told)}
+    with pytest.raises(ValueError, match=r"no task in common: \S+out of b; \S+a of a$"):
+        tm.compare([out, tmp_path / "a"], recipe=run)
     alone = replace(recipe, experts={"a": recipe.experts["a"]})
     with pytest.raises(ValueError, match=r"out is the export of the task 'b', and the recipe's experts"):
         tm.evaluate_checkpoint(out, alone)

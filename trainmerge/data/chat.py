@@ -36,6 +36,8 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Exampl
         )
     chat = [dict(message) for message in messages]
     template = tokenizer.get_chat_template()
+    if not isinstance(template, str):
+        raise ValueError(f"the tokenizer's chat template is {template!r}, which is not a text")
     if re.search(GENERATION, template):
         whole, spans = _rendered(tokenizer, template, chat, return_assistant_tokens_mask=True)
     else:

@@ -83,6 +83,7 @@ def _example(
     row: Mapping[str, Any], columns: Columns, render: Render, path: Path, where: str, located: bool
 ) -> Example:
     if columns.messages:
+        _check_chat(row[columns.messages], columns.messages, where)
         try:
             example = render(row[columns.messages])
         except (KeyError, TypeError, ValueError) as error:
@@ -113,6 +114,15 @@ def _example(
     if columns.audio:
         example = example._replace(audio=sound_value(row[columns.audio], path.parent, where))
     return example
+
+
+def _check_chat(chat: Any, column: str, where: str) -> None:
+    turns = chat if isinstance(chat, list) else [None]
+    if not all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in turns):
+        raise ValueError(
+            f"{where} has {shortened(repr(chat), 100)} for {column!r}: a chat is a list of turns, "
+            '{"role": ..., "content": ...}'
+        )
 
 
 def contents(example: Example) -> list[Any]:

@@ -15,6 +15,7 @@ from trainmerge.checkpoints import Checkpoint, LoadedModel
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.data.classifier import Classifier
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.evaluate.agreement import Shares, read_routing
 from trainmerge.evaluate.controls import score_controls
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessScore, HarnessTask, run_harness
@@ -79,6 +80,8 @@ def evaluate_run(
     tasks = [*held_in, *held_out]
     resident, subject = load_subject(recipe, coefficients, opened, tokenize, folder, tasks, answers)
     rows = _baselines(len(held_in), grid, compare, bool(held_out or harness)) | {"learned": None}
+    routing = read_routing(resident, subject, held_in)
+    agreement: dict[str, Shares] = {}
     scored: dict[str, Scored] = {}
     harnessed: dict[str, Mapping[str, HarnessScore]] = {}
     for row in progress([*rows, *["expert"] * compare], "scoring", disable=distributed.rank() > 0):
@@ -89,9 +92,11 @@ def evaluate_run(
             if harness and not row.startswith(ARITHMETIC):
                 harnessed[row] = run_harness(subject.module, words, harness, limit)
             scored[row] = score_tasks(subject, tasks)
+            if routing is not None:
+                agreement[row] = routing.agreement(subject)
     if controls:
         scored |= score_controls(resident.merged, subject, held_in)
-    return _evaluation(metric_of(recipe, own), held_in, held_out, scored, harnessed)
+    return _evaluation(metric_of(recipe, own), held_in, held_out, scored, harnessed, agreement)
 
 
 def _baselines(experts: int, grid: Sequence[float], compare: bool, base: bool) -> dict[str, float | None]:
@@ -182,11 +187,13 @@ def _evaluation(
     held_out: Sequence[Task],
     rows: Mapping[str, Scored],
     harness: Mapping[str, Mapping[str, HarnessScore]],
+    agreement: Mapping[str, Shares],
 ) -> Evaluation:
     """The rows, with only the best task-arithmetic one by mean."""
     names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
     kept = keep_best_arithmetic(Evaluation(metric, *names, rows).scores, metric)
-    return Evaluation(metric, *names, {row: own for row, own in rows.items() if row in kept}, harness)
+    best, shares = ({row: own for row, own in given.items() if row in kept} for given in (rows, agreement))
+    return Evaluation(metric, *names, best, harness, shares)
 
 
 def keep_best_arithmetic(rows: Scores, metric: Metric) -> Scores:

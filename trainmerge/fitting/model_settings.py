@@ -12,6 +12,7 @@ from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.calibration import Calibration
 from trainmerge.data.generate import generate_problems
 from trainmerge.data.token_checks import longest
+from trainmerge.model.residency import Vectors
 from trainmerge.model.teachers import BUDGET
 from trainmerge.preprocess import Informed
 from trainmerge.run.opened import Opened
@@ -31,6 +32,7 @@ class ModelSettings:
     teacher_budget: int = BUDGET
     workspace: Path = Path("workspace")
     sharded: bool = False
+    vectors: Vectors = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self, "model", subspace="[0, inf)", teacher_budget="[1, inf)")
@@ -48,7 +50,7 @@ def needs_examples(recipe: Recipe, initial: Initial) -> bool:
 
 
 def check_learning(
-    clip: float, keep_better: bool, keep_gradients: bool, combine: torch.nn.Module | None
+    clip: float, keep_better: bool, keep_gradients: bool | None, combine: torch.nn.Module | None
 ) -> None:
     """Raise ValueError for arguments of `MergeModule` out of range, or that exclude each other."""
     check_option("model.clip", clip, float, "[0, inf)")

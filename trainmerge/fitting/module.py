@@ -35,11 +35,13 @@ from trainmerge.fitting.on_policy_rounds import Rounds
 from trainmerge.fitting.precision import scale_of
 from trainmerge.fitting.prepare import FitInputs, prepare
 from trainmerge.fitting.steps import CoefficientSteps
+from trainmerge.model.residency import Room, Vectors
 from trainmerge.model.resident import Resident
 from trainmerge.model.teachers import BUDGET, Record
 from trainmerge.objectives import Entropy, Objective
-from trainmerge.plan.micro_batches import StepSchedule
+from trainmerge.plan.micro_batches import OpenSchedule
 from trainmerge.run.recipe import Recipe
+from trainmerge.system.ranges import check_option
 from trainmerge.task_vectors.quantise import Quantise
 
 
@@ -67,10 +69,16 @@ class MergeModule(CoefficientSteps):
             sum over tasks: code that averages K tasks clips at `clip` / K.
         weights: Dtype of the resident model: `stored` is the base files' own; `bfloat16` halves a float32
             model, and the merge is rounded to it once. Coefficients and reductions are always float32.
+        schedule: `auto` chooses the next two, where they are not set, for the fewest passes over the task
+            vectors within a known memory: a GPU's, or `memory` of a fit on a CPU. `least` memory is 1 and
+            false, as is `auto` where no memory is known.
         tasks_per_backward: Tasks whose forwards share one backward. Each backward reads the task vectors once
             and needs the memory of these tasks' activations.
         keep_gradients: Accumulate the weight gradients over a step's backwards and read the task vectors once
             per step, for the memory of one more model.
+        vectors: Where base and task vectors are held: on the `device` or in `host` memory from the first step
+            on, or nowhere but in their `file`s. `auto` fills a GPU, then host memory, as far as the plan of a
+            step leaves room, and reads files on a CPU. Coefficients do not depend on this.
         teacher_budget: Bytes for the experts' recorded probabilities: all if they fit, else the largest per
             row.
         quantise: Learn on quantised task vectors, `Int8` or `Ternary`; the export uses the exact ones.
@@ -94,22 +102,29 @@ class MergeModule(CoefficientSteps):
         subspace: int = 0,
         clip: float = 0.0,
         weights: Literal["stored", "bfloat16"] = "stored",
-        tasks_per_backward: int = 1,
-        keep_gradients: bool = False,
+        schedule: Literal["auto", "least"] = "auto",
+        tasks_per_backward: int | None = None,
+        keep_gradients: bool | None = None,
         teacher_budget: int = BUDGET,
         quantise: Quantise | None = None,
         workspace: str = "workspace",
         sharded: bool = False,
         on_policy: OnPolicy | None = None,
+        vectors: Vectors = "auto",
     ) -> None:
         super().__init__()
         check_given(objective=objective, constraint=constraint, anchor=anchor, optimizer=optimizer)
         check_learning(clip, keep_better, keep_gradients, combine)
         self.on_policy = on_policy
         self._rounds: Rounds | None = None  # once the model is loaded
+        check_option("model.schedule", schedule, Literal["auto", "least"])
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
-        self.settings = ModelSettings(weights, subspace, quantise, teacher_budget, Path(workspace), sharded)
-        self.schedule = StepSchedule(tasks_per_backward, keep=keep_gradients)
+        place = Path(workspace), sharded, vectors
+        self.settings = ModelSettings(weights, subspace, quantise, teacher_budget, *place)
+        asked = OpenSchedule(tasks_per_backward, keep_gradients)
+        self.schedule = asked.least
+        self.asked = asked if schedule == "auto" else OpenSchedule(self.schedule.tasks, self.schedule.keep)
+        self.room: Room | None = None  # for task vectors, once a plan has found it
         self.initial, self.keep_better = initial, keep_better
         check_sharding(self.settings, needs_examples(recipe, initial))
         self.opened = recipe.open(self.settings.workspace)
@@ -164,7 +179,7 @@ class MergeModule(CoefficientSteps):
     def inputs(self, data: Calibration) -> FitInputs:
         """What `prepare` makes the model from."""
         merge = self.recipe, self.opened, self.coefficients, self.initial
-        return FitInputs(*merge, self.objective.asks, data, self.settings, self.schedule)
+        return FitInputs(*merge, self.objective.asks, data, self.settings, self.schedule, self.room)
 
     @override
     def setup(self, stage: str) -> None:

@@ -26,7 +26,9 @@ from trainmerge.fitting.generated import write_generated
 from trainmerge.fitting.model_settings import ModelSettings
 from trainmerge.model.activation_checkpointing import recompute_blocks
 from trainmerge.model.expert_statistics import ExpertStatistics
+from trainmerge.model.residency import Residency, Room, Share, reside
 from trainmerge.model.resident import Placement, Resident, load_resident, preprocess
+from trainmerge.model.row_shards import delta_shards
 from trainmerge.model.teachers import Record, record_teachers
 from trainmerge.plan.micro_batches import StepSchedule
 from trainmerge.preprocess import Informed, Preprocess, apply, key_after
@@ -51,6 +53,7 @@ class FitInputs:
     data: Calibration
     settings: ModelSettings
     schedule: StepSchedule
+    room: Room | None = None  # for task vectors on the device; None if it is unknown
 
     def without_records(self) -> "FitInputs":
         """The same where nothing of the experts is recorded on the examples."""
@@ -92,7 +95,8 @@ def prepare(
     write_generated(given.data, given.opened, experts, settings.workspace)
     vectors = preprocess_with_examples(given, vectors, first, rest, experts)
     vectors = quantise_vectors(given, vectors)
-    resident = experts.merging(vectors, find_subspaces(given, vectors), schedule.keep)
+    subspaces, residency = find_subspaces(given, vectors), place(given, vectors, experts)
+    resident = experts.merging(vectors, subspaces, schedule.keep, residency)
     if schedule.recompute:
         recompute_blocks(resident.merged.module)
     start = measure_start(given, resident)
@@ -137,6 +141,17 @@ def quantise_vectors(given: FitInputs, vectors: TaskVectors) -> TaskVectors:
         return vectors
     with distributed.rank_zero_first():
         return quantised(vectors, given.settings.quantise, given.settings.workspace, given.identity())
+
+
+def place(given: FitInputs, vectors: TaskVectors, experts: Resident) -> Residency:
+    """Where this process holds its rows of the task vectors that every step reads."""
+    rows = delta_shards(vectors.deltas, experts.merged.parameters)
+    layout = given.opened.layout
+    shares = {name: Share(rows[name].nbytes, 1 + (name in layout.learned)) for name in layout.groups}
+    residency = reside(given.settings.vectors, shares, given.room)
+    if residency.places and distributed.rank() == 0:
+        print(f"base and task vectors: {residency}")
+    return residency
 
 
 def find_subspaces(given: FitInputs, vectors: TaskVectors) -> Mapping[str, Tensor]:

@@ -20,6 +20,7 @@ from trainmerge.model.fsdp import Root, shard_model
 from trainmerge.model.media_forward import Tokenize
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.own_head import OwnModel, attach
+from trainmerge.model.residency import Residency
 from trainmerge.preprocess import Preprocess, apply
 from trainmerge.run.heads import TaskHead, task_heads
 from trainmerge.run.opened import Opened
@@ -54,9 +55,10 @@ class Resident:
         task_vectors: TaskVectors,
         subspaces: Mapping[str, Tensor] | None = None,
         keep_gradients: bool = False,
+        residency: Residency = Residency(),  # noqa: B008 - frozen
     ) -> "Resident":
         """The same model as the merge of other task vectors; replaces this object (`MergedModel`)."""
-        merged = self.merged.with_task_vectors(task_vectors, subspaces or {}, keep_gradients)
+        merged = self.merged.with_task_vectors(task_vectors, subspaces or {}, keep_gradients, residency)
         return replace(self, merged=merged)
 
     def batch(self, expert: int, examples: Sequence[Example], tokenizer: Tokenizer, first: int = 0) -> Batch:
