@@ -134,7 +134,8 @@ def completed(example: Example, worlds: dict[str, Path]) -> dict[str, Any]:
     for number, task in enumerate([*experts.values(), *recipe.get("held_out", {}).values()]):
         files = own_files(worlds, number) if own else files_of(worlds, world, number)
         for key in {"path", "calibration", "test"} & set(task):
-            (put if key == "path" else link)(task[key], files[key])
+            if isinstance(task[key], str):
+                (put if key == "path" else link)(task[key], files[key])
         if "head" in task and not own:
             link(task["head"]["init_args"]["labels"], files["labels"])
     initial = content.get("model", {}).get("initial")
@@ -208,6 +209,7 @@ def test_commands_are_ours_and_their_configurations_are_there(example: Example) 
             "search",
             "push",
             "rebuild",
+            "unpack",
             "shrink",
         }
     for file in re.findall(r"configs/\S+", example.code):

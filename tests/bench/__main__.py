@@ -18,6 +18,7 @@ GROUPS = (
     "fit_step",
     "guard",
     "auto",
+    "written_texts",
     "fit_lm",
     "closed_memory",
     "closed_cost",

@@ -1,40 +1,110 @@
-"""The table of notebooks/docs/many-gpus.md: memory and time of a step on paper, nothing is measured here.
+"""The tables of notebooks/docs/many-gpus.md: time of a step on paper, by `reside`; nothing is measured here.
 
 P is in bytes of bfloat16; activations are counted as one stored input a block (they are recomputed).
 """
 
-FLOPS, HOST = 400e12, 25e9  # a device and second: bfloat16 in practice, PCIe
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from trainmerge.model.residency import Residency, Room, Share, Vectors, reside
+from trainmerge.plan.devices import STATED
+from trainmerge.plan.plan import PINNED, USABLE
+
+FLOPS = 400e12  # a device and second: bfloat16 in practice
+REACHED = 0.8  # of a data sheet's memory bandwidth
+PINNED_LINK, FILE_LINK = 25e9, 10e9  # bytes a device and second, from pinned memory, and from pages of a file
 INSIDE, BETWEEN = 300e9, 50e9  # bytes a device and second, inside a machine of eight and between machines
+MACHINE = 8
 MODELS = {"7B": (7e9, 32, 4096), "70B": (70e9, 80, 8192), "405B": (405e9, 126, 16384)}
 EXAMPLES, TOKENS = 4, 512
+COLUMNS: dict[str, tuple[Vectors, float]] = {  # where, and bytes of an expert's weight
+    "auto": ("auto", 2.0),
+    "auto, `Int8`": ("auto", 1.0),
+    "host": ("host", 2.0),
+    "file": ("file", 2.0),
+}
 
 
-def step(model: str, experts: int, devices: int) -> tuple[float, float]:
-    """GB and seconds of a step on each device."""
-    parameters, blocks, width = MODELS[model]
-    size = 2 * parameters
-    largest = size / blocks
+class Step(NamedTuple):
+    """One way to take a step on each device."""
+
+    shards: int  # devices that share one model; the others replicate it
+    memory: float  # bytes, without base and task vectors
+    computing: float  # seconds of forwards and backwards, or of exchange where that is longer
+    merging: float  # seconds of both passes
+    residency: Residency
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step; the passes run beside nothing."""
+        return self.computing + self.merging
+
+
+def steps(
+    model: str, experts: int, devices: int, card: str, vectors: Vectors, width: float
+) -> Iterator[Step]:
+    """Every way that fits: shards inside a machine or across, gradients accumulated or not."""
+    parameters, blocks, hidden = MODELS[model]
+    device, size = STATED[card], 2 * parameters
     local = max(1.0, EXAMPLES / devices)  # a device has at least one example a task
-    memory = size / devices + 3 * largest + 2 * blocks * width * TOKENS * local
-    work = 6 * parameters * experts * local * TOKENS
-    sent = experts * 4 * size * (devices - 1) / devices
-    read = (experts + 1) * (1 + experts) * size / devices
-    return memory / 1e9, max(work / FLOPS, sent / (INSIDE if devices <= 8 else BETWEEN)) + read / HOST
+    work = 6 * parameters * experts * local * TOKENS / FLOPS
+    shards = min(devices, MACHINE)
+    while shards <= devices:
+        sent = experts * 4 * size * (shards - 1) / shards
+        computing = max(work, sent / (INSIDE if shards <= MACHINE else BETWEEN))
+        read = (size + experts * width * parameters) / blocks / shards  # of one block
+        for keep in (False, True):
+            memory = size / shards * (1 + keep) + 3 * size / blocks + 2 * blocks * hidden * TOKENS * local
+            memory += 2 * read
+            room = Room(
+                int(USABLE * device.memory - memory), int(PINNED * device.host), PINNED_LINK, device.bandwidth
+            )
+            shares = {str(block): Share(int(read), 2 if keep else 1 + experts) for block in range(blocks)}
+            if room.device < 0:
+                continue
+            try:
+                residency = reside(vectors, shares, room)
+            except ValueError:
+                continue
+            yield Step(shards, memory, computing, passes(shares, residency, device.bandwidth), residency)
+        shards *= 2
 
 
-def table() -> str:
-    """Markdown: models down, experts K and devices N across; in brackets what does not fit 80 GB."""
-    columns = [(experts, devices) for devices in (1, 8, 64) for experts in (3, 8)]
-    lines = ["| model | " + " | ".join(f"K={k}, N={n}" for k, n in columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
+def passes(shares: dict[str, Share], residency: Residency, bandwidth: float) -> float:
+    """Seconds of all passes: of the device's memory, or of its link where that takes longer."""
+    read = dict.fromkeys(("device", "host", "file"), 0)
+    for name, share in shares.items():
+        read[residency.places.get(name, "file")] += share.nbytes * share.reads
+    link = read["host"] / PINNED_LINK + read["file"] / FILE_LINK
+    return max(sum(read.values()) / (REACHED * bandwidth), link)
+
+
+def cell(model: str, experts: int, devices: int, card: str, vectors: Vectors, width: float) -> str:
+    """Seconds and the merge's share of the fastest way, and its shards where these are across machines."""
+    found = min(
+        steps(model, experts, devices, card, vectors, width), key=lambda step: step.seconds, default=None
+    )
+    if found is None:
+        return "-"
+    across = f", S={found.shards}" if found.shards > MACHINE else ""
+    held = found.residency.held
+    share = f"{found.merging / found.seconds:.0%}"
+    bold = f"**{share}**" if held["device"] == sum(held.values()) else share
+    return f"{found.seconds:.1f} s, {bold}{across}"
+
+
+def table(card: str) -> str:
+    """Markdown: models, experts K and devices N down, places across."""
+    lines = ["| model | K | N | " + " | ".join(COLUMNS) + " |", "|---" * (3 + len(COLUMNS)) + "|"]
     for model in MODELS:
-        cells = []
-        for experts, devices in columns:
-            memory, seconds = step(model, experts, devices)
-            cells.append(f"{memory:.0f} GB, {seconds:.1f} s" if memory < 80 else f"({memory:.0f} GB)")
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+        for experts in (3, 8):
+            for devices in (1, 8, 64):
+                cells = [cell(model, experts, devices, card, *place) for place in COLUMNS.values()]
+                if any(text != "-" for text in cells):
+                    lines.append(f"| {model} | {experts} | {devices} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(table())
+    for name in ("h100", "h200"):
+        print(f"\n{name}\n{table(name)}")

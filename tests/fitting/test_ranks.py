@@ -14,13 +14,13 @@ from torchjd.aggregation import MGDA, CAGrad, Mean, PCGrad
 import trainmerge as tm
 from tests.bounds import fitted_bound
 from tests.ranks import Ranks, run, sound
+from tests.stand_in import CountedLink, behind
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.fitting.module import MergeModule
-from trainmerge.model import teacher_recorder
+from trainmerge.model import merged_model, teacher_recorder
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import calibration_files
-from trainmerge.task_vectors.delta import Delta
-from trainmerge.task_vectors.prefetch import Prefetch, each_tensor
+from trainmerge.task_vectors.link import link_to
 
 STEPS, RATE = 3, 0.05
 
@@ -188,13 +188,11 @@ class Streaming(tm.MergeModule):
     """With task vectors that are copied ahead of their use, as for a GPU."""
 
     def load(self, *arguments: Any, **settings: Any) -> None:
-        super().load(*arguments, **settings)
-        merged = self.resident.merged
-        merged._to_write, merged._to_collect = Prefetch(copied), Prefetch(copied)
-
-
-def copied(delta: Delta) -> Delta:
-    return each_tensor(delta, torch.Tensor.clone)
+        merged_model.link_to = behind(CountedLink())
+        try:
+            super().load(*arguments, **settings)
+        finally:
+            merged_model.link_to = link_to
 
 
 def note(place: Any, name: str, calls: list[Any]) -> None:

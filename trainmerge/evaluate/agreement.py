@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainmerge.data.examples import Example
-from trainmerge.evaluate.score_task import Subject
+from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task
 from trainmerge.model.resident import Resident
 from trainmerge.model.routing import Choice, routers_of, watching_routers

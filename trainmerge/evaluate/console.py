@@ -1,9 +1,15 @@
 """The printed and written output of `trainmerge evaluate` and `trainmerge compare`."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from trainmerge.evaluate import Comparison, Evaluation, compare, evaluate_checkpoint, evaluate_run
+from trainmerge.evaluate.controls import behind_learned
+from trainmerge.evaluate.runs import DEVICE
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.saved import scored_with, unfinished_line
 from trainmerge.run.scores import score_rows
@@ -21,27 +27,44 @@ def evaluate_path(
     output: Path | None = None,
     answers: int = 0,
     harness: Sequence[str] = (),
+    precision: str = "32",
+    controls: bool = False,
 ) -> Evaluation:
-    """Score a run folder with baselines, or a checkpoint on the tasks of `recipe`."""
-    folder = RunFolder(path)
+    """Score a run folder with baselines, or a checkpoint on the tasks of `recipe`.
+
+    Raises:
+        ValueError: `precision` is neither `32` nor `bf16`; `controls` of a checkpoint, which has no task
+            vectors; or as `evaluate_run` and `evaluate_checkpoint`.
+    """
+    folder, forwards = RunFolder(path), _forwards(precision)
     is_run = folder.manifest.exists()
-    with joined():
+    if controls and not is_run:
+        raise ValueError(f"{path} is no run folder, and controls need its task vectors: name the run")
+    with joined(), forwards:
         if is_run:
             _print_unfinished(folder)
             scored = scored_with(folder) if folder.coefficients.exists() else {}
-            found = evaluate_run(path, limit, max_length, compare=compare, answers=answers, harness=harness)
+            options: dict[str, Any] = {"compare": compare, "answers": answers, "harness": harness}
+            found = evaluate_run(path, limit, max_length, **options, controls=controls)
         else:
             length = text_length(recipe, max_length)
             columns = columns_of(recipe)
             found = evaluate_checkpoint(str(path), tasks_of(recipe), limit, length, answers, harness, columns)
         if rank() == 0:
-            print_evaluation(str(path), found)
+            print_evaluation(f"{path}{', forwards in bfloat16' * (precision == 'bf16')}", found)
             if is_run:
-                found.write_scores(path / "scores.json", scored)
+                found.write_scores(path / "scores.json", {**scored, "precision": precision})
                 found.write(path / "evaluation.json")
             if output is not None:
                 found.write(output)
     return found
+
+
+def _forwards(precision: str) -> AbstractContextManager[Any]:
+    """The autocast of the models' forwards; merges and experts are made in float32 within it too."""
+    if precision not in ("32", "bf16"):
+        raise ValueError(f"--precision {precision}: choose 32 (the model's own) or bf16 (bfloat16 products)")
+    return torch.autocast(DEVICE, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def compare_paths(
@@ -76,12 +99,30 @@ def print_evaluation(title: str, found: Evaluation) -> None:
     print_table(title, header, cells)
     _print_measures(found)
     _print_routing(found)
+    _print_controls(found)
     for row, scores in found.harness.items():
         print_table(
             f"harness, {row}",
             ["task", "metric", "value"],
             [[task, name, f"{v:.4f}"] for task, s in scores.items() for name, v in s.metrics.items()],
         )
+
+
+def _print_controls(found: Evaluation) -> None:
+    """How far each control is behind the learned merge."""
+    rows = [
+        [
+            row,
+            f"{gap.worse_by:.3f}",
+            f"{gap.low:.3f} to {gap.high:.3f}",
+            "not significant" if gap.noise else "",
+        ]
+        for row, gap in behind_learned(found).items()
+    ]
+    if rows:
+        unit = "nats per token" if found.metric.sign < 0 else found.metric.name
+        header = ["control", f"behind the learned merge, {unit}", "95% interval, paired bootstrap", ""]
+        print_table("controls", header, rows)
 
 
 def _print_measures(found: Evaluation) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainmerge.evaluate.agreement import Shares
 from trainmerge.evaluate.harness import HarnessScore
-from trainmerge.evaluate.score_task import TaskScore
+from trainmerge.evaluate.subject import TaskScore
 from trainmerge.run.scores import Metric, Scores
 from trainmerge.system.atomic import write_whole
 

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from trainmerge.checkpoints import Checkpoint, LoadedModel
 from trainmerge.coefficients.coefficients import Coefficients
-from trainmerge.data.heads import Classifier
+from trainmerge.data.classifier import Classifier
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.agreement import Shares, read_routing
+from trainmerge.evaluate.controls import score_controls
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessScore, HarnessTask, run_harness
 from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.pairs import EXPERT
-from trainmerge.evaluate.score_task import Subject, TaskScore, score_task, score_tasks
+from trainmerge.evaluate.score_task import score_task, score_tasks
 from trainmerge.evaluate.similarity import cosines, embed_texts
+from trainmerge.evaluate.subject import Subject, TaskScore
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.model.embedding import read_embedding
 from trainmerge.model.own_head import OwnModel
@@ -53,6 +55,7 @@ def evaluate_run(
     compare: bool = True,
     answers: int = 0,
     harness: Sequence[HarnessTask] = (),
+    controls: bool = False,
 ) -> Evaluation:
     """Scores of a run's merge and of the baselines: base, average, best task arithmetic and the experts.
 
@@ -66,6 +69,7 @@ def evaluate_run(
         compare: Score the baselines too; the base is scored anyway if there are held-out tasks.
         answers: Maximal tokens of an answer to a test file's column `prompt`; 0 skips prompts.
         harness: lm-evaluation-harness tasks, as held-out ones.
+        controls: Score random task vectors and shuffled coefficients too (`model.controls`).
     """
     check_option("grid", grid, Sequence[float])
     recipe, coefficients, opened = open_run(folder := RunFolder(Path(run)))
@@ -90,6 +94,8 @@ def evaluate_run(
             scored[row] = score_tasks(subject, tasks)
             if routing is not None:
                 agreement[row] = routing.agreement(subject)
+    if controls:
+        scored |= score_controls(resident.merged, subject, held_in)
     return _evaluation(metric_of(recipe, own), held_in, held_out, scored, harnessed, agreement)
 
 

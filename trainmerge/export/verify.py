@@ -13,9 +13,9 @@ from trainmerge.export.adapter import CONFIG
 from trainmerge.export.export import INDEX, merge_of
 from trainmerge.export.export_adapter import AdapterMerge, adapter_of
 from trainmerge.export.form import Form
-from trainmerge.export.shards import Tensors
 from trainmerge.export.side_files import WEIGHTS
 from trainmerge.export.task import TaskMerge, own_head, task_of
+from trainmerge.export.tensors import Tensors
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
 from trainmerge.system.json_file import read_json

@@ -4,13 +4,12 @@ import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
 
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.begin import Snapshot, begin, find_snapshot
 from trainmerge.fitting.held_out_stopping import check_held_out
 from trainmerge.fitting.keep_better import save_better
-from trainmerge.fitting.memory_budget import schedule_within, watch_memory
+from trainmerge.fitting.memory_budget import plan_within, watch_memory
 from trainmerge.fitting.model_settings import check_data, needs_examples
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.optimisation import check_optimisation
@@ -21,13 +20,14 @@ from trainmerge.fitting.outcome import (
     save_start,
     warn_if_loss_did_not_fall,
 )
-from trainmerge.fitting.plan_fit import Precision
-from trainmerge.fitting.preflight import check_heads, check_tasks
+from trainmerge.fitting.place import card_of, check_held, plan_on
+from trainmerge.fitting.preflight import check_heads, check_rounds, check_tasks
 from trainmerge.fitting.snapshots import Snapshots
-from trainmerge.fitting.trainer import check_folder, check_strategy
+from trainmerge.fitting.trainer import check_folder, check_strategy, precision_of
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.in_use import in_use
-from trainmerge.system.memory import parse_size
+from trainmerge.system.distributed import is_collective_error
+from trainmerge.system.memory import format_size, parse_size
 
 
 def fit(
@@ -66,6 +66,8 @@ def fit(
     check_settings(module, data, trainer)
     if limit := parse_size(memory) if memory else 0:
         cut_steps(module, data, trainer, limit)
+    elif trainer.max_steps:
+        plan_steps(module, data, trainer)
     folder = RunFolder(Path(run))
     with in_use(folder, "trainmerge fit", first=trainer.is_global_zero):
         fit_alone(folder, module, data, trainer, resume, config, limit)
@@ -139,7 +141,24 @@ def cut_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit
             "it out"
         )
     if trainer.max_steps:
-        module.schedule = schedule_within(module, data, precision_of(trainer), limit)
+        plan = plan_within(module, data, precision_of(trainer), limit)
+        module.schedule = plan.schedule
+        print(f"memory: {format_size(plan.total)} planned, of {format_size(limit)}: {plan.schedule}")
+
+
+def plan_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:
+    """Choose schedule and places for the trainer's device (`plan_on`); a CPU has its settings' own.
+
+    Raises:
+        ValueError: there is no room where `model.vectors` asks for it.
+    """
+    device = trainer.strategy.root_device
+    devices = trainer.world_size if module.settings.sharded else 1
+    if device.type == "cuda":
+        card = card_of(device, trainer.num_devices)
+        plan_on(module, data, precision_of(trainer), card, devices)
+    else:
+        check_held(module, devices)
 
 
 def learn(
@@ -171,19 +190,6 @@ def learn(
         check_learned(folder, module)
 
 
-def is_collective_error(error: RuntimeError) -> bool:
-    """Whether the error comes from a collective, not from this process's own work."""
-    text = str(error)  # gloo raises plain RuntimeErrors
-    return isinstance(error, torch.distributed.DistError) or any(
-        word in text for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset")
-    )
-
-
-def precision_of(trainer: pl.Trainer) -> Precision:
-    """The autocast of the trainer's steps."""
-    return trainer.strategy.precision_plugin.forward_context
-
-
 def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:
     """Raise ValueError for settings that cannot work or would silently change what is learned."""
     if trainer.max_steps < 0:
@@ -205,5 +211,6 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
         )
     check_heads(module)
     if trainer.max_steps or needs_examples(module.recipe, module.initial):
-        check_data(module.recipe, module.opened, data)
+        check_data(module.recipe, module.opened, data, module.settings.sharded)
+        check_rounds(module, data)
         check_tasks(module, data)

@@ -9,32 +9,52 @@ import torch
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.plan_fit import Precision, plan_fit
-from trainmerge.plan.devices import measured
-from trainmerge.plan.micro_batches import StepSchedule, smaller_schedules
+from trainmerge.plan.devices import Device, measured
+from trainmerge.plan.fastest import StepTasks, fastest
+from trainmerge.plan.micro_batches import StepSchedule
+from trainmerge.plan.plan import Plan
 from trainmerge.system.memory import Peak, format_size, return_freed_memory
 
-MARGIN = 1.05  # for libraries' own memory and allocator rounding: 3% over the plan was measured
 
+def plan_within(
+    module: MergeModule,
+    data: Calibration,
+    precision: Precision,
+    limit: int,
+    device: Device | None = None,
+    devices: int = 1,
+) -> Plan:
+    """The fastest plan within `limit` bytes, with a margin; all schedules give the same gradient.
 
-def schedule_within(module: MergeModule, data: Calibration, precision: Precision, limit: int) -> StepSchedule:
-    """The first schedule whose plan, with a margin, is within `limit` bytes; all give the same gradient.
+    What the module's settings leave open is chosen. If nothing fits: one task per backward, activation
+    checkpointing, fewer examples per forward, in this order.
 
-    In order: the module's own, one task per backward, activation checkpointing, fewer examples per forward.
+    Args:
+        module: The merge to learn.
+        data: The calibration data.
+        precision: The fit's autocast.
+        limit: Bytes of each device's memory.
+        device: The device; by default this processor, measured.
+        devices: The number of devices that share model and examples.
 
     Raises:
         ValueError: none fits; with the last plan and remedies.
     """
-    device = measured()
-    separable = not module.objective.couples and module.rule is None
-    for schedule in smaller_schedules(module.schedule, data.batch_size, separable):
-        plan = plan_fit(module, data, precision, device, schedule=schedule)
-        if MARGIN * plan.total <= limit:
-            print(f"memory: {format_size(plan.total)} planned, of {format_size(limit)}: {schedule}")
-            return schedule
+    device = device or measured()
+    together = module.rule is None
+    separable = not module.objective.couples and together
+    tasks = StepTasks(len(data.examples), -(-data.batch_size // devices), separable, together)
+
+    def planned(schedule: StepSchedule) -> Plan:
+        return plan_fit(module, data, precision, device, devices, schedule, limit)
+
+    plan, found = fastest(module.asked, tasks, planned, limit)
+    if found:
+        return plan
     table = "\n".join(f"  {caption}: {size}" for caption, size in plan.memory.rows())
     raise ValueError(
         f"the fit needs {format_size(plan.total)}, more than the {format_size(limit)} of `memory`, even with "
-        f"{schedule}:\n{table}\n{_remedy(module, data)}"
+        f"{plan.schedule}:\n{table}\n{_remedy(module, data)}"
     )
 
 

@@ -20,7 +20,7 @@ from trainmerge.coefficients.anchor import Anchor
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.constraints import Constraint, Free
 from trainmerge.coefficients.initial import Initial, read_initial
-from trainmerge.data.batch import Batch
+from trainmerge.data.batch import Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.model_settings import (
     ModelSettings,
@@ -30,14 +30,18 @@ from trainmerge.fitting.model_settings import (
     check_sharding,
     needs_examples,
 )
+from trainmerge.fitting.on_policy import OnPolicy
+from trainmerge.fitting.on_policy_rounds import Rounds
 from trainmerge.fitting.precision import scale_of
 from trainmerge.fitting.prepare import FitInputs, prepare
 from trainmerge.fitting.steps import CoefficientSteps
+from trainmerge.model.residency import Room, Vectors
 from trainmerge.model.resident import Resident
 from trainmerge.model.teachers import BUDGET, Record
 from trainmerge.objectives import Entropy, Objective
-from trainmerge.plan.micro_batches import StepSchedule
+from trainmerge.plan.micro_batches import OpenSchedule
 from trainmerge.run.recipe import Recipe
+from trainmerge.system.ranges import check_option
 from trainmerge.task_vectors.quantise import Quantise
 
 
@@ -65,14 +69,21 @@ class MergeModule(CoefficientSteps):
             sum over tasks: code that averages K tasks clips at `clip` / K.
         weights: Dtype of the resident model: `stored` is the base files' own; `bfloat16` halves a float32
             model, and the merge is rounded to it once. Coefficients and reductions are always float32.
+        schedule: `auto` chooses the next two, where they are not set, for the fewest passes over the task
+            vectors within a known memory: a GPU's, or `memory` of a fit on a CPU. `least` memory is 1 and
+            false, as is `auto` where no memory is known.
         tasks_per_backward: Tasks whose forwards share one backward. Each backward reads the task vectors once
             and needs the memory of these tasks' activations.
         keep_gradients: Accumulate the weight gradients over a step's backwards and read the task vectors once
             per step, for the memory of one more model.
+        vectors: Where base and task vectors are held: on the `device` or in `host` memory from the first step
+            on, or nowhere but in their `file`s. `auto` fills a GPU, then host memory, as far as the plan of a
+            step leaves room, and reads files on a CPU. Coefficients do not depend on this.
         teacher_budget: Bytes for the experts' recorded probabilities: all if they fit, else the largest per
             row.
         quantise: Learn on quantised task vectors, `Int8` or `Ternary`; the export uses the exact ones.
         workspace: Folder for preprocessed task vectors, merged adapters and recorded expert outputs.
+        on_policy: Learn from continuations that the merge writes, in rounds; by default from the examples.
         sharded: Shard the model over the trainer's processes instead of replicating it: for models that do
             not fit on one device. The trainer's strategy stays `ddp`; coefficients do not depend on this.
     """
@@ -91,19 +102,29 @@ class MergeModule(CoefficientSteps):
         subspace: int = 0,
         clip: float = 0.0,
         weights: Literal["stored", "bfloat16"] = "stored",
-        tasks_per_backward: int = 1,
-        keep_gradients: bool = False,
+        schedule: Literal["auto", "least"] = "auto",
+        tasks_per_backward: int | None = None,
+        keep_gradients: bool | None = None,
         teacher_budget: int = BUDGET,
         quantise: Quantise | None = None,
         workspace: str = "workspace",
         sharded: bool = False,
+        on_policy: OnPolicy | None = None,
+        vectors: Vectors = "auto",
     ) -> None:
         super().__init__()
         check_given(objective=objective, constraint=constraint, anchor=anchor, optimizer=optimizer)
         check_learning(clip, keep_better, keep_gradients, combine)
+        self.on_policy = on_policy
+        self._rounds: Rounds | None = None  # once the model is loaded
+        check_option("model.schedule", schedule, Literal["auto", "least"])
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
-        self.settings = ModelSettings(weights, subspace, quantise, teacher_budget, Path(workspace), sharded)
-        self.schedule = StepSchedule(tasks_per_backward, keep=keep_gradients)
+        place = Path(workspace), sharded, vectors
+        self.settings = ModelSettings(weights, subspace, quantise, teacher_budget, *place)
+        asked = OpenSchedule(tasks_per_backward, keep_gradients)
+        self.schedule = asked.least
+        self.asked = asked if schedule == "auto" else OpenSchedule(self.schedule.tasks, self.schedule.keep)
+        self.room: Room | None = None  # for task vectors, once a plan has found it
         self.initial, self.keep_better = initial, keep_better
         check_sharding(self.settings, needs_examples(recipe, initial))
         self.opened = recipe.open(self.settings.workspace)
@@ -142,15 +163,14 @@ class MergeModule(CoefficientSteps):
         device: torch.device | str = "cpu",
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """Prepare the model (`prepare`), once. Lightning's `setup` calls it too.
-
-        Raises:
-            ValueError: the data's experts or their order differ from the recipe's.
-        """
-        check_data(self.recipe, self.opened, data)
+        """Prepare the model (`prepare`), once; raises as `check_data`. Lightning's `setup` calls it too."""
+        check_data(self.recipe, self.opened, data, self.settings.sharded)
         if self._resident is not None:
             return
-        made = prepare(self.inputs(data), device, precision)
+        given = self.inputs(data)
+        made = prepare(given if self.on_policy is None else given.without_records(), device, precision)
+        if self.on_policy is not None:
+            self._rounds = Rounds(self.on_policy, given, made.resident)
         self._resident, self.teachers = made.resident, made.teachers
         if made.start is not None:
             self.start = made.start.expand_as(self.start).clone()
@@ -159,7 +179,7 @@ class MergeModule(CoefficientSteps):
     def inputs(self, data: Calibration) -> FitInputs:
         """What `prepare` makes the model from."""
         merge = self.recipe, self.opened, self.coefficients, self.initial
-        return FitInputs(*merge, self.objective.asks, data, self.settings, self.schedule)
+        return FitInputs(*merge, self.objective.asks, data, self.settings, self.schedule, self.room)
 
     @override
     def setup(self, stage: str) -> None:
@@ -177,14 +197,22 @@ class MergeModule(CoefficientSteps):
             self.resident.merged.loss_scale = scale
 
     @override
+    def training_step(self, step: Step, index: int) -> None:
+        """One optimizer step; on policy, on the round's texts of the step's examples."""
+        super().training_step(self._rounds.rewritten(step, self.global_step) if self._rounds else step, index)
+
+    @override
     def loss(self, batch: Batch) -> Tensor:
         """The weighted loss of one expert's batch at the resident model's current weights.
 
         Its backward has the model's `loss_scale`, which `MergedModel.gradient` takes out again.
         """
         expert = list(self.recipe.experts.values())[batch.expert]
+        return self.resident.merged.loss_scale(expert.weight * batch.share * self.losses(batch).mean())
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of each example of one expert's batch, [B], without the expert's weight."""
         batch = self.resident.counted(batch)
-        if self.teachers:
-            batch = batch._replace(teacher=self.teachers[batch.expert].of(batch.ids, self.resident.device))
-        losses = self.objective(self.resident(batch, self.objective.asks.layers), batch)
-        return self.resident.merged.loss_scale(expert.weight * batch.share * losses.mean())
+        if records := self.teachers if self._rounds is None else self._rounds.records:
+            batch = batch._replace(teacher=records[batch.expert].of(batch.ids, self.resident.device))
+        return self.objective(self.resident(batch, self.objective.asks.layers), batch)

@@ -42,6 +42,7 @@ def plan_fit(
     device: Device | None = None,
     devices: int = 1,
     schedule: StepSchedule | None = None,
+    limit: int = 0,
 ) -> Plan:
     """The plan of `tm.fit(module, data, ...)`: reads headers and the longest examples, but no weight.
 
@@ -52,11 +53,13 @@ def plan_fit(
         device: The device whose speeds give the times; by default this processor, measured.
         devices: The number of devices that share model and examples.
         schedule: How a step is split into backwards; by default the module's.
+        limit: Bytes of its memory that each device may use; 0 is 9 of 10 of a known memory.
     """
     schedule = schedule or module.schedule
     if module.rule is not None:
         schedule = replace(schedule, tasks=1)  # each expert needs its own gradient
     model = _empty_model(module)
+    data = module.on_policy.planned(data) if module.on_policy else data
     step = [_longest(data, k, -(-data.batch_size // devices)) for k in range(len(data.examples))]
     records = _records(module, data, step, model.module)
     learned = {parameter_of(model.names[name]) for name in module.opened.layout.learned}
@@ -80,7 +83,7 @@ def plan_fit(
     )
     device = device or measured(next(iter(model.dtypes.values())))
     before = anonymous() if sys.platform == "linux" and not device.link else 0
-    return Plan(sizes, schedule, needs, len(parts), device, devices, before)
+    return Plan(sizes, schedule, needs, len(parts), device, devices, before, module.settings.vectors, limit)
 
 
 def _heads(module: MergeModule, model: "_EmptyModel") -> dict[int, Head | OwnModel]:
@@ -119,9 +122,9 @@ def _sizes(module: MergeModule, model: _EmptyModel, records: "_Records", learned
     own = {name: p.numel() * model.dtypes.get(name, p.dtype).itemsize for name, p in parameters.items()}
     stored = sum({names[n]: opened.base.info(n).nbytes for n in names}.values())
     read: dict[str, int] = {}
-    for name in opened.layout.groups:
+    for name, count in read_bytes(module).items():
         parameter = parameter_of(names[name])
-        read[parameter] = read.get(parameter, 0) + _read(module, opened.task_vectors.deltas[name])
+        read[parameter] = read.get(parameter, 0) + count
     files = [file for folder in opened.folders.values() for file in Path(folder).glob("*.safetensors")]
     return sizes_of(
         model.module,
@@ -174,6 +177,12 @@ def _records(module: MergeModule, data: Calibration, step: Step, meta_model: nn.
         probabilities = [8 * width * count for count in rows]
     each = [a + b for a, b in zip(hidden, probabilities, strict=True)]
     return _Records(width, max(each), sum(each))
+
+
+def read_bytes(module: MergeModule) -> dict[str, int]:
+    """Bytes of base and task vectors that a pass will read of each merged tensor, from headers."""
+    deltas = module.opened.task_vectors.deltas
+    return {name: _read(module, deltas[name]) for name in module.opened.layout.groups}
 
 
 def _read(module: MergeModule, delta: Delta) -> int:

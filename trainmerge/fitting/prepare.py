@@ -1,7 +1,7 @@
 """Prepare a fit's model: one function per step, called in order by `prepare`.
 
-    task vectors -> base and heads -> preprocessors that use examples -> quantise -> subspaces -> merged model
-    -> start -> teachers
+    task vectors -> base and heads -> texts that experts write -> preprocessors that use examples -> quantise
+    -> subspaces -> merged model -> start -> teachers
 
 Results that depend only on files are cached in the workspace.
 
@@ -10,7 +10,7 @@ Legend: `K` experts, `G` coefficient groups, `m` rows of a matrix, `k` direction
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -22,10 +22,13 @@ from trainmerge.coefficients.initial import Initial
 from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.batch import Asks
 from trainmerge.data.calibration import Calibration, recorded
+from trainmerge.fitting.generated import write_generated
 from trainmerge.fitting.model_settings import ModelSettings
 from trainmerge.model.activation_checkpointing import recompute_blocks
 from trainmerge.model.expert_statistics import ExpertStatistics
+from trainmerge.model.residency import Residency, Room, Share, reside
 from trainmerge.model.resident import Placement, Resident, load_resident, preprocess
+from trainmerge.model.row_shards import delta_shards
 from trainmerge.model.teachers import Record, record_teachers
 from trainmerge.plan.micro_batches import StepSchedule
 from trainmerge.preprocess import Informed, Preprocess, apply, key_after
@@ -50,6 +53,11 @@ class FitInputs:
     data: Calibration
     settings: ModelSettings
     schedule: StepSchedule
+    room: Room | None = None  # for task vectors on the device; None if it is unknown
+
+    def without_records(self) -> "FitInputs":
+        """The same where nothing of the experts is recorded on the examples."""
+        return replace(self, asks=Asks(embedding=self.asks.embedding))
 
     def identity(self) -> str:
         """A text that identifies the preprocessed task vectors."""
@@ -84,9 +92,11 @@ def prepare(
     experts = load_resident(
         recipe, given.opened, given.coefficients, given.data.tokenize, placement, given.asks.embedding
     )
+    write_generated(given.data, given.opened, experts, settings.workspace)
     vectors = preprocess_with_examples(given, vectors, first, rest, experts)
     vectors = quantise_vectors(given, vectors)
-    resident = experts.merging(vectors, find_subspaces(given, vectors), schedule.keep)
+    subspaces, residency = find_subspaces(given, vectors), place(given, vectors, experts)
+    resident = experts.merging(vectors, subspaces, schedule.keep, residency)
     if schedule.recompute:
         recompute_blocks(resident.merged.module)
     start = measure_start(given, resident)
@@ -131,6 +141,17 @@ def quantise_vectors(given: FitInputs, vectors: TaskVectors) -> TaskVectors:
         return vectors
     with distributed.rank_zero_first():
         return quantised(vectors, given.settings.quantise, given.settings.workspace, given.identity())
+
+
+def place(given: FitInputs, vectors: TaskVectors, experts: Resident) -> Residency:
+    """Where this process holds its rows of the task vectors that every step reads."""
+    rows = delta_shards(vectors.deltas, experts.merged.parameters)
+    layout = given.opened.layout
+    shares = {name: Share(rows[name].nbytes, 1 + (name in layout.learned)) for name in layout.groups}
+    residency = reside(given.settings.vectors, shares, given.room)
+    if residency.places and distributed.rank() == 0:
+        print(f"base and task vectors: {residency}")
+    return residency
 
 
 def find_subspaces(given: FitInputs, vectors: TaskVectors) -> Mapping[str, Tensor]:

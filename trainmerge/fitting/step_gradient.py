@@ -4,6 +4,7 @@ Legend: `K` experts, `G` coefficient groups.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -78,8 +79,11 @@ class StepGradient:
         rows = []
         with self.merged.tapped():
             if self.rule is None:
-                for batches in rounds(step, self.schedule):
-                    for name, loss in self._backward(batches).items():
+                *parts, last = rounds(step, self.schedule)
+                for batches in [*parts, last]:
+                    with self.merged.last_backward() if batches is last else nullcontext():
+                        own = self._backward(batches)
+                    for name, loss in own.items():
                         losses[name] = losses[name] + loss if name in losses else loss
                 return losses, self.merged.gradient()[None]
             for batch in step:

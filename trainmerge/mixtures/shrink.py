@@ -6,7 +6,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from trainmerge.checkpoints import Checkpoint, check_tensors, open_checkpoint
-from trainmerge.data.examples import Columns, Example, read_examples
+from trainmerge.data.columns import Columns
+from trainmerge.data.examples import Example, read_examples
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.export.export import write_checkpoint
 from trainmerge.mixtures.groups import FILE, METHODS, plan_groups, read_groups, write_groups

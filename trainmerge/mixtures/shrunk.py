@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.export.form import Form, divided
-from trainmerge.export.shards import OnlyModel
+from trainmerge.export.tensors import OnlyModel
 from trainmerge.mixtures.assignment import assign
 from trainmerge.mixtures.groups import Groups
 from trainmerge.mixtures.layers import MixtureLayer

@@ -18,7 +18,8 @@ from trainmerge.checkpoints import Checkpoint
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.export.form import Form, divided
-from trainmerge.export.shards import CheckpointMerge, OnlyModel
+from trainmerge.export.shards import CheckpointMerge
+from trainmerge.export.tensors import OnlyModel
 from trainmerge.mixtures.families import Mixture, feed_forward
 from trainmerge.system.safetensors_file import TensorInfo
 from trainmerge.task_vectors.delta import TaskVectors

@@ -3,7 +3,7 @@
 Legend: `B` examples, `T` tokens, `R` rows, `n` inputs of a linear layer, `V` vocabulary or classes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from trainmerge.data.batch import Batch
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.model.layer_inputs import Moment, watching
+from trainmerge.model.layer_inputs import Magnitude, Moment, watching
 from trainmerge.model.resident import Resident
 from trainmerge.model.router_states import merged_routers, states_of
 from trainmerge.preprocess import Router
@@ -111,13 +111,40 @@ class ExpertStatistics:
                     self.resident(batch)
         return {name: moment.mean() for name, moment in moments.items() if moment.count}
 
+    @torch.no_grad()
+    def magnitudes(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Mean |x| [n], float32, of the inputs x of each linear layer and norm among `names`.
+
+        Of the base on all experts' examples, without padding. Layers that read no row are left out.
+        """
+        merged = self.resident.merged
+        layers = self._layers(names) | self._norms(names)
+        sizes = {name: Magnitude() for name in layers}
+        with merged.uniform(torch.zeros(len(merged.task_vectors.experts)), everywhere=True):
+            for expert in range(len(self.examples)):
+                for batch in self._batches(expert, "measuring activations"):
+                    with watching(layers, sizes, batch.inputs.get("attention_mask")):
+                        self.resident(batch)
+        return {name: size.mean() for name, size in sizes.items() if size.count}
+
     def _layers(self, names: Iterable[str]) -> dict[str, nn.Module]:
         """The linear layer (nn.Linear, Conv1D) of each parameter that is one's weight."""
+        deltas = self.resident.merged.task_vectors.deltas
+        linear = [name for name in names if deltas[name].role in LINEAR]
+        return self._owners(linear, lambda module: isinstance(module, nn.Linear | Conv1D))
+
+    def _norms(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        """The module of each vector that is one's weight: a norm."""
+        deltas = self.resident.merged.task_vectors.deltas
+        vectors = [name for name in names if deltas[name].role == "vector" and len(deltas[name].shape) == 1]
+        return self._owners(vectors, lambda module: isinstance(getattr(module, "weight", None), nn.Parameter))
+
+    def _owners(self, names: Iterable[str], kind: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+        """The module of this kind of each parameter that is one's weight."""
         merged = self.resident.merged
-        owners = {id(m.weight): m for m in merged.module.modules() if isinstance(m, nn.Linear | Conv1D)}
-        linear = [name for name in names if merged.task_vectors.deltas[name].role in LINEAR]
-        found = {name: owners.get(id(merged.parameters[name])) for name in linear}
-        return {name: layer for name, layer in found.items() if layer is not None}
+        owners = {id(module.weight): module for module in merged.module.modules() if kind(module)}
+        found = {name: owners.get(id(merged.parameters[name])) for name in names}
+        return {name: module for name, module in found.items() if module is not None}
 
     def gradients(self, expert: int, sampled: bool) -> Iterator[dict[str, Tensor]]:
         """Gradients of a loss with respect to every merged parameter, example by example.

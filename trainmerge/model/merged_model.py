@@ -21,15 +21,18 @@ from torch import Tensor, nn
 
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Gathered, Product, run_merges, run_products, shareable
+from trainmerge.model.concrete import ConcreteMasks, change_of
 from trainmerge.model.exact import exact
 from trainmerge.model.loss_scale import LossScale
 from trainmerge.model.low_rank_gradient import layer_products, tappable, tapped
 from trainmerge.model.placed import Placed, check_apart
-from trainmerge.model.row_shards import DeltaShard, as_shard, delta_shards, local
+from trainmerge.model.residency import Residency
+from trainmerge.model.row_shards import local
+from trainmerge.model.supplied import Supplied
 from trainmerge.preprocess.subspace import outside_subspace
-from trainmerge.task_vectors.delta import Delta, TaskVectors
+from trainmerge.task_vectors.delta import TaskVectors
+from trainmerge.task_vectors.link import link_to
 from trainmerge.task_vectors.places import view
-from trainmerge.task_vectors.prefetch import Prefetch, prefetch_to
 
 
 class MergedModel:
@@ -41,9 +44,10 @@ class MergedModel:
     The module's weights are overwritten; only parameters with a learned coefficient require gradients.
     Gradients are projected onto the orthogonal complement of `subspaces`, orthonormal columns [m, k]. With
     `keep_gradients`, weight gradients accumulate until `gradient` processes them in one pass over the task
-    vectors: several backwards then cost one pass and the memory of one more model. Under FSDP2, which must
-    sum gradients (`sharded`), the coefficient gradients of all processes add up to the sum of each process's
-    own.
+    vectors: several backwards then cost one pass and the memory of one more model. `residency` is where base
+    and task vectors are held. Under FSDP2, which must sum gradients (`sharded`), the coefficient gradients of
+    all processes add up to the sum of each process's own. `masks` are learned with the coefficients, in one
+    process.
 
     Raises ValueError if its parameters share storage with the task vectors' base.
     """
@@ -57,10 +61,12 @@ class MergedModel:
         originals: TaskVectors | None = None,
         subspaces: Mapping[str, Tensor] | None = None,
         keep_gradients: bool = False,
+        masks: ConcreteMasks | None = None,
+        residency: Residency = Residency(),  # noqa: B008 - frozen
     ) -> None:
         self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
         self.names, self.originals = names or {}, originals or task_vectors
-        self.subspaces, self.keep_gradients = subspaces or {}, keep_gradients
+        self.subspaces, self.keep_gradients, self.masks = subspaces or {}, keep_gradients, masks
         deltas = task_vectors.deltas
         self.placed = Placed.of(module, deltas, self.names)
         self.parameters = self.placed.views()
@@ -68,10 +74,9 @@ class MergedModel:
         self._learned = {name: self.placed.owners[name] for name in coefficients.layout.learned}
         self._together = self.placed.by_owner(self._learned)
         check_apart(self.parameters, deltas)
-        device = next(module.parameters()).device
-        # Each pass has its own order
-        self._to_write, self._to_collect = prefetch_to(device), prefetch_to(device)
-        self._mine: tuple[TaskVectors, Mapping[str, Delta]] | None = None  # this process's rows of them
+        link = link_to(next(module.parameters()).device)
+        self._supplied = Supplied(task_vectors, self.parameters, residency, link)
+        self._last = False  # whether the step's last backward runs
         self.loss_scale = LossScale.of(module)  # for losses whose backward `gradient` collects
         self._products = Gathered(self._run_products)
         self._found: list[tuple[str, Sequence[int], Tensor]] = []  # groups, and the sums to add to each
@@ -85,19 +90,26 @@ class MergedModel:
         ]
 
     def with_task_vectors(
-        self, task_vectors: TaskVectors, subspaces: Mapping[str, Tensor], keep_gradients: bool
+        self,
+        task_vectors: TaskVectors,
+        subspaces: Mapping[str, Tensor],
+        keep_gradients: bool,
+        residency: Residency = Residency(),  # noqa: B008 - frozen
     ) -> "MergedModel":
         """The same module as the merge of other task vectors; this object stops receiving gradients."""
         for hook in self._hooks:
             hook.remove()
-        same = self.coefficients, self.names, self.originals, subspaces, keep_gradients
-        return MergedModel(self.module, task_vectors, *same)
+        same = self.coefficients, self.names, self.originals, subspaces, keep_gradients, self.masks
+        return MergedModel(self.module, task_vectors, *same, residency)
 
     @torch.no_grad()
     def materialise(self) -> None:
         """Write the merge at the current coefficients into the module: one pass over the task vectors."""
         values = self.coefficients().cpu()  # copied once: the passes read single elements
-        self._write(self.task_vectors, self._parameters, lambda name: self.coefficients.of(name, values))
+        names = self._supplied.order.of_merge(self._parameters)
+        self._write(self.task_vectors, names, lambda name: self.coefficients.of(name, values))
+        if self.masks is not None:
+            self.masks.mask_all(self._parameters, self.task_vectors.deltas)
 
     @contextmanager
     def teacher(self, expert: int) -> Iterator[nn.Module]:
@@ -136,10 +148,7 @@ class MergedModel:
 
         Fixed coefficients have none: everything that reads a gradient sees 0 there.
         """
-        for names in self._together:
-            if (parameter := self._learned[names[0]]).grad is not None:
-                self._collect(names, parameter)
-        self._products.flush()
+        self._collect_sums()
         found, self._found = self._found, []
         total = torch.zeros(self.coefficients.raw.shape, dtype=torch.float64)  # sum of many small terms
         if found:  # on the CPU, in a fixed order: a GPU's index_add_ is nondeterministic
@@ -158,14 +167,35 @@ class MergedModel:
         """
         parts = {*self.placed.parts(self._learned)}  # a tap sees the whole weight, not a part of it
         ordinary = {n: p for n, p in self._learned.items() if n not in self.subspaces and n not in parts}
+        ordinary = ordinary if self.masks is None else {}  # masks need the whole gradient
         with ExitStack() as layers:
             for name, layer in tappable(self.module, ordinary, self.task_vectors.deltas):
                 layers.enter_context(tapped(layer, partial(self._collect_at_layer, name)))
             yield self.module
 
+    @contextmanager
+    def last_backward(self) -> Iterator[None]:
+        """The step's last backward: accumulated gradients are complete, and collected as they arrive."""
+        self._last = True
+        try:
+            yield
+        finally:
+            self._last = False
+
     def _arrived(self, names: Sequence[str], parameter: Tensor) -> None:
-        if not self.keep_gradients:
+        if not self.keep_gradients or self._last:
             self._collect(names, parameter)
+
+    def _collect_sums(self) -> None:
+        """Collect the gradients that are left after a step's backwards, for sums in the layout's order."""
+        self._products.flush()
+        before = len(self._found)
+        left = {own[0]: own for own in self._together if self._learned[own[0]].grad is not None}
+        for first in self._supplied.order.of_sums(left):
+            self._collect(left[first], self._learned[first])
+        self._products.flush()
+        places = {name: place for place, name in enumerate(self._learned if left else ())}
+        self._found[before:] = sorted(self._found[before:], key=lambda call: places[call[0]])
 
     def _collect(self, names: Sequence[str], parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -179,7 +209,10 @@ class MergedModel:
 
     def _collect_part(self, name: str, slope: Tensor) -> None:
         slope = outside_subspace(slope, self.subspaces.get(name), self.task_vectors.deltas[name].role)
-        delta = self._delta(self._to_collect, self.task_vectors, name)
+        delta = self._supplied.to_collect(name)
+        if self.masks is not None:
+            values = self.coefficients.of(name, self.coefficients().detach().cpu())
+            slope = self.masks.collect(name, slope, change_of(self.task_vectors.deltas[name], values))
         columns = self.coefficients.layout.groups[name]
         for chunks, product in delta.products(slope, len(columns)):
             self._products.add((name, columns[chunks], product), shareable(product))
@@ -190,7 +223,7 @@ class MergedModel:
         self._found += [(*call[:2], inner) for call, inner in zip(calls, found, strict=True)]
 
     def _collect_at_layer(self, name: str, inputs: Tensor, slopes: Tensor) -> None:
-        columns, delta = self.coefficients.layout.groups[name], self.task_vectors.deltas[name]
+        columns, delta = self.coefficients.layout.groups[name], self._supplied.at_layer(name)
         with exact(slopes):
             self._found.append((name, columns, layer_products(inputs, slopes, delta, len(columns))))
 
@@ -200,16 +233,8 @@ class MergedModel:
     ) -> None:
         merges = Gathered(run_merges)
         with exact(next(self.module.parameters())):
-            for name in names:
-                delta = self._delta(self._to_write, source, name)
+            for name, delta in self._supplied.to_merge(source, names):
                 for merge in delta.merges(self.placed.written(name), coefficients(name)):
                     merges.add(merge, shareable(merge))
             merges.flush()
         torch.clear_autocast_cache()  # autocast caches casts of the previous weights
-
-    def _delta(self, prefetch: Prefetch | None, source: TaskVectors, name: str) -> Delta | DeltaShard:
-        """One parameter's prefetched delta: the rows of this process."""
-        if self._mine is None or self._mine[0] is not source:
-            self._mine = source, delta_shards(source.deltas, self.parameters)
-        mine = self._mine[1]
-        return as_shard(prefetch.take(mine, name) if prefetch else mine[name], self.parameters[name])

@@ -11,8 +11,8 @@ from torch import Tensor
 from trainmerge.checkpoints import LoadedModel, OwnHead, load_meta_model, load_model
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.data.batch import Batch, Outputs
+from trainmerge.data.classifier import Classifier
 from trainmerge.data.examples import Example
-from trainmerge.data.heads import Classifier
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.embedding import Embedding, read_embedding
 from trainmerge.model.forward import build_classifier, forward
@@ -20,6 +20,7 @@ from trainmerge.model.fsdp import Root, shard_model
 from trainmerge.model.media_forward import Tokenize
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.own_head import OwnModel, attach
+from trainmerge.model.residency import Residency
 from trainmerge.preprocess import Preprocess, apply
 from trainmerge.run.heads import TaskHead, task_heads
 from trainmerge.run.opened import Opened
@@ -54,9 +55,10 @@ class Resident:
         task_vectors: TaskVectors,
         subspaces: Mapping[str, Tensor] | None = None,
         keep_gradients: bool = False,
+        residency: Residency = Residency(),  # noqa: B008 - frozen
     ) -> "Resident":
         """The same model as the merge of other task vectors; replaces this object (`MergedModel`)."""
-        merged = self.merged.with_task_vectors(task_vectors, subspaces or {}, keep_gradients)
+        merged = self.merged.with_task_vectors(task_vectors, subspaces or {}, keep_gradients, residency)
         return replace(self, merged=merged)
 
     def batch(self, expert: int, examples: Sequence[Example], tokenizer: Tokenizer, first: int = 0) -> Batch:

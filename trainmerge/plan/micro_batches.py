@@ -5,6 +5,7 @@ Legend: `B` examples of one expert and step.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from trainmerge.data.batch import Batch
 from trainmerge.data.example_rows import split_rows
@@ -39,6 +40,27 @@ class StepSchedule:
         parts += [f"{self.examples} example{'s' * (self.examples > 1)} per forward"] if self.examples else []
         parts += ["blocks recomputed"] * self.recompute + ["gradients accumulated"] * self.keep
         return ", ".join(parts)
+
+
+class OpenSchedule(NamedTuple):
+    """What of a schedule is set, and what the plan of a step may choose: None.
+
+    With `least` in place of a plan, all that is not set is what needs the least memory.
+    """
+
+    tasks: int | None = None
+    keep: bool | None = None
+
+    @property
+    def least(self) -> StepSchedule:
+        """The schedule of least memory with what is set.
+
+        Raises:
+            ValueError: what is set is out of range.
+        """
+        return StepSchedule(
+            1 if self.tasks is None else self.tasks, keep=False if self.keep is None else self.keep
+        )
 
 
 def rounds(step: Sequence[Batch], schedule: StepSchedule) -> Iterator[list[Batch]]:

@@ -1,8 +1,9 @@
 """The memory of a fit and the time per step, before it begins.
 
 Computed from sizes in headers and a step's dry run; no weight is read. One device stores the merged model,
-the activations and gradients of a step, and scratch buffers; base and task vectors stay in mapped files. With
-N devices, each stores 1/N of the weights and a gathered block, and communicates as much as FSDP of one model.
+the activations and gradients of a step, scratch buffers, and what there is room for of base and task vectors
+(`model.residency`). With N devices, each stores 1/N of the weights and a gathered block, and communicates as
+much as FSDP of one model.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from trainmerge.kernels import waiting
+from trainmerge.model.residency import Residency, Room, Share, Vectors, reside
 from trainmerge.plan.devices import Device
 from trainmerge.plan.dry_run import DryRun
 from trainmerge.plan.micro_batches import StepSchedule
@@ -19,6 +21,8 @@ from trainmerge.plan.step_memory import StepMemory
 from trainmerge.system.memory import format_size
 
 SCRATCH = 16 << 20  # bytes: blocks of the two passes, in float32
+USABLE = 0.9  # of a device's memory: the rest is the driver's, and the allocator's rounding
+PINNED = 0.5  # of host memory: the rest is the page cache of the files, and other processes'
 STATE = 40  # bytes per coefficient: value, gradient (also in float64), Adam's two moments, the start, copies
 
 
@@ -34,6 +38,8 @@ class Plan:
         device: The device's speeds.
         devices: The number of devices.
         before: Bytes that the process uses before the fit.
+        vectors: Where base and task vectors are held.
+        limit: Bytes of its memory that each device may use; by default 9 of 10 of a known memory.
     """
 
     sizes: Sizes
@@ -43,10 +49,42 @@ class Plan:
     device: Device
     devices: int = 1
     before: int = 0
+    vectors: Vectors = "auto"
+    limit: int = 0
 
     @property
     def memory(self) -> StepMemory:
         """Bytes on each device, by purpose."""
+        held = self.residency.held
+        host = 0 if self.device.link else held["host"]  # a processor's device memory
+        return self._memory(held["device"] + host, sending=held["host"] + held["file"] > 0)
+
+    @property
+    def residency(self) -> Residency:
+        """Where base and task vectors are held.
+
+        Raises:
+            ValueError: `vectors` names a place that is known to be too small.
+        """
+        passes = 1 if self.schedule.keep else self.backwards
+        twice = self.sizes.read_twice
+        shares = {
+            name: Share(_share(count, self.devices), 1 + passes * (name in twice))
+            for name, count in self.sizes.read.items()
+        }
+        return reside(self.vectors, shares, self.room)
+
+    @property
+    def room(self) -> Room | None:
+        """What a step leaves free of the device's memory, and of the host's; None if that is unknown."""
+        device = self.device
+        if not (limit := self.limit or int(USABLE * device.memory)):
+            return None
+        free = max(0, limit - self._memory(0, sending=True).total)
+        return Room(free, int(PINNED * device.host) if device.link else free, device.link, device.bandwidth)
+
+    def _memory(self, vectors: int, sending: bool) -> StepMemory:
+        """The same with so many bytes of base and task vectors that stay."""
         sizes, shards = self.sizes, self.devices
         gathers, prefetches = shards > 1, self.device.link > 0
         transient = self.dry_run.peak - self.dry_run.activations
@@ -62,7 +100,8 @@ class Plan:
             largest_gradient=largest,
             operators=transient - largest,
             preparation=max(0, sizes.beforehand - self.dry_run.peak),
-            prefetched=2 * _share(sizes.widest, shards) * prefetches,
+            vectors=vectors,
+            prefetched=2 * _share(sizes.widest, shards) * (prefetches and sending),
             launches=min(waiting(kind), sizes.vectors + sizes.weights),
             scratch=SCRATCH,
             coefficients=STATE * sizes.coefficients,
@@ -72,6 +111,11 @@ class Plan:
     def total(self) -> int:
         """Peak bytes on each device."""
         return self.memory.total
+
+    @property
+    def needed(self) -> int:
+        """Peak bytes that a step cannot do without: what `auto` holds for speed is not counted."""
+        return self.total - self.memory.vectors * (self.vectors == "auto")
 
     @property
     def mapped(self) -> int:
@@ -95,11 +139,16 @@ class Plan:
         device = self.device
         rows = {
             "forward and backward": self.dry_run.flops / (device.flops * device.use),
-            "merge and coefficient gradient": self.read / (device.link or device.bandwidth),
+            "merge and coefficient gradient": max(self.read / device.bandwidth, self._sending),
         }
         if self.devices > 1:
             rows["exchange"] = self.exchanged / (device.exchange or device.bandwidth)
         return rows
+
+    @property
+    def _sending(self) -> float:
+        """Seconds per step of the link, beside which the passes run."""
+        return self.residency.sent / self.device.link if self.device.link else 0.0
 
     def rows(self) -> list[list[str]]:
         """The plan as table cells: quantity, value, remark."""
@@ -107,9 +156,10 @@ class Plan:
         rows = [[caption, size, ""] for caption, size in self.memory.rows()]
         rows[-1][2] = f"of {format_size(device.memory)}" if device.memory else ""
         rows.append(["mapped files", format_size(self.mapped), "page cache, not counted"])
-        rows.append(
-            ["base and task vectors read per step", format_size(self.read), f"{self.backwards} backwards"]
-        )
+        rows.append(["base and task vectors", str(self.residency), f"vectors: {self.vectors}"])
+        rows.append(["read of them per step", format_size(self.read), f"{self.backwards} backwards"])
+        if device.link:
+            rows.append(["sent of them per step", format_size(self.residency.sent), "over the device's link"])
         if self.devices > 1:
             rows.append(["communicated per step", format_size(self.exchanged), "as FSDP of one model"])
         rows.append(["computed per step", f"{self.dry_run.flops / 1e12:.3g} TFLOP", "matrix products"])

@@ -1,7 +1,7 @@
 """Sizes of a merge's tensors in bytes, from headers and a meta model; no weight is read."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from torch import nn
@@ -25,6 +25,8 @@ class Sizes:
     widest: int  # of these, the largest of one parameter
     files: int  # all mapped files: base, experts, recorded expert outputs
     beforehand: int = 0  # needed by loading, or by recording an expert, in addition to the model
+    read: Mapping[str, int] = field(default_factory=dict)  # `vectors` of each merged parameter
+    read_twice: frozenset[str] = frozenset()  # the learned ones of them
 
 
 def sizes_of(
@@ -54,4 +56,6 @@ def sizes_of(
         widest=max(read.values()),
         files=files,
         beforehand=beforehand,
+        read=read,
+        read_twice=frozenset(learned),
     )

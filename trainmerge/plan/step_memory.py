@@ -14,6 +14,7 @@ CAPTIONS = {
     "largest_gradient": "largest gradient",
     "operators": "temporaries of operators",
     "preparation": "loading and recording, in excess of a step",
+    "vectors": "base and task vectors that stay",
     "prefetched": "prefetched task vectors, two parameters",
     "launches": "queued for a Triton kernel launch",
     "scratch": "scratch buffers",
@@ -35,7 +36,8 @@ class StepMemory:
         largest_gradient: The largest weight's gradient.
         operators: Temporaries of operators.
         preparation: Needs of loading, or of recording an expert, in excess of a step.
-        prefetched: Prefetched task vectors of two parameters.
+        vectors: Base and task vectors that are held on the device.
+        prefetched: Base and task vectors of two parameters, which cross the link.
         launches: Tensors queued for a Triton kernel launch.
         scratch: Float32 buffers of the two passes.
         coefficients: Coefficients and the optimizer's state.
@@ -50,6 +52,7 @@ class StepMemory:
     largest_gradient: int
     operators: int
     preparation: int
+    vectors: int
     prefetched: int
     launches: int
     scratch: int

@@ -57,6 +57,12 @@ class Calibrator(Protocol):
         `merged` are weights that replace the expert's own during the pass.
         """
 
+    def magnitudes(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Mean |x| [n] of the inputs x of each linear layer and norm among `names`; others are left out.
+
+        The model is the base, the examples are those of all experts.
+        """
+
     def gradients(self, expert: int, sampled: bool) -> Iterator[dict[str, Tensor]]:
         """Gradients of -log p(y | x) with respect to the expert's weights, example by example.
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from trainmerge.data.examples import Example, read_examples
+from trainmerge.data.generate import Generate
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe, calibration_files
@@ -15,7 +16,7 @@ LONGEST = 200  # characters of an example in an error
 def check_encoding(run: RunFolder, recipe: Recipe, fitted: Path, exported: Path) -> int:
     """Render and encode the calibration chats with both tokenizers; returns the number of chats compared.
 
-    Prints a line for files that are not here. Runs without chats are not compared.
+    The run has chats. Prints a line for files that are not here.
 
     Args:
         run: The run's folder.
@@ -27,12 +28,13 @@ def check_encoding(run: RunFolder, recipe: Recipe, fitted: Path, exported: Path)
         ValueError: a chat with another text or other ids; with the chat.
     """
     columns = columns_of(run.path)
-    if columns.messages is None:
-        return 0
     length, most = text_length(run.path), run.read_manifest()["data"].get("max_examples")
     one, other = Tokenizer(str(fitted), length), Tokenizer(str(exported), length)
     count = 0
     for expert, file in calibration_files(recipe).items():
+        if isinstance(file, Generate):
+            print(f"the chats that {expert} wrote itself were not encoded again", flush=True)
+            continue
         if not Path(file).exists():
             print(f"{file} is not here: the chats of {expert} were not encoded again", flush=True)
             continue

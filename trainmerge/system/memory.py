@@ -56,6 +56,15 @@ def anonymous(process: int | str = "self") -> int:
     raise OSError("no RssAnon in /proc/self/status: this needs Linux")
 
 
+def available() -> int | None:
+    """Bytes that can still be allocated without swapping; None where the system does not say (not Linux)."""
+    table = Path("/proc/meminfo")
+    for line in table.read_text().splitlines() if table.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
 def return_freed_memory() -> None:
     """Ask the C library to return large freed blocks to the system at once (glibc only).
 

@@ -1,85 +1,136 @@
-"""Prefetch base and task vectors to a device, one parameter ahead.
+"""Base and task vectors for a step's passes: sent to a device ahead of their use, or read where they are.
 
-They stay in mapped files. While one parameter is processed, a thread copies the next one's to pinned memory
-and to the device, on its own stream. So the device stores at most two parameters' (with Triton's kernels,
-plus those queued for a launch, `kernels.calls`). The next parameter is predicted from the order of the last
-pass, because the order of a backward is not known in advance.
-
-On a CPU nothing is copied: the passes read the mapped files directly.
+While a pass processes one parameter, the next ones cross the link. The device stores those it holds for good,
+and a bounded buffer of those used last: a pass that begins where the last one ended finds them there.
 """
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
-
-import torch
-from torch import Tensor
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future
+from typing import Protocol
 
 from trainmerge.task_vectors.delta import Delta
+from trainmerge.task_vectors.link import Link, copied
 
-Move = Callable[[Delta], Delta]
+
+class Supply(Protocol):
+    """One source of deltas for the passes."""
+
+    def take(self, name: str, after: Mapping[str, str], /) -> Delta:
+        """One parameter's delta; `after` is each parameter's expected successor in this pass."""
+
+
+class Mapped:
+    """Deltas for a processor that reads host memory: mapped ones, or copies of these that are made once.
+
+    Args:
+        deltas: The deltas.
+        held: Those that are copied.
+    """
+
+    def __init__(self, deltas: Mapping[str, Delta], held: Collection[str] = ()) -> None:
+        self._deltas, self._held = deltas, held
+        self._copies: dict[str, Delta] = {}
+
+    def take(self, name: str, _: Mapping[str, str]) -> Delta:
+        """One parameter's delta."""
+        if name not in self._held:
+            return self._deltas[name]
+        if name not in self._copies:
+            self._copies[name] = copied(self._deltas[name])
+        return self._copies[name]
 
 
 class Prefetch:
-    """Moves deltas to a device, and prefetches the next one.
+    """Deltas for a device behind a link.
 
     Args:
-        move: Moves one delta to the device; runs in a thread.
-        arrive: Called with the moved delta, in the consuming thread, before its use.
+        deltas: The deltas, in mapped files.
+        link: The device's link.
+        on_device: Those that stay on the device from their first use on.
+        in_host: Those that stay in host memory from their first use on.
     """
 
-    def __init__(self, move: Move, arrive: Callable[[Delta], None] = lambda _: None) -> None:
-        self._move, self._arrive = move, arrive
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._next: dict[str, str] = {}  # each parameter's successor in the last pass
-        self._last = ""
-        self._coming: tuple[Mapping[str, Delta], str, Future[Delta]] | None = None
+    def __init__(
+        self,
+        deltas: Mapping[str, Delta],
+        link: Link,
+        on_device: Collection[str] = (),
+        in_host: Collection[str] = (),
+    ) -> None:
+        self._deltas, self._link = deltas, link
+        self._on_device, self._in_host = on_device, in_host
+        self._host: dict[str, Delta] = {}
+        self._stay: dict[str, Future[Delta]] = {}
+        self._buffer: dict[str, Future[Delta]] = {}  # the least recently used first
+        self._sizes = {name: delta.nbytes for name, delta in deltas.items()}
+        self._widest = max(self._sizes.values(), default=0)
 
-    def take(self, deltas: Mapping[str, Delta], name: str) -> Delta:
-        """One parameter's moved delta; starts moving the expected next one."""
-        delta = self._arrived(deltas, name)
-        self._next[self._last], self._last = name, name
-        following = self._next.get(name, name)
-        if following != name and following in deltas:
-            self._coming = (deltas, following, self._thread.submit(self._move, deltas[following]))
-        self._arrive(delta)
+    def take(self, name: str, after: Mapping[str, str]) -> Delta:
+        """One parameter's delta on the device; the next ones begin to be sent.
+
+        The buffer has at most twice the bytes of the largest parameter.
+        """
+        coming = self._coming(name, after)
+        self._make_room({name, *coming} - {*self._on_device})
+        sent = self._sent(name)
+        for following in coming:
+            self._sent(following)
+        delta = sent.result()
+        self._link.arrive(delta)
         return delta
 
-    def _arrived(self, deltas: Mapping[str, Delta], name: str) -> Delta:
-        coming, self._coming = self._coming, None
-        if coming is not None:
-            moved = coming[2].result()  # also if it is not the wanted one: at most one copy in flight
-            if coming[0] is deltas and coming[1] == name:
-                return moved
-            del moved
-        return self._thread.submit(self._move, deltas[name]).result()
+    def _coming(self, name: str, after: Mapping[str, str]) -> list[str]:
+        """The next parameters that are not on the device for good, up to the bytes of the largest one."""
+        coming: list[str] = []
+        left, seen = self._widest, {name}
+        while (name := after.get(name, "")) and name not in seen:
+            seen.add(name)
+            if name in self._stay:
+                continue
+            left -= self._sizes[name]
+            if left < 0:
+                break
+            coming.append(name)
+        return coming
+
+    def _make_room(self, needed: Collection[str]) -> None:
+        """Drop the least recently used until the needed ones fit."""
+        total = sum(self._sizes[name] for name in {*self._buffer, *needed})
+        for name in [name for name in self._buffer if name not in needed]:
+            if total <= 2 * self._widest:
+                break
+            self._buffer.pop(name).cancel()
+            total -= self._sizes[name]
+
+    def _sent(self, name: str) -> Future[Delta]:
+        """The copy on the device, on its way perhaps; it is the most recently used one."""
+        if name in self._on_device:
+            if name not in self._stay:
+                self._stay[name] = self._submitted(name)
+            return self._stay[name]
+        sent = self._buffer.pop(name, None) or self._submitted(name)
+        self._buffer[name] = sent
+        return sent
+
+    def _submitted(self, name: str) -> Future[Delta]:
+        return self._link.submit(lambda: self._link.send(self._source(name)))
+
+    def _source(self, name: str) -> Delta:
+        """Where a copy is sent from: a file, or host memory, to which the first use copies it."""
+        if name not in self._in_host:
+            return self._deltas[name]
+        if name not in self._host:
+            self._host[name] = self._link.hold(self._deltas[name])
+        return self._host[name]
 
 
-def prefetch_to(device: torch.device) -> Prefetch | None:
-    """A prefetcher for a GPU, with pinned memory and its own stream; None for a CPU."""
-    if device.type != "cuda":
-        return None
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def move(delta: Delta) -> Delta:
-        with torch.cuda.stream(stream):
-            moved = each_tensor(delta, lambda part: part.pin_memory().to(device, non_blocking=True))
-            stream.synchronize()  # then the pinned copies can be freed, and the next pass may read
-        return moved
-
-    def arrive(delta: Delta) -> None:
-        user = torch.cuda.current_stream(device)
-        for part in (delta.base, *(part for term in delta.terms for part in term)):
-            if isinstance(part, Tensor):
-                part.record_stream(user)
-
-    return Prefetch(move, arrive)
-
-
-def each_tensor(delta: Delta, do: Callable[[Tensor], Tensor]) -> Delta:
-    """The same delta with each of its tensors replaced."""
-    terms: list[Any] = [
-        type(term)._make(do(part) if isinstance(part, Tensor) else part for part in term)
-        for term in delta.terms
-    ]
-    return Delta(do(delta.base), tuple(terms), delta.role)
+def supply_of(
+    deltas: Mapping[str, Delta],
+    link: Link | None,
+    on_device: Collection[str] = (),
+    in_host: Collection[str] = (),
+) -> Supply:
+    """The deltas of a device with this link, or of a processor, whose device and host memory are one."""
+    if link is None:
+        return Mapped(deltas, {*on_device, *in_host})
+    return Prefetch(deltas, link, frozenset(on_device), frozenset(in_host))

@@ -1,0 +1,56 @@
+"""The deltas of a step's passes: this process's rows, from where they are held, in the order that reuses."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import Tensor
+
+from trainmerge.model.pass_order import PassOrder, successors
+from trainmerge.model.residency import Residency
+from trainmerge.model.row_shards import DeltaShard, as_shard, delta_shards
+from trainmerge.task_vectors.delta import Delta, TaskVectors
+from trainmerge.task_vectors.link import Link
+from trainmerge.task_vectors.prefetch import Supply, supply_of
+
+
+class Supplied:
+    """Deltas for the passes over `parameters`.
+
+    Args:
+        task_vectors: What every step reads; `residency` is where they are held.
+        parameters: The module's parameters, by the deltas' names.
+        residency: The place of each delta.
+        link: The link to the device; None for a processor.
+    """
+
+    def __init__(
+        self,
+        task_vectors: TaskVectors,
+        parameters: Mapping[str, Tensor],
+        residency: Residency,
+        link: Link | None,
+    ) -> None:
+        self._own, self._parameters, self._link = task_vectors, parameters, link
+        self._supply = self._supply_of(task_vectors, residency)
+        self.order = PassOrder()
+
+    def to_merge(self, source: TaskVectors, names: Iterable[str]) -> Iterator[tuple[str, Delta | DeltaShard]]:
+        """These deltas of any task vectors, one after the other."""
+        supply = self._supply if source is self._own else self._supply_of(source, Residency())
+        order = [*names]
+        after = successors(order)
+        for name in order:
+            yield name, as_shard(supply.take(name, after), self._parameters[name])
+
+    def to_collect(self, name: str) -> Delta | DeltaShard:
+        """The delta of a parameter whose gradient is complete."""
+        return as_shard(self.at_layer(name), self._parameters[name])
+
+    def at_layer(self, name: str) -> Delta:
+        """The delta of a layer without a weight gradient, which is not sharded."""
+        delta = self._supply.take(name, self.order.after)
+        self.order.collected(name)
+        return delta
+
+    def _supply_of(self, source: TaskVectors, residency: Residency) -> Supply:
+        mine = delta_shards(source.deltas, self._parameters)
+        return supply_of(mine, self._link, residency.at("device"), residency.at("host"))

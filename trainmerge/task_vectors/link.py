@@ -1,0 +1,92 @@
+"""The link from host memory to a device, over which base and task vectors are sent.
+
+A processor that reads host memory has none. On a GPU a thread copies them on a stream of its own, so that
+copies overlap with the kernels and with forwards and backwards.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trainmerge.task_vectors.delta import Delta
+
+LINE = 64  # bytes of a cache line, and of the widest vector registers
+
+
+class Link(Protocol):
+    """How one device gets deltas."""
+
+    def hold(self, delta: Delta) -> Delta:
+        """A copy in host memory from which `send` is fast; made once."""
+
+    def send(self, delta: Delta) -> Delta:
+        """A copy on the device; called in the thread of `submit`."""
+
+    def arrive(self, delta: Delta, /) -> None:
+        """Called before each use of a copy, in the thread that uses it."""
+
+    def submit(self, job: Callable[[], Delta]) -> Future[Delta]:
+        """Run this after the earlier jobs, in a thread."""
+
+
+class CudaLink:
+    """A GPU's link: pinned memory, a thread and a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="link")
+
+    def hold(self, delta: Delta) -> Delta:
+        """A copy in pinned memory."""
+        return each_tensor(delta, Tensor.pin_memory)
+
+    def send(self, delta: Delta) -> Delta:
+        """A copy on the GPU, through pinned memory that is freed afterwards unless the delta is in it."""
+        with torch.cuda.stream(self._stream):
+            # a pinned tensor pins to itself
+            sent = each_tensor(delta, lambda part: part.pin_memory().to(self._device, non_blocking=True))
+            self._stream.synchronize()  # then the pinned copies can be freed
+        return sent
+
+    def arrive(self, delta: Delta) -> None:
+        """Tell the allocator which stream reads the copy."""
+        user = torch.cuda.current_stream(self._device)
+        for part in (delta.base, *(part for term in delta.terms for part in term)):
+            if isinstance(part, Tensor):
+                part.record_stream(user)
+
+    def submit(self, job: Callable[[], Delta]) -> Future[Delta]:
+        """Run this after the earlier jobs."""
+        return self._thread.submit(job)
+
+
+def link_to(device: torch.device) -> Link | None:
+    """The link of a GPU; None for a processor."""
+    return CudaLink(device) if device.type == "cuda" else None
+
+
+def each_tensor(delta: Delta, do: Callable[[Tensor], Tensor]) -> Delta:
+    """The same delta with each of its tensors replaced."""
+    terms: list[Any] = [
+        type(term)._make(do(part) if isinstance(part, Tensor) else part for part in term)
+        for term in delta.terms
+    ]
+    return Delta(do(delta.base), tuple(terms), delta.role)
+
+
+def copied(delta: Delta) -> Delta:
+    """The same delta in memory of this process, from which every pass computes the same bits."""
+    return each_tensor(delta, _copied)
+
+
+def _copied(part: Tensor) -> Tensor:
+    """A copy that begins as many bytes after a cache line: products may depend on that."""
+    if not part.is_contiguous():
+        return part.clone()
+    memory = torch.empty(part.nbytes + LINE, dtype=torch.uint8)
+    first = (part.data_ptr() - memory.data_ptr()) % LINE
+    return memory[first : first + part.nbytes].view(part.dtype).view(part.shape).copy_(part)
