@@ -30,6 +30,7 @@ GROUPS = (
     "plan_memory",
     "peer_fit",
     "quantised",
+    "moe",
 )
 
 

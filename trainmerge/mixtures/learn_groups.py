@@ -82,7 +82,7 @@ def learn_layer(
             loss = (task(stacks, now, states[:count]) - wanted[:count]).square().sum(-1).mean()
             loss.backward()  # type: ignore[no-untyped-call]
         experts.grad = task.inner_products({name: own.grad for name, own in stacks.items()}, experts)
-        solver.step()  # type: ignore[no-untyped-call]
+        solver.step()
         if (step % EVERY == 0 or step == steps) and (found := error(now)) < least:
             least, best = found, Coefficients(experts.clone(), rows.detach().clone())
     return best, Errors(dropped, error(shrunk.saliency_coefficients(layer)), least)

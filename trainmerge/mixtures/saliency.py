@@ -110,10 +110,11 @@ def _add(own: Saliency, experts: nn.Module, choice: Choice) -> None:
     own.alike += logits.T @ logits
     tokens = torch.arange(len(choice.states)).repeat_interleave(choice.experts.shape[1])
     numbers, weights = choice.experts.flatten(), choice.weights.flatten().double()
-    for part in torch.arange(len(tokens)).split(PAIRS):
+    for begin in range(0, len(tokens), PAIRS):
+        part = slice(begin, begin + PAIRS)
         out = outputs_of(experts, choice.states[tokens[part]], numbers[part]).double()
         gated = weights[part, None] * out
-        own.usage.index_add_(0, numbers[part], torch.ones(len(part), dtype=torch.float64))
+        own.usage.index_add_(0, numbers[part], torch.ones(len(out), dtype=torch.float64))
         own.norms.index_add_(0, numbers[part], gated.norm(dim=1))
         own.gated.index_add_(0, numbers[part], gated)
 

@@ -85,7 +85,8 @@ def shrink(
         groups = given or {
             layer.prefix: plan_groups(plan, measured[layer.prefix], experts, parts) for layer in layers
         }
-        made, errors = Shrunk(base, layers, groups, measured), {}
+        made = Shrunk(base, layers, groups, measured)
+        errors: dict[str, dict[str, float]] = {}
         if steps:
             made, errors = _learned(made, students_of(module, names, layers), steps)
         write_checkpoint(made, folder)
@@ -100,7 +101,7 @@ def _learned(
     """The same with learned coefficients, and every layer's errors."""
     found, errors = {}, {}
     layers = {layer.prefix: layer for layer in made.layers}
-    for prefix in progress(layers, "learning groups"):
+    for prefix in progress(list(layers), "learning groups"):
         found[prefix], own = learn_layer(made, layers[prefix], students[prefix], steps)
         errors[prefix] = asdict(own)
     return replace(made, learned=found), errors
