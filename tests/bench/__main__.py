@@ -31,6 +31,7 @@ GROUPS = (
     "peer_fit",
     "quantised",
     "moe",
+    "packed",
 )
 
 
