@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-suite data-lm data-embed data-vision demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-heads suite-embed suite-vision suite-closed bench tables docs soak cases lock clean
+.PHONY: help setup data data-suite data-lm data-embed data-vision demo test fuzz test-processors families lower-bounds lint suite suite-lm suite-heads suite-embed suite-vision suite-closed bench gpu gpu-wheels tables docs soak cases lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -100,6 +100,12 @@ suite-vision: data-vision ## AdaMerging and ours on pictures: fits, scores, the 
 
 bench: data ## measure; ONLY=fit_memory, ... for one group; KEEP="machine" writes tests/results/bench
 	@$(BIN)/python -m tests.bench --only $(ONLY) $(if $(KEEP),--keep "$(KEEP)")
+
+gpu: ## everything that needs a GPU, on a machine with one: PYTHON has torch and triton, WHEELS what it lacks
+	@$(PYTHON) -m tests.gpu $(if $(WHEELS),--wheels "$(WHEELS)")
+
+gpu-wheels: $(READY) ## fetch the wheels for a GPU machine without a network into the folder WHEELS
+	@$(BIN)/python -m tests.gpu.packages "$(or $(WHEELS),build/wheels)"
 
 tables: $(READY) ## write the tables of tests/results into README and the documentation
 	@$(BIN)/python -m tests.result_tables

@@ -24,7 +24,7 @@ LIBRARIES = {"common.py", "fam.py", "tok.py"}  # that the other scripts import
 WORDS = {  # of scripts that take some
     "bug_misc.py": "scaler combine anchor plateau",
     "grad.py": "gpt2 bert mamba",
-    "pre.py": "gpt2 bert",
+    "pre.py": "gpt2 bert-mlm",
     "kill_fit.py": "timed 20 0",
     "fuzz_files.py": "300 0",
     "fuzz_pickle.py": "100 0",
@@ -76,6 +76,11 @@ CHANGED = (  # what a script expects of the card or needs on disk, and why anoth
         'base = ROOT / "sec"; shutil.rmtree(base, ignore_errors=True); base.mkdir(); '
         '(base / "log.txt").touch()',
     ),
+    (  # models, which another script is to make first
+        "root = W / n; row = []",
+        "root = W / n; row = []; (root / 'base').exists() or setup(n, F[n], root)",
+    ),
+    ('("UPGrad",UPGrad()),', ""),  # its projection needs qpsolvers, which is not installed
     (  # a run to mutate, which no script makes
         "cks = list(",
         "run(['fit', '--config', config(world(), ROOT / 'ref0.yaml', steps=4, save_every=2), "

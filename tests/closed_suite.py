@@ -66,6 +66,7 @@ class Method:
 ASWUDI: Steps = (("Wudi", {}),)
 TSV: Steps = (("Tsv", {}),)
 TIES: Steps = (("Ties", {}),)
+FUSED: tuple[str, dict[str, Any]] = ("Ties", {"density": 1.0, "merge": "mean"})
 LEARN: tuple[str, ...] = ()  # the suite's own steps: alignment
 GUARDED = (
     "--model.objective=trainmerge.Entropy", "--model.objective.agreement=5.0",
@@ -91,6 +92,21 @@ METHODS = {
     "optmerge": Method("OptMerge", (("OptMerge", {}),), 1.0),
     "doge-ta": Method("DOGE-TA", (("Doge", {}),), 1.0),
     "doge-ta-adam": Method("DOGE-TA, the paper's solver", (("Doge", {"solver": "adam"}),), 1.0),
+    "localize": Method("Localize-and-Stitch", (("LocalizeAndStitch", {}),), 1.0),
+    "ram": Method("RAM", (("Ram", {}),), 1.0),
+    "ram+": Method("RAM+", (("Ram", {"rescale": 0.1}),), 1.0),
+    "magmax": Method("MagMax", (("MagMax", {}),), 0.5),
+    "della": Method("DELLA", (("Della", {}), FUSED), 1.0),
+    "sce": Method("SCE", (("Sce", {}),), 1.0),
+    "iso-c": Method("Iso-C", (("Iso", {"common": 1.0}),), 1.0),
+    "iso-cts": Method("Iso-CTS", (("Iso", {}),), 1.0),
+    "svc": Method("SVC of task arithmetic 0.3", (("Svc", {}),), 1.0),
+    "svc-tsv": Method("SVC of TSV-M", (*TSV, ("Svc", {"scale": 1.0})), 1.0),
+    "tsv-energy": Method("TSV-M, rank by energy 0.9", (("Tsv", {"energy": 0.9}),), 1.0),
+    "karcher": Method("Karcher mean of the task vectors", (("Karcher", {}),), 1.0),
+    "knots": Method("KnOTS-TIES", (("Knots", {}),), 1.0),
+    "core-space": Method("TSV-M in core space", (("CoreSpace", {}),), 1.0),
+    "aim-ties": Method("TIES, AIM 0.4", (*TIES, ("Aim", {})), 0.3),
     "regmean": Method("RegMean", (("RegMean", {}),), 1.0),
     "regmean++": Method("RegMean++", (("RegMean", {"sequential": True}),), 1.0),
     "fisher": Method("Fisher", (("Fisher", {}),), 1.0),
@@ -149,7 +165,10 @@ def measure(suite_name: str, name: str) -> None:
 
 
 def table() -> str:
-    """Markdown: methods down; score, gap, seconds and memory of each suite across; empty if not measured."""
+    """Markdown: methods down; score, gap, seconds and memory of each suite across.
+
+    Cells are empty where a suite was not measured; a method without any is in one last row.
+    """
     head = "| method | accuracy | gap | CPU s | GB | perplexity | gap | CPU s | GB |"
     baselines = {name: suite.baselines() for name, suite in SUITES.items()}
 
@@ -166,6 +185,12 @@ def table() -> str:
         for name, method in METHODS.items()
         if any(results.measured(f"closed/{suite}-{name}") for suite in SUITES)
     ]
+    missing = [
+        method.title
+        for name, method in METHODS.items()
+        if not any(results.measured(f"closed/{suite}-{name}") for suite in SUITES)
+    ]
+    lines += [f"| not run: {'; '.join(missing)}{' |' * 9}"] if missing else []
     return "\n".join([head, "|---" * 9 + "|", *lines])
 
 

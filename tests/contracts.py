@@ -82,7 +82,7 @@ def per_row(coefficients: Tensor, shape: torch.Size) -> Tensor:
 def true_merge(delta: Delta, coefficients: Tensor) -> Tensor:
     """base + sum_k c_k tau_k, dense and in float64."""
     taus = torch.stack([true_tau(term, delta.base) for term in delta.terms])
-    return delta.base.double() + (per_row(coefficients.double(), delta.shape) * taus).sum(0)
+    return delta.base.double() + (per_row(coefficients.double().to(taus.device), delta.shape) * taus).sum(0)
 
 
 def true_inner(grad: Tensor, delta: Delta, chunks: int, tau=true_tau) -> Tensor:
@@ -94,7 +94,7 @@ def true_inner(grad: Tensor, delta: Delta, chunks: int, tau=true_tau) -> Tensor:
 
 def merge(delta: Delta, coefficients: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """`Delta.merge` into a new tensor that holds rubbish before."""
-    out = torch.full(delta.shape, float("nan"), dtype=dtype or delta.base.dtype)
+    out = torch.full_like(delta.base, float("nan"), dtype=dtype)
     delta.merge(out, coefficients)
     return out
 
@@ -113,7 +113,7 @@ def merge_bound(delta: Delta, coefficients: Tensor, dtype: torch.dtype | None = 
     grows later by no more than the largest weight; the base's weight is 1 - sum c.
     """
     dtype = dtype or delta.base.dtype
-    weights = coefficients.abs().double()
+    weights = coefficients.abs().double().to(delta.base.device)
     weights = torch.cat([1 + weights.sum(0, keepdim=True), weights])
     sizes = torch.stack([delta.base.double().abs(), *(magnitude(term, delta.base) for term in delta.terms)])
     size = (per_row(weights, delta.shape) * sizes).sum(0) * (1 + weights[1:].max())
@@ -147,7 +147,7 @@ def assert_delta_contract(delta: Delta, chunks: int, generator: torch.Generator)
     experts = len(delta.terms)
     before = [part.clone() for part in tensors_of(delta)]
     coefficients = torch.randn(experts, chunks, generator=generator)
-    grad = torch.randn(delta.shape, generator=generator).to(delta.base.dtype)
+    grad = torch.randn(delta.shape, generator=generator).to(delta.base)
     grad_before = grad.clone()
 
     assert_merge_is_exact(delta, coefficients)

@@ -18,15 +18,21 @@ SEEDS = (0,)
 PAIRS = 100  # test pairs a task
 GRID = (0.4, 0.5)  # task arithmetic
 CONFIG = "embedders.yaml"
+OPTMERGE = ('--recipe.preprocess=[{"class_path": "trainmerge.OptMerge"}]', "--model.initial=1.0")
+METHODS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> title, options beside the configuration
+    "similarity": ("similarity (ours)", ()),
+    "optmerge": ("OptMerge", (*OPTMERGE, "--trainer.max_steps=0", "--model.lr_scheduler=null")),
+    "similarity-optmerge": ("similarity from OptMerge (ours)", OPTMERGE),
+}
 
 
-def score(seed: int, compare: bool) -> Scores:
-    """Fit and evaluate one seed, unless its scores are there."""
-    run, option = RUNS / f"similarity-{seed}", f"--seed_everything={seed}"
-    made_by = results.fingerprint(CONFIG, option, f"pairs={PAIRS}")
+def score(name: str, seed: int, compare: bool) -> Scores:
+    """Fit and evaluate one method with one seed, unless its scores are there."""
+    run, options = RUNS / f"{name}-{seed}", (f"--seed_everything={seed}", *METHODS[name][1])
+    made_by = results.fingerprint(CONFIG, *options, f"pairs={PAIRS}")
     if (found := results.recall(f"embed-suite/{run.name}", made_by)) is not None:
         return found
-    command("fit", "--config", f"configs/{CONFIG}", "--run", str(run), "--report", "false", option)
+    command("fit", "--config", f"configs/{CONFIG}", "--run", str(run), "--report", "false", *options)
     evaluation = tm.evaluate_run(run, limit=PAIRS, grid=GRID, compare=compare)
     scores: Scores = {row: {**own, "mean": evaluation.means()[row]} for row, own in evaluation.scores.items()}
     results.keep(f"embed-suite/{run.name}", made_by, scores)
@@ -34,15 +40,16 @@ def score(seed: int, compare: bool) -> Scores:
     return scores
 
 
-def measured() -> list[Scores]:
-    """The scores of every seed that was measured."""
-    found = [results.measured(f"embed-suite/similarity-{seed}") for seed in SEEDS]
-    return [scores for scores in found if scores is not None]
+def measured() -> dict[str, list[Scores]]:
+    """Every method's scores, a seed each, of what was measured."""
+    found = {name: [results.measured(f"embed-suite/{name}-{seed}") for seed in SEEDS] for name in METHODS}
+    rows = {name: [scores for scores in runs if scores is not None] for name, runs in found.items()}
+    return {name: runs for name, runs in rows.items() if runs}
 
 
-def table(runs: list[Scores]) -> str:
+def table(rows: dict[str, list[Scores]]) -> str:
     """Markdown: merges down, kinds of pairs across; the share of the gap between base and experts last."""
-    baselines = next(scores for scores in runs if "expert" in scores)
+    baselines = next(scores for runs in rows.values() for scores in runs if "expert" in scores)
     kinds = [kind for kind in baselines["expert"] if kind not in ("mean", "normalised")]
     base, expert = baselines["base"]["mean"], baselines["expert"]["mean"]
     uniform = max(scores["mean"] for row, scores in baselines.items() if row not in ("learned", "expert"))
@@ -59,15 +66,18 @@ def table(runs: list[Scores]) -> str:
     lines += [
         row(title, [scores]) for title, scores in baselines.items() if title not in ("learned", "expert")
     ]
-    lines.append(row(f"similarity (ours), seeds: {len(runs)}", [scores["learned"] for scores in runs]))
+    for name, runs in rows.items():
+        title = f"{METHODS[name][0]}, seeds: {len(runs)}"
+        lines.append(row(title, [scores["learned"] for scores in runs]))
     return "\n".join([*lines, row("each kind's own expert", [baselines["expert"]])])
 
 
 def main() -> None:
     """Run what is missing."""
-    compared = any("expert" in scores for scores in measured())
     for seed in SEEDS:
-        score(seed, compare=not compared and seed == SEEDS[0])
+        for name in METHODS:
+            compared = any("expert" in scores for runs in measured().values() for scores in runs)
+            score(name, seed, compare=not compared)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from tests.world import WORDS, bert, nudge, write_tokenizer
-from trainmerge.run.recipe import Expert, Recipe
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_tasks import Expert
 
 D, E = 32, 16  # hidden size, width of the embedding
 TANH = "torch.nn.modules.activation.Tanh"

@@ -45,7 +45,7 @@ def write_family(family: Family, root: Path) -> tuple[list[str], Columns]:
         if extractor := _extractor(family, inputs):
             extractor.save_pretrained(root / place)
         if "input_ids" in inputs or "decoder_input_ids" in inputs:
-            write_words(root / place)
+            (write_bytes if family.kind.startswith("Qwen2For") else write_words)(root / place)
     experts = ["a", "b", *(["low"] if _write_adapter(family, root / "low") else [])]
     for k, name in enumerate(experts):
         columns = _write_examples(inputs.keys(), root, name, k)
@@ -77,6 +77,18 @@ def write_words(folder: Path) -> None:
     words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), WORDS))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    _write(tokenizer, folder)
+
+
+def write_bytes(folder: Path) -> None:
+    """A tokenizer of bytes for the same texts: transformers reads every file of Qwen2 as one of bytes."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *"w\u01200123456789", "\u0120w"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("\u0120", "w")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    _write(tokenizer, folder)
+
+
+def _write(tokenizer: Tokenizer, folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]",
         bos_token="<s>",

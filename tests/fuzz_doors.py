@@ -25,7 +25,8 @@ from trainmerge.checkpoints.side_modules import side_weights
 from trainmerge.checkpoints.tensor_file import PickleFile
 from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.coefficients.layout import read_chunks
-from trainmerge.data.examples import Columns, Example, read_examples
+from trainmerge.data.columns import Columns
+from trainmerge.data.examples import Example, read_examples
 from trainmerge.data.label_texts import read_labels
 from trainmerge.data.media_values import open_picture, open_sound
 from trainmerge.data.text_files import load_examples

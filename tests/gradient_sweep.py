@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -61,26 +62,28 @@ class Found(NamedTuple):
         return self.whole <= LIMIT and self.tensor <= LIMIT and not self.missing
 
 
-def sweep(family: Family, form: str, recompute: bool = False) -> Found | None:
+def sweep(
+    family: Family, form: str, recompute: bool = False, device: torch.device | str = "cpu"
+) -> Found | None:
     """The errors of one family's gradient; None if it has no blocks to recompute."""
     module = family.build()
     vectors = task_vectors(module, FORMS[form])
     layout = Grouping("tensor").layout(vectors.shapes)
     start = 0.2 + 0.4 * torch.rand(2, len(layout.labels), generator=torch.Generator().manual_seed(1))
     coefficients = Coefficients(vectors.experts, layout, start)
+    module.to(device)  # the task vectors stay, as files would
     plain = deepcopy(module)
+    inputs = tree_map_only(Tensor, lambda t: t.to(device), family.inputs())
     if recompute and not recompute_blocks(module):
         return None
     merged = MergedModel(module, vectors, coefficients)
     merged.materialise()
     tapped = len(list(tappable(module, merged.parameters, vectors.deltas)))
     with merged.tapped():
-        loss(merged.module(**family.inputs())).backward()
+        loss(merged.module(**inputs)).backward()
     got = merged.gradient()
-    weights = merged_weights(vectors, coefficients)
-    (want,) = torch.autograd.grad(
-        loss(functional_call(plain, weights, (), family.inputs())), coefficients.raw
-    )
+    weights = {name: w.to(device) for name, w in merged_weights(vectors, coefficients).items()}
+    (want,) = torch.autograd.grad(loss(functional_call(plain, weights, (), inputs)), coefficients.raw)
     missing = int(((got == 0) & (want != 0)).all(dim=0).sum())
     return Found(relative_error(got, want), worst_tensor(got, want), tapped, missing)
 
@@ -114,7 +117,7 @@ def task_vectors(module: nn.Module, forms: Sequence[type[Term]]) -> TaskVectors:
 def loss(outputs: object) -> Tensor:
     """A random smooth function of the logits, or of what a model without logits gives."""
     logits: Tensor = next(found for name in OUTPUTS if (found := getattr(outputs, name, None)) is not None)
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5)).to(logits)
     return (logits * weights).sum() + (logits.tanh() * weights).mean()
 
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.family_settings import BART, DEBERTA, DISTILBERT, ENCODER, GPT, MODERNBERT, T5, TEXT
 from tests.world import WORDS, nudge
-from trainmerge.run.recipe import Expert, Recipe
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_tasks import Expert
 
 ENDS = {"eos_token_id": 3, "bos_token_id": 2}
 # Architecture -> its base's class, and the arguments of its configuration

@@ -42,6 +42,11 @@ class Hub:
     hidden: set[str] = field(default_factory=set)  # private, and ours
     refused: dict[str, int] = field(default_factory=dict)  # org/name -> the status of an upload
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # org/name -> uploaded files
+    large: str = ""  # the end of names whose files are kept by git LFS, as those of weights are on the hub
+    part: int | None = None  # bytes per request of such a file; None: one request
+    full: bool = False  # no such file is taken
+    objects: dict[str, bytes] = field(default_factory=dict)  # SHA-256 -> content of such a file
+    verified: list[str] = field(default_factory=list)
     created: list[dict[str, Any]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     tokens: set[str] = field(default_factory=set)
@@ -81,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.hub.asked.append(f"POST {self.path}")
         self.hub.tokens.add(self.headers.get("Authorization", ""))
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.body()
         name = "/".join(self.path.split("/")[3:5])
         if self.path == "/api/repos/create":
             self.hub.created.append(own := json.loads(body))
@@ -90,17 +95,69 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"errors": [], "warnings": []})
         elif name in self.hub.refused:
             self.answer(self.hub.refused[name], {})
+        elif self.path.startswith("/lfs/") or self.path.endswith("/info/lfs/objects/batch"):
+            self.answer(200, self.large_file(json.loads(body)))
         elif "/preupload/" in self.path:
-            how = {"uploadMode": "regular", "shouldIgnore": False}
-            self.answer(200, {"files": [{"path": one["path"], **how} for one in json.loads(body)["files"]]})
+            paths = [one["path"] for one in json.loads(body)["files"]]
+            modes = {
+                path: "lfs" if self.hub.large and path.endswith(self.hub.large) else "regular"
+                for path in paths
+            }
+            files = [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]
+            self.answer(200, {"files": files})
         elif "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
             files = [line["value"] for line in lines if line["key"] == "file"]
             self.hub.commits[name] = {one["path"]: base64.b64decode(one["content"]) for one in files}
+            large = [line["value"] for line in lines if line["key"] == "lfsFile"]
+            self.hub.commits[name] |= {one["path"]: self.hub.objects[one["oid"]] for one in large}
             url = f"http://{self.headers['Host']}/{name}/commit/{COMMIT}"
             self.answer(200, {"commitUrl": url, "commitOid": COMMIT, "success": True})
         else:
             self.answer(404, {})
+
+    def do_PUT(self) -> None:
+        """A large file, or a part of it: `/lfs/OID` or `/lfs/OID/NUMBER`."""
+        self.hub.asked.append(f"PUT {self.path}")
+        content = self.chunked() if "Content-Length" not in self.headers else self.body()
+        oid = self.path.split("/")[2]
+        if self.hub.full:
+            self.answer(507, {})
+            return
+        self.hub.objects[oid] = self.hub.objects.get(oid, b"") + content
+        self.answer(200, {}, {"ETag": hashlib.sha1(content).hexdigest()})
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def chunked(self) -> bytes:
+        """A body whose length is not known in advance: pieces with their lengths before them."""
+        pieces = []
+        while size := int(self.rfile.readline(), 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(pieces)
+
+    def large_file(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """git LFS: where to put each file that is not there; the end of one in parts; its check."""
+        if "objects" not in asked:
+            assert hashlib.sha256(self.hub.objects[asked["oid"]]).hexdigest() == asked["oid"]
+            self.hub.verified += [asked["oid"]] if self.path == "/lfs/verify" else []
+            return {}
+        return {"transfer": "basic", "objects": [self.place_of(one) for one in asked["objects"]]}
+
+    def place_of(self, one: dict[str, Any]) -> dict[str, Any]:
+        """The answer for one file of a batch."""
+        if one["oid"] in self.hub.objects:
+            return one
+        root = f"http://{self.headers['Host']}/lfs"
+        upload: dict[str, Any] = {"href": f"{root}/{one['oid']}"}
+        if self.hub.part is not None:
+            parts = range(1, -(-one["size"] // self.hub.part) + 1)
+            urls = {f"{number:05}": f"{root}/{one['oid']}/{number}" for number in parts}
+            upload = {"href": f"{root}/end", "header": {"chunk_size": str(self.hub.part), **urls}}
+        return {**one, "actions": {"upload": upload, "verify": {"href": f"{root}/verify"}}}
 
     def files(self, name: str) -> list[str]:
         folder = self.hub.folders[name]

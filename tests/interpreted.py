@@ -18,6 +18,7 @@ from tests.contracts import (
     merge,
     merge_bound,
 )
+from tests.gpu.contract import random_delta
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.kernels import (
@@ -26,15 +27,18 @@ from trainmerge.kernels import (
     LowRank,
     Merge,
     Product,
+    Quantised,
     Term,
     Untouched,
     calls,
     eager,
     run_merges,
     run_products,
+    shareable,
     triton_kernels,
     using,
 )
+from trainmerge.kernels.triton_segments import supported
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 
@@ -65,6 +69,31 @@ def check_contract() -> None:
         assert_delta_contract(make(shape, dtype), chunks, GENERATOR)
 
 
+def check_tiles() -> None:
+    """Integers and factors beside dense terms: whole and partial tiles, widths and ranks of every divisor."""
+    forms = [LowRank, ExpertWeight, Quantised, Untouched, Difference]
+    for shape, rank, dtype in (
+        ([40, 144], 8, torch.float32),
+        ([37, 19], 21, torch.float32),
+        ([5, 3, 2], 1, torch.float16),
+    ):
+        delta = random_delta(shape, forms, torch.empty(0, dtype=dtype), rank=rank)
+        assert supported(delta.base, delta.base, delta.terms)
+        assert_delta_contract(delta, 2, GENERATOR)
+    for form in (LowRank, Quantised):
+        one_scale = random_delta([20, 32], [form] * 2, torch.empty(0))
+        if form is Quantised:
+            terms = tuple(Quantised(term.codes, term.scale[:1]) for term in one_scale.terms)
+            dense = [Difference(term.codes * term.scale) for term in terms]
+            merged = merge(Delta(one_scale.base, terms), torch.ones(2, 1))
+            with using("eager"):
+                want = merge(Delta(one_scale.base, tuple(dense)), torch.ones(2, 1))
+            assert_within(
+                merged, want, 2 * merge_bound(Delta(one_scale.base, tuple(dense)), torch.ones(2, 1))
+            )
+        assert_delta_contract(one_scale, 3, GENERATOR)
+
+
 def check_bfloat16() -> None:
     """Into float32 weights: the interpreter truncates to bfloat16, where a GPU rounds (the PTX says so)."""
     delta, coefficients = make([40, 60], torch.bfloat16), torch.randn(4, 2, generator=GENERATOR)
@@ -87,13 +116,18 @@ def check_many_at_once() -> None:
     coefficients = [torch.randn(4, chunks, generator=GENERATOR) for chunks in (3, 1, 1, 2)]
     outs = [torch.empty(delta.shape) for delta in deltas]
     merges = [Merge(o, d.base, d.terms, c) for o, d, c in zip(outs, deltas, coefficients, strict=True)]
-    run_merges(merges)
+    assert [shareable(merge, held=True) for merge in merges] == [1] * 4
+    with patch.object(triton_kernels, "eager", None):  # nothing falls back to it
+        run_merges(merges)
     for delta, (out, base, terms, c) in zip(deltas, merges, strict=True):
         want = torch.empty_like(out)
         eager.weighted_sum(want, base, terms, c)
         assert_within(out, want, 2 * merge_bound(delta, c))
     products = [Product(torch.randn(m.out.shape), m.base, m.terms, m.coefficients.shape[1]) for m in merges]
-    for delta, product, found in zip(deltas, products, run_products(products), strict=True):
+    assert [shareable(product, held=True) for product in products] == [p.grad.nbytes for p in products]
+    with patch.object(triton_kernels, "eager", None):
+        all_found = run_products(products)
+    for delta, product, found in zip(deltas, products, all_found, strict=True):
         bound = 2 * inner_bound(delta, product.grad, product.chunks)
         assert_within(found, eager.inner_products(*product), bound)
 
@@ -139,6 +173,7 @@ def main() -> None:
     launched = counted("_launch_merge", "_launch_inner")
     with using("triton"):
         check_contract()
+        check_tiles()
         check_bfloat16()
         check_many_at_once()
         check_a_fit_launches_few(launched)

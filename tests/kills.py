@@ -1,28 +1,36 @@
 """SIGKILL at random moments of every command, KILLS times (200 by default): `make soak`.
 
+`ONLY=extract,auto KILLS=20` kills each of these commands so often, and keeps the other counts.
 Each command is killed again and again and then left alone. What it leaves has to be, byte for byte, what a
 command leaves that nobody killed: coefficients, every line of the logs, exports, scores, and no further file.
 Between a kill and the next start, coefficients and snapshots have to be whole, if they are there at all.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
+import trainmerge.auto
 import trainmerge.cli.fit
 import trainmerge.evaluate.console
+import trainmerge.export.export_adapter
+import trainmerge.export.extract
 import trainmerge.export.verify
 import trainmerge.fitting.allocate_chunks
 import trainmerge.report.write
@@ -44,6 +52,8 @@ FORK = multiprocessing.get_context("fork")  # a command costs no imports; torch 
 HITS = 7  # kills of one command before it is left alone, at most
 HANG = 1800  # seconds: only a hang takes so long, however busy the machine
 VARYING = {"usage.jsonl", "manifest.json", "trainmerge_manifest.json", "index.html"}  # times and commands
+TIMED = {"trials.jsonl", "auto.json"}  # hold seconds beside their results
+SECONDS = re.compile(rb'"seconds": [^,}\s]+')
 OTHER_BITS = (".png", ".ckpt")  # a snapshot counts what its process did
 
 
@@ -55,6 +65,7 @@ class Command:
     reads: bool = True
 
 
+CUT = ["--rank", "2", "--rest", "leave", "--overwrite"]
 COMMANDS = {
     "fit": Command(lambda place: ["fit", str(place / "../fit.yaml"), str(place / "run")], reads=False),
     "search": Command(
@@ -69,6 +80,16 @@ COMMANDS = {
     "evaluate": Command(lambda place: ["evaluate", str(place / "run"), "--limit", "8"]),
     "allocate": Command(lambda place: ["allocate", str(place / "run"), str(place / "chunks.json")]),
     "report": Command(lambda place: ["report", str(place / "run")]),
+    "export --as adapter": Command(
+        lambda place: ["export", str(place / "run"), str(place / "adapter"), "--as", "adapter", *CUT]
+    ),
+    "extract": Command(
+        lambda place: [
+            "extract", str(place / "../base"), str(place / "../experts/mood"), str(place / "lora"), *CUT
+        ],
+        reads=False,
+    ),
+    "auto": Command(lambda place: ["auto", str(place / "../auto.yaml"), str(place / "merged")], reads=False),
 }  # fmt: skip
 
 
@@ -86,10 +107,13 @@ def write_configuration(root: Path) -> None:
         "report": False,
     }
     (root / "fit.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    short = {**content, "trainer": {"max_steps": 6, "accelerator": "cpu"}, "save_every": 3}
+    (root / "auto.yaml").write_text(yaml.safe_dump(short, sort_keys=False))
 
 
 def call(words: list[str], log: Path) -> None:
-    """One command, in a forked process."""
+    """One command, in a forked process, with a lock of progress bars that no killed one can have kept."""
+    tqdm.set_lock(threading.RLock())
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -97,21 +121,27 @@ def call(words: list[str], log: Path) -> None:
 
 
 def contents(place: Path) -> dict[str, str]:
-    """File -> SHA-256, or only its name where it differs from call to call."""
+    """File -> SHA-256, without seconds; or only its name where it differs from call to call."""
     files = sorted(path for path in place.rglob("*") if path.is_file())
     fixed = {path: path.name not in VARYING and path.suffix not in OTHER_BITS for path in files}
-    return {str(path.relative_to(place)): sha256(path) if fixed[path] else "" for path in files}
+    digests = {path: without_seconds(path) if path.name in TIMED else sha256(path) for path in files}
+    return {str(path.relative_to(place)): digests[path] if fixed[path] else "" for path in files}
+
+
+def without_seconds(path: Path) -> str:
+    """The SHA-256 of a JSON file without its times."""
+    return hashlib.sha256(SECONDS.sub(b"", path.read_bytes())).hexdigest()
 
 
 class Kills:
     """Commands that are killed, and what happened to them."""
 
-    def __init__(self, root: Path, seed: int) -> None:
+    def __init__(self, root: Path, seed: int, names: Collection[str] = tuple(COMMANDS)) -> None:
         self.root, self.dice = root, random.Random(seed)
         self.seen: Counter[str] = Counter()
         self.usual: dict[str, float] = {}
         self.wanted: dict[str, dict[str, str]] = {}
-        for name in COMMANDS:
+        for name in filter(names.__contains__, COMMANDS):  # `fit` first, whose run others read
             place = self._prepared(name)
             began = time.monotonic()
             self._finish(name, place)
@@ -170,15 +200,19 @@ class Kills:
             read_run(folder)
 
 
-def run(kills: int, seed: int) -> dict[str, int]:
-    """Kill so many times; command -> its kills."""
+def run(kills: int, seed: int, only: Collection[str] = ()) -> dict[str, int]:
+    """Kill so many times, or each of some commands so many times; command -> its kills."""
     limit_threads()
+    tqdm.set_lock(threading.RLock())  # by default one that all processes share
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         write_world(root)
         write_configuration(root)
-        found = Kills(root, seed)
-        while found.seen.total() < kills:
+        found = Kills(root, seed, {"fit", *only} if only else tuple(COMMANDS))
+        while less := [name for name in only if found.seen[name] < kills]:
+            found.kill(less[0])
+            print(found.seen.total(), dict(found.seen), flush=True)
+        while not only and found.seen.total() < kills:
             found.kill(found.dice.choices(list(found.usual), [s**-0.5 for s in found.usual.values()])[0])
             print(found.seen.total(), dict(found.seen), flush=True)
         return dict(sorted(found.seen.items()))
@@ -186,5 +220,9 @@ def run(kills: int, seed: int) -> dict[str, int]:
 
 if __name__ == "__main__":
     count, number = int(os.environ.get("KILLS", "200")), int(os.environ.get("SOAK_SEED", "0"))
-    report = {"kills": run(count, number), "seed": number, "versions": versions(), "lost": 0}
-    write_whole(FOLDER / "kills.json", json.dumps(report, indent=1) + "\n")
+    chosen = [name for name in COMMANDS if name in os.environ.get("ONLY", "").split(",")]
+    file = FOLDER / "kills.json"
+    kept = json.loads(file.read_text())["kills"] if chosen else {}
+    seen = dict(sorted({**kept, **run(count, number, chosen)}.items()))
+    report = {"kills": seen, "seed": number, "versions": versions(), "lost": 0}
+    write_whole(file, json.dumps(report, indent=1) + "\n")

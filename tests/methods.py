@@ -15,33 +15,49 @@ from trainmerge.preprocess import Informed
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 METHODS: dict[str, tm.Preprocess] = {
+    "aim": tm.Aim(),
     "breadcrumbs": tm.Breadcrumbs(0.5, 0.1),
     "consensus": tm.Consensus(),
+    "core-space": tm.CoreSpace(),
     "dare": tm.Dare(0.5),
+    "della": tm.Della(0.5, 0.4),
     "doge": tm.Doge(density=0.5),
     "doge-adam": tm.Doge(density=0.5, solver="adam"),
     "doge-am": tm.Doge(density=0.5, solver="adam", separate=True),
     "fisher": tm.Fisher(),
+    "iso-c": tm.Iso(1.0),
+    "iso-cts": tm.Iso(),
+    "karcher": tm.Karcher(),
+    "karcher-weights": tm.Karcher("weights"),
+    "knots": tm.Knots(tm.Ties(0.5)),
+    "localize": tm.LocalizeAndStitch(0.3),
+    "magmax": tm.MagMax(),
     "model-stock": tm.ModelStock(),
     "opcm": tm.Opcm(),
     "optmerge": tm.OptMerge(),
     "optmerge-mean": tm.OptMerge(start="mean"),
     "pcb": tm.Pcb(0.3),
+    "ram": tm.Ram(),
+    "ram+": tm.Ram(0.5, rescale=0.1),
     "rcp": tm.Rcp("a", "b"),
     "regmean": tm.RegMean(),
     "regmean++": tm.RegMean(sequential=True),
+    "sce": tm.Sce(0.5),
     "slerp": tm.Slerp(0.3),
+    "slerp-task-vectors": tm.Slerp(0.3, "task_vectors"),
+    "svc": tm.Svc(),
     "ties": tm.Ties(0.5),
     "ties-mean": tm.Ties(0.5, merge="mean"),
     "ties-parameter": tm.Ties(0.5, scope="parameter"),
     "tsv": tm.Tsv(),
+    "tsv-energy": tm.Tsv(energy=0.7),
     "tsv-c": tm.Tsv(orthogonal=False),
     "widen": tm.Widen(),
     "wudi": tm.Wudi(300.0),
     "swudi": tm.Wudi(1300.0, keep=0.65),
     "aswudi": tm.Wudi(),
 }
-PAIRS = {"rcp", "slerp"}  # for two experts
+PAIRS = {"rcp", "slerp", "slerp-task-vectors"}  # for two experts
 SHAPES = {"layer.weight": (6, 8), "layer.bias": (6,), "wide.weight": (2, 9), "norm.weight": (8,), "scale": ()}
 
 
@@ -119,6 +135,10 @@ class SoftmaxLayer:
         del merged  # one layer: nothing comes before it
         x = self.inputs(expert)
         return {name: x.T @ x / len(x) for name in names if name == "layer.weight"}
+
+    def magnitudes(self, names: Sequence[str]) -> dict[str, Tensor]:
+        sizes = torch.cat([self.inputs(k) for k in range(len(self.given.experts))]).abs().mean(dim=0)
+        return {name: sizes for name in names if name == "layer.weight"}
 
     def gradients(self, expert: int, sampled: bool) -> Iterator[dict[str, Tensor]]:
         del sampled  # one label or another: nothing here depends on how it was drawn

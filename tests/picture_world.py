@@ -11,8 +11,9 @@ from torch import nn
 
 from tests.family_settings import CLIP, SIGLIP, VISION
 from tests.world import WORDS, nudge, write_tokenizer
-from trainmerge.data.examples import Columns
-from trainmerge.run.recipe import Expert, Recipe
+from trainmerge.data.columns import Columns
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_tasks import Expert
 
 SIDE = 32  # pixels
 ALONE = Columns(text=None, image="image")

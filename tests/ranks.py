@@ -31,6 +31,24 @@ def free_port() -> int:
     raise OSError("100 ports are taken")
 
 
+def exit_code(function: Callable[..., Any], *arguments: Any) -> int | None:
+    """That of a process that runs function(*arguments).
+
+    It is no fork of this one, whose OpenMP threads a fork would wait for at its first parallel loop.
+    """
+    process = SERVER.Process(target=_alone, args=(function, arguments))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _alone(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    from tests.threads import limit_threads
+
+    limit_threads()
+    function(*arguments)
+
+
 class Ranks:
     """`count` processes that run function(*arguments), with the environment that torchrun gives them."""
 

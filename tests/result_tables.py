@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tests import closed_suite, embed_suite, lm_suite, results, suite, vision_suite
+from tests import closed_suite, embed_suite, lm_suite, results, suite, survey, vision_suite
 from tests.bench import paper
 
 PAGES = (Path("README.md"), *sorted(Path("notebooks/docs").rglob("*.md")))
@@ -131,6 +131,22 @@ def cases() -> str:
     )
 
 
+def gpu() -> str:
+    """What `make gpu` found, if it has run: build/gpu.json, kept as tests/results/gpu.json."""
+    file = results.FOLDER / "gpu.json"
+    if not file.exists():
+        return "**Not run on a GPU yet.** One command does all of it:"
+    found = json.loads(file.read_text())
+    rows = [
+        [part, f"`{row['name']}`", "" if row["value"] is None else shown(row["value"]), row["unit"]]
+        for part, own in found["parts"].items()
+        for row in own["rows"]
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    table = markdown(["part", "figure", "value", "of what"], rows)
+    return f"{table}\n\n`make gpu`; {found['device']}, CUDA {found['cuda']}; {versions}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "guard": guard,
@@ -147,6 +163,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kills": kills,
     "families": families,
     "cases": cases,
+    "survey": survey.table,
+    "gpu": gpu,
     **{
         f"bench-{file.stem}": (lambda group=file.stem: figures(group))
         for file in sorted((results.FOLDER / "bench").glob("*.json"))

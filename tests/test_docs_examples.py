@@ -15,6 +15,7 @@ import yaml
 
 from tests.heads_world import texts, write_heads, write_rows
 from tests.hub_stand_in import use, write_cache
+from tests.mixture_world import write_mixture
 from tests.picture_world import TASKS as PICTURES
 from tests.picture_world import clip, write_picture_world
 from tests.world import LABELS, write_languages, write_world
@@ -59,11 +60,12 @@ def of_kind(kind: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Encoders with heads, language models, classifiers with heads of their own, and CLIPs with pictures."""
-    kinds = ("encoders", "languages", "own heads", "pictures")
+    """Encoders with heads, language models, mixtures, classifiers with own heads, and CLIPs with pictures."""
+    kinds = ("encoders", "languages", "mixtures", "own heads", "pictures")
     made = {name: tmp_path_factory.mktemp(name.replace(" ", "-")) for name in kinds}
     write_world(made["encoders"])
     write_languages(made["languages"])
+    write_mixture(made["mixtures"])
     own, classes = made["own heads"], {"task": "ForSequenceClassification"}
     write_heads(own, "Roberta", {"a": {**classes, "num_labels": 2}, "b": {**classes, "num_labels": 3}})
     write_rows(own / "test.jsonl", [{"text": text, "label": 1} for text in texts(9, 6)])
@@ -98,7 +100,7 @@ def files_of(worlds: dict[str, Path], world: str, number: int) -> dict[str, Path
         root, task = worlds["encoders"], TASKS[number]
         texts = {name: root / task / f"{name}.jsonl" for name in ("calibration", "test")}
         return {"path": root / "experts" / task, "labels": root / task / "labels.json", **texts}
-    root, name = worlds["languages"], "ab"[number]
+    root, name = worlds[world], "ab"[number]
     return {"path": root / name, "calibration": root / f"{name}.jsonl", "test": root / f"{name}-test.jsonl"}
 
 
@@ -121,6 +123,8 @@ def completed(example: Example, worlds: dict[str, Path]) -> dict[str, Any]:
     world = "own heads" if own else "encoders" if encoders else "languages"
     if "text: null" in example.code:
         world = "pictures"
+    if "CalibratedRouters" in example.code or "mixture: expert" in example.code:
+        world = "mixtures"
     recipe = content.setdefault("recipe", {})
     put = cache if example.page.stem == "hub" else link
     put(recipe.setdefault("base", "base"), worlds[world] / "base")
@@ -130,7 +134,8 @@ def completed(example: Example, worlds: dict[str, Path]) -> dict[str, Any]:
     for number, task in enumerate([*experts.values(), *recipe.get("held_out", {}).values()]):
         files = own_files(worlds, number) if own else files_of(worlds, world, number)
         for key in {"path", "calibration", "test"} & set(task):
-            (put if key == "path" else link)(task[key], files[key])
+            if isinstance(task[key], str):
+                (put if key == "path" else link)(task[key], files[key])
         if "head" in task and not own:
             link(task["head"]["init_args"]["labels"], files["labels"])
     initial = content.get("model", {}).get("initial")
@@ -204,6 +209,7 @@ def test_commands_are_ours_and_their_configurations_are_there(example: Example) 
             "search",
             "push",
             "rebuild",
+            "unpack",
         }
     for file in re.findall(r"configs/\S+", example.code):
         assert (ROOT / file).is_file()

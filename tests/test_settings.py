@@ -15,13 +15,24 @@ from trainmerge.tradeoffs.cma_es import Search
 
 VALID = [
     tm.Expert("a"), tm.HeldOut("t"), tm.Recipe("base", {"a": tm.Expert("a")}), tm.Grouping(), tm.Columns(),
+    tm.Generate(4), tm.OnPolicy(), tm.JensenShannon(),
     tm.Anchor(), tm.Free(), tm.Box(), tm.Sigmoid(), tm.Simplex(),
     tm.LayerLeastSquares(),
+    tm.CheckpointAverage(),
     tm.LayerSwap("a", "b"), tm.MetricsWeighted({"a": 1.0}), tm.DomainPosterior("t"), tm.T3("t"),
     tm.Breadcrumbs(), tm.Consensus(), tm.Dare(), tm.Doge(), tm.Fisher(), tm.ModelStock(), tm.Opcm(),
     tm.OptMerge(), tm.Pcb(), tm.Rcp("a", "b"), tm.RegMean(), tm.Slerp(), tm.Ties(), tm.Tsv(), tm.Widen(),
+    tm.Wudi(), tm.Aim(), tm.CoreSpace(), tm.Della(), tm.Iso(), tm.Karcher(), tm.Knots(),
+    tm.LocalizeAndStitch(), tm.MagMax(), tm.Ram(), tm.Sce(), tm.Svc(),
+    tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
+    tm.Breadcrumbs(), tm.CalibratedRouters(), tm.Consensus(), tm.Dare(), tm.Doge(), tm.Fisher(),
+    tm.ModelStock(), tm.Opcm(), tm.OptMerge(), tm.Pcb(),
+    tm.Rcp("a", "b"), tm.RegMean(), tm.Slerp(), tm.Ties(), tm.Tsv(), tm.Widen(),
     tm.Wudi(), tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
     tm.AdapterForm(), tm.Int8(), tm.Ternary(), ModelSettings(), StepSchedule(), Search(),
+    tm.Wudi(), tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
+    tm.AdapterForm(), tm.PackedForm("mask"), tm.Concrete(), tm.Int8(), tm.Ternary(),
+    ModelSettings(), StepSchedule(), Search(),
 ]  # fmt: skip
 MADE_BY_US = {
     "Layout",
@@ -31,9 +42,19 @@ MADE_BY_US = {
     "Plan",
     "FittedModule",
     "Choice",
+    "Packed",
 }  # results, not settings
 ENDLESS = {"Box.low", "Box.high", "OptMerge.time", "Wudi.time", "Widen.above"}  # infinity has a meaning
-SIGNED = {"Box.low", "Box.high", "Anchor.at", "Alignment.layers", "T3.low", "T3.high", "Dare.seed"}
+SIGNED = {
+    "Box.low",
+    "Box.high",
+    "Anchor.at",
+    "Alignment.layers",
+    "T3.low",
+    "T3.high",
+    "Dare.seed",
+    "Della.seed",
+}
 
 
 def numeric() -> Iterator[tuple[Any, str]]:

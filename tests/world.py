@@ -10,7 +10,8 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainmerge.data.heads import LabelHead
-from trainmerge.run.recipe import Expert, Recipe
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_tasks import Expert
 
 TEXT = "good bad happy sad great awful red blue green yellow one two three four cat dog bird fish"
 WORDS = TEXT.split()

@@ -4,8 +4,10 @@ Base and three experts of a small Llama of real shapes (`LAYERS` layers of width
 most methods in the models' dtype; so each is compared twice: as the file is, `dtype: bfloat16`, and with
 mergekit's arithmetic in float32, `dtype: float32, out_dtype: bfloat16`, against `faithful`, where only the
 formulas can differ. A distance is in units of the last place of bfloat16 of the largest of both numbers and
-the base's. Methods that draw at random are compared by the L1 norm of what they add. CPU time is
-that of the merge in a process that has merged before, one thread. Memory of whole exports is in `export`.
+the base's. Methods that rank entries are compared a third time, on float32 models, where hardly any two
+entries are equally large. Methods that draw at random are compared by the L1 norm of what they add. CPU
+time is that of the merge in a process that has merged before, one thread; memory is how far its anonymous
+memory rises in the merge. Memory of whole exports is in `export`.
 
 `MK=VENV/bin` names an environment with mergekit==0.1.5.
 """
@@ -15,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +27,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.bench.__main__ import figure
+from trainmerge.system.memory import anonymous
 
 LAYERS = int(os.environ.get("LAYERS", "2"))
 EXPERTS = 3
@@ -50,11 +54,13 @@ SETTINGS: Mapping[str, tuple[int, dict, dict]] = {  # number of experts, setting
     "ramplus_tl": (3, {}, {}),
 }
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
+RANKED = ("ties", "breadcrumbs", "breadcrumbs_ties", "sce", "arcee_fusion")
+KINDS = ("plain", "wide", "float")  # bfloat16 models: as most files are, and wide sums; float32 models
 BASELESS = ("linear", "multislerp", "karcher", "nuslerp")
 
 
-def write_models(place: Path) -> None:
-    """A base and experts, bfloat16."""
+def write_models(place: Path, dtype: torch.dtype) -> None:
+    """A base and experts."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -63,7 +69,7 @@ def write_models(place: Path) -> None:
             vocab_size=2048, hidden_size=256, intermediate_size=688, num_hidden_layers=LAYERS,
             num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
         )
-    ).to(torch.bfloat16)  # fmt: skip
+    ).to(dtype)  # fmt: skip
     model.save_pretrained(place / "base")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for k in range(EXPERTS):
@@ -73,40 +79,65 @@ def write_models(place: Path) -> None:
         model.save_pretrained(place / f"expert{k}")
 
 
-def document(method: str, place: Path, wide: bool) -> dict:
+def document(method: str, root: Path, kind: str) -> dict:
     """mergekit's file for a method."""
     count, each, shared = SETTINGS[method]
+    place = root / ("float32" if kind == "float" else "bfloat16")
     models = [
         {"model": str(place / f"expert{k}"), "parameters": {key: values[k] for key, values in each.items()}}
         for k in range(count)
     ]
-    dtypes = {"dtype": "float32", "out_dtype": "bfloat16"} if wide else {"dtype": "bfloat16"}
+    dtypes = {
+        "plain": {"dtype": "bfloat16"},
+        "wide": {"dtype": "float32", "out_dtype": "bfloat16"},
+        "float": {"dtype": "float32"},
+    }[kind]
     base = {} if method in BASELESS else {"base_model": str(place / "base")}
     return {"merge_method": method, "models": models, "parameters": shared, **base, **dtypes}
 
 
 def merge_all(place: Path, theirs: bool) -> None:
-    """Merge by every method, twice; prints one JSON line per merge."""
+    """Merge by every method, in every way; prints one JSON line per merge."""
     torch.set_num_threads(1)
     side = place / ("theirs" if theirs else "ours")
     merge = by_mergekit if theirs else by_us
     file = place / "document.yml"
-    file.write_text(yaml.safe_dump(document("ties", place, False)))
+    file.write_text(yaml.safe_dump(document("ties", place, "plain")))
     merge(file, side / "first", False)  # imports everything
-    for wide in (False, True):
-        for method in SETTINGS:
-            file.write_text(yaml.safe_dump(document(method, place, wide)))
-            began = time.process_time()
-            merge(file, side / f"{method}-{'wide' if wide else 'plain'}", wide)
-            seconds = time.process_time() - began
-            print(json.dumps({"method": method, "wide": wide, "seconds": seconds}), flush=True)
+    for kind in KINDS:
+        for method in RANKED if kind == "float" else SETTINGS:
+            file.write_text(yaml.safe_dump(document(method, place, kind)))
+            began, memory = time.process_time(), Memory()
+            merge(file, side / f"{method}-{kind}", kind != "plain")
+            seconds, rise = time.process_time() - began, memory.stop()
+            print(json.dumps({"method": method, "kind": kind, "seconds": seconds, "rise": rise}), flush=True)
+
+
+class Memory:
+    """How far this process's anonymous memory rises, looked at every 2 ms by a thread."""
+
+    def __init__(self) -> None:
+        self.start = self.most = anonymous()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while not self.ended.wait(0.002):
+            self.most = max(self.most, anonymous())
+
+    def stop(self) -> int:
+        """End watching; the rise in bytes."""
+        self.ended.set()
+        self.thread.join()
+        return self.most - self.start
 
 
 def by_us(file: Path, out: Path, wide: bool) -> None:
     """Our merge of a file; with mergekit's rules where the arithmetic is the same."""
     import trainmerge as tm
 
-    tm.merge_file(file, out, faithful=wide, dtype="bfloat16")
+    tm.merge_file(file, out, faithful=wide)
 
 
 def by_mergekit(file: Path, out: Path, wide: bool) -> None:
@@ -145,36 +176,54 @@ def norm(merged: Mapping, base: Mapping) -> float:
     return sum(float((merged[name].double() - base[name].double()).abs().sum()) for name in base)
 
 
-def run(python: str, place: Path, side: str) -> dict[tuple[str, bool], dict]:
+def run(python: str, place: Path, side: str) -> dict[tuple[str, str], dict]:
     """One side's merges in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [python, "-m", "tests.bench.mergekit", side, str(place)]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {(line["method"], line["wide"]): line for line in lines}
+    return {(line["method"], line["kind"]): line for line in lines}
 
 
 def main() -> None:
     """Both sides, and their distances."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        write_models(place)
+        for dtype in (torch.bfloat16, torch.float32):
+            write_models(place / str(dtype).removeprefix("torch."), dtype)
         ours = run(sys.executable, place, "ours")
         theirs = run(f"{os.environ['MK']}/python", place, "theirs")
-        base = tensors(place / "base")
         for method in SETTINGS:
-            for wide, word in ((False, "plain"), (True, "wide")):
-                pair = [tensors(place / side / f"{method}-{word}") for side in ("ours", "theirs")]
-                if method in RANDOM:
-                    figure(f"{method}_{word}_l1", norm(pair[0], base) / norm(pair[1], base), "ratio", "")
-                    continue
-                ulps, absolute, share = apart(*pair, base)
-                figure(f"{method}_{word}_ulp", ulps, "ulp", "1" if wide else "")
-                figure(f"{method}_{word}_absolute", absolute, "absolute", "")
-                figure(f"{method}_{word}_differing", share, "share", "")
-            cpu = theirs[method, False]["seconds"] / ours[method, False]["seconds"]
-            figure(f"{method}_cpu", cpu, "ratio, theirs over ours", "")
-            figure(f"{method}_cpu_seconds", ours[method, False]["seconds"], "s", "")
+            compare(method, place)
+            one, other = ours[method, "plain"], theirs[method, "plain"]
+            figure(f"{method}_cpu", other["seconds"] / one["seconds"], "ratio, theirs over ours", "")
+            figure(f"{method}_cpu_seconds", one["seconds"], "s", "")
+            figure(f"{method}_memory", one["rise"] / 1e6, "MB", "")
+            figure(f"{method}_memory_theirs", other["rise"] / 1e6, "MB", "")
+
+
+def compare(method: str, place: Path) -> None:
+    """Both sides' merges by a method."""
+    for kind in KINDS if method in RANKED else KINDS[:2]:
+        base = tensors(place / ("float32" if kind == "float" else "bfloat16") / "base")
+        ours, theirs = (tensors(place / side / f"{method}-{kind}") for side in ("ours", "theirs"))
+        if method in RANDOM:
+            figure(f"{method}_{kind}_l1", norm(ours, base) / norm(theirs, base), "ratio", "")
+        elif kind == "float":
+            figure(f"{method}_float_relative", relative(ours, theirs), "relative", "")
+        else:
+            ulps, absolute, share = apart(ours, theirs, base)
+            figure(f"{method}_{kind}_ulp", ulps, "ulp", "1" if kind == "wide" else "")
+            figure(f"{method}_{kind}_absolute", absolute, "absolute", "")
+            figure(f"{method}_{kind}_differing", share, "share", "")
+
+
+def relative(ours: Mapping, theirs: Mapping) -> float:
+    """The largest distance in a tensor over its largest number, the largest of all tensors."""
+    return max(
+        float((own.double() - theirs[name].double()).abs().max() / own.abs().max())
+        for name, own in ours.items()
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.data.heads import LabelHead
-from trainmerge.run.recipe import Expert, Recipe
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_tasks import Expert
 
 CACHE = Path(os.environ.get("TRAINMERGE_CACHE", Path.home() / ".cache" / "trainmerge"))
 BASE = CACHE / "models" / "minilm-l6"

@@ -448,6 +448,18 @@ def test_quantised_checkpoints_are_refused(base: Path, tmp_path: Path) -> None:
         open_task_vectors(open_checkpoint(base), {})
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("side", ["base", "expert"])
+def test_a_weight_that_is_no_float_is_named_with_its_file(
+    tmp_path: Path, side: str, dtype: torch.dtype
+) -> None:
+    folders = {"base": save(llama(), tmp_path / "base"), "expert": save(llama(1), tmp_path / "expert")}
+    rewrite(folders[side], **{QUERY: llama().get_parameter(QUERY).data.to(dtype)})
+    file = re.escape(str(folders[side] / "model.safetensors"))
+    with pytest.raises(ValueError, match=rf"{file}: {re.escape(QUERY)} is {dtype}, where .* floats"):
+        open_task_vectors(open_checkpoint(folders["base"]), {"a": folders["expert"]})
+
+
 # ties
 
 

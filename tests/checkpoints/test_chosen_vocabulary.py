@@ -17,7 +17,8 @@ from tests.world import WORDS, nudge, write_tokenizer
 from trainmerge.checkpoints import open_checkpoint
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.run.opened import Opened
-from trainmerge.run.recipe import Expert, Recipe
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_tasks import Expert
 
 UNION = [*ADDED["a"], "<|tool|>"]  # behind the base's tokens, by expert and its ids
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

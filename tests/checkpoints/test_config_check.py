@@ -39,7 +39,8 @@ from transformers import (
 
 from tests.opening import open_task_vectors
 from trainmerge.checkpoints import open_checkpoint
-from trainmerge.checkpoints.meta_model import quiet
+from trainmerge.checkpoints.config_check import configuration_mismatches
+from trainmerge.checkpoints.meta_model import build_meta_model, quiet
 
 SIZES: dict[str, Any] = {
     "vocab_size": 24, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
@@ -181,6 +182,19 @@ def test_other_names_of_classes_are_a_warning_of_classifiers(tmp_path: Path) -> 
     edit(expert / "config.json", **names)
     with pytest.warns(UserWarning, match=r"id2label is \{0: 'good', 1: 'bad'\}, the base has"):
         compare(base, expert)
+
+
+def test_the_same_classes_in_another_order_are_a_warning_with_a_head_of_ones_own(tmp_path: Path) -> None:
+    def config(*names: str) -> BertConfig:
+        kind = ["BertForSequenceClassification"]
+        return BertConfig(**SIZES, id2label=dict(enumerate(names)), architectures=kind)
+
+    config("bad", "good").save_pretrained(tmp_path)
+    base, file = build_meta_model(tmp_path), tmp_path / "config.json"
+    with pytest.warns(UserWarning, match=r"\{0: 'good', 1: 'bad'\}, .* the same labels in another order"):
+        assert not configuration_mismatches(base, config("good", "bad"), file, own_head=True)
+    assert not configuration_mismatches(base, config("bad", "good"), file, own_head=True)
+    assert not configuration_mismatches(base, config("red", "blue"), file, own_head=True)
 
 
 def test_an_adapters_recorded_base_is_compared(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from tests.family_settings import ENCODER, TEXT
 from tests.heads_world import make, texts, write_rows, write_tokenizer
 from tests.model.test_own_head import batch_of, prepared
 from tests.world import nudge
-from trainmerge.run.recipe import Expert, Recipe
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_tasks import Expert
 
 CAUSAL, MASKED = "LlamaForCausalLM", "BertForMaskedLM"
 UNTIED = {**TEXT, "tie_word_embeddings": False}

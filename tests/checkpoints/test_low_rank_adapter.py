@@ -201,6 +201,20 @@ def test_an_embedding_that_is_not_the_bases_goes_dense(bases: dict[str, Path], t
     compare(bases["llama"], opened, adapter, exact=True)
 
 
+def test_an_adapter_of_integers_or_of_nothing_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = train(bases["llama"], tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
+    file, base = adapter / "adapter_model.safetensors", open_checkpoint(bases["llama"])
+    tensors = load_file(file)
+    first = next(iter(tensors))
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        save_file({**tensors, first: tensors[first].to(dtype)}, file)
+        with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: {first} is {dtype}: quantised"):
+            open_task_vectors(base, {"a": adapter})
+    save_file({}, file)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: no tensors in it"):
+        open_task_vectors(base, {"a": adapter})
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["low rank", "dense"])
 def test_a_classifiers_adapter_on_a_headless_base(
     bases: dict[str, Path], tmp_path: Path, options: dict[str, object]

@@ -139,7 +139,7 @@ def test_a_key_chooses(tmp_path: Path) -> None:
 REFUSED = {
     "unet/diffusion_pytorch_model.safetensors model_index.json": "a pipeline of diffusers.*model/unet",
     "consolidated.00.pth consolidated.01.pth params.json": "2 parts of weights .*convert_llama_weights_to_hf",
-    ".metadata __0_0.distcp": "torch.distributed checkpoint.*dcp_to_torch_save",
+    "__0_0.distcp": "torch.distributed checkpoint.*Give its folder",
     "model-q4.gguf": "GGUF.*float checkpoint",
     "mp_rank_00_model_states.pt": "DeepSpeed.*zero_to_fp32",
     "flax_model.msgpack": "Flax",

@@ -146,3 +146,11 @@ def test_peft_imports_no_module_of_an_adapters_choice(changes: dict[str, Any]) -
     with pytest.raises(ValueError, match="import a module"):
         check_adapter_config(FILE, changes)
     check_adapter_config(FILE, {"megatron_config": None, "megatron_core": "megatron.core"})
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+@pytest.mark.parametrize("value", ["16", None, float("nan"), True])
+def test_rank_and_scale_are_numbers(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: {key} must be a number, not"):
+        check_adapter_config(FILE, {key: value})
+    check_adapter_config(FILE, {"r": 2, "lora_alpha": 0.5})

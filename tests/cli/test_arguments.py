@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from trainmerge.cli.arguments import Options, options_of, split_words
-from trainmerge.cli.commands import evaluate, export
+from trainmerge.cli.commands import evaluate
+from trainmerge.cli.export import export
 from trainmerge.cli.fit_help import FIT_HELP
 from trainmerge.cli.program import COMMANDS, main
 
@@ -49,7 +50,7 @@ def test_split_words(words: str, positional: str, options: str) -> None:
 
 
 def test_options_of_a_command() -> None:
-    assert options_of(export).flags == {"overwrite", "verify", "mergekit", "embeddings"}
+    assert options_of(export).flags == {"overwrite", "verify", "mergekit", "embeddings", "router"}
     assert options_of(evaluate).flags == {"compare"}
     assert {"limit", "max_length", "output", "recipe"} < options_of(evaluate).valued
 

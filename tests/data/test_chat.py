@@ -9,7 +9,9 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from tests.world import WORDS, write_tokenizer
-from trainmerge.data.examples import Columns, Example, read_examples
+from trainmerge.data.columns import Columns
+from trainmerge.data.examples import Example, read_examples
+from trainmerge.data.token_checks import check_rows
 from trainmerge.data.tokenizer import Tokenizer
 
 SEP = "{% for m in messages %}{{ m.role }}: {{ m.content }} | {% endfor %}"
@@ -137,11 +139,22 @@ def test_a_token_beyond_the_embedding_is_named(tmp_path: Path) -> None:
     rows = len(WORDS) + 2
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": rows}))
     tokenize = Tokenizer(str(tmp_path), 16)
-    tokenize.check_rows([Example("red blue")])
+    check_rows(tokenize, [Example("red blue")])
     for texts in ([Example("red [EOS]")], [Example("red")] * 70 + [Example("[EOS]")]):
         with pytest.raises(
             ValueError, match=rf"token {rows + 1} '\[EOS\]', but config.json gives .* {rows} rows"
         ):
-            tokenize.check_rows(texts)
+            check_rows(tokenize, texts)
     with pytest.raises(ValueError, match=rf"{rows} rows"):
         tokenize(["[EOS]"])
+
+
+@pytest.mark.parametrize(
+    "chat",
+    ["[]", {"role": "user", "content": "red"}, [{"from": "human", "value": "red"}], [{"role": 3}], ["red"]],
+)
+def test_what_is_no_chat_is_shown_with_the_form_of_one(tmp_path: Path, chat: object) -> None:
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}))
+    words = tokenizer(tmp_path / "model", SEP + PROMPT)
+    with pytest.raises(ValueError, match=r"example 0 has .* for 'messages': a chat is a list of turns"):
+        read_examples(str(tmp_path / "chats.jsonl"), Columns(messages="messages"), words.render)

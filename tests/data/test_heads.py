@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity
 
 from tests.contracts import assert_same_bits
-from trainmerge.data.heads import Classifier, LabelHead, LinearHead, pool
+from trainmerge.data.classifier import Classifier, pool
+from trainmerge.data.heads import LabelHead, LinearHead
 from trainmerge.data.label_texts import read_labels
 
 RIGHT = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]).bool()

@@ -15,7 +15,8 @@ from transformers.image_utils import load_image
 
 from tests.picture_world import ALONE, CUT, SQUARE, picture, write_pictures, write_processor
 from trainmerge.data.calibration import Calibration
-from trainmerge.data.examples import Columns, Example, contents, read_examples
+from trainmerge.data.columns import Columns
+from trainmerge.data.examples import Example, contents, read_examples
 from trainmerge.data.media import MediaInputs
 from trainmerge.data.media_values import open_picture, open_sound
 from trainmerge.data.text_files import load_examples

@@ -1,5 +1,6 @@
 """Columns of texts are read as they are written, whatever their words look like."""
 
+import gzip
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from trainmerge.data.examples import Columns, Example, read_examples
+from trainmerge.data.columns import Columns
+from trainmerge.data.examples import Example, read_examples
 from trainmerge.data.text_files import load_examples
 
 
@@ -98,3 +100,24 @@ def test_a_file_that_begins_with_null_is_an_error(tmp_path: Path, content: str) 
     file.write_text(content)
     with pytest.raises(ValueError, match=r"texts\.jsonl: example 0 is null"):
         load_examples(str(file), ["text"])
+
+
+@pytest.mark.parametrize("name", ["A.JSONL", "a.Json", "a.CSV", "a.TXT", "a.Parquet"])
+def test_the_case_of_an_ending_and_patterns_in_a_path_change_nothing(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "mein Ordner [1] *?" / "{x} #$HOME 模型" / name
+    file.parent.mkdir(parents=True)
+    content = {
+        "A.JSONL": '{"text": "red"}\n{"text": "blue"}\n', "a.Json": '[{"text": "red"}, {"text": "blue"}]',
+        "a.CSV": "text\nred\nblue\n", "a.TXT": "red\nblue\n",
+    }  # fmt: skip
+    if name in content:
+        file.write_text(content[name])
+    else:
+        parquet.write_table(pyarrow.table({"text": ["red", "blue"]}), file)
+    assert list(load_examples(str(file), ["text"])["text"]) == ["red", "blue"]
+
+
+def test_a_compressed_file_is_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl.gz").write_bytes(gzip.compress(b'{"text": "red"}'))
+    with pytest.raises(ValueError, match=r"texts\.jsonl\.gz: a compressed file: unpack it"):
+        load_examples(str(tmp_path / "texts.jsonl.gz"), ["text"])

@@ -10,7 +10,9 @@ from transformers import AutoTokenizer, T5Config
 
 from tests.heads_world import write_tokenizer as write_heads_tokenizer
 from tests.world import write_tokenizer
-from trainmerge.data.examples import Columns, Example, read_examples
+from trainmerge.data.columns import Columns
+from trainmerge.data.examples import Example, read_examples
+from trainmerge.data.token_checks import longest
 from trainmerge.data.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -143,5 +145,5 @@ def test_pairs_of_texts(tmp_path):
     want = tokenize.transformers(["good bad", "good"], ["red blue green", "red"], padding=True)
     assert encoded.inputs["input_ids"].tolist() == want["input_ids"]
     assert encoded.mask.sum(1).tolist() == [8, 5]
-    assert tokenize.longest([pair], 6) == 8
+    assert longest(tokenize, [pair], 6) == 8
     assert Tokenizer(str(tmp_path), 6).encode([pair]).inputs["input_ids"].shape == (1, 6)

@@ -24,11 +24,13 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate import evaluate_run
 from trainmerge.evaluate.bootstrap import score_differences
 from trainmerge.evaluate.harness import run_harness
-from trainmerge.evaluate.score_task import Subject, score_task, token_losses
+from trainmerge.evaluate.score_task import score_task, token_losses
+from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.evaluate.torchmetrics_states import TokenLosses, class_measures
 from trainmerge.run.config import to_config
-from trainmerge.run.recipe import HeldOut, Recipe, calibration_files
+from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.recipe_tasks import HeldOut
 from trainmerge.run.sources import text_length
 from trainmerge.system.safetensors_file import sha256
 
@@ -126,7 +128,8 @@ def test_a_run_with_a_task_held_out(run: Path) -> None:
     found = json.loads((run / "evaluation.json").read_text())
     short = json.loads((run / "scores.json").read_text())
     assert short.keys() == found.keys() >= {"base", "average", "learned", "expert"}
-    assert short["learned"].keys() == {"mood", "colour", "mean", "normalised", "coefficients", "step"}
+    made = {"coefficients", "step", "precision"}
+    assert short["learned"].keys() == {"mood", "colour", "mean", "normalised", *made}
     assert short["learned"]["coefficients"] == sha256(run / "coefficients.safetensors")
     assert found["learned"]["measures"].keys() == {"mood", "colour", "animal"}
     assert found["learned"]["measures"]["mood"].keys() == {"accuracy", "macro_f1", "calibration_error"}
@@ -141,6 +144,20 @@ def test_a_run_with_a_task_held_out(run: Path) -> None:
         load_tasks(kept, tokenize)
     with pytest.raises(ValueError, match="limit must be at least 1"):
         load_tasks(recipe(run.parent), tokenize, limit=-1)
+
+
+def test_forwards_in_bfloat16(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Probabilities move by bfloat16's rounding of a few layers; the scores say how they were made."""
+    path, found = shutil.copytree(run, tmp_path / "run"), {}
+    for precision in ("32", "bf16"):
+        assert main(["evaluate", str(path), "--no-compare", "--precision", precision]) == 0
+        assert json.loads((path / "scores.json").read_text())["learned"]["precision"] == precision
+        measures = json.loads((path / "evaluation.json").read_text())["learned"]["measures"]
+        found[precision] = measures["mood"]["calibration_error"]
+    assert "run, forwards in bfloat16" in capsys.readouterr().out
+    assert found["32"] != found["bf16"] == pytest.approx(found["32"], abs=2**-5)
+    assert main(["evaluate", str(run), "--precision", "16"]) == 1
+    assert "--precision 16: choose 32 (the model's own) or bf16" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_cut_as_the_run_was(

@@ -24,12 +24,14 @@ import trainmerge as tm
 from tests.bounds import SCORE
 from tests.world import WORDS, nudge, write_languages, write_tokenizer, write_world
 from trainmerge.checkpoints.output import output_of_class
-from trainmerge.data.examples import Columns, Example
+from trainmerge.data.columns import Columns
+from trainmerge.data.examples import Example
 from trainmerge.data.heads import LabelHead
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate import evaluate_run, load_tasks, metric_of
 from trainmerge.evaluate.measure import predicted
-from trainmerge.evaluate.score_task import Subject, score_task
+from trainmerge.evaluate.score_task import score_task
+from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task
 from trainmerge.run.recipe import Recipe, calibration_files
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification
 import trainmerge as tm
 from tests.evaluate.test_own_heads import LABELS, TEXTS, logits, run_of, with_test
 from tests.heads_world import write_heads
-from trainmerge.run.recipe import HeldOut, Recipe
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_tasks import HeldOut
 
 NAMES = {0: "low", 1: "mid", 2: "high"}
 OTHERS = {**LABELS, "id2label": NAMES, "label2id": {name: i for i, name in NAMES.items()}}
@@ -41,6 +42,12 @@ def test_a_task_is_scored_as_transformers_does(tmp_path: Path, architecture: str
     assert found.scores[str(out)] == {"b": tm.evaluate_run(run, grid=()).scores["learned"]["b"]}
     expert = tm.evaluate_checkpoint(tmp_path / "a", recipe, max_length=32)
     assert expert.scores[str(tmp_path / "a")] == {"a": accuracy(tmp_path / "a", recipe, told)}
+    several = tm.compare([run, out, tmp_path / "b"], recipe=run).evaluation
+    assert several.held_in == ("b",)
+    assert several.scores[str(out)] == several.scores[str(run)] == found.scores[str(out)]
+    assert several.scores[str(tmp_path / "b")] == {"b": accuracy(tmp_path / "b", recipe, told)}
+    with pytest.raises(ValueError, match=r"no task in common: \S+out of b; \S+a of a$"):
+        tm.compare([out, tmp_path / "a"], recipe=run)
     alone = replace(recipe, experts={"a": recipe.experts["a"]})
     with pytest.raises(ValueError, match=r"out is the export of the task 'b', and the recipe's experts"):
         tm.evaluate_checkpoint(out, alone)

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 import trainmerge as tm
 from tests.heads_world import ARCHITECTURES, texts, write_heads, write_rows
-from trainmerge.data.examples import Columns, Example
+from trainmerge.data.columns import Columns
+from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.run.recipe import Recipe, calibration_files
 

@@ -26,9 +26,9 @@ from trainmerge.system.hub import Origin
 from trainmerge.system.safetensors_file import sha256
 
 KEYS = {  # of the hub's documented metadata -> the type of the value
-    "base_model": list, "base_model_relation": str, "license": str, "license_name": str, "license_link": str,
-    "library_name": str, "pipeline_tag": str, "language": list, "datasets": list, "tags": list,
-    "model-index": list,
+    "base_model": (list, str), "base_model_relation": str, "license": str, "license_name": str,
+    "license_link": str, "library_name": str, "pipeline_tag": str, "language": list, "datasets": list,
+    "tags": list, "model-index": list,
 }  # fmt: skip
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -42,7 +42,9 @@ def check_card(text: str) -> dict:
         assert isinstance(value, KEYS[key]), key
     for key in ("base_model", "language", "datasets", "tags"):
         assert all(isinstance(one, str) for one in head.get(key, []))
-    assert all(REPOSITORY.fullmatch(name) for name in head.get("base_model", []))
+    bases = head.get("base_model", [])
+    assert isinstance(bases, str) == (head.get("base_model_relation") == "adapter")  # one, or a list
+    assert all(REPOSITORY.fullmatch(name) for name in ([bases] if isinstance(bases, str) else bases))
     assert ("base_model" in head) == ("base_model_relation" in head)
     if "model-index" in head:
         (entry,) = head["model-index"]

@@ -1,7 +1,6 @@
 """Adapters of runs, by command and in Python: card, manifest, rebuilding, and those of full models."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from transformers import BertForSequenceClassification
 
 import trainmerge as tm
 from tests.hub_stand_in import use, write_cache
+from tests.ranks import exit_code
 from tests.world import bert, languages_recipe, llama, nudge, write_languages, write_tokenizer
 from trainmerge.checkpoints.meta_model import quiet
 from trainmerge.cli import main
@@ -166,11 +166,11 @@ def test_each_expert_has_a_folder(world: Path, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rank", "4"], "--rank does not apply to a checkpoint"),
+        (["--rank", "4"], "--rank does not apply to --as checkpoint, but to --as adapter or"),
         (["--as", "adapter", "--task", "a"], "--task does not apply to --as adapter"),
         (
             ["--as", "adapter", "--shard-size", "1GB", "--workers", "2"],
-            "--workers and --shard-size does not apply",
+            "--workers does not apply",
         ),
         (["--as", "adapter", "--rank", "2", "--energy", "0.9"], "exclude each other"),
         (["--as", "adapter", "--energy", "90"], "adapter.energy must be in"),
@@ -210,10 +210,7 @@ def killed(words: list[str]) -> None:
 
 def test_a_killed_command_leaves_no_adapter(world: Path, tmp_path: Path) -> None:
     words = [str(world / "base"), str(world / "lora-a"), str(tmp_path / "out")]
-    process = multiprocessing.get_context("fork").Process(target=killed, args=(words,))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert exit_code(killed, words) == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.iterdir())  # the folder aside
     tm.extract(*words)

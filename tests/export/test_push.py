@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 import trainmerge as tm
 from tests.fitting.test_fit import fit_world
@@ -12,7 +13,9 @@ from tests.hub_stand_in import Hub, serving, use
 from tests.world import write_world
 from trainmerge.cli import main
 from trainmerge.export.push import plan_upload
+from trainmerge.system.safetensors_file import sha256
 
+OLD_KEYWORD = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub 2.4
 TOKEN = "hf_" + "y" * 20
 
 
@@ -44,6 +47,43 @@ def test_every_file_of_the_export_arrives(
     assert hub.tokens - {""} == {f"Bearer {TOKEN}"}
     assert TOKEN not in shown.out + shown.err
     assert [one["name"] for one in hub.created] == ["name"]
+
+
+@OLD_KEYWORD
+@pytest.mark.parametrize("part", [None, 10_000], ids=["one request", "parts"])
+def test_weights_go_by_git_lfs_and_are_checked(
+    part: int | None, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    hub = Hub(large=".safetensors", part=part)
+    with serving(hub, tmp_path / "cache", monkeypatch):
+        tm.push(merged, "org/name")
+        first = [asked for asked in hub.asked if asked.startswith("PUT")]
+        tm.push(merged, "org/again")
+    assert hub.commits["org/name"] == {path.name: path.read_bytes() for path in merged.iterdir()}
+    assert hub.commits["org/again"] == hub.commits["org/name"]
+    weights = {sha256(path): path.stat().st_size for path in merged.glob("*.safetensors")}
+    assert len(weights) == 2  # of the model, and its coefficients
+    assert sorted(hub.verified) == sorted(weights)
+    wanted = {oid: 1 if part is None else -(-size // part) for oid, size in weights.items()}
+    assert {oid: sum(f"/{oid}" in asked for asked in first) for oid in weights} == wanted
+    assert sum(asked.startswith("PUT") for asked in hub.asked) == len(
+        first
+    )  # what is there is not sent again
+
+
+@OLD_KEYWORD
+def test_a_hub_that_takes_no_large_file_is_in_words(
+    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    hub = Hub(large=".safetensors", full=True)
+    with (
+        serving(hub, tmp_path / "cache", monkeypatch),
+        pytest.raises(ConnectionError, match=r"not uploaded to .* \(status 507\)"),
+    ):
+        tm.push(merged, "org/name")
+    assert hub.commits == {}
 
 
 def test_a_dry_run_asks_nothing(

@@ -4,7 +4,6 @@ Legend: `K` experts, `G` coefficient groups.
 """
 
 import json
-import multiprocessing
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader
 import trainmerge as tm
 from tests.contracts import assert_same_bits
 from tests.plain_modules import batches, expert_of, net
+from tests.ranks import exit_code
 from trainmerge.cli import main
 from trainmerge.fitting.contents import content_sha256
 from trainmerge.run.trajectory import read_trajectory
@@ -33,6 +33,10 @@ class Worlds:
         self.base = net()
         self.experts = {name: expert_of(self.base, seed) for seed, name in enumerate("ab", 1)}
         self.lists = {name: batches(seed, 2) for seed, name in enumerate("ab", 10)}
+
+    def loaders(self, kind: str) -> Mapping[str, Any]:
+        """`lists` or `shuffled`."""
+        return self.lists if kind == "lists" else self.shuffled()
 
     def shuffled(self) -> dict[str, DataLoader]:
         """Loaders that give other batches in every pass, and the same from one call to the next."""
@@ -66,6 +70,12 @@ class Entropy:
         return -(log_q.exp() * log_q).sum(-1)
 
 
+def killed(kind: str, run: Path) -> None:
+    """A fit that dies in its seventh step."""
+    world = Worlds()
+    world.fit(world.loaders(kind), run, Entropy(calls=2 * 6 + 1))
+
+
 @pytest.fixture(scope="module")
 def world() -> Worlds:
     return Worlds()
@@ -77,21 +87,13 @@ def lines(run: Path) -> Sequence[Mapping[str, float]]:
 
 @pytest.mark.parametrize("kind", ["lists", "shuffled"])
 def test_a_killed_fit_resumes_to_the_same_bits(world: Worlds, tmp_path: Path, kind: str) -> None:
-    def loaders() -> Mapping[str, Any]:
-        return world.lists if kind == "lists" else world.shuffled()
-
     run, whole = tmp_path / "run", tmp_path / "whole"
-    alone = world.fit(loaders(), None, Entropy())
-    want = world.fit(loaders(), whole, Entropy())
+    alone = world.fit(world.loaders(kind), None, Entropy())
+    want = world.fit(world.loaders(kind), whole, Entropy())
     assert_same_bits(alone.coefficients(), want.coefficients())
-    child = multiprocessing.get_context("fork").Process(
-        target=world.fit, args=(loaders(), run, Entropy(calls=2 * 6 + 1))
-    )
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
+    assert exit_code(killed, kind, run) == -signal.SIGKILL
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-6.ckpt"]
-    got = world.fit(loaders(), run, Entropy())
+    got = world.fit(world.loaders(kind), run, Entropy())
     assert_same_bits(got.coefficients(), want.coefficients())
     for name, tensor in want.module.state_dict().items():
         assert_same_bits(got.module.state_dict()[name], tensor)

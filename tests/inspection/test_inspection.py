@@ -78,6 +78,27 @@ def test_twins_outliers_scratch_and_a_shifted_gauge(world: Path, capsys: pytest.
     assert "cos mood" not in capsys.readouterr().out.rpartition("base and experts")[2]
 
 
+def test_sparse_experts_that_overlap_little(world: Path) -> None:
+    """As reinforcement learning leaves them: one entry of twenty, others in each expert."""
+    base = load_file(world / "base" / "model.safetensors")
+    merge = recipe(world)
+    full = {name: expert for name, expert in merge.experts.items() if name != "animal"}
+    for number, name in enumerate(full):
+        dice = torch.Generator().manual_seed(number)
+        own = {n: t + 0.1 * (torch.rand(t.shape, generator=dice) < 0.05) for n, t in base.items()}
+        change(world / "experts" / name, **own)
+    merge = replace(merge, experts=full)
+    text = found(world, merge, output=world / "found.json")
+    assert "note: the experts changed few entries (mood 5%, colour 5%)" in text
+    settings = json.loads((world / "found.json").read_text())["suggestion"]["settings"]
+    assert [step["class_path"] for step in settings["recipe"]["preprocess"]] == ["trainmerge.Ram"]
+    assert settings["model"]["initial"] == 1.0
+    assert "trainmerge.Ram" in str(suggest(merge, {}, None, sparse=True).settings)
+    full_rank = {n: t + 0.1 * torch.randn(t.shape) for n, t in base.items()}
+    change(world / "experts" / "mood", **full_rank)
+    assert "few entries" not in found(world, merge)
+
+
 def test_texts_tensors_and_templates(world: Path) -> None:
     merge = recipe(world)
     lines = (world / "mood" / "calibration.jsonl").read_text().splitlines()

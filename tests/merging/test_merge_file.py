@@ -107,8 +107,21 @@ MISTAKES = [
     ({"models": []}, "models must be a list"),
     ({"base_model": None}, "ties needs base_model"),
     ({"dtype": "int8"}, "dtype is 'int8'; it is one of float32"),
-    ({"tokenizer": {"source": "base", "tokens": {}}}, "only its key `source`"),
-    ({"chat_template": "auto"}, "chat_template is not supported"),
+    ({"tokenizer": {"sauce": "base"}}, "tokenizer: no key 'sauce'; there are source"),
+    ({"tokenizer": "union"}, "tokenizer is 'union', not a mapping"),
+    ({"tokenizer": {"source": "base"}, "tokenizer_source": "base"}, "tokenizer_source: write one of them"),
+    ({"tokenizer": {"pad_to_multiple_of": 0}}, "pad_to_multiple_of is 0, not a number of rows"),
+    ({"tokenizer": {"tokens": {"x": {"source": "@c"}}}}, "tokens.x: @c is none of the models"),
+    ({"tokenizer": {"tokens": {"x": {"force": True}}}}, "is not a `source`"),
+    ({"tokenizer": {"tokens": {"x": {"source": "@a", "force": 1}}}}, "force is 1, not true or false"),
+    ({"tokenizer": {"tokens": {"x": {"source": {"kind": "none"}}}}}, "it is a model, .kind: zero."),
+    (
+        {"tokenizer": {"tokens": {"x": {"source": {"kind": "model_token", "model": "@a"}}}}},
+        "a model_token has a `model`, and a `token` or a `token_id`",
+    ),
+    ({"chat_template": "llama3"}, "chat_template llama3: its text is mergekit's"),
+    ({"chat_template": "chatlm"}, "chat_template is 'chatlm'; it is auto, chatml, a merged model's folder"),
+    ({"chat_template": 1}, "chat_template is 1, not a text"),
     ({"models": None, "slices": [{"sources": []}, {"sources": []}]}, "stacking layers is not supported"),
     ({"merge_method": "nearswap", "parameters": {"t": 1}}, "nearswap merges 1 models besides the base"),
     ({"merge_method": "slerp", "models": [{"model": "@a"}]}, "slerp needs 't'"),
@@ -205,3 +218,25 @@ def test_wrong_words_are_named(
 def test_help_fits_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", "--help"]) == 0
     assert len(capsys.readouterr().out.splitlines()) <= 50
+
+
+def test_a_wider_expert_makes_the_merge_float32_and_not_wider(world: Path, tmp_path: Path) -> None:
+    wide = AutoModelForCausalLM.from_pretrained(world / "a").double()
+    wide.save_pretrained(tmp_path / "wide")
+    with pytest.warns(UserWarning, match="float64 against torch.float32"):
+        tm.merge_models(world / "base", [tmp_path / "wide"], tmp_path / "out")
+    want = tensors(world / "a")
+    got = tensors(tmp_path / "out")
+    assert {name: tensor.dtype for name, tensor in got.items()} == dict.fromkeys(want, torch.float32)
+    for name, tensor in want.items():  # base + 1 * (a - base) is within a rounding of a
+        torch.testing.assert_close(got[name], tensor)
+
+
+def test_a_first_word_that_is_no_path_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", "~/base", "a", "b", "-o", "out"]) == 1
+    error = capsys.readouterr().err
+    assert "~/base: neither a file nor a folder" in error
+    assert "~ and $ are no shortcuts here: write the whole path" in error

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from tests.heads_world import ARCHITECTURES, make, texts, write_rows, write_tokenizer
 from tests.model.test_own_head import batch_of, prepared
 from tests.world import nudge
-from trainmerge.run.recipe import Expert, Recipe
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_tasks import Expert
 
 CASES = [
     ("Bert", "SEQ_CLS", "ForSequenceClassification", ["query", "value"]),

@@ -14,7 +14,8 @@ from tests.family_settings import CLIP, CONVNEXT, SWIN, VISION, picture
 from tests.picture_world import build, clip, siglip
 from tests.world import write_tokenizer
 from trainmerge.data.batch import Batch
-from trainmerge.data.heads import Classifier, LabelHead, LinearHead
+from trainmerge.data.classifier import Classifier
+from trainmerge.data.heads import LabelHead, LinearHead
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.forward import build_classifier, forward
 

@@ -56,10 +56,10 @@ def weight_name(layer: str) -> str:
 class Inputs:
     """What every linear layer of a plain model reads, example after example, without padding."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> None:
         self.rows: dict[str, list[Tensor]] = {}
         for name, layer in model.named_modules():
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, kinds):
                 layer.register_forward_pre_hook(lambda _, given, name=name: self._read(name, given[0]))
 
     def _read(self, name: str, states: Tensor) -> None:
@@ -71,9 +71,14 @@ class Inputs:
 
 
 @torch.no_grad()
-def inputs_of(model: nn.Module, made: ExpertStatistics, expert: int) -> Inputs:
+def inputs_of(
+    model: nn.Module,
+    made: ExpertStatistics,
+    expert: int,
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear,),
+) -> Inputs:
     """One example at a time: nothing is padded."""
-    inputs = Inputs(model)
+    inputs = Inputs(model, kinds)
     for example in made.examples[expert]:
         model(**made.tokenizer.encode([example]).inputs)
     return inputs
@@ -135,6 +140,25 @@ def test_regmean_plus_plus_reads_merged_blocks(languages: Path, tmp_path: Path) 
     want = torch.stack([t @ m for t, m in zip(taus, moments, strict=True)]) @ torch.linalg.inv(sum(moments))
     torch.testing.assert_close(result[name].double(), want, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(result[name], plain[name], rtol=1e-3, atol=1e-4)
+
+
+def test_aim_reads_the_base_on_all_examples(languages: Path, tmp_path: Path) -> None:
+    made, vectors = measure(languages_recipe(languages), tmp_path)
+    plain = [AutoModelForCausalLM.from_pretrained(languages / "base") for _ in range(2)]
+    kinds = (nn.Linear, type(plain[0].model.norm))
+    read = [inputs_of(model, made, k, kinds) for k, model in enumerate(plain)]
+    got = made.magnitudes(list(vectors.deltas))
+    assert got.keys() == {n for n in vectors.deltas if "proj" in n or "norm" in n}
+    for parameter, sizes in got.items():
+        want = torch.cat([row for inputs in read for row in inputs.rows[parameter]]).abs().mean(0)
+        torch.testing.assert_close(sizes.double(), want, rtol=1e-4, atol=1e-6)
+    result = informed(tm.Aim(0.2), made, vectors)
+    name, norm = "model.layers.1.mlp.down_proj.weight", "model.norm.weight"
+    for parameter in (name, norm):
+        factors = 1 - 0.8 * got[parameter] / got[parameter].max()
+        torch.testing.assert_close(result[parameter], vectors.deltas[parameter].dense() * factors)
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(result[embedding], vectors.deltas[embedding].dense())
 
 
 def test_gradients_of_the_text_are_the_language_models_own(languages: Path, tmp_path: Path) -> None:

@@ -20,9 +20,13 @@ from trainmerge.preprocess.subspace import outside_subspace, shared_subspaces
 from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.roles import Role
 
-EXACT = [name for name in METHODS if name != "dare"]  # whose draws go by the place in the file
-WHOLE = {"slerp", "model-stock", "ties-parameter", "breadcrumbs"}  # one number per parameter, a stack's too
-FORMULAS = [n for n, m in METHODS.items() if not isinstance(m, Informed) and n not in {"dare", *WHOLE}]
+RANDOM = {"dare", "della"}
+EXACT = [name for name in METHODS if name not in RANDOM]  # whose draws go by the place in the file
+WHOLE = {  # one number per parameter, a stack's too
+    "breadcrumbs", "karcher", "karcher-weights", "model-stock", "sce", "slerp", "slerp-task-vectors",
+    "ties-parameter",
+}  # fmt: skip
+FORMULAS = [n for n, m in METHODS.items() if not isinstance(m, Informed) and n not in RANDOM | WHOLE]
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"trainer": "x"}, "trainer must be a mapping of its keys, not 'x'"),
         ({"model": {"anchor": []}}, "model.anchor must be a mapping of its keys, not []"),
         ({"recipe": {"grouping": "task"}}, "recipe.grouping must be a mapping of its keys, not 'task'"),
+        (
+            {"recipe": {"experts": {"a": None}, "held_out": {"b": "path"}}},
+            "recipe.experts.a must be a mapping of its fields, not None; "
+            "recipe.held_out.b must be a mapping of its fields, not 'path'",
+        ),
+        (
+            {"recipe": {"experts": ["a"]}},
+            "recipe.experts must be a mapping of names, not a list (lists of names go with recipe.each)",
+        ),
         ([], "a configuration must be a mapping with a section `recipe`, not []"),
         (None, "a configuration must be a mapping with a section `recipe`, not None"),
         (

@@ -18,6 +18,7 @@ from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.coefficients.constraints import Sigmoid
 from trainmerge.fitting.fit import fit
 from trainmerge.fitting.from_config import FitSettings, from_config
+from trainmerge.fitting.generated import share_generated
 from trainmerge.fitting.held_out_stopping import StopOnHeldOut
 from trainmerge.run.config import read_settings, to_config
 from trainmerge.system.workspace import digest
@@ -135,6 +136,7 @@ class AutoSearch:
         }
 
     def _fit(self, settings: FitSettings) -> None:
+        share_generated(self.settings.module.settings.workspace, settings.module.settings.workspace)
         fit(
             settings.module, settings.data, settings.trainer, settings.run, settings.resume,
             config=settings.text, memory=self.memory or settings.memory,

@@ -32,11 +32,18 @@ if TYPE_CHECKING:
     from trainmerge.checkpoints.chosen_folder import tokenizer_folder
     from trainmerge.checkpoints.compatibility import Rules, find_chosen, find_sources
     from trainmerge.checkpoints.computed_positions import compute, computed_parameters
+    from trainmerge.checkpoints.config_translation import translated_config
     from trainmerge.checkpoints.expert_heads import find_own_heads
     from trainmerge.checkpoints.head_parts import may_have_head
     from trainmerge.checkpoints.linear_head import beyond_linear
     from trainmerge.checkpoints.meta_model import build_meta_model, locate
-    from trainmerge.checkpoints.model import LoadedModel, empty_model, load_meta_model, load_model
+    from trainmerge.checkpoints.model import (
+        LoadedModel,
+        check_tensors,
+        empty_model,
+        load_meta_model,
+        load_model,
+    )
     from trainmerge.checkpoints.output import Output, output_of, output_of_class
     from trainmerge.checkpoints.own_head import OwnHead
     from trainmerge.checkpoints.side_layers import attach_side_layers
@@ -44,6 +51,7 @@ if TYPE_CHECKING:
 
 _HEAVY = {
     "attach_side_layers": "side_layers",
+    "check_tensors": "model",
     "compute": "computed_positions",
     "computed_parameters": "computed_positions",
     "beyond_linear": "linear_head",
@@ -65,6 +73,7 @@ _HEAVY = {
     "build_meta_model": "meta_model",
     "locate": "meta_model",
     "may_have_head": "head_parts",
+    "translated_config": "config_translation",
     "output_of": "output",
     "output_of_class": "output",
 }
@@ -86,6 +95,7 @@ __all__ = [
     "attach_side_layers",
     "beyond_linear",
     "build_meta_model",
+    "check_tensors",
     "compute",
     "computed_parameters",
     "empty_model",
@@ -109,6 +119,7 @@ __all__ = [
     "same_weights",
     "stamps",
     "tokenizer_folder",
+    "translated_config",
     "verify",
     "with_rows",
 ]

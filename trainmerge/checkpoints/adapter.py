@@ -14,7 +14,7 @@ from trainmerge.checkpoints.adapter_config import check_adapter_config
 from trainmerge.checkpoints.adapter_head import is_own_key
 from trainmerge.checkpoints.adapter_names import ROOT, WHOLE, Place, base_names, place_of, with_modern_names
 from trainmerge.checkpoints.meta_model import quiet, shorten
-from trainmerge.checkpoints.parameters import Parameters
+from trainmerge.checkpoints.parameters import MERGED_DTYPES, Parameters
 from trainmerge.checkpoints.tensor_file import PickleFile, WeightFile
 from trainmerge.checkpoints.weight_files import find_weights, read_folder_json
 from trainmerge.checkpoints.whole import PATCH, check_whole
@@ -87,6 +87,7 @@ def open_adapter(
     _check_config(path, config)
     files, _ = find_weights(path, "adapter_model.safetensors", "adapter_model.bin", allow_pickle)
     source: WeightFile = PickleFile(files[0]) if files[0].suffix == ".bin" else MappedFile(files[0])
+    _check_dtypes(files[0], source)
     doubles = _doubles(source)
     names = [name for name in source.tensors if name.startswith(ROOT) and name not in doubles]
     whole = [name for name in source.tensors if name.startswith(WHOLE) and name not in (*names, *doubles)]
@@ -115,6 +116,19 @@ def open_adapter(
     return Adapter(path, config, keys, source, ignored, frozenset(whole), head)
 
 
+def _check_dtypes(file: Path, source: WeightFile) -> None:
+    """Raise ValueError for a file without tensors, or with weights that are no floats."""
+    if not source.tensors:
+        raise ValueError(f"{file}: no tensors in it: download or save the adapter again.")
+    for name, info in source.tensors.items():
+        weight = ".lora_" in name or name.endswith((".weight", ".bias"))
+        if weight and info.dtype not in MERGED_DTYPES:
+            raise ValueError(
+                f"{file}: {name} is {info.dtype}: quantised weights cannot be merged. Save the adapter as "
+                "floats, as it was trained"
+            )
+
+
 def _doubles(source: WeightFile) -> set[str]:
     """Further copies of an embedding that is a module to save, of a resized vocabulary: peft reads neither.
 
@@ -132,6 +146,8 @@ def _doubles(source: WeightFile) -> set[str]:
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     file, peft_type = path / "adapter_config.json", config.get("peft_type")
+    if peft_type is None:
+        raise ValueError(f"{file}: it has no peft_type, LORA say: save the adapter again, or add the key.")
     if peft_type not in list(PEFT_TYPE_TO_CONFIG_MAPPING):
         raise ValueError(f"{file}: peft_type {peft_type!r} is unknown to the installed peft; upgrade peft.")
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]

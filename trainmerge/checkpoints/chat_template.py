@@ -1,6 +1,7 @@
 """The chat template of a merge, with the special tokens that it names."""
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 
 from trainmerge.checkpoints.choice import BASE
 from trainmerge.checkpoints.tokenizer_choice import Chosen
-from trainmerge.checkpoints.vocabulary import SETTINGS, build_tokenizer
+from trainmerge.checkpoints.vocabulary import SETTINGS, build_tokenizer, tokenizer_files
 from trainmerge.system.json_file import read_json
 from trainmerge.system.text import listed, reason
 
 REMEDY = "Download or save it again."
 TEMPLATE, SPECIAL = "chat_template.jinja", "special_tokens_map.json"
 TEMPLATES = (TEMPLATE, "chat_template.json")
+MARKED = re.compile(r"<\|[^|<>{}\s]+\|>")  # tokens as chat templates write them
 ROLES = ("bos_token", "eos_token", "pad_token")  # that a template may name
 
 
@@ -38,6 +40,11 @@ def take_template(chosen: Chosen, tokenizers: Mapping[str, Any], target: Path) -
             f"{chosen.folders[name]}: its chat template writes {listed([*map(repr, lost)])}, which the "
             "merge's tokenizer lacks: set tokenizer: union"
         )
+    write_template(target, template, roles)
+
+
+def write_template(target: Path, template: str, roles: Mapping[str, str]) -> None:
+    """Replace a folder's chat template, and the special tokens of these roles."""
     for file in TEMPLATES:
         (target / file).unlink(missing_ok=True)
     (target / TEMPLATE).write_text(template, encoding="utf-8")
@@ -46,6 +53,38 @@ def take_template(chosen: Chosen, tokenizers: Mapping[str, Any], target: Path) -
             old = read_json(target / file, REMEDY) if (target / file).is_file() else {}
             old.pop("chat_template", None)
             save(target / file, {**old, **roles})
+
+
+def check_template(folder: Path, template: str) -> None:
+    """Write one message by a template's text; warn of tokens in it that the folder's tokenizer lacks.
+
+    Raises:
+        ValueError: the folder has no tokenizer, or the text is no template for a user's message.
+    """
+    tokenizer = load(folder)
+    try:
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hello"}],
+            chat_template=template,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+    except Exception as error:  # of Jinja, or of the template's own
+        raise ValueError(f"chat_template: it cannot write a user's message ({reason(error)})") from error
+    known = tokenizer.get_vocab()
+    lost = [token for token in dict.fromkeys(MARKED.findall(template)) if token not in known]
+    if lost:
+        warnings.warn(
+            f"chat_template: {listed([*map(repr, lost)])} are no tokens of the merge's tokenizer, which "
+            "reads them as ordinary text; set the tokenizer's source to union, or to a model that has them",
+            stacklevel=2,
+        )
+
+
+def chat_templates(folders: Mapping[str, Path]) -> dict[str, str]:
+    """The chat template of every folder that has one."""
+    loaded = {name: load(folder) for name, folder in folders.items() if tokenizer_files(folder)}
+    return {name: text for name, tokenizer in loaded.items() if (text := _template(tokenizer))}
 
 
 def _default_template(chosen: Chosen, tokenizers: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,21 @@ BASE, UNION = "base", "union"
 
 
 @dataclass(frozen=True)
+class TokenRow:
+    """The row of one token for models that lack it; with `force`, for all.
+
+    Args:
+        side: `base` or the expert whose row it is; None is a row of zeros.
+        token: The token whose row it is, or its id there; None is the same token.
+        force: All models have this row, so the merge has it as it is.
+    """
+
+    side: str | None
+    token: str | int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
 class TokenizerChoice:
     """Where the parts of a merge's vocabulary are from.
 
@@ -18,12 +33,18 @@ class TokenizerChoice:
         chat_template: `base` or an expert; None is the tokenizer's, else the one that all experts share.
         generation_config: `base` or an expert; None is the base.
         pad_to_multiple: The embedding's rows are a multiple of this number.
+        by_token: Rows of experts are matched by token with the base's tokenizer too.
+        equal: No model is the base: a token that some models lack has the mean of its rows in all others.
+        tokens: Token -> its row, where that is not the default.
     """
 
     tokenizer: str = BASE
     chat_template: str | None = None
     generation_config: str | None = None
     pad_to_multiple: int | None = None
+    by_token: bool = False
+    equal: bool = False
+    tokens: tuple[tuple[str, TokenRow], ...] = ()
 
     @property
     def is_default(self) -> bool:
@@ -33,7 +54,7 @@ class TokenizerChoice:
     @property
     def moves_rows(self) -> bool:
         """Whether rows of experts are matched by token; otherwise by their number."""
-        return self.tokenizer != BASE or self.pad_to_multiple is not None
+        return self.tokenizer != BASE or self.pad_to_multiple is not None or self.by_token
 
     def check(self, experts: Sequence[str], vocabulary: str) -> None:
         """Compare with the names of the experts, and with the recipe's `vocabulary`.

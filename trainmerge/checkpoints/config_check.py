@@ -6,7 +6,7 @@ classes is a warning. What matters in training only is not compared.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,18 @@ def configuration_mismatches(
     """One line per key of the expert's configuration, in `file`, that changes the model's function.
 
     With `own_head`, its labels and its padding token stay its own, so they may differ. Warns of keys that
-    change decoding or the names of classes. Keys that only one version of transformers writes, defaults, and
-    keys that the model's code does not read are equal or left out. A `choice` of the tokenizer decides the
-    ids of tokens.
+    change decoding or the names of classes, and of a head of its own with the base's classes in another
+    order. Keys that only one version of transformers writes, defaults, and keys that the model's code does
+    not read are equal or left out. A `choice` of the tokenizer decides the ids of tokens.
     """
     problems, noted = [], []
     for key, ours, theirs in _differences(base.config, expert):
+        if own_head and key == "id2label" and _names(ours) == _names(theirs):
+            warnings.warn(
+                f"{file}: {key} is {theirs!r}, the base has {ours!r}: the same labels in another order. Each "
+                "head keeps its own: the merge has the base's, an export with --task the expert's",
+                stacklevel=2,
+            )
         what = f"{key} is {theirs!r}, the base has {ours!r}"
         if decides_function(base, key):
             problems.append(
@@ -59,6 +65,10 @@ def configuration_mismatches(
             stacklevel=2,
         )
     return problems
+
+
+def _names(labels: Any) -> list[str]:
+    return sorted(map(str, labels.values())) if isinstance(labels, Mapping) else []
 
 
 def _settled(key: str, own_head: bool, choice: TokenizerChoice) -> bool:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainmerge.checkpoints.weight_files import PICKLE, SAFETENSORS, read_folder_json
+from trainmerge.checkpoints.whole import MANIFEST, PACKED
+from trainmerge.system.sharded_file import METADATA
 from trainmerge.system.text import listed
 
 DIFFUSERS = "diffusion_pytorch_model"
@@ -22,10 +24,7 @@ CONVERT = {
     ".onnx": ("an ONNX graph", "Use the PyTorch weights that it was exported from"),
     ".h5": ("Keras weights", "Load them in transformers with from_tf=True and save as safetensors"),
     ".msgpack": ("Flax weights", "Load them in transformers with from_flax=True and save as safetensors"),
-    ".distcp": (
-        "a torch.distributed checkpoint",
-        "Convert it with torch.distributed.checkpoint.format_utils.dcp_to_torch_save",
-    ),
+    ".distcp": ("a part of a torch.distributed checkpoint", "Give its folder"),
     ".npz": ("numpy arrays", "Load them with numpy.load and give {name: torch.from_numpy(array)}"),
 }
 
@@ -58,6 +57,11 @@ def refuse_foreign(path: Path) -> None:
         return
     if not found.files:
         raise ValueError(f"{path}: {found.what}, no transformers folder. {found.remedy}.")
+    if found.files[0].name == METADATA:
+        raise ValueError(
+            f"{path}: {found.what}, no transformers folder. In Python, tm.unshard(path, out, "
+            "like=BASE) makes one of it"
+        )
     raise ValueError(
         f"{path}: {found.what}, no transformers folder. In Python, tm.merge_state_dicts(base, "
         "{name: expert}, coefficient) merges such files, and tm.fit_module learns the coefficients."
@@ -88,6 +92,8 @@ def _with_config(path: Path, names: list[str]) -> Foreign | None:
 
 
 def _without_config(path: Path, names: list[str]) -> Foreign | None:
+    if PACKED in names and MANIFEST in names:
+        return Foreign("packed experts", (), "Unpack one of them: trainmerge unpack PACKED TASK OUT")
     if "model_index.json" in names:
         inside = sorted(p.parent.name for p in path.glob(f"*/{DIFFUSERS}*"))
         parts = listed([f"{path.name}/{name}" for name in dict.fromkeys(inside)]) or "unet or transformer"
@@ -99,6 +105,8 @@ def _without_config(path: Path, names: list[str]) -> Foreign | None:
     if shards := _torch_shards(path):
         one = Foreign("weights in their authors' layout", (shards[0],), "")
         return one if len(shards) == 1 else _parallel(shards)
+    if METADATA in names and any(name.endswith(".distcp") for name in names):
+        return Foreign("a torch.distributed checkpoint", (path / METADATA,), "")
     if any(name.startswith("zero_pp_rank") or name.endswith("_model_states.pt") for name in names):
         return Foreign("a checkpoint of DeepSpeed", (), "Convert it with its own zero_to_fp32.py")
     for name in names:

@@ -7,6 +7,7 @@ and shapes are compared first, and the weights are copied here.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from trainmerge.checkpoints.computed_positions import computed_parameters
 from trainmerge.checkpoints.meta_model import build_meta_model, locate, memory_names, quiet, shorten
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.checkpoints.side_layers import attach_side_layers
+from trainmerge.system.safetensors_file import TensorInfo
 from trainmerge.task_vectors.parameter_names import matches
 from trainmerge.task_vectors.places import is_place, parameter_of, view
 
@@ -38,7 +40,7 @@ def load_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
     Raises ValueError, before a weight is read, if the architecture is unknown, a tensor of the files is
     neither parameter nor buffer of the model, a shape differs, or a parameter is in no file.
     """
-    meta_model, names = _checked(base, ignore)
+    meta_model, names = check_tensors(base.path, base.tensors, ignore)
     first = _first_dtype(base)
     state = {name: base.read(name) for name in base.tensors}
     with quiet():
@@ -66,7 +68,7 @@ def load_meta_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel
 
     At most one parameter is allocated at a time, and none of its pages is touched. Raises as `load_model`.
     """
-    meta_model, names = _checked(base, ignore)
+    meta_model, names = check_tensors(base.path, base.tensors, ignore)
     module = empty_model(type(meta_model), meta_model.config, _first_dtype(base))
     buffers, parameters = dict(module.named_buffers()), dict(module.named_parameters())
     for name, inside in memory_names(module, base.tensors).items():
@@ -94,16 +96,23 @@ def empty_model(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: to
     return module
 
 
-def _checked(base: Checkpoint, ignore: Sequence[str]) -> tuple[PreTrainedModel, dict[str, str]]:
-    meta_model = build_meta_model(base.path)
-    names = locate(meta_model, base.path, base.tensors, ignore)
+def check_tensors(
+    path: Path, tensors: Mapping[str, TensorInfo], ignore: Sequence[str] = ()
+) -> tuple[PreTrainedModel, dict[str, str]]:
+    """The model of a folder's config.json on the meta device, and where in it each of the tensors is.
+
+    Raises ValueError if a tensor is neither parameter nor buffer of the model, a shape differs, or a
+    parameter is none of them.
+    """
+    meta_model = build_meta_model(path)
+    names = locate(meta_model, path, tensors, ignore)
     there = {parameter_of(inside) for inside in names.values()}
     absent = [name for name, _ in meta_model.named_parameters() if name not in there]
     computed = {*(meta_model._keys_to_ignore_on_save or ()), *computed_parameters(meta_model)}
     absent = [name for name in absent if not matches(name, ignore) and name not in computed]
     if absent:
         raise ValueError(
-            f"{base.path}: {type(meta_model).__name__} has parameters that the files lack and that would be "
+            f"{path}: {type(meta_model).__name__} has parameters that the files lack and that would be "
             f"randomly initialised: {shorten(absent)}. If its output doesn't use them, name them in "
             "`ignore`; otherwise save the checkpoint with the class that it was trained with."
         )

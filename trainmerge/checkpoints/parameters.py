@@ -71,6 +71,7 @@ def open_parameters(checkpoint: Checkpoint, ignore: Sequence[str] = ()) -> Param
             "be merged. Use the float checkpoint that was quantised."
         )
     meta_model = build_meta_model(checkpoint.path)
+    _check_floats(checkpoint, meta_model)
     names = locate(meta_model, checkpoint.path, checkpoint.tensors, ignore)
     files = canonical_names(
         {n: p for n, p in names.items() if not matches(n, ignore) and not matches(p, ignore)}
@@ -80,6 +81,19 @@ def open_parameters(checkpoint: Checkpoint, ignore: Sequence[str] = ()) -> Param
 
 def _quantised(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype not in MERGED_DTYPES
+
+
+def _check_floats(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> None:
+    """Raise ValueError for integers, or other tensors that are no floats, where the model has parameters."""
+    parameters = dict(meta_model.named_parameters(remove_duplicate=False))
+    prefix = f"{meta_model.base_model_prefix}."
+    for name, info in checkpoint.tensors.items():
+        names = {name, f"{prefix}{name}", name.removeprefix(prefix)}
+        if not info.dtype.is_floating_point and not names.isdisjoint(parameters):
+            raise ValueError(
+                f"{info.file}: {name} is {info.dtype}, where the model has floats: quantised weights cannot "
+                "be merged. Use the float checkpoint that was quantised."
+            )
 
 
 def fit_prefix(names: Iterable[str], known: Iterable[str], prefixes: Iterable[str]) -> dict[str, str]:

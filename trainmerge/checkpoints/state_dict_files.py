@@ -1,4 +1,4 @@
-"""A state dict from disk: safetensors, torch.save, and folders of timm and diffusers."""
+"""A state dict from disk: safetensors, torch.save, sharded checkpoints, folders of timm and diffusers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +10,7 @@ from trainmerge.checkpoints.foreign import DIFFUSERS, recognise
 from trainmerge.checkpoints.weight_files import ADAPTER, find_weights
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.safetensors_file import MappedFile
+from trainmerge.system.sharded_file import METADATA, ShardedFile
 from trainmerge.system.text import listed
 from trainmerge.system.torch_file import check_tensors, load_torch
 
@@ -25,7 +26,8 @@ def load_state_dict(
     Args:
         path: A `.safetensors` file; a file of `torch.save` (`.pt`, `.pth`, `.bin`, `.ckpt`) with a state
             dict, alone or under a key such as `state_dict` (Lightning) or `model`; a component's folder of
-            diffusers; a folder of timm; a folder with `consolidated.safetensors`.
+            diffusers; a folder of timm; a folder with `consolidated.safetensors`; a folder of
+            torch.distributed (`.metadata` and `.distcp`), which is read into memory.
         key: The key of the state dict in a file that has several.
         allow_pickle: Read files of `torch.save` too, by torch's restricted unpickler. Use it for files that
             you trust.
@@ -44,6 +46,8 @@ def load_state_dict(
     if not found.files:
         raise ValueError(f"{path}: {found.what}. {found.remedy}.")
     (file,) = found.files
+    if file.name == METADATA:
+        return _sharded(path, key, allow_pickle)
     if path.is_dir() and file.name.startswith(DIFFUSERS):
         files, _ = find_weights(path, f"{DIFFUSERS}.safetensors", f"{DIFFUSERS}.bin", allow_pickle)
     else:
@@ -79,6 +83,23 @@ def _read(file: Path, key: str | None, allow_pickle: bool) -> dict[str, Tensor]:
         raise ValueError(
             f"{file}: no state dict: {error}. Load it where it was made, and save module.state_dict()"
         ) from error
+
+
+def _sharded(folder: Path, key: str | None, allow_pickle: bool) -> dict[str, Tensor]:
+    if not allow_pickle:
+        raise ValueError(
+            f"{folder}: its {METADATA} is a pickled file, which can run code. Set allow_pickle if you trust "
+            "its source: an unpickler reads it that knows torch.distributed's classes only."
+        )
+    file = ShardedFile(folder)
+    firsts = list(dict.fromkeys(path[0] for path in file.paths.values() if len(path) > 1))
+    inside = [first for first in firsts if first in WRAPPERS]
+    if key is not None and key not in firsts:
+        raise ValueError(f"{folder}: it has no key {key!r}; its keys are {listed(firsts, 12)}")
+    if key is None and len(inside) > 1:
+        words = f"it has several, under {', '.join(inside)}: choose one by key={inside[0]!r}"
+        raise ValueError(f"{folder}: no state dict: {words}")
+    return {within: file.read(name) for within, name in file.under(key or (inside or [""])[0])}
 
 
 def _unwrapped(content: Any, key: str | None) -> Any:

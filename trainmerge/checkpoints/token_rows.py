@@ -6,7 +6,8 @@ Legend: `R` rows of the merge's embedding, `N` rows of one model's, `*S` the sha
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -88,6 +89,15 @@ def expert_rows(read: Read, own: Tensor, base: Tensor, unknown: Tensor, part: sl
 
 
 @dataclass(frozen=True)
+class GivenRow:
+    """A row of the merge that is chosen by hand."""
+
+    side: str | None  # whose it is; None: zeros
+    row: int  # there
+    force: bool  # of all models, not only of those that lack the token
+
+
+@dataclass(frozen=True)
 class Matched:
     """One tensor with a row per token: how to read its rows of base and experts, and where those are."""
 
@@ -95,6 +105,15 @@ class Matched:
     rows: Mapping[str, Tensor]  # the row of each row of the merge, or -1. [R]
     shape: tuple[int, ...]  # of the merge's. [R, *S]
     dtypes: Mapping[str, torch.dtype]  # of the tensors that are written
+    given: Mapping[int, GivenRow] = field(default_factory=dict)  # row of the merge -> the chosen one
+    equal: bool = False  # a model that lacks a token has the mean of all others' rows, not the base's
+
+    @cached_property
+    def absent(self) -> Tensor:
+        """Whether no model has a row, [R]."""
+        absent = torch.stack([*self.rows.values()]).lt(0).all(dim=0)
+        absent[list(self.given)] = False
+        return absent
 
     @property
     def parts(self) -> list[slice]:
@@ -105,20 +124,37 @@ class Matched:
     def of_base(self, part: slice) -> Tensor:
         """The base's rows, in float64; NaN for rows that no model has."""
         others = [(read, self.rows[name]) for name, read in self.reads.items() if name != BASE]
-        return base_rows(self.reads[BASE], self.rows[BASE], others, part)
+        made = base_rows(self.reads[BASE], self.rows[BASE], others, part)
+        return self._with_given(made, BASE, part)
 
     def of(self, name: str, part: slice) -> Tensor:
         """One side's rows, in float64; NaN for rows that no model has."""
-        made = self.of_base(part)
         if name == BASE:
-            return made
-        absent = torch.stack([rows[part] < 0 for rows in self.rows.values()]).all(dim=0)
-        base = made.to(self.dtypes[BASE])
-        return expert_rows(self.reads[name], self.rows[name], base, absent, part)
+            return self.of_base(part)
+        base = (self._mean(part) if self.equal else self.of_base(part)).to(self.dtypes[BASE])
+        made = expert_rows(self.reads[name], self.rows[name], base, self.absent[part], part)
+        return self._with_given(made, name, part)
+
+    def _mean(self, part: slice) -> Tensor:
+        """The mean of each token's rows over all models that have it."""
+        nowhere = torch.full((self.shape[0],), -1)
+        return base_rows(
+            self.reads[BASE], nowhere, [(read, self.rows[k]) for k, read in self.reads.items()], part
+        )
+
+    def _with_given(self, made: Tensor, name: str, part: slice) -> Tensor:
+        """One side's rows with those that are chosen, in the base's precision: the same for all sides."""
+        for row, given in self.given.items():
+            if part.start <= row < part.stop and (given.force or self.rows[name][row] < 0):
+                chosen = torch.zeros(self.shape[1:], dtype=torch.float64)
+                if given.side is not None:
+                    chosen = self.reads[given.side](torch.tensor([given.row]))[0]
+                made[row - part.start] = chosen.to(self.dtypes[BASE]).double()
+        return made
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """One side's tensor. A row that no model has is the mean of all others: never the likeliest."""
-        absent = torch.stack([*self.rows.values()]).lt(0).all(dim=0)
+        absent = self.absent
         mean = torch.zeros(self.shape[1:], dtype=torch.float64)
         if bool(absent.any()):
             for part in self.parts:
@@ -131,7 +167,8 @@ class Matched:
 
     def moves(self, name: str) -> bool:
         """Whether a side's tensor differs from the one of its file."""
-        return not torch.equal(self.rows[name], torch.arange(self.shape[0]))
+        forced = any(given.force for given in self.given.values())
+        return forced or not torch.equal(self.rows[name], torch.arange(self.shape[0]))
 
     def differs(self, name: str) -> bool:
         """Whether an expert's rows differ from the base's."""

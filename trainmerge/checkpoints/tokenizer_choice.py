@@ -84,11 +84,26 @@ def choose(folders: Mapping[str, Path], choice: TokenizerChoice) -> Chosen:
         name: read_folder_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         for name, folder in folders.items()
     }
-    if choice.tokenizer != UNION:
-        return Chosen(folders, vocabularies, configs, choice)
-    if problems := [*_ordinary(vocabularies)]:
+    if choice.tokenizer == UNION and (problems := [*_ordinary(vocabularies)]):
         raise ValueError("\n".join(problems))
-    return Chosen(folders, vocabularies, configs, choice, _added(vocabularies))
+    chosen = Chosen(
+        folders, vocabularies, configs, choice, _added(vocabularies) if choice.tokenizer == UNION else {}
+    )
+    if problems := [*_unknown(chosen)]:
+        raise ValueError("\n".join(problems))
+    return chosen
+
+
+def _unknown(chosen: Chosen) -> Iterator[str]:
+    """Tokens whose rows are chosen, and which the merge or their owner lacks."""
+    for token, row in chosen.choice.tokens:
+        if token not in chosen.ids:
+            yield f"tokens: the merge's tokenizer has no token {token!r}"
+        wanted = token if row.token is None else row.token
+        if row.side is None or isinstance(wanted, int):
+            continue
+        if wanted not in chosen.vocabularies[row.side].tokens.values():
+            yield f"tokens: {token!r} takes the row of {wanted!r} of {row.side}, whose tokenizer lacks it"
 
 
 def rows_of(config: Mapping[str, Any]) -> int:

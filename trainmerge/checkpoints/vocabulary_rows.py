@@ -21,7 +21,7 @@ from trainmerge.checkpoints.meta_model import architecture_of, quiet, shorten
 from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.checkpoints.sources import FullSource, LowRankSource, OpenedFiles, Source, Sources
-from trainmerge.checkpoints.token_rows import Matched, Read, keys_of, rows_in
+from trainmerge.checkpoints.token_rows import GivenRow, Matched, Read, keys_of, rows_in
 from trainmerge.checkpoints.tokenizer_choice import Chosen
 from trainmerge.checkpoints.vocabulary import tokenizer_files
 from trainmerge.system.disk_space import check_free_space
@@ -124,7 +124,25 @@ def _matched(frame: Parameters, sources: Sources, chosen: Chosen, name: str) -> 
         side: rows_in(wanted, keys_of(chosen.vocabularies[side].tokens, count))
         for side, count in counts.items()
     }
-    return Matched(reads, rows, (chosen.rows, *own.shape[1:]), dtypes)
+    given = _given(chosen, name, counts)
+    return Matched(reads, rows, (chosen.rows, *own.shape[1:]), dtypes, given, chosen.choice.equal)
+
+
+def _given(chosen: Chosen, name: str, counts: Mapping[str, int]) -> dict[int, GivenRow]:
+    """The rows of the choice's tokens in one tensor."""
+    found = {}
+    for token, row in chosen.choice.tokens:
+        own = 0
+        if row.side is not None:
+            keys = keys_of(chosen.vocabularies[row.side].tokens, counts[row.side])
+            own = row.token if isinstance(row.token, int) else keys.get(row.token or token, -1)
+            if not 0 <= own < counts[row.side]:
+                raise ValueError(
+                    f"{chosen.folders[row.side]}: {name} has {counts[row.side]} rows, and none for the row "
+                    f"of the token {token!r}"
+                )
+        found[chosen.ids[token]] = GivenRow(row.side, own, row.force)
+    return found
 
 
 def _rows_of(source: Source | None, base: Tensor, files: OpenedFiles) -> tuple[Read, int, torch.dtype]:

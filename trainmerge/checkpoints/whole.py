@@ -11,6 +11,7 @@ from trainmerge.system.json_file import read_json
 
 MANIFEST = "trainmerge_manifest.json"
 PATCH = "trainmerge_rest.safetensors"  # of an adapter: what no LoRA holds, as differences
+PACKED = "packed.json"  # of a folder of packed experts
 RECIPE = "trainmerge_recipe.yaml"
 COEFFICIENTS = "trainmerge_coefficients.safetensors"
 

@@ -1,8 +1,7 @@
 """Adapters out: the command `extract`, and `export --as adapter`; heavy imports happen inside them."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from trainmerge.system.memory import keep_freed_memory
 
@@ -89,9 +88,3 @@ def print_adapters(folder: Path) -> None:
     if manifest.get("own_head"):
         print(f"not in the adapter: the expert's own head, {', '.join(manifest['own_head'])}")
     print(f"adapter: {folder}")
-
-
-def refuse(what: str, given: Mapping[str, Any]) -> None:
-    """Raise ValueError for options that do not apply."""
-    if used := [f"--{name}" for name, value in given.items() if value]:
-        raise ValueError(f"{' and '.join(used)} does not apply to {what}: leave it out")

@@ -3,76 +3,6 @@
 from pathlib import Path
 from typing import Literal
 
-from trainmerge.cli.adapters import compares_only, export_adapters, refuse
-from trainmerge.system.memory import keep_freed_memory
-
-
-def export(
-    run: str,
-    out: str,
-    overwrite: bool = False,
-    workers: int = 1,
-    verify: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    shard_size: str | None = None,
-    mergekit: bool = False,
-    task: str | None = None,
-    as_: Literal["checkpoint", "adapter", "adapters"] = "checkpoint",
-    rank: int | None = None,
-    energy: float | None = None,
-    rest: Literal["patch", "leave"] | None = None,
-    embeddings: bool = False,
-) -> None:
-    """Write a run's merge as an ordinary checkpoint folder that transformers loads, or as a LoRA adapter.
-
-    Examples: trainmerge export runs/first merged/
-              torchrun --nproc-per-node 8 -m trainmerge.cli export runs/first merged/
-              trainmerge export runs/first merged/ --verify
-              trainmerge export runs/first sentiment/ --task sentiment
-              trainmerge export runs/first adapter/ --as adapter --rank 16 --rest patch
-
-    Args:
-        run: The run folder.
-        out: The folder to create.
-        overwrite: Replace the folder if it exists; the old one stays until the new one is complete.
-        workers: Shards to write in parallel; their number changes no byte.
-        verify: Read the result again and compare it bitwise with the run's merge. An existing folder, without
-            `overwrite`, is compared and not written.
-        dtype: The dtype of all tensors, rounded once from float32 sums; by default as in the base.
-        shard_size: Bytes per weight file, such as 5GB; by default the base's files.
-        mergekit: Write the merge as mergekit's YAML to the file OUT, and no weights.
-        task: An expert whose own head stands on the merge in the result, a model of that expert's class.
-        as_: `adapter` writes the merge as a LoRA on the base, `adapters` each expert as a LoRA on the merge.
-        rank: The largest rank of an adapter's module; without rank and energy, LoRA experts are stacked.
-        energy: The share of each module's squared norm that an adapter keeps, instead of a rank.
-        rest: Write what no LoRA holds to a file of differences, or leave it out; by default it is an error.
-        embeddings: Factor the embeddings' changes too.
-    """
-    keep_freed_memory()
-    if as_ != "checkpoint":
-        given = {"workers": workers != 1, "shard-size": shard_size, "mergekit": mergekit, "task": task}
-        refuse(f"--as {as_}", given)
-        from trainmerge.export.adapter_form import AdapterForm
-
-        form = AdapterForm(rank, energy, rest, embeddings, dtype, as_ == "adapters")
-        export_adapters(run, out, form, overwrite, verify)
-        return
-    of_adapters = {"rank": rank, "energy": energy, "rest": rest, "embeddings": embeddings}
-    refuse("a checkpoint (--as adapter has one)", of_adapters)
-    if mergekit:
-        from trainmerge.merging.to_mergekit import to_mergekit
-
-        print(f"mergekit's file: {to_mergekit(run, out)}")
-        return
-    from trainmerge.export.export import export_run
-
-    if not compares_only(out, overwrite, verify):
-        print(f"merged checkpoint: {export_run(run, out, overwrite, workers, None, dtype, shard_size, task)}")
-    if verify:
-        from trainmerge.export.verify import verify_export
-
-        print(f"{out}: {verify_export(run, out)} tensors are the merge of {run}, bit for bit")
-
 
 def allocate(
     run: str,
@@ -108,6 +38,7 @@ def evaluate(
     output: str | None = None,
     answers: int = 0,
     harness: list[str] | None = None,
+    precision: str = "32",
 ) -> None:
     """Score a run (compared with base, average, task arithmetic and experts) or a checkpoint.
 
@@ -126,12 +57,14 @@ def evaluate(
         answers: Answer the test files' column `prompt` with up to this many tokens, and report answer
             lengths.
         harness: Tasks of lm-evaluation-harness: their names, or YAML files of one task each.
+        precision: 32, or bf16: forwards in bfloat16, faster on processors that have its products.
     """
     from trainmerge.evaluate.console import evaluate_path
 
     length, file = max_length or None, Path(output) if output else None
     tasks = harness or ()
-    evaluate_path(Path(path), Path(recipe or path), limit or None, length, compare, file, answers, tasks)
+    source = Path(recipe or path)
+    evaluate_path(Path(path), source, limit or None, length, compare, file, answers, tasks, precision)
 
 
 def compare(

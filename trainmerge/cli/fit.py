@@ -14,10 +14,11 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser
 
 from trainmerge.cli.fit_words import fit_words
-from trainmerge.fitting.fit import fit, precision_of
+from trainmerge.fitting.fit import fit
 from trainmerge.fitting.from_config import FitCLI, FitSettings, build_settings, from_config
 from trainmerge.fitting.plan_fit import plan_fit
 from trainmerge.fitting.snapshots import Preempted
+from trainmerge.fitting.trainer import precision_of
 from trainmerge.plan.plan import Plan
 from trainmerge.plan.plan_model import print_plan
 from trainmerge.run.folder import RunFolder

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from trainmerge.system.atomic import seen_from
 from trainmerge.system.memory import keep_freed_memory
 
 
@@ -15,6 +16,9 @@ def merge(
     density: float | None = None,
     t: float | None = None,
     parameters: dict[str, Any] | None = None,
+    tokenizer: str | None = None,
+    vocabulary: Literal["same", "shared", "union"] | None = None,
+    chat_template: str | None = None,
     faithful: bool = False,
     run: str | None = None,
     overwrite: bool = False,
@@ -36,6 +40,9 @@ def merge(
         density: With models: the fraction of each task vector to keep.
         t: With models: the point between two models (slerp), or the distance (nearswap).
         parameters: With models: further settings of the method.
+        tokenizer: With models: base, an EXPERT, or union; as the key of a recipe.
+        vocabulary: With models: same, shared or union; as the key of a recipe.
+        chat_template: With models: base, an EXPERT, or what mergekit's files may have.
         faithful: The numbers of mergekit 0.1.5 where it differs by mistake; not with CONFIG.
         run: With CONFIG: the run folder; by default OUT-run.
         overwrite: Replace the folder if it exists.
@@ -47,11 +54,14 @@ def merge(
     settings = {"density": density, "t": t, **(parameters or {})}
     given = {key: value for key, value in settings.items() if value is not None}
     of_models: dict[str, Any] = {"--weight": weight, "--density, --t, --parameters": given or None}
+    words = {"tokenizer": tokenizer, "vocabulary": vocabulary, "chat_template": chat_template}
+    of_models |= {f"--{key.replace('_', '-')}": value for key, value in words.items()}
     form: dict[str, Any] = {
         "overwrite": overwrite, "workers": workers, "dtype": dtype, "shard_size": shard_size
     }  # fmt: skip
-    if Path(paths[0]).is_dir():
+    if Path(paths[0]).is_dir() or (len(paths) > 1 and _is_model(paths[0])):
         _refuse({"--run": run}, "CONFIG", paths[0])
+        form |= {key: value for key, value in words.items() if value is not None}
         made = _merge_models(paths, out, method, weight, given, faithful, form)
     else:
         of_models["--method"] = method if method != "task_arithmetic" else None
@@ -80,11 +90,11 @@ def _merge_file(
     paths: list[str], out: str | None, of_models: dict[str, Any], faithful: bool, run: str | None, form: Any
 ) -> Path:
     places = [*paths, *([out] if out is not None else [])]
+    if not Path(paths[0]).exists():
+        raise FileNotFoundError(f"{paths[0]}: neither a file nor a folder{seen_from(paths[0])}")
     if len(places) != 2:
         raise ValueError(f"name a file and the output: trainmerge merge {paths[0]} OUT")
     file, target = Path(places[0]), places[1]
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: neither a file nor a folder")
     _refuse(of_models, "models", str(file))
     from trainmerge.merging.one_line import is_mergekit, merge_config
 
@@ -101,6 +111,13 @@ def _merge_file(
     except Preempted as stop:
         print(f"trainmerge merge: {stop}", file=sys.stderr)
         raise SystemExit(stop.code) from stop
+
+
+def _is_model(path: str) -> bool:
+    """Whether a word is a model's id on the hub rather than a file that is not there."""
+    from trainmerge.system.hub import is_hub_id
+
+    return is_hub_id(path) and Path(path).suffix not in (".yaml", ".yml")
 
 
 def _refuse(options: dict[str, Any], kind: str, path: str) -> None:

@@ -13,10 +13,13 @@ from trainmerge.cli.adapters import extract
 from trainmerge.cli.arguments import options_of, split_words, take_trusted
 from trainmerge.cli.auto import auto
 from trainmerge.cli.command_help import check_words, command_help
-from trainmerge.cli.commands import allocate, compare, evaluate, export, report
+from trainmerge.cli.commands import allocate, compare, evaluate, report
 from trainmerge.cli.exchange import push, rebuild
+from trainmerge.cli.export import export
 from trainmerge.cli.inspect_and_plan import inspect, plan
 from trainmerge.cli.merge import merge
+from trainmerge.cli.mixtures import shrink
+from trainmerge.cli.packed import unpack
 from trainmerge.cli.threads import run_of, set_threads
 from trainmerge.cli.tradeoffs import pareto, search
 from trainmerge.fitting.mistakes import explain
@@ -40,6 +43,8 @@ PLAIN = (
     rebuild,
     report,
     search,
+    unpack,
+    shrink,
 )
 RESUMABLE = ("auto", "fit", "merge", "search")  # commands that resume
 
@@ -59,7 +64,10 @@ commands:
   export     write the model:     trainmerge export runs/first merged/
              and read it again:   trainmerge export runs/first merged/ --verify
              as a LoRA:           trainmerge export runs/first adapter/ --as adapter --rank 16
+             its experts packed:  trainmerge export runs/first packed/ --as packed --codec mask
+  unpack     one packed expert:   trainmerge unpack packed/ movie movie/
   extract    a LoRA of a model:   trainmerge extract BASE EXPERT adapter/ --rank 16 --rest leave
+  shrink     a mixture's experts: trainmerge shrink MIXTURE smaller/ --experts 96 --calibration t.jsonl
   push       to the hub:          trainmerge push merged/ org/name --dry-run
   rebuild    a merge again:       trainmerge rebuild merged/README.md again/
   evaluate   score it:            trainmerge evaluate runs/first

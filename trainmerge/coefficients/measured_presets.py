@@ -15,7 +15,8 @@ from typing_extensions import override
 
 from trainmerge.coefficients.layout import Layout
 from trainmerge.coefficients.presets import Preset
-from trainmerge.data.examples import Columns, Example
+from trainmerge.data.columns import Columns
+from trainmerge.data.examples import Example
 from trainmerge.data.text_files import load_examples
 from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import TaskVectors

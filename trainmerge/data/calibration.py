@@ -18,8 +18,8 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from trainmerge.data.batch import Step
+from trainmerge.data.columns import Columns
 from trainmerge.data.examples import (
-    Columns,
     Example,
     contents,
     examples_identity,
@@ -27,6 +27,7 @@ from trainmerge.data.examples import (
     subject,
     warn_of_overlap,
 )
+from trainmerge.data.generate import Generate
 from trainmerge.data.held_out import split
 from trainmerge.data.steps import FromStep, Steps
 from trainmerge.data.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ class Calibration(pl.LightningDataModule):
     """One stream of unlabeled examples per expert; a step has `batch_size` of each.
 
     Args:
-        files: Expert -> file of its unlabeled examples.
+        files: Expert -> file of its unlabeled examples, or the texts that it writes itself before the fit.
         tokenizer: Folder of the merge's tokenizer: the base, or `Recipe.tokenizer_folder`.
         test_files: Expert -> file of its test examples, to warn when the two overlap.
         batch_size: Examples per expert and step, over all processes.
@@ -59,7 +60,7 @@ class Calibration(pl.LightningDataModule):
 
     def __init__(
         self,
-        files: Mapping[str, str],
+        files: Mapping[str, str | Generate],
         tokenizer: str,
         test_files: Mapping[str, str] | None = None,
         batch_size: int = 16,
@@ -81,20 +82,31 @@ class Calibration(pl.LightningDataModule):
         self.batch_size, self.columns = batch_size, columns
         self.seed, self.num_workers = seed, num_workers
         self.tokenizer, self.max_length, self.max_examples = tokenizer, max_length, max_examples
-        self.examples = [
-            read_examples(file, columns, self._render, max_examples) for file in self.files.values()
-        ]
+        self.unwritten = {name: file for name, file in self.files.items() if isinstance(file, Generate)}
+        self.examples = [self._read(file) for file in self.files.values()]
         for name, examples in zip(self.files, self.examples, strict=True):
             if len(examples) == 1:
                 warnings.warn(
                     f"{name}: only one calibration example; the merge will overfit it", stacklevel=2
                 )
-            if name in self.test_files:
+            if name in self.test_files and name not in self.unwritten:
                 test = read_examples(self.test_files[name], columns.plain(), self._render, located=False)
                 warn_of_overlap(name, [subject(e) for e in examples], [subject(e) for e in test])
         self.held_out = held_out
         self._held = self._hold_out()
         self._consumed = 0
+
+    def _read(self, file: str | Generate) -> list[Example]:
+        """A file's examples; placeholders of texts that are not written yet."""
+        if isinstance(file, Generate):
+            return file.placeholders(self.columns, self.max_examples)
+        return read_examples(file, self.columns, self._render, self.max_examples)
+
+    def fill(self, name: str, file: str) -> None:
+        """Read the file of the texts that an expert has written, in place of the placeholders."""
+        k = [*self.files].index(name)
+        self.examples[k], self._held[k] = split(self._read(file), self.held_out, self.seed, k)
+        self.unwritten.pop(name)
 
     def _hold_out(self) -> list[list[Example]]:
         """Take the held-out examples out of `examples`; returns them."""
@@ -110,10 +122,16 @@ class Calibration(pl.LightningDataModule):
         """
         if not self.held_out:
             raise ValueError("no examples are held out: set data.held_out to a share, such as 0.2")
-        part = copy(self)
-        vars(part).pop("_identities", None)
-        part.examples = [own[:limit] for own in self._held]
-        return part
+        return self.with_examples([own[:limit] for own in self._held])
+
+    def with_examples(self, examples: list[list[Example]]) -> "Calibration":
+        """The same settings for other examples of the experts, K lists."""
+        other = copy(self)
+        other.files = dict.fromkeys(self.files, "")  # known by their contents, written ones too
+        other.unwritten = {}
+        vars(other).pop("_identities", None)
+        other.examples = examples
+        return other
 
     @cached_property
     def tokenize(self) -> Tokenizer:
@@ -124,13 +142,18 @@ class Calibration(pl.LightningDataModule):
         return self.tokenize.render(chat)
 
     def identities(self) -> dict[str, str]:
-        """Expert -> SHA-256 of its examples, computed once."""
+        """Expert -> SHA-256 of its examples, or of what its own texts depend on; computed once."""
         return dict(self._identities)
 
     @cached_property
     def _identities(self) -> dict[str, str]:
-        texts = (json.dumps([contents(e) for e in own]).encode() for own in self.examples)
-        return {name: sha256(text).hexdigest() for name, text in zip(self.files, texts, strict=True)}
+        known = {
+            name: [file.identity(), self.seed, self.held_out, self.max_examples]
+            if isinstance(file, Generate)
+            else [contents(e) for e in own]
+            for (name, file), own in zip(self.files.items(), self.examples, strict=True)
+        }
+        return {name: sha256(json.dumps(content).encode()).hexdigest() for name, content in known.items()}
 
     def settings(self) -> dict[str, Any]:
         """The settings that the batches depend on, which a resumed run must share."""

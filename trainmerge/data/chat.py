@@ -11,6 +11,7 @@ from trainmerge.data.examples import ASSISTANT, Example
 
 GENERATION = r"\{%-?\s*generation\b"  # a template's own mark of what the assistant writes
 CLOCK = "strftime_now"  # transformers' function of a template for the current date
+MARK = "CONTENT"  # in place of a turn's content, to find what is around it
 DATE = datetime(2024, 7, 26)  # the date that Llama 3's template has where there is no clock
 CODES = ["%-d", "%-m", "%e", *(f"%{code}" for code in "aAbBcdDfFHIjmMpSTuwxXyYZz")]
 
@@ -26,15 +27,35 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Exampl
     say) cannot be located, and has no span.
 
     Raises:
-        ValueError: the template rejects the chat.
+        ValueError: the tokenizer has no template, or it rejects the chat.
     """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; use a text column, or set "
+            "recipe.chat_template to an expert that has one"
+        )
     chat = [dict(message) for message in messages]
     template = tokenizer.get_chat_template()
+    if not isinstance(template, str):
+        raise ValueError(f"the tokenizer's chat template is {template!r}, which is not a text")
     if re.search(GENERATION, template):
         whole, spans = _rendered(tokenizer, template, chat, return_assistant_tokens_mask=True)
     else:
         whole, spans = _located(tokenizer, template, chat)
     return Example(whole, tuple((begin, end) for begin, end in spans if begin < end), templated=True)
+
+
+def around_turn(tokenizer: Any, before: Sequence[Mapping[str, Any]], role: str) -> tuple[str, str]:
+    """The template's text up to a turn's content, and from its end; `before` are the turns before it.
+
+    Raises:
+        ValueError: as `render_chat`, or the template does not write the content as it is.
+    """
+    text = render_chat(tokenizer, [*before, {"role": role, "content": MARK}]).text
+    opening, found, closing = text.rpartition(MARK)
+    if not found:
+        raise ValueError(f"the chat template does not write the content of a turn of the {role}")
+    return opening, closing
 
 
 def _located(tokenizer: Any, template: str, chat: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:

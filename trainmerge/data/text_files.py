@@ -16,7 +16,9 @@ from trainmerge.system.atomic import seen_from
 from trainmerge.system.memory import is_out_of_memory
 from trainmerge.system.text import reason, shortened
 
+# By the ending in small letters.
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 ROWS = 1 << 16  # of a table in memory
 
 
@@ -60,47 +62,51 @@ def _read(source: Path, texts: Sequence[str]) -> datasets.Dataset:
         raise ValueError(f"{source}: no such file or folder{seen_from(source)}")
     if source.is_dir():
         return picture_folder(source) or _saved(source)
-    if source.suffix not in FORMATS:
+    suffix = source.suffix.lower()
+    if suffix in COMPRESSED:
+        raise ValueError(f"{source}: a compressed file: unpack it, and name the file that it holds")
+    if suffix not in FORMATS:
         raise ValueError(
             f"{source}: unknown format; use one of {', '.join(FORMATS)}, or a saved dataset's folder"
         )
+    kind = FORMATS[suffix]
     if not source.stat().st_size:
         raise ValueError(f"{source}: the file is empty")
-    if FORMATS[source.suffix] == "json" and _begins_with_null(source):  # pyarrow would end the process
+    if kind == "json" and _begins_with_null(source):  # pyarrow would end the process
         raise ValueError(f"{source}: example 0 is null, not an object with columns: remove it")
     options: dict[str, Any] = {}
-    if source.suffix == ".csv":  # an empty cell is no value; all else is as written
+    if kind == "csv":  # an empty cell is no value; all else is as written
         check_header(source, texts)
         options = {
             "converters": dict.fromkeys(texts, _cell), "keep_default_na": False, "na_values": [""],
             "index_col": False,  # never a row's first cell instead of its first column
         }  # fmt: skip
-    if source.suffix == ".txt":
+    if kind == "text":
         options = {"encoding": "utf-8-sig"}  # without the byte order mark that some editors write
-    if source.suffix == ".parquet":  # by default as many rows at a time as the first group has, perhaps none
+    if kind == "parquet":  # by default as many rows at a time as the first group has, perhaps none
         options = {"batch_size": ROWS}
     try:
-        data = _in_memory(source, options)
-        return _undated(data, source, texts) if FORMATS[source.suffix] == "json" else data
+        data = _in_memory(source, kind, options)
+        return _undated(data, source, texts) if kind == "json" else data
     except Exception as error:  # pyarrow's and datasets' own, and whatever they let through
         cause = error.__cause__ or error  # the reader's own error, before it was wrapped
         if is_out_of_memory(cause):
             raise MemoryError(f"no memory is left to read {source}: {reason(cause)}") from error
-        raise ValueError(
-            f"{source}: cannot be read as {FORMATS[source.suffix]} in UTF-8: {reason(cause)}"
-        ) from error
+        raise ValueError(f"{source}: cannot be read as {kind} in UTF-8: {reason(cause)}") from error
 
 
-def _in_memory(source: Path, options: Mapping[str, Any]) -> datasets.Dataset:
+def _in_memory(source: Path, kind: str, options: Mapping[str, Any]) -> datasets.Dataset:
     """The rows of a file, streamed: a converted copy on disk would outlive a killed process.
 
-    Only a lock without contents is written, to a temporary folder.
+    Only a lock without contents and a link to the file are written, to a temporary folder. datasets takes the
+    link's name: it would read `[1]`, `*` and `::` of the file's own path as patterns and addresses.
     """
-    with TemporaryDirectory() as locks, _quiet(), no_cell_lost():
+    with TemporaryDirectory() as place, _quiet(), no_cell_lost():
+        link = Path(place) / f"rows{source.suffix.lower()}"
+        link.symlink_to(source.absolute())
         rows = datasets.load_dataset(
-            FORMATS[source.suffix], data_files=str(source), split="train", streaming=True, cache_dir=locks,
-            **options,
-        )  # fmt: skip
+            kind, data_files=str(link), split="train", streaming=True, cache_dir=place, **options
+        )
         tables = [datasets.Dataset(table) for table in rows.with_format("arrow").iter(batch_size=ROWS)]
     return datasets.concatenate_datasets(tables) if tables else datasets.Dataset.from_dict({})
 

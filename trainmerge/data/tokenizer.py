@@ -5,37 +5,23 @@ Legend: `B` examples, `T` tokens.
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainmerge.data.chat import render_chat
+from trainmerge.data.encoded import Encoded, Located
 from trainmerge.data.examples import Example
 from trainmerge.data.load_tokenizer import load_tokenizer, present, takes_text
 from trainmerge.data.media import MediaInputs, without_text
 from trainmerge.data.padding import answers, joined, whole_length
 from trainmerge.data.pictures import Pictures
 from trainmerge.data.special_tokens import SpecialTokens, check_rows, embedding_rows
+from trainmerge.data.token_examples import encode_tokens
 from trainmerge.system.hub import folder_of
 from trainmerge.system.json_file import read_json
 from trainmerge.system.ranges import check_option
-
-REMEDY = "Download or save it again."
-
-
-class Encoded(NamedTuple):
-    """The model's arguments, and the output positions that enter the loss."""
-
-    inputs: dict[str, Tensor]  # input_ids, attention_mask, ... [B, T]; `labels` are the decoder's tokens
-    mask: Tensor  # [B, T] bool
-
-
-class Located(NamedTuple):
-    """The size of a text after truncation."""
-
-    length: int  # tokens
-    bytes: int  # of UTF-8, of every token but the first
 
 
 class Tokenizer:
@@ -54,7 +40,7 @@ class Tokenizer:
         self.path, self.max_length = str(folder), max_length
         self._own = load_tokenizer(self.path) if takes_text(self.path) else None
         file = folder / "config.json"
-        config = read_json(file, REMEDY) if file.is_file() else {}
+        config = read_json(file, "Download or save it again.") if file.is_file() else {}
         self._has_decoder = config.get("is_encoder_decoder")
         self._whole = whole_length(config)
         self._rows = embedding_rows(config)
@@ -65,12 +51,13 @@ class Tokenizer:
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
         """Inputs, truncated to `max_length` and padded to the longest example, and the loss positions."""
+        if examples[0].tokens is not None:
+            return encode_tokens(examples, self.padding)
         if without_text(examples):
             return self._media_alone(examples)
         if examples[0].image:
             return self._with_pictures(examples)
-        spans = [example.spans for example in examples]
-        texts = [example.text for example in examples]
+        spans, texts = [example.spans for example in examples], [example.text for example in examples]
         if any(example.pair is not None for example in examples):
             inputs = dict(self.pairs(examples))
         else:
@@ -91,10 +78,10 @@ class Tokenizer:
         Raises:
             ValueError: `offsets` from a slow tokenizer, which knows none.
         """
-        if offsets and not self._tokenizer.is_fast:
+        if offsets and not self.transformers.is_fast:
             raise ValueError(f"{self.path}: places in the text need a fast tokenizer: save a tokenizer.json")
         seconds = [example.pair or "" for example in examples]
-        encoded = self._tokenizer(
+        encoded = self.transformers(
             [example.text for example in examples],
             seconds if any(example.pair is not None for example in examples) else None,
             truncation=True,
@@ -103,26 +90,31 @@ class Tokenizer:
             return_tensors="pt",
             return_offsets_mapping=offsets,
         )
-        check_rows(self._tokenizer, encoded["input_ids"], self._rows)
+        check_rows(self.transformers, encoded["input_ids"], self._rows)
         return encoded
 
     def located(self, text: str) -> Located:
         """A text's tokens and bytes after truncation; all bytes without offsets (slow tokenizers)."""
-        if not self._tokenizer.is_fast:
+        if not self.transformers.is_fast:
             return Located(len(self([text])["input_ids"][0]), len(text.encode()))
         offsets = self._padded([text], offsets=True)["offset_mapping"][0].tolist() or [[0, 0]]
         first, last = offsets[0][1], max(end for _, end in offsets)
         return Located(len(offsets), len(text[first:last].encode()))
 
     @property
+    def lacks_rows(self) -> bool:
+        """Whether it has tokens that the model's embedding has no row for; a text with one is an error."""
+        return self._rows is not None and max(self.transformers.get_vocab().values(), default=0) >= self._rows
+
+    @property
     def transformers(self) -> Any:
-        """The transformers tokenizer itself."""
-        return self._tokenizer
+        """The transformers tokenizer itself; ValueError if the folder has none."""
+        return present(self._own, self.path)
 
     @property
     def beginning(self) -> int:
         """The token to put before a text so that its first token is predicted too."""
-        known = [self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self.padding]
+        known = [self.transformers.bos_token_id, self.transformers.eos_token_id, self.padding]
         return int(next(token for token in known if token is not None))
 
     @property
@@ -133,13 +125,13 @@ class Tokenizer:
     @property
     def padding(self) -> int:
         """The padding token."""
-        return int(self._tokenizer.pad_token_id)
+        return int(self.transformers.pad_token_id)
 
     def _targets(self, targets: Sequence[str | None]) -> tuple[Tensor, Tensor]:
         """The decoder's tokens and loss positions; without targets only the start token."""
         if targets[0] is None:
-            end = self._tokenizer.eos_token_id
-            first = torch.full((len(targets), 1), self._tokenizer.pad_token_id if end is None else end)
+            end = self.transformers.eos_token_id
+            first = torch.full((len(targets), 1), self.transformers.pad_token_id if end is None else end)
             return first, torch.ones_like(first, dtype=torch.bool)
         padded = self._padded([target or "" for target in targets])
         return padded["input_ids"], padded["attention_mask"].bool()
@@ -160,44 +152,13 @@ class Tokenizer:
         """`Batch.rows` of encoded examples."""
         return {} if without_text(examples) else self.pictures.rows(examples, inputs)
 
-    def longest(self, examples: Sequence[Example], limit: int) -> int:
-        """Tokens of the longest example after truncation; checks only examples that may exceed `limit`."""
-        if self.max_length <= limit:
-            return 0
-        long = [e for e in examples if len((e.text + (e.pair or "")).encode()) >= limit]
-        given = (self.encode([Example(e.text, pair=e.pair)]).inputs["input_ids"] for e in long)
-        return max((tokens.shape[1] for tokens in given), default=0)
-
-    def check_rows(self, examples: Sequence[Example], together: int = 64) -> None:
-        """Raise ValueError if a text has a token that the model's embedding has no row for.
-
-        Reads the texts only if the tokenizer has such tokens.
-        """
-        if (
-            self._rows is None
-            or without_text(examples)
-            or max(self._tokenizer.get_vocab().values(), default=0) < self._rows
-        ):
-            return
-        for first in range(0, len(examples), together):
-            self.encode(examples[first : first + together])
-
     def render(self, messages: Sequence[Mapping[str, str]]) -> Example:
         """A chat rendered by the model's template; only the assistant's tokens enter the loss.
 
         Raises:
-            ValueError: the tokenizer has no template, or as `render_chat`.
+            ValueError: as `render_chat`.
         """
-        if not self._tokenizer.chat_template:
-            raise ValueError(
-                f"{self.path}: the tokenizer has no chat template; use a text column, or set "
-                "recipe.chat_template to an expert that has one"
-            )
-        return render_chat(self._tokenizer, messages)
-
-    @property
-    def _tokenizer(self) -> Any:
-        return present(self._own, self.path)
+        return render_chat(self.transformers, messages)
 
     @cached_property
     def media(self) -> MediaInputs:
@@ -211,7 +172,7 @@ class Tokenizer:
 
     @cached_property
     def _special(self) -> SpecialTokens:
-        return SpecialTokens(self._tokenizer)
+        return SpecialTokens(self.transformers)
 
     def _padded(self, texts: list[str], special: bool = True, offsets: bool = False) -> dict[str, Tensor]:
         """One row per text, special tokens added where they are missing and `special` is set."""
@@ -220,19 +181,20 @@ class Tokenizer:
         given = self._special.completed([texts[i] for i in done]) if done else []
         parts = [(self._encoded(given, False, offsets), done)] if done else []
         parts += [(self._encoded([texts[i] for i in rest], special, offsets), rest)] if rest else []
-        fillers = {"input_ids": self.padding, "token_type_ids": self._tokenizer.pad_token_type_id}
+        fillers = {"input_ids": self.padding, "token_type_ids": self.transformers.pad_token_type_id}
         encoded = parts[0][0] if len(parts) == 1 else joined(parts, fillers)
-        check_rows(self._tokenizer, encoded["input_ids"], self._rows)
+        check_rows(self.transformers, encoded["input_ids"], self._rows)
         return encoded
 
     def _encoded(self, texts: list[str], special: bool, offsets: bool) -> dict[str, Tensor]:
-        encoded = self._tokenizer(
-            texts,
-            truncation=True,
-            max_length=self._whole or self.max_length,
-            padding="max_length" if self._whole else True,
-            return_tensors="pt",
-            add_special_tokens=special,
-            return_offsets_mapping=offsets,
+        return dict(
+            self.transformers(
+                texts,
+                truncation=True,
+                max_length=self._whole or self.max_length,
+                padding="max_length" if self._whole else True,
+                return_tensors="pt",
+                add_special_tokens=special,
+                return_offsets_mapping=offsets,
+            )
         )
-        return dict(encoded)

@@ -6,15 +6,16 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from trainmerge.checkpoints import Checkpoint, OwnHead, load_model, output_of
-from trainmerge.data.examples import Columns
-from trainmerge.data.heads import Classifier
+from trainmerge.data.classifier import Classifier
+from trainmerge.data.columns import Columns
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessTask, run_harness
 from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.own_checkpoint import narrowed, own_subject, own_tasks
 from trainmerge.evaluate.runs import DEVICE, Heads, build_heads, references_from_files
-from trainmerge.evaluate.score_task import Subject, score_tasks
+from trainmerge.evaluate.score_task import score_tasks
+from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.evaluate.vocabulary import Reading, reading
 from trainmerge.model.embedding import read_embedding

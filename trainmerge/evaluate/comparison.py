@@ -15,8 +15,10 @@ from trainmerge.evaluate.bootstrap import ScoreDifference, score_differences
 from trainmerge.evaluate.checkpoints import PlannedHeads, check_kind, heads_of, load_checkpoint, over
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.measure import metric_of
+from trainmerge.evaluate.own_checkpoint import narrowed, own_subject, own_tasks
 from trainmerge.evaluate.runs import load_subject, references_from_files
-from trainmerge.evaluate.score_task import TaskScore, score_tasks
+from trainmerge.evaluate.score_task import score_tasks
+from trainmerge.evaluate.subject import TaskScore
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.evaluate.vocabulary import Reading, reading
 from trainmerge.model.embedding import read_embedding
@@ -60,9 +62,10 @@ def compare(
     """Score runs and checkpoints on the tasks of `recipe`: a run folder, an export or a configuration.
 
     Without `recipe`, the first path's tasks are used. All texts are truncated as in the recipe's own fit.
+    Checkpoints with a head of their own, an `export --task` or an expert, restrict the tasks to theirs.
 
     Raises:
-        ValueError: fewer than two paths, a repeated path, or different architectures.
+        ValueError: fewer than two paths, a repeated path, different architectures, or no task in common.
     """
     names = [str(path) for path in paths]
     if len(set(names)) < 2 or len(set(names)) < len(names):
@@ -77,19 +80,45 @@ def _rows(
     words: Reading, source: Path, names: Sequence[str], limit: int | None, max_length: int | None
 ) -> Evaluation:
     shared = words.recipe
+    folders = {name: folder_of(name, allow_pickle=shared.allow_pickle) for name in names}
     own = all_heads(shared)
+    alone = {name: own_tasks(folder, shared, own) for name, folder in folders.items() if not _is_run(folder)}
+    alone = {name: tasks for name, tasks in alone.items() if tasks}
+    if alone:
+        common = _common(alone)
+        shared, own = (
+            narrowed(shared, common, folders[next(iter(alone))]),
+            {name: own[name] for name in common},
+        )
     metric, tokenize = metric_of(shared, own), Tokenizer(words.tokenizer, text_length(source, max_length))
     held_in, held_out = load_tasks(shared, tokenize, columns_of(source), limit, heads=own)
     tasks = [*held_in, *held_out]
     heads = heads_of(words, tasks, tokenize)
-    folders = {name: folder_of(name, allow_pickle=shared.allow_pickle) for name in names}
     if held_out:
         folders = {"base": shared.folders["base"], **folders}
     bar = track(folders.items(), description="comparing", disable=distributed.rank() > 0)
     references = references_from_files(shared, tasks, tokenize)
-    rows = {name: _score(folder, words, heads, references, tasks, tokenize) for name, folder in bar}
+    rows = {
+        name: score_tasks(own_subject(words.open(folder).path, shared, tasks, tokenize), tasks)
+        if name in alone
+        else _score(folder, words, heads, references, tasks, tokenize)
+        for name, folder in bar
+    }
     held = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
     return Evaluation(metric, *held, rows)
+
+
+def _is_run(folder: Path) -> bool:
+    return RunFolder(folder).manifest.exists()
+
+
+def _common(tasks: Mapping[str, Sequence[str]]) -> list[str]:
+    """The tasks that all of these checkpoints have heads for."""
+    (first, *_), others = tasks.values(), [set(names) for names in tasks.values()]
+    if found := [name for name in first if all(name in names for names in others)]:
+        return found
+    listed = "; ".join(f"{path} of {', '.join(names)}" for path, names in tasks.items())
+    raise ValueError(f"these checkpoints have heads of their own, and no task in common: {listed}")
 
 
 def _score(
@@ -101,7 +130,7 @@ def _score(
     tokenize: Tokenizer,
 ) -> dict[str, TaskScore]:
     run = RunFolder(folder)
-    if not run.manifest.exists():
+    if not _is_run(folder):
         check_kind(folder, words.recipe, tasks)
         subject = load_checkpoint(
             words.open(folder), words.recipe, heads, tasks, tokenize, references=references

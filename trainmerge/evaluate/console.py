@@ -1,9 +1,14 @@
 """The printed and written output of `trainmerge evaluate` and `trainmerge compare`."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from trainmerge.evaluate import Comparison, Evaluation, compare, evaluate_checkpoint, evaluate_run
+from trainmerge.evaluate.runs import DEVICE
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.saved import scored_with, unfinished_line
 from trainmerge.run.scores import score_rows
@@ -21,11 +26,16 @@ def evaluate_path(
     output: Path | None = None,
     answers: int = 0,
     harness: Sequence[str] = (),
+    precision: str = "32",
 ) -> Evaluation:
-    """Score a run folder with baselines, or a checkpoint on the tasks of `recipe`."""
-    folder = RunFolder(path)
+    """Score a run folder with baselines, or a checkpoint on the tasks of `recipe`.
+
+    Raises:
+        ValueError: `precision` is neither `32` nor `bf16`; or as `evaluate_run` and `evaluate_checkpoint`.
+    """
+    folder, forwards = RunFolder(path), _forwards(precision)
     is_run = folder.manifest.exists()
-    with joined():
+    with joined(), forwards:
         if is_run:
             _print_unfinished(folder)
             scored = scored_with(folder) if folder.coefficients.exists() else {}
@@ -35,13 +45,20 @@ def evaluate_path(
             columns = columns_of(recipe)
             found = evaluate_checkpoint(str(path), tasks_of(recipe), limit, length, answers, harness, columns)
         if rank() == 0:
-            print_evaluation(str(path), found)
+            print_evaluation(f"{path}{', forwards in bfloat16' * (precision == 'bf16')}", found)
             if is_run:
-                found.write_scores(path / "scores.json", scored)
+                found.write_scores(path / "scores.json", {**scored, "precision": precision})
                 found.write(path / "evaluation.json")
             if output is not None:
                 found.write(output)
     return found
+
+
+def _forwards(precision: str) -> AbstractContextManager[Any]:
+    """The autocast of the models' forwards; merges and experts are made in float32 within it too."""
+    if precision not in ("32", "bf16"):
+        raise ValueError(f"--precision {precision}: choose 32 (the model's own) or bf16 (bfloat16 products)")
+    return torch.autocast(DEVICE, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def compare_paths(
@@ -75,6 +92,7 @@ def print_evaluation(title: str, found: Evaluation) -> None:
     _add_held_out(found, header, cells)
     print_table(title, header, cells)
     _print_measures(found)
+    _print_routing(found)
     for row, scores in found.harness.items():
         print_table(
             f"harness, {row}",
@@ -91,6 +109,20 @@ def _print_measures(found: Evaluation) -> None:
     ]
     print_table(
         "means over the experts' tasks", ["measure", *(name.replace("_", " ") for name in names)], rows
+    )
+
+
+def _print_routing(found: Evaluation) -> None:
+    """Of mixtures: by layer, how many tokens go where the fine-tunes' own routers send them."""
+    if not (layers := found.layers()):
+        return
+    rows = list(next(iter(layers.values())))
+    cells = [[name, *(f"{own[row]:.3f}" for row in rows)] for name, own in layers.items()]
+    means = [sum(own[row] for own in layers.values()) / len(layers) for row in rows]
+    print_table(
+        "share of tokens with the same set of experts as in the task's fine-tune, mean over the tasks",
+        ["router", *rows],
+        [*cells, ["mean", *(f"{mean:.3f}" for mean in means)]],
     )
 
 

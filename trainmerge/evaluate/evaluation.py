@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainmerge.evaluate.agreement import Shares
 from trainmerge.evaluate.harness import HarnessScore
-from trainmerge.evaluate.score_task import TaskScore
+from trainmerge.evaluate.subject import TaskScore
 from trainmerge.run.scores import Metric, Scores
 from trainmerge.system.atomic import write_whole
 
@@ -16,13 +17,18 @@ Rows = Mapping[str, Mapping[str, TaskScore]]  # row -> task -> its score
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of `evaluate`. Held-in tasks are the experts'; held-out ones are the recipe's `held_out`."""
+    """The result of `evaluate`. Held-in tasks are the experts'; held-out ones are the recipe's `held_out`.
+
+    `agreement` is of mixtures of experts: the share of tokens that a merge sends to the same set of experts
+    as the task's own fine-tune does, by layer (`agreement.Routing`).
+    """
 
     metric: Metric
     held_in: tuple[str, ...]
     held_out: tuple[str, ...]
     rows: Rows
     harness: Mapping[str, Mapping[str, HarnessScore]] = field(default_factory=dict)  # row -> task
+    agreement: Mapping[str, Shares] = field(default_factory=dict)  # row -> task -> router -> share of tokens
 
     @property
     def scores(self) -> Scores:
@@ -64,6 +70,15 @@ class Evaluation:
             found[row] = {name: sum(values) / len(values) for name, values in having.items()}
         return found
 
+    def layers(self) -> dict[str, dict[str, float]]:
+        """Router -> row -> share of tokens that agree, the mean over the tasks; empty for dense models."""
+        found: dict[str, dict[str, float]] = {}
+        for row, tasks in self.agreement.items():
+            for name in next(iter(tasks.values())):
+                shares = [own[name] for own in tasks.values()]
+                found.setdefault(name, {})[row] = sum(shares) / len(shares)
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """One entry per row: its score on every held-in task, the means, and all measures."""
         normalised, forgetting, means = self.normalised(), self.forgetting(), self.means()
@@ -74,6 +89,8 @@ class Evaluation:
             content[row] |= {"held_out": self.others[row]} if row in self.others else {}
             content[row] |= {"forgetting": forgetting[row]} if row in forgetting else {}
             content[row]["measures"] = {task: dict(s.measures) for task, s in self.rows[row].items()}
+            if row in self.agreement:
+                content[row]["routing"] = {task: dict(own) for task, own in self.agreement[row].items()}
             if row in self.harness:
                 content[row]["harness"] = {task: s._asdict() for task, s in self.harness[row].items()}
         return content

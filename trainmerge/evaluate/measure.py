@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainmerge.checkpoints import Output, OwnHead, output_of, read_modules
 from trainmerge.checkpoints.output import ENDS
 from trainmerge.data.batch import Kind
-from trainmerge.data.tokenizer import Encoded
+from trainmerge.data.encoded import Encoded
 from trainmerge.run.heads import TaskHead, all_heads
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import ACCURACY, PERPLEXITY, SIMILARITY, Metric

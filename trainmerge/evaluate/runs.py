@@ -13,14 +13,16 @@ from torch import Tensor
 
 from trainmerge.checkpoints import Checkpoint, LoadedModel
 from trainmerge.coefficients.coefficients import Coefficients
-from trainmerge.data.heads import Classifier
+from trainmerge.data.classifier import Classifier
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.evaluate.agreement import Shares, read_routing
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessScore, HarnessTask, run_harness
 from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.pairs import EXPERT
-from trainmerge.evaluate.score_task import Subject, TaskScore, score_task, score_tasks
+from trainmerge.evaluate.score_task import score_task, score_tasks
 from trainmerge.evaluate.similarity import cosines, embed_texts
+from trainmerge.evaluate.subject import Subject, TaskScore
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.model.embedding import read_embedding
 from trainmerge.model.own_head import OwnModel
@@ -75,6 +77,8 @@ def evaluate_run(
     tasks = [*held_in, *held_out]
     resident, subject = load_subject(recipe, coefficients, opened, tokenize, folder, tasks, answers)
     rows = _baselines(len(held_in), grid, compare, bool(held_out or harness)) | {"learned": None}
+    routing = read_routing(resident, subject, held_in)
+    agreement: dict[str, Shares] = {}
     scored: dict[str, Scored] = {}
     harnessed: dict[str, Mapping[str, HarnessScore]] = {}
     for row in progress([*rows, *["expert"] * compare], "scoring", disable=distributed.rank() > 0):
@@ -85,7 +89,9 @@ def evaluate_run(
             if harness and not row.startswith(ARITHMETIC):
                 harnessed[row] = run_harness(subject.module, words, harness, limit)
             scored[row] = score_tasks(subject, tasks)
-    return _evaluation(metric_of(recipe, own), held_in, held_out, scored, harnessed)
+            if routing is not None:
+                agreement[row] = routing.agreement(subject)
+    return _evaluation(metric_of(recipe, own), held_in, held_out, scored, harnessed, agreement)
 
 
 def _baselines(experts: int, grid: Sequence[float], compare: bool, base: bool) -> dict[str, float | None]:
@@ -176,11 +182,13 @@ def _evaluation(
     held_out: Sequence[Task],
     rows: Mapping[str, Scored],
     harness: Mapping[str, Mapping[str, HarnessScore]],
+    agreement: Mapping[str, Shares],
 ) -> Evaluation:
     """The rows, with only the best task-arithmetic one by mean."""
     names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
     kept = keep_best_arithmetic(Evaluation(metric, *names, rows).scores, metric)
-    return Evaluation(metric, *names, {row: own for row, own in rows.items() if row in kept}, harness)
+    best, shares = ({row: own for row, own in given.items() if row in kept} for given in (rows, agreement))
+    return Evaluation(metric, *names, best, harness, shares)
 
 
 def keep_best_arithmetic(rows: Scores, metric: Metric) -> Scores:

@@ -5,73 +5,24 @@ Legend: `N` examples of a task, `B` of a batch, `T` tokens, `V` classes or vocab
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from trainmerge.data.batch import Batch
 from trainmerge.data.examples import Example
-from trainmerge.data.heads import Classifier
-from trainmerge.data.tokenizer import Encoded, Tokenizer
 from trainmerge.evaluate.measure import check_causal, predicted
 from trainmerge.evaluate.pairs import Similar
 from trainmerge.evaluate.score_heads import found_in, measures_of
 from trainmerge.evaluate.similarity import correlation_terms, cosines, embed_texts, ndcg
+from trainmerge.evaluate.subject import Subject, TaskScore
 from trainmerge.evaluate.tasks import Task
 from trainmerge.evaluate.torchmetrics_states import AnswerLengths, TokenLosses, class_measures
-from trainmerge.model.embedding import Embedding
-from trainmerge.model.forward import forward
-from trainmerge.model.own_head import OwnModel
 from trainmerge.system.distributed import merge_shares, own_share
 
 TOGETHER = 64  # texts per forward pass with a head
 TOKENS = 512  # per forward pass of a language model, about
-
-
-class TaskScore(NamedTuple):
-    """A model's measures on a task; the first is its score.
-
-    `outcomes` [N, 2] float64, in the task's order: each example's contribution to a sum and a count. Their
-    ratio is the score (accuracy), or its logarithm (perplexity).
-    """
-
-    measures: Mapping[str, float]
-    outcomes: Tensor
-
-    @property
-    def score(self) -> float:
-        """The task's main measure."""
-        return next(iter(self.measures.values()))
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model to score, with the tasks' frozen heads."""
-
-    module: nn.Module
-    heads: Mapping[str, Classifier | OwnModel | None]  # by task
-    tokenize: Tokenizer
-    answers: int = 0  # maximal tokens of an answer
-    embedding: Embedding | None = None  # of a sentence embedder
-    references: Mapping[str, Tensor] = field(default_factory=dict)  # task -> its expert's cosines [P]
-
-    @property
-    def device(self) -> torch.device:
-        """The model's device."""
-        return next(self.module.parameters()).device
-
-    def with_heads(self, heads: Mapping[str, Classifier | OwnModel | None]) -> "Subject":
-        """The same model with other tasks' heads."""
-        return replace(self, heads=heads)
-
-    def logits(self, task: str, encoded: Encoded) -> Tensor:
-        """Logits [B, V] of the task's head or of the model's classifier, else [B, T, V]; or of their kind."""
-        here = {name: tensor.to(self.device) for name, tensor in encoded.inputs.items()}
-        ids = torch.arange(len(encoded.mask), device=self.device)
-        return forward(self.module, Batch(0, here, encoded.mask, ids), self.heads[task]).logits
 
 
 @torch.inference_mode()

@@ -7,13 +7,15 @@ from typing import Any, Literal
 
 from trainmerge.checkpoints import Output, OwnHead, output_of
 from trainmerge.data.batch import Kind
-from trainmerge.data.examples import Columns, Example, read_examples
+from trainmerge.data.columns import Columns
+from trainmerge.data.examples import Example, read_examples
 from trainmerge.data.media import without_text
 from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.answers import COLUMN, read_answers
 from trainmerge.evaluate.measure import kind_of_head, metric_of, predicted
 from trainmerge.evaluate.pairs import EXPERT, Similar, read_similar
+from trainmerge.evaluate.task_checks import check_labels
 from trainmerge.model.embedding_settings import unfollowed_settings
 from trainmerge.run.heads import TaskHead, all_heads, linear_problems
 from trainmerge.run.recipe import Recipe
@@ -75,11 +77,7 @@ class TestFiles:
         names = [*columns.names(), *[COLUMN[kind]] * self.labelled]
         try:
             data = load_examples(
-                file,
-                names,
-                optional=["prompt"],
-                numbers=[*set(COLUMN.values())],
-                media=columns.media,
+                file, names, optional=["prompt"], numbers=[*set(COLUMN.values())], media=columns.media
             )
         except ValueError as error:
             raise ValueError(
@@ -93,7 +91,7 @@ class TestFiles:
         if isinstance(head, OwnHead):
             labels = read_answers(file, kind, labels, examples, head.labels)
         else:
-            _check_labels(file, labels, head.classes() if head else self.output.labels)
+            check_labels(file, labels, head.classes() if head else self.output.labels)
         prompts = list(data["prompt"][:count]) if "prompt" in data.column_names else []
         if wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str) or not prompt]:
             raise ValueError(f"{file}: example {wrong[0]} has no text for 'prompt': write one, or remove it")
@@ -197,14 +195,3 @@ def check_measures(held_in: Sequence[Task], held_out: Sequence[Task]) -> None:
             f"the tasks have different measures, {measures}: give all test files the same of the columns "
             "score and relevant, or score them in separate recipes"
         )
-
-
-def _check_labels(file: str, labels: Sequence[object], classes: int | None) -> None:
-    for i, label in enumerate(labels):
-        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-            raise ValueError(f"{file}: example {i} has the label {label!r}, not a class number (0, 1, ...)")
-        if classes is not None and label >= classes:
-            raise ValueError(
-                f"{file}: example {i} has the label {label}, but the task has {classes} classes, 0 to "
-                f"{classes - 1}: correct the label or the classifier"
-            )

@@ -43,6 +43,8 @@ class Exported:
         form: Its dtype and files.
         adapter: What the adapters keep, of an export as such.
         reports: What they lack, one per adapter.
+        mixture: Facts of a mixture made of the experts; empty for any other export.
+        about: A paragraph on it, for the model card.
     """
 
     run: RunFolder
@@ -55,6 +57,8 @@ class Exported:
     form: Form = field(default_factory=Form)
     adapter: AdapterForm | None = None
     reports: Sequence[AdapterReport] = ()
+    mixture: Mapping[str, Any] = field(default_factory=dict)
+    about: str = ""
 
 
 def explain(folder: Path, name: str, merge: Exported, made: Mapping[str, str]) -> None:
@@ -87,12 +91,14 @@ def explain(folder: Path, name: str, merge: Exported, made: Mapping[str, str]) -
             adapter=merge.adapter.to_json() if merge.adapter else {},
         ),
         adapter=adapter_words(merge.adapter, merge.reports) if merge.adapter else "",
+        mixture=merge.about,
     )
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
     more: dict[str, Any] = {"hub": to_json(found)} if found else {}
     more |= {"unfinished": merge.unfinished} if merge.unfinished else {}
     more |= {"task": merge.task} if merge.task else {}
     more |= {"form": merge.form.to_json()} if merge.form.to_json() else {}
+    more |= {"mixture": dict(merge.mixture)} if merge.mixture else {}
     if merge.adapter:
         more |= adapter_record(merge.adapter, merge.reports)
     write_export_manifest(folder, made, public_manifest(run), more)

@@ -14,9 +14,10 @@ from trainmerge.checkpoints.whole import MANIFEST
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.export.explain import Exported, explain
 from trainmerge.export.form import DtypeName, Form, write_dtype
-from trainmerge.export.shards import CheckpointMerge, Merged, write_shards
+from trainmerge.export.shards import CheckpointMerge, write_shards
 from trainmerge.export.side_files import copy_base_files
 from trainmerge.export.task import TaskMerge, own_head, write_task
+from trainmerge.export.tensors import Merged
 from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run

@@ -58,21 +58,7 @@ class Form:
         """File name in the export -> its tensors, all as safetensors."""
         if self.shard_size is None:
             return shard_names(base)
-        files: list[list[str]] = [[]]
-        limit, filled = parse_size(self.shard_size), 0
-        for name, info in base.tensors.items():
-            size = self.size_of(info)
-            if files[-1] and filled + size > limit:
-                files.append([])
-                filled = 0
-            files[-1].append(name)
-            filled += size
-        if len(files) == 1:
-            return {"model.safetensors": tuple(files[0])}
-        return {
-            f"model-{number:05}-of-{len(files):05}.safetensors": tuple(names)
-            for number, names in enumerate(files, start=1)
-        }
+        return divided({name: self.size_of(info) for name, info in base.tensors.items()}, self.shard_size)
 
     def to_json(self) -> dict[str, str]:
         """The choices that differ from the base's form; `Form(**...)` reads them back."""
@@ -89,6 +75,24 @@ class Form:
             return cls(**(content or {}))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: its `form` is damaged ({error}). Export the run again.") from error
+
+
+def divided(sizes: Mapping[str, int], shard_size: str) -> dict[str, tuple[str, ...]]:
+    """File name -> its tensors: in order, at most so many bytes a file, or one tensor."""
+    files: list[list[str]] = [[]]
+    limit, filled = parse_size(shard_size), 0
+    for name, size in sizes.items():
+        if files[-1] and filled + size > limit:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+    if len(files) == 1:
+        return {"model.safetensors": tuple(files[0])}
+    return {
+        f"model-{number:05}-of-{len(files):05}.safetensors": tuple(names)
+        for number, names in enumerate(files, start=1)
+    }
 
 
 def shard_names(base: Checkpoint) -> dict[str, tuple[str, ...]]:

@@ -20,6 +20,14 @@ from trainmerge.run.config import to_config
 from trainmerge.run.recipe import Recipe
 from trainmerge.task_vectors.parameter_names import block_of
 
+OF_CARD = (
+    "This card is enough where all models are on the hub, and no method reads calibration texts: `trainmerge "
+    "rebuild README.md OUT` merges again and compares the files."
+)
+OF_RUN = (
+    "The routers read calibration texts: `trainmerge export RUN OUT --as moe` makes it again from the run."
+)
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -38,6 +46,7 @@ class CardFacts:
         scores: Of the merge, if `evaluate` has run.
         block: What `trainmerge rebuild` needs.
         adapter: How to load it, of an adapter; empty for a checkpoint.
+        mixture: What it is made of, of a mixture of the experts; empty for any other.
     """
 
     name: str
@@ -52,6 +61,7 @@ class CardFacts:
     scores: Scores | None
     block: Block
     adapter: str = ""
+    mixture: str = ""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -68,19 +78,19 @@ def model_card(facts: CardFacts) -> str:
         f"---\n{yaml.safe_dump(head, sort_keys=False, width=110)}---\n# {inline(facts.name)}",
         _first_words(facts, sources),
         facts.adapter,
+        facts.mixture,
         _source_table(sources),
         licence_words(sources),
         "## Coefficients\n\nMean coefficient per block and expert; `trainmerge_coefficients.safetensors` has "
         f"all of them.\n\n{coefficient_table(facts.coefficients)}",
         _paper_words(facts),
-        "## Reproduce\n\nThis card is enough where all models are on the hub, and no method reads "
-        "calibration texts: `trainmerge rebuild README.md OUT` merges again and compares the files. Absolute "
-        "paths are replaced by the names of their files and folders.",
+        f"## Reproduce\n\n{OF_RUN if facts.mixture else OF_CARD} Absolute paths are replaced by the names of "
+        "their files and folders.",
         fenced(recipe_text, "yaml"),
         _command_words(last_command(facts.run)),
         "Settings of the fit (`trainmerge_manifest.json` has all of them, with checksums and versions):\n\n"
         + fenced(fit_settings(facts.run), "yaml"),
-        block_text(facts.block),
+        "" if facts.mixture else block_text(facts.block),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

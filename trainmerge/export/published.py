@@ -64,6 +64,11 @@ def read_published(source: Path, place: Path) -> Published:
     listed_files, run = manifest.get("files"), manifest.get("run")
     if not isinstance(listed_files, dict) or not isinstance(manifest.get("bytes"), dict):
         raise ValueError(f"{source / MANIFEST}: no lists of files and bytes. {AGAIN}")
+    if manifest.get("mixture"):
+        raise ValueError(
+            f"{source}: a mixture made of the experts, whose routers read calibration texts, which a card "
+            "does not hold. Export it from its run folder"
+        )
     if sha256(file) != listed_files.get(COEFFICIENTS):
         raise ValueError(f"{file}: not the coefficients that were exported. {AGAIN}")
     text = (source / RECIPE).read_text(encoding="utf-8")

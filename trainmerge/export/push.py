@@ -83,7 +83,9 @@ def check_files(folder: Path, files: Mapping[str, Any], there: Set[str]) -> None
 def push(folder: str | Path, repository: str, private: bool = False) -> str:
     """Upload an export as a model of the hub, in one commit; returns its address.
 
-    The model is created if it does not exist. Files of the folder that are not part of the export stay here.
+    huggingface_hub sends the files: weights by Xet where hf_xet is installed, otherwise by git LFS, and none
+    that the hub has already. The model is created if it does not exist. Files of the folder that are not
+    part of the export stay here.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -121,7 +123,7 @@ class _Public(Exception):
 
 def _in_words(repository: str, error: Exception) -> OSError:
     """The error without its own words, which may hold an address with a token."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = _status(error)
     if status in (401, 403) or type(error).__name__ == "LocalTokenNotFoundError":
         return PermissionError(
             f"{repository}: {server_name()} does not let you write there. Log in with an account that may "
@@ -132,6 +134,15 @@ def _in_words(repository: str, error: Exception) -> OSError:
         f"{repository}: not uploaded to {server_name()} ({what}). Check the network and the "
         "name, and push again"
     )
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The hub's answer to a request; of a large file, it is the cause of the error."""
+    while error is not None:
+        if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
+            return int(status)
+        error = error.__cause__
+    return None
 
 
 def _escaped(name: str) -> str:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch import Tensor
 from trainmerge.checkpoints import Checkpoint, place_of
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.export.form import Form
+from trainmerge.export.tensors import Merged, Tensors
 from trainmerge.kernels import Difference, LowRank, chunk_bounds
 from trainmerge.preprocess import Rule
 from trainmerge.system.background import ahead
@@ -34,59 +34,6 @@ from trainmerge.task_vectors.pieces import in_pieces
 READY = 8  # pieces queued for writing
 # Entries of a piece without a rule: fewer calls, and malloc still reuses its pages.
 PIECE = 1 << 19
-
-
-class Tensors(Protocol):
-    """The tensors of a checkpoint that is computed on request."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Their headers."""
-
-    @property
-    def shards(self) -> Mapping[str, tuple[str, ...]]:
-        """File name -> its tensors."""
-
-    @property
-    def after(self) -> Mapping[str, tuple[str, ...]]:
-        """Path -> tensors, of modules after the model with a merged tensor."""
-
-    def in_file(self, name: str) -> str:
-        """A tensor's name in its file."""
-
-    def merged(self, name: str) -> bool:
-        """Whether a tensor is merged; others are copies."""
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """A tensor as consecutive pieces of rows."""
-
-    def read_ahead_of(self, name: str) -> None:
-        """Ask the kernel to read ahead the pages that `pieces` will need."""
-
-
-class Merged(Tensors, Protocol):
-    """The tensors of a merged checkpoint, under the names of its base's files."""
-
-    @property
-    def base(self) -> Checkpoint:
-        """The checkpoint whose names, shapes and side files the merge has."""
-
-    @property
-    def form(self) -> Form:
-        """Its dtype and files."""
-
-
-class OnlyModel:
-    """The part of `Tensors` about modules after the model, where none is merged."""
-
-    @property
-    def after(self) -> Mapping[str, tuple[str, ...]]:
-        """None."""
-        return {}
-
-    def in_file(self, name: str) -> str:
-        """Its name."""
-        return name
 
 
 @dataclass(frozen=True)

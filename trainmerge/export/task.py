@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from trainmerge.checkpoints.whole import export_manifest
-from trainmerge.export.shards import CheckpointMerge, OnlyModel, write_shard
+from trainmerge.export.shards import CheckpointMerge, write_shard
 from trainmerge.export.side_files import copy_base_files
+from trainmerge.export.tensors import OnlyModel
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.system.disk_space import check_free_space

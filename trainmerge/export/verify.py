@@ -13,9 +13,9 @@ from trainmerge.export.adapter import CONFIG
 from trainmerge.export.export import INDEX, merge_of
 from trainmerge.export.export_adapter import AdapterMerge, adapter_of
 from trainmerge.export.form import Form
-from trainmerge.export.shards import Tensors
 from trainmerge.export.side_files import WEIGHTS
 from trainmerge.export.task import TaskMerge, own_head, task_of
+from trainmerge.export.tensors import Tensors
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
 from trainmerge.system.json_file import read_json
@@ -42,12 +42,21 @@ def verify_export(run: str | Path, out: str | Path) -> int:
     merge: Tensors = plain
     if task := task_of(folder):
         merge = TaskMerge.of(plain, own_head(recipe, opened, task))
+    return compare_tensors(merge, run_folder.path, folder)
+
+
+def compare_tensors(merge: Tensors, run: Path, folder: Path) -> int:
+    """Compare a folder's weights with tensors that are computed again; returns their number.
+
+    Raises:
+        ValueError: lists the first differences.
+    """
     problems = list(_differences(merge, folder))
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise ValueError(
-            f"{folder} is not the export of {run_folder.path}; export it again. "
+            f"{folder} is not the export of {run}; export it again. "
             f"{len(problems)} differences:\n{shown}{more}"
         )
     return len(merge.tensors)

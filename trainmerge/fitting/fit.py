@@ -4,7 +4,6 @@ import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
 
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.begin import Snapshot, begin, find_snapshot
@@ -22,12 +21,12 @@ from trainmerge.fitting.outcome import (
     warn_if_loss_did_not_fall,
 )
 from trainmerge.fitting.place import card_of, check_held, plan_on
-from trainmerge.fitting.plan_fit import Precision
-from trainmerge.fitting.preflight import check_heads, check_tasks
+from trainmerge.fitting.preflight import check_heads, check_rounds, check_tasks
 from trainmerge.fitting.snapshots import Snapshots
-from trainmerge.fitting.trainer import check_folder, check_strategy
+from trainmerge.fitting.trainer import check_folder, check_strategy, precision_of
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.in_use import in_use
+from trainmerge.system.distributed import is_collective_error
 from trainmerge.system.memory import format_size, parse_size
 
 
@@ -191,19 +190,6 @@ def learn(
         check_learned(folder, module)
 
 
-def is_collective_error(error: RuntimeError) -> bool:
-    """Whether the error comes from a collective, not from this process's own work."""
-    text = str(error)  # gloo raises plain RuntimeErrors
-    return isinstance(error, torch.distributed.DistError) or any(
-        word in text for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset")
-    )
-
-
-def precision_of(trainer: pl.Trainer) -> Precision:
-    """The autocast of the trainer's steps."""
-    return trainer.strategy.precision_plugin.forward_context
-
-
 def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:
     """Raise ValueError for settings that cannot work or would silently change what is learned."""
     if trainer.max_steps < 0:
@@ -225,5 +211,6 @@ def check_settings(module: MergeModule, data: Calibration, trainer: pl.Trainer) 
         )
     check_heads(module)
     if trainer.max_steps or needs_examples(module.recipe, module.initial):
-        check_data(module.recipe, module.opened, data)
+        check_data(module.recipe, module.opened, data, module.settings.sharded)
+        check_rounds(module, data)
         check_tasks(module, data)

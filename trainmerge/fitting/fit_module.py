@@ -5,12 +5,12 @@ Legend: `K` experts, `G` coefficient groups.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -25,6 +25,7 @@ from trainmerge.fitting.module_steps import ModuleSteps
 from trainmerge.fitting.module_tasks import ModuleTasks, PlainLoss, Stream
 from trainmerge.model.batch_norm import Forward, batch_norm_statistics, call
 from trainmerge.model.buffers import BufferRule
+from trainmerge.model.concrete import Concrete, ConcreteMasks
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.plain_models import ModelWeights, PlainModels, open_models
 from trainmerge.model.state_dicts import Loaders, check_buffers, rule_buffers, task_weights
@@ -43,6 +44,7 @@ class FittedModule:
     module: nn.Module  # the merge: a copy of the base's module, in evaluation mode
     coefficients: Coefficients
     losses: Sequence[Mapping[str, float]]  # of each step: expert -> its weighted loss
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  # parameter -> the weights that are merged
 
 
 def fit_module(
@@ -66,6 +68,7 @@ def fit_module(
     buffers: BufferRule | None = None,
     ignore: Sequence[str] = (),
     allow_pickle: bool = False,
+    masks: Concrete | None = None,
     run: str | Path | None = None,
     save_every: int = 10,
 ) -> FittedModule:
@@ -98,6 +101,9 @@ def fit_module(
             the start, which all steps use, and again at the end.
         ignore: fnmatch patterns of tensors that keep the base's value.
         allow_pickle: Read files of torch.save too.
+        masks: Learn one mask over all merged weights too (Concrete subspace). The result has the mean mask,
+            cut at 1/2. Rows with a coefficient each, `Grouping("chunk", chunks=...)` with as many chunks as
+            rows, cost far less: try them first.
         run: A run folder, from which the same call resumes after it was stopped, to the same bits. Loaders
             are drawn again up to its step, and must give the same batches.
         save_every: Steps between its snapshots.
@@ -113,6 +119,10 @@ def fit_module(
     if loaders.keys() != {*names}:
         raise ValueError(f"loaders for {listed([*loaders], 12)}, and the experts are {listed(names, 12)}")
     check_option("save_every", save_every, int, "[1, inf)")
+    if masks is not None and (run is not None or combine is not None):
+        raise ValueError(
+            "masks are kept in no run folder, and their gradients are summed: leave out run and combine"
+        )
     streams = [Stream(name, loaders[name], compared=run is not None) for name in names]
     shares = task_weights(weights, names)
     models = open_models(module, experts, ignore, allow_pickle)
@@ -121,7 +131,9 @@ def fit_module(
     coefficients = Coefficients(names, layout, read_initial(initial, names, layout), constraint)
     work = deepcopy(module).eval()
     work.load_state_dict(rule_buffers(models, buffers, shares), strict=False)
-    merged = MergedModel(work, vectors, coefficients, originals=models.task_vectors)
+    shapes, device = {name: vectors.shapes[name] for name in layout.groups}, next(work.parameters()).device
+    learned = None if masks is None else ConcreteMasks(masks, shapes, device)
+    merged = MergedModel(work, vectors, coefficients, originals=models.task_vectors, masks=learned)
 
     def settle() -> None:
         """Write the merge into the module, with buffers by the rule."""
@@ -146,10 +158,13 @@ def fit_module(
         losses = ModuleRun(RunFolder(Path(run)), steps, save_every, described).take(stepping)
     warn_if_unchanged(coefficients, stepping.start, "steps")
     warn_if_at_bound(coefficients)
+    if learned is not None:
+        learned.settle()
     settle()
     result = deepcopy(module).eval()
     result.load_state_dict(work.state_dict())
-    return FittedModule(result, coefficients, losses)
+    kept = {name: learned.kept(name) for name in learned.logits} if learned is not None else {}
+    return FittedModule(result, coefficients, losses, kept)
 
 
 def own_buffers(models: PlainModels) -> list[StateDict]:

@@ -6,9 +6,12 @@ from typing import Literal
 
 import torch
 
+from trainmerge.checkpoints import output_of
 from trainmerge.coefficients.initial import Initial
 from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.calibration import Calibration
+from trainmerge.data.generate import generate_problems
+from trainmerge.data.token_checks import longest
 from trainmerge.model.residency import Vectors
 from trainmerge.model.teachers import BUDGET
 from trainmerge.preprocess import Informed
@@ -73,12 +76,17 @@ def check_sharding(settings: ModelSettings, needs_examples: bool) -> None:
         )
 
 
-def check_data(recipe: Recipe, opened: Opened, data: Calibration) -> None:
-    """Raise ValueError if the data's experts or their order differ, or examples exceed the model's length."""
+def check_data(recipe: Recipe, opened: Opened, data: Calibration, sharded: bool = False) -> None:
+    """Raise ValueError if the data's experts or their order differ, or examples exceed the model's length.
+
+    Also if a `sharded` model would have to write texts.
+    """
     if absent := [name for name in recipe.experts if name not in data.files]:
         raise ValueError(
             f"recipe.experts: {absent} have no `calibration` file of unlabeled examples to learn from"
         )
+    if data.unwritten:
+        check_writers(opened, data, sharded)
     if list(data.files) != list(recipe.experts):
         raise ValueError(
             f"the data have the experts {list(data.files)}, the recipe has {list(recipe.experts)}"
@@ -91,8 +99,23 @@ def check_data(recipe: Recipe, opened: Opened, data: Calibration) -> None:
         )
     limit = text_settings(opened.base.config).get("max_position_embeddings")
     for name, examples in zip(data.files, data.examples, strict=True):
-        if limit and (longest := data.tokenize.longest(examples, limit)) > limit:
+        if name in data.unwritten:  # no longer than the model reads
+            continue
+        if limit and (tokens := longest(data.tokenize, examples, limit)) > limit:
             raise ValueError(
-                f"{data.files[name]}: an example of {longest} tokens is over the model's limit of "
+                f"{data.files[name]}: an example of {tokens} tokens is over the model's limit of "
                 f"{limit} (max_position_embeddings): set data.max_length to {limit} or less"
             )
+
+
+def check_writers(opened: Opened, data: Calibration, sharded: bool) -> None:
+    """Raise ValueError if experts cannot write the texts that the data ask of them."""
+    output = output_of(opened.base.path)
+    problems = [*generate_problems(data.files, output.kind, output.architecture, data.columns)]
+    if sharded:
+        problems.append(
+            f"model.sharded: {[*data.unwritten]} write their texts, which needs the whole model on one "
+            "device: run without model.sharded, or give files of texts"
+        )
+    if problems:
+        raise ValueError("\n".join(problems))

@@ -20,7 +20,7 @@ from trainmerge.coefficients.anchor import Anchor
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.constraints import Constraint, Free
 from trainmerge.coefficients.initial import Initial, read_initial
-from trainmerge.data.batch import Batch
+from trainmerge.data.batch import Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.model_settings import (
     ModelSettings,
@@ -30,6 +30,8 @@ from trainmerge.fitting.model_settings import (
     check_sharding,
     needs_examples,
 )
+from trainmerge.fitting.on_policy import OnPolicy
+from trainmerge.fitting.on_policy_rounds import Rounds
 from trainmerge.fitting.precision import scale_of
 from trainmerge.fitting.prepare import FitInputs, prepare
 from trainmerge.fitting.steps import CoefficientSteps
@@ -81,6 +83,7 @@ class MergeModule(CoefficientSteps):
             row.
         quantise: Learn on quantised task vectors, `Int8` or `Ternary`; the export uses the exact ones.
         workspace: Folder for preprocessed task vectors, merged adapters and recorded expert outputs.
+        on_policy: Learn from continuations that the merge writes, in rounds; by default from the examples.
         sharded: Shard the model over the trainer's processes instead of replicating it: for models that do
             not fit on one device. The trainer's strategy stays `ddp`; coefficients do not depend on this.
     """
@@ -106,11 +109,14 @@ class MergeModule(CoefficientSteps):
         quantise: Quantise | None = None,
         workspace: str = "workspace",
         sharded: bool = False,
+        on_policy: OnPolicy | None = None,
         vectors: Vectors = "auto",
     ) -> None:
         super().__init__()
         check_given(objective=objective, constraint=constraint, anchor=anchor, optimizer=optimizer)
         check_learning(clip, keep_better, keep_gradients, combine)
+        self.on_policy = on_policy
+        self._rounds: Rounds | None = None  # once the model is loaded
         check_option("model.schedule", schedule, Literal["auto", "least"])
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
         place = Path(workspace), sharded, vectors
@@ -157,15 +163,14 @@ class MergeModule(CoefficientSteps):
         device: torch.device | str = "cpu",
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """Prepare the model (`prepare`), once. Lightning's `setup` calls it too.
-
-        Raises:
-            ValueError: the data's experts or their order differ from the recipe's.
-        """
-        check_data(self.recipe, self.opened, data)
+        """Prepare the model (`prepare`), once; raises as `check_data`. Lightning's `setup` calls it too."""
+        check_data(self.recipe, self.opened, data, self.settings.sharded)
         if self._resident is not None:
             return
-        made = prepare(self.inputs(data), device, precision)
+        given = self.inputs(data)
+        made = prepare(given if self.on_policy is None else given.without_records(), device, precision)
+        if self.on_policy is not None:
+            self._rounds = Rounds(self.on_policy, given, made.resident)
         self._resident, self.teachers = made.resident, made.teachers
         if made.start is not None:
             self.start = made.start.expand_as(self.start).clone()
@@ -192,6 +197,11 @@ class MergeModule(CoefficientSteps):
             self.resident.merged.loss_scale = scale
 
     @override
+    def training_step(self, step: Step, index: int) -> None:
+        """One optimizer step; on policy, on the round's texts of the step's examples."""
+        super().training_step(self._rounds.rewritten(step, self.global_step) if self._rounds else step, index)
+
+    @override
     def loss(self, batch: Batch) -> Tensor:
         """The weighted loss of one expert's batch at the resident model's current weights.
 
@@ -199,7 +209,7 @@ class MergeModule(CoefficientSteps):
         """
         expert = list(self.recipe.experts.values())[batch.expert]
         batch = self.resident.counted(batch)
-        if self.teachers:
-            batch = batch._replace(teacher=self.teachers[batch.expert].of(batch.ids, self.resident.device))
+        if records := self.teachers if self._rounds is None else self._rounds.records:
+            batch = batch._replace(teacher=records[batch.expert].of(batch.ids, self.resident.device))
         losses = self.objective(self.resident(batch, self.objective.asks.layers), batch)
         return self.resident.merged.loss_scale(expert.weight * batch.share * losses.mean())

@@ -63,8 +63,11 @@ class ModuleSteps:
         )
         turns = [Batch(k, {}, torch.ones(0, 0), torch.arange(0)) for k in range(len(names))]
         found: list[dict[str, float]] = []
+        masks = self.tasks.merged.masks
 
         def closure() -> Tensor:
+            if masks is not None:
+                masks.clear()
             losses, slopes = gradient(turns, number)
             found.append({name: float(value) for name, value in losses.items()})
             self.optimizer.zero_grad()
@@ -73,6 +76,8 @@ class ModuleSteps:
 
         self.optimizer.step(closure)  # type: ignore[arg-type]
         self.coefficients.project_()
+        if masks is not None:
+            masks.step()
         if self.scheduler:
             self.scheduler.step()
         _check_finite(number, found[0])

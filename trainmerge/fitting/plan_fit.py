@@ -59,6 +59,7 @@ def plan_fit(
     if module.rule is not None:
         schedule = replace(schedule, tasks=1)  # each expert needs its own gradient
     model = _empty_model(module)
+    data = module.on_policy.planned(data) if module.on_policy else data
     step = [_longest(data, k, -(-data.batch_size // devices)) for k in range(len(data.examples))]
     records = _records(module, data, step, model.module)
     learned = {parameter_of(model.names[name]) for name in module.opened.layout.learned}

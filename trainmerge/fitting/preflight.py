@@ -8,10 +8,12 @@ from trainmerge.data.calibration import Calibration
 from trainmerge.data.examples import Example
 from trainmerge.data.heads import Head
 from trainmerge.data.media import without_text
+from trainmerge.data.token_checks import check_rows
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.fitting.embedding_check import embedding_problems
 from trainmerge.fitting.media_preflight import is_pooled, media_problems
 from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.on_policy import check_on_policy
 from trainmerge.objectives import Alignment, Objective
 from trainmerge.run.heads import linear_problems, task_heads
 
@@ -30,6 +32,18 @@ def check_tasks(module: MergeModule, data: Calibration) -> None:
     ]
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def check_rounds(module: MergeModule, data: Calibration) -> None:
+    """Raise ValueError for a fit that cannot learn from texts of its own, if it should."""
+    if module.on_policy is None:
+        return
+    if module.settings.sharded or module.keep_better:
+        raise ValueError(
+            "model.on_policy excludes model.sharded, whose processes have no whole model to write with, and "
+            "model.keep_better, which compares losses on the examples: leave one of them out"
+        )
+    check_on_policy(module.on_policy, module.recipe, module.opened, module.objective, data)
 
 
 def check_heads(module: MergeModule) -> None:
@@ -111,7 +125,7 @@ def example_problems(data: Calibration) -> list[str]:
     found = []
     for file, examples in zip(data.files.values(), data.examples, strict=True):
         try:
-            data.tokenize.check_rows(examples)
+            check_rows(data.tokenize, examples)
         except ValueError as error:
             found.append(f"{file}: {error}")
             continue

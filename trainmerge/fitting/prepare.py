@@ -1,7 +1,7 @@
 """Prepare a fit's model: one function per step, called in order by `prepare`.
 
-    task vectors -> base and heads -> preprocessors that use examples -> quantise -> subspaces -> merged model
-    -> start -> teachers
+    task vectors -> base and heads -> texts that experts write -> preprocessors that use examples -> quantise
+    -> subspaces -> merged model -> start -> teachers
 
 Results that depend only on files are cached in the workspace.
 
@@ -10,7 +10,7 @@ Legend: `K` experts, `G` coefficient groups, `m` rows of a matrix, `k` direction
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -22,6 +22,7 @@ from trainmerge.coefficients.initial import Initial
 from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.batch import Asks
 from trainmerge.data.calibration import Calibration, recorded
+from trainmerge.fitting.generated import write_generated
 from trainmerge.fitting.model_settings import ModelSettings
 from trainmerge.model.activation_checkpointing import recompute_blocks
 from trainmerge.model.expert_statistics import ExpertStatistics
@@ -53,6 +54,10 @@ class FitInputs:
     settings: ModelSettings
     schedule: StepSchedule
     room: Room | None = None  # for task vectors on the device; None if it is unknown
+
+    def without_records(self) -> "FitInputs":
+        """The same where nothing of the experts is recorded on the examples."""
+        return replace(self, asks=Asks(embedding=self.asks.embedding))
 
     def identity(self) -> str:
         """A text that identifies the preprocessed task vectors."""
@@ -87,6 +92,7 @@ def prepare(
     experts = load_resident(
         recipe, given.opened, given.coefficients, given.data.tokenize, placement, given.asks.embedding
     )
+    write_generated(given.data, given.opened, experts, settings.workspace)
     vectors = preprocess_with_examples(given, vectors, first, rest, experts)
     vectors = quantise_vectors(given, vectors)
     subspaces, residency = find_subspaces(given, vectors), place(given, vectors, experts)

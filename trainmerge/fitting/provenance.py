@@ -39,6 +39,7 @@ def describe(module: MergeModule, data: Calibration) -> dict[str, Any]:
         "subspace": module.settings.subspace,
         "teacher_budget": module.settings.teacher_budget,
         **({"quantise": to_config(module.settings.quantise)} if module.settings.quantise else {}),
+        **({"on_policy": to_config(module.on_policy)} if module.on_policy else {}),
         **({"initial": to_config(module.initial)} if isinstance(module.initial, Preset) else {}),
         "start": hashlib.sha256(module.start.numpy().tobytes()).hexdigest(),
         **_optimisation(module),

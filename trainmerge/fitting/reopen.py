@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.data.calibration import Calibration
-from trainmerge.data.examples import Columns
+from trainmerge.data.columns import Columns
 from trainmerge.fitting.module import MergeModule
 from trainmerge.objectives import Objective
 from trainmerge.run.config import build

@@ -16,6 +16,7 @@ from pytorch_lightning.strategies import (
 
 from trainmerge.fitting.loggers import LogCoefficients
 from trainmerge.fitting.metrics_log import JsonLines, TrajectoryLog
+from trainmerge.fitting.plan_fit import Precision
 from trainmerge.fitting.progress import progress_bar
 from trainmerge.fitting.snapshots import Snapshots
 from trainmerge.fitting.usage_log import UsageLog
@@ -144,3 +145,8 @@ def check_strategy(trainer: pl.Trainer) -> None:
         raise ValueError("trainer.strategy: use ddp; forked and spawned processes cannot share mapped files")
     if trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
         raise ValueError(f"trainer.strategy {type(strategy).__name__}: several processes need ddp")
+
+
+def precision_of(trainer: pl.Trainer) -> Precision:
+    """The autocast of the trainer's steps."""
+    return trainer.strategy.precision_plugin.forward_context

@@ -30,7 +30,7 @@ def print_sources(recipe: Recipe, opened: Opened) -> None:
     for k, (name, expert) in enumerate(recipe.experts.items()):
         forms = Counter(FORMS[type(delta.terms[k])] for delta in opened.task_vectors.deltas.values())
         changes = ", ".join(f"{count} {form}" for form, count in forms.items())
-        rows.append([name, expert.path, changes, expert.calibration or "no calibration data"])
+        rows.append([name, expert.path, changes, str(expert.calibration or "no calibration data")])
     print_table("base and experts", ["name", "folder", "parameters changed", "calibration"], rows)
 
 

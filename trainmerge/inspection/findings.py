@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from trainmerge.checkpoints import OwnHead, open_checkpoint
-from trainmerge.data.examples import Columns, Render, read_examples, subject
+from trainmerge.checkpoints import OwnHead, open_checkpoint, output_of
+from trainmerge.data.columns import Columns
+from trainmerge.data.examples import Render, read_examples, subject
+from trainmerge.data.generate import WRITERS, Generate, generate_problems
 from trainmerge.data.media import without_text
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.run.heads import linear_problems, task_heads
 from trainmerge.run.opened import Opened
-from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe import Recipe, calibration_files
 from trainmerge.run.sources import DEFAULT_LENGTH as LENGTH
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.parameter_names import matches
@@ -32,10 +34,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Texts:
-    """Expert -> its calibration examples, by `subject`; unreadable files are left out."""
+    """Expert -> its calibration examples, by `subject`; unreadable files are left out.
+
+    `unwritten` are the numbers of the texts that experts will write themselves.
+    """
 
     calibration: Mapping[str, list[str]]
     findings: tuple[Finding, ...]
+    unwritten: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Expert -> the number of its examples."""
+        return {**{name: len(own) for name, own in self.calibration.items()}, **self.unwritten}
 
 
 def unchanged_tensors(opened: Opened) -> Iterator[Finding]:
@@ -129,7 +140,11 @@ def read_texts(
     The files are read as a fit reads them: chats are rendered, and every value is checked. A merge without
     `learning` needs none. `tokenizer_folder` is the merge's; None is the base.
     """
-    found: list[Finding] = []
+    output = output_of(recipe.folders["base"])
+    files = calibration_files(recipe)
+    problems = generate_problems(files, output.kind, output.architecture, columns)
+    found = [Finding("error", problem) for problem in problems]
+    unwritten = {name: file.generate for name, file in files.items() if isinstance(file, Generate)}
     texts: dict[str, list[str]] = {}
     tokenizer = cache(
         lambda: Tokenizer(tokenizer_folder or recipe.base, LENGTH)
@@ -138,7 +153,11 @@ def read_texts(
         if not expert.calibration:
             if learning:
                 remedy = "set its `calibration`, or use a closed-form merge (trainer.max_steps 0)"
+                if output.kind == WRITERS:
+                    remedy += "; {generate: 64} lets the expert write them"
                 found.append(Finding("error", f"{name}: no calibration examples to learn from", remedy))
+            continue
+        if isinstance(expert.calibration, Generate):
             continue
         try:
             examples = read_examples(expert.calibration, columns, lambda chat: tokenizer().render(chat))
@@ -155,7 +174,7 @@ def read_texts(
         twin = firsts.setdefault(json.dumps(own), name)
         if twin != name:
             found.append(Finding("warning", f"{twin} and {name} have the same calibration examples"))
-    return Texts(texts, tuple(found))
+    return Texts(texts, tuple(found), unwritten)
 
 
 def _test_texts(file: str | None, columns: Columns, render: Render) -> set[str]:

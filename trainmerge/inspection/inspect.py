@@ -21,6 +21,7 @@ from trainmerge.inspection.console import (
 )
 from trainmerge.inspection.fence import attempt, fenced
 from trainmerge.inspection.findings import Finding, Texts, expert_findings, read_texts, unchanged_tensors
+from trainmerge.inspection.sparse import is_sparse, sparse_findings
 from trainmerge.inspection.suggest import Suggestion, check_new, suggest, write_suggestion
 from trainmerge.inspection.weights import preprocess_findings, weight_findings
 from trainmerge.preprocess import Informed
@@ -137,9 +138,10 @@ def _look(path: Path, recipe: Recipe, workspace: Path, weights: Weights, every: 
     findings += fenced("preprocessing", lambda: preprocess_findings(recipe, opened, geometry))
     if geometry is not None:
         print_geometry(opened.task_vectors.experts, geometry)
-    counts = {name: len(own) for name, own in texts.calibration.items()}
+    sparse = geometry is not None and is_sparse(geometry, opened.task_vectors.shapes)
+    heads = task_heads(recipe, opened)
     suggested, failed = attempt(
-        "a suggestion", lambda: suggest(recipe, counts, geometry, task_heads(recipe, opened), columns)
+        "a suggestion", lambda: suggest(recipe, texts.counts, geometry, heads, columns, sparse)
     )
     return _Found(opened, texts, findings + failed, geometry, suggested)
 
@@ -154,6 +156,8 @@ def _measured(opened: Opened, weights: Weights) -> tuple[Geometry | None, list[F
     if geometry is not None:
         known, experts = geometry, opened.task_vectors.experts
         findings += fenced("norms and cosines", lambda: weight_findings(experts, known))
+        shapes = opened.task_vectors.shapes
+        findings += fenced("sparse experts", lambda: sparse_findings(experts, known, shapes))
     findings += fenced("attention", lambda: attention_findings(opened.base, opened.task_vectors))
     return geometry, findings
 
@@ -169,7 +173,7 @@ def _as_json(recipe: Recipe, found: _Found) -> dict[str, Any]:
     content: dict[str, Any] = {
         "base": recipe.base,
         "experts": {name: expert.path for name, expert in recipe.experts.items()},
-        "examples": {name: len(own) for name, own in found.texts.calibration.items()},
+        "examples": found.texts.counts,
         **parameter_counts(opened),
         "findings": [asdict(finding) for finding in found.findings],
     }

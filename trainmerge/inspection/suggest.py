@@ -12,7 +12,9 @@ import yaml
 
 from trainmerge.checkpoints import OwnHead, read_modules
 from trainmerge.coefficients.layout import Granularity
-from trainmerge.data.examples import Columns
+from trainmerge.data.columns import Columns
+from trainmerge.inspection.sparse import RAM_REASON
+from trainmerge.preprocess import Ram
 from trainmerge.run.config import to_config
 from trainmerge.run.heads import TaskHead, task_heads
 from trainmerge.run.recipe import Recipe
@@ -36,18 +38,20 @@ def suggest(
     geometry: Geometry | None,
     found: Mapping[str, TaskHead] | None = None,
     columns: Columns = Columns(),  # noqa: B008 - frozen
+    sparse: bool = False,
 ) -> Suggestion:
     """Objective, grouping, start and steps for a recipe; a closed form without calibration examples.
 
     `examples` is the number per expert, read by `columns`; `geometry` of the task vectors, if measured,
-    refines the start; `found` are the experts' heads, by default those of `task_heads`.
+    refines the start; `found` are the experts' heads, by default those of `task_heads`. `sparse` task vectors
+    are those of `sparse.is_sparse`.
     """
     K, found = len(recipe.experts), task_heads(recipe) if found is None else found
     own = [name for name, head in found.items() if isinstance(head, OwnHead)]
     experts = {n: replace(e, head="own") if n in own else e for n, e in recipe.experts.items()}
     recipe = replace(recipe, experts=experts)
     if len(examples) < K or not all(examples.values()):
-        return _closed(recipe)
+        return _closed(recipe, sparse)
     reasons = {}
     fewest = min(examples.values())
     granularity: Granularity = "tensor" if fewest >= ENOUGH else "block"
@@ -57,6 +61,10 @@ def suggest(
     reasons |= {f"recipe.experts.{name}.head": "the head in its files is its own: not merged" for name in own}
     objective, reasons["model.objective"], steps, batch_size = _objective(recipe, found)
     start, reasons["model.initial"] = _start(K, geometry)
+    if sparse and not recipe.preprocess:
+        recipe = replace(recipe, preprocess=[Ram()])
+        start, reasons["model.initial"] = 1.0, "RAM's native coefficient"
+        reasons["recipe.preprocess"] = RAM_REASON
     reasons["trainer.max_steps"] = f"{steps} steps of Adam at 0.05 were enough in this project's suites"
     grouping = to_config(replace(recipe.grouping, granularity=granularity, chunks=1))
     settings = {
@@ -93,17 +101,18 @@ def _objective(recipe: Recipe, found: Mapping[str, TaskHead]) -> tuple[dict[str,
     return alignment, f"no heads: {reason}", 40, 1
 
 
-def _closed(recipe: Recipe) -> Suggestion:
-    """TSV-M at its native coefficient: no training, no data."""
-    preprocess = [{"class_path": "trainmerge.Tsv"}]
+def _closed(recipe: Recipe, sparse: bool) -> Suggestion:
+    """TSV-M, or RAM of sparse experts, at its native coefficient: no training, no data."""
+    preprocess = [{"class_path": "trainmerge.Ram" if sparse else "trainmerge.Tsv"}]
     settings = {
         "recipe": {**to_config(recipe), "preprocess": preprocess},
         "model": {"initial": 1.0},
         "trainer": {"max_steps": 0},
     }
     reasons = {
-        "recipe.preprocess": "not every expert has calibration examples; a closed form needs none",
-        "model.initial": "TSV-M's native coefficient",
+        "recipe.preprocess": "not every expert has calibration examples; a closed form needs none"
+        + (f"; {RAM_REASON}" if sparse else ""),
+        "model.initial": f"{'RAM' if sparse else 'TSV-M'}'s native coefficient",
         "trainer.max_steps": "nothing is learned",
     }
     return Suggestion(settings, reasons)

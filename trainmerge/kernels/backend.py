@@ -71,14 +71,20 @@ def chosen(device: torch.device) -> str:
     return name
 
 
-def shareable(call: Merge | Product) -> int:
-    """Bytes of a call that should be queued to share a launch; 0 if it runs by itself."""
+def shareable(call: Merge | Product, held: bool = False) -> int:
+    """Bytes that a call keeps alive while it waits to share a launch; 0 if it runs by itself.
+
+    `held`: base and terms, and what a merge writes, are kept by somebody else anyway. Then all merges of a
+    pass share a launch, and products wait for their gradients' bytes only.
+    """
     if chosen(call[0].device) != "triton":
         return 0
-    from trainmerge.kernels.triton_kernels import is_dense
+    from trainmerge.kernels.triton_segments import supported
 
-    dense = is_dense(call[0], call.base, call.terms)
-    return call[0].nbytes + read_bytes(call.base, call.terms) if dense else 0
+    ours = supported(call[0], call.base, call.terms)
+    if held and ours:
+        return call.grad.nbytes if isinstance(call, Product) else 1
+    return call[0].nbytes + read_bytes(call.base, call.terms) if ours else 0
 
 
 def waiting(device: torch.device) -> int:

@@ -1,69 +1,63 @@
 """Both passes as hand-written Triton kernels: any number of parameters in one launch.
 
-A table has each segment's addresses (a segment is a chunk of a parameter's rows), and each program processes
-one block of one segment, so that hundreds of parameters, including small ones, take one launch. Loads are 16
-bytes wide where addresses allow. A term without weight is not read. The inner products are summed in two
-stages of a fixed order, without atomics: the same bits in every run.
+A table has each segment's addresses (a segment is a chunk of a parameter's rows), and as many programs as the
+GPU runs at a time share the blocks of all segments, so that hundreds of parameters, including small ones,
+take one launch. Dense task vectors are read in flat blocks; integers and low-rank terms in tiles, which never
+become dense. Loads are 16 bytes wide where addresses allow. A term without weight is not read. The inner
+products are summed in two stages of a fixed order, without atomics: the same bits in every run, on every GPU.
 
-Checked in Triton's interpreter against eager, and compiled for sm_80 and sm_90; not measured on a GPU yet.
+Checked in Triton's interpreter against eager, and compiled for sm_80, sm_90 and sm_100; not measured on a GPU
+yet.
 
-Legend: `K` experts, `C` chunks of one parameter, `S` segments, `P` programs (blocks of segments).
+Legend: `K` experts, `C` chunks of one parameter, `S` segments, `P` blocks of all segments.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 import trainmerge.kernels.eager as eager
 from trainmerge.kernels.calls import Merge, Product
-from trainmerge.kernels.quantised import Quantised
-from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, rows_of
 from trainmerge.kernels.triton_device import inner_kernel, merge_kernel, sum_kernel
+from trainmerge.kernels.triton_segments import (
+    Segment,
+    experts_in_order,
+    merges_of,
+    segments_of,
+    supported,
+)
+from trainmerge.kernels.triton_tiles import inner_tiles_kernel, merge_tiles_kernel
 
 MERGE_BLOCK, MERGE_WARPS = 1024, 4  # 8 elements per thread: 16 bytes of bfloat16, twice 16 of float32
 INNER_BLOCK, INNER_WARPS = 2048, 8  # 8 elements per thread; 16 would spill registers at K = 8
+TILE_WARPS, TILE_STAGES = 8, 1  # copies ahead of a product would take the registers of more programs
+COLUMNS, RANKS = 128, 16  # of a tile; ranks of one product, the least that tensor cores take
+ROWS, ROWS_OF_FACTORS = 32, 64  # a taller tile loads less of the right factors; with integers it is slower
 SUM_BLOCK = 256
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-class Segment(NamedTuple):
-    """A chunk's tensors in the order of the table: the merge or the gradient, models, taus."""
-
-    first: Tensor
-    models: list[Tensor]  # the origin of the differences is the first
-    taus: list[Tensor]
-    weights: list[float]  # of models after the first, and of taus
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Key of segments that share a launch: numbers of tensors, dtypes, 16-byte alignment."""
-        tensors = [self.first, *self.models, *self.taus]
-        aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-        return len(self.models), len(self.taus), *(tensor.dtype for tensor in tensors), aligned
+WARPS = 32  # of a multiprocessor, that a launch fills
+INTERPRETED = 3  # programs without a GPU
 
 
 def run_merges(merges: Sequence[Merge]) -> None:
-    """`eager.weighted_sum` of each call, in one launch per mix of dtypes."""
+    """`eager.weighted_sum` of each call, in one launch per mix of forms and dtypes."""
     groups: dict[tuple[Any, ...], list[Segment]] = {}
-    for out, base, terms, coefficients in merges:
-        if not is_dense(out, base, terms):
-            eager.weighted_sum(out, base, terms, coefficients)
+    for merge in merges:
+        if not supported(merge.out, merge.base, merge.terms):
+            eager.weighted_sum(*merge)
             continue
-        weights = coefficients.double().tolist()
-        for chunk, rows in enumerate(_chunks(out, coefficients.shape[1])):
-            segment = _anchored(out, base, terms, [weight[chunk] for weight in weights], rows)
+        for segment in merges_of(merge):
             groups.setdefault(segment.key, []).append(segment)
     for segments in groups.values():
         _launch_merge(segments)
 
 
 def run_products(products: Sequence[Product]) -> list[Tensor]:
-    """`eager.inner_products` of each call, in two launches per mix of dtypes."""
-    ours = [is_dense(p.grad, p.base, p.terms) and p.grad.numel() > 0 for p in products]
+    """`eager.inner_products` of each call, in two launches per mix of forms and dtypes."""
+    ours = [supported(p.grad, p.base, p.terms) and p.grad.numel() > 0 for p in products]
     sizes = [len(p.terms) * p.chunks if own else 0 for p, own in zip(products, ours, strict=True)]
     sums = torch.zeros(sum(sizes), device=products[0].grad.device)  # all results, concatenated
     results = []
@@ -73,8 +67,8 @@ def run_products(products: Sequence[Product]) -> list[Tensor]:
             results.append(eager.inner_products(*product))
             continue
         results.append(sums[begin : begin + size].view(len(product.terms), product.chunks))
-        experts = _dense_experts(product.terms)
-        for chunk, segment in enumerate(_segments(product) if experts else []):
+        experts = experts_in_order(product.terms)
+        for chunk, segment in enumerate(segments_of(product) if experts else []):
             places = [begin + k * product.chunks + chunk for k in experts]
             groups.setdefault(segment.key, []).append((segment, places))
     for members in groups.values():
@@ -87,105 +81,75 @@ def _starts(sizes: Sequence[int]) -> list[int]:
     return [0, *accumulate(sizes)][:-1]
 
 
-def _dense_experts(terms: Sequence[Term]) -> list[int]:
-    """Experts in the order of a segment's tensors: models, then differences."""
-    forms = (ExpertWeight, Difference)
-    return [k for form in forms for k, term in enumerate(terms) if isinstance(term, form)]
-
-
-def _segments(product: Product) -> Iterator[Segment]:
-    grad, base, terms, chunks = product
-    for rows in _chunks(grad, chunks):
-        models = [term.weight[rows] for term in terms if isinstance(term, ExpertWeight)]
-        taus = [term.tau[rows] for term in terms if isinstance(term, Difference)]
-        yield Segment(grad[rows], [base[rows], *models], taus, [])
-
-
-def is_dense(first: Tensor, base: Tensor, terms: Sequence[Term]) -> bool:
-    """Whether the kernels support these: contiguous, one device, narrow, one dtype per form, not empty."""
-    models = [base, *(term.weight for term in terms if isinstance(term, ExpertWeight))]
-    taus = [term.tau for term in terms if isinstance(term, Difference)]
-    return (
-        first.dim() > 0
-        and not any(isinstance(term, LowRank | Quantised) for term in terms)
-        and len({tensor.dtype for tensor in models}) == 1
-        and len({tensor.dtype for tensor in taus}) <= 1
-        and all(
-            tensor.is_contiguous() and tensor.dtype in DTYPES and tensor.device == first.device
-            for tensor in [first, *models, *taus]
-        )
-    )
-
-
-def _chunks(tensor: Tensor, chunks: int) -> list[slice]:
-    return [slice(*bounds) for bounds in pairwise(eager.chunk_bounds(len(tensor), chunks))]
-
-
-def _anchored(out: Tensor, base: Tensor, terms: Sequence[Term], weights: list[float], rows: slice) -> Segment:
-    """One chunk's merge as differences from the heaviest model: a one-hot merge is bitwise that expert."""
-    pairs = [(rows_of(term, rows), weight) for term, weight in zip(terms, weights, strict=True)]
-    models = [(weight, term.weight) for term, weight in pairs if isinstance(term, ExpertWeight)]
-    taus = [(weight, term.tau) for term, weight in pairs if isinstance(term, Difference)]
-    models.insert(0, (1.0 - sum(weight for weight, _ in models), base[rows]))
-    models.insert(0, models.pop(max(range(len(models)), key=lambda i: models[i][0])))
-    scales = [weight for weight, _ in models[1:] + taus]
-    return Segment(out[rows], [model for _, model in models], [tau for _, tau in taus], scales)
-
-
 class Launch(NamedTuple):
-    """The index tensors of a launch."""
+    """The index tensors of a launch, on its device."""
 
-    table: Tensor  # [S, 1 + models + taus] addresses
-    sizes: Tensor  # [S] elements
-    segments: Tensor  # [P] segment of each program
-    blocks: Tensor  # [P] its block in the segment
-    bounds: Tensor  # [S + 1] each segment's first program
+    table: Tensor  # [S, addresses and sizes]
+    bounds: Tensor  # [S + 1] each segment's first block
+    weights: Tensor  # [S, K]
+    blocks: int  # P
 
 
 def _plan(segments: Sequence[Segment], block: int) -> Launch:
     device = segments[0].first.device
-    table = [[t.data_ptr() for t in (segment.first, *segment.models, *segment.taus)] for segment in segments]
-    sizes = torch.tensor([segment.first.numel() for segment in segments])
-    counts = (sizes + block - 1) // block
-    owner = torch.repeat_interleave(torch.arange(len(segments)), counts)
-    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    blocks = torch.arange(len(owner)) - bounds[owner]
-    return Launch(*(t.to(device) for t in (torch.tensor(table), sizes, owner, blocks, bounds)))
+    counts = [_blocks(segment, block) for segment in segments]
+    bounds = [0, *accumulate(counts)]
+    table = torch.tensor([segment.row() for segment in segments])
+    weights = torch.tensor([segment.weights for segment in segments], dtype=torch.float32)
+    index = (_sent(tensor, device) for tensor in (table, torch.tensor(bounds), weights))
+    return Launch(*index, bounds[-1])
 
 
-def constants(one: Segment) -> dict[str, Any]:
-    """The constants that a launch's kernel is compiled for."""
-    aligned = one.key[-1]
-    return {
-        "MODELS": len(one.models) - 1,
-        "TAUS": len(one.taus),
-        "FIRST": DTYPES[one.first.dtype],
-        "MODEL": DTYPES[one.models[0].dtype],
-        "TAU": DTYPES[one.taus[0].dtype] if one.taus else tl.float32,
-        "ALIGN": 16 if aligned else 2,
-    }
+def _blocks(segment: Segment, block: int) -> int:
+    if not segment.tiled:
+        return -(-segment.first.numel() // block)
+    return -(-len(segment.first) // tile_of(segment)["ROWS"]) * -(-segment.width // COLUMNS)
+
+
+def tile_of(segment: Segment) -> dict[str, int]:
+    """The size of a segment's tiles."""
+    return {"ROWS": ROWS if segment.codes else ROWS_OF_FACTORS, "COLUMNS": COLUMNS, "RANKS": RANKS}
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for what runs there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@cache
+def _programs(device: torch.device, warps: int) -> int:
+    """How many programs of so many warps a launch has at most: as many as run at a time."""
+    if device.type != "cuda":
+        return INTERPRETED
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) * WARPS // warps
+
+
+def options(segment: Segment, block: int, warps: int) -> dict[str, Any]:
+    """Everything that a launch's kernel is compiled for."""
+    if not segment.tiled:
+        return {**segment.constants(), "BLOCK": block, "num_warps": warps}
+    given = {"num_warps": TILE_WARPS, "num_stages": TILE_STAGES}
+    return {**segment.constants(), **tile_of(segment), **given}
 
 
 def _launch_merge(segments: Sequence[Segment]) -> None:
+    kernel = merge_tiles_kernel if segments[0].tiled else merge_kernel
+    given = options(segments[0], MERGE_BLOCK, MERGE_WARPS)
     plan = _plan(segments, MERGE_BLOCK)
-    if not len(plan.segments):
-        return
-    weights = torch.tensor([segment.weights for segment in segments], dtype=torch.float32).to(
-        plan.table.device
-    )
-    merge_kernel[(len(plan.segments),)](
-        *plan[:4], weights, **constants(segments[0]), BLOCK=MERGE_BLOCK, num_warps=MERGE_WARPS
-    )
+    if plan.blocks:
+        grid = (min(plan.blocks, _programs(plan.table.device, given["num_warps"])),)
+        kernel[grid](plan.table, plan.bounds, plan.weights, len(segments), plan.blocks, **given)
 
 
 def _launch_inner(segments: Sequence[Segment]) -> Tensor:
     """-> [K, S] float32."""
+    kernel = inner_tiles_kernel if segments[0].tiled else inner_kernel
+    given = options(segments[0], INNER_BLOCK, INNER_WARPS)
     plan = _plan(segments, INNER_BLOCK)
-    experts = len(segments[0].models) - 1 + len(segments[0].taus)
-    partials = torch.empty(experts, len(plan.segments), dtype=torch.float32, device=plan.table.device)
-    sums = torch.empty(experts, len(segments), dtype=torch.float32, device=plan.table.device)
-    inner_kernel[(len(plan.segments),)](
-        *plan[:4], partials, **constants(segments[0]), BLOCK=INNER_BLOCK, num_warps=INNER_WARPS
-    )
-    sum_kernel[(len(segments), experts)](partials, plan.bounds, sums, len(plan.segments), BLOCK=SUM_BLOCK)
-    return sums
+    experts, device = plan.weights.shape[1], plan.table.device
+    partials = torch.empty(experts, plan.blocks, dtype=torch.float32, device=device)
+    sums = torch.empty(experts, len(segments), dtype=torch.float32, device=device)
+    grid = (min(plan.blocks, _programs(device, given["num_warps"])),)
+    kernel[grid](plan.table, plan.bounds, partials, len(segments), plan.blocks, **given)
+    sum_kernel[(len(segments), experts)](partials, plan.bounds, sums, plan.blocks, BLOCK=SUM_BLOCK)
+    return sums.mul_(plan.weights.T)

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from trainmerge.merging.methods import KNOWN, METHODS, STACKING, Method, kind_of
+from trainmerge.merging.tokenizer import Tokenizer
 from trainmerge.merging.values import fault
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -22,9 +23,9 @@ class Document:
         parameters: Settings for all models.
         dtype: The dtype of the result; mergekit computes in it too.
         out_dtype: The same, and counts before `dtype`.
+        tokenizer: Whose tokenizer and chat template the result has.
         layers: The number of layers that the file names, in a slice over all of them; None without.
-        tokenizer: The folder whose tokenizer the result has; None is the base model's, or the first's. With
-            `union` it has the tokens of all models, and rows of embeddings are matched by token.
+        vocabulary: `shared` merges the common rows of embeddings, by their number; as in a recipe.
     """
 
     method: str
@@ -33,8 +34,9 @@ class Document:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
-    tokenizer: str | None = None
+    tokenizer: Tokenizer = Tokenizer()  # noqa: RUF009 - frozen
     layers: int | None = None
+    vocabulary: Literal["same", "shared"] = "same"
 
     def __post_init__(self) -> None:
         if problems := [*self._problems()]:
@@ -87,6 +89,9 @@ class Document:
             )
             yield f"merge_method {self.method} merges {wanted} {what}; the file has {count}"
         yield from self._mistaken()
+        yield from self.tokenizer.problems(self.models, self.base)
+        if self.vocabulary == "shared" and self.tokenizer.chooses_rows:
+            yield "vocabulary is shared, which matches rows by their number: leave it out, or `tokenizer`"
         for key, value in (("dtype", self.dtype), ("out_dtype", self.out_dtype)):
             if value is not None and value not in DTYPES:
                 yield f"{key} is {value!r}; it is one of {', '.join(DTYPES)}"

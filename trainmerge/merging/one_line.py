@@ -1,8 +1,9 @@
 """From models or a configuration to a merged checkpoint, in one call."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainmerge.checkpoints.whole import COEFFICIENTS, export_manifest
 from trainmerge.export.export import export_run
@@ -13,6 +14,7 @@ from trainmerge.fitting.from_config import from_config
 from trainmerge.merging.document import Document
 from trainmerge.merging.merge_file import merge_document
 from trainmerge.merging.methods import METHODS
+from trainmerge.merging.tokenizer import Tokenizer
 from trainmerge.report import write_report
 from trainmerge.run.config import read_yaml
 from trainmerge.run.folder import RunFolder
@@ -31,6 +33,9 @@ def merge_models(
     faithful: bool = False,
     dtype: DtypeName | None = None,
     shard_size: str | None = None,
+    tokenizer: str | None = None,
+    vocabulary: Literal["same", "shared", "union"] = "same",
+    chat_template: str | None = None,
 ) -> Path:
     """Merge experts of a base by a method of mergekit's files; the base itself is merged by `linear` too.
 
@@ -46,6 +51,9 @@ def merge_models(
         faithful: As in `merge_file`.
         dtype: The dtype of all tensors; by default the models'.
         shard_size: The most bytes per weight file, such as `5GB`.
+        tokenizer: `base`, an expert's folder, or `union`; by default the base's as it is. As in a recipe.
+        vocabulary: `same`, `shared` or `union`; as in a recipe.
+        chat_template: `base` or an expert's folder; also what `chat_template` of mergekit's files may be.
 
     Raises:
         ValueError: as `merge_file`.
@@ -53,7 +61,14 @@ def merge_models(
     names = [str(expert) for expert in experts]
     if twice := [name for name in names if names.count(name) > 1 or name == str(base)]:
         raise ValueError(f"{twice[0]} is given twice: name each folder once, and add up its weights")
-    document = _document(str(base), names, method, weight, dict(parameters or {}))
+    source = "union" if vocabulary == "union" and tokenizer is None else tokenizer
+    if vocabulary == "union" and source == "base":
+        raise ValueError("vocabulary is union, and tokenizer base: leave out one of them")
+    document = replace(
+        _document(str(base), names, method, weight, dict(parameters or {})),
+        tokenizer=Tokenizer(source, chat_template=chat_template),
+        vocabulary="shared" if vocabulary == "shared" else "same",
+    )
     return merge_document(document, out, overwrite, workers, faithful, dtype, shard_size)
 
 

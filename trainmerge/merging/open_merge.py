@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints import Checkpoint, Rules, TokenizerChoice, find_chosen, open_checkpoint
+from trainmerge.checkpoints import Checkpoint, Rules, find_chosen, open_checkpoint
+from trainmerge.checkpoints.choice import BASE, UNION
 from trainmerge.export.form import DtypeName, Form
-from trainmerge.export.shards import OnlyModel, finite
+from trainmerge.export.shards import finite
+from trainmerge.export.tensors import OnlyModel
 from trainmerge.kernels import ExpertWeight, Untouched
 from trainmerge.merging.document import Document
 from trainmerge.merging.group import OWN, Alternatives, Group
 from trainmerge.merging.values import places
+from trainmerge.merging.vocabulary import choose_tokenizer
 from trainmerge.system.safetensors_file import TensorInfo, read_ahead
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.parameter_names import number_of
@@ -81,9 +84,13 @@ def open_merge(
     reference = reference_of(document)
     base = open_checkpoint(reference)
     others = [name for name in merged if not same_folder(name, reference)]
-    folders = {f"./{name}" if name == "base" else name: _expert_folder(name, reference) for name in others}
-    choice = TokenizerChoice("union" if document.tokenizer == "union" else "base")
-    base, sources = find_chosen(base, folders, choice, Rules(workspace=scratch))
+    sides = sides_of(document)
+    folders = {sides[name]: Path(_expert_folder(name, reference)) for name in others}
+    choice = choose_tokenizer(
+        document.tokenizer, sides, {BASE: base.path, **folders}, equal=document.base is None
+    )
+    rules = Rules(workspace=scratch, shared_vocabulary=document.vocabulary == "shared")
+    base, sources = find_chosen(base, folders, choice, rules)
     vectors = sources.open(base)
     order = tuple(others.index(name) if name in others else OWN for name in merged)
     located = places(list(sources.parameters))
@@ -136,7 +143,7 @@ def _as_vector(delta: Delta) -> Delta:
 
 
 def _promoted(base: Checkpoint, vectors: TaskVectors) -> str | None:
-    """The dtype that holds all models' numbers; None if it is the base's."""
+    """The dtype that holds all models' numbers, at most the float32 of the sums; None if the base's."""
     own = {info.dtype for info in base.tensors.values() if info.dtype.is_floating_point}
     every = set(own)
     for delta in vectors.deltas.values():
@@ -146,12 +153,21 @@ def _promoted(base: Checkpoint, vectors: TaskVectors) -> str | None:
     first, *rest = sorted(every, key=str)
     for dtype in rest:
         first = torch.promote_types(first, dtype)
-    return str(first).removeprefix("torch.")
+    return str(torch.float32 if first == torch.float64 else first).removeprefix("torch.")
 
 
 def reference_of(document: Document) -> str:
     """The checkpoint whose names, configuration and files the result has: the base model, or the first."""
     return (document.base or document.merged[0]).partition("+")[0]
+
+
+def sides_of(document: Document) -> dict[str, str]:
+    """Model, as the document names it -> `base`, for the reference checkpoint, or the expert's name."""
+    reference, named = reference_of(document), [*filter(None, [document.base]), *document.models]
+    return {
+        name: BASE if same_folder(name, reference) else f"./{name}" if name in (BASE, UNION) else name
+        for name in named
+    }
 
 
 def _expert_folder(name: str, reference: str) -> str:

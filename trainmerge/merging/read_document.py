@@ -5,17 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from trainmerge.merging.document import Document, near
+from trainmerge.merging.tokenizer import read_tokenizer
 from trainmerge.run.config import read_yaml
 
 KEYS: Sequence[str] = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer",
+    "tokenizer", "chat_template",
 )  # fmt: skip
 REFUSED = {
     "modules": "merge each module's folder by a file of its own",
-    "chat_template": "write the template into the merged folder's chat_template.jinja",
     "input_model_parameters": "write them under each model's `parameters`",
-    "tokens": "a tokenizer's tokens cannot be chosen one by one",
 }
 
 
@@ -57,13 +56,12 @@ def parse_document(content: Any) -> Document:
     problems += [
         f"{key} is {v!r}, not a text" for key, v in texts.items() if v is not None and not isinstance(v, str)
     ]
+    tokenizer = read_tokenizer(content, problems)
     if problems:
         raise ValueError("\n".join(problems))
-    base = texts["base_model"]
-    tokenizer = _tokenizer(content)
     return Document(
-        str(content["merge_method"]), models, base, shared, texts["dtype"], texts["out_dtype"],
-        None if tokenizer == "base" else tokenizer, layers,
+        str(content["merge_method"]), models, texts["base_model"], shared, texts["dtype"], texts["out_dtype"],
+        tokenizer, layers,
     )  # fmt: skip
 
 
@@ -103,16 +101,6 @@ def _sources(
 
 def _from_zero(layers: Any) -> bool:
     return isinstance(layers, list) and len(layers) == 2 and layers[0] == 0 and type(layers[1]) is int
-
-
-def _tokenizer(content: Mapping[str, Any]) -> str | None:
-    new = content.get("tokenizer")
-    if new is None:
-        return content.get("tokenizer_source")
-    if not isinstance(new, Mapping) or new.keys() - {"source"}:
-        raise ValueError("tokenizer: only its key `source` is supported")
-    source: str | None = new.get("source")
-    return source
 
 
 def _unknown(given: Mapping[str, Any], known: Sequence[str], where: str = "") -> Iterator[str]:

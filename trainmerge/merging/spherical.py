@@ -7,17 +7,8 @@ import torch
 from torch import Tensor
 
 from trainmerge.merging.group import Group, Piece, Rule
-from trainmerge.merging.sphere import (
-    TINY,
-    combined,
-    exp,
-    gram,
-    great_circle,
-    inverse,
-    length,
-    nonzero,
-    tangent,
-)
+from trainmerge.merging.sphere import combined, gram, nonzero
+from trainmerge.task_vectors.sphere import TINY, exp, great_circle, inverse, karcher_mean, length, tangent
 
 PARALLEL = 0.9995  # SLERP: above this cosine, and below its negative, the straight line
 
@@ -69,27 +60,8 @@ def karcher(group: Group, faithful: bool) -> Rule:
     Steps of the mean of the logarithms, until it is shorter than `tol`, `max_iter` at most (Karcher, 1977).
     """
     del faithful
-    inner = gram(group, tau=False)
-    norms = inner.diagonal().sqrt()
-    units = inverse(norms)
-    present = (norms > 0).double()
-    if not bool(present.any()):
-        return combined(torch.zeros_like(norms))
-    weights = present / present.sum()
-    mean = weights * units
-    size = length(mean, inner)
-    if size < TINY:  # opposite directions have no mean: start at the first
-        mean = torch.zeros_like(mean)
-        mean[int(present.argmax())] = units[int(present.argmax())]
-    else:
-        mean = mean / size
-    for _ in range(int(group.number("max_iter"))):
-        step = tangent(mean, inner, units, weights, logarithm=True)
-        if length(step, inner) < group.number("tol"):
-            break
-        mean = exp(mean, step, inner)
-        mean = mean / length(mean, inner)
-    return combined(mean * norms.mean())
+    steps, tolerance = int(group.number("max_iter")), group.number("tol")
+    return combined(karcher_mean(gram(group, tau=False), steps, tolerance))
 
 
 def model_stock(group: Group, faithful: bool) -> Rule:

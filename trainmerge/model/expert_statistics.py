@@ -3,8 +3,10 @@
 Legend: `B` examples, `T` tokens, `R` rows, `n` inputs of a linear layer, `V` vocabulary or classes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from math import log
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from trainmerge.data.batch import Batch
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.model.layer_inputs import Moment, watching
+from trainmerge.model.layer_inputs import Magnitude, Moment, watching
 from trainmerge.model.resident import Resident
+from trainmerge.model.router_states import merged_routers, states_of
+from trainmerge.preprocess import Router
 from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 from trainmerge.task_vectors.delta import TaskVectors
@@ -68,6 +72,24 @@ class ExpertStatistics:
             file = MappedFile(path)
             return {name: file.read(name) for name in tensors}
 
+    def routers(self) -> Sequence[Router]:
+        """The routers of mixtures of experts that are merged, in the network's order."""
+        return merged_routers(self.resident.merged)
+
+    def merge_of(self, task_vectors: TaskVectors, scale: float) -> AbstractContextManager[object]:
+        """In this context the model is base + scale * sum of these task vectors."""
+        return self.resident.merged.merge_of(task_vectors, scale)
+
+    @torch.no_grad()
+    def write(self, name: str, weight: Tensor) -> None:
+        """Replace one weight of that model."""
+        self.resident.merged.parameters[name].copy_(weight)
+
+    def router_states(self, router: Router) -> Sequence[Tensor]:
+        """Inputs [R, H] of a router in the model, on some tokens of every expert's examples."""
+        batches = partial(self._batches, doing=f"reading {router.weight}")
+        return states_of(self.resident.merged, router, batches, self.examples, self.resident)
+
     @torch.no_grad()
     def grams(self, expert: int, names: Sequence[str], merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Mean x x^T [n, n], float32, of the inputs x of each linear layer among `names`, without padding.
@@ -89,13 +111,40 @@ class ExpertStatistics:
                     self.resident(batch)
         return {name: moment.mean() for name, moment in moments.items() if moment.count}
 
+    @torch.no_grad()
+    def magnitudes(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Mean |x| [n], float32, of the inputs x of each linear layer and norm among `names`.
+
+        Of the base on all experts' examples, without padding. Layers that read no row are left out.
+        """
+        merged = self.resident.merged
+        layers = self._layers(names) | self._norms(names)
+        sizes = {name: Magnitude() for name in layers}
+        with merged.uniform(torch.zeros(len(merged.task_vectors.experts)), everywhere=True):
+            for expert in range(len(self.examples)):
+                for batch in self._batches(expert, "measuring activations"):
+                    with watching(layers, sizes, batch.inputs.get("attention_mask")):
+                        self.resident(batch)
+        return {name: size.mean() for name, size in sizes.items() if size.count}
+
     def _layers(self, names: Iterable[str]) -> dict[str, nn.Module]:
         """The linear layer (nn.Linear, Conv1D) of each parameter that is one's weight."""
+        deltas = self.resident.merged.task_vectors.deltas
+        linear = [name for name in names if deltas[name].role in LINEAR]
+        return self._owners(linear, lambda module: isinstance(module, nn.Linear | Conv1D))
+
+    def _norms(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        """The module of each vector that is one's weight: a norm."""
+        deltas = self.resident.merged.task_vectors.deltas
+        vectors = [name for name in names if deltas[name].role == "vector" and len(deltas[name].shape) == 1]
+        return self._owners(vectors, lambda module: isinstance(getattr(module, "weight", None), nn.Parameter))
+
+    def _owners(self, names: Iterable[str], kind: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+        """The module of this kind of each parameter that is one's weight."""
         merged = self.resident.merged
-        owners = {id(m.weight): m for m in merged.module.modules() if isinstance(m, nn.Linear | Conv1D)}
-        linear = [name for name in names if merged.task_vectors.deltas[name].role in LINEAR]
-        found = {name: owners.get(id(merged.parameters[name])) for name in linear}
-        return {name: layer for name, layer in found.items() if layer is not None}
+        owners = {id(module.weight): module for module in merged.module.modules() if kind(module)}
+        found = {name: owners.get(id(merged.parameters[name])) for name in names}
+        return {name: module for name, module in found.items() if module is not None}
 
     def gradients(self, expert: int, sampled: bool) -> Iterator[dict[str, Tensor]]:
         """Gradients of a loss with respect to every merged parameter, example by example.

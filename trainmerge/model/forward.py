@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from trainmerge.data.batch import Batch, Outputs
-from trainmerge.data.heads import Classifier, Head, LabelHead
+from trainmerge.data.classifier import Classifier
+from trainmerge.data.heads import Head, LabelHead
 from trainmerge.model.embedding import Embedding
 from trainmerge.model.media_forward import (
     Tokenize,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from trainmerge.data.heads import TEXT_SCALE, Classifier, LabelHead
+from trainmerge.data.classifier import Classifier
+from trainmerge.data.heads import TEXT_SCALE, LabelHead
 
 Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]  # texts -> input_ids, attention_mask, ... [B, T]
 TWO_TOWERS = frozenset(MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values())  # CLIPModel, ...

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Gathered, Product, run_merges, run_products, shareable
+from trainmerge.model.concrete import ConcreteMasks, change_of
 from trainmerge.model.exact import exact
 from trainmerge.model.loss_scale import LossScale
 from trainmerge.model.low_rank_gradient import layer_products, tappable, tapped
@@ -45,7 +46,8 @@ class MergedModel:
     `keep_gradients`, weight gradients accumulate until `gradient` processes them in one pass over the task
     vectors: several backwards then cost one pass and the memory of one more model. `residency` is where base
     and task vectors are held. Under FSDP2, which must sum gradients (`sharded`), the coefficient gradients of
-    all processes add up to the sum of each process's own.
+    all processes add up to the sum of each process's own. `masks` are learned with the coefficients, in one
+    process.
 
     Raises ValueError if its parameters share storage with the task vectors' base.
     """
@@ -59,11 +61,12 @@ class MergedModel:
         originals: TaskVectors | None = None,
         subspaces: Mapping[str, Tensor] | None = None,
         keep_gradients: bool = False,
+        masks: ConcreteMasks | None = None,
         residency: Residency = Residency(),  # noqa: B008 - frozen
     ) -> None:
         self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
         self.names, self.originals = names or {}, originals or task_vectors
-        self.subspaces, self.keep_gradients = subspaces or {}, keep_gradients
+        self.subspaces, self.keep_gradients, self.masks = subspaces or {}, keep_gradients, masks
         deltas = task_vectors.deltas
         self.placed = Placed.of(module, deltas, self.names)
         self.parameters = self.placed.views()
@@ -96,8 +99,8 @@ class MergedModel:
         """The same module as the merge of other task vectors; this object stops receiving gradients."""
         for hook in self._hooks:
             hook.remove()
-        same = self.coefficients, self.names, self.originals, subspaces, keep_gradients, residency
-        return MergedModel(self.module, task_vectors, *same)
+        same = self.coefficients, self.names, self.originals, subspaces, keep_gradients, self.masks
+        return MergedModel(self.module, task_vectors, *same, residency)
 
     @torch.no_grad()
     def materialise(self) -> None:
@@ -105,6 +108,8 @@ class MergedModel:
         values = self.coefficients().cpu()  # copied once: the passes read single elements
         names = self._supplied.order.of_merge(self._parameters)
         self._write(self.task_vectors, names, lambda name: self.coefficients.of(name, values))
+        if self.masks is not None:
+            self.masks.mask_all(self._parameters, self.task_vectors.deltas)
 
     @contextmanager
     def teacher(self, expert: int) -> Iterator[nn.Module]:
@@ -126,6 +131,16 @@ class MergedModel:
         finally:
             excluded = moved.keys() - self._parameters.keys()
             self._write(self.originals, excluded, lambda _: torch.zeros(len(weights), 1))
+            self.materialise()
+
+    @contextmanager
+    def merge_of(self, task_vectors: TaskVectors, scale: float) -> Iterator[nn.Module]:
+        """In this context the module is base + scale * sum of other task vectors; then the merge again."""
+        weights = torch.full((len(task_vectors.experts), 1), scale)
+        try:
+            self._write(task_vectors, self._parameters, lambda _: weights)
+            yield self.module
+        finally:
             self.materialise()
 
     def gradient(self) -> Tensor:
@@ -152,6 +167,7 @@ class MergedModel:
         """
         parts = {*self.placed.parts(self._learned)}  # a tap sees the whole weight, not a part of it
         ordinary = {n: p for n, p in self._learned.items() if n not in self.subspaces and n not in parts}
+        ordinary = ordinary if self.masks is None else {}  # masks need the whole gradient
         with ExitStack() as layers:
             for name, layer in tappable(self.module, ordinary, self.task_vectors.deltas):
                 layers.enter_context(tapped(layer, partial(self._collect_at_layer, name)))
@@ -194,6 +210,9 @@ class MergedModel:
     def _collect_part(self, name: str, slope: Tensor) -> None:
         slope = outside_subspace(slope, self.subspaces.get(name), self.task_vectors.deltas[name].role)
         delta = self._supplied.to_collect(name)
+        if self.masks is not None:
+            values = self.coefficients.of(name, self.coefficients().detach().cpu())
+            slope = self.masks.collect(name, slope, change_of(self.task_vectors.deltas[name], values))
         columns = self.coefficients.layout.groups[name]
         for chunks, product in delta.products(slope, len(columns)):
             self._products.add((name, columns[chunks], product), shareable(product))

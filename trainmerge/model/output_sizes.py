@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 
 from trainmerge.data.batch import Asks, Batch, Kind, Outputs
+from trainmerge.data.classifier import Classifier
 from trainmerge.data.examples import Example
-from trainmerge.data.heads import Classifier
 from trainmerge.data.media import without_text
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.own_head import OwnModel
 from trainmerge.model.resident import Resident
+from trainmerge.system.text import shortened
 
 
 class OutputSizes(NamedTuple):
@@ -71,8 +72,13 @@ def count_positions(
         return [1] * len(examples)  # one row each, whatever its size
     head = resident.classifiers[expert]
     counts = []
-    for example in examples:
+    for i, example in enumerate(examples):
         encoded = tokenizer.encode([example])
+        if not encoded.mask.numel():
+            raise ValueError(
+                f"example {i} of expert {expert} is {shortened(repr(example.text), 100)}, and the tokenizer "
+                f"in {tokenizer.path} makes no token of it: check that its files belong to the model"
+            )
         batch = Batch(expert, encoded.inputs, encoded.mask, torch.zeros(1, dtype=torch.int64))
         mask = head.mask(batch) if isinstance(head, OwnModel) else encoded.mask
         counts.append(int(mask.sum()))

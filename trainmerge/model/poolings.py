@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainmerge.data.heads import pool
+from trainmerge.data.classifier import pool
 from trainmerge.system.text import shortened
 
 KEY = "pooling_mode_"

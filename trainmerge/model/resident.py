@@ -11,8 +11,8 @@ from torch import Tensor
 from trainmerge.checkpoints import LoadedModel, OwnHead, load_meta_model, load_model
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.data.batch import Batch, Outputs
+from trainmerge.data.classifier import Classifier
 from trainmerge.data.examples import Example
-from trainmerge.data.heads import Classifier
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.embedding import Embedding, read_embedding
 from trainmerge.model.forward import build_classifier, forward

@@ -3,6 +3,7 @@
 from trainmerge.objectives.alignment import Alignment
 from trainmerge.objectives.base import Objective
 from trainmerge.objectives.entropy import Entropy
+from trainmerge.objectives.jensen_shannon import JensenShannon
 from trainmerge.objectives.similarity import Similarity
 
-__all__ = ["Alignment", "Entropy", "Objective", "Similarity"]
+__all__ = ["Alignment", "Entropy", "JensenShannon", "Objective", "Similarity"]

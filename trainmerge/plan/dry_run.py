@@ -20,11 +20,13 @@ from torch._subclasses.fake_tensor import (
 )
 
 from trainmerge.data.batch import Asks, Batch, Outputs, Predictions, Signals
-from trainmerge.data.heads import Classifier, Head
+from trainmerge.data.classifier import Classifier
+from trainmerge.data.heads import Head
 from trainmerge.model.embedding import Embedding
 from trainmerge.model.forward import build_classifier, forward
 from trainmerge.model.own_head import OwnModel
 from trainmerge.objectives import Objective
+from trainmerge.plan.fake_model import make_fake, make_rest_fake
 from trainmerge.plan.ledger import Ledger
 
 
@@ -104,10 +106,10 @@ def _on_fake_tensors(
     embedding: Embedding | None,
 ) -> DryRun:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made = _make_fake(module, dtypes)
+        made = make_fake(module, dtypes)
         for head in heads.values():
             if isinstance(head, OwnModel):
-                _make_rest_fake(head.module, made, next(module.parameters()).dtype)
+                make_rest_fake(head.module, made, next(module.parameters()).dtype)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
             if name in trained:
@@ -169,43 +171,6 @@ def _classifier(head: Head | OwnModel, module: nn.Module) -> Classifier | OwnMod
 def _short(texts: Sequence[str]) -> Mapping[str, Tensor]:
     """Label texts as a few tokens; a head's shape depends only on their number."""
     return dict.fromkeys(("input_ids", "attention_mask"), torch.zeros(len(texts), 4, dtype=torch.int64))
-
-
-def _make_fake(module: nn.Module, dtypes: Mapping[str, torch.dtype] | torch.dtype) -> dict[int, Tensor]:
-    """Replace every parameter and buffer by a fake one on the CPU; tied ones stay tied.
-
-    Returns the fake one of each former one, by its `id`.
-    """
-    made: dict[int, Tensor] = {}
-    for prefix, part in module.named_modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and id(parameter) not in made:
-                full = f"{prefix}.{name}" if prefix else name
-                dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes.get(full, parameter.dtype)
-                made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
-        for buffer in part._buffers.values():
-            if buffer is not None:
-                made[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    for part in module.modules():
-        for store in (part._parameters, part._buffers):
-            for name, tensor in store.items():
-                if tensor is not None:
-                    store[name] = made[id(tensor)]  # type: ignore[assignment]
-    return made
-
-
-def _make_rest_fake(module: nn.Module, made: Mapping[int, Tensor], dtype: torch.dtype) -> None:
-    """The same for what an expert's class has beside the modules of the model."""
-    done = {id(tensor) for tensor in made.values()}
-    for part in module.modules():
-        for store in (part._parameters, part._buffers):
-            for name, tensor in store.items():
-                if tensor is None or id(tensor) in done:
-                    continue
-                kind = dtype if tensor.is_floating_point() else tensor.dtype
-                fake = made.get(id(tensor), torch.empty(tensor.shape, dtype=kind))
-                frozen = nn.Parameter(fake, False) if isinstance(tensor, nn.Parameter) else fake
-                store[name] = made.get(id(tensor), frozen)  # type: ignore[assignment]
 
 
 def _drop(parameter: Tensor) -> None:

@@ -1,12 +1,14 @@
 """The interface of preprocessors.
 
-Legend: `K` experts, `*S` parameter shape, `n` inputs of a linear layer.
+Legend: `K` experts, `*S` parameter shape, `n` inputs of a linear layer; of a router `E` experts of a layer,
+`H` hidden size, `R` tokens.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 from typing_extensions import override
@@ -30,6 +32,19 @@ class Preprocess(ABC):
         return True
 
 
+class Router(NamedTuple):
+    """A router of a mixture of experts, by its tensors in the base's files."""
+
+    weight: str  # [E, H]
+    bias: str | None  # [E]
+    sigmoid: bool  # whether scores are sigmoids, not a softmax
+
+    @property
+    def tensors(self) -> list[str]:
+        """Weight and bias."""
+        return [self.weight, *([self.bias] if self.bias else [])]
+
+
 class Calibrator(Protocol):
     """Statistics of the experts on their own unlabeled examples, as in `model.expert_statistics`."""
 
@@ -42,6 +57,12 @@ class Calibrator(Protocol):
         `merged` are weights that replace the expert's own during the pass.
         """
 
+    def magnitudes(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Mean |x| [n] of the inputs x of each linear layer and norm among `names`; others are left out.
+
+        The model is the base, the examples are those of all experts.
+        """
+
     def gradients(self, expert: int, sampled: bool) -> Iterator[dict[str, Tensor]]:
         """Gradients of -log p(y | x) with respect to the expert's weights, example by example.
 
@@ -50,6 +71,22 @@ class Calibrator(Protocol):
 
     def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors, in a file instead of memory."""
+
+    @property
+    def originals(self) -> TaskVectors:
+        """The experts' own task vectors."""
+
+    def routers(self) -> Sequence[Router]:
+        """The routers of mixtures of experts that an expert changes, in the network's order."""
+
+    def merge_of(self, task_vectors: TaskVectors, scale: float) -> AbstractContextManager[object]:
+        """In this context the model is base + scale * sum of these task vectors."""
+
+    def write(self, name: str, weight: Tensor) -> None:
+        """Replace one weight of that model."""
+
+    def router_states(self, router: Router) -> Sequence[Tensor]:
+        """Inputs [R, H] of a router in that model, on some tokens of every expert's examples."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +97,11 @@ class Informed(Preprocess):
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
         raise TypeError(f"{type(self).__name__} needs calibration examples: use it in a fit")
 
+    def changes(self, task_vectors: TaskVectors, calibrator: Calibrator) -> Sequence[str]:
+        """The parameters that `informed` yields; others keep their task vectors."""
+        del calibrator
+        return list(task_vectors.deltas)
+
     @abstractmethod
     def informed(self, task_vectors: TaskVectors, calibrator: Calibrator) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's name and its K new differences [K, *S], in the order of `task_vectors.deltas`."""
+        """The name of every one of `changes` and its K new differences [K, *S], in that order."""

@@ -74,9 +74,12 @@ def _path(folder: Path, key: str) -> Path:
 
 
 def _write(task_vectors: TaskVectors, method: Preprocess, calibrator: Calibrator | None, path: Path) -> None:
+    names = list(task_vectors.deltas)
+    if isinstance(method, Informed) and calibrator is not None:
+        names = list(method.changes(task_vectors, calibrator))
     specs = {
         _key(name, expert): (accumulation_dtype(delta.base.dtype), tuple(delta.shape))
-        for name, delta in task_vectors.deltas.items()
+        for name, delta in ((name, task_vectors.deltas[name]) for name in names)
         for expert in task_vectors.experts
     }
     tensors = (
@@ -106,6 +109,7 @@ def _mapped(file: MappedFile, task_vectors: TaskVectors) -> TaskVectors:
         {
             name: [file.read(_key(name, expert)) for expert in task_vectors.experts]
             for name in task_vectors.deltas
+            if _key(name, task_vectors.experts[0]) in file.tensors
         }
     )
 

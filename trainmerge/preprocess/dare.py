@@ -73,6 +73,11 @@ class Dare(Piecewise):
         return torch.stack(kept)
 
     def _mask(self, tau: Tensor, expert: str, name: str) -> Tensor:
-        digest = hashlib.sha256(f"{self.seed}/{expert}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        return torch.rand(tau.shape, generator=generator) >= self.drop
+        return draws(self.seed, expert, name, tau) >= self.drop
+
+
+def draws(seed: int, expert: str, name: str, tau: Tensor) -> Tensor:
+    """Uniform numbers of the piece's shape [*S], which depend on seed, expert and the piece's name only."""
+    digest = hashlib.sha256(f"{seed}/{expert}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.rand(tau.shape, generator=generator)

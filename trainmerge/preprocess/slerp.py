@@ -4,8 +4,9 @@ Legend: `K` experts, `*S` parameter shape.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,11 +27,15 @@ class Slerp(Preprocess):
     difference between circle and straight line is split between both results, so that base + sum of the
     results, coefficient 1, is W. Parallel and opposite weights are interpolated linearly.
 
+    Of `task_vectors` it is the circle between the two task vectors, mergekit's NuSLERP with a base model.
+
     Args:
         t: 0 is the first expert, 1 the second.
+        of: `weights` or `task_vectors`.
     """
 
     t: float = 0.5
+    of: Literal["weights", "task_vectors"] = field(default="weights", metadata={"added": "0.2.0"})
 
     def __post_init__(self) -> None:
         check_fields(self, t="[0, 1]")
@@ -41,6 +46,9 @@ class Slerp(Preprocess):
             raise ValueError(f"Slerp merges two experts, not {len(task_vectors.experts)}")
         for name, delta in task_vectors.deltas.items():
             taus = delta.dense()
+            if self.of == "task_vectors":
+                yield name, torch.stack([s * tau for s, tau in zip(self._shares(*taus), taus, strict=True)])
+                continue
             base = delta.base.to(taus)
             shares = self._shares(*(base + taus))
             off_line = (sum(shares) - 1) * base / 2

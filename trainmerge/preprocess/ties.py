@@ -48,14 +48,11 @@ class Ties(Piecewise):
 
     @override
     def rule(self, task_vectors: TaskVectors) -> Rule:
-        parameters = [list(_pieces(name, delta)) for name, delta in task_vectors.deltas.items()]
-        ranked = [list(chain(*parameters))] if self.scope == "global" else parameters
         limits: dict[str, tuple[Limit, ...]] = {}
         balance = 0.0
-        for pieces in ranked:
-            for name, row, trimmed in _trimmed(pieces, self.density):
-                limits[name] = row
-                balance += float(total(trimmed).sign_().sum(dtype=torch.float64))
+        for name, row, trimmed in trimming(task_vectors, self.density, self.scope):
+            limits[name] = row
+            balance += float(total(trimmed).sign_().sum(dtype=torch.float64))
         majority = float(balance > 0) - float(balance < 0)
         return Elected(limits, majority, self.merge)
 
@@ -70,7 +67,17 @@ class Elected:
 
     def __call__(self, name: str, delta: Delta) -> Tensor:
         """A piece's new differences, [K, *S]."""
-        return disjoint(_trim(delta.dense(), self.limits[name]), self.majority, self.merge)
+        return disjoint(trim_(delta.dense(), self.limits[name]), self.majority, self.merge)
+
+
+def trimming(
+    task_vectors: TaskVectors, density: float, scope: Literal["global", "parameter"]
+) -> Iterator[tuple[str, tuple[Limit, ...], Tensor]]:
+    """Every piece's name, the limits of each expert's largest entries, its trimmed differences [K, *S]."""
+    parameters = [list(_pieces(name, delta)) for name, delta in task_vectors.deltas.items()]
+    ranked = [list(chain(*parameters))] if scope == "global" else parameters
+    for pieces in ranked:
+        yield from _trimmed(pieces, density)
 
 
 def _pieces(name: str, delta: Delta) -> Iterator[tuple[str, Delta]]:
@@ -94,10 +101,10 @@ def _trimmed(
     for name, delta in pieces:
         taus = delta.dense()
         limits = tuple(cut.limit(tau) for cut, tau in zip(found, taus, strict=True))
-        yield name, limits, _trim(taus, limits)
+        yield name, limits, trim_(taus, limits)
 
 
-def _trim(taus: Tensor, limits: Iterable[Limit]) -> Tensor:
+def trim_(taus: Tensor, limits: Iterable[Limit]) -> Tensor:
     """`taus` [K, *S], trimmed in place."""
     for tau, limit in zip(taus, limits, strict=True):
         limit.trim_(tau)

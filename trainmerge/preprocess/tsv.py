@@ -7,7 +7,7 @@ Legend: `K` experts, `m x n` a matrix, `r` leading singular values of one expert
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.preprocess.matrices import is_matrix
-from trainmerge.preprocess.spectrum import polar, truncated
+from trainmerge.preprocess.spectrum import polar, square_norm, truncated
 from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 
@@ -35,6 +35,8 @@ class Tsv(Preprocess):
 
     Args:
         share: Fraction of min(m, n) that an expert keeps; None is 1 / K.
+        energy: Keep the fewest triples that have this share of an expert's squared norm, at most `share`: a
+            rank per matrix in place of one for all. 1 is `share` alone.
         orthogonal: Make the experts' singular vectors orthogonal; False is TSV-C's plain truncation.
         exclude: fnmatch patterns of matrices that are averaged, embeddings say.
     """
@@ -42,10 +44,11 @@ class Tsv(Preprocess):
     share: float | None = None
     orthogonal: bool = True
     exclude: Sequence[str] = ()
+    energy: float = field(default=1.0, metadata={"added": "0.2.0"})
     otherwise: ClassVar[str] = "divided by K"
 
     def __post_init__(self) -> None:
-        check_fields(self, share="(0, 1]")
+        check_fields(self, share="(0, 1]", energy="(0, 1]")
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
@@ -71,7 +74,15 @@ class Tsv(Preprocess):
     def _triples(self, matrices: Iterable[Tensor], delta: Delta) -> list[Triples]:
         share = 1 / len(delta.terms) if self.share is None else self.share
         rank = max(1, int(min(delta.shape[-2:]) * share + 1e-9))
-        return [truncated(matrix, rank) for matrix in matrices]
+        return [self._leading(matrix, rank) for matrix in matrices]
+
+    def _leading(self, matrix: Tensor, rank: int) -> Triples:
+        u, s, v = truncated(matrix, rank)
+        if self.energy < 1:
+            short = s.double().square().cumsum(0) < self.energy * square_norm(matrix) * (1 - 1e-12)
+            kept = min(int(short.sum()) + 1, len(s))
+            u, s, v = u[:, :kept], s[:kept], v[:, :kept]
+        return u, s, v
 
     def _merged(self, triples: Sequence[Triples]) -> Tensor:
         left, values, right = (tuple(part) for part in zip(*triples, strict=True))

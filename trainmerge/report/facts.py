@@ -47,7 +47,7 @@ def merged_section(numbers: Numbers) -> Section:
         done = [str(one.get("class_path", one)) for one in made.get("preprocess", [])]
     else:
         rows = [["base", recipe.base, ""]]
-        rows += [[n, e.path, e.calibration or "no calibration data"] for n, e in recipe.experts.items()]
+        rows += [[n, e.path, str(e.calibration or "no calibration data")] for n, e in recipe.experts.items()]
         grain, done = recipe.grouping.granularity, [repr(one) for one in recipe.preprocess]
     body = table(["name", "folder", "calibration"], rows, wide=True)
     reasons = Counter(layout.excluded.values())

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from trainmerge.coefficients.layout import Layout
+from trainmerge.report.routing import Shares, read_routing
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.front import read_front
 from trainmerge.run.open_run import of_modules, open_run, read_module_run, read_run
@@ -46,6 +47,7 @@ class Numbers:
     geometry: Geometry | None
     missing: str  # why there is no geometry
     front: Mapping[str, Any] | None  # what `trainmerge pareto` found around these coefficients
+    routing: Shares  # row -> router -> share of tokens; empty for dense models
 
     @property
     def middle(self) -> float:
@@ -95,6 +97,7 @@ def read_numbers(run: str | Path) -> Numbers:
         geometry=geometry,
         missing=missing,
         front=_front(folder),
+        routing=read_routing(folder.path / "evaluation.json", scores),
     )
 
 

@@ -11,6 +11,7 @@ from trainmerge.report.importance import importance_picture
 from trainmerge.report.page import Section, drawing, page
 from trainmerge.report.picture import Picture, style
 from trainmerge.report.read_run import Numbers, read_numbers
+from trainmerge.report.routing import routing_picture
 from trainmerge.report.scores import score_picture
 from trainmerge.report.steps import loss_picture, path_picture
 from trainmerge.report.task_vectors import norm_picture, similarity_picture
@@ -59,6 +60,8 @@ def pictures(numbers: Numbers) -> Iterator[Picture]:
     yield heatmap(experts, layout, values, numbers.middle, numbers.start is not None)
     if (scores := score_picture(numbers.scores, numbers.metric)) is not None:
         yield scores
+    if numbers.routing:
+        yield routing_picture(numbers.routing)
     if numbers.trajectory is not None and len(numbers.trajectory.steps) > 1:
         yield path_picture(experts, numbers.trajectory)
     if numbers.losses:

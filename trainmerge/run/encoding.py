@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from trainmerge.data.examples import Example, read_examples
+from trainmerge.data.generate import Generate
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe, calibration_files
@@ -33,6 +34,9 @@ def check_encoding(run: RunFolder, recipe: Recipe, fitted: Path, exported: Path)
     one, other = Tokenizer(str(fitted), length), Tokenizer(str(exported), length)
     count = 0
     for expert, file in calibration_files(recipe).items():
+        if isinstance(file, Generate):
+            print(f"the chats that {expert} wrote itself were not encoded again", flush=True)
+            continue
         if not Path(file).exists():
             print(f"{file} is not here: the chats of {expert} were not encoded again", flush=True)
             continue

@@ -27,7 +27,7 @@ README = """# A trainmerge run
 | `pareto.json` | the Pareto front of the tasks, once `trainmerge pareto` has run |
 | `calibration_loss.json` | the loss over all calibration examples at start and end, with `keep_better` |
 | `checkpoints/` | the optimizer's state after the last saved step; `--resume auto` continues from it |
-| `workspace/` | preprocessed task vectors and recorded expert outputs; recreated when deleted |
+| `workspace/` | preprocessed task vectors, recorded outputs, generated texts; recreated when deleted |
 
 Resume: `trainmerge fit THIS_FOLDER/config.yaml`, from the folder that `manifest.json` names under
 `started`: paths are relative to it. Export: `trainmerge export THIS_FOLDER OUT`.

@@ -46,11 +46,24 @@ def _problems(content: Mapping[str, Any]) -> Iterator[str]:
             group = inside.get(name)
             if group is not None and not isinstance(group, Mapping):
                 yield f"{section}.{name} must be a mapping of its keys, not {group!r}"
+    yield from _task_problems(content.get("recipe"))
     for key in content:
         yield from linked_problems(str(key))
         section = content[key]
         for inner in section if isinstance(section, Mapping) and key in SECTIONS else ():
             yield from linked_problems(f"{key}.{inner}")
+
+
+def _task_problems(recipe: Any) -> Iterator[str]:
+    """What is wrong with experts and further tasks: names, each with a mapping of its fields."""
+    for key in ("experts", "held_out") if isinstance(recipe, Mapping) and "each" not in recipe else ():
+        tasks = recipe.get(key)
+        if isinstance(tasks, list):
+            yield f"recipe.{key} must be a mapping of names, not a list (lists of names go with recipe.each)"
+        for name, own in tasks.items() if isinstance(tasks, Mapping) else ():
+            if not isinstance(own, Mapping):
+                given = shortened(repr(own), LONGEST)
+                yield f"recipe.{key}.{name} must be a mapping of its fields, not {given}"
 
 
 def linked_problems(key: str) -> Iterator[str]:

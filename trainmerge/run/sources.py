@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainmerge.checkpoints.whole import MANIFEST, RECIPE
-from trainmerge.data.examples import Columns
+from trainmerge.data.columns import Columns
 from trainmerge.run.config import read_config, read_yaml
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.hub_origins import pinned, recorded_origins

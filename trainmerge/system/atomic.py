@@ -124,7 +124,10 @@ def is_alive(process: int) -> bool:
 
 def seen_from(path: str | Path) -> str:
     """The folder of a relative path, for error messages: a run's recipe stores paths as given."""
-    return "" if Path(path).is_absolute() else f" in {Path.cwd()}, to which paths are relative"
+    if Path(path).is_absolute():
+        return ""
+    filled = "; ~ and $ are no shortcuts here: write the whole path" if str(path)[:1] in ("~", "$") else ""
+    return f" in {Path.cwd()}, to which paths are relative{filled}"
 
 
 def sync(path: Path) -> None:

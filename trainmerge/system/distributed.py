@@ -142,3 +142,11 @@ def own_share(items: Sequence[T]) -> Sequence[T]:
 def merge_shares(own: Mapping[int, T]) -> dict[int, T]:
     """The union of all processes' mappings, on every process."""
     return {key: value for part in all_gather(own) for key, value in part.items()}
+
+
+def is_collective_error(error: RuntimeError) -> bool:
+    """Whether the error comes from a collective, not from this process's own work."""
+    text = str(error)  # gloo raises plain RuntimeErrors
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset")
+    )

@@ -164,9 +164,11 @@ class TaskVectors:
         return {name: delta.shape for name, delta in self.deltas.items()}
 
     def replaced(self, taus: Mapping[str, Sequence[Tensor]]) -> "TaskVectors":
-        """The same experts and bases with the given differences, K tensors [*S] per parameter."""
+        """The same experts and bases, with the given differences of some parameters, K tensors [*S] each."""
         deltas = {
             name: replace(delta, terms=tuple(Difference(tau) for tau in taus[name]))
+            if name in taus
+            else delta
             for name, delta in self.deltas.items()
         }
         return TaskVectors(self.experts, deltas)

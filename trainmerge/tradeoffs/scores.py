@@ -9,7 +9,8 @@ from torch import nn
 from trainmerge.data.calibration import Calibration
 from trainmerge.evaluate import load_tasks
 from trainmerge.evaluate.runs import as_embedder, build_heads
-from trainmerge.evaluate.score_task import Subject, score_task
+from trainmerge.evaluate.score_task import score_task
+from trainmerge.evaluate.subject import Subject
 from trainmerge.fitting.calibration_loss import calibration_loss
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.heads import all_heads

@@ -1,0 +1,281 @@
+"""Mixtures with fewer experts: dropped is masked, M = E is the input, groups, alignment, and what is refused.
+
+Legend: `E` experts of a layer, `M` of them after, `H` hidden size, `I` width of an expert.
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import trainmerge as tm
+from tests.contracts import assert_same_bits
+from tests.mixture_world import write_mixture
+from trainmerge.checkpoints import open_checkpoint
+from trainmerge.cli import main
+from trainmerge.data.examples import Example
+from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.mixtures.assignment import assign
+from trainmerge.mixtures.groups import plan_groups, similarity
+from trainmerge.mixtures.layers import mixture_layers, shrunk_settings
+from trainmerge.mixtures.saliency import Saliency, measure
+from trainmerge.mixtures.shrunk import Shrunk
+
+E = 6
+CHANGES = {
+    "Mixtral": {"num_local_experts": E},
+    "Qwen3-MoE": {"num_experts": E, "norm_topk_prob": True},
+    "Qwen2-MoE": {"num_experts": E},
+    "DeepSeek-V3": {"n_routed_experts": 8},
+    "OLMoE clip_qkv": {"num_experts": E},
+}
+IDS = torch.arange(10, 42)[None]
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: write_mixture(tmp_path_factory.mktemp(name.split()[0]), name, **changes)
+        for name, changes in CHANGES.items()
+    }
+
+
+def texts(root: Path) -> tuple[list[Example], Tokenizer]:
+    lines = [line for name in "ab" for line in (root / f"{name}.jsonl").read_text().splitlines()]
+    (root / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    return [Example(json.loads(line)["text"]) for line in lines], Tokenizer(str(root / "base"), 64)
+
+
+def load(folder: Path) -> nn.Module:
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, experts_implementation="eager"
+    )
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=IDS).logits
+    return found
+
+
+def groups_of(folder: Path) -> list[list[list[int]]]:
+    return list(json.loads((folder / "trainmerge_groups.json").read_text())["layers"].values())
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_as_many_experts_as_there_are_is_the_input(
+    name: str, worlds: dict[str, Path], tmp_path: Path
+) -> None:
+    root = worlds[name]
+    texts(root)
+    for plan in ("reap", "ream"):
+        out = tm.shrink(
+            root / "base", tmp_path / plan, 8 if "Deep" in name else E, root / "texts.jsonl", plan
+        )
+        made, want = (load_file(place / "model.safetensors") for place in (out, root / "base"))
+        assert made.keys() == want.keys()
+        for key, own in want.items():
+            assert_same_bits(made[key], own)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "DeepSeek-V3"])
+def test_dropped_is_masked(name: str, worlds: dict[str, Path], tmp_path: Path) -> None:
+    """To the bit where the router has the kept rows alone: a product of another shape rounds otherwise."""
+    root = worlds[name]
+    texts(root)
+    out = tm.shrink(root / "base", tmp_path / "out", 4, root / "texts.jsonl")
+    want = logits(load(out))
+    routers = [key for key, _ in load(out).named_modules() if key.endswith("mlp.gate")]
+    kept = [torch.tensor([group[0] for group in groups]) for groups in groups_of(out)]
+    for masked, close in ((of_kept_rows, 0.0), (of_masked_logits, 1e-5)):
+        model, small = load(root / "base"), load(out)
+        for key, rows in zip(routers, kept, strict=True):
+            masked(model.get_submodule(key), small.get_submodule(key), rows)
+        found = logits(model)
+        assert (found - want).abs().max() <= close * want.abs().max()
+
+
+def of_kept_rows(router: nn.Module, small: nn.Module, rows: torch.Tensor) -> None:
+    """The large model chooses as the small one's router does."""
+
+    def forward(states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found, weights, experts = small(states)
+        return found, weights, rows[experts]
+
+    router.forward = forward  # type: ignore[method-assign]
+
+
+def of_masked_logits(router: nn.Module, small: nn.Module, rows: torch.Tensor) -> None:
+    """The large model's own router, with -inf at the dropped experts."""
+    assert router.num_experts > small.num_experts
+    mask = torch.full((router.num_experts,), -torch.inf)
+    mask[rows] = 0
+    if (bias := getattr(router, "e_score_correction_bias", None)) is not None:
+        bias.add_(mask)  # sigmoid scores are chosen by score + bias
+        return
+
+    def forward(states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = states.flatten(0, -2) @ router.weight.T + mask
+        weights, experts = found.softmax(-1).topk(router.top_k)
+        return found, weights / weights.sum(-1, keepdim=True), experts
+
+    router.forward = forward  # type: ignore[method-assign]
+
+
+def test_sums_are_those_of_a_plain_model(worlds: dict[str, Path]) -> None:
+    root = worlds["Qwen3-MoE"]
+    base = open_checkpoint(root / "base")
+    layers = mixture_layers(base)
+    examples, tokenizer = texts(root)
+    found = measure(base, layers, examples, tokenizer)
+    model = load(root / "base")
+    norms, usage = torch.zeros(2, E), torch.zeros(2, E)
+
+    def see(i: int, module: nn.Module, given: Sequence[torch.Tensor]) -> None:
+        states, index, weights = given
+        for x, chosen, scales in zip(states, index, weights, strict=True):
+            for e, weight in zip(chosen.tolist(), scales, strict=True):
+                gate, up = (module.gate_up_proj[e] @ x).chunk(2)
+                out = module.down_proj[e] @ (nn.functional.silu(gate) * up)
+                norms[i, e] += weight * out.norm()
+                usage[i, e] += 1
+
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.experts.register_forward_pre_hook(lambda m, given, i=i: see(i, m, given))
+    with torch.no_grad():
+        for example in examples:
+            model(**tokenizer.encode([example]).inputs)
+    for i, layer in enumerate(layers):
+        own = found[layer.prefix]
+        assert torch.equal(own.usage.float(), usage[i])
+        assert own.usage.sum() == 2 * sum(len(tokenizer.encode([e]).inputs["input_ids"][0]) for e in examples)
+        torch.testing.assert_close(own.norms.float(), norms[i], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(own.scores.float(), norms[i] / usage[i].clamp_min(1), rtol=1e-4, atol=1e-6)
+
+
+def saliency(scores: Sequence[float], outputs: torch.Tensor) -> Saliency:
+    count = len(scores)
+    return Saliency(
+        torch.ones(count),
+        torch.tensor(scores),
+        outputs,
+        torch.eye(count),
+        torch.ones(1, 3),
+        outputs,
+        nn.SiLU(),
+    )
+
+
+def test_plans_of_small_cases() -> None:
+    outputs = torch.eye(3)[[0, 1, 0, 2, 1, 0]] + 0.01 * torch.arange(6)[:, None]
+    own = saliency([0.1, 0.5, 0.9, 0.3, 0.2, 0.4], outputs)
+    assert plan_groups("reap", own, 3) == [[1], [2], [5]]
+    assert plan_groups("reap", own, 4, parts=2) == [[1], [2], [3], [5]]  # two of each half
+    assert plan_groups("hc", own, 3) == [[1, 4], [2, 5, 0], [3]]
+    taken = plan_groups("ream", own, 3)
+    assert taken[1][0] == 2  # the largest score takes all others, of which there are fewer than 16
+    assert sorted(taken[1]) == [0, 2, 3, 4]
+    assert [taken[0], taken[2]] == [[1], [5]]
+    torch.testing.assert_close(similarity(own), similarity(own).T)
+
+
+def test_assignments_are_the_best_of_all() -> None:
+    dice = torch.Generator().manual_seed(0)
+    for count in (1, 2, 5, 6):
+        cost = torch.randn(count, count, generator=dice)
+        best = min(float(cost[range(count), order].sum()) for order in itertools.permutations(range(count)))
+        found = assign(cost)
+        assert sorted(found.tolist()) == list(range(count))
+        assert float(cost[torch.arange(count), found].sum()) == pytest.approx(best, abs=1e-5)
+    order = torch.randperm(40, generator=dice)
+    assert torch.equal(assign(-torch.eye(40)[order]), order)
+
+
+def test_a_group_of_one_expert_in_other_orders_is_that_expert(
+    worlds: dict[str, Path], tmp_path: Path
+) -> None:
+    """Experts 2 and 3 become expert 1 with its neurons in other orders: merged, all three are expert 1."""
+    root = worlds["Mixtral"]
+    tensors = load_file(root / "base" / "model.safetensors")
+    dice = torch.Generator().manual_seed(0)
+    stem = "model.layers.0.block_sparse_moe.experts"
+    for number in (2, 3):
+        order = torch.randperm(len(tensors[f"{stem}.1.w1.weight"]), generator=dice)
+        for kind in ("w1", "w3"):
+            tensors[f"{stem}.{number}.{kind}.weight"] = tensors[f"{stem}.1.{kind}.weight"][order]
+        tensors[f"{stem}.{number}.w2.weight"] = tensors[f"{stem}.1.w2.weight"][:, order].contiguous()
+    for file in (root / "base").glob("*.json"):
+        (tmp_path / "base").mkdir(exist_ok=True)
+        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    base = open_checkpoint(tmp_path / "base")
+    layers = mixture_layers(base)
+    measured = measure(base, layers, *texts(root))
+    groups = {layer.prefix: [[0], [1, 2, 3], [4], [5]] for layer in layers}
+    merged = Shrunk(base, layers, groups, measured)
+    for kind in ("w1", "w2", "w3"):
+        (found,) = merged.pieces(f"{stem}.1.{kind}.weight")
+        torch.testing.assert_close(found, tensors[f"{stem}.1.{kind}.weight"], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("plan", ["ream", "hc"])
+def test_merged_mixtures_load_and_their_plan_writes_them_again(
+    plan: str, worlds: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = worlds["Qwen2-MoE"]
+    texts(root)
+    words = ["shrink", str(root / "base"), str(tmp_path / "out"), "--experts", "4", "--plan", plan]
+    assert main([*words, "--calibration", str(root / "texts.jsonl")]) == 0
+    assert "4 experts a layer" in capsys.readouterr().out
+    layers = groups_of(tmp_path / "out")
+    assert all(len(groups) == 4 and sorted(itertools.chain(*groups)) == list(range(E)) for groups in layers)
+    assert bool(logits(load(tmp_path / "out")).isfinite().all())
+    file = tmp_path / "out" / "trainmerge_groups.json"
+    again = tm.shrink(root / "base", tmp_path / "again", 4, root / "texts.jsonl", str(file))
+    for key, own in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert_same_bits(load_file(again / "model.safetensors")[key], own)
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "words"),
+    [
+        ("Qwen3-MoE", 1, "gives each token 2"),
+        ("Qwen3-MoE", 7, "it has 6 experts"),
+        ("DeepSeek-V3", 5, r"2 groups \(n_group\), which need 2 or more"),
+        ("DeepSeek-V3", 2, r"2 groups \(n_group\), which need 2 or more"),
+    ],
+)
+def test_impossible_numbers_are_refused_before_work(
+    name: str, experts: int, words: str, worlds: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        tm.shrink(worlds[name] / "base", tmp_path / "out", experts, "texts.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_shrunk_says_why(worlds: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"1 of 4 groups .* fewer than 3 experts"):
+        shrunk_settings("m", {"num_experts": 16, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 1}, 8)
+    base = worlds["Qwen3-MoE"] / "base"
+    with pytest.raises(ValueError, match="needs texts"):
+        tm.shrink(base, tmp_path / "out", 4)
+    with pytest.raises(ValueError, match="--plan is 'reaper'"):
+        tm.shrink(base, tmp_path / "out", 4, "t.jsonl", "reaper")
+    for groups, words in {
+        ((0,), (1,)): "it needs 4 groups",
+        ((0,), (1,), (2,), (2,)): "every expert at most once",
+        ((0,), (1,), (2,), (9,)): "lists of experts 0 to 5",
+    }.items():
+        layers = {f"model.layers.{i}.mlp.": groups for i in range(2)}
+        (tmp_path / "plan.json").write_text(json.dumps({"layers": layers}))
+        with pytest.raises(ValueError, match=words):
+            tm.shrink(base, tmp_path / "out", 4, plan=str(tmp_path / "plan.json"))
+    assert not (tmp_path / "out").exists()

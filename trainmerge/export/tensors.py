@@ -1,0 +1,63 @@
+"""What can be written as a checkpoint: tensors computed on request, in pieces of rows."""
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from trainmerge.checkpoints import Checkpoint
+from trainmerge.export.form import Form
+from trainmerge.system.safetensors_file import TensorInfo
+
+
+class Tensors(Protocol):
+    """The tensors of a checkpoint that is computed on request."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Their headers."""
+
+    @property
+    def shards(self) -> Mapping[str, tuple[str, ...]]:
+        """File name -> its tensors."""
+
+    @property
+    def after(self) -> Mapping[str, tuple[str, ...]]:
+        """Path -> tensors, of modules after the model with a merged tensor."""
+
+    def in_file(self, name: str) -> str:
+        """A tensor's name in its file."""
+
+    def merged(self, name: str) -> bool:
+        """Whether a tensor is merged; others are copies."""
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor as consecutive pieces of rows."""
+
+    def read_ahead_of(self, name: str) -> None:
+        """Ask the kernel to read ahead the pages that `pieces` will need."""
+
+
+class Merged(Tensors, Protocol):
+    """The tensors of a merged checkpoint, under the names of its base's files."""
+
+    @property
+    def base(self) -> Checkpoint:
+        """The checkpoint whose names, shapes and side files the merge has."""
+
+    @property
+    def form(self) -> Form:
+        """Its dtype and files."""
+
+
+class OnlyModel:
+    """The part of `Tensors` about modules after the model, where none is merged."""
+
+    @property
+    def after(self) -> Mapping[str, tuple[str, ...]]:
+        """None."""
+        return {}
+
+    def in_file(self, name: str) -> str:
+        """Its name."""
+        return name

@@ -1,0 +1,1 @@
+"""Mixtures of experts: made of dense experts, and made smaller."""

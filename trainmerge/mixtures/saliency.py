@@ -1,0 +1,120 @@
+"""What a mixture's experts do on calibration texts, in one pass, a layer in memory at a time.
+
+Legend: `E` experts of a layer, `H` hidden size, `R` tokens, `S` tokens that are kept.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainmerge.checkpoints import Checkpoint, LoadedModel, load_meta_model
+from trainmerge.data.examples import Example
+from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.mixtures.layers import MixtureLayer
+from trainmerge.model.routing import Choice, watching_routers
+from trainmerge.model.streamed import streamed
+from trainmerge.model.token_states import spread
+from trainmerge.system.console import progress
+
+TOGETHER = 16  # texts per forward pass; every pass reads all weights once
+KEPT = 1024  # tokens of all texts whose states are kept for each layer
+PAIRS = 4096  # (token, expert) pairs that are computed at a time
+
+
+@dataclass
+class Saliency:
+    """Sums over the tokens that reach each expert of one layer.
+
+    Args:
+        usage: Number of tokens, [E].
+        norms: Sum of weight times norm of the output, [E].
+        gated: Sum of weight times output, [E, H].
+        alike: Sum of the outer products of the router's logits over all tokens, [E, E].
+        states: What the router read at some tokens, [S, H].
+        outputs: Sum of every expert's output at those tokens, whether chosen or not, [E, H].
+        activation: The experts' activation function.
+    """
+
+    usage: Tensor
+    norms: Tensor
+    gated: Tensor
+    alike: Tensor
+    states: Tensor
+    outputs: Tensor
+    activation: Callable[[Tensor], Tensor]
+
+    @property
+    def scores(self) -> Tensor:
+        """REAP's saliency [E] (ICLR 2026, arXiv 2510.13999), with the model's own weights.
+
+        The mean, over the tokens routed to an expert, of weight times norm of its output; 0 if none is.
+        """
+        return self.norms / self.usage.clamp_min(1)
+
+
+@torch.no_grad()
+def measure(
+    base: Checkpoint, layers: Sequence[MixtureLayer], examples: Sequence[Example], tokenizer: Tokenizer
+) -> dict[str, Saliency]:
+    """Each layer's sums, by its prefix."""
+    loaded = load_meta_model(base)
+    routers = {layer.prefix: _module(loaded, layer.weight) for layer in layers}
+    experts = {layer.prefix: _module(loaded, layer.weight, "experts") for layer in layers}
+    found: dict[str, Saliency] = {}
+    chosen = torch.empty(0)
+    kept = torch.empty(0)
+
+    def see(prefix: str, choice: Choice) -> None:
+        own = Choice(*(part[chosen] for part in choice))
+        _add(found, prefix, experts[prefix], own, choice.states[kept])
+
+    with streamed(loaded, base), watching_routers(routers, see):
+        for first in progress(range(0, len(examples), TOGETHER), "measuring experts"):
+            inputs = tokenizer.encode(examples[first : first + TOGETHER]).inputs
+            chosen = inputs["attention_mask"].flatten().bool()
+            kept = spread(inputs["attention_mask"], max(1, KEPT // len(examples)))
+            loaded.module(**inputs)
+    return found
+
+
+def _module(loaded: LoadedModel, router: str, sibling: str = "") -> nn.Module:
+    """A router by its weight's name in the files, or the module beside it."""
+    path = loaded.names[router].rpartition(".")[0]
+    return loaded.module.get_submodule(f"{path.rpartition('.')[0]}.{sibling}" if sibling else path)
+
+
+def _add(found: dict[str, Saliency], prefix: str, experts: nn.Module, choice: Choice, states: Tensor) -> None:
+    """Add a batch's tokens to a layer's sums."""
+    count, width = choice.logits.shape[1], choice.states.shape[1]
+    if prefix not in found:
+        zeros = torch.zeros(count, width, dtype=torch.float64)
+        activation: Any = experts.act_fn
+        found[prefix] = Saliency(
+            zeros[:, 0].clone(), zeros[:, 0].clone(), zeros.clone(),
+            torch.zeros(count, count, dtype=torch.float64), states[:0], zeros.clone(), activation,
+        )  # fmt: skip
+    own = found[prefix]
+    logits = choice.logits.double()
+    own.alike += logits.T @ logits
+    tokens = torch.arange(len(choice.states)).repeat_interleave(choice.experts.shape[1])
+    numbers, weights = choice.experts.flatten(), choice.weights.flatten().double()
+    for part in torch.arange(len(tokens)).split(PAIRS):
+        out = outputs_of(experts, choice.states[tokens[part]], numbers[part]).double()
+        gated = weights[part, None] * out
+        own.usage.index_add_(0, numbers[part], torch.ones(len(part), dtype=torch.float64))
+        own.norms.index_add_(0, numbers[part], gated.norm(dim=1))
+        own.gated.index_add_(0, numbers[part], gated)
+    own.states = torch.cat([own.states, states])
+    for number in range(count):
+        out = outputs_of(experts, states, torch.full((len(states),), number))
+        own.outputs[number] += out.double().sum(0)
+
+
+def outputs_of(experts: nn.Module, states: Tensor, numbers: Tensor) -> Tensor:
+    """The output [R, H] of one expert for each state [R, H], by the model's own module, with weight 1."""
+    ones = torch.ones(len(states), 1, dtype=states.dtype)
+    out: Tensor = experts(states, numbers[:, None], ones)
+    return out

@@ -1,0 +1,101 @@
+"""One mixture of experts -> one with fewer: `trainmerge shrink`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from trainmerge.checkpoints import Checkpoint, check_tensors, open_checkpoint
+from trainmerge.data.columns import Columns
+from trainmerge.data.examples import Example, read_examples
+from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.export.export import write_checkpoint
+from trainmerge.mixtures.groups import FILE, METHODS, plan_groups, read_groups, write_groups
+from trainmerge.mixtures.layers import mixture_layers, shrunk_settings
+from trainmerge.mixtures.saliency import Saliency, measure
+from trainmerge.mixtures.shrunk import Shrunk
+from trainmerge.system.hub import folder_of
+from trainmerge.system.ranges import check_option
+from trainmerge.system.staging import staging
+
+LENGTH = 512  # tokens of a text, by default
+
+
+def shrink(
+    checkpoint: str | Path,
+    out: str | Path,
+    experts: int,
+    calibration: str | None = None,
+    plan: str = "reap",
+    max_length: int = LENGTH,
+    max_examples: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a mixture with fewer experts a layer, which transformers loads as it loads the larger one.
+
+    Kept experts keep their rows of the router; others are dropped, or merged into the nearest kept one, with
+    their neurons in its order. Shared experts and all other tensors are copies. The plan is written beside
+    the weights, as `trainmerge_groups.json`.
+
+    Args:
+        checkpoint: A mixture whose files have one matrix per expert: a folder, or an id on the hub.
+        out: The folder to create.
+        experts: Experts of every layer after.
+        calibration: Unlabeled texts: a JSONL, CSV, parquet or text file. Not needed for a plan in which every
+            group is one expert.
+        plan: `reap` (drop), `ream` (merge the nearest), `hc` (merge clusters), or a JSON file of groups.
+        max_length: Texts are truncated to this many tokens.
+        max_examples: Use the first so many texts.
+        overwrite: Replace `out` if it exists.
+
+    Raises:
+        FileExistsError: `out` exists and `overwrite` is not set.
+        ValueError: a dense model or stacks of experts, a number of experts that the router cannot have, no
+            texts, or a plan that does not fit; before anything is written.
+    """
+    check_option("experts", experts, int, "[1, inf)")
+    check_option("max_length", max_length, int, "[1, inf)")
+    check_option("max_examples", max_examples, int | None, "[1, inf)")
+    base = open_checkpoint(folder_of(checkpoint))
+    layers = mixture_layers(base)
+    settings = shrunk_settings(base.path, base.config, experts)
+    parts = int(base.config.get("n_group") or 1)
+    given = None if plan in METHODS else read_groups(_file(plan), layers, experts)
+    if plan == "hc" and parts > 1:
+        raise ValueError(
+            f"{base.path}: its routers have groups, of which hc does not keep equally many experts"
+        )
+    singles = given is not None and all(len(group) == 1 for own in given.values() for group in own)
+    if calibration is None and not singles:
+        raise ValueError(f"the plan {plan!r} needs texts: --calibration FILE")
+    with staging(out, overwrite) as folder:
+        _write_settings(folder, settings)
+        first = {layer.prefix: [[number] for number in range(experts)] for layer in layers}
+        check_tensors(folder, Shrunk(base, layers, first).tensors)
+        texts = _texts(base, calibration, max_length, max_examples) if calibration and not singles else None
+        measured: dict[str, Saliency] = {} if texts is None else measure(base, layers, *texts)
+        groups = given or {
+            layer.prefix: plan_groups(plan, measured[layer.prefix], experts, parts) for layer in layers
+        }
+        write_checkpoint(Shrunk(base, layers, groups, measured), folder)
+        _write_settings(folder, settings)
+        write_groups(folder / FILE, plan if given is None else Path(plan).name, experts, groups)
+    return Path(out)
+
+
+def _file(plan: str) -> Path:
+    if not (path := Path(plan)).is_file():
+        raise ValueError(f"--plan is {plan!r}: it is {', '.join(METHODS)}, or a file of groups")
+    return path
+
+
+def _write_settings(folder: Path, settings: Mapping[str, object]) -> None:
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _texts(
+    base: Checkpoint, calibration: str, max_length: int, most: int | None
+) -> tuple[list[Example], Tokenizer]:
+    tokenizer = Tokenizer(str(base.path), max_length)
+    if not (found := read_examples(calibration, Columns(), tokenizer.render, most)):
+        raise ValueError(f"{calibration}: no texts")
+    return found, tokenizer

@@ -1,0 +1,160 @@
+"""A mixture with fewer experts: its tensors, from the files of the larger one.
+
+A group's expert is sum_e w_e P_e W_e over its members, with w their share of the group's saliency, and P_e
+the order of e's neurons that is nearest to the centroid's. A group of one is that expert, bit for bit.
+
+Legend: `M` experts of a layer, `H` hidden size, `I` width of an expert, `S` tokens.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from trainmerge.checkpoints import Checkpoint
+from trainmerge.export.form import Form, divided
+from trainmerge.export.tensors import OnlyModel
+from trainmerge.mixtures.assignment import assign
+from trainmerge.mixtures.groups import Groups
+from trainmerge.mixtures.layers import MixtureLayer
+from trainmerge.mixtures.saliency import Saliency
+from trainmerge.system.safetensors_file import TensorInfo, read_ahead
+
+SHARD = "5GB"
+
+
+@dataclass(frozen=True)
+class Shrunk(OnlyModel):
+    """The tensors after.
+
+    Args:
+        base: The larger mixture.
+        layers: Its layers.
+        groups: Prefix -> its groups.
+        measured: Prefix -> sums over calibration tokens; not needed where every group is one expert.
+    """
+
+    base: Checkpoint
+    layers: Sequence[MixtureLayer]
+    groups: Mapping[str, Groups]
+    measured: Mapping[str, Saliency] = field(default_factory=dict)
+    form: Form = field(default_factory=Form)
+
+    @cached_property
+    def routers(self) -> Mapping[str, MixtureLayer]:
+        """Tensors with one row per expert -> their layer."""
+        return {name: layer for layer in self.layers for name in layer.routers}
+
+    @cached_property
+    def experts(self) -> Mapping[str, tuple[MixtureLayer, str, Sequence[int]]]:
+        """Name after -> layer, kind of matrix, and members."""
+        return {
+            layer.expert(place, kind): (layer, kind, group)
+            for layer in self.layers
+            for place, group in enumerate(self.groups[layer.prefix])
+            for kind in layer.kinds
+        }
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The headers."""
+        found: dict[str, TensorInfo] = {}
+        every = {
+            layer.expert(e, k) for layer in self.layers for e in range(layer.experts) for k in layer.kinds
+        }
+        for name, info in self.base.tensors.items():
+            if name in self.routers:
+                rows = len(self.groups[self.routers[name].prefix])
+                found[name] = info._replace(shape=torch.Size((rows, *info.shape[1:])))
+            elif name not in every or name in self.experts:
+                found[name] = info
+        return found
+
+    @cached_property
+    def shards(self) -> Mapping[str, tuple[str, ...]]:
+        """File name -> its tensors."""
+        sizes = {name: info.shape.numel() * info.dtype.itemsize for name, info in self.tensors.items()}
+        return divided(sizes, SHARD)
+
+    def merged(self, name: str) -> bool:
+        """Whether a tensor is computed from several experts."""
+        return name in self.experts and len(self.experts[name][2]) > 1
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor after."""
+        if name in self.routers:
+            rows = [group[0] for group in self.groups[self.routers[name].prefix]]
+            yield self.base.read(name)[rows]
+        elif name in self.experts:
+            layer, kind, group = self.experts[name]
+            yield self._expert(layer, kind, group)
+        else:
+            yield self.base.read(name)
+
+    def read_ahead_of(self, name: str) -> None:
+        """Ask the kernel to read ahead the pages that `pieces` will need."""
+        if name in self.experts:
+            layer, kind, group = self.experts[name]
+            read_ahead(self.base.read(layer.expert(group[0], kind)))
+        else:
+            read_ahead(self.base.read(name))
+
+    def _expert(self, layer: MixtureLayer, kind: str, group: Sequence[int]) -> Tensor:
+        first = self.base.read(layer.expert(group[0], kind))
+        if len(group) == 1:
+            return first
+        total = torch.zeros(first.shape, dtype=torch.float32)
+        for member, weight in zip(group, self.shares(layer, group), strict=True):
+            total += weight * self.aligned(layer, kind, group[0], member).float()
+        return total.to(first.dtype)
+
+    def shares(self, layer: MixtureLayer, group: Sequence[int]) -> list[float]:
+        """The members' shares of the group's saliency; no token counts as the least saliency of the layer."""
+        scores = self.measured[layer.prefix].scores
+        least = scores[scores > 0].min() if bool((scores > 0).any()) else scores.new_ones(())
+        own = scores[list(group)].clamp_min(float(least))
+        return [float(share) for share in own / own.sum()]
+
+    def aligned(self, layer: MixtureLayer, kind: str, centroid: int, member: int) -> Tensor:
+        """A member's matrix with its neurons in the centroid's order."""
+        weight = self.base.read(layer.expert(member, kind))
+        if member == centroid:
+            return weight
+        order = self._order(layer, centroid, member)
+        return weight[:, order] if kind == "down" else weight[order]
+
+    @cached_property
+    def _orders(self) -> dict[tuple[str, int, int], Tensor]:
+        return {}
+
+    def _order(self, layer: MixtureLayer, centroid: int, member: int) -> Tensor:
+        key = layer.prefix, centroid, member
+        if key not in self._orders:
+            own = self.measured[layer.prefix]
+            one, other = (
+                neurons([self.base.read(layer.expert(number, kind)) for kind in ("gate", "up", "down")], own)
+                for number in (centroid, member)
+            )
+            self._orders[key] = nearest_order(one, other)
+        return self._orders[key]
+
+
+def neurons(matrices: Sequence[Tensor], own: Saliency) -> tuple[Tensor, Tensor]:
+    """Two features of every neuron, of norm 1: its weights [I, 3 H], and values at the kept states [I, S].
+
+    Args:
+        matrices: The expert's gate and up [I, H], and down [H, I].
+        own: The layer's sums.
+    """
+    gate, up, down = (matrix.float() for matrix in matrices)
+    x = own.states.float()
+    values = own.activation(x @ gate.T) * (x @ up.T)
+    return normalize(torch.cat([gate, up, down.T], dim=1), dim=1), normalize(values.T, dim=1)
+
+
+def nearest_order(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """The order of the other's neurons with the largest sum of cosines with the first's, of both features."""
+    return assign(-(one[0] @ other[0].T + one[1] @ other[1].T))

@@ -1,0 +1,64 @@
+"""DELLA's MagPrune: drop entries at random, small ones more often, and rescale the rest.
+
+Deep et al., 2024 (arXiv 2406.11617).
+
+Legend: `K` experts, `*S` shape of a parameter or of some rows of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+from typing_extensions import override
+
+from trainmerge.preprocess.dare import draws
+from trainmerge.preprocess.piecewise import Piecewise, Rule
+from trainmerge.system.ranges import check_fields
+from trainmerge.task_vectors.delta import Delta, TaskVectors
+
+
+@dataclass(frozen=True)
+class Della(Piecewise):
+    """Keep each entry with a probability that grows with its rank in its row, and divide it by that.
+
+    From density - window / 2 for a row's smallest magnitude to density + window / 2 for its largest. Then
+    `Ties(density=1.0, merge="mean")` elects signs and fuses; the coefficient is the paper's lambda. The draws
+    depend only on seed, expert and parameter name (and rows, if it is large).
+
+    Args:
+        density: Mean probability of keeping an entry, in (0, 1].
+        window: Width of the probabilities, twice the `epsilon` of mergekit; 0 is DARE.
+        seed: Seed of the random draws.
+    """
+
+    density: float = 0.5
+    window: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, density="(0, 1]", window="[0, 1)")
+        if not (self.density - self.window / 2 > 0 and self.density + self.window / 2 <= 1):
+            low, high = self.density - self.window / 2, self.density + self.window / 2
+            raise ValueError(
+                f"Della.density {self.density:g} and window {self.window:g} give probabilities from {low:g} "
+                f"to {high:g}; they must be in (0, 1]"
+            )
+
+    @override
+    def rule(self, task_vectors: TaskVectors) -> Rule:
+        return partial(self._sampled, task_vectors.experts)
+
+    def _sampled(self, experts: Sequence[str], name: str, delta: Delta) -> Tensor:
+        taus = delta.dense()
+        for tau, expert in zip(taus, experts, strict=True):
+            keep = self.probabilities(tau)
+            tau.mul_(draws(self.seed, expert, name, tau) < keep).div_(keep)
+        return taus
+
+    def probabilities(self, tau: Tensor) -> Tensor:
+        """Of keeping each entry of one expert's rows, [*S]."""
+        rows = tau.reshape(-1, tau.shape[-1] if tau.dim() else 1)
+        ranks = rows.abs().argsort(dim=1, stable=True).argsort(dim=1).to(tau.dtype)
+        low, last = self.density - self.window / 2, max(1, rows.shape[1] - 1)
+        return (low + ranks * (self.window / last)).view(tau.shape)

@@ -1,0 +1,134 @@
+"""Sharded checkpoints of torch.distributed (DCP): a folder of `.distcp` files and their `.metadata`.
+
+The metadata is a pickle. It is read by an unpickler that knows DCP's own classes and torch's plain values
+only; tensors are read by torch's restricted unpickler.
+"""
+
+import pickle
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, load
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from typing_extensions import override
+
+from trainmerge.system.text import shortened
+
+METADATA = ".metadata"
+LONGEST = 400  # characters of a reason
+DCP = "torch.distributed.checkpoint"
+KNOWN = {
+    *(
+        (f"{DCP}.metadata", name)
+        for name in (
+            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+            "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    (f"{DCP}.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+}  # fmt: skip
+
+
+class ShardedFile:
+    """The tensors of a sharded checkpoint; one is read when it is asked for.
+
+    Args:
+        folder: With `.metadata` and `.distcp` files.
+
+    Raises:
+        ValueError: damaged metadata, or objects other than DCP's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._reader = _Reader(folder)
+        self._bytes = sum(file.stat().st_size for file in folder.glob("*.distcp"))
+        found = self._reader.read_metadata()
+        self.entries: dict[str, TensorStorageMetadata] = {
+            name: entry
+            for name, entry in found.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        paths: dict[str, Any] = found.planner_data if isinstance(found.planner_data, dict) else {}
+        self.paths: dict[str, Sequence[str]] = {
+            name: [str(part) for part in paths.get(name, (name,))] for name in self.entries
+        }
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, whole, in memory."""
+        entry = self.entries[name]
+        if entry.size.numel() * entry.properties.dtype.itemsize > self._bytes:
+            raise ValueError(f"{self.folder}: {name} is larger than the checkpoint's files")
+        state = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that no processes take part
+                load(state, storage_reader=self._reader, no_dist=True)
+        except (Exception, CheckpointException) as error:  # whatever the files' contents raise
+            causes = [str(cause) for cause, _ in getattr(error, "failures", {}).values()] or [str(error)]
+            words = shortened(" ".join(causes[0].split()), LONGEST)
+            raise ValueError(f"{self.folder}: {name} cannot be read: {words}. Save it again") from error
+        return state[name]
+
+    def under(self, key: str) -> Iterator[tuple[str, str]]:
+        """(name within, name) of the tensors under a first key; of all, if it is empty."""
+        for name, path in self.paths.items():
+            if not key:
+                yield ".".join(path), name
+            elif path[0] == key and len(path) > 1:
+                yield ".".join(path[1:]), name
+            elif name.startswith(f"{key}."):
+                yield name.removeprefix(f"{key}."), name
+
+
+class _Reader(FileSystemReader):
+    """DCP's reader with an unpickler that knows no other class."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._folder = folder
+
+    @override
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata of all files.
+
+        Raises:
+            ValueError: as for `ShardedFile`.
+        """
+        del args, kwargs
+        file = self._folder / METADATA
+        try:
+            with file.open("rb") as stream:
+                found = _Unpickler(stream).load()
+        except Exception as error:  # whatever a damaged pickle raises
+            raise ValueError(f"{file}: no metadata of torch.distributed: {error}") from error
+        if not isinstance(found, Metadata):
+            raise ValueError(f"{file}: no metadata of torch.distributed: a {type(found).__name__}")
+        if getattr(found, "storage_meta", None) is not None:
+            found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _Unpickler(pickle.Unpickler):
+    """DCP's dataclasses, torch's dtypes and layouts, and containers."""
+
+    @override
+    def find_class(self, module: str, name: str) -> Any:
+        """The class of this name.
+
+        Raises:
+            pickle.UnpicklingError: another one.
+        """
+        plain = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) not in KNOWN and not plain:
+            raise pickle.UnpicklingError(f"it has {module}.{name}, which such a checkpoint does not need")
+        return super().find_class(module, name)
