@@ -32,6 +32,7 @@ GROUPS = (
     "quantised",
     "moe",
     "packed",
+    "residency",
 )
 
 
