@@ -18,6 +18,7 @@ GROUPS = (
     "fit_step",
     "guard",
     "auto",
+    "written_texts",
     "fit_lm",
     "closed_memory",
     "closed_cost",
@@ -30,6 +31,9 @@ GROUPS = (
     "peer_fit",
     "quantised",
     "neighbour",
+    "moe",
+    "packed",
+    "residency",
 )
 
 
