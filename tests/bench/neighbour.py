@@ -2,8 +2,8 @@
 
 On two cores a fair share is one and a half of them, so that a fit with two threads takes a third longer at
 least; OpenMP threads that spin at barriers have taken ten times as long. The neighbour is there before the
-fit, or comes when it has begun to learn. The demo's fit as the command line runs it, which chooses its threads
-itself; medians of `REPEATS` (3) rounds of all three, on an otherwise quiet machine.
+fit, or comes when it has begun to learn. The demo's fit as the command line runs it, which chooses its
+threads itself; medians of `REPEATS` (3) rounds of all three, on an otherwise quiet machine.
 """
 
 import os
