@@ -96,6 +96,9 @@ def test_the_same_call_resumes(world: Path, chosen: tm.Choice, monkeypatch: pyte
     assert (world / "merged-auto" / "trials.jsonl").read_bytes() == log  # nothing was judged again
     assert RunFolder(again.run).coefficients.read_bytes() == before
     assert again.best == chosen.best
+    made = (world / "merged" / "model.safetensors").stat().st_mtime_ns
+    tm.auto_config(world / "config.yaml", world / "merged")  # it is there: nothing is written again
+    assert (world / "merged" / "model.safetensors").stat().st_mtime_ns == made
     assert {n: t.recovered for n, t in again.rows.items()} == {n: t.recovered for n, t in chosen.rows.items()}
 
 

@@ -29,6 +29,9 @@ GROUPS = (
     "plan_memory",
     "peer_fit",
     "quantised",
+    "moe",
+    "packed",
+    "residency",
 )
 
 

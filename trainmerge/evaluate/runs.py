@@ -192,7 +192,8 @@ def _evaluation(
     """The rows, with only the best task-arithmetic one by mean."""
     names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
     kept = keep_best_arithmetic(Evaluation(metric, *names, rows).scores, metric)
-    best, shares = ({row: own for row, own in given.items() if row in kept} for given in (rows, agreement))
+    best = {row: own for row, own in rows.items() if row in kept}
+    shares = {row: own for row, own in agreement.items() if row in kept}
     return Evaluation(metric, *names, best, harness, shares)
 
 
