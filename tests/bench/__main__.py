@@ -18,7 +18,6 @@ GROUPS = (
     "fit_step",
     "guard",
     "auto",
-    "written_texts",
     "fit_lm",
     "closed_memory",
     "closed_cost",
