@@ -158,7 +158,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "closed-forms": closed_suite.table,
     "vision-suite": lambda: vision_suite.table(vision_suite.measured()),
     "front": front,
-    "paper": paper.table,
+    **{f"paper-{card}": (lambda card=card: paper.table(card)) for card in ("h100", "h200")},
     "soak": soak,
     "kills": kills,
     "families": families,

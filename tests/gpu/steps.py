@@ -21,7 +21,7 @@ from trainmerge.model.functional import merged_weights
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.objectives.entropy import entropy
 from trainmerge.task_vectors.delta import TaskVectors
-from trainmerge.task_vectors.prefetch import each_tensor
+from trainmerge.task_vectors.link import each_tensor
 
 EXPERTS, BATCH, TOKENS, ROUNDS = (3, 8), 2, 512, 3
 
