@@ -18,6 +18,7 @@ GROUPS = (
     "fit_step",
     "guard",
     "auto",
+    "written_texts",
     "fit_lm",
     "closed_memory",
     "closed_cost",
@@ -29,6 +30,8 @@ GROUPS = (
     "plan_memory",
     "peer_fit",
     "quantised",
+    "moe",
+    "packed",
     "residency",
 )
 

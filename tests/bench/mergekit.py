@@ -4,14 +4,16 @@ Base and three experts of a small Llama of real shapes (`LAYERS` layers of width
 most methods in the models' dtype; so each is compared twice: as the file is, `dtype: bfloat16`, and with
 mergekit's arithmetic in float32, `dtype: float32, out_dtype: bfloat16`, against `faithful`, where only the
 formulas can differ. A distance is in units of the last place of bfloat16 of the largest of both numbers and
-the base's. Methods that rank entries are compared a third time, on float32 models, where hardly any two
-entries are equally large. Methods that draw at random are compared by the L1 norm of what they add. CPU
+the base's. Methods that rank entries are compared a third time, on float64 models, where no two entries
+are equally large. Methods that draw at random are compared by the L1 norm of what they add. CPU
 time is that of the merge in a process that has merged before, one thread; memory is how far its anonymous
 memory rises in the merge. Memory of whole exports is in `export`.
 
 `MK=VENV/bin` names an environment with mergekit==0.1.5.
 """
 
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -55,12 +57,13 @@ SETTINGS: Mapping[str, tuple[int, dict, dict]] = {  # number of experts, setting
 }
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 RANKED = ("ties", "breadcrumbs", "breadcrumbs_ties", "sce", "arcee_fusion")
-KINDS = ("plain", "wide", "float")  # bfloat16 models: as most files are, and wide sums; float32 models
+KINDS = ("plain", "wide", "double")  # bfloat16 models: as most files are, and wide sums; float64 models
 BASELESS = ("linear", "multislerp", "karcher", "nuslerp")
 
 
 def write_models(place: Path, dtype: torch.dtype) -> None:
     """A base and experts."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -75,14 +78,14 @@ def write_models(place: Path, dtype: torch.dtype) -> None:
     for k in range(EXPERTS):
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
-                tensor.copy_(state[name].float() + 1e-3 * torch.randn(tensor.shape))
+                tensor.copy_(state[name].to(wide) + 1e-3 * torch.randn(tensor.shape, dtype=wide))
         model.save_pretrained(place / f"expert{k}")
 
 
 def document(method: str, root: Path, kind: str) -> dict:
     """mergekit's file for a method."""
     count, each, shared = SETTINGS[method]
-    place = root / ("float32" if kind == "float" else "bfloat16")
+    place = root / ("float64" if kind == "double" else "bfloat16")
     models = [
         {"model": str(place / f"expert{k}"), "parameters": {key: values[k] for key, values in each.items()}}
         for k in range(count)
@@ -90,7 +93,7 @@ def document(method: str, root: Path, kind: str) -> dict:
     dtypes = {
         "plain": {"dtype": "bfloat16"},
         "wide": {"dtype": "float32", "out_dtype": "bfloat16"},
-        "float": {"dtype": "float32"},
+        "double": {},
     }[kind]
     base = {} if method in BASELESS else {"base_model": str(place / "base")}
     return {"merge_method": method, "models": models, "parameters": shared, **base, **dtypes}
@@ -105,18 +108,23 @@ def merge_all(place: Path, theirs: bool) -> None:
     file.write_text(yaml.safe_dump(document("ties", place, "plain")))
     merge(file, side / "first", False)  # imports everything
     for kind in KINDS:
-        for method in RANKED if kind == "float" else SETTINGS:
+        for method in RANKED if kind == "double" else SETTINGS:
             file.write_text(yaml.safe_dump(document(method, place, kind)))
-            began, memory = time.process_time(), Memory()
+            memory, began = Memory(), time.process_time()
             merge(file, side / f"{method}-{kind}", kind != "plain")
             seconds, rise = time.process_time() - began, memory.stop()
             print(json.dumps({"method": method, "kind": kind, "seconds": seconds, "rise": rise}), flush=True)
 
 
 class Memory:
-    """How far this process's anonymous memory rises, looked at every 2 ms by a thread."""
+    """How far this process's anonymous memory rises, looked at every 2 ms by a thread.
+
+    Memory that is free at the start is returned first.
+    """
 
     def __init__(self) -> None:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         self.start = self.most = anonymous()
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._watch)
@@ -189,7 +197,7 @@ def main() -> None:
     """Both sides, and their distances."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float64):
             write_models(place / str(dtype).removeprefix("torch."), dtype)
         ours = run(sys.executable, place, "ours")
         theirs = run(f"{os.environ['MK']}/python", place, "theirs")
@@ -205,12 +213,12 @@ def main() -> None:
 def compare(method: str, place: Path) -> None:
     """Both sides' merges by a method."""
     for kind in KINDS if method in RANKED else KINDS[:2]:
-        base = tensors(place / ("float32" if kind == "float" else "bfloat16") / "base")
+        base = tensors(place / ("float64" if kind == "double" else "bfloat16") / "base")
         ours, theirs = (tensors(place / side / f"{method}-{kind}") for side in ("ours", "theirs"))
         if method in RANDOM:
             figure(f"{method}_{kind}_l1", norm(ours, base) / norm(theirs, base), "ratio", "")
-        elif kind == "float":
-            figure(f"{method}_float_relative", relative(ours, theirs), "relative", "")
+        elif kind == "double":
+            figure(f"{method}_double_relative", relative(ours, theirs), "relative", "1e-12")
         else:
             ulps, absolute, share = apart(ours, theirs, base)
             figure(f"{method}_{kind}_ulp", ulps, "ulp", "1" if kind == "wide" else "")

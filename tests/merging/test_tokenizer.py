@@ -239,8 +239,31 @@ def test_one_line_has_the_keys_of_a_recipe(root: Path) -> None:
             assert_near(row, want[token])
     assert AutoTokenizer.from_pretrained("one").chat_template == TEMPLATE
     assert "<|tool|>" not in by_token(root / "three", EMBEDDING)
-    assert main([*words, "four", "--vocabulary", "shared", "--tokenizer", "union"]) == 1
-    assert main(["merge", "m.yml", "five", "--tokenizer", "union"]) == 1
+
+
+WRONG = [
+    (
+        ["base", "a", "-o", "out", "--vocabulary", "shared", "--tokenizer", "union"],
+        "by their number: leave it",
+    ),
+    (["base", "a", "-o", "out", "--vocabulary", "union", "--tokenizer", "base"], "leave out one of them"),
+    (
+        ["base", "a", "-o", "out", "--chat-template", "b"],
+        "chat_template is 'b'; it is auto, chatml, a merged",
+    ),
+    (["base", "a", "-o", "out", "--tokenizer", "none"], "tokenizer_source: none has no tokenizer files"),
+    (["m.yml", "out", "--tokenizer", "union"], "--tokenizer goes with models, and m.yml is not"),
+]
+
+
+@pytest.mark.parametrize(("words", "error"), WRONG, ids=[error[:20] for _, error in WRONG])
+def test_wrong_words_are_named(
+    root: Path, words: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "m.yml").write_text(yaml.safe_dump(content()))
+    assert main(["merge", *words]) == 1
+    assert error in capsys.readouterr().err
+    assert not (root / "out").exists()
 
 
 def test_shared_rows_in_one_line(root: Path) -> None:

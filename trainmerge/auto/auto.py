@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from trainmerge.auto.search import AutoSearch, Choice
-from trainmerge.export.export import export_run
+from trainmerge.export.export_once import export_once
 from trainmerge.report import write_report
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.in_use import in_use
@@ -50,6 +50,6 @@ def auto_config(
     with in_use(RunFolder(place), "trainmerge auto"):
         choice = search.choose()
         write_whole(place / "auto.json", json.dumps(choice.to_json(), indent=2))
-        export_run(choice.run, target, overwrite)
+        export_once(choice.run, target, overwrite)
         write_report(choice.run)
     return choice

@@ -214,8 +214,11 @@ class MergeModule(CoefficientSteps):
         Its backward has the model's `loss_scale`, which `MergedModel.gradient` takes out again.
         """
         expert = list(self.recipe.experts.values())[batch.expert]
+        return self.resident.merged.loss_scale(expert.weight * batch.share * self.losses(batch).mean())
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of each example of one expert's batch, [B], without the expert's weight."""
         batch = self.resident.counted(batch)
         if records := self.teachers if self._rounds is None else self._rounds.records:
             batch = batch._replace(teacher=records[batch.expert].of(batch.ids, self.resident.device))
-        losses = self.objective(self.resident(batch, self.objective.asks.layers), batch)
-        return self.resident.merged.loss_scale(expert.weight * batch.share * losses.mean())
+        return self.objective(self.resident(batch, self.objective.asks.layers), batch)

@@ -5,10 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from trainmerge.checkpoints.whole import COEFFICIENTS, export_manifest
-from trainmerge.export.export import export_run
-from trainmerge.export.form import DtypeName, Form
-from trainmerge.export.public import public
+from trainmerge.export.export_once import export_once
+from trainmerge.export.form import DtypeName
 from trainmerge.fitting.fit import fit
 from trainmerge.fitting.from_config import from_config
 from trainmerge.merging.document import Document
@@ -17,8 +15,6 @@ from trainmerge.merging.methods import METHODS
 from trainmerge.merging.tokenizer import Tokenizer
 from trainmerge.report import write_report
 from trainmerge.run.config import read_yaml
-from trainmerge.run.folder import RunFolder
-from trainmerge.system.safetensors_file import sha256
 
 
 def merge_models(
@@ -117,28 +113,14 @@ def merge_config(
     target = Path(out)
     place = Path(run) if run is not None else target.with_name(f"{target.name}-run")
     settings = from_config(config, place)
-    folder = fit(
+    fit(
         settings.module, settings.data, settings.trainer, settings.run, settings.resume,
         config=settings.text, memory=settings.memory,
     )  # fmt: skip
-    if not overwrite and _exported(folder, target, Form(dtype, shard_size)):
-        print(f"{target} is this run's merge already")
-    else:
-        export_run(place, target, overwrite, workers, None, dtype, shard_size)
+    export_once(place, target, overwrite, workers, dtype, shard_size)
     if settings.report:
         write_report(place)
     return target
-
-
-def _exported(folder: RunFolder, target: Path, form: Form) -> bool:
-    """Whether a folder is the export of the run as it is, in this form."""
-    content = export_manifest(target)
-    made, files = content.get("run") or {}, content.get("files") or {}
-    return (
-        made.get("checksums") == public(folder.read_manifest()["checksums"])
-        and files.get(COEFFICIENTS) == sha256(folder.coefficients)
-        and content.get("form", {}) == form.to_json()
-    )
 
 
 def is_mergekit(path: Path) -> bool:

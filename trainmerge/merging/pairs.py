@@ -29,28 +29,31 @@ def arcee_fusion(group: Group, faithful: bool) -> Rule:
     """The model's entries of outstanding importance; the base's elsewhere.
 
     Importance is |tau| times KL(softmax(row) || softmax(base row)) of its row; outstanding is above median +
-    1.5 (Q3 - Q1) of the parameter, quantiles as the next lower entry (Arcee, MergeKit v0.1).
+    1.5 (Q3 - Q1) of the parameter, quantiles as the next lower entry (Arcee, MergeKit v0.1). mergekit adds
+    1e-8 to every probability, and so does `faithful`.
     """
-    del faithful
+    added = 1e-8 if faithful else 0.0
     size = group.delta.shape.numel()
 
     def quantile(share: float) -> float:
         wanted = size - int(share * (size - 1))
-        (cut,) = cuts(lambda: (_importance(piece).view(1, -1) for piece in group.pieces()), wanted)
+        (cut,) = cuts(lambda: (_importance(piece, added).view(1, -1) for piece in group.pieces()), wanted)
         return cut.value
 
     limit = quantile(0.5) + 1.5 * (quantile(0.75) - quantile(0.25))
 
     def rule(piece: Piece) -> Tensor:
-        return _base(piece) + piece.taus[0] * (_importance(piece) > limit)
+        return _base(piece) + piece.taus[0] * (_importance(piece, added) > limit)
 
     return rule
 
 
-def _importance(piece: Piece) -> Tensor:
+def _importance(piece: Piece, added: float) -> Tensor:
     base, (weight,), (tau,) = _base(piece), piece.weights, piece.taus
     rows = weight.reshape(-1, weight.shape[-1]).double()  # in float32 nothing of the divergence is left
     model, own = rows.log_softmax(-1), base.reshape(rows.shape).double().log_softmax(-1)
+    if added:
+        model, own = model.exp().add(added).log(), own.exp().add(added).log()
     divergence = (model.exp() * (model - own)).sum(-1, keepdim=True).clamp_min(0)  # [R, 1]
     importance: Tensor = (tau.abs().reshape(rows.shape) * divergence).to(tau.dtype)
     return importance.reshape(tau.shape)
