@@ -130,10 +130,10 @@ def test_the_base_is_judged_once(world: Path, tmp_path: Path, monkeypatch: pytes
     known.__set_name__(HeldOut, "base_losses")
     monkeypatch.setattr(HeldOut, "base_losses", known)
     monkeypatch.setattr(search, "starts", lambda *_: FEW)
-    monkeypatch.setattr(search, "FINALISTS", 0)
-    found = tm.auto_config(tmp_path / "config.yaml", tmp_path / "out")
+    judged = search.AutoSearch(tmp_path / "config.yaml", tmp_path, 0.2, None, None).judged
+    trials = [judge([0.3] * K) for judge in judged.values()]
     assert len(counted) == 1
-    for trial in found.rows.values():
+    for trial in trials:
         assert trial.mean == pytest.approx((trial.recovered[1] + 2 * trial.recovered[2]) / 3)
 
 

@@ -18,7 +18,6 @@ GROUPS = (
     "fit_step",
     "guard",
     "auto",
-    "written_texts",
     "fit_lm",
     "closed_memory",
     "closed_cost",
@@ -30,7 +29,10 @@ GROUPS = (
     "plan_memory",
     "peer_fit",
     "quantised",
+    "neighbour",
     "moe",
+    "packed",
+    "residency",
 )
 
 
