@@ -3,6 +3,7 @@
 .venv/bin/python -m tests.doc_pictures
 """
 
+import json
 from pathlib import Path
 
 import matplotlib as mpl
@@ -147,11 +148,33 @@ def gap() -> Figure:
     return figure
 
 
+def packed() -> Figure:
+    """Packed experts: bits per weight and task against the kept share of the experts' accuracy."""
+    found: dict[str, dict[str, float]] = {}
+    for row in json.loads((results.FOLDER / "bench" / "packed.json").read_text())["figures"]:
+        name, figure_name = row["what"].split(": ", 1)
+        found.setdefault(name, {})[figure_name] = row["value"]
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    colors = {"lowrank": BLUE, "ternary": GREEN, "pca": "#8a5fb0", "budget": "#111827"}
+    for name, own in found.items():
+        family = name.replace(":", " ").split(" ")[0]
+        x, y = own["bits per weight and task"], 100 * own["of the experts' accuracy"]
+        axes.plot(x, y, "o", color=colors.get(family, ORANGE), ms=6)
+        axes.annotate(name, (x, y), (5, -11), textcoords="offset points", fontsize=8, color=GREY)
+    axes.axhline(99, color=GREY, lw=0.8, ls=":")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="bits per weight and task", ylabel="share of the experts' accuracy (%)")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def main() -> None:
     """Write the pictures; the same bytes every time."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"svg.hashsalt": "trainmerge", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
-        for draw in (idea, step, gap):
+        for draw in (idea, step, gap, packed):
             draw().savefig(FOLDER / f"{draw.__name__}.svg", metadata={"Date": None})
 
 

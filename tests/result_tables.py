@@ -85,9 +85,9 @@ def shown(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.6g}"
 
 
-def mergekit() -> str:
-    """Each method's distance from mergekit, and its cost."""
-    content = bench("mergekit")
+def by_method(group: str, title: str) -> str:
+    """The figures of a group whose texts are `METHOD: FIGURE`: a row per method, a column per figure."""
+    content = bench(group)
     found: dict[str, dict[str, float]] = {}
     for row in content["figures"]:
         method, figure = row["what"].split(": ", 1)
@@ -98,7 +98,7 @@ def mergekit() -> str:
         for method, own in found.items()
     ]
     source = f"`{content['command']}`; {content['machine']}; {content['versions']}."
-    return f"{content['about']}\n\n{markdown(['method', *columns], rows)}\n\n{source}"
+    return f"{content['about']}\n\n{markdown([title, *columns], rows)}\n\n{source}"
 
 
 def soak() -> str:
@@ -158,7 +158,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "closed-forms": closed_suite.table,
     "vision-suite": lambda: vision_suite.table(vision_suite.measured()),
     "front": front,
-    "paper": paper.table,
+    **{f"paper-{card}": (lambda card=card: paper.table(card)) for card in ("h100", "h200")},
     "soak": soak,
     "kills": kills,
     "families": families,
@@ -169,7 +169,8 @@ TABLES: dict[str, Callable[[], str]] = {
         f"bench-{file.stem}": (lambda group=file.stem: figures(group))
         for file in sorted((results.FOLDER / "bench").glob("*.json"))
     },
-    "bench-mergekit": mergekit,
+    "bench-mergekit": lambda: by_method("mergekit", "method"),
+    "bench-packed": lambda: by_method("packed", "`--codec` or `--budget`"),
 }
 
 

@@ -210,6 +210,7 @@ def test_commands_are_ours_and_their_configurations_are_there(example: Example) 
             "push",
             "rebuild",
             "unpack",
+            "shrink",
         }
     for file in re.findall(r"configs/\S+", example.code):
         assert (ROOT / file).is_file()

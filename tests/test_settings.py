@@ -12,6 +12,7 @@ import trainmerge as tm
 from trainmerge.fitting.model_settings import ModelSettings
 from trainmerge.plan.micro_batches import StepSchedule
 from trainmerge.tradeoffs.cma_es import Search
+from trainmerge.tradeoffs.niches import Niches
 
 VALID = [
     tm.Expert("a"), tm.HeldOut("t"), tm.Recipe("base", {"a": tm.Expert("a")}), tm.Grouping(), tm.Columns(),
@@ -29,7 +30,7 @@ VALID = [
     tm.ModelStock(), tm.Opcm(), tm.OptMerge(), tm.Pcb(),
     tm.Rcp("a", "b"), tm.RegMean(), tm.Slerp(), tm.Ties(), tm.Tsv(), tm.Widen(),
     tm.Wudi(), tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
-    tm.AdapterForm(), tm.Int8(), tm.Ternary(), ModelSettings(), StepSchedule(), Search(),
+    tm.AdapterForm(), tm.Int8(), tm.Ternary(), ModelSettings(), StepSchedule(), Search(), Niches(),
     tm.Wudi(), tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
     tm.AdapterForm(), tm.PackedForm("mask"), tm.Concrete(), tm.Int8(), tm.Ternary(),
     ModelSettings(), StepSchedule(), Search(),

@@ -80,6 +80,7 @@ from .packed.opened import Packed as Packed
 from .packed.opened import load_packed as load_packed
 from .packed.opened import open_packed as open_packed
 from .packed.unpack import unpack as unpack
+from .packed.verify import verify_packed as verify_packed
 from .plan.plan import Plan as Plan
 from .plan.plan_model import plan_model as plan_model
 from .preprocess import Aim as Aim

@@ -5,6 +5,7 @@ Legend: `K` experts, `G` coefficient groups.
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from trainmerge.auto import auto_config, search, starts
 from trainmerge.auto.starts import Start
 from trainmerge.auto.trials import Trial, TrialLog
 from trainmerge.cli import main
+from trainmerge.fitting.held_out import HeldOut
 from trainmerge.run.folder import RunFolder
 
 K = len(LABELS)
@@ -116,6 +118,23 @@ def test_every_start_can_be_judged(world: Path, tmp_path: Path, capsys: pytest.C
         assert start.name in printed
     assert "(chosen)" in printed
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_base_is_judged_once(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All starts share its losses; the tasks' weights are in the mean."""
+    content, counted = yaml.safe_load((world / "config.yaml").read_text()), []
+    content["recipe"]["experts"] = {n: {"weight": float(k)} for k, n in enumerate(LABELS)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    measure = HeldOut.base_losses.func
+    known = cached_property(lambda own: counted.append(own) or measure(own))
+    known.__set_name__(HeldOut, "base_losses")
+    monkeypatch.setattr(HeldOut, "base_losses", known)
+    monkeypatch.setattr(search, "starts", lambda *_: FEW)
+    judged = search.AutoSearch(tmp_path / "config.yaml", tmp_path, 0.2, None, None).judged
+    trials = [judge([0.3] * K) for judge in judged.values()]
+    assert len(counted) == 1
+    for trial in trials:
+        assert trial.mean == pytest.approx((trial.recovered[1] + 2 * trial.recovered[2]) / 3)
 
 
 def test_a_start_that_cannot_be_made_is_left_out(

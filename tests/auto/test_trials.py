@@ -21,6 +21,10 @@ def test_a_log_is_read_back(tmp_path: Path) -> None:
     assert trials["key1"].worst == -0.2
 
 
+def test_the_mean_has_the_tasks_weights() -> None:
+    assert Trial("s", (1.0,) * 3, (0.2, 0.4, -1.0), weights=(1.0, 3.0, 0.0)).mean == pytest.approx(0.35)
+
+
 @pytest.mark.parametrize(
     "line", ["[]", "{}", '{"key": "a", "start": "s", "scales": "x", "recovered": [1], "seconds": 1}', "no"]
 )

@@ -37,7 +37,7 @@ def budget() -> None:
     """
     import trainmerge as tm
     from trainmerge.checkpoints import load_model
-    from trainmerge.model.forward import backbone
+    from trainmerge.model.media_forward import backbone
     from trainmerge.run.recipe import calibration_files
 
     with many_experts(1) as recipe:

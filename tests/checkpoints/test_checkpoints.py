@@ -443,6 +443,9 @@ def test_quantised_checkpoints_are_refused(base: Path, tmp_path: Path) -> None:
     rewrite(eight, **{QUERY: llama(1).get_parameter(QUERY).data.to(torch.float8_e4m3fn)})
     with pytest.raises(ValueError, match=rf"a: .*quantised weights \({re.escape(QUERY)}\)"):
         open_task_vectors(open_checkpoint(base), {"a": eight})
+    plain = save(llama(1), tmp_path / "plain")
+    edit_json(plain / "config.json", quantization_config=None)  # as some tools write it
+    assert QUERY in open_task_vectors(open_checkpoint(base), {"a": plain}).deltas
     edit_json(base / "config.json", quantization_config={"bits": 4})
     with pytest.raises(ValueError, match="quantised"):
         open_task_vectors(open_checkpoint(base), {})

@@ -12,12 +12,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.core_model_loading import PermuteForRope, WeightConverter
 
 import trainmerge as tm
 from tests.contracts import assert_same_bits, relative_error
 from tests.model_families import FAMILIES, Family
 from tests.world import nudge
-from trainmerge.checkpoints import load_meta_model, load_model, open_checkpoint
+from trainmerge.checkpoints import load_meta_model, load_model, open_checkpoint, places
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.fitting.learned import warn_if_unreached
@@ -232,6 +233,16 @@ def test_stacks_that_the_hub_has_transposed_are_merged_as_they_lie(tmp_path: Pat
     MergedModel(loaded.module, opened.task_vectors, coefficients, loaded.names).materialise()
     for parameter, want in model.named_parameters():
         assert_same_bits(dict(loaded.module.named_parameters())[parameter], want)
+
+
+def test_rows_that_transformers_would_permute_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(FAMILIES["Llama"], tmp_path, 1)
+    rope = WeightConverter(r"q_proj\.weight", "q_proj.weight", [PermuteForRope()])  # name and shape stay
+    monkeypatch.setattr(places, "get_model_conversion_mapping", lambda _: [rope])
+    with pytest.raises(ValueError, match=r"2 tensors .* no parameter for: .*layers\.0\.self_attn\.q_proj"):
+        load_model(open_checkpoint(folder))
 
 
 def test_adapters_of_single_experts_are_refused_with_a_remedy(tmp_path: Path) -> None:

@@ -108,6 +108,15 @@ def test_a_folder_gives_classes_by_name_and_a_prefix_of_all_classes(tmp_path: Pa
     with pytest.raises(ValueError, match=r"z\.HEIC: a picture of a format that is not read: save it as PNG"):
         read(tmp_path / "test")
     (tmp_path / "test" / "a" / "z.HEIC").unlink()
+    for name in ("a/._0.png", "__MACOSX/._0.png"):  # as macOS packs them
+        (tmp_path / "test" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "test" / name).write_bytes(b"")
+    packed = load_examples(str(tmp_path / "test"), ["image", "label"], media=["image"])
+    assert (len(packed), packed["label"][:3]) == (25, [0, 1, 2])
+    (tmp_path / "test" / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match=r"gone\.png"):
+        read(tmp_path / "test")
+    (tmp_path / "test" / "a" / "gone.png").unlink()
     (tmp_path / "test" / "stray.png").write_bytes(b"")
     with pytest.raises(ValueError, match="lies beside subfolders"):
         read(tmp_path / "test")

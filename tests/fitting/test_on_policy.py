@@ -4,7 +4,9 @@ Legend: `K` experts, `V` vocabulary.
 """
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,16 +16,15 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import trainmerge as tm
-from tests.chat_world import write_chat_world
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.cli import main
-from trainmerge.data.batch import Batch
 from trainmerge.data.steps import Steps
 from trainmerge.fitting.from_config import from_config
-from trainmerge.fitting.on_policy_rounds import FOLDER, TEXTS
+from trainmerge.fitting.on_policy_rounds import FOLDER, TEXTS, Rounds
 from trainmerge.fitting.plan_fit import plan_fit
 from trainmerge.fitting.preflight import check_rounds
 from trainmerge.model.sampling import sample_tokens
+from trainmerge.plan.devices import device_named
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import calibration_files
 from trainmerge.system.workspace import digest
@@ -99,13 +100,13 @@ def test_it_resumes_within_a_round_to_the_same_bits(world: Path, run: RunFolder,
 
 
 def test_lost_texts_of_a_round_are_an_error(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path, run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, folder = str(world / "config.yaml"), RunFolder(tmp_path / "run")
-    assert main(["fit", config, str(folder.path), "--trainer.max_steps=3"]) == 0
-    (folder.workspace / FOLDER / "1" / TEXTS).unlink()
-    assert main(["fit", config, str(folder.path)]) != 0
-    assert "texts of round 1 are lost" in capsys.readouterr().err
+    """The fit ended within round 2."""
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    (copy.workspace / FOLDER / "2" / TEXTS).unlink()
+    assert main(["fit", str(world / "config.yaml"), str(copy.path), "--trainer.max_steps=6"]) != 0
+    assert "texts of round 2 are lost" in capsys.readouterr().err
 
 
 def on_policy(world: Path, folder: Path, **settings: object) -> tuple[tm.MergeModule, tm.Calibration]:
@@ -173,23 +174,18 @@ def divergence(beta: float, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.T
     return (beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)).sum(-1)
 
 
-def test_a_chat_s_prompt_is_all_before_its_first_answer(tmp_path: Path) -> None:
-    root = write_chat_world(tmp_path)
-    experts = {n: tm.Expert(str(root / n), str(root / f"{n}.jsonl")) for n in "ab"}
-    merge = tm.Recipe(str(root / "base"), experts, tokenizer="union", chat_template="a")
-    module = tm.MergeModule(
-        merge, tm.JensenShannon(), on_policy=tm.OnPolicy(length=4), workspace=str(root / "w")
-    )
-    tokenizer = merge.tokenizer_folder(root / "w")
-    columns = tm.Columns(messages="messages")
-    data = tm.Calibration(calibration_files(merge), tokenizer, columns=columns, max_length=16)
-    check_rounds(module, data)
-    module.load(data)
-    assert module._rounds is not None
-    module._rounds.rewritten([Batch(0, {}, torch.ones(1, 1), torch.arange(1))], 0)
-    for example, written in zip(data.examples[0], module._rounds.examples[0], strict=True):
-        assert example.spans is not None
-        assert written.text.startswith(example.text[: example.spans[0][0]].rstrip())
+def test_a_prompt_is_all_before_the_first_span(world: Path, tmp_path: Path) -> None:
+    """As chats have them: words 4 and 5 of six are the answer, in tokens of a word each."""
+    words = "red blue green one two three"
+    begin, end = words.index("one"), words.index(" three")
+    row = json.dumps({"text": words, "spans": [[begin, end]]})
+    (tmp_path / "spans.jsonl").write_text(2 * (row + "\n"))
+    columns = tm.Columns(spans="spans")
+    data = tm.Calibration({"a": str(tmp_path / "spans.jsonl")}, str(world / "base"), columns=columns)
+    given: Any = SimpleNamespace(data=data)
+    resident: Any = None
+    prompt = Rounds(tm.OnPolicy(prompt=1), given, resident)._prompt(data.examples[0][0])
+    assert prompt == data.tokenize(["red blue green"])["input_ids"][0].tolist()
 
 
 def test_a_plan_has_the_written_length(world: Path, tmp_path: Path) -> None:
@@ -198,7 +194,8 @@ def test_a_plan_has_the_written_length(world: Path, tmp_path: Path) -> None:
         {n: str(world / "long.jsonl") for n in "ab"}, str(world / "base"), batch_size=3, max_length=3 + LENGTH
     )
     plain = tm.MergeModule(module.recipe, module.objective, workspace=str(tmp_path / "plain"))
-    assert plan_fit(module, data).dry_run == plan_fit(plain, long).dry_run
+    device = device_named("h100")
+    assert plan_fit(module, data, device=device).dry_run == plan_fit(plain, long, device=device).dry_run
 
 
 @pytest.mark.parametrize(

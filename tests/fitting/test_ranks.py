@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from tests.ranks import Ranks, run, sound
 from tests.stand_in import CountedLink, behind
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.prepare import FitInputs
 from trainmerge.model import merged_model, teacher_recorder
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import calibration_files
+from trainmerge.system import distributed
 from trainmerge.task_vectors.link import link_to
 
 STEPS, RATE = 3, 0.05
@@ -116,6 +119,22 @@ ROUNDED = {
 }  # weight gradients are rounded to bfloat16 before they are added up
 
 
+class TwoMachines(tm.MergeModule):
+    """As if the processes were on two machines, each with a model of its own in shards."""
+
+    def inputs(self, data: tm.Calibration) -> FitInputs:
+        return replace(super().inputs(data), machine=distributed.world_size() // 2)
+
+
+def fits_on_machines(root: Path, names: Sequence[str]) -> dict[str, Any]:
+    """One of four processes' part of these cases, on two machines."""
+    ended = {}
+    for name in names:
+        settings = {**cases(root)[name], "kind": TwoMachines, "sharded": True, "shard_over": "machine"}
+        ended[name] = world_fit(settings.pop("root"), root / "machines" / name, 4, **settings)
+    return ended
+
+
 def fits(root: Path, processes: int, sharded: bool, names: Sequence[str]) -> dict[str, Any]:
     """One process's part of all these cases: coefficients of each."""
     ended = {}
@@ -144,11 +163,12 @@ def ended(worlds: Path) -> dict[str, list[dict[str, torch.Tensor]]]:
         "4": Ranks(4, fits, worlds, 4, False, ["uneven", "diversity"]),
         "2 sharded": Ranks(2, fits, worlds, 2, True, ["agreement", "alignment"]),
         "4 sharded": Ranks(4, fits, worlds, 4, True, names),
+        "two machines": Ranks(4, fits_on_machines, worlds, ["kept", "agreement", "alignment"]),
     }
     return {kind: sound(ranks.join()) for kind, ranks in started.items()}
 
 
-@pytest.mark.parametrize("kind", ["2", "4", "2 sharded", "4 sharded"])
+@pytest.mark.parametrize("kind", ["2", "4", "2 sharded", "4 sharded", "two machines"])
 def test_any_number_of_processes_ends_with_the_same_coefficients(
     ended: dict[str, list[dict[str, torch.Tensor]]], kind: str
 ) -> None:

@@ -17,15 +17,16 @@ from transformers import AutoModelForCausalLM
 import trainmerge as tm
 from tests.contracts import assert_same_bits
 from tests.mixture_world import write_mixture
-from trainmerge.checkpoints import open_checkpoint
+from trainmerge.checkpoints import check_tensors, open_checkpoint
 from trainmerge.cli import main
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.mixtures.assignment import assign
-from trainmerge.mixtures.groups import plan_groups, similarity
+from trainmerge.mixtures.groups import plan_groups, read_errors, similarity
 from trainmerge.mixtures.layers import mixture_layers, shrunk_settings
+from trainmerge.mixtures.learn_groups import _Layer, students_of
 from trainmerge.mixtures.saliency import Saliency, measure
-from trainmerge.mixtures.shrunk import Shrunk
+from trainmerge.mixtures.shrunk import Coefficients, Shrunk
 
 E = 6
 CHANGES = {
@@ -163,15 +164,8 @@ def test_sums_are_those_of_a_plain_model(worlds: dict[str, Path]) -> None:
 
 def saliency(scores: Sequence[float], outputs: torch.Tensor) -> Saliency:
     count = len(scores)
-    return Saliency(
-        torch.ones(count),
-        torch.tensor(scores),
-        outputs,
-        torch.eye(count),
-        torch.ones(1, 3),
-        outputs,
-        nn.SiLU(),
-    )
+    state, each = torch.ones(1, 3), torch.tensor(scores)
+    return Saliency(torch.ones(count), each, outputs, torch.eye(count), state, state, outputs, nn.SiLU())
 
 
 def test_plans_of_small_cases() -> None:
@@ -242,6 +236,63 @@ def test_merged_mixtures_load_and_their_plan_writes_them_again(
     again = tm.shrink(root / "base", tmp_path / "again", 4, root / "texts.jsonl", str(file))
     for key, own in load_file(tmp_path / "out" / "model.safetensors").items():
         assert_same_bits(load_file(again / "model.safetensors")[key], own)
+
+
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "DeepSeek-V3"])
+def test_errors_are_those_of_the_written_models(
+    name: str, worlds: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = worlds[name]
+    examples, tokenizer = texts(root)
+    words = ["shrink", str(root / "base"), str(tmp_path / "learned"), "--experts", "4", "--plan", "ream"]
+    assert main([*words, "--calibration", str(root / "texts.jsonl"), "--steps", "60"]) == 0
+    assert "relative error of the routed output" in capsys.readouterr().out
+    tm.shrink(root / "base", tmp_path / "merged", 4, root / "texts.jsonl", "ream")
+    tm.shrink(root / "base", tmp_path / "dropped", 4, root / "texts.jsonl", "reap")
+    base = open_checkpoint(root / "base")
+    measured = measure(base, mixture_layers(base), examples, tokenizer)
+    errors = read_errors(tmp_path / "learned")
+    for row in ("dropped", "merged", "learned"):
+        model = load(tmp_path / row)
+        for prefix, own in measured.items():
+            block = model.get_submodule(prefix.rstrip("."))
+            count = round(0.75 * len(own.states))
+            with torch.no_grad():
+                _, weights, experts = block.gate(own.states[count:])
+                found = block.experts(own.states[count:], experts, weights)
+            want = float((found - own.routed[count:]).norm() / own.routed[count:].norm())
+            assert errors[prefix][row] == pytest.approx(want, rel=1e-3)
+    assert all(own["learned"] <= own["dropped"] for own in errors.values())
+    assert min(own["learned"] / own["dropped"] for own in errors.values()) < 1
+
+
+def test_inner_products_are_autograds(worlds: dict[str, Path], tmp_path: Path) -> None:
+    root = worlds["Mixtral"]
+    base = open_checkpoint(root / "base")
+    layers = mixture_layers(base)
+    measured = measure(base, layers, *texts(root))
+    groups = {layer.prefix: [[0, 3], [1, 4, 5], [2]] for layer in layers}
+    shrunk = Shrunk(base, layers, groups, measured)
+    (tmp_path / "config.json").write_text(json.dumps(shrunk_settings("m", base.config, 3)))
+    module, names = check_tensors(tmp_path, shrunk.tensors)
+    layer, own = layers[0], measured[layers[0].prefix]
+    task = _Layer(shrunk, layer, students_of(module, names, layers)[layer.prefix])
+    dice = torch.Generator().manual_seed(0)
+    experts = torch.rand(3, 3, 2, generator=dice).requires_grad_(True)
+    now = Coefficients(experts.detach(), torch.zeros(3, 2))
+    stacks = {name: part.requires_grad_(True) for name, part in task.stacks(now).items()}
+    task(stacks, now, own.states).square().sum().backward()
+    found = task.inner_products({name: part.grad for name, part in stacks.items()}, experts)
+    inside = {
+        name: part.detach().clone()
+        for name, part in task.stacks(Coefficients(0 * now.experts, now.rows)).items()
+    }
+    for (kind, place, number), apart in task.apart.items():
+        index = list(layer.kinds).index(kind)
+        task._part(inside, place, kind).add_(experts[index, place, number] * apart)
+    task(inside, now, own.states).square().sum().backward()
+    assert experts.grad is not None
+    torch.testing.assert_close(found, experts.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def test_experts_without_texts_and_other_families_are_refused(llama: Path, tmp_p
     recipe = languages_recipe(llama)
     silent = replace(recipe, experts={n: replace(e, calibration=None) for n, e in recipe.experts.items()})
     run = fit(tmp_path, silent, 0.4)
-    with pytest.raises(ValueError, match=r"\['a', 'b'\] have no calibration texts"):
+    with pytest.raises(ValueError, match=r"no calibration texts in a file for a, b"):
         export_mixture(run, tmp_path / "moe")
     with pytest.raises(ValueError, match=r"no mixture with the .* of GemmaForCausalLM.*LlamaForCausalLM"):
         mixture_of("base", {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]})

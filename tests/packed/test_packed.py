@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -270,6 +270,16 @@ def test_the_commands(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "bits per weight and task" in capsys.readouterr().out
     assert main(["unpack", out, "a", str(tmp_path / "a")]) == 0
     assert (tmp_path / "a" / "config.json").is_file()
+    before = (tmp_path / "packed" / "packed.safetensors").read_bytes()
+    assert main(["export", run, out, "--as", "packed", "--verify"]) == 0  # as it was made
+    assert "tensors are the packed experts of" in capsys.readouterr().out
+    assert (tmp_path / "packed" / "packed.safetensors").read_bytes() == before
+    tensors = load_file(tmp_path / "packed" / "packed.safetensors")
+    tensors["a/b"] += 1
+    save_file(tensors, tmp_path / "packed" / "packed.safetensors", {"format": "pt"})
+    assert main(["export", run, out, "--as", "packed", "--verify"]) == 1
+    assert "It differs in packed.safetensors" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"packed", "a"}
     assert main(["export", run, out, "--as", "packed", "--codec", "emr"]) == 1  # it is there
     assert "--overwrite" in capsys.readouterr().err
 
@@ -288,7 +298,6 @@ def test_the_commands(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["--as", "packed", "--budget", "20 apples"], "is not a size"),
         (["--as", "packed", "--budget", "1.0"], "are too few"),
         (["--as", "packed", "--codec", "mask", "--rank", "2"], "--rank does not apply to --as packed"),
-        (["--as", "packed", "--codec", "mask", "--verify"], "--verify does not apply to --as packed"),
         (["--codec", "mask"], "--codec does not apply to --as checkpoint, but to --as packed"),
         (["--as", "adapter", "--budget", "2"], "--budget does not apply to --as adapter"),
     ],

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -78,6 +79,11 @@ def test_scores_of_other_coefficients_are_left_out_and_named(
         assert numbers.scores.keys() == ({"base", "learned", "expert"} if shown else {"base", "expert"})
         said = ["The scores are of step 3; the run is at step 5: run `trainmerge evaluate` again."]
         assert numbers.notes == ([] if shown else said)
+    for time, shown in ((2**33, True), (1, False)):  # without a hash, as of older versions, the times decide
+        (later / "scores.json").write_text(json.dumps(SCORES))
+        os.utime(later / "scores.json", (time, time))
+        assert ("learned" in read_numbers(later).scores) == shown
+    (later / "scores.json").write_text(json.dumps({**SCORES, "learned": learned}))
     manifest["saved"][0]["steps"] = 80
     (later / "manifest.json").write_text(json.dumps(manifest))
     assert main(["report", str(later)]) == 0

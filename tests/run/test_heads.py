@@ -18,7 +18,7 @@ from transformers import (
 
 import trainmerge as tm
 from tests.world import recipe, write_world
-from trainmerge.run.heads import linear_problems
+from trainmerge.run.heads import unusable_heads
 from trainmerge.run.recipe import Recipe
 
 SMALL = {"vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -52,7 +52,7 @@ def test_classes_that_apply_more(
     world: Path, tmp_path: Path, model: PreTrainedModel, weight: str, bias: str | None, words: str
 ) -> None:
     model.save_pretrained(tmp_path)
-    (problem,) = linear_problems(with_file(world, tmp_path / "model.safetensors", weight, bias))
+    (problem,) = unusable_heads(with_file(world, tmp_path / "model.safetensors", weight, bias))
     assert problem.startswith("recipe.experts.mood.head: ")
     assert words in problem
 
@@ -63,6 +63,6 @@ def test_files_without_a_configuration(world: Path, tmp_path: Path) -> None:
     save_file({**own, **body}, tmp_path / "sound.safetensors")
     save_file({**own, "classifier.dense.weight": torch.zeros(32, 32)}, tmp_path / "deep.safetensors")
     names = ("classifier.weight", "classifier.bias")
-    assert not list(linear_problems(with_file(world, tmp_path / "sound.safetensors", *names)))
-    (problem,) = linear_problems(with_file(world, tmp_path / "deep.safetensors", *names))
+    assert not list(unusable_heads(with_file(world, tmp_path / "sound.safetensors", *names)))
+    (problem,) = unusable_heads(with_file(world, tmp_path / "deep.safetensors", *names))
     assert "it also has classifier.dense.weight" in problem

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import trainmerge as tm
 from tests.cli.test_cli import write_config
 from tests.world import write_world
 from trainmerge.cli import main
@@ -20,7 +21,7 @@ from trainmerge.report import write_report
 from trainmerge.report.front import BALANCED, front_picture, notable
 from trainmerge.report.read_run import read_numbers
 from trainmerge.run.folder import RunFolder
-from trainmerge.tradeoffs.cma_es import Search, maximise, read_log
+from trainmerge.tradeoffs.cma_es import Search, Tried, maximise, read_log
 from trainmerge.tradeoffs.front import front, lattice, nondominated
 from trainmerge.tradeoffs.pareto import places
 from trainmerge.tradeoffs.scales import losses_at
@@ -260,6 +261,23 @@ def test_search_by_a_callable_and_by_validation_files(
     assert main(["search", str(world / "labelled.yaml"), str(world / "by"), "--score", "macro_f1", *few]) == 0
 
 
+def test_niches_from_the_command_line(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, folder = str(world / "config.yaml"), world / "niches"
+    command = ["search", config, str(folder), "--method", "niches", "--population", "4"]
+    assert main([*command, "--score", "loss", "--evaluations", "7"]) == 0
+    _, *lines = (folder / "search.jsonl").read_text().splitlines()
+    genomes = [json.loads(line) for line in lines]
+    experts = len(tm.load_coefficients(folder / "coefficients.safetensors").experts)
+    alone = torch.tensor(genomes[1]["x"]).view(experts, -1)
+    assert torch.equal(alone, torch.eye(experts)[:, :1].expand_as(alone))
+    assert all(0 < score <= 1 for genome in genomes for score in genome["scores"])
+    best = max(genomes, key=lambda genome: genome["score"])
+    values = load_file(folder / "coefficients.safetensors")["coefficients"]
+    torch.testing.assert_close(values.flatten(), torch.tensor(best["x"]))
+    assert main([*command, "--score", "perplexity"]) == 1
+    assert "a score per example: accuracy or loss" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -272,4 +290,4 @@ def test_a_damaged_log_of_a_search_is_named(tmp_path: Path, text: str, words: st
     log = tmp_path / "search.jsonl"
     log.write_text(text)
     with pytest.raises(ValueError, match=rf"^{log}: {words}.* Remove it to begin the search again"):
-        read_log(log, {"a": 1})
+        read_log(log, {"a": 1}, Tried)

@@ -27,14 +27,21 @@ from trainmerge.system.workspace import digest
 
 
 class Judged:
-    """Judges merges of one start. The model is loaded for the first merge that the log does not have."""
+    """Judges merges of one start. The model is loaded for the first merge that the log does not have.
 
-    def __init__(self, start: Start, inputs: FitInputs, objective: Objective, log: TrialLog) -> None:
+    `base` is shared by all starts: the first one adds the base's losses [K], which are those of all.
+    """
+
+    def __init__(
+        self, start: Start, inputs: FitInputs, objective: Objective, log: TrialLog, base: list[Tensor]
+    ) -> None:
         names, layout = tuple(inputs.recipe.experts), inputs.opened.layout
         recipe = replace(inputs.recipe, preprocess=start.preprocess)
         values = read_initial(start.initial, names, layout)
         own = Coefficients(names, layout, values, inputs.coefficients.constraint)
         self._model: HeldOut | None = None
+        self._base = base
+        self.weights = tuple(expert.weight for expert in inputs.recipe.experts.values())
         self._values = own().detach().clone()  # judging changes the coefficients themselves
         self._measured = not isinstance(start.initial, MeasuredPreset)
         asks = Asks(embedding=judge_of(objective).asks.embedding)
@@ -47,7 +54,8 @@ class Judged:
         if key not in self.log.known:
             clock = monotonic()
             shares = self.recovered(self.at(scales))
-            trial = Trial(self.start.name, tuple(scales), tuple(shares.tolist()), monotonic() - clock)
+            found, seconds = tuple(shares.tolist()), monotonic() - clock
+            trial = Trial(self.start.name, tuple(scales), found, seconds, self.weights)
             self.log.add(key, trial)
         return self.log.known[key]
 
@@ -78,6 +86,7 @@ class Judged:
             given.opened.layout.identity(),
             repr(judge_of(self.objective)),
             given.settings.weights,
+            self.weights,
         ]
 
     def _load(self) -> HeldOut:
@@ -86,4 +95,7 @@ class Judged:
             if made.start is not None:
                 self._values, self._measured = made.start.expand_as(self._values).clone(), True
             self._model = HeldOut.of(self.inputs, made.resident, self.objective)
+            if not self._base:
+                self._base.append(self._model.base_losses)
+            vars(self._model)["base_losses"] = self._base[0]  # sets the cached property
         return self._model

@@ -10,6 +10,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from torch import Tensor
+
 from trainmerge.auto.judging import Judged
 from trainmerge.auto.scales import common_scale, own_scales
 from trainmerge.auto.starts import starts
@@ -59,9 +61,9 @@ class AutoSearch:
         if isinstance(module.coefficients.constraint, Sigmoid):
             raise ValueError("auto scales coefficients directly: use trainmerge.Box instead of Sigmoid")
         inputs, self.K = module.inputs(self.settings.data), len(module.recipe.experts)
-        log = TrialLog(place / "trials.jsonl")
+        log, base = TrialLog(place / "trials.jsonl"), list[Tensor]()
         tried = starts(self.K, module.recipe.preprocess, module.initial)
-        self.judged = {start.name: Judged(start, inputs, module.objective, log) for start in tried}
+        self.judged = {start.name: Judged(start, inputs, module.objective, log, base) for start in tried}
 
     def choose(self) -> Choice:
         """Try everything, and make the run folder of the best."""
@@ -109,7 +111,8 @@ class AutoSearch:
         assert stopped.best is not None
         shares = tuple(stopped.recovered[stopped.best[0]])
         seconds = monotonic() - clock
-        return settings.run, Trial(f"learned from {trial.start}", trial.scales, shares, seconds)
+        found = Trial(f"learned from {trial.start}", trial.scales, shares, seconds, trial.weights)
+        return settings.run, found
 
     def _callbacks(self) -> list[Any]:
         """The configuration's callbacks, and StopOnHeldOut."""

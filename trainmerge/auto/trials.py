@@ -20,11 +20,13 @@ class Trial:
     scales: tuple[float, ...]  # K, of the start's coefficients
     recovered: tuple[float, ...]  # K: 1 is the expert, 0 the base
     seconds: float = 0.0
+    weights: tuple[float, ...] = ()  # K, of the tasks; empty if they are equal
 
     @property
     def mean(self) -> float:
-        """Mean over the experts."""
-        return sum(self.recovered) / len(self.recovered)
+        """Mean over the experts by their tasks' weights."""
+        weights = self.weights or (1.0,) * len(self.recovered)
+        return sum(w * r for w, r in zip(weights, self.recovered, strict=True)) / sum(weights)
 
     @property
     def worst(self) -> float:
@@ -68,6 +70,7 @@ def _trial(content: object, path: Path) -> Trial:
             _numbers(content["scales"]),
             _numbers(content["recovered"]),
             float(content["seconds"]),
+            _numbers(content.get("weights") or ()),
         )
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged. Remove it: its merges are judged again.") from error

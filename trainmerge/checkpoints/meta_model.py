@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from trainmerge.checkpoints.model_config import cannot_build, read_model_config
-from trainmerge.checkpoints.places import names_in_memory, shape_in, uncovered
+from trainmerge.checkpoints.places import REORDERED, names_in_memory, shape_in, uncovered
 from trainmerge.system.safetensors_file import TensorInfo
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.parameter_names import matches
@@ -143,6 +143,8 @@ def memory_names(module: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> 
     known |= {name for name, _ in module.named_buffers()}
     prefix = module.base_model_prefix
     placed = names_in_memory(module, names, tensors)
+    if any(inside.endswith(REORDERED) for inside in placed.values()):
+        return placed  # under any other name such a tensor would be taken as it is
     ways = [
         *([placed] if any(is_place(inside) for inside in placed.values()) else []),
         {name: _modern(name, known) for name in names},

@@ -65,7 +65,7 @@ def open_parameters(checkpoint: Checkpoint, ignore: Sequence[str] = ()) -> Param
     Raises ValueError if it is quantised, or its names, shapes and config.json do not agree.
     """
     narrow = [name for name, info in checkpoint.tensors.items() if _quantised(info.dtype)]
-    if narrow or "quantization_config" in checkpoint.config:
+    if narrow or checkpoint.config.get("quantization_config") is not None:
         raise ValueError(
             f"{checkpoint.path}: quantised weights ({', '.join(narrow[:3]) or 'quantization_config'}) cannot "
             "be merged. Use the float checkpoint that was quantised."

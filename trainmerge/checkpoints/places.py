@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    PermuteForRope,
     Transpose,
     WeightConverter,
     WeightRenaming,
@@ -30,6 +31,7 @@ from trainmerge.system.safetensors_file import TensorInfo
 from trainmerge.task_vectors.places import parameter_of, view
 
 PLACED = (MergeModulelist, Concatenate, Transpose)  # what a place can say
+REORDERED = " with rows in another order"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def names_in_memory(
             stacked.setdefault(inside, []).append(part)
         else:
             found[name] = rename_source_key(name, renamings, [], model.base_model_prefix, in_model)[0]
+            if any(isinstance(operation, PermuteForRope) for operation in converter.operations):
+                found[name] += REORDERED  # of the same shape: nothing else refuses it
     for inside, parts in stacked.items():
         found |= _placed(inside, in_model.get(inside), parts)
     return found

@@ -39,6 +39,7 @@ def evaluate(
     answers: int = 0,
     harness: list[str] | None = None,
     precision: str = "32",
+    controls: bool = False,
 ) -> None:
     """Score a run (compared with base, average, task arithmetic and experts) or a checkpoint.
 
@@ -58,13 +59,15 @@ def evaluate(
             lengths.
         harness: Tasks of lm-evaluation-harness: their names, or YAML files of one task each.
         precision: 32, or bf16: forwards in bfloat16, faster on processors that have its products.
+        controls: Score a run's merge with random task vectors and with shuffled coefficients too.
     """
     from trainmerge.evaluate.console import evaluate_path
 
     length, file = max_length or None, Path(output) if output else None
     tasks = harness or ()
     source = Path(recipe or path)
-    evaluate_path(Path(path), source, limit or None, length, compare, file, answers, tasks, precision)
+    options = answers, tasks, precision, controls
+    evaluate_path(Path(path), source, limit or None, length, compare, file, *options)
 
 
 def compare(

@@ -13,7 +13,7 @@ TAKES = {  # form -> the options that not all forms have
     "checkpoint": {"verify", "workers", "shard-size", "mergekit", "task"},
     "adapter": OF_ADAPTERS,
     "adapters": OF_ADAPTERS,
-    "packed": {"codec", "budget", "router"},
+    "packed": {"verify", "codec", "budget", "router"},
     "moe": {"verify", "shard-size", "top-k", "routed"},
 }
 
@@ -74,9 +74,7 @@ def export(
              "routed": routed}  # fmt: skip
     _refuse_others(as_, given)
     if as_ == "packed":
-        from trainmerge.packed.form import PackedForm
-
-        export_packed_experts(run, out, PackedForm(codec, budget, dtype, router), overwrite)
+        export_packed_experts(run, out, codec, budget, dtype, router, overwrite, verify)
     elif as_ == "moe":
         experts, share = 2 if top_k is None else top_k, 0.5 if routed is None else routed
         export_moe(run, out, experts, share, overwrite, verify, dtype, shard_size)

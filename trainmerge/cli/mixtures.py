@@ -15,6 +15,7 @@ def shrink(
     plan: str = "reap",
     max_length: int = 512,
     max_examples: int | None = None,
+    steps: int = 0,
     overwrite: bool = False,
 ) -> None:
     """Write a mixture of experts with fewer experts a layer.
@@ -32,6 +33,7 @@ def shrink(
             one, `hc` merges clusters of outputs; or a JSON file of groups.
         max_length: Texts are cut at this many tokens.
         max_examples: Use the first so many texts.
+        steps: Learn coefficients of the merged experts and their router rows in so many steps a layer.
         overwrite: Replace the folder if it exists.
     """
     if experts is None:
@@ -39,8 +41,28 @@ def shrink(
     keep_freed_memory()
     from trainmerge.mixtures.shrink import shrink as shrink_mixture
 
-    made = shrink_mixture(checkpoint, out, experts, calibration, plan, max_length, max_examples, overwrite)
+    made = shrink_mixture(
+        checkpoint, out, experts, calibration, plan, max_length, max_examples, steps, overwrite
+    )
+    if steps:
+        print_errors(made)
     print(f"mixture of {experts} experts a layer: {made}")
+
+
+def print_errors(folder: Path) -> None:
+    """Print every layer's error on held-out tokens: members dropped, merged by saliency, learned."""
+    from trainmerge.mixtures.groups import read_errors
+    from trainmerge.system.console import print_table
+
+    errors = read_errors(folder)
+    rows = [[layer, *(f"{error:.4f}" for error in own.values())] for layer, own in errors.items()]
+    means = [sum(own[key] for own in errors.values()) / len(errors) for key in next(iter(errors.values()))]
+    header = ["layer", *next(iter(errors.values()))]
+    print_table(
+        "relative error of the routed output on held-out tokens",
+        header,
+        [*rows, ["mean", *(f"{mean:.4f}" for mean in means)]],
+    )
 
 
 def export_moe(

@@ -2,12 +2,10 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
+from trainmerge.cli.adapters import compares_only
 from trainmerge.system.memory import format_size, keep_freed_memory
-
-if TYPE_CHECKING:
-    from trainmerge.packed.form import PackedForm
 
 
 def unpack(packed: str, task: str, out: str, base: str | None = None, overwrite: bool = False) -> None:
@@ -31,11 +29,26 @@ def unpack(packed: str, task: str, out: str, base: str | None = None, overwrite:
     print(f"checkpoint of {task}: {unpack_task(packed, task, out, base, overwrite)}")
 
 
-def export_packed_experts(run: str, out: str, form: "PackedForm", overwrite: bool) -> None:
+def export_packed_experts(
+    run: str,
+    out: str,
+    codec: str | None,
+    budget: str | None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None,
+    router: bool,
+    overwrite: bool,
+    verify: bool,
+) -> None:
     """`trainmerge export --as packed`."""
     from trainmerge.packed.export_packed import export_packed
+    from trainmerge.packed.form import PackedForm
 
-    print_packed(export_packed(run, out, form, overwrite))
+    if not compares_only(out, overwrite, verify):
+        print_packed(export_packed(run, out, PackedForm(codec, budget, dtype, router), overwrite))
+    if verify:
+        from trainmerge.packed.verify import verify_packed
+
+        print(f"{out}: {verify_packed(run, out)} tensors are the packed experts of {run}, bit for bit")
 
 
 def print_packed(folder: Path) -> None:

@@ -57,14 +57,16 @@ def search(
     score: str = "accuracy",
     score_args: dict[str, Any] | None = None,
     over: Literal["experts", "coefficients"] = "experts",
+    method: Literal["cma-es", "niches"] = "cma-es",
     evaluations: int = 100,
     spread: float = 0.2,
     population: int | None = None,
     seed: int = 0,
     initial: str | None = None,
     limit: int | None = None,
+    alpha: float = 1.0,
 ) -> None:
-    """Search coefficients by any score, without gradients (CMA-ES); the same command resumes.
+    """Search coefficients by any score, without gradients; the same command resumes.
 
     Examples: trainmerge search configs/demo.yaml runs/found --score loss --evaluations 50
               trainmerge search configs/demo.yaml runs/found --score my.Judge --score-args '{"n": 5}'
@@ -76,18 +78,23 @@ def search(
         score: accuracy, macro_f1, calibration_error, perplexity or bits_per_byte of the experts' `validation`
             files; loss, the objective on unlabeled examples; or a callable's import path: model -> float.
         score_args: Arguments of a score that is a class.
-        over: Search one scale per expert, or every coefficient.
+        over: Search one scale per expert, or every coefficient (as niches always do).
+        method: cma-es; or niches, a population that shares examples (score: accuracy or loss).
         evaluations: Merges to score.
         spread: Initial standard deviation.
-        population: Merges per generation; by default left to the method.
+        population: Merges per generation, or in the archive (20); by default left to the method.
         seed: Seed of the draws.
         initial: A coefficients file to start from.
         limit: Use the first so many validation examples of each task; by default all.
+        alpha: Competition for examples, of niches; 0 is a plain genetic algorithm.
     """
     from trainmerge.tradeoffs import search_config
     from trainmerge.tradeoffs.cma_es import Search
+    from trainmerge.tradeoffs.niches import Niches
 
-    how = Search(evaluations, spread, population or None, seed)
+    how: Search | Niches = Search(evaluations, spread, population or None, seed)
+    if method == "niches":
+        how = Niches(evaluations, population or 20, alpha, seed)
     best = search_config(configuration, run, score, score_args, over, how, initial or None, limit or None)
     print(f"best score: {best.score:.4f}\nnext: trainmerge export {run} OUT")
 

@@ -12,6 +12,8 @@ SUFFIXES = {
 }  # fmt: skip
 OTHERS = {".cr2", ".dng", ".exr", ".hdr", ".heic", ".heif", ".jp2", ".nef", ".npy", ".psd", ".raw", ".svg"}
 
+HIDDEN = (".", "__MACOSX")  # the latter as macOS packs a folder
+
 
 def picture_folder(folder: Path) -> datasets.Dataset | None:
     """The column `image` of paths, and `label` with subfolders; None if the folder is none of pictures.
@@ -24,7 +26,7 @@ def picture_folder(folder: Path) -> datasets.Dataset | None:
         ValueError: pictures in the folder and in its subfolders, or in subfolders of those; among them a
             picture of a format that is not read.
     """
-    below = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    below = sorted(path for path in folder.iterdir() if not path.name.startswith(HIDDEN))
     classes = [path for path in below if path.is_dir()]
     flat = _pictures(below)
     inside = [_pictures(path.iterdir()) for path in classes]
@@ -55,7 +57,9 @@ def _files(below: Iterable[Path], classes: Iterable[Path]) -> list[Path]:
 
 
 def _pictures(paths: Iterable[Path]) -> list[Path]:
-    found = [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
+    """The pictures among them that are not hidden; a link to nowhere is one, which cannot be read."""
+    shown = [path for path in paths if not path.name.startswith(HIDDEN) and not path.is_dir()]
+    found = [path for path in shown if path.suffix.lower() in SUFFIXES]
     return sorted(found, key=_natural)
 
 

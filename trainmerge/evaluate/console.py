@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from trainmerge.evaluate import Comparison, Evaluation, compare, evaluate_checkpoint, evaluate_run
+from trainmerge.evaluate.controls import behind_learned
 from trainmerge.evaluate.runs import DEVICE
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.saved import scored_with, unfinished_line
@@ -27,19 +28,24 @@ def evaluate_path(
     answers: int = 0,
     harness: Sequence[str] = (),
     precision: str = "32",
+    controls: bool = False,
 ) -> Evaluation:
     """Score a run folder with baselines, or a checkpoint on the tasks of `recipe`.
 
     Raises:
-        ValueError: `precision` is neither `32` nor `bf16`; or as `evaluate_run` and `evaluate_checkpoint`.
+        ValueError: `precision` is neither `32` nor `bf16`; `controls` of a checkpoint, which has no task
+            vectors; or as `evaluate_run` and `evaluate_checkpoint`.
     """
     folder, forwards = RunFolder(path), _forwards(precision)
     is_run = folder.manifest.exists()
+    if controls and not is_run:
+        raise ValueError(f"{path} is no run folder, and controls need its task vectors: name the run")
     with joined(), forwards:
         if is_run:
             _print_unfinished(folder)
             scored = scored_with(folder) if folder.coefficients.exists() else {}
-            found = evaluate_run(path, limit, max_length, compare=compare, answers=answers, harness=harness)
+            options: dict[str, Any] = {"compare": compare, "answers": answers, "harness": harness}
+            found = evaluate_run(path, limit, max_length, **options, controls=controls)
         else:
             length = text_length(recipe, max_length)
             columns = columns_of(recipe)
@@ -93,12 +99,30 @@ def print_evaluation(title: str, found: Evaluation) -> None:
     print_table(title, header, cells)
     _print_measures(found)
     _print_routing(found)
+    _print_controls(found)
     for row, scores in found.harness.items():
         print_table(
             f"harness, {row}",
             ["task", "metric", "value"],
             [[task, name, f"{v:.4f}"] for task, s in scores.items() for name, v in s.metrics.items()],
         )
+
+
+def _print_controls(found: Evaluation) -> None:
+    """How far each control is behind the learned merge."""
+    rows = [
+        [
+            row,
+            f"{gap.worse_by:.3f}",
+            f"{gap.low:.3f} to {gap.high:.3f}",
+            "not significant" if gap.noise else "",
+        ]
+        for row, gap in behind_learned(found).items()
+    ]
+    if rows:
+        unit = "nats per token" if found.metric.sign < 0 else found.metric.name
+        header = ["control", f"behind the learned merge, {unit}", "95% interval, paired bootstrap", ""]
+        print_table("controls", header, rows)
 
 
 def _print_measures(found: Evaluation) -> None:

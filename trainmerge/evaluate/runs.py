@@ -16,6 +16,7 @@ from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.data.classifier import Classifier
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.agreement import Shares, read_routing
+from trainmerge.evaluate.controls import score_controls
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessScore, HarnessTask, run_harness
 from trainmerge.evaluate.measure import metric_of
@@ -54,6 +55,7 @@ def evaluate_run(
     compare: bool = True,
     answers: int = 0,
     harness: Sequence[HarnessTask] = (),
+    controls: bool = False,
 ) -> Evaluation:
     """Scores of a run's merge and of the baselines: base, average, best task arithmetic and the experts.
 
@@ -67,6 +69,7 @@ def evaluate_run(
         compare: Score the baselines too; the base is scored anyway if there are held-out tasks.
         answers: Maximal tokens of an answer to a test file's column `prompt`; 0 skips prompts.
         harness: lm-evaluation-harness tasks, as held-out ones.
+        controls: Score random task vectors and shuffled coefficients too (`model.controls`).
     """
     check_option("grid", grid, Sequence[float])
     recipe, coefficients, opened = open_run(folder := RunFolder(Path(run)))
@@ -91,6 +94,8 @@ def evaluate_run(
             scored[row] = score_tasks(subject, tasks)
             if routing is not None:
                 agreement[row] = routing.agreement(subject)
+    if controls:
+        scored |= score_controls(resident.merged, subject, held_in)
     return _evaluation(metric_of(recipe, own), held_in, held_out, scored, harnessed, agreement)
 
 
@@ -187,7 +192,8 @@ def _evaluation(
     """The rows, with only the best task-arithmetic one by mean."""
     names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
     kept = keep_best_arithmetic(Evaluation(metric, *names, rows).scores, metric)
-    best, shares = ({row: own for row, own in given.items() if row in kept} for given in (rows, agreement))
+    best = {row: own for row, own in rows.items() if row in kept}
+    shares = {row: own for row, own in agreement.items() if row in kept}
     return Evaluation(metric, *names, best, harness, shares)
 
 

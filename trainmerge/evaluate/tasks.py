@@ -17,7 +17,7 @@ from trainmerge.evaluate.measure import kind_of_head, metric_of, predicted
 from trainmerge.evaluate.pairs import EXPERT, Similar, read_similar
 from trainmerge.evaluate.task_checks import check_labels
 from trainmerge.model.embedding_settings import unfollowed_settings
-from trainmerge.run.heads import TaskHead, all_heads, linear_problems
+from trainmerge.run.heads import TaskHead, all_heads, unusable_heads
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.scores import PERPLEXITY, SIMILARITY
 from trainmerge.system.ranges import check_option
@@ -162,7 +162,7 @@ def load_tasks(
     """
     heads = all_heads(recipe) if heads is None else heads
     metric = metric_of(recipe, heads)
-    if problems := list(linear_problems(recipe)):
+    if problems := list(unusable_heads(recipe)):
         raise ValueError("\n".join(problems))
     check_option("limit", limit, int | None, "[1, inf)")
     if twice := recipe.experts.keys() & recipe.held_out.keys():

@@ -16,10 +16,10 @@ import yaml
 from trainmerge.export.public import REMOVED, SECRET_KEY, public
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe
+from trainmerge.run.saved import scores_are_current
 from trainmerge.run.scores import ACCURACY, PERPLEXITY
 from trainmerge.run.trust import PACKAGE, class_paths
 from trainmerge.system.json_file import read_json
-from trainmerge.system.safetensors_file import sha256
 
 # Ours; the words of other programs say nothing to a stranger.
 PROGRAMS = re.compile(r"(.*[/\\])?(trainmerge(\.exe)?|trainmerge[/\\]cli[/\\]__main__\.py)")
@@ -119,7 +119,7 @@ def merge_scores(folder: RunFolder, recipe: Recipe) -> tuple[str, dict[str, floa
     if not file.is_file():
         return None
     content = read_json(file, AGAIN)
-    if not _current(content.get("learned"), file, folder.coefficients):
+    if not scores_are_current(folder, content.get("learned"), file):
         print(f"{file}: scores of other coefficients, so the model card has none. {AGAIN}", flush=True)
         return None
     row = content.get("learned")
@@ -130,14 +130,6 @@ def merge_scores(folder: RunFolder, recipe: Recipe) -> tuple[str, dict[str, floa
     heads = any(expert.head for expert in recipe.experts.values())
     metric = _metric(folder.path / "evaluation.json", heads)
     return (metric, values) if metric else None
-
-
-def _current(row: Any, scores: Path, coefficients: Path) -> bool:
-    """Whether scores are of the coefficients: by their SHA-256, or in older files by the files' times."""
-    known = row.get("coefficients") if isinstance(row, Mapping) else None
-    if known is not None:
-        return bool(known == sha256(coefficients))
-    return scores.stat().st_mtime_ns >= coefficients.stat().st_mtime_ns
 
 
 def _metric(evaluation: Path, heads: bool) -> str | None:

@@ -153,7 +153,7 @@ def plan_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> N
         ValueError: there is no room where `model.vectors` asks for it.
     """
     device = trainer.strategy.root_device
-    devices = trainer.world_size if module.settings.sharded else 1
+    devices = module.settings.shards(trainer.world_size, trainer.num_devices)
     if device.type == "cuda":
         card = card_of(device, trainer.num_devices)
         plan_on(module, data, precision_of(trainer), card, devices)

@@ -4,6 +4,7 @@ Legend: `K` experts, `G` coefficient groups.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,9 +22,10 @@ from trainmerge.system.ranges import check_option
 class StopOnHeldOut(Callback):
     """Stop when the merge recovers no more of its experts on held-out examples, and keep the best step.
 
-    Every `every` steps the mean over experts of r = 1 - loss(merge) / loss(base) is measured on the examples
-    that `data.held_out` keeps from the fit (`trainmerge.fitting.held_out`), before the first step too. The
-    run's coefficients are then those of the best step, whatever came after it. Its state is in the snapshots.
+    Every `every` steps the mean over experts, by their tasks' weights, of r = 1 - loss(merge) / loss(base) is
+    measured on the examples that `data.held_out` keeps from the fit (`trainmerge.fitting.held_out`), before
+    the first step too. The run's coefficients are then those of the best step, whatever came after it. Its
+    state is in the snapshots.
 
     Args:
         every: Steps between two measurements.
@@ -45,6 +47,7 @@ class StopOnHeldOut(Callback):
         self.highest = -math.inf  # mean r of the last rise that counted
         self.waited = self.stopped = 0
         self._judge: HeldOut | None = None
+        self._weights: list[float] = []  # of the tasks; none: equal
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -53,6 +56,7 @@ class StopOnHeldOut(Callback):
         with trainer.strategy.precision_plugin.forward_context():
             given, model = pl_module.inputs(data), pl_module.resident
             self._judge = HeldOut.of(given, model, pl_module.objective, self.examples)
+        self._weights = [expert.weight for expert in pl_module.recipe.experts.values()]
         if trainer.global_step == 0:
             self._measure(trainer, pl_module)
         trainer.should_stop = trainer.should_stop or self.stopped > 0
@@ -79,15 +83,19 @@ class StopOnHeldOut(Callback):
 
     def add(self, step: int, shares: Tensor, coefficients: Tensor) -> None:
         """Record the shares [K] and the coefficients [K, G] of a step."""
-        before = max((sum(own) for own in self.recovered.values()), default=-math.inf)
+        before = max((self._mean(own) for own in self.recovered.values()), default=-math.inf)
         self.recovered[step] = shares.tolist()
-        if float(shares.sum()) > before:
+        mean = self._mean(self.recovered[step])
+        if mean > before:
             self.best = (step, coefficients.clone())
-        mean = float(shares.mean())
         if mean > self.highest + self.least:
             self.highest, self.waited = mean, 0
         else:
             self.waited += 1
+
+    def _mean(self, shares: Sequence[float]) -> float:
+        weights = self._weights or [1.0] * len(shares)
+        return sum(w * r for w, r in zip(weights, shares, strict=True)) / sum(weights)
 
     @override
     def state_dict(self) -> dict[str, Any]:

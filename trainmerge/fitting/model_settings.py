@@ -33,9 +33,14 @@ class ModelSettings:
     workspace: Path = Path("workspace")
     sharded: bool = False
     vectors: Vectors = "auto"
+    shard_over: Literal["all", "machine"] = "all"
 
     def __post_init__(self) -> None:
         check_fields(self, "model", subspace="[0, inf)", teacher_budget="[1, inf)")
+
+    def shards(self, processes: int, machine: int) -> int:
+        """The processes that share one model, of so many, `machine` of them on this machine."""
+        return 1 if not self.sharded else machine if self.shard_over == "machine" else processes
 
     @property
     def dtype(self) -> torch.dtype | None:

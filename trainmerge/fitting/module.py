@@ -86,6 +86,8 @@ class MergeModule(CoefficientSteps):
         on_policy: Learn from continuations that the merge writes, in rounds; by default from the examples.
         sharded: Shard the model over the trainer's processes instead of replicating it: for models that do
             not fit on one device. The trainer's strategy stays `ddp`; coefficients do not depend on this.
+        shard_over: The processes that share one model: `all`, or those of a `machine`, which then exchanges
+            only the coefficients' gradient with other machines.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class MergeModule(CoefficientSteps):
         sharded: bool = False,
         on_policy: OnPolicy | None = None,
         vectors: Vectors = "auto",
+        shard_over: Literal["all", "machine"] = "all",
     ) -> None:
         super().__init__()
         check_given(objective=objective, constraint=constraint, anchor=anchor, optimizer=optimizer)
@@ -119,12 +122,13 @@ class MergeModule(CoefficientSteps):
         self._rounds: Rounds | None = None  # once the model is loaded
         check_option("model.schedule", schedule, Literal["auto", "least"])
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
-        place = Path(workspace), sharded, vectors
+        place = Path(workspace), sharded, vectors, shard_over
         self.settings = ModelSettings(weights, subspace, quantise, teacher_budget, *place)
         asked = OpenSchedule(tasks_per_backward, keep_gradients)
         self.schedule = asked.least
         self.asked = asked if schedule == "auto" else OpenSchedule(self.schedule.tasks, self.schedule.keep)
         self.room: Room | None = None  # for task vectors, once a plan has found it
+        self.machine = 0  # processes on this machine, once the trainer says; 0 is all
         self.initial, self.keep_better = initial, keep_better
         check_sharding(self.settings, needs_examples(recipe, initial))
         self.opened = recipe.open(self.settings.workspace)
@@ -179,7 +183,8 @@ class MergeModule(CoefficientSteps):
     def inputs(self, data: Calibration) -> FitInputs:
         """What `prepare` makes the model from."""
         merge = self.recipe, self.opened, self.coefficients, self.initial
-        return FitInputs(*merge, self.objective.asks, data, self.settings, self.schedule, self.room)
+        where = self.settings, self.schedule, self.room, self.machine
+        return FitInputs(*merge, self.objective.asks, data, *where)
 
     @override
     def setup(self, stage: str) -> None:
@@ -191,6 +196,7 @@ class MergeModule(CoefficientSteps):
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, Calibration):
             raise TypeError("fit with trainer.fit(module, datamodule=Calibration(...))")
+        self.machine = self.trainer.num_devices
         strategy = self.trainer.strategy  # `self.device` is still the CPU here
         self.load(data, strategy.root_device, strategy.precision_plugin.forward_context)
         if scale := scale_of(strategy.precision_plugin):
@@ -208,8 +214,11 @@ class MergeModule(CoefficientSteps):
         Its backward has the model's `loss_scale`, which `MergedModel.gradient` takes out again.
         """
         expert = list(self.recipe.experts.values())[batch.expert]
+        return self.resident.merged.loss_scale(expert.weight * batch.share * self.losses(batch).mean())
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of each example of one expert's batch, [B], without the expert's weight."""
         batch = self.resident.counted(batch)
         if records := self.teachers if self._rounds is None else self._rounds.records:
             batch = batch._replace(teacher=records[batch.expert].of(batch.ids, self.resident.device))
-        losses = self.objective(self.resident(batch, self.objective.asks.layers), batch)
-        return self.resident.merged.loss_scale(expert.weight * batch.share * losses.mean())
+        return self.objective(self.resident(batch, self.objective.asks.layers), batch)

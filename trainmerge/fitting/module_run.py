@@ -23,10 +23,9 @@ from trainmerge.run.config import to_config
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.in_use import in_use
 from trainmerge.run.manifest import differences
-from trainmerge.run.saved import save_moment
+from trainmerge.run.saved import new_snapshot
 from trainmerge.run.trajectory import append
-from trainmerge.system.atomic import aside, sync, write_whole
-from trainmerge.system.disk_space import naming
+from trainmerge.system.atomic import sync, write_whole
 from trainmerge.system.json_file import read_json_lines
 
 LOSS = "losses/"  # before an expert's name, in metrics.jsonl
@@ -101,16 +100,8 @@ class ModuleRun:
             return
         for file in (self.folder.metrics, self.folder.trajectory):
             sync(file)
-        path = self.folder.checkpoints / f"step-{step}.ckpt"
-        new = aside(path, "new")
-        try:
-            with naming(path):
-                torch.save(_state(stepping, step, self.description), new)
-            sync(new)
-            save_moment(self.folder, stepping.coefficients, step, self.steps, (new, path))
-            self.folder.drop_snapshots_before(step)
-        finally:
-            new.unlink(missing_ok=True)
+        with new_snapshot(self.folder, stepping.coefficients, step, self.steps) as path:
+            torch.save(_state(stepping, step, self.description), path)
 
 
 def describe_modules(

@@ -15,7 +15,7 @@ from trainmerge.fitting.media_preflight import is_pooled, media_problems
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.on_policy import check_on_policy
 from trainmerge.objectives import Alignment, Objective
-from trainmerge.run.heads import linear_problems, task_heads
+from trainmerge.run.heads import task_heads, unusable_heads
 
 UNUSABLE = ("question-answering model", "model with another output")  # no logits of tokens or classes
 TOGETHER = 64  # examples that are tokenised at a time
@@ -48,7 +48,7 @@ def check_rounds(module: MergeModule, data: Calibration) -> None:
 
 def check_heads(module: MergeModule) -> None:
     """Raise ValueError for heads that are another function than their file's classifier."""
-    if problems := list(linear_problems(module.recipe)):
+    if problems := list(unusable_heads(module.recipe)):
         raise ValueError("\n".join(problems))
 
 

@@ -54,6 +54,7 @@ class FitInputs:
     settings: ModelSettings
     schedule: StepSchedule
     room: Room | None = None  # for task vectors on the device; None if it is unknown
+    machine: int = 0  # processes on this machine; 0 is all
 
     def without_records(self) -> "FitInputs":
         """The same where nothing of the experts is recorded on the examples."""
@@ -88,7 +89,8 @@ def prepare(
     vectors = preprocess(
         given.opened, first, settings.workspace
     )  # before the model is loaded, to reuse its memory
-    placement = Placement(device, settings.dtype, settings.sharded)
+    world = distributed.world_size()
+    placement = Placement(device, settings.dtype, settings.shards(world, min(world, given.machine or world)))
     experts = load_resident(
         recipe, given.opened, given.coefficients, given.data.tokenize, placement, given.asks.embedding
     )

@@ -18,9 +18,8 @@ from trainmerge.fitting.held_out_stopping import StopOnHeldOut
 from trainmerge.fitting.metrics_log import log_before_saving
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.saved import save_moment
-from trainmerge.system.atomic import aside, sync
-from trainmerge.system.disk_space import naming
+from trainmerge.run.saved import new_snapshot
+from trainmerge.system.atomic import sync
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: try again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
@@ -131,19 +130,12 @@ class Snapshots(Callback):
         """Save a snapshot and its coefficients; the logs up to it are on disk before."""
         assert isinstance(module, MergeModule)
         step, folder = trainer.global_step, self.folder
-        path = folder.checkpoints / f"step-{step}.ckpt"
-        new = aside(path, "new")
         if trainer.is_global_zero and folder.trajectory.exists():
             sync(folder.trajectory)
-        try:
-            with naming(path):
-                trainer.save_checkpoint(new)
-            self._saved = step
-            if trainer.is_global_zero:
-                save_moment(folder, module.coefficients, step, _last_step(trainer), (new, path))
-                folder.drop_snapshots_before(step)
-        finally:
-            new.unlink(missing_ok=True)
+        last = _last_step(trainer)
+        with new_snapshot(folder, module.coefficients, step, last, trainer.is_global_zero) as path:
+            trainer.save_checkpoint(path)
+        self._saved = step
 
 
 def _last_step(trainer: pl.Trainer) -> int:

@@ -13,7 +13,7 @@ from trainmerge.data.examples import Render, read_examples, subject
 from trainmerge.data.generate import WRITERS, Generate, generate_problems
 from trainmerge.data.media import without_text
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.run.heads import linear_problems, task_heads
+from trainmerge.run.heads import task_heads, unusable_heads
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe, calibration_files
 from trainmerge.run.sources import DEFAULT_LENGTH as LENGTH
@@ -78,7 +78,7 @@ def expert_findings(recipe: Recipe, opened: Opened) -> Iterator[Finding]:
                 f"set recipe.chat_template: {name} (with tokenizer: union, if its tokens are new); or "
                 "render its chats with its own template into a column of texts",
             )
-    for problem in linear_problems(recipe):
+    for problem in unusable_heads(recipe):
         yield Finding("error", problem)
     heads = task_heads(recipe, opened)
     for name, head in heads.items():

@@ -134,11 +134,17 @@ def _lists(groups: Any) -> bool:
     return isinstance(groups, list) and all(isinstance(group, list) for group in groups)
 
 
-def write_groups(path: Path, method: str, experts: int, groups: Mapping[str, Groups]) -> None:
-    """Write a plan as `read_groups` reads it."""
-    content = {
-        "method": method,
-        "experts": experts,
-        "layers": {p: list(map(list, g)) for p, g in groups.items()},
-    }
+def write_groups(
+    path: Path, method: str, experts: int, groups: Mapping[str, Groups], errors: Mapping[str, Any]
+) -> None:
+    """Write a plan as `read_groups` reads it, with the layers' errors if coefficients were learned."""
+    layers = {prefix: [list(group) for group in own] for prefix, own in groups.items()}
+    content = {"method": method, "experts": experts, "layers": layers}
+    content |= {"errors": dict(errors)} if errors else {}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_errors(folder: Path) -> dict[str, dict[str, float]]:
+    """Prefix -> its errors, of a mixture whose coefficients were learned."""
+    found: dict[str, dict[str, float]] = read_json(folder / FILE, "Shrink the mixture again.")["errors"]
+    return found

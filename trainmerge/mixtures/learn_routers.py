@@ -8,6 +8,7 @@ Legend: `N` experts, `H` hidden size, `R` states.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def learn_routers(
     for layers in _portions(resident, networks, len(examples)):
         states, labels = gather_states(resident, learn, tokenizer, layers)
         others, theirs = gather_states(resident, held, tokenizer, layers)
-        for layer in progress(layers, "routers"):
+        for layer in progress(list(layers), "routers"):
             rows = fit_rows(states[layer], labels, len(examples))
             found[layer] = Learned(rows.cpu(), accuracy(rows, others[layer], theirs))
     return found
@@ -61,8 +62,9 @@ def _portions(
     resident: Resident, networks: Mapping[str, nn.Module], experts: int
 ) -> Iterator[dict[str, nn.Module]]:
     """The layers, as many at a time as have their states in memory."""
-    embedding: nn.Module = resident.merged.module.get_input_embeddings()  # type: ignore[operator]
-    width, size = embedding.weight.shape[1], embedding.weight.element_size()
+    model: Any = resident.merged.module
+    weight: Tensor = model.get_input_embeddings().weight
+    width, size = weight.shape[1], weight.element_size()
     count = max(1, BYTES // (2 * experts * TOKENS * width * size))
     layers = list(networks.items())
     yield from (dict(layers[first : first + count]) for first in range(0, len(layers), count))

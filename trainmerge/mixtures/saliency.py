@@ -20,7 +20,7 @@ from trainmerge.model.token_states import spread
 from trainmerge.system.console import progress
 
 TOGETHER = 16  # texts per forward pass; every pass reads all weights once
-KEPT = 1024  # tokens of all texts whose states are kept for each layer
+KEPT = 2048  # tokens of all texts whose states are kept for each layer
 PAIRS = 4096  # (token, expert) pairs that are computed at a time
 
 
@@ -34,7 +34,8 @@ class Saliency:
         gated: Sum of weight times output, [E, H].
         alike: Sum of the outer products of the router's logits over all tokens, [E, E].
         states: What the router read at some tokens, [S, H].
-        outputs: Sum of every expert's output at those tokens, whether chosen or not, [E, H].
+        routed: What the experts make of them together, [S, H].
+        outputs: Sum of every expert's output at those tokens, chosen or not, [E, H]; 0 if not asked for.
         activation: The experts' activation function.
     """
 
@@ -43,6 +44,7 @@ class Saliency:
     gated: Tensor
     alike: Tensor
     states: Tensor
+    routed: Tensor
     outputs: Tensor
     activation: Callable[[Tensor], Tensor]
 
@@ -57,9 +59,13 @@ class Saliency:
 
 @torch.no_grad()
 def measure(
-    base: Checkpoint, layers: Sequence[MixtureLayer], examples: Sequence[Example], tokenizer: Tokenizer
+    base: Checkpoint,
+    layers: Sequence[MixtureLayer],
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    every: bool = False,
 ) -> dict[str, Saliency]:
-    """Each layer's sums, by its prefix."""
+    """Each layer's sums, by its prefix; with `every`, those of all experts' outputs too."""
     loaded = load_meta_model(base)
     routers = {layer.prefix: _module(loaded, layer.weight) for layer in layers}
     experts = {layer.prefix: _module(loaded, layer.weight, "experts") for layer in layers}
@@ -68,8 +74,11 @@ def measure(
     kept = torch.empty(0)
 
     def see(prefix: str, choice: Choice) -> None:
-        own = Choice(*(part[chosen] for part in choice))
-        _add(found, prefix, experts[prefix], own, choice.states[kept])
+        module, some = experts[prefix], Choice(*(part[kept] for part in choice))
+        if prefix not in found:
+            found[prefix] = _empty(module, choice)
+        _add(found[prefix], module, Choice(*(part[chosen] for part in choice)))
+        _keep(found[prefix], module, some, every)
 
     with streamed(loaded, base), watching_routers(routers, see):
         for first in progress(range(0, len(examples), TOGETHER), "measuring experts"):
@@ -86,30 +95,36 @@ def _module(loaded: LoadedModel, router: str, sibling: str = "") -> nn.Module:
     return loaded.module.get_submodule(f"{path.rpartition('.')[0]}.{sibling}" if sibling else path)
 
 
-def _add(found: dict[str, Saliency], prefix: str, experts: nn.Module, choice: Choice, states: Tensor) -> None:
-    """Add a batch's tokens to a layer's sums."""
+def _empty(experts: nn.Module, choice: Choice) -> Saliency:
     count, width = choice.logits.shape[1], choice.states.shape[1]
-    if prefix not in found:
-        zeros = torch.zeros(count, width, dtype=torch.float64)
-        activation: Any = experts.act_fn
-        found[prefix] = Saliency(
-            zeros[:, 0].clone(), zeros[:, 0].clone(), zeros.clone(),
-            torch.zeros(count, count, dtype=torch.float64), states[:0], zeros.clone(), activation,
-        )  # fmt: skip
-    own = found[prefix]
+    zeros = torch.zeros(count, width, dtype=torch.float64)
+    none, square = choice.states[:0], torch.zeros(count, count, dtype=torch.float64)
+    activation: Any = experts.act_fn
+    first = zeros[:, 0]
+    return Saliency(first.clone(), first.clone(), zeros, square, none, none, zeros.clone(), activation)
+
+
+def _add(own: Saliency, experts: nn.Module, choice: Choice) -> None:
+    """Add a batch's tokens to a layer's sums."""
     logits = choice.logits.double()
     own.alike += logits.T @ logits
     tokens = torch.arange(len(choice.states)).repeat_interleave(choice.experts.shape[1])
     numbers, weights = choice.experts.flatten(), choice.weights.flatten().double()
-    for part in torch.arange(len(tokens)).split(PAIRS):
+    for begin in range(0, len(tokens), PAIRS):
+        part = slice(begin, begin + PAIRS)
         out = outputs_of(experts, choice.states[tokens[part]], numbers[part]).double()
         gated = weights[part, None] * out
-        own.usage.index_add_(0, numbers[part], torch.ones(len(part), dtype=torch.float64))
+        own.usage.index_add_(0, numbers[part], torch.ones(len(out), dtype=torch.float64))
         own.norms.index_add_(0, numbers[part], gated.norm(dim=1))
         own.gated.index_add_(0, numbers[part], gated)
-    own.states = torch.cat([own.states, states])
-    for number in range(count):
-        out = outputs_of(experts, states, torch.full((len(states),), number))
+
+
+def _keep(own: Saliency, experts: nn.Module, some: Choice, every: bool) -> None:
+    """Keep some tokens' states, and what the experts make of them."""
+    own.states = torch.cat([own.states, some.states])
+    own.routed = torch.cat([own.routed, experts(some.states, some.experts, some.weights)])
+    for number in range(len(own.usage) if every else 0):
+        out = outputs_of(experts, some.states, torch.full((len(some.states),), number))
         own.outputs[number] += out.double().sum(0)
 
 

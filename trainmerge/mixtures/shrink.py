@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from trainmerge.checkpoints import Checkpoint, check_tensors, open_checkpoint
@@ -11,8 +12,10 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.export.export import write_checkpoint
 from trainmerge.mixtures.groups import FILE, METHODS, plan_groups, read_groups, write_groups
 from trainmerge.mixtures.layers import mixture_layers, shrunk_settings
-from trainmerge.mixtures.saliency import Saliency, measure
+from trainmerge.mixtures.learn_groups import Student, learn_layer, students_of
+from trainmerge.mixtures.saliency import measure
 from trainmerge.mixtures.shrunk import Shrunk
+from trainmerge.system.console import progress
 from trainmerge.system.hub import folder_of
 from trainmerge.system.ranges import check_option
 from trainmerge.system.staging import staging
@@ -28,6 +31,7 @@ def shrink(
     plan: str = "reap",
     max_length: int = LENGTH,
     max_examples: int | None = None,
+    steps: int = 0,
     overwrite: bool = False,
 ) -> Path:
     """Write a mixture with fewer experts a layer, which transformers loads as it loads the larger one.
@@ -45,6 +49,8 @@ def shrink(
         plan: `reap` (drop), `ream` (merge the nearest), `hc` (merge clusters), or a JSON file of groups.
         max_length: Texts are truncated to this many tokens.
         max_examples: Use the first so many texts.
+        steps: Steps of learning the merged experts' coefficients and router rows, layer by layer, instead of
+            taking saliencies. In every layer the result is kept only where it is better than dropping.
         overwrite: Replace `out` if it exists.
 
     Raises:
@@ -55,6 +61,7 @@ def shrink(
     check_option("experts", experts, int, "[1, inf)")
     check_option("max_length", max_length, int, "[1, inf)")
     check_option("max_examples", max_examples, int | None, "[1, inf)")
+    check_option("steps", steps, int, "[0, inf)")
     base = open_checkpoint(folder_of(checkpoint))
     layers = mixture_layers(base)
     settings = shrunk_settings(base.path, base.config, experts)
@@ -65,21 +72,39 @@ def shrink(
             f"{base.path}: its routers have groups, of which hc does not keep equally many experts"
         )
     singles = given is not None and all(len(group) == 1 for own in given.values() for group in own)
+    if steps and (plan == "reap" or singles):
+        raise ValueError("--steps learns how groups are merged, and this plan merges none: --plan ream or hc")
     if calibration is None and not singles:
         raise ValueError(f"the plan {plan!r} needs texts: --calibration FILE")
     with staging(out, overwrite) as folder:
         _write_settings(folder, settings)
         first = {layer.prefix: [[number] for number in range(experts)] for layer in layers}
-        check_tensors(folder, Shrunk(base, layers, first).tensors)
+        module, names = check_tensors(folder, Shrunk(base, layers, first).tensors)
         texts = _texts(base, calibration, max_length, max_examples) if calibration and not singles else None
-        measured: dict[str, Saliency] = {} if texts is None else measure(base, layers, *texts)
+        measured = {} if texts is None else measure(base, layers, *texts, every=plan == "hc")
         groups = given or {
             layer.prefix: plan_groups(plan, measured[layer.prefix], experts, parts) for layer in layers
         }
-        write_checkpoint(Shrunk(base, layers, groups, measured), folder)
+        made = Shrunk(base, layers, groups, measured)
+        errors: dict[str, dict[str, float]] = {}
+        if steps:
+            made, errors = _learned(made, students_of(module, names, layers), steps)
+        write_checkpoint(made, folder)
         _write_settings(folder, settings)
-        write_groups(folder / FILE, plan if given is None else Path(plan).name, experts, groups)
+        write_groups(folder / FILE, plan if given is None else Path(plan).name, experts, groups, errors)
     return Path(out)
+
+
+def _learned(
+    made: Shrunk, students: Mapping[str, Student], steps: int
+) -> tuple[Shrunk, dict[str, dict[str, float]]]:
+    """The same with learned coefficients, and every layer's errors."""
+    found, errors = {}, {}
+    layers = {layer.prefix: layer for layer in made.layers}
+    for prefix in progress(list(layers), "learning groups"):
+        found[prefix], own = learn_layer(made, layers[prefix], students[prefix], steps)
+        errors[prefix] = asdict(own)
+    return replace(made, learned=found), errors
 
 
 def _file(plan: str) -> Path:

@@ -27,6 +27,19 @@ SHARD = "5GB"
 
 
 @dataclass(frozen=True)
+class Coefficients:
+    """Of the members after the first in every group of one layer: 0 leaves the first as it is.
+
+    Args:
+        experts: Of gate, up and down matrices, [3, M, J].
+        rows: Of the router's rows, [M, J].
+    """
+
+    experts: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
 class Shrunk(OnlyModel):
     """The tensors after.
 
@@ -35,12 +48,14 @@ class Shrunk(OnlyModel):
         layers: Its layers.
         groups: Prefix -> its groups.
         measured: Prefix -> sums over calibration tokens; not needed where every group is one expert.
+        learned: Prefix -> coefficients, instead of the saliencies'.
     """
 
     base: Checkpoint
     layers: Sequence[MixtureLayer]
     groups: Mapping[str, Groups]
     measured: Mapping[str, Saliency] = field(default_factory=dict)
+    learned: Mapping[str, Coefficients] = field(default_factory=dict)
     form: Form = field(default_factory=Form)
 
     @cached_property
@@ -49,12 +64,12 @@ class Shrunk(OnlyModel):
         return {name: layer for layer in self.layers for name in layer.routers}
 
     @cached_property
-    def experts(self) -> Mapping[str, tuple[MixtureLayer, str, Sequence[int]]]:
-        """Name after -> layer, kind of matrix, and members."""
+    def experts(self) -> Mapping[str, tuple[MixtureLayer, str, int]]:
+        """Name after -> layer, kind of matrix, and group."""
         return {
-            layer.expert(place, kind): (layer, kind, group)
+            layer.expert(place, kind): (layer, kind, place)
             for layer in self.layers
-            for place, group in enumerate(self.groups[layer.prefix])
+            for place in range(len(self.groups[layer.prefix]))
             for kind in layer.kinds
         }
 
@@ -81,42 +96,73 @@ class Shrunk(OnlyModel):
 
     def merged(self, name: str) -> bool:
         """Whether a tensor is computed from several experts."""
-        return name in self.experts and len(self.experts[name][2]) > 1
+        if name not in self.experts:
+            return False
+        layer, _, place = self.experts[name]
+        return len(self.groups[layer.prefix][place]) > 1
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """A tensor after."""
         if name in self.routers:
-            rows = [group[0] for group in self.groups[self.routers[name].prefix]]
-            yield self.base.read(name)[rows]
+            layer = self.routers[name]
+            yield self.rows(layer, name, self._coefficients(layer)).to(self.base.tensors[name].dtype)
         elif name in self.experts:
-            layer, kind, group = self.experts[name]
-            yield self._expert(layer, kind, group)
+            yield self._expert(*self.experts[name])
         else:
             yield self.base.read(name)
 
     def read_ahead_of(self, name: str) -> None:
         """Ask the kernel to read ahead the pages that `pieces` will need."""
         if name in self.experts:
-            layer, kind, group = self.experts[name]
-            read_ahead(self.base.read(layer.expert(group[0], kind)))
-        else:
-            read_ahead(self.base.read(name))
+            layer, kind, place = self.experts[name]
+            name = layer.expert(self.groups[layer.prefix][place][0], kind)
+        read_ahead(self.base.read(name))
 
-    def _expert(self, layer: MixtureLayer, kind: str, group: Sequence[int]) -> Tensor:
+    def _coefficients(self, layer: MixtureLayer) -> Coefficients:
+        return self.learned.get(layer.prefix) or self.saliency_coefficients(layer)
+
+    def rows(self, layer: MixtureLayer, name: str, coefficients: Coefficients) -> Tensor:
+        """A router's tensor after, [M, ...]; a correction of the load keeps the first members' numbers."""
+        groups, every = self.groups[layer.prefix], self.base.read(name)
+        first = every[[group[0] for group in groups]]
+        learned = coefficients.rows.requires_grad or bool(coefficients.rows.any())
+        if name.endswith("e_score_correction_bias") or not learned:
+            return first
+        found = list(first.float())
+        for place, group in enumerate(groups):
+            for number, member in enumerate(group[1:]):
+                apart = every[member].float() - first[place].float()
+                found[place] = found[place] + coefficients.rows[place, number] * apart
+        return torch.stack(found)
+
+    def _expert(self, layer: MixtureLayer, kind: str, place: int) -> Tensor:
+        group = self.groups[layer.prefix][place]
         first = self.base.read(layer.expert(group[0], kind))
         if len(group) == 1:
             return first
-        total = torch.zeros(first.shape, dtype=torch.float32)
-        for member, weight in zip(group, self.shares(layer, group), strict=True):
-            total += weight * self.aligned(layer, kind, group[0], member).float()
+        own = self._coefficients(layer).experts[list(layer.kinds).index(kind), place]
+        total = first.float()
+        for number, member in enumerate(group[1:]):
+            apart = self.aligned(layer, kind, group[0], member).float() - first.float()
+            total = total + float(own[number]) * apart
         return total.to(first.dtype)
 
-    def shares(self, layer: MixtureLayer, group: Sequence[int]) -> list[float]:
-        """The members' shares of the group's saliency; no token counts as the least saliency of the layer."""
-        scores = self.measured[layer.prefix].scores
-        least = scores[scores > 0].min() if bool((scores > 0).any()) else scores.new_ones(())
-        own = scores[list(group)].clamp_min(float(least))
-        return [float(share) for share in own / own.sum()]
+    def saliency_coefficients(self, layer: MixtureLayer) -> Coefficients:
+        """The members' shares of the group's saliency, and the first members' rows of the router.
+
+        No token counts as the least saliency of the layer.
+        """
+        groups = self.groups[layer.prefix]
+        width = max(len(group) for group in groups) - 1
+        shares = torch.zeros(len(groups), width)
+        if width:
+            scores = self.measured[layer.prefix].scores
+            reached = scores[scores > 0]
+            floor = float(reached.min()) if len(reached) else 1.0
+            for place, group in enumerate(groups):
+                own = scores[list(group)].clamp_min(floor)
+                shares[place, : len(group) - 1] = (own / own.sum())[1:]
+        return Coefficients(shares.expand(len(layer.kinds), -1, -1), torch.zeros_like(shares))
 
     def aligned(self, layer: MixtureLayer, kind: str, centroid: int, member: int) -> Tensor:
         """A member's matrix with its neurons in the centroid's order."""

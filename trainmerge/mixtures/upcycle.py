@@ -26,7 +26,7 @@ from trainmerge.mixtures.mixture_card import mixture_words
 from trainmerge.mixtures.upcycle_plan import UpcyclePlan, begin
 from trainmerge.mixtures.upcycled import Upcycled
 from trainmerge.model.resident import Placement, Resident, load_resident
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe import text_files
 from trainmerge.run.sources import columns_of, text_length
 from trainmerge.system.staging import staging
 
@@ -177,7 +177,7 @@ def _texts(plan: UpcyclePlan, tokenizer: Tokenizer) -> Texts:
     run = plan.exported.run
     columns, most = columns_of(run.path), run.read_manifest()["data"].get("max_examples")
     found = []
-    for number, (name, file) in enumerate(calibration_files(plan.exported.recipe).items()):
+    for number, (name, file) in enumerate(text_files(plan.exported.recipe).items()):
         examples = read_examples(file, columns, tokenizer.render, most)
         if len(examples) < 2:
             raise ValueError(f"{file}: the expert {name} has one text, and routers need two or more")

@@ -17,7 +17,7 @@ from trainmerge.export.shards import CheckpointMerge
 from trainmerge.mixtures.families import Mixture, feed_forward, mixture_of
 from trainmerge.mixtures.upcycled import Upcycled
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe import text_files
 from trainmerge.system import distributed
 from trainmerge.system.ranges import check_option
 
@@ -89,10 +89,7 @@ def begin(run: str | Path, out: str | Path, top_k: int, routed: float, form: For
             f"the run has {count} expert{'s' * (count > 1)}: a mixture needs two or more, and --top-k (now "
             f"{top_k}) is at most their number"
         )
-    if absent := [name for name in recipe.experts if name not in calibration_files(recipe)]:
-        raise ValueError(
-            f"the experts {absent} have no calibration texts in the recipe, and routers are learned from them"
-        )
+    text_files(recipe)
     settings = translated_config(base.path, mixture.settings(count, top_k, base.config))
     merge = replace(merge_of(run_folder, recipe, exported.coefficients, exported.opened), form=form)
     return UpcyclePlan(exported, merge, mixture, settings, top_k, routed)

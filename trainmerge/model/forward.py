@@ -16,6 +16,7 @@ from trainmerge.model.embedding import Embedding
 from trainmerge.model.media_forward import (
     Tokenize,
     as_stored,
+    backbone,
     has_two_towers,
     label_classifier,
     one_row,
@@ -97,12 +98,6 @@ def _own_logits(own: OwnModel, batch: Batch, output: Any) -> Tensor:
         return both.masked_fill(absent[:, None], torch.finfo(both.dtype).min)
     logits: Tensor = output.logits
     return torch.stack([logits, torch.zeros_like(logits)], dim=-1) if own.kind == "labels" else logits
-
-
-def backbone(module: nn.Module) -> nn.Module:
-    """The model below its head."""
-    below: nn.Module = getattr(module, "base_model", module)
-    return below
 
 
 def _model_inputs(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,8 @@
 """The resident model sharded over N processes, 1/N each, with FSDP2's `fully_shard`.
 
+Where a model fits the devices of one machine, machines may replicate it. Then neither weights nor their
+gradients cross machines: the parts of the coefficients' gradient are all that is added up.
+
 Every process maps the same files, and reads its own rows of base and task vectors. Merged weights are
 all-gathered one block at a time, and their gradients reduce-scattered; nothing else of the model's size is
 communicated. The cost, with P bytes of parameters and U bytes of the largest unit (block, embedding, output):
@@ -16,7 +19,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from trainmerge.checkpoints import Checkpoint, LoadedModel, compute, computed_parameters
@@ -48,11 +51,14 @@ def shard_model(
     learned: Iterable[str],
     device: torch.device,
     dtype: torch.dtype | None = None,
+    shards: int = 0,
 ) -> Root:
     """Shard the model of `load_meta_model` over all processes and read this process's rows from the files.
 
     `learned` are the base's names of the parameters that get gradients; weights have `dtype`, by default the
-    stored one. Parameters that no file contains are computed (Marian's positions), or 0 (an unused pooler).
+    stored one. `shards` neighbouring processes share one model, by default all; groups of them replicate it,
+    and exchange nothing of its size. Parameters that no file contains are computed (Marian's positions), or 0
+    (an unused pooler).
 
     Raises:
         ValueError: the learned parameters of one block are stored in different dtypes; a mixture of experts.
@@ -69,7 +75,7 @@ def shard_model(
     for name in learned:
         parameters[names[name]].requires_grad_(True)
     root = Root(module)
-    _fully_shard(root, device)
+    _fully_shard(root, _mesh(device, shards or distributed.world_size()))
     _to_device(root, device)
     parameters = dict(module.named_parameters())
     for name in parameters.keys() - set(names.values()):
@@ -112,8 +118,14 @@ def units(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _fully_shard(root: Root, device: torch.device) -> None:
-    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+def _mesh(device: torch.device, shards: int) -> DeviceMesh:
+    """The processes that share this process's model."""
+    groups = distributed.world_size() // shards
+    mesh = init_device_mesh(device.type, (groups, shards), mesh_dim_names=("replica", "shard"))
+    return mesh["shard"]
+
+
+def _fully_shard(root: Root, mesh: DeviceMesh) -> None:
     whole = {parameter for parameter in root.parameters() if not parameter.dim()}  # FSDP2 shards no scalars
     places = [*units(root.module), root]
     for place in places:

@@ -28,6 +28,12 @@ def without_tokens(inputs: Mapping[str, Tensor]) -> bool:
     return "input_ids" not in inputs
 
 
+def backbone(module: nn.Module) -> nn.Module:
+    """The model below its head."""
+    below: nn.Module = getattr(module, "base_model", module)
+    return below
+
+
 def as_stored(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inputs, with pixels and samples in the dtype of the model's weights."""
     dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
@@ -40,8 +46,7 @@ def tower(module: nn.Module, inputs: Mapping[str, Tensor], options: Mapping[str,
     if has_two_towers(module):
         return given.get_image_features(**as_stored(module, inputs), **options)
     whole = type(module).__name__.endswith("WithProjection")  # whose base_model lacks the projection
-    below = module if whole else getattr(module, "base_model", module)
-    return below(**as_stored(module, inputs), **options)
+    return (module if whole else backbone(module))(**as_stored(module, inputs), **options)
 
 
 def states(output: Any, classifier: Classifier) -> Tensor:

@@ -88,12 +88,12 @@ class Placement:
         device: The device.
         dtype: Dtype of the parameters; by default as stored. Buffers and heads keep theirs: positions need
             float32.
-        sharded: Whether to shard the model over the processes, if there are several.
+        shards: The processes that share one model; 1 replicates it.
     """
 
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None
-    sharded: bool = False
+    shards: int = 1
 
 
 def load_resident(
@@ -146,9 +146,10 @@ def special_ids(tokenize: Tokenize) -> Tensor:
 def load_base(opened: Opened, placement: Placement) -> tuple[LoadedModel, Root | None]:
     """The base on its device, as stored; or its shard in the placement's dtype, with the shards' root."""
     device = torch.device(placement.device)
-    if placement.sharded and distributed.world_size() > 1:
+    if placement.shards > 1:
         loaded = load_meta_model(opened.base, opened.ignore)
-        return loaded, shard_model(loaded, opened.base, opened.layout.learned, device, placement.dtype)
+        how = device, placement.dtype, placement.shards
+        return loaded, shard_model(loaded, opened.base, opened.layout.learned, *how)
     loaded = load_model(opened.base, opened.ignore)
     loaded.module.to(device)
     return loaded, None

@@ -79,7 +79,7 @@ def _write(
     device = next(module.parameters()).device
     ids = torch.tensor([[padding] * (longest - len(row)) + [*row] for row in prompts], device=device)
     real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
-    settings = GenerationConfig(
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=length, do_sample=False, pad_token_id=padding, eos_token_id=sorted(ends) or None
     )
     whole = module.generate(

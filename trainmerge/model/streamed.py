@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,14 +34,14 @@ def streamed(loaded: LoadedModel, base: Checkpoint) -> Iterator[nn.Module]:
     read = partial(_read, module, loaded.names, base, sources)
     handles = []
     for block, parameters in blocks.items():
-        own = module.get_submodule(block)
+        place = module.get_submodule(block)
         handles += [
-            own.register_forward_pre_hook(lambda *_, parameters=parameters: read(parameters)),
-            own.register_forward_hook(lambda *_, parameters=parameters: _drop(module, parameters)),
+            place.register_forward_pre_hook(lambda *_, parameters=parameters: read(parameters)),
+            place.register_forward_hook(lambda *_, parameters=parameters: _drop(module, parameters)),
         ]
     read(outside)
-    if hasattr(module, "tie_weights"):
-        module.tie_weights()
+    own: Any = module
+    own.tie_weights()
     try:
         yield module
     finally:

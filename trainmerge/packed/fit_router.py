@@ -6,6 +6,7 @@ from trainmerge.data.calibration import Calibration
 from trainmerge.export.explain import Exported
 from trainmerge.packed.router import Router, fit_router
 from trainmerge.packed.text_rows import text_rows
+from trainmerge.run.recipe import text_files
 from trainmerge.run.sources import columns_of, text_length
 
 HELD_OUT = 0.2  # share of each task's texts
@@ -19,10 +20,7 @@ def router_of(exported: Exported) -> tuple[Router, dict[str, Any]]:
         ValueError: an expert without calibration texts, or fewer than two.
     """
     recipe, run = exported.recipe, exported.run.path
-    given = {name: expert.calibration for name, expert in recipe.experts.items()}
-    files = {name: file for name, file in given.items() if file}
-    if absent := sorted(given.keys() - files.keys()):
-        raise ValueError(f"a router needs calibration texts of every task: {', '.join(absent)} has none")
+    files = text_files(recipe)
     length, base = text_length(run), exported.opened.base
     data = Calibration(
         files,

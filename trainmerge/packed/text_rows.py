@@ -15,7 +15,7 @@ from trainmerge.data.classifier import pool
 from trainmerge.data.examples import Example
 from trainmerge.data.media import without_text
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.model.forward import backbone
+from trainmerge.model.media_forward import backbone
 
 TOGETHER = 32  # texts per forward pass
 

@@ -17,7 +17,7 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.run.front import read_front
 from trainmerge.run.open_run import of_modules, open_run, read_module_run, read_run
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.saved import scored_with, unfinished
+from trainmerge.run.saved import scored_with, scores_are_current, unfinished
 from trainmerge.run.scores import ACCURACY, PERPLEXITY, Metric, Scores
 from trainmerge.run.trajectory import Trajectory, read_trajectory
 from trainmerge.system.json_file import read_json, read_json_lines
@@ -173,7 +173,7 @@ def _scores(folder: RunFolder, experts: Sequence[str]) -> tuple[Scores, list[str
     rows = read_json(path, AGAIN) if path.exists() else {}
     if wrong := [row for row, scores in rows.items() if not isinstance(scores, Mapping)]:
         raise ValueError(f"{path}: {wrong[0]!r} is {rows[wrong[0]]!r}, not scores per task. {AGAIN}")
-    if stale := _stale(folder, rows.get("learned", {})):
+    if stale := _stale(folder, rows.get("learned"), path):
         del rows["learned"]
         notes.append(stale)
     found = {
@@ -184,13 +184,10 @@ def _scores(folder: RunFolder, experts: Sequence[str]) -> tuple[Scores, list[str
     return found, notes
 
 
-def _stale(folder: RunFolder, learned: Mapping[str, Any]) -> str:
-    """Why the learned merge's scores are not of the run's coefficients; empty if they are, or in old files.
-
-    Those of versions that recorded no coefficients are taken as they are.
-    """
-    now = scored_with(folder)
-    if learned.get("coefficients", now["coefficients"]) == now["coefficients"]:
+def _stale(folder: RunFolder, learned: Mapping[str, Any] | None, path: Path) -> str:
+    """Why the learned merge's scores are not of the run's coefficients; empty if they are."""
+    if learned is None or scores_are_current(folder, learned, path):
         return ""
+    now = scored_with(folder)
     steps = [f"step {of['step']}" if "step" in of else "other coefficients" for of in (learned, now)]
     return f"The scores are of {steps[0]}; the run is at {steps[1]}: run `trainmerge evaluate` again."

@@ -16,7 +16,7 @@ LONGEST = 200  # characters of an example in an error
 def check_encoding(run: RunFolder, recipe: Recipe, fitted: Path, exported: Path) -> int:
     """Render and encode the calibration chats with both tokenizers; returns the number of chats compared.
 
-    Prints a line for files that are not here. Runs without chats are not compared.
+    The run has chats. Prints a line for files that are not here.
 
     Args:
         run: The run's folder.
@@ -28,8 +28,6 @@ def check_encoding(run: RunFolder, recipe: Recipe, fitted: Path, exported: Path)
         ValueError: a chat with another text or other ids; with the chat.
     """
     columns = columns_of(run.path)
-    if columns.messages is None:
-        return 0
     length, most = text_length(run.path), run.read_manifest()["data"].get("max_examples")
     one, other = Tokenizer(str(fitted), length), Tokenizer(str(exported), length)
     count = 0

@@ -12,7 +12,7 @@ from trainmerge.checkpoints import (
     may_have_head,
     open_checkpoint,
 )
-from trainmerge.data.heads import Head, LinearHead
+from trainmerge.data.heads import Head, LabelHead, LinearHead
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.system.hub import folder_of
@@ -90,10 +90,16 @@ def _own_heads(recipe: Recipe, opened: Opened | None) -> dict[str, OwnHead]:
         return recipe.open(Path(place)).own_heads
 
 
-def linear_problems(recipe: Recipe) -> Iterator[str]:
-    """Every `LinearHead` whose file has more than a backbone and one matrix."""
+def unusable_heads(recipe: Recipe) -> Iterator[str]:
+    """Every `LinearHead` whose file has more than one matrix, and every `LabelHead` without label texts."""
     heads: dict[str, Head | str | None] = {f"experts.{name}": e.head for name, e in recipe.experts.items()}
     heads |= {f"held_out.{name}": task.head for name, task in recipe.held_out.items()}
+    for key, head in heads.items():
+        if isinstance(head, LabelHead):
+            try:
+                head.identity()  # reads its files
+            except ValueError as error:
+                yield f"recipe.{key}.head: {error}"
     linear = {key: head for key, head in heads.items() if isinstance(head, LinearHead)}
     base = open_checkpoint(recipe.folders["base"], recipe.allow_pickle).tensors if linear else {}
     for key, head in linear.items():

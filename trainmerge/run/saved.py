@@ -6,14 +6,16 @@ the run is listed, and one that is cut short, where a rename is not atomic, or t
 Manifests of older versions have no such list, and their files are taken as they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.manifest import LOST, write_manifest
-from trainmerge.system.atomic import replacing, sync
+from trainmerge.system.atomic import aside, replacing, sync
+from trainmerge.system.disk_space import naming
 from trainmerge.system.safetensors_file import sha256
 
 
@@ -54,6 +56,38 @@ def scored_with(folder: RunFolder) -> dict[str, str | int]:
     if moment is None:
         return {"coefficients": sha256(folder.coefficients)}
     return {"coefficients": moment.coefficients, "step": moment.step}
+
+
+def scores_are_current(folder: RunFolder, row: Any, file: Path) -> bool:
+    """Whether a row of scores in a run's `file` is of the run's coefficients.
+
+    By the SHA-256 in the row; in files of versions that wrote none, by the files' times.
+    """
+    known = row.get("coefficients") if isinstance(row, Mapping) else None
+    if known is not None:
+        return bool(known == sha256(folder.coefficients))
+    return file.stat().st_mtime_ns >= folder.coefficients.stat().st_mtime_ns
+
+
+@contextmanager
+def new_snapshot(
+    folder: RunFolder, coefficients: Coefficients, step: int, steps: int, main: bool = True
+) -> Iterator[Path]:
+    """A temporary path to write a snapshot to; it then gets its name, and the coefficients are saved.
+
+    Older snapshots are removed. Without `main` (a process other than the first) nothing of this happens.
+    """
+    path = folder.checkpoints / f"step-{step}.ckpt"
+    new = aside(path, "new")
+    try:
+        with naming(path):
+            yield new
+        if main:
+            sync(new)
+            save_moment(folder, coefficients, step, steps, (new, path))
+            folder.drop_snapshots_before(step)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def listed_moments(folder: RunFolder, manifest: Mapping[str, Any]) -> list[Saved] | None:

@@ -113,8 +113,8 @@ class _Reader(FileSystemReader):
             raise ValueError(f"{file}: no metadata of torch.distributed: {error}") from error
         if not isinstance(found, Metadata):
             raise ValueError(f"{file}: no metadata of torch.distributed: a {type(found).__name__}")
-        if getattr(found, "storage_meta", None) is not None:
-            found.storage_meta.load_id = self.load_id
+        if (meta := getattr(found, "storage_meta", None)) is not None:
+            meta.load_id = self.load_id
         return found
 
 

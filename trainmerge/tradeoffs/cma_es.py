@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -76,7 +76,7 @@ def maximise(
     optimizer = CMA(mean, search.spread, seed=search.seed, population_size=max(4, population))
     settings = {k: v for k, v in asdict(search).items() if k != "evaluations"}
     settings["population"] = search.population or 0  # 0 in the log: by default
-    known = read_log(log, {**settings, "start": mean.tolist(), "depends_on": depends_on})
+    known = read_log(log, {**settings, "start": mean.tolist(), "depends_on": depends_on}, Tried)
     scored = LoggedScores(score, log, known)
     yield scored(mean)
     while scored.count < search.evaluations and not optimizer.should_stop():
@@ -89,6 +89,9 @@ def maximise(
             if scored.count == search.evaluations:
                 return
         optimizer.tell(generation)
+
+
+T = TypeVar("T", bound=Tried)
 
 
 class LoggedScores:
@@ -118,7 +121,7 @@ class LoggedScores:
         return found
 
 
-def read_log(log: Path, header: dict[str, Any]) -> list[Tried]:
+def read_log(log: Path, header: dict[str, Any], kind: type[T]) -> list[T]:
     """The points of a log with this header; a new log gets the header. An incomplete line is dropped.
 
     Raises:
@@ -138,6 +141,6 @@ def read_log(log: Path, header: dict[str, Any]) -> list[Tried]:
     if len(whole) < len(lines):
         write_whole(log, first + "".join(whole))
     try:
-        return [Tried(**parse_json(line, log, DAMAGED)) for line in whole]
+        return [kind(**parse_json(line, log, DAMAGED)) for line in whole]
     except TypeError as error:
         raise ValueError(f"{log}: a line is not a merge of this search: {error}. {DAMAGED}") from error

@@ -4,14 +4,15 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
 from trainmerge.data.calibration import Calibration
 from trainmerge.evaluate import load_tasks
 from trainmerge.evaluate.runs import as_embedder, build_heads
 from trainmerge.evaluate.score_task import score_task
-from trainmerge.evaluate.subject import Subject
-from trainmerge.fitting.calibration_loss import calibration_loss
+from trainmerge.evaluate.subject import Subject, TaskScore
+from trainmerge.fitting.calibration_loss import batches, calibration_loss
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.heads import all_heads
 from trainmerge.run.scores import PERPLEXITY
@@ -49,6 +50,38 @@ def make_score(
     return _measured(name, module, data, limit)
 
 
+def make_example_scores(
+    name: str, module: MergeModule, data: Calibration, limit: int | None = None
+) -> Callable[[], list[float]]:
+    """A score of 0 or more for each example: `accuracy`, or without labels `loss`, which is exp(-loss).
+
+    `accuracy` is that of the experts' `validation` files. One process.
+
+    Raises:
+        ValueError: another score; an expert has no validation file.
+    """
+    if name == "loss":
+        return lambda: _closeness(module, data)
+    if name != "accuracy":
+        raise ValueError(f"niches need a score per example: accuracy or loss, not {name!r}")
+    score = _scorer(module, data, limit)
+
+    def right() -> list[float]:
+        found = score()
+        if absent := [task for task, own in found.items() if name not in own.measures]:
+            raise ValueError(f"--score accuracy: the tasks {absent} lack it")
+        return [float(value) for own in found.values() for value in own.outcomes[:, 0]]
+
+    return right
+
+
+@torch.no_grad()
+def _closeness(module: MergeModule, data: Calibration) -> list[float]:
+    losses = [module.losses(batch).double() for batch in batches(module.resident, data)]
+    found: list[float] = torch.cat(losses).neg().exp().tolist()
+    return found
+
+
 def imported(path: str, options: Mapping[str, Any]) -> Callable[[nn.Module], float]:
     """The callable of an import path; a class is instantiated with `options`.
 
@@ -66,7 +99,8 @@ def imported(path: str, options: Mapping[str, Any]) -> Callable[[nn.Module], flo
     return made  # type: ignore[no-any-return]
 
 
-def _measured(name: str, module: MergeModule, data: Calibration, limit: int | None) -> Score:
+def _scorer(module: MergeModule, data: Calibration, limit: int | None) -> Callable[[], dict[str, TaskScore]]:
+    """Scores of the module's current weights on the experts' validation files."""
     own = all_heads(module.recipe, module.opened)
     tasks, _ = load_tasks(module.recipe, data.tokenize, data.columns, limit, "validation", own)
     resident = module.resident
@@ -75,8 +109,14 @@ def _measured(name: str, module: MergeModule, data: Calibration, limit: int | No
         heads = build_heads(model, tasks, data.tokenize, resident.merged.names)
     subject = as_embedder(Subject(model, heads, data.tokenize), resident, module.opened.base, tasks)
 
+    return lambda: {task.name: score_task(subject, task) for task in tasks}
+
+
+def _measured(name: str, module: MergeModule, data: Calibration, limit: int | None) -> Score:
+    scorer = _scorer(module, data, limit)
+
     def score() -> float:
-        found = {task.name: score_task(subject, task).measures for task in tasks}
+        found = {task: own.measures for task, own in scorer().items()}
         if absent := [task for task, measures in found.items() if name not in measures]:
             raise ValueError(
                 f"--score {name}: the tasks {absent} lack it; they have {list(found[absent[0]])}"

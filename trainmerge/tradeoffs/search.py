@@ -1,13 +1,14 @@
 """`trainmerge search`: a run folder whose coefficients maximise a score without gradients.
 
-As in Evo-Merging (arXiv 2509.12951), without its search over sparsities.
+By CMA-ES, as in Evo-Merging (arXiv 2509.12951) without its search over sparsities; or by a population with
+niches, as in M2N2 (arXiv 2508.16204).
 
 Legend: `K` experts, `G` coefficient groups.
 """
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +25,9 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.run.in_use import in_use
 from trainmerge.run.saved import save_moment
 from trainmerge.tradeoffs.cma_es import Search, Tried, maximise
+from trainmerge.tradeoffs.niches import Niches, evolve
 from trainmerge.tradeoffs.scales import scaled
-from trainmerge.tradeoffs.scores import make_score
+from trainmerge.tradeoffs.scores import make_example_scores, make_score
 
 Over = Literal["experts", "coefficients"]
 
@@ -36,7 +38,7 @@ def search_config(
     score: str = "accuracy",
     options: Mapping[str, Any] | None = None,
     over: Over = "experts",
-    search: Search = Search(),  # noqa: B008 - frozen
+    search: Search | Niches = Search(),  # noqa: B008 - frozen
     initial: str | None = None,
     limit: int | None = None,
 ) -> Tried:
@@ -47,8 +49,10 @@ def search_config(
         run: The run folder. If it has a search, that is resumed.
         score: See `make_score`.
         options: Arguments of a score that is a class.
-        over: Search one scale per expert (`experts`), or every coefficient (`coefficients`).
-        search: Settings of the search.
+        over: Search one scale per expert (`experts`), or every coefficient (`coefficients`). Niches are of
+            coefficients always.
+        search: Settings of CMA-ES (`Search`), or of a population (`Niches`), whose score is `accuracy` or
+            `loss`.
         initial: A coefficients file to start from, instead of the configuration's `model.initial`.
         limit: Use the first so many validation examples of each task; by default all.
 
@@ -59,41 +63,81 @@ def search_config(
     folder = RunFolder(Path(run))
     with in_use(folder, "trainmerge search"):
         module, data = _begin(config, folder, initial, search.evaluations)
-        return _search(module, data, folder, score, options or {}, over, search, limit)
+        module.load(data)
+        depends_on = {"score": score, "options": dict(options or {}), "over": over, "limit": limit or 0}
+        if isinstance(search, Niches):
+            points = _niches(module, data, folder, search, depends_on)
+        else:
+            points = _scales(module, data, folder, search, depends_on)
+        return _best(module, folder, points, search.evaluations)
 
 
-def _search(
-    module: MergeModule,
-    data: Calibration,
-    folder: RunFolder,
-    score: str,
-    options: Mapping[str, Any],
-    over: Over,
-    search: Search,
-    limit: int | None,
-) -> Tried:
-    """Score merges, from the first or from where the log ends; save the best at once."""
-    module.load(data)
-    scoring = make_score(score, options, module, data, limit)
-    space = SearchSpace(module.start, over)
+Found = tuple[Tried, Tensor]  # a point and its coefficients [K, G]
+
+
+def _scales(
+    module: MergeModule, data: Calibration, folder: RunFolder, search: Search, depends_on: dict[str, Any]
+) -> Iterator[Found]:
+    """The points of CMA-ES."""
+    scoring = make_score(
+        depends_on["score"], depends_on["options"], module, data, depends_on["limit"] or None
+    )
+    space = SearchSpace(module.start, depends_on["over"])
 
     def score_at(x: Sequence[float]) -> float:
         _place(module, space.coefficients(x))
         module.resident.merged.materialise()
         return scoring()
 
-    depends_on = {"score": score, "options": dict(options), "over": over, "limit": limit or 0}
     points = maximise(score_at, space.first(), search, folder.search, depends_on)
-    best, count, clock = Tried(space.first(), -math.inf), 0, time.monotonic()
-    for count, found in enumerate(points, 1):
+    return ((found, space.coefficients(found.x)) for found in points)
+
+
+def _niches(
+    module: MergeModule, data: Calibration, folder: RunFolder, niches: Niches, depends_on: dict[str, Any]
+) -> Iterator[Found]:
+    """The genomes of a population; the first ones are the start and each expert alone."""
+    scoring = make_example_scores(depends_on["score"], module, data, depends_on["limit"] or None)
+    space = SearchSpace(module.start, "coefficients")
+
+    def score_at(x: Sequence[float]) -> list[float]:
+        _place(module, space.coefficients(x))
+        module.resident.merged.materialise()
+        return scoring()
+
+    own = module.coefficients.constraint
+    alone = [row[:, None].expand_as(module.start) for row in torch.eye(len(module.start))]
+    starts = [own.project(values.to(module.start)).flatten().tolist() for values in (module.start, *alone)]
+    genomes = evolve(score_at, starts, network_order(module), niches, folder.search, depends_on)
+    return ((found, space.coefficients(found.x)) for found in genomes)
+
+
+def network_order(module: MergeModule) -> list[int]:
+    """The coefficients' groups by the first of their parameters in the network."""
+    merged = module.resident.merged
+    places = {id(p): place for place, p in enumerate(merged.module.parameters())}
+    layout = module.coefficients.layout
+    first: dict[int, tuple[int, int]] = {}
+    for name, groups in layout.groups.items():
+        for chunk, group in enumerate(groups):
+            here = (places[id(merged.placed.owners[name])], chunk)
+            first[group] = min(first.get(group, here), here)
+    return sorted(range(len(layout.labels)), key=lambda group: first[group])
+
+
+def _best(module: MergeModule, folder: RunFolder, points: Iterator[Found], evaluations: int) -> Tried:
+    """The best point; the run's coefficients are always those of the best one so far."""
+    best, values = Tried((), -math.inf), module.start
+    count, clock = 0, time.monotonic()
+    for count, (found, coefficients) in enumerate(points, 1):
         if found.score > best.score:
-            best = found
-            _place(module, space.coefficients(best.x))
-            save_moment(folder, module.coefficients, count, search.evaluations)
-        left = (time.monotonic() - clock) / count * (search.evaluations - count)
+            best, values = found, coefficients
+            _place(module, values)
+            save_moment(folder, module.coefficients, count, evaluations)
+        left = (time.monotonic() - clock) / count * (evaluations - count)
         ends = f"{found.score:.4f}  best {best.score:.4f}  {left:.0f} s left"
-        print(f"{count}/{search.evaluations}  score {ends}", flush=True)
-    _place(module, space.coefficients(best.x))
+        print(f"{count}/{evaluations}  score {ends}", flush=True)
+    _place(module, values)
     save_moment(folder, module.coefficients, count, steps=count)  # finished: the method may end early
     return best
 
