@@ -40,6 +40,7 @@ from trainmerge.kernels import (
 )
 from trainmerge.kernels.triton_segments import supported
 from trainmerge.model.merged_model import MergedModel
+from trainmerge.model.residency import Residency
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 MIX = [ExpertWeight, Difference, Untouched, ExpertWeight]
@@ -157,6 +158,11 @@ def check_a_fit_launches_few(launched: list[int]) -> None:
     with patch.object(calls, "LAUNCH", 600):  # bytes: a weight's 6 x 6 x 4 of each of four, and its bias's
         merged.materialise()
     assert launched == [2] * 9, launched
+    launched.clear()
+    held = merged.with_task_vectors(vectors, {}, True, Residency(dict.fromkeys(deltas, "device")))
+    with patch.object(calls, "LAUNCH", 600):
+        held.materialise()
+    assert launched == [18], launched  # what stays on the device does not fill the queue
 
 
 def counted(*names: str) -> list[int]:

@@ -29,6 +29,7 @@ GROUPS = (
     "plan_memory",
     "peer_fit",
     "quantised",
+    "neighbour",
     "moe",
     "packed",
     "residency",

@@ -52,6 +52,18 @@ def test_padding_is_on_the_right_and_never_counts(folder: Path) -> None:
     assert torch.equal(mask, inputs["attention_mask"].bool())
 
 
+def test_without_a_token_for_padding_another_special_one_is_taken(folder: Path) -> None:
+    settings = folder / "tokenizer_config.json"
+    content = json.loads(settings.read_text())
+    del content["pad_token"]
+    settings.write_text(json.dumps(content))
+    mask = Tokenizer(str(folder), 8).encode([Example("red"), Example("red blue")]).mask
+    assert mask.tolist() == [[True, False], [True, True]]
+    settings.write_text(json.dumps({**content, "unk_token": None}))
+    with pytest.raises(ValueError, match=r"set pad_token in its tokenizer_config\.json"):
+        Tokenizer(str(folder), 8)
+
+
 def test_a_position_counts_if_the_token_it_predicts_is_in_a_span(folder: Path) -> None:
     text = "red blue good cat two"
     begin = text.index("good")

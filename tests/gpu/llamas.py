@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from trainmerge.kernels import ExpertWeight
+from trainmerge.kernels import ExpertWeight, Quantised, Term
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 POOL = 1 << 28  # numbers that an expert's weights are cut from: more bytes than any cache holds
@@ -38,8 +38,11 @@ def model(sizes: Mapping[str, object], device: torch.device) -> nn.Module:
         return LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False, dtype="bfloat16")).bfloat16().eval()
 
 
-def experts(module: nn.Module, count: int, size: int = POOL) -> TaskVectors:
-    """Base and `count` experts in host memory; expert k's weights are views of pool k."""
+def experts(module: nn.Module, count: int, size: int = POOL, int8: bool = False) -> TaskVectors:
+    """Base and `count` experts in host memory; expert k's weights are views of pool k.
+
+    `int8`: matrices are of one byte a weight, as `Int8` leaves them.
+    """
     largest = max(parameter.numel() for parameter in module.parameters())
     size = max(size, largest)
     pools = [torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02) for _ in range(1 + count)]
@@ -51,9 +54,15 @@ def experts(module: nn.Module, count: int, size: int = POOL) -> TaskVectors:
             yield pool[first : first + parameter.numel()].view(parameter.shape)
             first += parameter.numel()
 
+    def term(weight: Tensor) -> Term:
+        if not int8 or weight.dim() < 2:
+            return ExpertWeight(weight)
+        codes = weight.view(-1).view(torch.int8)[: weight.numel()].view(weight.shape)
+        return Quantised(codes, torch.full((len(codes),), 1e-5))
+
     names = [name for name, _ in module.named_parameters()]
     deltas = {
-        name: Delta(base, tuple(ExpertWeight(weight) for weight in own))
+        name: Delta(base, tuple(term(weight) for weight in own))
         for name, base, *own in zip(names, *map(cut, pools), strict=True)
     }
     return TaskVectors(tuple(f"e{k}" for k in range(count)), deltas)

@@ -128,6 +128,16 @@ def test_label_texts_that_a_fit_refuses_are_an_error(world: Path) -> None:
     assert f"error: recipe.experts.mood.head: {world}/mood/labels.json: needs a list of at least two" in said
 
 
+def test_no_plan_is_made_of_what_a_fit_refuses(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    merge = recipe(world)
+    experts = {name: replace(expert, head=None) for name, expert in merge.experts.items()}
+    write_recipe(replace(merge, experts=experts), "recipe", world / "headless.yaml")
+    assert main(["inspect", str(world / "headless.yaml"), "--weights", "no"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no plan of memory and time: " in said
+    assert "has no output layer, and ['mood', 'colour', 'animal'] no `head`" in said
+
+
 def test_the_suggestion_can_be_fitted(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = world / "suggested.yaml"
     ask = ["inspect", str(write_config(world)), "--suggest", str(wanted)]

@@ -17,6 +17,7 @@ from trainmerge.cli.fit_words import fit_words
 from trainmerge.fitting.fit import fit
 from trainmerge.fitting.from_config import FitCLI, FitSettings, build_settings, from_config
 from trainmerge.fitting.plan_fit import plan_fit
+from trainmerge.fitting.preflight import check_heads, check_tasks
 from trainmerge.fitting.snapshots import Preempted
 from trainmerge.fitting.trainer import precision_of
 from trainmerge.plan.plan import Plan
@@ -78,7 +79,10 @@ def share_threads(trainer: pl.Trainer, chosen: Choice) -> None:
 
 
 def plan_of(settings: FitSettings) -> Plan:
-    """The fit's plan of memory and time."""
+    """The fit's plan of memory and time. Raises ValueError for tasks that the fit itself refuses."""
+    if settings.trainer.max_steps:
+        check_heads(settings.module)
+        check_tasks(settings.module, settings.data)
     return plan_fit(settings.module, settings.data, precision_of(settings.trainer))
 
 

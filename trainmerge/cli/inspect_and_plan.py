@@ -50,6 +50,7 @@ def plan(
     devices: int = 1,
     device: str = "here",
     recompute: bool = False,
+    vectors: Literal["auto", "device", "host", "file"] = "auto",
 ) -> None:
     """Show the memory and time of merging a model, from its config.json alone.
 
@@ -64,10 +65,12 @@ def plan(
         devices: The number of devices that share the model and the examples.
         device: The device's speeds: `here` is measured, `a100`, `h100`, `h200`, `l4` are from data sheets.
         recompute: Activation checkpointing: recompute blocks in the backward.
+        vectors: Where base and task vectors are held; `auto` fills a device from the table, then host memory.
     """
     from trainmerge.plan.devices import device_named
     from trainmerge.plan.micro_batches import StepSchedule
     from trainmerge.plan.plan_model import plan_model, print_plan
 
-    schedule = StepSchedule(recompute=recompute)
-    print_plan(plan_model(model, experts, batch, length, device_named(device), devices, schedule))
+    schedule = StepSchedule(recompute=True) if recompute else None
+    given = batch, length, device_named(device), devices, schedule
+    print_plan(plan_model(model, experts, *given, vectors=vectors))

@@ -41,7 +41,7 @@ def load_tokenizer(path: str) -> Any:
     """The transformers tokenizer of a folder; it pads and truncates on the right.
 
     Raises:
-        ValueError: not a folder, no tokenizer in it, or a link that leads outside.
+        ValueError: not a folder, no tokenizer in it, none that can pad, or a link that leads outside.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -64,5 +64,10 @@ def load_tokenizer(path: str) -> Any:
             "checkpoints is never run"
         ) from error
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token works
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token  # padding is masked: any will do
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"{path}: its tokenizer has no token for padding, none for an end and none for unknown words: "
+            "set pad_token in its tokenizer_config.json"
+        )
     return tokenizer

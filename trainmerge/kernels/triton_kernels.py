@@ -96,8 +96,8 @@ def _plan(segments: Sequence[Segment], block: int) -> Launch:
     bounds = [0, *accumulate(counts)]
     table = torch.tensor([segment.row() for segment in segments])
     weights = torch.tensor([segment.weights for segment in segments], dtype=torch.float32)
-    index = (_sent(tensor, device) for tensor in (table, torch.tensor(bounds), weights))
-    return Launch(*index, bounds[-1])
+    found = [_sent(tensor, device) for tensor in (table, torch.tensor(bounds), weights)]
+    return Launch(found[0], found[1], found[2], bounds[-1])
 
 
 def _blocks(segment: Segment, block: int) -> int:

@@ -145,7 +145,7 @@ def merges_of(merge: Merge) -> Iterator[Segment]:
         models.insert(0, models.pop(max(range(len(models)), key=lambda i: models[i][0])))
         scales = [weight for weight, _ in models[1:]]
         scales += [weight for form in (Difference, Quantised) for weight, _ in by_form[form]]
-        scales += [weight * term.scale for weight, term in by_form[LowRank]]  # type: ignore[union-attr, operator, misc]
+        scales += [weight * term.scale for weight, term in by_form[LowRank]]  # type: ignore[union-attr]
         taus, codes, lows = [t.tau for t in _of(own, Difference)], _of(own, Quantised), _of(own, LowRank)
         yield Segment(out[rows], [model for _, model in models], taus, codes, lows, scales)
 

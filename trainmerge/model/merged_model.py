@@ -213,9 +213,9 @@ class MergedModel:
         if self.masks is not None:
             values = self.coefficients.of(name, self.coefficients().detach().cpu())
             slope = self.masks.collect(name, slope, change_of(self.task_vectors.deltas[name], values))
-        columns = self.coefficients.layout.groups[name]
+        columns, stays = self.coefficients.layout.groups[name], self._supplied.stays(self.task_vectors, name)
         for chunks, product in delta.products(slope, len(columns)):
-            self._products.add((name, columns[chunks], product), shareable(product))
+            self._products.add((name, columns[chunks], product), shareable(product, stays))
 
     def _run_products(self, calls: Sequence[tuple[str, Sequence[int], Product]]) -> None:
         with exact(calls[0][2].grad):
@@ -235,6 +235,6 @@ class MergedModel:
         with exact(next(self.module.parameters())):
             for name, delta in self._supplied.to_merge(source, names):
                 for merge in delta.merges(self.placed.written(name), coefficients(name)):
-                    merges.add(merge, shareable(merge))
+                    merges.add(merge, shareable(merge, self._supplied.stays(source, name)))
             merges.flush()
         torch.clear_autocast_cache()  # autocast caches casts of the previous weights

@@ -30,7 +30,7 @@ class Supplied:
         link: Link | None,
     ) -> None:
         self._own, self._parameters, self._link = task_vectors, parameters, link
-        self._supply = self._supply_of(task_vectors, residency)
+        self._supply, self._held = self._supply_of(task_vectors, residency), residency.at("device")
         self.order = PassOrder()
 
     def to_merge(self, source: TaskVectors, names: Iterable[str]) -> Iterator[tuple[str, Delta | DeltaShard]]:
@@ -40,6 +40,10 @@ class Supplied:
         after = successors(order)
         for name in order:
             yield name, as_shard(supply.take(name, after), self._parameters[name])
+
+    def stays(self, source: TaskVectors, name: str) -> bool:
+        """Whether a delta is on the device for the whole fit, so that queued calls do not keep it alive."""
+        return source is self._own and name in self._held
 
     def to_collect(self, name: str) -> Delta | DeltaShard:
         """The delta of a parameter whose gradient is complete."""

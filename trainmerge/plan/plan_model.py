@@ -4,16 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainmerge.checkpoints import build_meta_model
 from trainmerge.data.batch import Batch
 from trainmerge.model.activation_checkpointing import recompute_blocks
+from trainmerge.model.residency import Vectors
 from trainmerge.objectives import Entropy
 from trainmerge.plan.devices import Device, measured
 from trainmerge.plan.dry_run import dry_run
-from trainmerge.plan.micro_batches import StepSchedule, rounds
-from trainmerge.plan.plan import Plan
+from trainmerge.plan.fastest import StepTasks, fastest
+from trainmerge.plan.micro_batches import OpenSchedule, StepSchedule, rounds
+from trainmerge.plan.plan import USABLE, Plan
 from trainmerge.plan.sizes import sizes_of
 from trainmerge.system.console import print_table
 from trainmerge.system.hub import folder_of
@@ -27,7 +29,8 @@ def plan_model(
     length: int = 1024,
     device: Device | None = None,
     devices: int = 1,
-    schedule: StepSchedule = StepSchedule(),  # noqa: B008 - frozen
+    schedule: StepSchedule | None = StepSchedule(),  # noqa: B008 - frozen
+    vectors: Vectors = "auto",
 ) -> Plan:
     """The plan of a fit of full experts: one coefficient per tensor and expert, token entropy as the loss.
 
@@ -39,7 +42,9 @@ def plan_model(
         length: Tokens per example; pictures have the size that config.json names.
         device: The device whose speeds give the times; by default this processor, measured.
         devices: The number of devices that share model and examples.
-        schedule: How a step is split into backwards.
+        schedule: How a step is split into backwards; None chooses as a fit does where the device's memory is
+            known.
+        vectors: Where base and task vectors are held.
 
     Raises:
         ValueError: transformers does not know the architecture, or a number is not positive.
@@ -47,19 +52,34 @@ def plan_model(
     counts = {"experts": experts, "batch": batch, "length": length, "devices": devices}
     for name, count in counts.items():
         check_option(name, count, int, "[1, inf)")
-    meta_model = build_meta_model(folder_of(folder, weights=False))
-    dtype = getattr(meta_model.config, "dtype", None) or torch.float32
-    own = {name: p.numel() * dtype.itemsize for name, p in meta_model.named_parameters()}
-    read = {name: (experts + 1) * count for name, count in own.items()}
-    sizes = sizes_of(meta_model, own, read, own, experts, experts * len(own), sum(read.values()))
-    inputs = _inputs(meta_model, -(-batch // devices), length)
-    step = [_batch(k, inputs) for k in range(experts)]
-    if schedule.recompute:
-        recompute_blocks(meta_model)
-    parts = list(rounds(step, schedule))
-    needs = dry_run(meta_model, own, parts[:1], Entropy(), dtypes=dtype)
-    needs = needs._replace(flops=needs.flops * len(parts))  # all rounds are equal
-    return Plan(sizes, schedule, needs, len(parts), device or measured(dtype), devices)
+    files = folder_of(folder, weights=False)
+    dtype = _dtype(build_meta_model(files))
+    here = device or measured(dtype)
+
+    def planned(chosen: StepSchedule) -> Plan:
+        meta_model = build_meta_model(files)
+        own = {name: p.numel() * dtype.itemsize for name, p in meta_model.named_parameters()}
+        read = {name: (experts + 1) * count for name, count in own.items()}
+        sizes = sizes_of(meta_model, own, read, own, experts, experts * len(own), sum(read.values()))
+        inputs = _inputs(meta_model, -(-batch // devices), length)
+        if chosen.recompute:
+            recompute_blocks(meta_model)
+        parts = list(rounds([_batch(k, inputs) for k in range(experts)], chosen))
+        needs = dry_run(meta_model, own, parts[:1], Entropy(), dtypes=dtype)
+        # all batches are equal
+        needs = needs._replace(flops=needs.flops * sum(map(len, parts)) // len(parts[0]))
+        return Plan(sizes, chosen, needs, len(parts), here, devices, vectors=vectors)
+
+    if schedule is not None or not here.memory:
+        return planned(schedule or StepSchedule())
+    tasks = StepTasks(experts, -(-batch // devices))
+    return fastest(OpenSchedule(), tasks, planned, int(USABLE * here.memory))[0]
+
+
+def _dtype(meta_model: nn.Module) -> torch.dtype:
+    """The weights' dtype by the configuration."""
+    dtype: torch.dtype = getattr(meta_model.config, "dtype", None) or torch.float32
+    return dtype
 
 
 def _inputs(meta_model: Any, batch: int, length: int) -> dict[str, Tensor]:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, load
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 from typing_extensions import override
 
 from trainmerge.system.text import shortened
@@ -113,8 +115,8 @@ class _Reader(FileSystemReader):
             raise ValueError(f"{file}: no metadata of torch.distributed: {error}") from error
         if not isinstance(found, Metadata):
             raise ValueError(f"{file}: no metadata of torch.distributed: a {type(found).__name__}")
-        if getattr(found, "storage_meta", None) is not None:
-            found.storage_meta.load_id = self.load_id
+        if (meta := getattr(found, "storage_meta", None)) is not None:
+            meta.load_id = self.load_id
         return found
 
 
