@@ -15,8 +15,8 @@ from tests.model_families import FAMILIES
 from tests.picture_world import vit
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.data.batch import Batch
-from trainmerge.fitting.fit import cut_steps
 from trainmerge.fitting.plan_fit import plan_fit
+from trainmerge.fitting.plan_steps import cut_steps
 from trainmerge.model.activation_checkpointing import recompute_blocks
 from trainmerge.model.forward import forward
 from trainmerge.objectives import Alignment, Entropy, Objective

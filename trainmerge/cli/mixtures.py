@@ -87,7 +87,7 @@ def export_moe(
 
 def print_mixture(folder: Path) -> None:
     """Print each layer's router, and how near the mixture and the merge are to the experts."""
-    from trainmerge.mixtures.upcycle import mixture_facts
+    from trainmerge.mixtures.facts import mixture_facts
     from trainmerge.system.console import print_table
 
     facts = mixture_facts(folder)

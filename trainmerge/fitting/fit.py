@@ -9,7 +9,7 @@ from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.begin import Snapshot, begin, find_snapshot
 from trainmerge.fitting.held_out_stopping import check_held_out
 from trainmerge.fitting.keep_better import save_better
-from trainmerge.fitting.memory_budget import plan_within, watch_memory
+from trainmerge.fitting.memory_budget import watch_memory
 from trainmerge.fitting.model_settings import check_data, needs_examples
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.optimisation import check_optimisation
@@ -20,14 +20,14 @@ from trainmerge.fitting.outcome import (
     save_start,
     warn_if_loss_did_not_fall,
 )
-from trainmerge.fitting.place import card_of, check_held, plan_on
+from trainmerge.fitting.plan_steps import cut_steps, plan_steps
 from trainmerge.fitting.preflight import check_heads, check_rounds, check_tasks
 from trainmerge.fitting.snapshots import Snapshots
-from trainmerge.fitting.trainer import check_folder, check_strategy, precision_of
+from trainmerge.fitting.trainer import check_folder, check_strategy
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.in_use import in_use
 from trainmerge.system.distributed import is_collective_error
-from trainmerge.system.memory import format_size, parse_size
+from trainmerge.system.memory import parse_size
 
 
 def fit(
@@ -125,40 +125,6 @@ def take_steps(
             save_end(folder, module, snapshot)
         save_best(folder, module, trainer, snapshot)
         warn_if_loss_did_not_fall(folder)
-
-
-def cut_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit: int) -> None:
-    """Split the module's step until its plan fits into `limit` bytes.
-
-    Raises:
-        ValueError: no plan fits, or the fit is on a GPU or sharded.
-    """
-    if trainer.strategy.root_device.type != "cpu":
-        raise ValueError("--memory works on CPU only; on a GPU, --dry-run shows the plan")
-    if module.settings.sharded and trainer.world_size > 1:
-        raise ValueError(
-            "--memory does not work with model.sharded, whose processes need the same micro-batches: leave "
-            "it out"
-        )
-    if trainer.max_steps:
-        plan = plan_within(module, data, precision_of(trainer), limit)
-        module.schedule = plan.schedule
-        print(f"memory: {format_size(plan.total)} planned, of {format_size(limit)}: {plan.schedule}")
-
-
-def plan_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:
-    """Choose schedule and places for the trainer's device (`plan_on`); a CPU has its settings' own.
-
-    Raises:
-        ValueError: there is no room where `model.vectors` asks for it.
-    """
-    device = trainer.strategy.root_device
-    devices = module.settings.shards(trainer.world_size, trainer.num_devices)
-    if device.type == "cuda":
-        card = card_of(device, trainer.num_devices)
-        plan_on(module, data, precision_of(trainer), card, devices)
-    else:
-        check_held(module, devices)
 
 
 def learn(

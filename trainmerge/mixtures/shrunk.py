@@ -12,14 +12,13 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.export.form import Form, divided
 from trainmerge.export.tensors import OnlyModel
-from trainmerge.mixtures.assignment import assign
 from trainmerge.mixtures.groups import Groups
 from trainmerge.mixtures.layers import MixtureLayer
+from trainmerge.mixtures.neurons import nearest_order, neurons
 from trainmerge.mixtures.saliency import Saliency
 from trainmerge.system.safetensors_file import TensorInfo, read_ahead
 
@@ -186,21 +185,3 @@ class Shrunk(OnlyModel):
             )
             self._orders[key] = nearest_order(one, other)
         return self._orders[key]
-
-
-def neurons(matrices: Sequence[Tensor], own: Saliency) -> tuple[Tensor, Tensor]:
-    """Two features of every neuron, of norm 1: its weights [I, 3 H], and values at the kept states [I, S].
-
-    Args:
-        matrices: The expert's gate and up [I, H], and down [H, I].
-        own: The layer's sums.
-    """
-    gate, up, down = (matrix.float() for matrix in matrices)
-    x = own.states.float()
-    values = own.activation(x @ gate.T) * (x @ up.T)
-    return normalize(torch.cat([gate, up, down.T], dim=1), dim=1), normalize(values.T, dim=1)
-
-
-def nearest_order(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    """The order of the other's neurons with the largest sum of cosines with the first's, of both features."""
-    return assign(-(one[0] @ other[0].T + one[1] @ other[1].T))

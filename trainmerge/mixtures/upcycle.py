@@ -1,10 +1,8 @@
 """A run of dense experts -> one mixture of experts: `trainmerge export --as moe`."""
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +17,7 @@ from trainmerge.export.export import write_checkpoint
 from trainmerge.export.form import DtypeName, Form
 from trainmerge.export.shards import write_shard
 from trainmerge.export.verify import compare_tensors
+from trainmerge.mixtures.facts import facts_of, mixture_facts, warn_of_chance
 from trainmerge.mixtures.families import feed_forward
 from trainmerge.mixtures.held_out_alignment import Recorded, divergence, record
 from trainmerge.mixtures.learn_routers import Learned, learn_routers
@@ -82,9 +81,9 @@ def export_mixture(
         if factor != 1:
             rows = {name: factor * own.rows for name, own in learned.items()}
             made |= rewrite_routers(plan.tensors(rows), folder)
-        facts = _facts(plan, learned, factor, {"merge": before, "mixture": after})
+        facts = facts_of(plan, learned, factor, {"merge": before, "mixture": after})
         explain(folder, Path(out).name, replace(exported, mixture=facts, about=mixture_words(facts)), made)
-    _warn_of_chance(facts)
+    warn_of_chance(facts)
     return Path(out)
 
 
@@ -101,18 +100,6 @@ def verify_mixture(run: str | Path, out: str | Path) -> int:
     there = open_checkpoint(folder)
     routers = {layer: there.read(plan.mixture.router(layer)) for layer in plan.layers}
     return compare_tensors(plan.tensors(routers), Path(run), folder)
-
-
-def mixture_facts(folder: Path) -> dict[str, Any]:
-    """What the manifest of a mixture says: family, experts, the routers' accuracies, divergences.
-
-    Raises:
-        ValueError: another folder.
-    """
-    facts = export_manifest(folder).get("mixture")
-    if not isinstance(facts, dict):
-        raise ValueError(f"{folder}: not a mixture that `trainmerge export --as moe` made")
-    return facts
 
 
 def choose_temperature(
@@ -183,29 +170,3 @@ def _texts(plan: UpcyclePlan, tokenizer: Tokenizer) -> Texts:
             raise ValueError(f"{file}: the expert {name} has one text, and routers need two or more")
         found.append(split(examples, HELD_OUT, 0, number))
     return found
-
-
-def _facts(
-    plan: UpcyclePlan, learned: Mapping[str, Learned], factor: float, losses: Mapping[str, float]
-) -> dict[str, Any]:
-    """What the manifest and the card say."""
-    return {
-        "family": plan.mixture.model_type,
-        "experts": len(plan.exported.recipe.experts),
-        "top_k": plan.top_k,
-        **({"routed": plan.routed} if plan.mixture.shared else {}),
-        "temperature": factor,
-        "divergence": dict(losses),
-        "accuracy": {layer: own.accuracy for layer, own in learned.items()},
-    }
-
-
-def _warn_of_chance(facts: Mapping[str, Any]) -> None:
-    """Warn if the routers do not know the experts' texts apart."""
-    accuracies, chance = list(facts["accuracy"].values()), 1 / facts["experts"]
-    if (mean := sum(accuracies) / len(accuracies)) < 1.2 * chance:
-        warnings.warn(
-            f"the routers send {mean:.0%} of the held-out tokens to their own expert first, and {chance:.0%} "
-            "would be chance: the experts' texts look alike, or are too few",
-            stacklevel=3,
-        )

@@ -3,22 +3,22 @@
 Legend: `B` examples, `T` tokens, `R` rows, `n` inputs of a linear layer, `V` vocabulary or classes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from math import log
 from pathlib import Path
 
 import torch
 from rich.progress import track
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from trainmerge.data.batch import Batch
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.layer_inputs import Magnitude, Moment, watching
+from trainmerge.model.named_layers import linear_layers, norms
+from trainmerge.model.predictions import jensen_shannon, predictions
 from trainmerge.model.resident import Resident
 from trainmerge.model.router_states import merged_routers, states_of
 from trainmerge.preprocess import Router
@@ -26,7 +26,6 @@ from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.places import view
-from trainmerge.task_vectors.roles import LINEAR
 
 TOGETHER = 8  # examples per forward pass
 PREDICTIONS = 256 << 20  # bytes of the base's predictions stored at a time
@@ -98,7 +97,7 @@ class ExpertStatistics:
         `merged` are weights that replace the expert's own. Needs n^2 numbers per layer.
         """
         parameters = self.resident.merged.parameters
-        layers = self._layers(names)
+        layers = linear_layers(self.resident.merged, names)
         if not layers:
             return {}
         moments = {name: Moment() for name in layers}
@@ -118,7 +117,7 @@ class ExpertStatistics:
         Of the base on all experts' examples, without padding. Layers that read no row are left out.
         """
         merged = self.resident.merged
-        layers = self._layers(names) | self._norms(names)
+        layers = linear_layers(merged, names) | norms(merged, names)
         sizes = {name: Magnitude() for name in layers}
         with merged.uniform(torch.zeros(len(merged.task_vectors.experts)), everywhere=True):
             for expert in range(len(self.examples)):
@@ -126,25 +125,6 @@ class ExpertStatistics:
                     with watching(layers, sizes, batch.inputs.get("attention_mask")):
                         self.resident(batch)
         return {name: size.mean() for name, size in sizes.items() if size.count}
-
-    def _layers(self, names: Iterable[str]) -> dict[str, nn.Module]:
-        """The linear layer (nn.Linear, Conv1D) of each parameter that is one's weight."""
-        deltas = self.resident.merged.task_vectors.deltas
-        linear = [name for name in names if deltas[name].role in LINEAR]
-        return self._owners(linear, lambda module: isinstance(module, nn.Linear | Conv1D))
-
-    def _norms(self, names: Iterable[str]) -> dict[str, nn.Module]:
-        """The module of each vector that is one's weight: a norm."""
-        deltas = self.resident.merged.task_vectors.deltas
-        vectors = [name for name in names if deltas[name].role == "vector" and len(deltas[name].shape) == 1]
-        return self._owners(vectors, lambda module: isinstance(getattr(module, "weight", None), nn.Parameter))
-
-    def _owners(self, names: Iterable[str], kind: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
-        """The module of this kind of each parameter that is one's weight."""
-        merged = self.resident.merged
-        owners = {id(module.weight): module for module in merged.module.modules() if kind(module)}
-        found = {name: owners.get(id(merged.parameters[name])) for name in names}
-        return {name: module for name, module in found.items() if module is not None}
 
     def gradients(self, expert: int, sampled: bool) -> Iterator[dict[str, Tensor]]:
         """Gradients of a loss with respect to every merged parameter, example by example.
@@ -196,7 +176,7 @@ class ExpertStatistics:
             with merged.teacher(expert):
                 for example, base in zip(left, bases, strict=False):
                     own, _ = self._log_p(self.resident.batch(expert, [example], self.tokenizer))
-                    found.append(_jensen_shannon(base, own))
+                    found.append(jensen_shannon(base, own))
         return torch.stack(found).cpu()
 
     def _predictions(self, expert: int, texts: Sequence[Example]) -> list[Tensor]:
@@ -209,34 +189,9 @@ class ExpertStatistics:
         return stored
 
     def _log_p(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Predictions [R, V] and the next tokens [R]; no tokens under a head.
-
-        Raises:
-            ValueError: the head is a regression, whose numbers are no predictions.
-        """
-        outputs = self.resident(batch)
-        logits = outputs.logits
-        if outputs.kind == "values":
-            raise ValueError("a method needs each expert's predictions, and a regression's numbers are none")
-        if outputs.of is not None:  # an expert's own head
-            logits = logits[batch.mask] if outputs.of == "tokens" else logits.flatten(0, -2)
-        if logits.dim() == 2:
-            return logits.float().log_softmax(-1), torch.zeros(len(logits), dtype=torch.int64)
-        tokens = batch.inputs.get("labels", batch.inputs["input_ids"])
-        if "labels" not in batch.inputs:  # a decoder's input is already shifted
-            logits, tokens, counted = logits[:, :-1], tokens[:, 1:], batch.mask[:, :-1] & batch.mask[:, 1:]
-        else:
-            counted = batch.mask
-        return logits[counted].float().log_softmax(-1), tokens[counted]
+        return predictions(self.resident(batch), batch)
 
     def _batches(self, expert: int, doing: str, together: int = TOGETHER) -> Iterator[Batch]:
         own = self.examples[expert]
         for first in track(range(0, len(own), together), description=f"{doing} of expert {expert + 1}"):
             yield self.resident.batch(expert, own[first : first + together], self.tokenizer, first)
-
-
-def _jensen_shannon(one: Tensor, other: Tensor) -> Tensor:
-    """Mean over rows of the Jensen-Shannon divergence of two log-probabilities [R, V]; float64."""
-    middle = torch.logaddexp(one, other) - log(2)
-    both = torch.stack([(log_p.exp() * (log_p - middle)).sum(-1) for log_p in (one, other)])
-    return both.mean(dim=0).double().mean()

@@ -12,7 +12,7 @@ the inner products of the rows of the reduced gradient (`row_shards`).
 Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -20,36 +20,28 @@ import torch
 from torch import Tensor, nn
 
 from trainmerge.coefficients.coefficients import Coefficients
-from trainmerge.kernels import Gathered, Product, run_merges, run_products, shareable
+from trainmerge.kernels import Gathered, Product, run_products, shareable
 from trainmerge.model.concrete import ConcreteMasks, change_of
 from trainmerge.model.exact import exact
 from trainmerge.model.loss_scale import LossScale
 from trainmerge.model.low_rank_gradient import layer_products, tappable, tapped
-from trainmerge.model.placed import Placed, check_apart
+from trainmerge.model.merged_weights import MergedWeights
 from trainmerge.model.residency import Residency
 from trainmerge.model.row_shards import local
-from trainmerge.model.supplied import Supplied
 from trainmerge.preprocess.subspace import outside_subspace
 from trainmerge.task_vectors.delta import TaskVectors
-from trainmerge.task_vectors.link import link_to
 from trainmerge.task_vectors.places import view
 
 
-class MergedModel:
-    """Writes the merge of the task vectors into `module`, and computes the gradient of the coefficients.
+class MergedModel(MergedWeights):
+    """`MergedWeights` that also compute the gradient of the coefficients.
 
-    `names` maps a task vector's name to the module's parameter or place (`task_vectors.places`), where they
-    differ; `parameters` has the module's parameters, or views of their places, under the task vectors' names.
-    If `task_vectors` are preprocessed, `originals` are the experts' own, which `teacher` and `uniform` merge.
-    The module's weights are overwritten; only parameters with a learned coefficient require gradients.
-    Gradients are projected onto the orthogonal complement of `subspaces`, orthonormal columns [m, k]. With
-    `keep_gradients`, weight gradients accumulate until `gradient` processes them in one pass over the task
-    vectors: several backwards then cost one pass and the memory of one more model. `residency` is where base
-    and task vectors are held. Under FSDP2, which must sum gradients (`sharded`), the coefficient gradients of
-    all processes add up to the sum of each process's own. `masks` are learned with the coefficients, in one
-    process.
-
-    Raises ValueError if its parameters share storage with the task vectors' base.
+    Only parameters with a learned coefficient require gradients. Gradients are projected onto the orthogonal
+    complement of `subspaces`, orthonormal columns [m, k]. With `keep_gradients`, weight gradients accumulate
+    until `gradient` processes them in one pass over the task vectors: several backwards then cost one pass
+    and the memory of one more model. Under FSDP2, which must sum gradients (`sharded`), the coefficient
+    gradients of all processes add up to the sum of each process's own. `masks` are learned with the
+    coefficients, in one process.
     """
 
     def __init__(
@@ -64,18 +56,10 @@ class MergedModel:
         masks: ConcreteMasks | None = None,
         residency: Residency = Residency(),  # noqa: B008 - frozen
     ) -> None:
-        self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
-        self.names, self.originals = names or {}, originals or task_vectors
-        self.subspaces, self.keep_gradients, self.masks = subspaces or {}, keep_gradients, masks
-        deltas = task_vectors.deltas
-        self.placed = Placed.of(module, deltas, self.names)
-        self.parameters = self.placed.views()
-        self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
+        super().__init__(module, task_vectors, coefficients, names, originals, masks, residency)
+        self.subspaces, self.keep_gradients = subspaces or {}, keep_gradients
         self._learned = {name: self.placed.owners[name] for name in coefficients.layout.learned}
         self._together = self.placed.by_owner(self._learned)
-        check_apart(self.parameters, deltas)
-        link = link_to(next(module.parameters()).device)
-        self._supplied = Supplied(task_vectors, self.parameters, residency, link)
         self._last = False  # whether the step's last backward runs
         self.loss_scale = LossScale.of(module)  # for losses whose backward `gradient` collects
         self._products = Gathered(self._run_products)
@@ -101,47 +85,6 @@ class MergedModel:
             hook.remove()
         same = self.coefficients, self.names, self.originals, subspaces, keep_gradients, self.masks
         return MergedModel(self.module, task_vectors, *same, residency)
-
-    @torch.no_grad()
-    def materialise(self) -> None:
-        """Write the merge at the current coefficients into the module: one pass over the task vectors."""
-        values = self.coefficients().cpu()  # copied once: the passes read single elements
-        names = self._supplied.order.of_merge(self._parameters)
-        self._write(self.task_vectors, names, lambda name: self.coefficients.of(name, values))
-        if self.masks is not None:
-            self.masks.mask_all(self._parameters, self.task_vectors.deltas)
-
-    @contextmanager
-    def teacher(self, expert: int) -> Iterator[nn.Module]:
-        """In this context the module is one expert, excluded parameters too; then the merge is restored."""
-        one_hot = torch.eye(len(self.task_vectors.experts))[expert]
-        with self.uniform(one_hot, everywhere=True):
-            yield self.module
-
-    @contextmanager
-    def uniform(self, weights: Tensor, everywhere: bool = False) -> Iterator[nn.Module]:
-        """In this context experts have one coefficient each, `weights` [K]; then the merge is restored.
-
-        `everywhere` also changes the parameters that the layout excludes.
-        """
-        moved = self.parameters if everywhere else self._parameters
-        try:
-            self._write(self.originals, moved, lambda _: weights[:, None])
-            yield self.module
-        finally:
-            excluded = moved.keys() - self._parameters.keys()
-            self._write(self.originals, excluded, lambda _: torch.zeros(len(weights), 1))
-            self.materialise()
-
-    @contextmanager
-    def merge_of(self, task_vectors: TaskVectors, scale: float) -> Iterator[nn.Module]:
-        """In this context the module is base + scale * sum of other task vectors; then the merge again."""
-        weights = torch.full((len(task_vectors.experts), 1), scale)
-        try:
-            self._write(task_vectors, self._parameters, lambda _: weights)
-            yield self.module
-        finally:
-            self.materialise()
 
     def gradient(self) -> Tensor:
         """The coefficient gradient [K, G] of all backwards since the last call, and resets it to zero.
@@ -226,15 +169,3 @@ class MergedModel:
         columns, delta = self.coefficients.layout.groups[name], self._supplied.at_layer(name)
         with exact(slopes):
             self._found.append((name, columns, layer_products(inputs, slopes, delta, len(columns))))
-
-    @torch.no_grad()
-    def _write(
-        self, source: TaskVectors, names: Iterable[str], coefficients: Callable[[str], Tensor]
-    ) -> None:
-        merges = Gathered(run_merges)
-        with exact(next(self.module.parameters())):
-            for name, delta in self._supplied.to_merge(source, names):
-                for merge in delta.merges(self.placed.written(name), coefficients(name)):
-                    merges.add(merge, shareable(merge, self._supplied.stays(source, name)))
-            merges.flush()
-        torch.clear_autocast_cache()  # autocast caches casts of the previous weights

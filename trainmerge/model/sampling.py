@@ -105,7 +105,7 @@ def upto(tokens: Sequence[int], ends: Collection[int]) -> list[int]:
 def _plain_generation(module: Any) -> Iterator[None]:
     """Without the checkpoint's own penalties, filters and lengths, which would change the distribution."""
     own = module.generation_config
-    module.generation_config = GenerationConfig()
+    module.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

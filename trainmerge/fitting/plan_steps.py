@@ -1,0 +1,44 @@
+"""A fit's schedule, and where its task vectors are, by the plan."""
+
+import pytorch_lightning as pl
+
+from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.memory_budget import plan_within
+from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.place import card_of, check_held, plan_on
+from trainmerge.fitting.trainer import precision_of
+from trainmerge.system.memory import format_size
+
+
+def cut_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit: int) -> None:
+    """Split the module's step until its plan fits into `limit` bytes.
+
+    Raises:
+        ValueError: no plan fits, or the fit is on a GPU or sharded.
+    """
+    if trainer.strategy.root_device.type != "cpu":
+        raise ValueError("--memory works on CPU only; on a GPU, --dry-run shows the plan")
+    if module.settings.sharded and trainer.world_size > 1:
+        raise ValueError(
+            "--memory does not work with model.sharded, whose processes need the same micro-batches: leave "
+            "it out"
+        )
+    if trainer.max_steps:
+        plan = plan_within(module, data, precision_of(trainer), limit)
+        module.schedule = plan.schedule
+        print(f"memory: {format_size(plan.total)} planned, of {format_size(limit)}: {plan.schedule}")
+
+
+def plan_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:
+    """Choose schedule and places for the trainer's device (`plan_on`); a CPU has its settings' own.
+
+    Raises:
+        ValueError: there is no room where `model.vectors` asks for it.
+    """
+    device = trainer.strategy.root_device
+    devices = module.settings.shards(trainer.world_size, trainer.num_devices)
+    if device.type == "cuda":
+        card = card_of(device, trainer.num_devices)
+        plan_on(module, data, precision_of(trainer), card, devices)
+    else:
+        check_held(module, devices)

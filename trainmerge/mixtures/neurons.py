@@ -1,0 +1,31 @@
+"""Which neurons of two experts do the same.
+
+Legend: `H` hidden size, `I` width of an expert, `S` tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from trainmerge.mixtures.assignment import assign
+from trainmerge.mixtures.saliency import Saliency
+
+
+def neurons(matrices: Sequence[Tensor], own: Saliency) -> tuple[Tensor, Tensor]:
+    """Two features of every neuron, of norm 1: its weights [I, 3 H], and values at the kept states [I, S].
+
+    Args:
+        matrices: The expert's gate and up [I, H], and down [H, I].
+        own: The layer's sums.
+    """
+    gate, up, down = (matrix.float() for matrix in matrices)
+    x = own.states.float()
+    values = own.activation(x @ gate.T) * (x @ up.T)
+    return normalize(torch.cat([gate, up, down.T], dim=1), dim=1), normalize(values.T, dim=1)
+
+
+def nearest_order(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """The order of the other's neurons with the largest sum of cosines with the first's, of both features."""
+    return assign(-(one[0] @ other[0].T + one[1] @ other[1].T))

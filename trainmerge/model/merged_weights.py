@@ -1,0 +1,104 @@
+"""One ordinary model whose weights are the merge of task vectors.
+
+Legend: `K` experts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.kernels import Gathered, run_merges, shareable
+from trainmerge.model.concrete import ConcreteMasks
+from trainmerge.model.exact import exact
+from trainmerge.model.placed import Placed, check_apart
+from trainmerge.model.residency import Residency
+from trainmerge.model.supplied import Supplied
+from trainmerge.task_vectors.delta import TaskVectors
+from trainmerge.task_vectors.link import link_to
+
+
+class MergedWeights:
+    """Writes the merge of the task vectors into `module`, whose weights are overwritten.
+
+    `names` maps a task vector's name to the module's parameter or place (`task_vectors.places`), where they
+    differ; `parameters` has the module's parameters, or views of their places, under the task vectors' names.
+    If `task_vectors` are preprocessed, `originals` are the experts' own, which `teacher` and `uniform` merge.
+    `residency` is where base and task vectors are held. `masks` cut what the merge changes.
+
+    Raises ValueError if its parameters share storage with the task vectors' base.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        task_vectors: TaskVectors,
+        coefficients: Coefficients,
+        names: Mapping[str, str] | None = None,
+        originals: TaskVectors | None = None,
+        masks: ConcreteMasks | None = None,
+        residency: Residency = Residency(),  # noqa: B008 - frozen
+    ) -> None:
+        self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
+        self.names, self.originals, self.masks = names or {}, originals or task_vectors, masks
+        self.placed = Placed.of(module, task_vectors.deltas, self.names)
+        self.parameters = self.placed.views()
+        self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
+        check_apart(self.parameters, task_vectors.deltas)
+        link = link_to(next(module.parameters()).device)
+        self._supplied = Supplied(task_vectors, self.parameters, residency, link)
+
+    @torch.no_grad()
+    def materialise(self) -> None:
+        """Write the merge at the current coefficients into the module: one pass over the task vectors."""
+        values = self.coefficients().cpu()  # copied once: the passes read single elements
+        names = self._supplied.order.of_merge(self._parameters)
+        self._write(self.task_vectors, names, lambda name: self.coefficients.of(name, values))
+        if self.masks is not None:
+            self.masks.mask_all(self._parameters, self.task_vectors.deltas)
+
+    @contextmanager
+    def teacher(self, expert: int) -> Iterator[nn.Module]:
+        """In this context the module is one expert, excluded parameters too; then the merge is restored."""
+        one_hot = torch.eye(len(self.task_vectors.experts))[expert]
+        with self.uniform(one_hot, everywhere=True):
+            yield self.module
+
+    @contextmanager
+    def uniform(self, weights: Tensor, everywhere: bool = False) -> Iterator[nn.Module]:
+        """In this context experts have one coefficient each, `weights` [K]; then the merge is restored.
+
+        `everywhere` also changes the parameters that the layout excludes.
+        """
+        moved = self.parameters if everywhere else self._parameters
+        try:
+            self._write(self.originals, moved, lambda _: weights[:, None])
+            yield self.module
+        finally:
+            excluded = moved.keys() - self._parameters.keys()
+            self._write(self.originals, excluded, lambda _: torch.zeros(len(weights), 1))
+            self.materialise()
+
+    @contextmanager
+    def merge_of(self, task_vectors: TaskVectors, scale: float) -> Iterator[nn.Module]:
+        """In this context the module is base + scale * sum of other task vectors; then the merge again."""
+        weights = torch.full((len(task_vectors.experts), 1), scale)
+        try:
+            self._write(task_vectors, self._parameters, lambda _: weights)
+            yield self.module
+        finally:
+            self.materialise()
+
+    @torch.no_grad()
+    def _write(
+        self, source: TaskVectors, names: Iterable[str], coefficients: Callable[[str], Tensor]
+    ) -> None:
+        merges = Gathered(run_merges)
+        with exact(next(self.module.parameters())):
+            for name, delta in self._supplied.to_merge(source, names):
+                for merge in delta.merges(self.placed.written(name), coefficients(name)):
+                    merges.add(merge, shareable(merge, self._supplied.stays(source, name)))
+            merges.flush()
+        torch.clear_autocast_cache()  # autocast caches casts of the previous weights
