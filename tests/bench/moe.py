@@ -31,7 +31,7 @@ from tests.family_world import write_words
 from trainmerge.checkpoints.meta_model import quiet
 from trainmerge.run.recipe import calibration_files
 
-WORDS, LENGTH, KINDS, STEPS, SEEDS = 100, 48, 8, 200, 3
+WORDS, LENGTH, KINDS, STEPS, SEEDS = 100, 48, 8, 120, 3
 SIZES = {
     "vocab_size": WORDS, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "max_position_embeddings": 64, "num_hidden_layers": 4, "bos_token_id": 1,
@@ -89,6 +89,7 @@ def write_world(root: Path, base: nn.Module, seed: int) -> tm.Recipe:
         train(tuned, kinds, STEPS // 2, 2e-3, 10 * seed + number)
         with quiet():
             tuned.save_pretrained(root / name)
+        write_words(root / name)
         write_texts(root, name, kinds, 100 * seed + number)
     experts = {
         n: tm.Expert(str(root / n), str(root / f"{n}.jsonl"), str(root / f"{n}-test.jsonl")) for n in "ab"

@@ -320,6 +320,13 @@ def test_what_cannot_be_shrunk_says_why(worlds: dict[str, Path], tmp_path: Path)
         tm.shrink(base, tmp_path / "out", 4)
     with pytest.raises(ValueError, match="--plan is 'reaper'"):
         tm.shrink(base, tmp_path / "out", 4, "t.jsonl", "reaper")
+    (tmp_path / "t.jsonl").write_text('{"text": "w10"}\n')
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (bare / file).write_bytes((worlds["Qwen2-MoE"] / "base" / file).read_bytes())
+    with pytest.raises((ValueError, OSError), match="tokenizer"):
+        tm.shrink(bare, tmp_path / "out", 4, str(tmp_path / "t.jsonl"))
     for groups, words in {
         ((0,), (1,)): "it needs 4 groups",
         ((0,), (1,), (2,), (2,)): "every expert at most once",

@@ -123,4 +123,8 @@ def _texts(
     tokenizer = Tokenizer(str(base.path), max_length)
     if not (found := read_examples(calibration, Columns(), tokenizer.render, most)):
         raise ValueError(f"{calibration}: no texts")
+    if not bool(tokenizer.encode(found[:1]).inputs["attention_mask"].any()):
+        raise ValueError(
+            f"{base.path}: its tokenizer finds no token in the first text of {calibration}: is it there?"
+        )
     return found, tokenizer
