@@ -26,7 +26,7 @@ def ours(steps: int) -> dict[str, float]:
     import torch
 
     import trainmerge as tm
-    from trainmerge.run.recipe import calibration_files
+    from trainmerge.run.recipe_files import calibration_files
 
     recipe = _recipe()
     with tempfile.TemporaryDirectory() as run, Peak() as peak:

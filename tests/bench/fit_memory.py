@@ -19,7 +19,7 @@ BATCH, STEPS, MAX_LENGTH = 4, 3, 64
 def fit_peak(experts: int) -> None:
     """Print by how much a fit grows a process that has built everything but the model."""
     import trainmerge as tm
-    from trainmerge.run.recipe import calibration_files
+    from trainmerge.run.recipe_files import calibration_files
 
     with many_experts(experts) as recipe, tempfile.TemporaryDirectory() as run:
         module = tm.MergeModule(recipe, workspace=f"{run}/workspace")
@@ -38,7 +38,7 @@ def budget() -> None:
     import trainmerge as tm
     from trainmerge.checkpoints import load_model
     from trainmerge.model.media_forward import backbone
-    from trainmerge.run.recipe import calibration_files
+    from trainmerge.run.recipe_files import calibration_files
 
     with many_experts(1) as recipe:
         opened = recipe.open()

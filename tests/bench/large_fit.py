@@ -33,7 +33,7 @@ def write(folder: Path) -> None:
 def step(folder: Path) -> dict[str, float]:
     """One step of the fit, in this process."""
     import trainmerge as tm
-    from trainmerge.run.recipe import calibration_files
+    from trainmerge.run.recipe_files import calibration_files
     from trainmerge.system.memory import Peak
 
     began = time.process_time()

@@ -29,7 +29,7 @@ from tests.bench.__main__ import figure
 from tests.bench.export import timed
 from tests.family_world import write_words
 from trainmerge.checkpoints.meta_model import quiet
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 
 WORDS, LENGTH, KINDS, STEPS, SEEDS = 100, 48, 8, 120, 3
 SIZES = {

@@ -32,7 +32,7 @@ def write(folder: Path) -> None:
 def fitted(folder: Path) -> dict[str, int]:
     """By how much the process grows in a fit, and by how much its plan says."""
     import trainmerge as tm
-    from trainmerge.run.recipe import calibration_files
+    from trainmerge.run.recipe_files import calibration_files
     from trainmerge.system.memory import Peak
 
     texts = str(folder / "texts.jsonl")

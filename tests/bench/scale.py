@@ -53,7 +53,7 @@ def one_rank(root: str, run: str, experts: int, processes: int, sharded: bool) -
 
     import trainmerge as tm
     from trainmerge.model.fsdp import pass_bytes, shard_bytes
-    from trainmerge.run.recipe import calibration_files
+    from trainmerge.run.recipe_files import calibration_files
 
     torch.set_num_threads(1)
     place = Path(root)

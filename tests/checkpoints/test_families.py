@@ -22,7 +22,7 @@ from tests import bounds
 from tests.world import WORDS, nudge, write_tokenizer
 from trainmerge.data import pictures as pictures_of_ours
 from trainmerge.data.batch import Batch
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 
 SMALL = {
     "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -18,7 +18,7 @@ from trainmerge.data.batch import Batch
 from trainmerge.kernels import Difference, ExpertWeight, LowRank
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.preprocess.subspace import shared_subspace
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 
 ROWS = torch.tensor([[[1.0, 0.0]], [[-0.5, 1.0]]])  # m = 2, K = 1, G = 2
 

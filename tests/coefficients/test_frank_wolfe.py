@@ -14,7 +14,7 @@ import trainmerge as tm
 from tests.world import recipe, write_world
 from trainmerge.coefficients.constraints import Simplex
 from trainmerge.coefficients.frank_wolfe import FrankWolfe, oracle
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 
 
 def distance(target: Tensor):

@@ -14,7 +14,7 @@ from torch import Tensor
 import trainmerge as tm
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.coefficients.layer_least_squares import layer_system
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 from trainmerge.task_vectors.delta import TaskVectors
 
 K, M, N, T = 3, 6, 8, 20

@@ -18,7 +18,7 @@ from tests.world import languages_recipe, write_languages
 from trainmerge.cli import main
 from trainmerge.coefficients.measured_presets import posterior, t3_coefficients
 from trainmerge.run.config import read_settings
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tests.mixture_world import write_mixture
 from tests.world import write_languages
 from trainmerge.cli import main
 from trainmerge.preprocess.router_calibration import divergence
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 
 SCALE = 0.4
 

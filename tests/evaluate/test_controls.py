@@ -11,7 +11,7 @@ from tests.world import LABELS, recipe, write_world
 from trainmerge.cli import main
 from trainmerge.evaluate import evaluate_run
 from trainmerge.evaluate.controls import SEEDS, behind_learned
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,8 @@ from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.evaluate.torchmetrics_states import TokenLosses, class_measures
 from trainmerge.run.config import to_config
-from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_files import calibration_files
 from trainmerge.run.recipe_tasks import HeldOut
 from trainmerge.run.sources import text_length
 from trainmerge.system.safetensors_file import sha256

@@ -33,7 +33,8 @@ from trainmerge.evaluate.measure import predicted
 from trainmerge.evaluate.score_task import score_task
 from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task
-from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_files import calibration_files
 
 SIZE = len(WORDS) + 2
 SMALL = {"vocab_size": SIZE, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

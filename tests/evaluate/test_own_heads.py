@@ -18,7 +18,8 @@ from tests.heads_world import ARCHITECTURES, texts, write_heads, write_rows
 from trainmerge.data.columns import Columns
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_files import calibration_files
 
 LABELS = {"task": "ForSequenceClassification", "num_labels": 3}
 TEXTS = texts(9, 12)

@@ -17,7 +17,7 @@ from tests.world import bert, nudge, recipe, write_world
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 from trainmerge.run.resume import resume_from
 
 STEPS = 11  # of 4 examples from 40: past the first pass over the data

@@ -13,7 +13,7 @@ import trainmerge as tm
 from tests.world import LABELS, recipe, write_world
 from trainmerge.fitting.held_out import HeldOut
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 from trainmerge.run.saved import unfinished
 
 K = len(LABELS)

@@ -26,7 +26,7 @@ from trainmerge.fitting.preflight import check_rounds
 from trainmerge.model.sampling import sample_tokens
 from trainmerge.plan.devices import device_named
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 from trainmerge.system.workspace import digest
 
 STEPS, EVERY, LENGTH = 5, 2, 6

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import trainmerge as tm
 from tests.world import languages_recipe, write_languages
 from trainmerge.fitting.optimisation import check_optimisation
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 
 
 @pytest.fixture(scope="module")

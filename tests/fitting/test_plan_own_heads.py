@@ -6,7 +6,7 @@ import pytest
 
 import trainmerge as tm
 from tests.heads_world import write_heads
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 
 CLASSIFIER = "ForSequenceClassification"
 KINDS = {

@@ -12,7 +12,8 @@ from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.data.calibration import Calibration
 from trainmerge.data.heads import Head
 from trainmerge.fitting.preflight import check_tasks
-from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_files import calibration_files
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.prepare import FitInputs
 from trainmerge.model import merged_model, teacher_recorder
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 from trainmerge.system import distributed
 from trainmerge.task_vectors.link import link_to
 

@@ -17,7 +17,8 @@ from trainmerge.coefficients.layout import Grouping
 from trainmerge.data.steps import Steps
 from trainmerge.fitting.module import MergeModule
 from trainmerge.model.loss_scale import LossScale
-from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_files import calibration_files
 
 FIXED = Grouping("chunk", chunks={"*": 1, "*embed*": 0, "*norm*": 0})
 

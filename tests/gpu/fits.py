@@ -14,7 +14,8 @@ from tests.gpu.setting import Row, Setting, row
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.kernels import using
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_files import calibration_files
 
 STEPS, STOP, RATE = 6, 3, 0.05
 

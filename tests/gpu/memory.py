@@ -12,7 +12,7 @@ from tests.gpu.llamas import SIZES, TINY
 from tests.gpu.setting import Row, Setting, row
 from trainmerge.kernels import using
 from trainmerge.plan.devices import device_named
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 from trainmerge.system.memory import Peak
 
 EXPERTS, TOKENS, STEPS = 3, 256, 2

@@ -29,7 +29,8 @@ from trainmerge.data.batch import Batch
 from trainmerge.fitting.preflight import head_problems
 from trainmerge.model.functional import merged_weights
 from trainmerge.model.own_head import OwnModel
-from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_files import calibration_files
 from trainmerge.run.recipe_tasks import Expert
 
 TWO = {

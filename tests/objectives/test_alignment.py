@@ -15,7 +15,7 @@ from tests.world import WORDS, languages_recipe, llama, nudge, write_languages
 from trainmerge.data.batch import Asks, Batch, Outputs, Predictions, Signals
 from trainmerge.kernels import ExpertWeight
 from trainmerge.model.merged_model import MergedModel
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 B, T, V, D = 2, 4, 9, 6

@@ -20,7 +20,7 @@ from tests.objectives.similarity_rows import MASK, B, E, batch_of, outputs, proc
 from tests.world import bert, nudge
 from trainmerge.data.batch import Asks, Batch
 from trainmerge.fitting.preflight import check_tasks
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 
 
 def relative_by_definition(merged: Tensor, expert: Tensor) -> Tensor:

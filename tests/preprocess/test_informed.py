@@ -20,7 +20,7 @@ from trainmerge.checkpoints import load_model
 from trainmerge.model import resident
 from trainmerge.model.expert_statistics import ExpertStatistics
 from trainmerge.preprocess import regmean
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 from trainmerge.task_vectors.delta import TaskVectors
 
 

@@ -22,7 +22,7 @@ from trainmerge.preprocess import doge
 from trainmerge.preprocess.consensus import tall_masks
 from trainmerge.preprocess.spectrum import input_directions, polar, truncated
 from trainmerge.preprocess.subspace import shared_subspace
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 from trainmerge.task_vectors.delta import TaskVectors
 
 

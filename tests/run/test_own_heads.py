@@ -14,7 +14,8 @@ from trainmerge.checkpoints import OwnHead
 from trainmerge.cli import main
 from trainmerge.fitting.preflight import check_tasks
 from trainmerge.run.heads import task_heads
-from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_files import calibration_files
 from trainmerge.run.recipe_tasks import Expert
 
 CLASSES = {"task": "ForSequenceClassification"}

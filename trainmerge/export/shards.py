@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints import Checkpoint, place_of
+from trainmerge.checkpoints import Checkpoint
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.export.form import Form
-from trainmerge.export.tensors import Merged, Tensors
+from trainmerge.export.tensors import Merged, Tensors, name_in_file, side_files
 from trainmerge.kernels import Difference, LowRank, chunk_bounds
 from trainmerge.preprocess import Rule
 from trainmerge.system.background import ahead
@@ -60,14 +60,11 @@ class CheckpointMerge:
     @cached_property
     def after(self) -> Mapping[str, tuple[str, ...]]:
         """Path -> tensors, of modules after the model with a merged tensor."""
-        found: dict[str, list[str]] = {}
-        for name in self.base.side:
-            found.setdefault(f"{place_of(name)}/model.safetensors", []).append(name)
-        return {file: tuple(names) for file, names in found.items() if any(map(self.merged, names))}
+        return side_files(self.base, self.merged)
 
     def in_file(self, name: str) -> str:
         """A tensor's name in its file: without its folder, if it is of a module after the model."""
-        return self.base.side[name].name if name in self.base.side else name
+        return name_in_file(self.base, name)
 
     def merged(self, name: str) -> bool:
         """Whether a tensor of the base's files is merged; others are bitwise the base's."""

@@ -1,11 +1,11 @@
 """What can be written as a checkpoint: tensors computed on request, in pieces of rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 from torch import Tensor
 
-from trainmerge.checkpoints import Checkpoint
+from trainmerge.checkpoints import Checkpoint, place_of
 from trainmerge.export.form import Form
 from trainmerge.system.safetensors_file import TensorInfo
 
@@ -61,3 +61,16 @@ class OnlyModel:
     def in_file(self, name: str) -> str:
         """Its name."""
         return name
+
+
+def side_files(base: Checkpoint, merged: Callable[[str], bool]) -> dict[str, tuple[str, ...]]:
+    """Path -> tensors, of a base's modules after the model with a merged tensor."""
+    found: dict[str, list[str]] = {}
+    for name in base.side:
+        found.setdefault(f"{place_of(name)}/model.safetensors", []).append(name)
+    return {file: tuple(names) for file, names in found.items() if any(map(merged, names))}
+
+
+def name_in_file(base: Checkpoint, name: str) -> str:
+    """A tensor's name in its file: without its folder, if it is of a module after the model."""
+    return base.side[name].name if name in base.side else name

@@ -19,7 +19,8 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.trainer import make_trainer
 from trainmerge.run.config import public_path, public_paths, read_settings
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.recipe import Recipe, calibration_files, test_files
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_files import calibration_files, test_files
 from trainmerge.run.sections import check_sections
 from trainmerge.run.templates import expand
 from trainmerge.run.trust import files_checked

@@ -11,7 +11,7 @@ from trainmerge.run.config import build
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.manifest import read_manifest
 from trainmerge.run.open_run import open_run
-from trainmerge.run.recipe import calibration_files
+from trainmerge.run.recipe_files import calibration_files
 
 SETTINGS = {"objective": dict, "teacher_budget": int, "weights": str}  # of the module, in the manifest
 

@@ -15,7 +15,8 @@ from trainmerge.data.media import without_text
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.run.heads import task_heads, unusable_heads
 from trainmerge.run.opened import Opened
-from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_files import calibration_files
 from trainmerge.run.sources import DEFAULT_LENGTH as LENGTH
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.parameter_names import matches

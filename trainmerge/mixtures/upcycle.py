@@ -25,7 +25,7 @@ from trainmerge.mixtures.mixture_card import mixture_words
 from trainmerge.mixtures.upcycle_plan import UpcyclePlan, begin
 from trainmerge.mixtures.upcycled import Upcycled
 from trainmerge.model.resident import Placement, Resident, load_resident
-from trainmerge.run.recipe import text_files
+from trainmerge.run.recipe_files import text_files
 from trainmerge.run.sources import columns_of, text_length
 from trainmerge.system.staging import staging
 

@@ -17,7 +17,7 @@ from trainmerge.export.shards import CheckpointMerge
 from trainmerge.mixtures.families import Mixture, feed_forward, mixture_of
 from trainmerge.mixtures.upcycled import Upcycled
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.recipe import text_files
+from trainmerge.run.recipe_files import text_files
 from trainmerge.system import distributed
 from trainmerge.system.ranges import check_option
 

@@ -6,7 +6,7 @@ from trainmerge.data.calibration import Calibration
 from trainmerge.export.explain import Exported
 from trainmerge.packed.router import Router, fit_router
 from trainmerge.packed.text_rows import text_rows
-from trainmerge.run.recipe import text_files
+from trainmerge.run.recipe_files import text_files
 from trainmerge.run.sources import columns_of, text_length
 
 HELD_OUT = 0.2  # share of each task's texts

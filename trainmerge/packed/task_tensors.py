@@ -1,15 +1,15 @@
 """One packed task as the tensors of an ordinary checkpoint, computed on request."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from trainmerge.checkpoints import Checkpoint, place_of
+from trainmerge.checkpoints import Checkpoint
 from trainmerge.export.form import Form
-from trainmerge.export.tensors import OnlyModel
+from trainmerge.export.tensors import OnlyModel, name_in_file, side_files
 from trainmerge.packed.stored import Stored
 from trainmerge.system.safetensors_file import TensorInfo, read_ahead
 
@@ -22,35 +22,36 @@ class PlainTask:
 
     stored: Stored
     task: str
-    form: Form = field(default_factory=Form)
 
     @property
     def base(self) -> Checkpoint:
         """The base."""
         return self.stored.base
 
+    @property
+    def form(self) -> Form:
+        """The base's own dtypes and files."""
+        return Form()
+
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The headers of all tensors, changed ones of modules after the model too."""
-        after = {name: self.base.info(name) for names in self.after.values() for name in names}
-        return {**self.base.tensors, **after}
+        after = [name for names in self.after.values() for name in names]
+        return {**self.base.tensors, **{name: self.base.info(name) for name in after}}
+
+    @cached_property
+    def after(self) -> Mapping[str, tuple[str, ...]]:
+        """Path -> tensors, of modules after the model with a changed tensor."""
+        return side_files(self.base, self.merged)
 
     @cached_property
     def shards(self) -> Mapping[str, tuple[str, ...]]:
         """File name -> its tensors."""
         return self.form.shards(self.base)
 
-    @cached_property
-    def after(self) -> Mapping[str, tuple[str, ...]]:
-        """Path -> tensors, of modules after the model with a changed tensor."""
-        found: dict[str, list[str]] = {}
-        for name in self.base.side:
-            found.setdefault(f"{place_of(name)}/model.safetensors", []).append(name)
-        return {file: tuple(names) for file, names in found.items() if any(map(self.merged, names))}
-
     def in_file(self, name: str) -> str:
         """A tensor's name in its file."""
-        return self.base.side[name].name if name in self.base.side else name
+        return name_in_file(self.base, name)
 
     def merged(self, name: str) -> bool:
         """Whether some task changes a tensor; others are bitwise the base's."""

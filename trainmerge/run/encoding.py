@@ -6,7 +6,8 @@ from trainmerge.data.examples import Example, read_examples
 from trainmerge.data.generate import Generate
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.run.folder import RunFolder
-from trainmerge.run.recipe import Recipe, calibration_files
+from trainmerge.run.recipe import Recipe
+from trainmerge.run.recipe_files import calibration_files
 from trainmerge.run.sources import columns_of, text_length
 from trainmerge.system.text import shortened
 

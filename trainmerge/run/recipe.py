@@ -17,7 +17,6 @@ from trainmerge.checkpoints import (
     with_rows,
 )
 from trainmerge.coefficients.layout import Grouping
-from trainmerge.data.generate import Generate
 from trainmerge.preprocess import Preprocess
 from trainmerge.run.names import check_names
 from trainmerge.run.opened import Opened
@@ -181,29 +180,3 @@ def _place(path: str) -> Path | HubId:
     """The same for two texts that mean one folder."""
     found = parse_id(path) if is_hub_id(path) else None
     return Path(path).resolve() if found is None else found._replace(revision=found.revision or "main")
-
-
-def calibration_files(recipe: Recipe) -> dict[str, str | Generate]:
-    """Expert -> its file of unlabeled examples, or the texts that it writes, if it has either."""
-    return {name: expert.calibration for name, expert in recipe.experts.items() if expert.calibration}
-
-
-def text_files(recipe: Recipe) -> dict[str, str]:
-    """Every expert -> its file of unlabeled examples.
-
-    Raises:
-        ValueError: an expert has none, or writes its examples itself.
-    """
-    given = calibration_files(recipe)
-    files = {name: file for name, file in given.items() if isinstance(file, str)}
-    if absent := [name for name in recipe.experts if name not in files]:
-        raise ValueError(
-            f"recipe.experts: no calibration texts in a file for {', '.join(absent)}: give `calibration` a "
-            "file; what experts wrote themselves is in the run's workspace, as generated-NAME-....jsonl"
-        )
-    return files
-
-
-def test_files(recipe: Recipe) -> dict[str, str]:
-    """Expert -> its test examples, if it has any."""
-    return {name: expert.test for name, expert in recipe.experts.items() if expert.test}
