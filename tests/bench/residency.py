@@ -19,7 +19,7 @@ from tests.stand_in import CountedLink, behind
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.kernels import ExpertWeight
-from trainmerge.model import merged_model
+from trainmerge.model import merged_weights
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.residency import Room, Share, Vectors, reside
 from trainmerge.task_vectors.delta import Delta, TaskVectors
@@ -86,7 +86,7 @@ def built(model: nn.Module, vectors: TaskVectors, where: Vectors, link: CountedL
     half = Room(sum(share.nbytes for share in shares.values()) // 2, 0, link=1.0, bandwidth=2.0)
     residency = reside(where, shares, half if where == "auto" else None)
     coefficients = Coefficients(vectors.experts, Grouping().layout(vectors.shapes))
-    with patch.object(merged_model, "link_to", behind(link)):
+    with patch.object(merged_weights, "link_to", behind(link)):
         return MergedModel(deepcopy(model), vectors, coefficients, keep_gradients=True, residency=residency)
 
 

@@ -19,7 +19,7 @@ from tests.stand_in import CountedLink, behind
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.prepare import FitInputs
-from trainmerge.model import merged_model, teacher_recorder
+from trainmerge.model import merged_weights, teacher_recorder
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe_files import calibration_files
 from trainmerge.system import distributed
@@ -208,11 +208,11 @@ class Streaming(tm.MergeModule):
     """With task vectors that are copied ahead of their use, as for a GPU."""
 
     def load(self, *arguments: Any, **settings: Any) -> None:
-        merged_model.link_to = behind(CountedLink())
+        merged_weights.link_to = behind(CountedLink())
         try:
             super().load(*arguments, **settings)
         finally:
-            merged_model.link_to = link_to
+            merged_weights.link_to = link_to
 
 
 def note(place: Any, name: str, calls: list[Any]) -> None:

@@ -11,7 +11,7 @@ from tests.fitting.test_fit import build, learned
 from tests.stand_in import CountedLink, behind
 from tests.world import write_world
 from trainmerge.fitting.plan_fit import read_bytes
-from trainmerge.model import merged_model
+from trainmerge.model import merged_weights
 from trainmerge.model.residency import Residency, Room, Share, Vectors, reside
 
 SHARES = {"a": Share(40), "b": Share(30), "c": Share(20), "fixed": Share(25, reads=1)}
@@ -105,7 +105,7 @@ def test_a_fit_on_a_stand_in_sends_what_it_must(
 ) -> None:
     """What is on the device is sent once per fit, the rest once per pass, less what a turn finds there."""
     link, opened = CountedLink(), build(world, tmp_path / "sizes")[0]
-    monkeypatch.setattr(merged_model, "link_to", behind(link))
+    monkeypatch.setattr(merged_weights, "link_to", behind(link))
     sizes = read_bytes(opened)
     whole, widest = sum(sizes.values()), max(sizes.values())
     room = Room(whole // 2, 0, link=1.0, bandwidth=2.0)

@@ -12,7 +12,7 @@ from tests.stand_in import CountedLink, behind
 from tests.world import write_world
 from trainmerge.fitting.place import plan_on
 from trainmerge.fitting.plan_fit import plan_fit
-from trainmerge.model import merged_model
+from trainmerge.model import merged_weights
 from trainmerge.plan.devices import Device
 from trainmerge.plan.dry_run import DryRun
 from trainmerge.plan.fastest import MARGIN, StepTasks, fastest
@@ -102,7 +102,7 @@ def test_a_fit_takes_the_plan_of_its_device(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link = CountedLink()
-    monkeypatch.setattr(merged_model, "link_to", behind(link))
+    monkeypatch.setattr(merged_weights, "link_to", behind(link))
     module, data = build(world, tmp_path / "run")
     assert module.schedule == StepSchedule(1)
     plan_on(module, data, nullcontext, CARD)

@@ -9,7 +9,7 @@ from tests.stand_in import CountedLink, behind
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched
-from trainmerge.model import merged_model
+from trainmerge.model import merged_weights
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.pass_order import successors
 from trainmerge.model.residency import Residency, Share, reside
@@ -116,7 +116,7 @@ def test_a_merged_model_gives_the_same_bits(
     merged = MergedModel(tiny_llama, vectors, coefficients, keep_gradients=keep)
     want, weights = step(merged)
     if behind_a_link:
-        monkeypatch.setattr(merged_model, "link_to", behind(CountedLink()))
+        monkeypatch.setattr(merged_weights, "link_to", behind(CountedLink()))
     merged = merged.with_task_vectors(vectors, {}, keep, places_of(where, vectors))
     for _ in range(2):
         gradient, parameters = step(merged)
