@@ -6,7 +6,6 @@ A class is written into saved files by its public name, so a name stays here for
 from .auto import Choice as Choice
 from .auto import auto_config as auto_config
 from .checkpoints.state_dict_files import load_state_dict as load_state_dict
-from .checkpoints.unshard import unshard as unshard
 from .coefficients.anchor import Anchor as Anchor
 from .coefficients.checkpoint_average import CheckpointAverage as CheckpointAverage
 from .coefficients.coefficients import Coefficients as Coefficients
@@ -44,6 +43,7 @@ from .export.export_adapter import export_adapter as export_adapter
 from .export.extract import extract as extract
 from .export.push import push as push
 from .export.rebuild import rebuild as rebuild
+from .export.unshard import unshard as unshard
 from .export.untie import untie as untie
 from .export.verify import verify_export as verify_export
 from .fitting.early_stopping import StopWhenFlat as StopWhenFlat

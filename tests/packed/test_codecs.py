@@ -251,3 +251,14 @@ def test_a_task_that_changes_nothing_costs_a_scale() -> None:
         made = codec.encode(parameter)
         assert made.own[1] == {}
         assert not back(parameter, made, 1).any()
+
+
+def test_alike_experts_keep_their_mask_whatever_the_size_of_u() -> None:
+    """Of eight nearly equal experts the sum is eight times each: the mask at scale 1 keeps nothing."""
+    dice = torch.Generator().manual_seed(3)
+    common = torch.randn(40, 25, generator=dice)
+    taus = [common + 0.05 * torch.randn(40, 25, generator=dice) for _ in range(8)]
+    parameter = parameter_of(taus)
+    made = Mask(dtype=torch.float32).encode(parameter)
+    for task, tau in enumerate(taus):
+        assert squared(back(parameter, made, task), tau) < 0.01 * squared(torch.zeros_like(tau), tau)

@@ -93,9 +93,13 @@ def export(
 
 def _refuse_others(form: str, given: Mapping[str, Any]) -> None:
     """Raise ValueError for options of other forms."""
-    if wrong := [name for name, value in given.items() if value and name not in TAKES[form]]:
+    if wrong := [name for name, value in given.items() if _is_set(value) and name not in TAKES[form]]:
         others = " or ".join(f"--as {other}" for other, own in TAKES.items() if wrong[0] in own)
         raise ValueError(f"--{wrong[0]} does not apply to --as {form}, but to {others}: leave it out")
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False
 
 
 def _export_checkpoint(

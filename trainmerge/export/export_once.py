@@ -37,4 +37,5 @@ def is_export_of(folder: RunFolder, target: Path, form: Form) -> bool:
         made.get("checksums") == public(folder.read_manifest()["checksums"])
         and files.get(COEFFICIENTS) == sha256(folder.coefficients)
         and content.get("form", {}) == form.to_json()
+        and not any(content.get(kind) is not None for kind in ("mixture", "adapter", "task"))
     )

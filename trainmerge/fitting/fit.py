@@ -20,7 +20,7 @@ from trainmerge.fitting.outcome import (
     save_start,
     warn_if_loss_did_not_fall,
 )
-from trainmerge.fitting.plan_steps import cut_steps, plan_steps
+from trainmerge.fitting.plan_steps import cut_steps, keep_schedule, plan_steps
 from trainmerge.fitting.preflight import check_heads, check_rounds, check_tasks
 from trainmerge.fitting.snapshots import Snapshots
 from trainmerge.fitting.trainer import check_folder, check_strategy
@@ -97,6 +97,8 @@ def fit_alone(
         following: The evaluations of a search that follows a fit without steps.
     """
     snapshot = find_snapshot(folder, resume, first=trainer.is_global_zero)
+    if snapshot:
+        keep_schedule(module, snapshot, planned=bool(limit))
     if trainer.is_global_zero:  # the other processes wait for this when the fit begins
         begin(folder, module, data, trainer, snapshot, config)
     if trainer.max_steps:

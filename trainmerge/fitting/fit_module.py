@@ -123,6 +123,8 @@ def fit_module(
         raise ValueError(
             "masks are kept in no run folder, and their gradients are summed: leave out run and combine"
         )
+    if masks is not None and any(parameter.dtype == torch.float16 for parameter in module.parameters()):
+        raise ValueError("masks: their gradients do not fit float16; hold the weights in float32 or bfloat16")
     streams = [Stream(name, loaders[name], compared=run is not None) for name in names]
     shares = task_weights(weights, names)
     models = open_models(module, experts, ignore, allow_pickle)

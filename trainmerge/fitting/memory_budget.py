@@ -42,7 +42,9 @@ def plan_within(
     """
     device = device or measured()
     together = module.rule is None
-    separable = not module.objective.couples and together
+    # Sharded processes run the same number of forwards: a batch is split where all have as many examples.
+    even = devices == 1 or data.batch_size % devices == 0
+    separable = not module.objective.couples and together and even
     tasks = StepTasks(len(data.examples), -(-data.batch_size // devices), separable, together)
 
     def planned(schedule: StepSchedule) -> Plan:

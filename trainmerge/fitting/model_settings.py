@@ -73,7 +73,11 @@ def check_given(**settings: object) -> None:
 
 
 def check_sharding(settings: ModelSettings, needs_examples: bool) -> None:
-    """Raise ValueError if a sharded model is combined with settings that need the whole model."""
+    """Raise ValueError for settings that a sharded model does not have, or that only such a one has."""
+    if settings.shard_over != "all" and not settings.sharded:
+        raise ValueError(
+            f"model.shard_over: {settings.shard_over} is for model.sharded: set that to true, or leave it out"
+        )
     if settings.sharded and (settings.subspace or needs_examples):
         raise ValueError(
             "model.sharded: model.subspace and preprocessors or presets that use calibration examples need "

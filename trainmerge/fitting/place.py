@@ -1,6 +1,7 @@
 """A fit's schedule, and the room for its task vectors, by the plan of a step: before it begins."""
 
 import warnings
+from dataclasses import replace
 
 import torch
 
@@ -30,10 +31,13 @@ def plan_on(
     precision: Precision,
     device: Device,
     devices: int = 1,
+    used: int = 0,
 ) -> None:
     """Choose the module's schedule, and find the room for its task vectors on a device of known memory.
 
-    A model that cannot be planned is fitted all the same: with the schedule of least memory, from files.
+    The schedule depends on the whole memory, so that a resumed run has the same; the room leaves out the
+    `used` bytes of others. A model that cannot be planned is fitted all the same: with the schedule of least
+    memory, from files.
 
     Raises:
         ValueError: there is no room where `model.vectors` asks for it.
@@ -47,6 +51,15 @@ def plan_on(
         warnings.warn(f"no plan of this fit, so task vectors stay in their files: {error}", stacklevel=2)
         return
     module.schedule, module.room = plan.schedule, plan.room
+    if module.room is not None:
+        module.room = replace(module.room, device=max(0, module.room.device - used))
+
+
+def used_of(device: torch.device) -> int:
+    """Bytes of a GPU that are in use, by other processes and by this one's tensors."""
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0, int(total - free - cached))
 
 
 def card_of(device: torch.device, processes: int) -> Device:

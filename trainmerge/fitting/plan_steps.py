@@ -3,10 +3,12 @@
 import pytorch_lightning as pl
 
 from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.begin import Snapshot
 from trainmerge.fitting.memory_budget import plan_within
 from trainmerge.fitting.module import MergeModule
-from trainmerge.fitting.place import card_of, check_held, plan_on
+from trainmerge.fitting.place import card_of, check_held, plan_on, used_of
 from trainmerge.fitting.trainer import precision_of
+from trainmerge.plan.micro_batches import StepSchedule
 from trainmerge.system.memory import format_size
 
 
@@ -39,6 +41,20 @@ def plan_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> N
     devices = module.settings.shards(trainer.world_size, trainer.num_devices)
     if device.type == "cuda":
         card = card_of(device, trainer.num_devices)
-        plan_on(module, data, precision_of(trainer), card, devices)
+        plan_on(module, data, precision_of(trainer), card, devices, used_of(device))
     else:
         check_held(module, devices)
+
+
+def keep_schedule(module: MergeModule, snapshot: Snapshot, planned: bool) -> None:
+    """A resumed run goes on with its own schedule, whose sums it began with, unless a setting changes it.
+
+    Snapshots of version 0.1.0 have none: theirs was the one of least memory, or `planned` for a limit.
+    """
+    kept = snapshot.content.get("schedule")
+    if kept is None:
+        module.schedule = module.schedule if planned else module.asked.least
+        return
+    schedule = StepSchedule(**kept)
+    if module.asked.tasks in (None, schedule.tasks) and module.asked.keep in (None, schedule.keep):
+        module.schedule = schedule

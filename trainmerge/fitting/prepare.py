@@ -180,7 +180,7 @@ def record(given: FitInputs, resident: Resident) -> list[Record]:
     depends_on = [
         given.opened.identity(),
         *heads,
-        *data.identities().values(),
+        *data.with_examples(data.examples).identities().values(),  # their contents, written texts' too
         recorded(data.tokenizer),
         data.max_length,
         settings.weights,

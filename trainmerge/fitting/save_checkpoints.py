@@ -12,6 +12,7 @@ from trainmerge.coefficients.checkpoint_average import Schedule
 from trainmerge.run.checkpoints_of_run import write_merge
 from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.ranges import check_option
+from trainmerge.system.text import listed
 
 PREFIX = "step-"
 
@@ -32,7 +33,8 @@ class SaveForMerging(Callback):
         tokenizer: A tokenizer or processor that is saved with each of them.
 
     Raises:
-        ValueError: at the start, the module has no such attribute, or it has no `save_pretrained`.
+        ValueError: at the start, the module has no such attribute, it has no `save_pretrained`, or the folder
+            has checkpoints of another run.
     """
 
     def __init__(
@@ -58,13 +60,20 @@ class SaveForMerging(Callback):
                 f"SaveForMerging: {type(pl_module).__name__}.{self.model} has no save_pretrained: name the "
                 "attribute of the model (model=...). For plain modules there is tm.merge_state_dicts"
             )
+        late = [path.name for path in self.folder.glob(f"{PREFIX}*") if _step(path) > trainer.global_step]
+        if late and trainer.is_global_zero:
+            raise ValueError(
+                f"{self.folder}: {listed(sorted(late))} are not of this run, which begins after step "
+                f"{trainer.global_step}: name a new folder, or remove them"
+            )
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        target = self.folder / f"{PREFIX}{trainer.global_step}"
-        if trainer.global_step % self.every or not trainer.is_global_zero or target.exists():
+        step = trainer.global_step  # 0 until the first accumulated batches are complete
+        target = self.folder / f"{PREFIX}{step}"
+        if not step or step % self.every or not trainer.is_global_zero or target.exists():
             return  # accumulated batches end with the same step
         self.folder.mkdir(parents=True, exist_ok=True)
         with temporary_folder(self.folder, "saving") as place:
@@ -72,7 +81,13 @@ class SaveForMerging(Callback):
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(place / "model")
             (place / "model").rename(target)
-        found = sorted(self.folder.glob(f"{PREFIX}*"), key=lambda path: int(path.name.removeprefix(PREFIX)))
+        found = sorted(self.folder.glob(f"{PREFIX}*"), key=_step)
         write_merge(self.folder, found, self.last, self.schedule)
         for old in found[: -self.last]:
             shutil.rmtree(old)
+
+
+def _step(path: Path) -> float:
+    """The step in a checkpoint's name; infinite in a name that is no step's."""
+    number = path.name.removeprefix(PREFIX)
+    return int(number) if number.isdecimal() else float("inf")

@@ -4,6 +4,7 @@ Legend: `K` experts, `G` coefficient groups.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -61,8 +62,8 @@ class CoefficientSteps(pl.LightningModule, ABC):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the run depends on to the checkpoint, and the scale of float16 gradients."""
-        checkpoint["trainmerge"] = self.description
+        """Add to the checkpoint what the run depends on, its schedule, and the scale of float16 gradients."""
+        checkpoint["trainmerge"], checkpoint["schedule"] = self.description, asdict(self.schedule)
         if self.resident.merged.loss_scale.active:
             checkpoint["loss_scale"] = self.resident.merged.loss_scale.state_dict()
 

@@ -7,6 +7,7 @@ Legend: `E` experts of a layer, `M` of them after.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,18 +103,28 @@ def _clusters(own: Saliency, experts: int) -> list[list[int]]:
     return sorted(found)
 
 
-def read_groups(path: Path, layers: Sequence[MixtureLayer], experts: int) -> dict[str, list[list[int]]]:
+def read_groups(
+    path: Path, layers: Sequence[MixtureLayer], experts: int, parts: int = 1
+) -> dict[str, list[list[int]]]:
     """A user's plan, or the one of an earlier `shrink`: prefix -> groups.
 
     Raises:
-        ValueError: layers or experts that the checkpoint does not have, another number of groups, or an
-            expert that is twice there.
+        ValueError: layers or experts that the checkpoint does not have, another number of groups, an expert
+            that is twice there, or not equally many of each of the router's `parts`.
     """
     content = read_json(path, "See `trainmerge shrink --help`.").get("layers")
     wanted = [layer.prefix for layer in layers]
     if not isinstance(content, dict) or sorted(content) != sorted(wanted):
         raise ValueError(f"{path}: `layers` needs groups for each of {wanted[:3]}, {len(wanted)} in all")
-    return {layer.prefix: _checked(path, layer, content[layer.prefix], experts) for layer in layers}
+    found = {layer.prefix: _checked(path, layer, content[layer.prefix], experts) for layer in layers}
+    for layer in layers:
+        kept = Counter(group[0] * parts // layer.experts for group in found[layer.prefix])
+        if set(kept.values()) != {experts // parts}:
+            raise ValueError(
+                f"{path}: {layer.prefix} keeps {dict(sorted(kept.items()))} experts of the router's {parts} "
+                f"groups: each needs {experts // parts}"
+            )
+    return found
 
 
 def _checked(path: Path, layer: MixtureLayer, groups: Any, experts: int) -> list[list[int]]:

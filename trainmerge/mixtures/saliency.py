@@ -14,6 +14,7 @@ from trainmerge.checkpoints import Checkpoint, LoadedModel, load_meta_model
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.mixtures.layers import MixtureLayer
+from trainmerge.model.media_forward import backbone
 from trainmerge.model.routing import Choice, watching_routers
 from trainmerge.model.streamed import streamed
 from trainmerge.model.token_states import spread
@@ -69,6 +70,7 @@ def measure(
     loaded = load_meta_model(base)
     routers = {layer.prefix: _module(loaded, layer.weight) for layer in layers}
     experts = {layer.prefix: _module(loaded, layer.weight, "experts") for layer in layers}
+    below: Any = backbone(loaded.module)  # the head's logits would be the largest tensor, for nothing
     found: dict[str, Saliency] = {}
     chosen = torch.empty(0)
     kept = torch.empty(0)
@@ -85,7 +87,7 @@ def measure(
             inputs = tokenizer.encode(examples[first : first + TOGETHER]).inputs
             chosen = inputs["attention_mask"].flatten().bool()
             kept = spread(inputs["attention_mask"], max(1, KEPT // len(examples)))
-            loaded.module(**inputs)
+            below(**inputs)
     return found
 
 

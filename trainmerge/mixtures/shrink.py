@@ -66,7 +66,7 @@ def shrink(
     layers = mixture_layers(base)
     settings = shrunk_settings(base.path, base.config, experts)
     parts = int(base.config.get("n_group") or 1)
-    given = None if plan in METHODS else read_groups(_file(plan), layers, experts)
+    given = None if plan in METHODS else read_groups(_file(plan), layers, experts, parts)
     if plan == "hc" and parts > 1:
         raise ValueError(
             f"{base.path}: its routers have groups, of which hc does not keep equally many experts"
@@ -76,6 +76,7 @@ def shrink(
         raise ValueError("--steps learns how groups are merged, and this plan merges none: --plan ream or hc")
     if calibration is None and not singles:
         raise ValueError(f"the plan {plan!r} needs texts: --calibration FILE")
+    _check_out(Path(out), base.path, overwrite)
     with staging(out, overwrite) as folder:
         _write_settings(folder, settings)
         first = {layer.prefix: [[number] for number in range(experts)] for layer in layers}
@@ -105,6 +106,14 @@ def _learned(
         found[prefix], own = learn_layer(made, layers[prefix], students[prefix], steps)
         errors[prefix] = asdict(own)
     return replace(made, learned=found), errors
+
+
+def _check_out(out: Path, base: Path, overwrite: bool) -> None:
+    """Raise ValueError if writing `out` would remove the mixture itself, or a folder that is none of ours."""
+    if base.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{out} is, or holds, the mixture that is shrunk: name another folder")
+    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / FILE).is_file():
+        raise ValueError(f"{out} is no folder that `trainmerge shrink` wrote: name another, or remove it")
 
 
 def _file(plan: str) -> Path:

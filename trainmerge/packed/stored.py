@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainmerge.checkpoints import Checkpoint, fingerprint, open_checkpoint, same_weights
 from trainmerge.checkpoints.whole import PACKED, check_whole
+from trainmerge.kernels import accumulation_dtype
 from trainmerge.packed.codec import decode
 from trainmerge.packed.parameter import as_matrix, blocks
 from trainmerge.packed.record import NONE, REMEDY, Record, read_record
@@ -60,7 +61,7 @@ class Stored:
             return
         wide = base.reshape(as_matrix(base.shape))
         for part, difference in self.difference(name, task):
-            rows = (wide[part].float() + difference).to(base.dtype)
+            rows = (wide[part].to(accumulation_dtype(base.dtype)) + difference).to(base.dtype)
             yield rows.reshape(-1, *base.shape[1:]) if base.dim() else rows.reshape(())
 
     def difference(self, name: str, task: str) -> Iterator[tuple[slice, Tensor]]:
@@ -72,7 +73,10 @@ class Stored:
         scale = float(self.scales[task][self._order[parameter]])
         try:
             for part in blocks(shape):
-                yield part, decode(shared, own, scale, shape, part)
+                made = decode(shared, own, scale, shape, part)
+                if made.shape != (part.stop - part.start, shape[1]):
+                    raise ValueError(f"{tuple(made.shape)}")
+                yield part, made
         except (RuntimeError, KeyError, ValueError, IndexError) as error:
             raise ValueError(
                 f"{self.path}: the parts of {parameter} do not fit its shape. {REMEDY}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.packed.bits import pack_bits
-from trainmerge.packed.codec import Codec, Encoded
+from trainmerge.packed.codec import Codec, Encoded, errors
 from trainmerge.packed.parameter import Parameter
 from trainmerge.system.ranges import check_fields
 
@@ -31,8 +31,9 @@ class Mask(Codec):
 
     Args:
         threshold: lambda. 1 keeps exactly the entries whose squared error falls; mask and scale are then
-            found in turns, each of which lowers the error, so that the scale of u does not matter. The paper
-            takes 0.2 to 0.6, chosen by labels, and masks u as it is.
+            found in turns, each of which lowers the error: from the paper's mask, and from the whole u, so
+            that the size of u does not matter. The paper takes 0.2 to 0.6, chosen by labels, and masks u as
+            it is.
     """
 
     threshold: float = 1.0
@@ -48,8 +49,17 @@ class Mask(Codec):
     @override
     def encode(self, parameter: Parameter) -> Encoded:
         unified = parameter.merged().to(self.dtype)
-        made = _masked(parameter, unified, self._kept(torch.ones(parameter.tasks)))
-        for _ in range(ROUNDS if self.threshold == 1 else 0):
+        plain = _masked(parameter, unified, self._kept(torch.ones(parameter.tasks)))
+        if self.threshold != 1:
+            return plain
+        one, other = (
+            self._in_turns(parameter, unified, made) for made in (plain, _whole(parameter, unified))
+        )
+        return _better(parameter, one, other)
+
+    def _in_turns(self, parameter: Parameter, unified: Tensor, made: Encoded) -> Encoded:
+        """Masks and scales in turns, from these scales on; each turn lowers the error."""
+        for _ in range(ROUNDS):
             made = _masked(parameter, unified, self._kept(torch.where(made.scales > 0, made.scales, 1)))
         return made
 
@@ -88,7 +98,7 @@ class Shared(Codec):
     @override
     def encode(self, parameter: Parameter) -> Encoded:
         unified = parameter.merged().to(self.dtype)
-        made = _masked(parameter, unified, lambda _, taus: torch.ones_like(taus, dtype=torch.bool))
+        made = _whole(parameter, unified)
         return made._replace(own=tuple({} for _ in made.own))
 
 
@@ -99,6 +109,18 @@ def elect(taus: Tensor) -> Tensor:
     """
     sign = taus.sum(dim=0).sign()
     return sign * (taus * sign).clamp(min=0).amax(dim=0)
+
+
+def _whole(parameter: Parameter, unified: Tensor) -> Encoded:
+    """All entries of u, at each task's scale of least squares."""
+    return _masked(parameter, unified, lambda _, taus: torch.ones_like(taus, dtype=torch.bool))
+
+
+def _better(parameter: Parameter, one: Encoded, other: Encoded) -> Encoded:
+    """Of every task the encoding with the smaller error; both have the same u."""
+    first = (errors(parameter, one) <= errors(parameter, other)).tolist()
+    own = tuple(a if here else b for a, b, here in zip(one.own, other.own, first, strict=True))
+    return one._replace(own=own, scales=torch.where(torch.tensor(first), one.scales, other.scales))
 
 
 def _masked(parameter: Parameter, unified: Tensor, keep: Keep) -> Encoded:

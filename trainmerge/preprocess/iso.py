@@ -27,7 +27,8 @@ class Iso(PerMatrix):
 
     The paper has the sum only. Here an expert has its own directions, and of a common direction u v^T the
     share max(0, u^T tau_k v) among the experts. Directions whose singular value is zero (low-rank experts)
-    are left out; the reference gives them the mean singular value along arbitrary vectors.
+    are left out, of the mean too; the reference gives them the mean of all along arbitrary vectors. So if
+    all directions together have rank r, s is min(m, n) / r times the reference's.
 
     Args:
         common: Fraction of min(m, n) directions in the common subspace, in [0, 1]; 0.8 in the paper.

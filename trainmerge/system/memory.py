@@ -57,12 +57,33 @@ def anonymous(process: int | str = "self") -> int:
 
 
 def available() -> int | None:
-    """Bytes that can still be allocated without swapping; None where the system does not say (not Linux)."""
+    """Bytes that can still be allocated without swapping; None where the system does not say (not Linux).
+
+    A container's limit counts too.
+    """
     table = Path("/proc/meminfo")
     for line in table.read_text().splitlines() if table.exists() else ():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+            return min([int(line.split()[1]) * 1024, *group_rooms()])
     return None
+
+
+def group_rooms(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes left below every memory limit of the process's control groups (1 or 2) and their parents."""
+    found = []
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        names = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        place = Path(path.lstrip("/"))
+        for folder in (place, *place.parents):
+            limit, usage = (
+                (root / "memory" if controllers else root) / folder / f"memory.{name}" for name in names
+            )
+            if limit.is_file() and usage.is_file() and (most := limit.read_text().strip()) != "max":
+                found.append(max(0, int(most) - int(usage.read_text())))
+    return found
 
 
 def return_freed_memory() -> None:

@@ -1,26 +1,29 @@
 """Sharded checkpoints of torch.distributed (DCP): a folder of `.distcp` files and their `.metadata`.
 
-The metadata is a pickle. It is read by an unpickler that knows DCP's own classes and torch's plain values
-only; tensors are read by torch's restricted unpickler.
+The metadata is a pickle. It is read by an unpickler that knows DCP's own classes, torch's plain values, paths
+and ordered dictionaries only; tensors are read by torch's restricted unpickler.
 """
 
 import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from typing_extensions import override
 
 from trainmerge.system.text import shortened
 
 METADATA = ".metadata"
+DISPATCH: dict[int, Any] = vars(pickle._Unpickler)["dispatch"]  # opcode -> what pickle does
+FILL = DISPATCH[pickle.BUILD[0]]
 LONGEST = 400  # characters of a reason
 DCP = "torch.distributed.checkpoint"
 KNOWN = {
@@ -55,15 +58,18 @@ class ShardedFile:
         self._reader = _Reader(folder)
         self._bytes = sum(file.stat().st_size for file in folder.glob("*.distcp"))
         found = self._reader.read_metadata()
-        self.entries: dict[str, TensorStorageMetadata] = {
-            name: entry
-            for name, entry in found.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        paths: dict[str, Any] = found.planner_data if isinstance(found.planner_data, dict) else {}
-        self.paths: dict[str, Sequence[str]] = {
-            name: [str(part) for part in paths.get(name, (name,))] for name in self.entries
-        }
+        try:
+            self.entries = _entries(found)
+            paths: dict[str, Any] = found.planner_data if isinstance(found.planner_data, dict) else {}
+            self.paths: dict[str, Sequence[str]] = {
+                name: [str(part) for part in paths.get(name, (name,))] for name in self.entries
+            }
+        except (
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:  # filled otherwise
+            raise ValueError(f"{folder / METADATA}: no metadata of torch.distributed: {error}") from error
 
     def read(self, name: str) -> Tensor:
         """One tensor, whole, in memory."""
@@ -92,12 +98,28 @@ class ShardedFile:
                 yield name.removeprefix(f"{key}."), name
 
 
+def _entries(found: Metadata) -> dict[str, TensorStorageMetadata]:
+    """The tensors of the metadata, by name.
+
+    Raises:
+        ValueError: one has no size, or no dtype.
+        AttributeError, TypeError: there are no tensors.
+    """
+    every = found.state_dict_metadata.items()
+    entries = {str(name): entry for name, entry in every if isinstance(entry, TensorStorageMetadata)}
+    for name, entry in entries.items():
+        if not isinstance(entry.size, torch.Size) or not isinstance(entry.properties.dtype, torch.dtype):
+            raise ValueError(f"{name} has no size or no dtype")
+    return entries
+
+
 class _Reader(FileSystemReader):
-    """DCP's reader with an unpickler that knows no other class."""
+    """DCP's reader with an unpickler that knows few classes; it reads the metadata once."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._folder = folder
+        self._found: Metadata | None = None
 
     @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -107,6 +129,11 @@ class _Reader(FileSystemReader):
             ValueError: as for `ShardedFile`.
         """
         del args, kwargs
+        if self._found is None:
+            self._found = self._load()
+        return self._found
+
+    def _load(self) -> Metadata:
         file = self._folder / METADATA
         try:
             with file.open("rb") as stream:
@@ -115,13 +142,27 @@ class _Reader(FileSystemReader):
             raise ValueError(f"{file}: no metadata of torch.distributed: {error}") from error
         if not isinstance(found, Metadata):
             raise ValueError(f"{file}: no metadata of torch.distributed: a {type(found).__name__}")
-        if (meta := getattr(found, "storage_meta", None)) is not None:
+        if isinstance(meta := getattr(found, "storage_meta", None), StorageMeta):
             meta.load_id = self.load_id
         return found
 
 
-class _Unpickler(pickle.Unpickler):
-    """DCP's dataclasses, torch's dtypes and layouts, and containers."""
+class _Unpickler(pickle._Unpickler):  # in Python: C's has no table of opcodes
+    """DCP's dataclasses, torch's dtypes and layouts, and containers; it fills objects, never classes."""
+
+    stack: list[Any]
+
+    def load_build(self) -> None:
+        """Fill an object with its state.
+
+        Raises:
+            pickle.UnpicklingError: it is a class or a function, which everybody shares.
+        """
+        if isinstance(self.stack[-2], type | FunctionType):
+            raise pickle.UnpicklingError("it changes a class")
+        FILL(self)
+
+    dispatch: ClassVar[dict[int, Any]] = {**DISPATCH, pickle.BUILD[0]: load_build}
 
     @override
     def find_class(self, module: str, name: str) -> Any:

@@ -1,27 +1,26 @@
 """A sharded checkpoint of torch.distributed (DCP) -> a folder of transformers, one tensor at a time."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
-from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
+from trainmerge.checkpoints import Checkpoint, open_checkpoint
 from trainmerge.checkpoints.weight_files import SAFETENSORS
+from trainmerge.export.form import write_dtype
+from trainmerge.export.side_files import copy_base_files
 from trainmerge.system.safetensors_file import write_safetensors
 from trainmerge.system.sharded_file import ShardedFile
 from trainmerge.system.staging import staging
 from trainmerge.system.text import listed
-
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
 def unshard(path: str | Path, out: str | Path, like: str | Path, *, key: str | None = None) -> Path:
     """Write a sharded checkpoint as a transformers folder, for a recipe; returns `out`.
 
     The tensors are those that `like` has, by its names, in the dtypes of the sharded checkpoint; optimiser
-    states and everything else stay behind. Memory holds one tensor at a time. The metadata is read by an
-    unpickler that knows torch.distributed's classes only.
+    states and everything else stay behind. Memory holds one tensor at a time. The metadata is a pickle, read
+    by an unpickler that knows few classes: torch.distributed's own, sizes, dtypes and paths.
 
     Args:
         path: The folder with `.metadata` and `.distcp` files.
@@ -44,9 +43,9 @@ def unshard(path: str | Path, out: str | Path, like: str | Path, *, key: str | N
         for name, own in names.items()
     }
     with staging(out) as folder:
-        for entry in sorted(Path(like).iterdir()):
-            if entry.is_file() and not entry.name.endswith(WEIGHTS):
-                shutil.copyfile(entry, folder / entry.name)
+        copy_base_files(model, folder)
+        if len(dtypes := {dtype for dtype, _ in specs.values()}) == 1:
+            write_dtype(folder / "config.json", str(dtypes.pop()).removeprefix("torch."))
         write_safetensors(folder / SAFETENSORS, specs, _tensors(file, names), {"format": "pt"})
     return Path(out)
 
