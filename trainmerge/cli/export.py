@@ -49,23 +49,23 @@ def export(
     Args:
         run: The run folder.
         out: The folder to create.
-        overwrite: Replace the folder, if it exists, when the new one is complete.
-        workers: Shards to write in parallel; their number changes no byte.
-        verify: Compare the result bitwise with the run's merge; a folder that exists is read only.
-        dtype: Of all tensors, rounded once from float32; by default as in the base.
-        shard_size: Bytes per weight file, such as 5GB; by default the base's files.
-        mergekit: Write the merge as mergekit's YAML to the file OUT, and no weights.
-        task: An expert whose own head stands on the merge in the result.
-        as_: A LoRA; experts as LoRAs on the merge; experts for `unpack`; a mixture.
-        rank: The largest rank of an adapter's module; LoRA experts are stacked without it.
-        energy: The share of a module's squared norm that is kept, instead of a rank.
-        rest: What no LoRA holds: to a file of differences, or left out; else an error.
+        overwrite: Replace the folder when the new one is complete.
+        workers: Shards to write in parallel; changes no byte.
+        verify: Compare the result bitwise with the run's merge.
+        dtype: Of all tensors, rounded once; by default the base's.
+        shard_size: Bytes per file, such as 5GB; by default the base's.
+        mergekit: Write mergekit's YAML to the file OUT, no weights.
+        task: The expert whose own head stands on the merge.
+        as_: A LoRA; a LoRA per expert; experts for `unpack`; a mixture.
+        rank: The largest rank; LoRA experts are stacked without it.
+        energy: The share of squared norm to keep, instead of a rank.
+        rest: What no LoRA holds: in a file of differences, or left out.
         embeddings: Factor the embeddings' changes too.
-        codec: mask, emr, lowrank, twin, ternary or pca, or with a number: lowrank:16.
-        budget: Bytes of packed experts, 20MB, or of base and experts in models, 1.5.
-        router: Fit a classifier of texts to tasks too, on the base's hidden states.
+        codec: mask, emr, lowrank, twin, ternary or pca; lowrank:16.
+        budget: Bytes, 20MB, or models, 1.5, with the base in them.
+        router: Fit a classifier of texts to tasks too.
         top_k: Experts of a mixture for each token, 2 by default.
-        routed: The share of Qwen2's routed experts beside the shared one, by default 0.5.
+        routed: Share of Qwen2's routed experts, 0.5 by default.
     """
     keep_freed_memory()
     given = {"verify": verify, "workers": workers != 1, "shard-size": shard_size, "mergekit": mergekit,

@@ -33,7 +33,7 @@ def pack_trits(signs: Tensor) -> Tensor:
     """Numbers -1, 0, 1 of any shape -> uint8 [ceil(n / 5)].
 
     >>> pack_trits(torch.tensor([-1, 0, 1, 1, -1, 0]))
-    tensor([75, 41], dtype=torch.uint8)
+    tensor([ 75, 121], dtype=torch.uint8)
     """
     flat = signs.reshape(-1).to(torch.int16)
     digits = torch.nn.functional.pad(flat, (0, -len(flat) % TRITS)) + 1
