@@ -82,6 +82,8 @@ def figures(group: str) -> str:
 
 def shown(value: float | str) -> str:
     """A figure in as many digits as were written down."""
+    if value is None:
+        return "not measured"
     return value if isinstance(value, str) else f"{value:.6g}"
 
 

@@ -63,7 +63,7 @@ def keep(file: Path, measured: list[dict[str, Any]], machine: str) -> None:
         )
     for row in content["figures"]:
         if row["name"] in values:
-            row["value"] = float(f"{values[row['name']]['value']:.3g}")
+            row["value"] = float(f"{values[row['name']]['value']:.4g}")
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     write_whole(file, json.dumps({**content, "machine": machine, "versions": packages}, indent=1) + "\n")
 
