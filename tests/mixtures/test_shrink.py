@@ -5,6 +5,7 @@ Legend: `E` experts of a layer, `M` of them after, `H` hidden size, `I` width of
 
 import itertools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -337,3 +338,15 @@ def test_what_cannot_be_shrunk_says_why(worlds: dict[str, Path], tmp_path: Path)
         with pytest.raises(ValueError, match=words):
             tm.shrink(base, tmp_path / "out", 4, plan=str(tmp_path / "plan.json"))
     assert not (tmp_path / "out").exists()
+
+
+def test_no_other_folder_is_removed(worlds: dict[str, Path], tmp_path: Path) -> None:
+    root, thesis = worlds["Mixtral"], tmp_path / "thesis"
+    base = Path(shutil.copytree(root / "base", tmp_path / "base"))
+    thesis.mkdir()
+    (thesis / "thesis.tex").write_text("all of it")
+    for out, words in ((base, "is, or holds, the mixture"), (thesis, "is no folder that")):
+        with pytest.raises(ValueError, match=words):
+            tm.shrink(base, out, 4, str(root / "texts.jsonl"), overwrite=True)
+    assert (thesis / "thesis.tex").exists()
+    assert (base / "config.json").exists()

@@ -1,6 +1,7 @@
 """The schedule that a plan chooses: by plans made by hand, and for a fit on a device that is not here."""
 
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 import trainmerge as tm
 from tests.fitting.test_fit import build
 from tests.stand_in import CountedLink, behind
-from tests.world import write_world
+from tests.world import languages_recipe, write_languages, write_world
+from trainmerge.fitting.begin import Snapshot
 from trainmerge.fitting.place import plan_on
 from trainmerge.fitting.plan_fit import plan_fit
+from trainmerge.fitting.plan_steps import keep_schedule
 from trainmerge.model import merged_weights
 from trainmerge.plan.devices import Device
 from trainmerge.plan.dry_run import DryRun
@@ -126,3 +129,25 @@ def test_without_room_or_a_plan(world: Path, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ValueError, match=r"model.vectors: .* 1000 B are free on the device"):
         tm.fit(module, data, trainer, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_keeps_its_schedule(tmp_path: Path) -> None:
+    """Another schedule would sum the same gradient in another order."""
+    write_languages(tmp_path)
+    given = languages_recipe(tmp_path)
+    kept = StepSchedule(2, examples=1, keep=True)
+    for asked, planned, content, want in (
+        ({}, False, {"schedule": asdict(kept)}, kept),
+        (
+            {"tasks_per_backward": 1},
+            False,
+            {"schedule": asdict(kept)},
+            StepSchedule(),
+        ),  # set anew by the user
+        ({}, False, {}, StepSchedule()),  # of version 0.1.0
+        ({}, True, {}, StepSchedule(3)),  # of that version, under a limit
+    ):
+        module = tm.MergeModule(given, workspace=str(tmp_path / "workspace"), **asked)
+        module.schedule = StepSchedule(3) if planned else StepSchedule()
+        keep_schedule(module, Snapshot(tmp_path, content), planned)
+        assert module.schedule == want

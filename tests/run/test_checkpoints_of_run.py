@@ -150,6 +150,10 @@ def test_lightnings_trainer_leaves_a_mergeable_run(tmp_path: Path) -> None:
         shutil.copy(file, folder / "step-2")
     assert main(["merge", str(folder / "merge.yaml"), str(tmp_path / "out")]) == 0
     assert_merge_is(tmp_path / "out", average_of([folder / "step-2", folder / "step-3"], [0.9, 0.1]))
+    with pytest.raises(ValueError, match=r"step-2 and step-3 are not of this run|step-2, step-3 are not of"):
+        lightning(tm.SaveForMerging(folder, every=1), 2)
+    lightning(tm.SaveForMerging(tmp_path / "few", every=2), 2, accumulate_grad_batches=2)
+    assert [path.name for path in (tmp_path / "few").iterdir()] == ["step-2"]  # the start is none of them
     with pytest.raises(ValueError, match=r"Language\.network has no save_pretrained"):
         lightning(tm.SaveForMerging(folder, every=1, model="network"), 1)
 
@@ -196,6 +200,26 @@ def test_metadata_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str
         with pytest.raises(ValueError, match=r"no metadata of torch\.distributed"):
             tm.load_state_dict(folder, allow_pickle=True)
     assert "this would run" not in capsys.readouterr().out
+
+
+def test_metadata_changes_no_class(tmp_path: Path) -> None:
+    """Pickle's BUILD with slots sets attributes of whatever is on the stack: of a class, for everybody."""
+    folder = sharded(tmp_path / "run", {"model": {"w": torch.zeros(2)}})
+    attack = b"\x80\x02cpathlib\nPosixPath\nN}X\x06\x00\x00\x00existsccollections\nOrderedDict\ns\x86b."
+    (folder / ".metadata").write_bytes(attack)
+    with pytest.raises(ValueError, match="it changes a class"):
+        tm.load_state_dict(folder, allow_pickle=True)
+    assert tmp_path.exists() is True
+
+
+@pytest.mark.parametrize("changes", [{"state_dict_metadata": [1]}, {"planner_data": {"w": 5}}])
+def test_metadata_filled_otherwise_is_an_error(tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = sharded(tmp_path / "run", {"w": torch.zeros(2)})
+    content = pickle.loads((folder / ".metadata").read_bytes())
+    vars(content).update(changes)
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=r"no metadata of torch\.distributed"):
+        tm.load_state_dict(folder, allow_pickle=True)
 
 
 def test_unsharded_checkpoints_are_experts(tmp_path: Path) -> None:
