@@ -264,6 +264,8 @@ def test_search_by_a_callable_and_by_validation_files(
 def test_niches_from_the_command_line(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, folder = str(world / "config.yaml"), world / "niches"
     command = ["search", config, str(folder), "--method", "niches", "--population", "4"]
+    assert main([*command, "--spread", "0.1", "--over", "experts"]) == 1
+    assert "--over and --spread: only of --method cma-es" in capsys.readouterr().err
     assert main([*command, "--score", "loss", "--evaluations", "7"]) == 0
     _, *lines = (folder / "search.jsonl").read_text().splitlines()
     genomes = [json.loads(line) for line in lines]

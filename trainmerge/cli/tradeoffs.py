@@ -1,6 +1,9 @@
 """`trainmerge pareto` and `trainmerge search`; heavy imports inside, as in `commands`."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
+
+from trainmerge.system.text import listed
 
 
 def pareto(
@@ -56,15 +59,15 @@ def search(
     run: str,
     score: str = "accuracy",
     score_args: dict[str, Any] | None = None,
-    over: Literal["experts", "coefficients"] = "experts",
+    over: Literal["experts", "coefficients"] | None = None,
     method: Literal["cma-es", "niches"] = "cma-es",
     evaluations: int = 100,
-    spread: float = 0.2,
+    spread: float | None = None,
     population: int | None = None,
     seed: int = 0,
     initial: str | None = None,
     limit: int | None = None,
-    alpha: float = 1.0,
+    alpha: float | None = None,
 ) -> None:
     """Search coefficients by any score, without gradients; the same command resumes.
 
@@ -78,25 +81,34 @@ def search(
         score: accuracy, macro_f1, calibration_error, perplexity or bits_per_byte of the experts' `validation`
             files; loss, the objective on unlabeled examples; or a callable's import path: model -> float.
         score_args: Arguments of a score that is a class.
-        over: Search one scale per expert, or every coefficient (as niches always do).
+        over: Search one scale per expert (by default), or every coefficient, as niches always do.
         method: cma-es; or niches, a population that shares examples (score: accuracy or loss).
         evaluations: Merges to score.
-        spread: Initial standard deviation.
+        spread: Initial standard deviation of cma-es, 0.2 by default.
         population: Merges per generation, or in the archive (20); by default left to the method.
         seed: Seed of the draws.
         initial: A coefficients file to start from.
         limit: Use the first so many validation examples of each task; by default all.
-        alpha: Competition for examples, of niches; 0 is a plain genetic algorithm.
+        alpha: Competition for examples of niches, 1 by default; 0 is a plain genetic algorithm.
     """
+    _refuse_others(method, {"alpha": alpha}, {"over": over, "spread": spread, "score-args": score_args})
     from trainmerge.tradeoffs import search_config
     from trainmerge.tradeoffs.cma_es import Search
     from trainmerge.tradeoffs.niches import Niches
 
-    how: Search | Niches = Search(evaluations, spread, population or None, seed)
+    how: Search | Niches = Search(evaluations, 0.2 if spread is None else spread, population or None, seed)
     if method == "niches":
-        how = Niches(evaluations, population or 20, alpha, seed)
-    best = search_config(configuration, run, score, score_args, over, how, initial or None, limit or None)
+        how = Niches(evaluations, population or 20, 1.0 if alpha is None else alpha, seed)
+    where = over or "experts"
+    best = search_config(configuration, run, score, score_args, where, how, initial or None, limit or None)
     print(f"best score: {best.score:.4f}\nnext: trainmerge export {run} OUT")
+
+
+def _refuse_others(method: str, of_niches: Mapping[str, Any], of_cma_es: Mapping[str, Any]) -> None:
+    """Raise ValueError for options of the other method."""
+    others, owner = (of_cma_es, "cma-es") if method == "niches" else (of_niches, "niches")
+    if wrong := [f"--{name}" for name, value in others.items() if value is not None]:
+        raise ValueError(f"{listed(wrong)}: only of --method {owner}; leave it out")
 
 
 def print_front(run: str, *settings: Any) -> None:
