@@ -265,7 +265,7 @@ def test_niches_from_the_command_line(world: Path, capsys: pytest.CaptureFixture
     config, folder = str(world / "config.yaml"), world / "niches"
     command = ["search", config, str(folder), "--method", "niches", "--population", "4"]
     assert main([*command, "--spread", "0.1", "--over", "experts"]) == 1
-    assert "--over and --spread: only of --method cma-es" in capsys.readouterr().err
+    assert "--over, --spread: only of --method cma-es" in capsys.readouterr().err
     assert main([*command, "--score", "loss", "--evaluations", "7"]) == 0
     _, *lines = (folder / "search.jsonl").read_text().splitlines()
     genomes = [json.loads(line) for line in lines]
