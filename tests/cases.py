@@ -31,11 +31,12 @@ WORDS = {  # of scripts that take some
     "fuzz_texts.py": "100 0",
 }
 MOVED = {  # name in a script's import -> the module that has it now
-    "Batch": "data.batch", "Outputs": "data.batch", "Steps": "data.calibration", "Columns": "data.examples",
+    "Batch": "data.batch", "Outputs": "data.batch", "Steps": "data.calibration", "Columns": "data.columns",
     "read_examples": "data.examples", "Tokenizer": "data.tokenizer", "Delta": "task_vectors.delta",
     "ExpertWeight": "kernels.terms", "MappedFile": "system.safetensors_file",
     "write_safetensors": "system.safetensors_file", "RunFolder": "run.folder",
-    "calibration_files": "run.recipe", "apply": "preprocess.cache", "combined": "coefficients.aggregation",
+    "calibration_files": "run.recipe_files", "apply": "preprocess.cache",
+    "combined": "coefficients.aggregation",
     "load_coefficients": "coefficients.coefficients", "load_model": "checkpoints.model",
     "load_snapshot": "fitting.provenance", "merged_weights": "model.functional",
     "open_checkpoint": "checkpoints.reader", "PickleFile": "checkpoints.reader",

@@ -38,7 +38,7 @@ from trainmerge.cli import main
 from trainmerge.data.media import MediaInputs
 from trainmerge.fitting.preflight import check_tasks
 from trainmerge.plan.devices import Device
-from trainmerge.run import recipe as recipes
+from trainmerge.run import recipe_files as recipes
 from trainmerge.run.config import to_config
 
 HEADS = {
