@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trainmerge.fitting.held_out import mean_share
 from trainmerge.system.atomic import append_line, write_whole
 from trainmerge.system.json_file import parse_json
 
@@ -25,8 +26,7 @@ class Trial:
     @property
     def mean(self) -> float:
         """Mean over the experts by their tasks' weights."""
-        weights = self.weights or (1.0,) * len(self.recovered)
-        return sum(w * r for w, r in zip(weights, self.recovered, strict=True)) / sum(weights)
+        return mean_share(self.recovered, self.weights)
 
     @property
     def worst(self) -> float:

@@ -13,14 +13,14 @@ from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessTask, run_harness
 from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.own_checkpoint import narrowed, own_subject, own_tasks
-from trainmerge.evaluate.runs import DEVICE, Heads, build_heads, references_from_files
+from trainmerge.evaluate.runs import Heads, build_heads, references_from_files
 from trainmerge.evaluate.score_task import score_tasks
 from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.evaluate.vocabulary import Reading, reading
 from trainmerge.model.embedding import read_embedding
 from trainmerge.model.own_head import OwnModel, attach
-from trainmerge.model.resident import special_ids
+from trainmerge.model.resident import DEVICE, special_ids
 from trainmerge.run.heads import all_heads
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import DEFAULT_LENGTH

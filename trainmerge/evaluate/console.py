@@ -9,7 +9,7 @@ import torch
 
 from trainmerge.evaluate import Comparison, Evaluation, compare, evaluate_checkpoint, evaluate_run
 from trainmerge.evaluate.controls import behind_learned
-from trainmerge.evaluate.runs import DEVICE
+from trainmerge.model.resident import DEVICE
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.saved import scored_with, unfinished_line
 from trainmerge.run.scores import score_rows

@@ -10,11 +10,10 @@ from trainmerge.checkpoints.meta_model import architecture_of
 from trainmerge.checkpoints.model_config import read_model_config
 from trainmerge.checkpoints.whole import export_manifest
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.evaluate.runs import DEVICE
 from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task
 from trainmerge.model.own_head import whole_model
-from trainmerge.model.resident import special_ids
+from trainmerge.model.resident import DEVICE, special_ids
 from trainmerge.run.heads import TaskHead
 from trainmerge.run.recipe import Recipe
 

@@ -27,7 +27,7 @@ from trainmerge.evaluate.subject import Subject, TaskScore
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.model.embedding import read_embedding
 from trainmerge.model.own_head import OwnModel
-from trainmerge.model.resident import Placement, Resident, load_resident, preprocess
+from trainmerge.model.resident import DEVICE, Placement, Resident, load_resident, preprocess
 from trainmerge.model.resident import build_heads as build_resident_heads
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.heads import all_heads
@@ -40,7 +40,6 @@ from trainmerge.system import distributed
 from trainmerge.system.console import progress
 from trainmerge.system.ranges import check_option
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARITHMETIC = "task arithmetic"  # the rows of one coefficient for all experts
 GRID = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 Scored = Mapping[str, TaskScore]

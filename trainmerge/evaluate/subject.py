@@ -4,7 +4,7 @@ Legend: `N` examples of a task, `B` of a batch, `T` tokens, `V` classes or vocab
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -50,10 +50,6 @@ class Subject:
     def device(self) -> torch.device:
         """The model's device."""
         return next(self.module.parameters()).device
-
-    def with_heads(self, heads: Mapping[str, Classifier | OwnModel | None]) -> "Subject":
-        """The same model with other tasks' heads."""
-        return replace(self, heads=heads)
 
     def logits(self, task: str, encoded: Encoded) -> Tensor:
         """Logits [B, V] of the task's head or of the model's classifier, else [B, T, V]; or of their kind."""

@@ -17,6 +17,7 @@ from trainmerge.system.ranges import check_fields
 from trainmerge.system.safetensors_file import TensorInfo
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
+SHARD = "5GB"  # where the base's division does not fit
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
@@ -77,7 +78,7 @@ class Form:
             raise ValueError(f"{where}: its `form` is damaged ({error}). Export the run again.") from error
 
 
-def divided(sizes: Mapping[str, int], shard_size: str) -> dict[str, tuple[str, ...]]:
+def divided(sizes: Mapping[str, int], shard_size: str = SHARD) -> dict[str, tuple[str, ...]]:
     """File name -> its tensors: in order, at most so many bytes a file, or one tensor."""
     files: list[list[str]] = [[]]
     limit, filled = parse_size(shard_size), 0
@@ -101,6 +102,11 @@ def shard_names(base: Checkpoint) -> dict[str, tuple[str, ...]]:
         Path(file.name.replace("pytorch_model", "model")).with_suffix(".safetensors").name: names
         for file, names in base.shards.items()
     }
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write a folder's config.json."""
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def write_dtype(config: Path, dtype: str) -> None:

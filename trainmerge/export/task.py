@@ -4,7 +4,6 @@
 other side files the base's, as in every export.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainmerge.checkpoints.whole import export_manifest
+from trainmerge.export.form import write_settings
 from trainmerge.export.shards import CheckpointMerge, write_shard
 from trainmerge.export.side_files import copy_base_files
 from trainmerge.export.tensors import OnlyModel
@@ -108,12 +108,12 @@ def task_of(folder: Path) -> str | None:
 def write_task(merge: TaskMerge, folder: Path) -> dict[str, str]:
     """Write weights and side files into an empty folder; returns the weight file's SHA-256."""
     base = merge.merge.base
-    sizes = (info.shape.numel() * info.dtype.itemsize for info in merge.tensors.values())
+    sizes = (info.nbytes for info in merge.tensors.values())
     check_free_space(folder, sum(sizes))
     digest = write_shard(merge, merge.tensors, folder / FILE)
     base.check_unchanged()
     copy_base_files(base, folder)
-    (folder / "config.json").write_text(json.dumps(settings_of(merge), indent=2) + "\n")
+    write_settings(folder, settings_of(merge))
     return {FILE: digest}
 
 

@@ -3,6 +3,7 @@
 Legend: `K` experts, `G` coefficient groups.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -27,6 +28,12 @@ def judge_of(objective: Objective) -> Objective:
     Entropy itself judges nothing: a merge can be sure and wrong.
     """
     return Alignment() if objective.needs_logits else objective
+
+
+def mean_share(shares: Sequence[float], weights: Sequence[float]) -> float:
+    """The mean of the experts' recovered shares, K numbers, by their tasks' weights; none: equal ones."""
+    weights = weights or [1.0] * len(shares)
+    return sum(w * r for w, r in zip(weights, shares, strict=True)) / sum(weights)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Legend: `K` experts, `G` coefficient groups.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.data.calibration import Calibration
-from trainmerge.fitting.held_out import EXAMPLES, HeldOut
+from trainmerge.fitting.held_out import EXAMPLES, HeldOut, mean_share
 from trainmerge.fitting.module import MergeModule
 from trainmerge.system.ranges import check_option
 
@@ -83,19 +82,15 @@ class StopOnHeldOut(Callback):
 
     def add(self, step: int, shares: Tensor, coefficients: Tensor) -> None:
         """Record the shares [K] and the coefficients [K, G] of a step."""
-        before = max((self._mean(own) for own in self.recovered.values()), default=-math.inf)
+        before = max((mean_share(own, self._weights) for own in self.recovered.values()), default=-math.inf)
         self.recovered[step] = shares.tolist()
-        mean = self._mean(self.recovered[step])
+        mean = mean_share(self.recovered[step], self._weights)
         if mean > before:
             self.best = (step, coefficients.clone())
         if mean > self.highest + self.least:
             self.highest, self.waited = mean, 0
         else:
             self.waited += 1
-
-    def _mean(self, shares: Sequence[float]) -> float:
-        weights = self._weights or [1.0] * len(shares)
-        return sum(w * r for w, r in zip(weights, shares, strict=True)) / sum(weights)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from trainmerge.data.examples import Example
 from trainmerge.fitting.on_policy import OnPolicy
 from trainmerge.fitting.prepare import FitInputs, record
 from trainmerge.model.resident import Resident
-from trainmerge.model.sampling import sample_tokens
+from trainmerge.model.sampling import sample_tokens, seed_of
 from trainmerge.model.teachers import Record
 from trainmerge.model.written_texts import ends_of
 from trainmerge.system import distributed
@@ -112,7 +112,7 @@ class Rounds:
         ends, padding = ends_of(module, data.tokenize), data.tokenize.padding
         prompts = [[self._prompt(example) for example in own] for own in data.examples]
         seeds = [
-            int(digest(f"{data.seed} {number} {name} {i}", 15), 16)
+            seed_of(f"{data.seed} {number} {name} {i}")
             for name, own in zip(data.files, prompts, strict=True)
             for i in range(len(own))
         ]

@@ -3,7 +3,6 @@
 Legend: `K` models, `*S` shape of a parameter or of some rows of it.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainmerge.merging.group import Group
+from trainmerge.task_vectors.draws import uniform
 from trainmerge.task_vectors.top_k import Cut, cuts
 
 FLAT = 1e-12
@@ -80,7 +80,7 @@ class Random(Sparse):
         """The piece with dropped entries set to zero."""
         if not self.density:
             return torch.zeros_like(tau)
-        kept = tau * (drawn(self.seed, self.model, name, tau) < self.density)
+        kept = tau * (uniform(tau.shape, self.seed, self.model, name) < self.density)
         return kept / self.density if self.rescale else kept
 
 
@@ -106,7 +106,7 @@ class ByRank(Sparse):
         ranks = rows.abs().argsort(dim=1, stable=True).argsort(dim=1).to(tau.dtype)
         low, width = self.density - self.epsilon, 2 * self.epsilon
         keep = (low + ranks * (width / max(1, rows.shape[1] - 1))).view(tau.shape)
-        kept = tau * (drawn(self.seed, self.model, name, tau) < keep)
+        kept = tau * (uniform(tau.shape, self.seed, self.model, name) < keep)
         return kept / keep if self.rescale else kept
 
 
@@ -130,10 +130,3 @@ def norm_factor(group: Group, model: int, sparse: Sparse) -> float:
         whole += float(tau.abs().sum(dtype=torch.float64))
         kept += float(sparse(tau, piece.name).abs().sum(dtype=torch.float64))
     return whole / kept if kept > FLAT else 1.0
-
-
-def drawn(seed: int, model: str, name: str, like: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1), [*S], that depend on seed, model and piece only."""
-    digest = hashlib.sha256(f"{seed}/{model}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.rand(like.shape, generator=generator, dtype=torch.float32)

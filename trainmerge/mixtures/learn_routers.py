@@ -17,11 +17,10 @@ from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.mixtures.router_rows import accuracy, fit_rows
 from trainmerge.model.resident import Resident
-from trainmerge.model.token_states import States, keeping, spread
+from trainmerge.model.token_states import TOKENS, keeping, spread
 from trainmerge.system.console import progress
 
 TOGETHER = 8  # texts per forward pass
-TOKENS = 4096  # states per expert and layer
 BYTES = 1 << 30  # of states in memory, which decides how many layers share a pass
 
 
@@ -78,7 +77,7 @@ def gather_states(
     networks: Mapping[str, nn.Module],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Network -> its inputs [R, H], and the expert of each, [R]: `TOKENS` per expert, evenly from texts."""
-    kept = {layer: States() for layer in networks}
+    kept: dict[str, list[Tensor]] = {layer: [] for layer in networks}
     labels = []
     for expert, own in enumerate(examples):
         most = max(1, TOKENS // len(own))
@@ -88,4 +87,4 @@ def gather_states(
             with keeping(networks, kept, chosen):
                 resident(batch)
             labels.append(torch.full((len(chosen),), expert, device=resident.device))
-    return {layer: states.stacked() for layer, states in kept.items()}, torch.cat(labels)
+    return {layer: torch.cat(states) for layer, states in kept.items()}, torch.cat(labels)

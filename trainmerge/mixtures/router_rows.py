@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from trainmerge.system.minimise import minimise
+
 RIDGE = 1e-3
 STEPS = 200
 
@@ -27,20 +29,12 @@ def fit_rows(states: Tensor, experts: Tensor, count: int, ridge: float = RIDGE) 
     size = wide.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     wide = wide / size
     weights = torch.bincount(experts, minlength=count).float().clamp_min(1).reciprocal()
-    rows = torch.zeros(count, wide.shape[1], device=wide.device, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [rows], max_iter=STEPS, tolerance_grad=1e-6, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
 
-    def loss() -> Tensor:
-        solver.zero_grad()
-        found = cross_entropy(wide @ rows.T, experts, weights) + ridge / 2 * rows.square().sum()
-        found.backward()  # type: ignore[no-untyped-call]
-        return found
+    def loss(rows: Tensor) -> Tensor:
+        return cross_entropy(wide @ rows.T, experts, weights) + ridge / 2 * rows.square().sum()
 
-    with torch.enable_grad():
-        solver.step(loss)  # type: ignore[no-untyped-call]
-    return rows.detach() / size
+    start = torch.zeros(count, wide.shape[1], device=wide.device)
+    return minimise(loss, start, STEPS, tolerance=1e-6) / size
 
 
 def accuracy(rows: Tensor, states: Tensor, experts: Tensor) -> float:

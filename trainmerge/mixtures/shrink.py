@@ -1,6 +1,5 @@
 """One mixture of experts -> one with fewer: `trainmerge shrink`."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from trainmerge.data.columns import Columns
 from trainmerge.data.examples import Example, read_examples
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.export.export import write_checkpoint
+from trainmerge.export.form import write_settings
 from trainmerge.mixtures.groups import FILE, METHODS, plan_groups, read_groups, write_groups
 from trainmerge.mixtures.layers import mixture_layers, shrunk_settings
 from trainmerge.mixtures.learn_groups import Student, learn_layer, students_of
@@ -78,7 +78,7 @@ def shrink(
         raise ValueError(f"the plan {plan!r} needs texts: --calibration FILE")
     _check_out(Path(out), base.path, overwrite)
     with staging(out, overwrite) as folder:
-        _write_settings(folder, settings)
+        write_settings(folder, settings)
         first = {layer.prefix: [[number] for number in range(experts)] for layer in layers}
         module, names = check_tensors(folder, Shrunk(base, layers, first).tensors)
         texts = _texts(base, calibration, max_length, max_examples) if calibration and not singles else None
@@ -91,7 +91,7 @@ def shrink(
         if steps:
             made, errors = _learned(made, students_of(module, names, layers), steps)
         write_checkpoint(made, folder)
-        _write_settings(folder, settings)
+        write_settings(folder, settings)
         write_groups(folder / FILE, plan if given is None else Path(plan).name, experts, groups, errors)
     return Path(out)
 
@@ -120,10 +120,6 @@ def _file(plan: str) -> Path:
     if not (path := Path(plan)).is_file():
         raise ValueError(f"--plan is {plan!r}: it is {', '.join(METHODS)}, or a file of groups")
     return path
-
-
-def _write_settings(folder: Path, settings: Mapping[str, object]) -> None:
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _texts(

@@ -22,8 +22,6 @@ from trainmerge.mixtures.neurons import nearest_order, neurons
 from trainmerge.mixtures.saliency import Saliency
 from trainmerge.system.safetensors_file import TensorInfo, read_ahead
 
-SHARD = "5GB"
-
 
 @dataclass(frozen=True)
 class Coefficients:
@@ -90,8 +88,7 @@ class Shrunk(OnlyModel):
     @cached_property
     def shards(self) -> Mapping[str, tuple[str, ...]]:
         """File name -> its tensors."""
-        sizes = {name: info.shape.numel() * info.dtype.itemsize for name, info in self.tensors.items()}
-        return divided(sizes, SHARD)
+        return divided({name: info.nbytes for name, info in self.tensors.items()})
 
     def merged(self, name: str) -> bool:
         """Whether a tensor is computed from several experts."""

@@ -24,12 +24,11 @@ from trainmerge.mixtures.learn_routers import Learned, learn_routers
 from trainmerge.mixtures.mixture_card import mixture_words
 from trainmerge.mixtures.upcycle_plan import UpcyclePlan, begin
 from trainmerge.mixtures.upcycled import Upcycled
-from trainmerge.model.resident import Placement, Resident, load_resident
+from trainmerge.model.resident import DEVICE, Placement, Resident, load_resident
 from trainmerge.run.recipe_files import text_files
 from trainmerge.run.sources import columns_of, text_length
 from trainmerge.system.staging import staging
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # factors of the rows that are tried
 HELD_OUT = 0.25  # of the texts
 Texts = Sequence[

@@ -1,6 +1,5 @@
 """A mixture to be made of a run's experts: everything but its routers."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 from trainmerge.checkpoints import check_tensors, translated_config
 from trainmerge.export.explain import Exported
 from trainmerge.export.export import begin_export, merge_of
-from trainmerge.export.form import Form, write_dtype
+from trainmerge.export.form import Form, write_dtype, write_settings
 from trainmerge.export.shards import CheckpointMerge
 from trainmerge.mixtures.families import Mixture, feed_forward, mixture_of
 from trainmerge.mixtures.upcycled import Upcycled
@@ -54,7 +53,7 @@ class UpcyclePlan:
 
     def write_settings(self, folder: Path) -> None:
         """Write the mixture's config.json."""
-        (folder / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        write_settings(folder, self.settings)
         if self.merge.form.dtype:
             write_dtype(folder / "config.json", self.merge.form.dtype)
 

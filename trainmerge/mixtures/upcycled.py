@@ -17,14 +17,12 @@ from torch import Tensor
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
-from trainmerge.export.form import Form, divided
+from trainmerge.export.form import SHARD, Form, divided
 from trainmerge.export.shards import CheckpointMerge
 from trainmerge.export.tensors import OnlyModel
 from trainmerge.mixtures.families import Mixture, feed_forward
 from trainmerge.system.safetensors_file import TensorInfo
 from trainmerge.task_vectors.delta import TaskVectors
-
-SHARD = "5GB"
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,9 @@ class Upcycled(OnlyModel):
     def made(self) -> Mapping[str, Tensor]:
         """Routers [N, H], and gates [1, H] of shared experts, which are 0."""
         found = {}
+        inside = {layer: name for name, (layer, _) in feed_forward(self.merge.tensors).items()}
         for layer, rows in self.routers.items():
-            name = next(name for name, (own, _) in feed_forward(self.merge.tensors).items() if own == layer)
-            dtype = self.merge.tensors[name].dtype
+            dtype = self.merge.tensors[inside[layer]].dtype
             found[self.mixture.router(layer)] = rows.to(dtype)
             if self.mixture.shared:
                 gate = torch.zeros(1, rows.shape[1], dtype=dtype)
@@ -105,7 +103,7 @@ class Upcycled(OnlyModel):
     @cached_property
     def shards(self) -> Mapping[str, tuple[str, ...]]:
         """File name -> its tensors; routers are in the last ones, which are written again if they change."""
-        sizes = {name: info.shape.numel() * info.dtype.itemsize for name, info in self.tensors.items()}
+        sizes = {name: info.nbytes for name, info in self.tensors.items()}
         return divided(sizes, self.form.shard_size or SHARD)
 
     def merged(self, name: str) -> bool:

@@ -3,7 +3,6 @@
 Legend: `K` experts, `G` coefficient groups, `*S` parameter shape, `r` rank.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import Tensor
 from trainmerge.kernels import Difference, LowRank, Term, Untouched
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.task_vectors.delta import Delta, dense_term
+from trainmerge.task_vectors.draws import seeded
 
 
 def random_term(term: Term, base: Tensor, generator: torch.Generator) -> Term:
@@ -44,7 +44,7 @@ def random_vectors(merged: MergedModel, seed: int) -> Iterator[None]:
 
     def drawn(name: str, delta: Delta) -> Delta:
         pairs = zip(delta.terms, experts, strict=True)
-        terms = (random_term(term, delta.base, _generator(seed, expert, name)) for term, expert in pairs)
+        terms = (random_term(term, delta.base, seeded(seed, expert, name)) for term, expert in pairs)
         return replace(delta, terms=tuple(terms))
 
     with _written(merged, drawn, merged.coefficients().detach().cpu()):
@@ -73,8 +73,3 @@ def _written(merged: MergedModel, change: Callable[[str, Delta], Delta], values:
         yield
     finally:
         merged.materialise()
-
-
-def _generator(seed: int, *names: str) -> torch.Generator:
-    digest = hashlib.sha256("/".join([str(seed), *names]).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -80,6 +80,9 @@ def within(root: Root | None, function: Callable[..., T], *arguments: Any) -> T:
     return found
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where nobody chose one
+
+
 @dataclass(frozen=True)
 class Placement:
     """A model's device, dtype and sharding.

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from trainmerge.data.batch import Batch
 from trainmerge.model.merged_model import MergedModel
-from trainmerge.model.routing import Choice, has_sigmoid_scores, routers_of, watching_routers
-from trainmerge.model.token_states import spread
+from trainmerge.model.routing import has_sigmoid_scores, routers_of
+from trainmerge.model.token_states import TOKENS, keeping, spread
 from trainmerge.preprocess import Router
-
-TOKENS = 4096  # per expert
 
 
 def merged_routers(merged: MergedModel) -> list[Router]:
@@ -43,14 +41,9 @@ def states_of(
     found = []
     for expert, own in enumerate(examples):
         kept: list[Tensor] = []
-        most = max(1, TOKENS // len(own))
         for batch in batches(expert):
-            chosen = spread(batch.inputs["attention_mask"], most)
-
-            def keep(_: str, choice: Choice, chosen: Tensor = chosen, kept: list[Tensor] = kept) -> None:
-                kept.append(choice.states[chosen].clone())
-
-            with watching_routers({router.weight: module}, keep):
+            chosen = spread(batch.inputs["attention_mask"], max(1, TOKENS // len(own)))
+            with keeping({router.weight: module}, {router.weight: kept}, chosen):
                 forward(batch)
         found.append(torch.cat(kept))
     return found

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trainmerge.model.hooks import hooked
+
 PROBE = 64  # random states by which a router's kind of scores is found
 NEAR = 0.02  # what rounding to bfloat16 may change of a token's weights, whose sum is 1
 
@@ -64,12 +66,8 @@ def watching_routers(routers: Mapping[str, nn.Module], see: Callable[[str, Choic
     def read(name: str, router: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         see(name, choice_of(router, given[0], output))
 
-    handles = [own.register_forward_hook(partial(read, name)) for name, own in routers.items()]
-    try:
+    with hooked(own.register_forward_hook(partial(read, name)) for name, own in routers.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

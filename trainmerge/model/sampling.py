@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from typing_extensions import override
 
+from trainmerge.system.workspace import digest
+
 ROWS = 32  # written together
 
 
@@ -89,6 +91,11 @@ def _write(
         logits_processor=LogitsProcessorList([noise]),
     )
     return [upto(row[longest:], ends) for row in whole.tolist()]
+
+
+def seed_of(text: str) -> int:
+    """The seed of a row that this text names."""
+    return int(digest(text, 15), 16)
 
 
 def upto(tokens: Sequence[int], ends: Collection[int]) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trainmerge.checkpoints import Checkpoint, LoadedModel
+from trainmerge.model.hooks import hooked
 from trainmerge.task_vectors.parameter_names import number_of
 from trainmerge.task_vectors.places import is_place, parameter_of, view
 
@@ -43,10 +44,9 @@ def streamed(loaded: LoadedModel, base: Checkpoint) -> Iterator[nn.Module]:
     own: Any = module
     own.tie_weights()
     try:
-        yield module
+        with hooked(handles):
+            yield module
     finally:
-        for handle in handles:
-            handle.remove()
         _drop(module, outside)
 
 

@@ -11,16 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainmerge.model.hooks import hooked
 
-class States:
-    """The inputs of one module that were kept, as rows."""
-
-    def __init__(self) -> None:
-        self.rows: list[Tensor] = []
-
-    def stacked(self) -> Tensor:
-        """All of them, [R, H]."""
-        return torch.cat(self.rows)
+TOKENS = 4096  # states per expert and module
 
 
 def spread(mask: Tensor, most: int) -> Tensor:
@@ -39,16 +32,14 @@ def spread(mask: Tensor, most: int) -> Tensor:
 
 
 @contextmanager
-def keeping(modules: Mapping[str, nn.Module], kept: Mapping[str, States], chosen: Tensor) -> Iterator[None]:
+def keeping(
+    modules: Mapping[str, nn.Module], kept: Mapping[str, list[Tensor]], chosen: Tensor
+) -> Iterator[None]:
     """In this context, keep the inputs of these modules at the `chosen` positions of the flat batch."""
 
-    def read(states: States, _: nn.Module, given: tuple[Any, ...]) -> None:
+    def read(states: list[Tensor], _: nn.Module, given: tuple[Any, ...]) -> None:
         rows: Tensor = given[0]
-        states.rows.append(rows.flatten(0, -2)[chosen].detach().clone())
+        states.append(rows.flatten(0, -2)[chosen].detach().clone())
 
-    handles = [own.register_forward_pre_hook(partial(read, kept[name])) for name, own in modules.items()]
-    try:
+    with hooked(own.register_forward_pre_hook(partial(read, kept[name])) for name, own in modules.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -12,8 +12,7 @@ from trainmerge.data.chat import around_turn
 from trainmerge.data.columns import Columns
 from trainmerge.data.generate import Generate
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.model.sampling import sample_tokens
-from trainmerge.system.workspace import digest
+from trainmerge.model.sampling import sample_tokens, seed_of
 
 ATTEMPTS = 8  # of a text that comes out blank
 
@@ -62,7 +61,7 @@ class Writer:
         found: dict[int, str] = {}
         for attempt in range(ATTEMPTS):
             rows = [i for i in range(self.wanted.generate) if i not in found]
-            seeds = [int(digest(f"{self.seed} {what} {i} {attempt}", 15), 16) for i in rows]
+            seeds = [seed_of(f"{self.seed} {what} {i} {attempt}") for i in rows]
             written = write(rows, seeds) if rows else []
             found |= {i: text for i, text in zip(rows, written, strict=True) if text.strip()}
         if lost := self.wanted.generate - len(found):

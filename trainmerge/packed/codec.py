@@ -28,10 +28,14 @@ class Encoded(NamedTuple):
     scales: Tensor  # [K] float32
 
     @property
+    def parts(self) -> list[Tensor]:
+        """All of them, scales last."""
+        return [*self.shared.values(), *(part for own in self.own for part in own.values()), self.scales]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
-        parts = [*self.shared.values(), *(part for own in self.own for part in own.values()), self.scales]
-        return sum(part.nbytes for part in parts)
+        return sum(part.nbytes for part in self.parts)
 
 
 @dataclass(frozen=True)

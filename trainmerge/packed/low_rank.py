@@ -70,7 +70,7 @@ class LowRank(Codec):
         found = [self._factors(parameter, task, rank) for task in range(parameter.tasks)]
         shared: dict[str, Tensor] = {}
         if self.shared:
-            part = (self.shared * _sum(parameter)).to(self.dtype)
+            part = (self.shared * parameter.total()).to(self.dtype)
             others = [self._factors(parameter, task, rank, part) for task in range(parameter.tasks)]
             if sum(one.lost for one in others) < sum(one.lost for one in found):
                 found, shared = others, {"s": part}
@@ -96,10 +96,3 @@ def of_factors(found: Sequence[Factors], shared: dict[str, Tensor]) -> Encoded:
     """Factors as parts."""
     own = ({"U": f.up.contiguous(), "V": f.down.contiguous()} if f.rank or shared else {} for f in found)
     return Encoded(shared, tuple(own), torch.tensor([float(f.rank > 0 or bool(shared)) for f in found]))
-
-
-def _sum(parameter: Parameter) -> Tensor:
-    total = torch.zeros(parameter.shape)
-    for part, taus in parameter.blocks():
-        total[part] = taus.sum(dim=0)
-    return total

@@ -61,12 +61,16 @@ class Parameter:
 
     def merged(self) -> Tensor:
         """The run's change [R, W] in float32; the sum of all tasks' where the run merges nothing."""
-        out = torch.empty(self.shape)
         if self.change is None:
-            for part, taus in self.blocks():
-                out[part] = taus.sum(dim=0)
-            return out
+            return self.total()
         return self.change.dense(torch.float32).reshape(self.shape)
+
+    def total(self) -> Tensor:
+        """The sum of all tasks' differences, [R, W] float32."""
+        out = torch.empty(self.shape)
+        for part, taus in self.blocks():
+            out[part] = taus.sum(dim=0)
+        return out
 
     def squares(self) -> Tensor:
         """The squared norm of every task's difference, [K] float64."""

@@ -29,13 +29,14 @@ class Shards:
         self._held: dict[str, Tensor] = {}
         self._made: list[str] = []  # SHA-256 of each file
         self.nbytes = 0  # of all tensors
+        self._written = 0  # of those in files
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Add these, under names that are new."""
         assert not self._held.keys() & tensors.keys()
         self._held |= tensors
         self.nbytes += sum(tensor.nbytes for tensor in tensors.values())
-        if sum(tensor.nbytes for tensor in self._held.values()) >= SHARD:
+        if self.nbytes - self._written >= SHARD:
             self._write()
 
     def _write(self) -> None:
@@ -45,7 +46,7 @@ class Shards:
         file = self._folder / f"{len(self._made)}.part"
         write_safetensors(file, specs, ordered, {"format": "pt"}, hasher)
         self._made.append(hasher.hexdigest())
-        self._held = {}
+        self._held, self._written = {}, self.nbytes
 
     def close(self) -> dict[str, str]:
         """Write the rest and give the files their names; file -> SHA-256."""
@@ -94,6 +95,5 @@ def write_parameters(
 
 
 def _check_finite(name: str, made: Encoded) -> None:
-    parts = [*made.shared.values(), *(part for own in made.own for part in own.values()), made.scales]
-    if not all(bool(part.isfinite().all()) for part in parts if part.is_floating_point()):
+    if not all(bool(part.isfinite().all()) for part in made.parts if part.is_floating_point()):
         raise ValueError(f"{name}: it is not finite when packed; try --dtype float32")

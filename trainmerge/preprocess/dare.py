@@ -5,7 +5,6 @@ Yu et al., ICML 2024 (arXiv 2311.03099).
 Legend: `K` experts, `*S` shape of a parameter or of some rows of it.
 """
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing_extensions import override
 from trainmerge.preprocess.piecewise import Piecewise, Rule
 from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors
+from trainmerge.task_vectors.draws import uniform
 
 LARGE = 0.005  # mean |difference|: the paper's experts, which tolerate dropping 90%, are below it
 SAMPLE = 1 << 12  # entries sampled per parameter
@@ -73,11 +73,4 @@ class Dare(Piecewise):
         return torch.stack(kept)
 
     def _mask(self, tau: Tensor, expert: str, name: str) -> Tensor:
-        return draws(self.seed, expert, name, tau) >= self.drop
-
-
-def draws(seed: int, expert: str, name: str, tau: Tensor) -> Tensor:
-    """Uniform numbers of the piece's shape [*S], which depend on seed, expert and the piece's name only."""
-    digest = hashlib.sha256(f"{seed}/{expert}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.rand(tau.shape, generator=generator)
+        return uniform(tau.shape, self.seed, expert, name) >= self.drop

@@ -12,10 +12,10 @@ from functools import partial
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.preprocess.dare import draws
 from trainmerge.preprocess.piecewise import Piecewise, Rule
 from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors
+from trainmerge.task_vectors.draws import uniform
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Della(Piecewise):
         taus = delta.dense()
         for tau, expert in zip(taus, experts, strict=True):
             keep = self.probabilities(tau)
-            tau.mul_(draws(self.seed, expert, name, tau) < keep).div_(keep)
+            tau.mul_(uniform(tau.shape, self.seed, expert, name) < keep).div_(keep)
         return taus
 
     def probabilities(self, tau: Tensor) -> Tensor:

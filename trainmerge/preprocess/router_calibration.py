@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, kl_div
 
+from trainmerge.system.minimise import minimise
+
 STEPS = 300
 ITERATIONS, TOLERANCE = 1000, 1e-6  # of conjugate gradients, as published
 
@@ -39,22 +41,13 @@ def least_divergence(
     """
     size = torch.stack([x.square().mean() for x in states]).mean().sqrt()
     scaled = [x / size for x in states]
-    rows = (start * size).clone().requires_grad_(True)
     targets = [w * size for w in own]
-    solver = torch.optim.LBFGS(
-        [rows], max_iter=STEPS, tolerance_grad=1e-7, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
 
-    def loss() -> Tensor:
-        solver.zero_grad()
+    def loss(rows: Tensor) -> Tensor:
         pairs = zip(scaled, targets, strict=True)
-        found = torch.stack([divergence(rows, x, w, sigmoid) for x, w in pairs]).sum()
-        found.backward()  # type: ignore[no-untyped-call]
-        return found
+        return torch.stack([divergence(rows, x, w, sigmoid) for x, w in pairs]).sum()
 
-    with torch.enable_grad():
-        solver.step(loss)  # type: ignore[no-untyped-call]
-    return rows.detach() / size
+    return minimise(loss, start * size, STEPS, tolerance=1e-7) / size
 
 
 def harc(

@@ -24,8 +24,6 @@ from trainmerge.system.json_file import read_json, read_json_lines
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.task_vectors.geometry import Geometry, cached_geometry, geometry_path, load_geometry
 
-SUMMARIES = {"mean", "normalised"}  # columns of a row of scores that are no task
-
 
 @dataclass(frozen=True)
 class Numbers:
