@@ -16,6 +16,7 @@ from transformers.core_model_loading import PermuteForRope, WeightConverter
 
 import trainmerge as tm
 from tests.contracts import assert_same_bits, relative_error
+from tests.mixture_world import write_picture_mixture
 from tests.model_families import FAMILIES, Family
 from tests.world import nudge
 from trainmerge.checkpoints import load_meta_model, load_model, open_checkpoint, places
@@ -202,28 +203,9 @@ def test_experts_that_no_token_reached_are_known(tmp_path: Path) -> None:
 
 
 def test_stacks_that_the_hub_has_transposed_are_merged_as_they_lie(tmp_path: Path) -> None:
-    text = {
-        "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8,
-        "num_key_value_heads": 1, "intermediate_size": 24, "moe_intermediate_size": 12, "num_experts": 4,
-        "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
-    }  # fmt: skip
-    vision = {
-        "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16,
-        "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
-    }  # fmt: skip
-    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
     for seed, place in enumerate(("base", "a")):
-        torch.manual_seed(0)
-        model = transformers.Qwen3VLMoeForConditionalGeneration(config)
-        nudge(model, seed)
-        model.save_pretrained(tmp_path / place)
+        model = write_picture_mixture(tmp_path, place, seed)
     name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
-    for place in ("base", "a"):
-        tensors = {
-            key: own.mT.contiguous() if ".experts." in key else own
-            for key, own in files(tmp_path / place).items()
-        }
-        save_file(tensors, tmp_path / place / "model.safetensors", {"format": "pt"})
     assert files(tmp_path / "a")[name].shape == (4, 16, 24)
     opened = tm.Recipe(str(tmp_path / "base"), {"a": tm.Expert(str(tmp_path / "a"))}).open()
     loaded = load_model(opened.base)

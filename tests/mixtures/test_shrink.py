@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import trainmerge as tm
 from tests.contracts import assert_same_bits
-from tests.mixture_world import write_mixture
+from tests.mixture_world import write_mixture, write_picture_mixture
 from trainmerge.checkpoints import check_tensors, open_checkpoint
 from trainmerge.cli import main
 from trainmerge.data.examples import Example
@@ -28,6 +28,8 @@ from trainmerge.mixtures.layers import mixture_layers, shrunk_settings
 from trainmerge.mixtures.learn_groups import _Layer, students_of
 from trainmerge.mixtures.saliency import Saliency, measure
 from trainmerge.mixtures.shrunk import Coefficients, Shrunk
+from trainmerge.model.routing import routers_of
+from trainmerge.task_vectors.places import parameter_of, view
 
 E = 6
 CHANGES = {
@@ -36,14 +38,18 @@ CHANGES = {
     "Qwen2-MoE": {"num_experts": E},
     "DeepSeek-V3": {"n_routed_experts": 8},
     "OLMoE clip_qkv": {"num_experts": E},
+    "gpt-oss": {"num_local_experts": E},
+    "Granite-MoE": {"num_local_experts": E},
+    "Llama 4": {"num_local_experts": E},
 }
+STACKED = ("gpt-oss", "Granite-MoE", "Llama 4")
 IDS = torch.arange(10, 42)[None]
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
-        name: write_mixture(tmp_path_factory.mktemp(name.split()[0]), name, **changes)
+        name: write_mixture(tmp_path_factory.mktemp(name.replace(" ", "")), name, **changes)
         for name, changes in CHANGES.items()
     }
 
@@ -88,16 +94,17 @@ def test_as_many_experts_as_there_are_is_the_input(
             assert_same_bits(made[key], own)
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "DeepSeek-V3"])
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "DeepSeek-V3", *STACKED])
 def test_dropped_is_masked(name: str, worlds: dict[str, Path], tmp_path: Path) -> None:
     """To the bit where the router has the kept rows alone: a product of another shape rounds otherwise."""
     root = worlds[name]
     texts(root)
     out = tm.shrink(root / "base", tmp_path / "out", 4, root / "texts.jsonl")
     want = logits(load(out))
-    routers = [key for key, _ in load(out).named_modules() if key.endswith("mlp.gate")]
+    routers = list(routers_of(load(out)))
     kept = [torch.tensor([group[0] for group in groups]) for groups in groups_of(out)]
-    for masked, close in ((of_kept_rows, 0.0), (of_masked_logits, 1e-5)):
+    same = 1e-6 if name == "Llama 4" else 0.0  # its experts are one product of another shape
+    for masked, close in ((of_kept_rows, same), (of_masked_logits, 1e-5)):
         model, small = load(root / "base"), load(out)
         for key, rows in zip(routers, kept, strict=True):
             masked(model.get_submodule(key), small.get_submodule(key), rows)
@@ -109,8 +116,11 @@ def of_kept_rows(router: nn.Module, small: nn.Module, rows: torch.Tensor) -> Non
     """The large model chooses as the small one's router does."""
 
     def forward(states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found, weights, experts = small(states)
-        return found, weights, rows[experts]
+        found = small(states)
+        if len(found) == 2:  # Llama 4: scores [R, E], 0 for experts that are not chosen, and logits
+            every = torch.zeros(len(states), router.num_experts)
+            return every.index_copy(1, rows, found[0]), found[1]
+        return found[0], found[1], rows[found[2]]
 
     router.forward = forward  # type: ignore[method-assign]
 
@@ -125,8 +135,11 @@ def of_masked_logits(router: nn.Module, small: nn.Module, rows: torch.Tensor) ->
         return
 
     def forward(states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = states.flatten(0, -2) @ router.weight.T + mask
+        own = getattr(router, "bias", None)
+        found = states.flatten(0, -2) @ router.weight.T + mask + (0 if own is None else own)
         weights, experts = found.softmax(-1).topk(router.top_k)
+        if type(router).__name__ == "Llama4Router":
+            return torch.zeros_like(found).scatter(1, experts, found.gather(1, experts).sigmoid()), found
         return found, weights / weights.sum(-1, keepdim=True), experts
 
     router.forward = forward  # type: ignore[method-assign]
@@ -166,7 +179,10 @@ def test_sums_are_those_of_a_plain_model(worlds: dict[str, Path]) -> None:
 def saliency(scores: Sequence[float], outputs: torch.Tensor) -> Saliency:
     count = len(scores)
     state, each = torch.ones(1, 3), torch.tensor(scores)
-    return Saliency(torch.ones(count), each, outputs, torch.eye(count), state, state, outputs, nn.SiLU())
+    choice = torch.zeros(1, 1).long(), torch.ones(1, 1)
+    return Saliency(
+        torch.ones(count), each, outputs, torch.eye(count), state, *choice, state, outputs, torch.mul
+    )
 
 
 def test_plans_of_small_cases() -> None:
@@ -194,31 +210,45 @@ def test_assignments_are_the_best_of_all() -> None:
     assert torch.equal(assign(-torch.eye(40)[order]), order)
 
 
+@pytest.mark.parametrize("name", ["Mixtral", *STACKED])
 def test_a_group_of_one_expert_in_other_orders_is_that_expert(
-    worlds: dict[str, Path], tmp_path: Path
+    name: str, worlds: dict[str, Path], tmp_path: Path
 ) -> None:
     """Experts 2 and 3 become expert 1 with its neurons in other orders: merged, all three are expert 1."""
-    root = worlds["Mixtral"]
-    tensors = load_file(root / "base" / "model.safetensors")
+    root = worlds[name]
+    base = open_checkpoint(shutil.copytree(root / "base", tmp_path / "base"))
+    layer = mixture_layers(base)[0]
+    tensors = load_file(base.path / "model.safetensors")
     dice = torch.Generator().manual_seed(0)
-    stem = "model.layers.0.block_sparse_moe.experts"
     for number in (2, 3):
-        order = torch.randperm(len(tensors[f"{stem}.1.w1.weight"]), generator=dice)
-        for kind in ("w1", "w3"):
-            tensors[f"{stem}.{number}.{kind}.weight"] = tensors[f"{stem}.1.{kind}.weight"][order]
-        tensors[f"{stem}.{number}.w2.weight"] = tensors[f"{stem}.1.w2.weight"][:, order].contiguous()
-    for file in (root / "base").glob("*.json"):
-        (tmp_path / "base").mkdir(exist_ok=True)
-        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
-    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
-    base = open_checkpoint(tmp_path / "base")
-    layers = mixture_layers(base)
-    measured = measure(base, layers, *texts(root))
-    groups = {layer.prefix: [[0], [1, 2, 3], [4], [5]] for layer in layers}
-    merged = Shrunk(base, layers, groups, measured)
-    for kind in ("w1", "w2", "w3"):
-        (found,) = merged.pieces(f"{stem}.1.{kind}.weight")
-        torch.testing.assert_close(found, tensors[f"{stem}.1.{kind}.weight"], rtol=1e-6, atol=1e-8)
+        order = torch.randperm(len(layer.read(base, 1, "gate")), generator=dice)
+        for kind in layer.kinds:
+            own, place = layer.read(base, 1, kind), layer.expert(number, kind)
+            moved = own if kind == "down_bias" else own[:, order] if kind == "down" else own[order]
+            view(place, tensors[parameter_of(place)]).copy_(moved)
+    save_file(tensors, base.path / "model.safetensors", {"format": "pt"})
+    base = open_checkpoint(base.path)
+    measured = measure(base, mixture_layers(base), *texts(root))
+    groups = {own.prefix: [[0], [1, 2, 3], [4], [5]] for own in mixture_layers(base)}
+    merged = Shrunk(base, mixture_layers(base), groups, measured)
+    for kind in layer.kinds:
+        place = layer.expert(1, kind)
+        found = view(place, torch.cat(list(merged.pieces(parameter_of(place)))))
+        torch.testing.assert_close(found, layer.read(base, 1, kind), rtol=1e-6, atol=1e-8)
+
+
+def test_stacks_of_a_model_of_pictures_transposed_as_on_the_hub(tmp_path: Path) -> None:
+    whole = write_picture_mixture(tmp_path, "base", 1)
+    (tmp_path / "t.jsonl").write_text('{"text": "w10 w31 w52 w73 w14 w55"}\n')
+    out = tm.shrink(tmp_path / "base", tmp_path / "out", 3, str(tmp_path / "t.jsonl"))
+    model = AutoModelForImageTextToText.from_pretrained(out, experts_implementation="eager").eval()
+    assert model.config.text_config.num_experts == 3
+    ((groups,),) = [groups_of(out)]
+    kept = [group[0] for group in groups]
+    mine, theirs = dict(model.named_parameters()), dict(whole.named_parameters())
+    stem = "model.language_model.layers.0.mlp"
+    for key in (f"{stem}.experts.gate_up_proj", f"{stem}.experts.down_proj", f"{stem}.gate.weight"):
+        assert_same_bits(mine[key], theirs[key][kept])
 
 
 @pytest.mark.parametrize("plan", ["ream", "hc"])
@@ -239,7 +269,7 @@ def test_merged_mixtures_load_and_their_plan_writes_them_again(
         assert_same_bits(load_file(again / "model.safetensors")[key], own)
 
 
-@pytest.mark.parametrize("name", ["Qwen3-MoE", "DeepSeek-V3"])
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "DeepSeek-V3", "gpt-oss"])
 def test_errors_are_those_of_the_written_models(
     name: str, worlds: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,9 +287,10 @@ def test_errors_are_those_of_the_written_models(
         model = load(tmp_path / row)
         for prefix, own in measured.items():
             block = model.get_submodule(prefix.rstrip("."))
+            router = block.gate if hasattr(block, "gate") else block.router
             count = round(0.75 * len(own.states))
             with torch.no_grad():
-                _, weights, experts = block.gate(own.states[count:])
+                _, weights, experts = router(own.states[count:])
                 found = block.experts(own.states[count:], experts, weights)
             want = float((found - own.routed[count:]).norm() / own.routed[count:].norm())
             assert errors[prefix][row] == pytest.approx(want, rel=1e-3)
@@ -267,8 +298,9 @@ def test_errors_are_those_of_the_written_models(
     assert min(own["learned"] / own["dropped"] for own in errors.values()) < 1
 
 
-def test_inner_products_are_autograds(worlds: dict[str, Path], tmp_path: Path) -> None:
-    root = worlds["Mixtral"]
+@pytest.mark.parametrize("name", ["Mixtral", *STACKED])
+def test_inner_products_are_autograds(name: str, worlds: dict[str, Path], tmp_path: Path) -> None:
+    root = worlds[name]
     base = open_checkpoint(root / "base")
     layers = mixture_layers(base)
     measured = measure(base, layers, *texts(root))
@@ -279,14 +311,13 @@ def test_inner_products_are_autograds(worlds: dict[str, Path], tmp_path: Path) -
     layer, own = layers[0], measured[layers[0].prefix]
     task = _Layer(shrunk, layer, students_of(module, names, layers)[layer.prefix])
     dice = torch.Generator().manual_seed(0)
-    experts = torch.rand(3, 3, 2, generator=dice).requires_grad_(True)
-    now = Coefficients(experts.detach(), torch.zeros(3, 2))
+    experts = torch.rand(len(layer.kinds), 3, 2, generator=dice).requires_grad_(True)
+    now = Coefficients(experts.detach())
     stacks = {name: part.requires_grad_(True) for name, part in task.stacks(now).items()}
     task(stacks, now, own.states).square().sum().backward()
     found = task.inner_products({name: part.grad for name, part in stacks.items()}, experts)
     inside = {
-        name: part.detach().clone()
-        for name, part in task.stacks(Coefficients(0 * now.experts, now.rows)).items()
+        name: part.detach().clone() for name, part in task.stacks(Coefficients(0 * now.experts)).items()
     }
     for (kind, place, number), apart in task.apart.items():
         index = list(layer.kinds).index(kind)

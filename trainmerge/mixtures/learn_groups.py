@@ -1,29 +1,32 @@
-"""The members' coefficients in their groups and in the router, learned under the routing that is deployed.
+"""The members' coefficients in their groups and the router's rows, learned under the routing that is deployed.
 
 With q the centroid of a group, its other members e, and m the kinds of matrices:
 
-    W^m = W^m_q + sum_e a_(e, m) (P_e W^m_e - W^m_q)        R = R_q + sum_e b_e (R_e - R_q)
+    W^m = W^m_q + sum_e a_(e, m) (P_e W^m_e - W^m_q)        R = R_q + D_q
 
-a = b = 0 drops the members. The loss is the squared error of the layer's routed output on what the larger
-model's router read, with the smaller model's own router and experts. Some of the tokens are held out: the
-step with the least error on them is kept, so on them it is never worse than dropping.
+a = D = 0 drops the members. D is free: the tokens of an expert that is gone are shared among all that are left,
+not only within the group that took its weights. The loss is the squared error of the layer's routed output on
+what the larger model's router read, with the smaller model's own router and experts. Some of the tokens are
+held out: the step with the least error on them is kept, so on them it is never worse than dropping.
 
 Legend: `M` groups, `J` other members of the largest, `H` hidden size, `S` tokens.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from trainmerge.mixtures.experts import Experts
 from trainmerge.mixtures.layers import MixtureLayer
 from trainmerge.mixtures.shrunk import Coefficients, Shrunk
 from trainmerge.model.routing import choice_of
 from trainmerge.task_vectors.places import parameter_of, view
 
-RATES = {"experts": 0.02, "router": 0.01}  # of Adam
+RATE = 0.02  # of Adam: of a coefficient, and of a router's numbers in units of their root mean square
 HELD_OUT = 0.25  # of the tokens
 EVERY = 10  # steps between looks at the held-out tokens
 
@@ -48,7 +51,7 @@ class Student:
     """
 
     router: nn.Module
-    experts: nn.Module
+    experts: Experts
     places: Mapping[str, str]
 
 
@@ -62,17 +65,22 @@ def learn_layer(
     task = _Layer(shrunk, layer, student)
     width = max(len(group) for group in groups) - 1
     experts = torch.zeros(len(layer.kinds), len(groups), width)
-    rows = torch.zeros(len(groups), width, requires_grad=True)
-    solver = torch.optim.Adam(
-        [{"params": [experts], "lr": RATES["experts"]}, {"params": [rows], "lr": RATES["router"]}]
-    )
+    start = {name: shrunk.rows(layer, name, Coefficients(experts)) for name in layer.routers}
+    rows = {name: torch.zeros(own.shape, requires_grad=True) for name, own in start.items() if moves(name)}
+    sizes = {name: float(start[name].float().square().mean().sqrt()) or 1.0 for name in rows}
+    learned: list[dict[str, Any]] = [{"params": [experts]}]
+    learned += [{"params": [own], "lr": RATE * sizes[name]} for name, own in rows.items()]
+    solver = torch.optim.Adam(learned, lr=RATE)
 
     def error(found: Coefficients) -> float:
         with torch.no_grad():
             out = task(task.stacks(found), found, states[count:])
         return float((out - wanted[count:]).norm() / wanted[count:].norm())
 
-    best = Coefficients(experts.clone(), rows.detach().clone())
+    def copied() -> Coefficients:
+        return Coefficients(experts.clone(), {name: own.detach().clone() for name, own in rows.items()})
+
+    best = copied()
     dropped = least = error(best)
     for step in range(1, steps + 1):
         now = Coefficients(experts, rows)
@@ -84,8 +92,13 @@ def learn_layer(
         experts.grad = task.inner_products({name: own.grad for name, own in stacks.items()}, experts)
         solver.step()
         if (step % EVERY == 0 or step == steps) and (found := error(now)) < least:
-            least, best = found, Coefficients(experts.clone(), rows.detach().clone())
+            least, best = found, copied()
     return best, Errors(dropped, error(shrunk.saliency_coefficients(layer)), least)
+
+
+def moves(name: str) -> bool:
+    """Whether a router's tensor is learned; the correction of the load, which has no gradient, is not."""
+    return not name.endswith("e_score_correction_bias")
 
 
 class _Layer:
@@ -95,12 +108,12 @@ class _Layer:
         self.shrunk, self.layer, self.student = shrunk, layer, student
         self.groups = shrunk.groups[layer.prefix]
         self.first = {
-            (kind, place): shrunk.base.read(layer.expert(group[0], kind)).float()
+            (kind, place): layer.read(shrunk.base, group[0], kind).float()
             for kind in layer.kinds
             for place, group in enumerate(self.groups)
         }
         self.apart = {
-            (kind, place, number): shrunk.aligned(layer, kind, group[0], member).float()
+            (kind, place, number): shrunk.members.aligned(layer, kind, group[0], member).float()
             - self.first[kind, place]
             for kind in layer.kinds
             for place, group in enumerate(self.groups)
@@ -136,8 +149,9 @@ class _Layer:
         return found
 
     def _part(self, stacks: Mapping[str, Tensor], place: int, kind: str) -> Tensor:
-        inside = self.student.places[self.layer.expert(place, kind)]
-        return view(inside, stacks[parameter_of(inside)])
+        part = self.layer.expert(place, kind)
+        inside = self.student.places[parameter_of(part)]
+        return view(part, view(inside, stacks[parameter_of(inside)]))
 
     def __call__(self, stacks: Mapping[str, Tensor], coefficients: Coefficients, states: Tensor) -> Tensor:
         """The routed output [S, H] of states [S, H]."""
@@ -158,12 +172,11 @@ def students_of(
     found = {}
     for layer in layers:
         block = names[layer.weight].rpartition(".")[0].rpartition(".")
-        prefix = f"{block[0]}.experts."
         places = {
-            name: inside.removeprefix(prefix)
+            name: inside.removeprefix(f"{block[0]}.")
             for name, inside in names.items()
-            if name.startswith(f"{layer.prefix}experts.")
+            if inside.startswith(f"{block[0]}.experts.")
         }
         router, experts = (module.get_submodule(f"{block[0]}.{name}") for name in (block[2], "experts"))
-        found[layer.prefix] = Student(router, experts, places)
+        found[layer.prefix] = Student(router, Experts(experts), places)
     return found

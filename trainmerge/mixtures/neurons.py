@@ -3,27 +3,27 @@
 Legend: `H` hidden size, `I` width of an expert, `S` tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainmerge.mixtures.assignment import assign
+from trainmerge.mixtures.experts import neuron_values
 from trainmerge.mixtures.saliency import Saliency
 
 
-def neurons(matrices: Sequence[Tensor], own: Saliency) -> tuple[Tensor, Tensor]:
+def neurons(matrices: Mapping[str, Tensor], own: Saliency) -> tuple[Tensor, Tensor]:
     """Two features of every neuron, of norm 1: its weights [I, 3 H], and values at the kept states [I, S].
 
     Args:
-        matrices: The expert's gate and up [I, H], and down [H, I].
+        matrices: The expert's `gate` and `up` [I, H], `down` [H, I], and their biases if it has some.
         own: The layer's sums.
     """
-    gate, up, down = (matrix.float() for matrix in matrices)
-    x = own.states.float()
-    values = own.activation(x @ gate.T) * (x @ up.T)
-    return normalize(torch.cat([gate, up, down.T], dim=1), dim=1), normalize(values.T, dim=1)
+    weights = torch.cat([matrices["gate"], matrices["up"], matrices["down"].T], dim=1).float()
+    values = neuron_values(matrices, own.states, own.gating)
+    return normalize(weights, dim=1), normalize(values.T, dim=1)
 
 
 def nearest_order(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:

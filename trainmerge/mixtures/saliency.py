@@ -1,6 +1,7 @@
 """What a mixture's experts do on calibration texts, in one pass, a layer in memory at a time.
 
-Legend: `E` experts of a layer, `H` hidden size, `R` tokens, `S` tokens that are kept.
+Legend: `E` experts of a layer, `k` of them for each token, `H` hidden size, `I` width of an expert, `R`
+tokens, `S` tokens that are kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from trainmerge.checkpoints import Checkpoint, LoadedModel, load_meta_model
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.mixtures.experts import Experts, gating_of
 from trainmerge.mixtures.layers import MixtureLayer
 from trainmerge.model.media_forward import backbone
 from trainmerge.model.routing import Choice, watching_routers
@@ -35,9 +37,11 @@ class Saliency:
         gated: Sum of weight times output, [E, H].
         alike: Sum of the outer products of the router's logits over all tokens, [E, E].
         states: What the router read at some tokens, [S, H].
+        chosen: The experts of those tokens, [S, k].
+        weights: Their weights, [S, k].
         routed: What the experts make of them together, [S, H].
         outputs: Sum of every expert's output at those tokens, chosen or not, [E, H]; 0 if not asked for.
-        activation: The experts' activation function.
+        gating: An expert's gate and up projections [R, I] -> what its down projection reads.
     """
 
     usage: Tensor
@@ -45,9 +49,11 @@ class Saliency:
     gated: Tensor
     alike: Tensor
     states: Tensor
+    chosen: Tensor
+    weights: Tensor
     routed: Tensor
     outputs: Tensor
-    activation: Callable[[Tensor], Tensor]
+    gating: Callable[[Tensor, Tensor], Tensor]
 
     @property
     def scores(self) -> Tensor:
@@ -69,7 +75,7 @@ def measure(
     """Each layer's sums, by its prefix; with `every`, those of all experts' outputs too."""
     loaded = load_meta_model(base)
     routers = {layer.prefix: _module(loaded, layer.weight) for layer in layers}
-    experts = {layer.prefix: _module(loaded, layer.weight, "experts") for layer in layers}
+    experts = {layer.prefix: Experts(_module(loaded, layer.weight, "experts")) for layer in layers}
     below: Any = backbone(loaded.module)  # the head's logits would be the largest tensor, for nothing
     found: dict[str, Saliency] = {}
     chosen = torch.empty(0)
@@ -97,41 +103,37 @@ def _module(loaded: LoadedModel, router: str, sibling: str = "") -> nn.Module:
     return loaded.module.get_submodule(f"{path.rpartition('.')[0]}.{sibling}" if sibling else path)
 
 
-def _empty(experts: nn.Module, choice: Choice) -> Saliency:
+def _empty(experts: Experts, choice: Choice) -> Saliency:
     count, width = choice.logits.shape[1], choice.states.shape[1]
     zeros = torch.zeros(count, width, dtype=torch.float64)
-    none, square = choice.states[:0], torch.zeros(count, count, dtype=torch.float64)
-    activation: Any = experts.act_fn
+    square = torch.zeros(count, count, dtype=torch.float64)
+    none = choice.states[:0], choice.experts[:0], choice.weights[:0], choice.states[:0]
     first = zeros[:, 0]
-    return Saliency(first.clone(), first.clone(), zeros, square, none, none, zeros.clone(), activation)
+    gating = gating_of(experts.experts)
+    return Saliency(first.clone(), first.clone(), zeros, square, *none, zeros.clone(), gating)
 
 
-def _add(own: Saliency, experts: nn.Module, choice: Choice) -> None:
+def _add(own: Saliency, experts: Experts, choice: Choice) -> None:
     """Add a batch's tokens to a layer's sums."""
     logits = choice.logits.double()
     own.alike += logits.T @ logits
     tokens = torch.arange(len(choice.states)).repeat_interleave(choice.experts.shape[1])
-    numbers, weights = choice.experts.flatten(), choice.weights.flatten().double()
+    numbers, weights = choice.experts.flatten(), choice.weights.flatten()
     for begin in range(0, len(tokens), PAIRS):
         part = slice(begin, begin + PAIRS)
-        out = outputs_of(experts, choice.states[tokens[part]], numbers[part]).double()
-        gated = weights[part, None] * out
-        own.usage.index_add_(0, numbers[part], torch.ones(len(out), dtype=torch.float64))
+        gated = experts(choice.states[tokens[part]], numbers[part, None], weights[part, None]).double()
+        own.usage.index_add_(0, numbers[part], torch.ones(len(gated), dtype=torch.float64))
         own.norms.index_add_(0, numbers[part], gated.norm(dim=1))
         own.gated.index_add_(0, numbers[part], gated)
 
 
-def _keep(own: Saliency, experts: nn.Module, some: Choice, every: bool) -> None:
-    """Keep some tokens' states, and what the experts make of them."""
+def _keep(own: Saliency, experts: Experts, some: Choice, every: bool) -> None:
+    """Keep some tokens' states, their choice, and what the experts make of them."""
     own.states = torch.cat([own.states, some.states])
+    own.chosen = torch.cat([own.chosen, some.experts])
+    own.weights = torch.cat([own.weights, some.weights])
     own.routed = torch.cat([own.routed, experts(some.states, some.experts, some.weights)])
+    ones = torch.ones(len(some.states), 1, dtype=some.states.dtype)
     for number in range(len(own.usage) if every else 0):
-        out = outputs_of(experts, some.states, torch.full((len(some.states),), number))
+        out = experts(some.states, torch.full((len(some.states), 1), number), ones)
         own.outputs[number] += out.double().sum(0)
-
-
-def outputs_of(experts: nn.Module, states: Tensor, numbers: Tensor) -> Tensor:
-    """The output [R, H] of one expert for each state [R, H], by the model's own module, with weight 1."""
-    ones = torch.ones(len(states), 1, dtype=states.dtype)
-    out: Tensor = experts(states, numbers[:, None], ones)
-    return out

@@ -11,7 +11,7 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.export.export import write_checkpoint
 from trainmerge.export.form import write_settings
 from trainmerge.mixtures.groups import FILE, METHODS, plan_groups, read_groups, write_groups
-from trainmerge.mixtures.layers import mixture_layers, shrunk_settings
+from trainmerge.mixtures.layers import mixture_layers, routed_part, shrunk_settings
 from trainmerge.mixtures.learn_groups import Student, learn_layer, students_of
 from trainmerge.mixtures.saliency import measure
 from trainmerge.mixtures.shrunk import Shrunk
@@ -41,7 +41,7 @@ def shrink(
     the weights, as `trainmerge_groups.json`.
 
     Args:
-        checkpoint: A mixture whose files have one matrix per expert: a folder, or an id on the hub.
+        checkpoint: A mixture: a folder, or an id on the hub.
         out: The folder to create.
         experts: Experts of every layer after.
         calibration: Unlabeled texts: a JSONL, CSV, parquet or text file. Not needed for a plan in which every
@@ -49,14 +49,15 @@ def shrink(
         plan: `reap` (drop), `ream` (merge the nearest), `hc` (merge clusters), or a JSON file of groups.
         max_length: Texts are truncated to this many tokens.
         max_examples: Use the first so many texts.
-        steps: Steps of learning the merged experts' coefficients and router rows, layer by layer, instead of
-            taking saliencies. In every layer the result is kept only where it is better than dropping.
+        steps: Steps of learning the merged experts' coefficients and the router's rows, layer by layer,
+            instead of taking saliencies and rows as they are. In every layer the result is kept only where it
+            is better than dropping.
         overwrite: Replace `out` if it exists.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is not set.
-        ValueError: a dense model or stacks of experts, a number of experts that the router cannot have, no
-            texts, or a plan that does not fit; before anything is written.
+        ValueError: a dense model, experts of another form than gate, up and down, a number of experts that
+            the router cannot have, no texts, or a plan that does not fit; before anything is written.
     """
     check_option("experts", experts, int, "[1, inf)")
     check_option("max_length", max_length, int, "[1, inf)")
@@ -65,23 +66,25 @@ def shrink(
     base = open_checkpoint(folder_of(checkpoint))
     layers = mixture_layers(base)
     settings = shrunk_settings(base.path, base.config, experts)
-    parts = int(base.config.get("n_group") or 1)
+    parts = int(routed_part(base.config).get("n_group") or 1)
     given = None if plan in METHODS else read_groups(_file(plan), layers, experts, parts)
     if plan == "hc" and parts > 1:
         raise ValueError(
             f"{base.path}: its routers have groups, of which hc does not keep equally many experts"
         )
     singles = given is not None and all(len(group) == 1 for own in given.values() for group in own)
-    if steps and (plan == "reap" or singles):
-        raise ValueError("--steps learns how groups are merged, and this plan merges none: --plan ream or hc")
-    if calibration is None and not singles:
+    if calibration is None and (steps or not singles):
         raise ValueError(f"the plan {plan!r} needs texts: --calibration FILE")
     _check_out(Path(out), base.path, overwrite)
     with staging(out, overwrite) as folder:
         write_settings(folder, settings)
         first = {layer.prefix: [[number] for number in range(experts)] for layer in layers}
         module, names = check_tensors(folder, Shrunk(base, layers, first).tensors)
-        texts = _texts(base, calibration, max_length, max_examples) if calibration and not singles else None
+        texts = (
+            _texts(base, calibration, max_length, max_examples)
+            if calibration and (steps or not singles)
+            else None
+        )
         measured = {} if texts is None else measure(base, layers, *texts, every=plan == "hc")
         groups = given or {
             layer.prefix: plan_groups(plan, measured[layer.prefix], experts, parts) for layer in layers

@@ -18,22 +18,23 @@ from trainmerge.export.form import Form, divided
 from trainmerge.export.tensors import OnlyModel
 from trainmerge.mixtures.groups import Groups
 from trainmerge.mixtures.layers import MixtureLayer
-from trainmerge.mixtures.neurons import nearest_order, neurons
+from trainmerge.mixtures.members import Members
 from trainmerge.mixtures.saliency import Saliency
 from trainmerge.system.safetensors_file import TensorInfo, read_ahead
+from trainmerge.task_vectors.places import parameter_of, view
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Of the members after the first in every group of one layer: 0 leaves the first as it is.
+    """What is learned of one layer: 0 leaves the groups' first experts as they are.
 
     Args:
-        experts: Of gate, up and down matrices, [3, M, J].
-        rows: Of the router's rows, [M, J].
+        experts: Of the members after the first, in the order of the layer's kinds, [kinds, M, J].
+        rows: Router's tensor -> what is added to it, [M, ...].
     """
 
     experts: Tensor
-    rows: Tensor
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,19 @@ class Shrunk(OnlyModel):
     form: Form = field(default_factory=Form)
 
     @cached_property
+    def members(self) -> Members:
+        """The experts before."""
+        return Members(self.base, self.measured)
+
+    @cached_property
     def routers(self) -> Mapping[str, MixtureLayer]:
         """Tensors with one row per expert -> their layer."""
         return {name: layer for layer in self.layers for name in layer.routers}
+
+    @cached_property
+    def stacks(self) -> Mapping[str, MixtureLayer]:
+        """Tensors of all experts -> their layer."""
+        return {name: layer for layer in self.layers for name in layer.stacks}
 
     @cached_property
     def experts(self) -> Mapping[str, tuple[MixtureLayer, str, int]]:
@@ -74,12 +85,13 @@ class Shrunk(OnlyModel):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The headers."""
         found: dict[str, TensorInfo] = {}
+        by_row = {**self.routers, **self.stacks}
         every = {
             layer.expert(e, k) for layer in self.layers for e in range(layer.experts) for k in layer.kinds
         }
         for name, info in self.base.tensors.items():
-            if name in self.routers:
-                rows = len(self.groups[self.routers[name].prefix])
+            if name in by_row:
+                rows = len(self.groups[by_row[name].prefix])
                 found[name] = info._replace(shape=torch.Size((rows, *info.shape[1:])))
             elif name not in every or name in self.experts:
                 found[name] = info
@@ -92,6 +104,8 @@ class Shrunk(OnlyModel):
 
     def merged(self, name: str) -> bool:
         """Whether a tensor is computed from several experts."""
+        if name in self.stacks:
+            return any(len(group) > 1 for group in self.groups[self.stacks[name].prefix])
         if name not in self.experts:
             return False
         layer, _, place = self.experts[name]
@@ -102,6 +116,8 @@ class Shrunk(OnlyModel):
         if name in self.routers:
             layer = self.routers[name]
             yield self.rows(layer, name, self._coefficients(layer)).to(self.base.tensors[name].dtype)
+        elif name in self.stacks:
+            yield from self._stack(self.stacks[name], name)
         elif name in self.experts:
             yield self._expert(*self.experts[name])
         else:
@@ -114,32 +130,34 @@ class Shrunk(OnlyModel):
             name = layer.expert(self.groups[layer.prefix][place][0], kind)
         read_ahead(self.base.read(name))
 
+    def _stack(self, layer: MixtureLayer, name: str) -> Iterator[Tensor]:
+        """A stack after, one expert at a time [1, ...]."""
+        kinds = [kind for kind, place in layer.kinds.items() if parameter_of(place) == name]
+        for place, group in enumerate(self.groups[layer.prefix]):
+            piece = self.base.read(name)[group[0]][None]
+            if len(group) > 1:
+                piece = piece.clone()
+                for kind in kinds:
+                    view(layer.expert(0, kind), piece).copy_(self._expert(layer, kind, place))
+            yield piece
+
     def _coefficients(self, layer: MixtureLayer) -> Coefficients:
         return self.learned.get(layer.prefix) or self.saliency_coefficients(layer)
 
     def rows(self, layer: MixtureLayer, name: str, coefficients: Coefficients) -> Tensor:
-        """A router's tensor after, [M, ...]; a correction of the load keeps the first members' numbers."""
-        groups, every = self.groups[layer.prefix], self.base.read(name)
-        first = every[[group[0] for group in groups]]
-        learned = coefficients.rows.requires_grad or bool(coefficients.rows.any())
-        if name.endswith("e_score_correction_bias") or not learned:
-            return first
-        found = list(first.float())
-        for place, group in enumerate(groups):
-            for number, member in enumerate(group[1:]):
-                apart = every[member].float() - first[place].float()
-                found[place] = found[place] + coefficients.rows[place, number] * apart
-        return torch.stack(found)
+        """A router's tensor after, [M, ...]: the rows of the groups' first experts, and what is learned."""
+        first = self.base.read(name)[[group[0] for group in self.groups[layer.prefix]]]
+        return first.float() + coefficients.rows[name] if name in coefficients.rows else first
 
     def _expert(self, layer: MixtureLayer, kind: str, place: int) -> Tensor:
         group = self.groups[layer.prefix][place]
-        first = self.base.read(layer.expert(group[0], kind))
+        first = layer.read(self.base, group[0], kind)
         if len(group) == 1:
             return first
         own = self._coefficients(layer).experts[list(layer.kinds).index(kind), place]
         total = first.float()
         for number, member in enumerate(group[1:]):
-            apart = self.aligned(layer, kind, group[0], member).float() - first.float()
+            apart = self.members.aligned(layer, kind, group[0], member).float() - first.float()
             total = total + float(own[number]) * apart
         return total.to(first.dtype)
 
@@ -158,27 +176,4 @@ class Shrunk(OnlyModel):
             for place, group in enumerate(groups):
                 own = scores[list(group)].clamp_min(floor)
                 shares[place, : len(group) - 1] = (own / own.sum())[1:]
-        return Coefficients(shares.expand(len(layer.kinds), -1, -1), torch.zeros_like(shares))
-
-    def aligned(self, layer: MixtureLayer, kind: str, centroid: int, member: int) -> Tensor:
-        """A member's matrix with its neurons in the centroid's order."""
-        weight = self.base.read(layer.expert(member, kind))
-        if member == centroid:
-            return weight
-        order = self._order(layer, centroid, member)
-        return weight[:, order] if kind == "down" else weight[order]
-
-    @cached_property
-    def _orders(self) -> dict[tuple[str, int, int], Tensor]:
-        return {}
-
-    def _order(self, layer: MixtureLayer, centroid: int, member: int) -> Tensor:
-        key = layer.prefix, centroid, member
-        if key not in self._orders:
-            own = self.measured[layer.prefix]
-            one, other = (
-                neurons([self.base.read(layer.expert(number, kind)) for kind in ("gate", "up", "down")], own)
-                for number in (centroid, member)
-            )
-            self._orders[key] = nearest_order(one, other)
-        return self._orders[key]
+        return Coefficients(shares.expand(len(layer.kinds), -1, -1))

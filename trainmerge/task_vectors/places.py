@@ -2,6 +2,7 @@
 
 model.layers.0.mlp.experts.gate_up_proj[3,0:64]      rows 0 to 63 of expert 3
 model.layers.0.mlp.experts.gate_up_proj[3,:,0:64].T  the same where the parameter is inputs x outputs
+model.layers.0.mlp.experts.gate_up_proj[3,:,0::2].T  every other column of it
 """
 
 from functools import cache
@@ -39,8 +40,6 @@ def _parsed(name: str) -> tuple[tuple[int | slice, ...], bool]:
     inside, _, turned = name.partition("[")[2].partition("]")
     index: list[int | slice] = []
     for part in inside.split(","):
-        first, colon, last = part.partition(":")
-        index.append(
-            slice(int(first) if first else None, int(last) if last else None) if colon else int(part)
-        )
+        ends = [int(end) if end else None for end in part.split(":")]
+        index.append(slice(*ends) if ":" in part else int(part))
     return tuple(index), bool(turned)
