@@ -1,16 +1,16 @@
 """Mixtures of experts: memory of a merge, routers, one made of dense models, one with fewer experts.
 
 A Qwen3-MoE of 4 layers and 16 experts is trained for `STEPS` steps on texts of eight kinds, and two
-fine-tunes of it on four kinds each. A kind is a Markov chain over 64 words. It takes minutes of two cores.
+fine-tunes of it on four kinds each. A kind is a Markov chain over 64 words. `moe_real` measures the same with
+real texts.
 """
 
-import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,12 @@ from transformers import (
 )
 
 import trainmerge as tm
+from tests.bench import moe_real
 from tests.bench.__main__ import figure
 from tests.bench.export import timed
+from tests.bench.moe_world import fit, shrunk, silent, train
 from tests.family_world import write_words
 from trainmerge.checkpoints.meta_model import quiet
-from trainmerge.run.recipe_files import calibration_files
 
 WORDS, LENGTH, KINDS, STEPS, SEEDS = 100, 48, 8, 120, 3
 SIZES = {
@@ -55,21 +56,6 @@ def draw(kinds: Sequence[int], count: int, dice: torch.Generator) -> torch.Tenso
     return torch.stack(words, dim=1) + 10
 
 
-def train(model: nn.Module, kinds: Sequence[int], steps: int, rate: float, seed: int) -> nn.Module:
-    """AdamW on fresh texts of these kinds."""
-    dice = torch.Generator().manual_seed(seed)
-    solver = torch.optim.AdamW(model.parameters(), lr=rate)
-    model.train()
-    for step in range(steps):
-        for group in solver.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 20) * (1 - step / steps)
-        ids = draw(kinds, 16, dice)
-        model(input_ids=ids, labels=ids).loss.backward()
-        solver.step()
-        solver.zero_grad()
-    return model.eval()
-
-
 def write_texts(root: Path, name: str, kinds: Sequence[int], seed: int) -> None:
     """Calibration and test texts of one fine-tune."""
     for file, count, own in ((f"{name}.jsonl", 48, seed), (f"{name}-test.jsonl", 64, seed + 1000)):
@@ -86,7 +72,7 @@ def write_world(root: Path, base: nn.Module, seed: int) -> tm.Recipe:
     write_words(root / "base")
     for number, (name, kinds) in enumerate(halves.items()):
         tuned = type(base).from_pretrained(root / "base")  # type: ignore[attr-defined]
-        train(tuned, kinds, STEPS // 2, 2e-3, 10 * seed + number)
+        train(tuned, partial(draw, kinds, 16), STEPS // 2, 2e-3, 10 * seed + number)
         with quiet():
             tuned.save_pretrained(root / name)
         write_words(root / name)
@@ -95,29 +81,6 @@ def write_world(root: Path, base: nn.Module, seed: int) -> tm.Recipe:
         n: tm.Expert(str(root / n), str(root / f"{n}.jsonl"), str(root / f"{n}-test.jsonl")) for n in "ab"
     }
     return tm.Recipe(str(root / "base"), experts)
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """In this context what is printed goes to stderr: stdout is for figures."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-@silent()
-def fit(recipe: tm.Recipe, run: Path, steps: int, initial: float = 0.5) -> Path:
-    """A run of Alignment."""
-    module = tm.MergeModule(
-        recipe,
-        tm.Alignment(),
-        initial=initial,
-        optimizer=partial(torch.optim.Adam, lr=0.02),
-        workspace=str(run / "workspace"),
-    )
-    trainer = tm.make_trainer(run, max_steps=steps, accelerator="cpu", enable_progress_bar=False)
-    data = tm.Calibration(calibration_files(recipe), recipe.base, batch_size=4, max_length=LENGTH)
-    tm.fit(module, data, trainer, run)
-    return run
 
 
 def routers(root: Path, recipe: tm.Recipe) -> None:
@@ -141,29 +104,22 @@ def routers(root: Path, recipe: tm.Recipe) -> None:
             figure("perplexity_base", found.means()["base"], "perplexity", "")
 
 
-def shrunk(root: Path, seed: int) -> dict[str, float]:
-    """Log-perplexity of the first fine-tune with 12 of 16 experts, by plan."""
-    texts = [json.loads(line)["text"] for line in (root / "a-test.jsonl").read_text().splitlines()]
-    ids = torch.tensor([[int(word[1:]) for word in text.split()] for text in texts])
-    plans = {"whole": None, "reap": ("reap", 0), "ream": ("ream", 0), "learned": ("ream", 150)}
-    found = {}
-    for name, plan in plans.items():
-        out = root / "a"
-        if plan is not None:
-            out = tm.shrink(
-                root / "a", root / f"{name}-{seed}", 12, str(root / "a.jsonl"), plan[0], steps=plan[1]
-            )
-        with quiet(), torch.no_grad():
-            found[name] = float(
-                Qwen3MoeForCausalLM.from_pretrained(out).eval()(input_ids=ids, labels=ids).loss
-            )
-    return found
+def ids_of(file: Path) -> torch.Tensor:
+    """The token ids of texts that `write_texts` wrote, [B, LENGTH]."""
+    texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    return torch.tensor([[int(word[1:]) for word in text.split()] for text in texts])
 
 
 def mixture(root: Path) -> None:
     """Divergence from two dense fine-tunes: their merge, and the mixture made of them."""
     torch.manual_seed(0)
-    base = train(LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=128)), range(KINDS), STEPS, 4e-3, 0)
+    base = train(
+        LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=128)),
+        partial(draw, range(KINDS), 16),
+        STEPS,
+        4e-3,
+        0,
+    )
     run = fit(write_world(root, base, 0), root / "run", 60)
     with silent():
         moe = tm.export_mixture(run, root / "moe")
@@ -220,14 +176,17 @@ def main() -> None:
             settings = Qwen3MoeConfig(
                 **SIZES, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=32, norm_topk_prob=True
             )
-            base = train(Qwen3MoeForCausalLM(settings), range(KINDS), STEPS, 4e-3, seed)
+            base = train(Qwen3MoeForCausalLM(settings), partial(draw, range(KINDS), 16), STEPS, 4e-3, seed)
             recipe = write_world(root / f"{seed}", base, seed)
             if seed == 0:
                 routers(root / "0", recipe)
-            for plan, loss in shrunk(root / f"{seed}", seed).items():
+            place = root / f"{seed}"
+            test = ids_of(place / "a-test.jsonl")
+            for plan, loss in shrunk(place / "a", 12, place / "a.jsonl", test, place / "shrunk").items():
                 losses.setdefault(plan, []).append(loss)
         for plan, own in losses.items():
             figure(f"shrink_{plan}_loss", sum(own) / len(own), "nats", "")
+        moe_real.measure(root / "real")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ def shrink(
     max_length: int = 512,
     max_examples: int | None = None,
     steps: int = 0,
+    rank: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a mixture of experts with fewer experts a layer.
@@ -29,11 +30,12 @@ def shrink(
         out: The folder to create.
         experts: Experts of every layer after.
         calibration: A file of unlabeled texts.
-        plan: `reap` drops the experts with the lowest saliency, `ream` merges each into the most similar kept
-            one, `hc` merges clusters of outputs; or a JSON file of groups.
+        plan: `reap` and `camera` drop experts, `ream` and `m-smoe` merge each into the most similar kept one,
+            `hc` and `sub-moe` merge clusters of outputs, `dern` single neurons; or a JSON file of groups.
         max_length: Texts are cut at this many tokens.
         max_examples: Use the first so many texts.
-        steps: Learn coefficients of the merged experts and their router rows in so many steps a layer.
+        steps: Learn the merged experts' coefficients and the router's rows in so many steps a layer.
+        rank: With `sub-moe`: project each merged matrix onto so many directions of its group's.
         overwrite: Replace the folder if it exists.
     """
     if experts is None:
@@ -42,7 +44,7 @@ def shrink(
     from trainmerge.mixtures.shrink import shrink as shrink_mixture
 
     made = shrink_mixture(
-        checkpoint, out, experts, calibration, plan, max_length, max_examples, steps, overwrite
+        checkpoint, out, experts, calibration, plan, max_length, max_examples, steps, rank, overwrite
     )
     if steps:
         print_errors(made)

@@ -17,36 +17,48 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainmerge.mixtures.layers import MixtureLayer
+from trainmerge.mixtures.msmoe import join_nearest, routed_alike
 from trainmerge.mixtures.saliency import Saliency
+from trainmerge.mixtures.submoe import k_means
 from trainmerge.system.json_file import read_json
 
 Groups = Sequence[Sequence[int]]
-METHODS = ("reap", "ream", "hc")
+METHODS = ("reap", "ream", "hc", "m-smoe", "sub-moe", "dern", "camera")
+OUTPUTS = ("hc", "sub-moe")  # look at every expert's output for every kept token; no router with groups
+USAGE = ("m-smoe", "sub-moe")  # weigh members by usage, others by saliency
 LARGEST = 16  # experts of a group of `ream`, as published
 FILE = "trainmerge_groups.json"
 
 
-def plan_groups(method: str, own: Saliency, experts: int, parts: int = 1) -> list[list[int]]:
+def plan_groups(
+    method: str, own: Saliency, experts: int, parts: int = 1, scores: Tensor | None = None
+) -> list[list[int]]:
     """The groups of one layer.
 
     `reap` (arXiv 2510.13999) keeps the experts with the largest scores and drops the others. `ream`, after
     arXiv 2604.04356: in the order of their scores the kept ones take their most similar others, 15 at most,
     until none is left. `hc` (arXiv 2410.08589): clusters of the experts' mean outputs by average linkage; the
-    expert with the largest score is the centroid.
+    expert with the largest score is the centroid. `m-smoe`, `sub-moe`: see their files. `dern` and `camera`
+    keep experts as `reap` does.
 
     Args:
         method: Its name.
         own: The layer's sums.
         experts: `M`.
         parts: Parts of a router's experts of which each keeps equally many (DeepSeek's `n_group`).
+        scores: The experts' importance, [E], instead of REAP's.
     """
-    scores = own.scores
     if method == "hc":
         return _clusters(own, experts)
+    if method == "sub-moe":
+        return k_means(own.outputs / max(1, len(own.states)), own.usage, experts)
+    if method == "m-smoe":
+        return join_nearest(_largest(own.usage, experts, parts), routed_alike(own.alike))
+    scores = own.scores if scores is None else scores
     kept = _largest(scores, experts, parts)
-    if method == "reap":
-        return [[number] for number in kept]
-    return _taken(kept, scores, similarity(own))
+    if method == "ream":
+        return _taken(kept, scores, similarity(own))
+    return [[number] for number in kept]
 
 
 def _largest(scores: Tensor, experts: int, parts: int) -> list[int]:
@@ -78,9 +90,7 @@ def similarity(own: Saliency) -> Tensor:
     Each is a cosine, moved to [0, 1]; their mean. An expert that no token reached has the cosine 0.
     """
     outputs = normalize(own.gated, dim=-1)
-    sizes = own.alike.diagonal().clamp_min(1e-300).rsqrt()
-    columns = sizes[:, None] * own.alike * sizes
-    return ((outputs @ outputs.T + 1) / 2 + (columns + 1) / 2) / 2
+    return ((outputs @ outputs.T + 1) / 2 + routed_alike(own.alike)) / 2
 
 
 def _clusters(own: Saliency, experts: int) -> list[list[int]]:
@@ -153,6 +163,20 @@ def write_groups(
     content = {"method": method, "experts": experts, "layers": layers}
     content |= {"errors": dict(errors)} if errors else {}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def method_of(plan: str) -> str:
+    """How a plan merges: its own name, or what a file of groups was made by; `ream` if it says nothing.
+
+    Raises:
+        ValueError: neither a method nor a file.
+    """
+    if plan in METHODS:
+        return plan
+    if not (path := Path(plan)).is_file():
+        raise ValueError(f"--plan is {plan!r}: it is {', '.join(METHODS)}, or a file of groups")
+    method = read_json(path, "See `trainmerge shrink --help`.").get("method")
+    return method if method in METHODS else "ream"
 
 
 def read_errors(folder: Path) -> dict[str, dict[str, float]]:

@@ -1,13 +1,13 @@
-"""The members' coefficients in their groups and the router's rows, learned under the routing that is deployed.
+"""Coefficients of the members in their groups, and the router's rows, learned under the routing as deployed.
 
 With q the centroid of a group, its other members e, and m the kinds of matrices:
 
     W^m = W^m_q + sum_e a_(e, m) (P_e W^m_e - W^m_q)        R = R_q + D_q
 
-a = D = 0 drops the members. D is free: the tokens of an expert that is gone are shared among all that are left,
-not only within the group that took its weights. The loss is the squared error of the layer's routed output on
-what the larger model's router read, with the smaller model's own router and experts. Some of the tokens are
-held out: the step with the least error on them is kept, so on them it is never worse than dropping.
+a = D = 0 drops the members. D is free: the tokens of an expert that is gone are shared among all that are
+left, not only within the group that took its weights. The loss is the squared error of the layer's routed
+output on what the larger model's router read, with the smaller model's own router and experts. Some of the
+tokens are held out: the step with the least error on them is kept, so there it is never worse than dropping.
 
 Legend: `M` groups, `J` other members of the largest, `H` hidden size, `S` tokens.
 """

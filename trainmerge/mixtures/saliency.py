@@ -63,6 +63,12 @@ class Saliency:
         """
         return self.norms / self.usage.clamp_min(1)
 
+    def importance(self, weights: str) -> Tensor:
+        """Weights of a mean over experts, [E]: `saliency` or `usage`; 0 is the least of the rest."""
+        found = self.usage if weights == "usage" else self.scores
+        reached = found[found > 0]
+        return found.clamp_min(float(reached.min()) if len(reached) else 1.0)
+
 
 @torch.no_grad()
 def measure(

@@ -10,10 +10,20 @@ from trainmerge.data.examples import Example, read_examples
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.export.export import write_checkpoint
 from trainmerge.export.form import write_settings
-from trainmerge.mixtures.groups import FILE, METHODS, plan_groups, read_groups, write_groups
-from trainmerge.mixtures.layers import mixture_layers, routed_part, shrunk_settings
+from trainmerge.mixtures.camera import expert_energies
+from trainmerge.mixtures.groups import (
+    FILE,
+    METHODS,
+    OUTPUTS,
+    USAGE,
+    method_of,
+    plan_groups,
+    read_groups,
+    write_groups,
+)
+from trainmerge.mixtures.layers import MixtureLayer, mixture_layers, routed_part, shrunk_settings
 from trainmerge.mixtures.learn_groups import Student, learn_layer, students_of
-from trainmerge.mixtures.saliency import measure
+from trainmerge.mixtures.saliency import Saliency, measure
 from trainmerge.mixtures.shrunk import Shrunk
 from trainmerge.system.console import progress
 from trainmerge.system.hub import folder_of
@@ -32,6 +42,7 @@ def shrink(
     max_length: int = LENGTH,
     max_examples: int | None = None,
     steps: int = 0,
+    rank: int | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a mixture with fewer experts a layer, which transformers loads as it loads the larger one.
@@ -46,12 +57,14 @@ def shrink(
         experts: Experts of every layer after.
         calibration: Unlabeled texts: a JSONL, CSV, parquet or text file. Not needed for a plan in which every
             group is one expert.
-        plan: `reap` (drop), `ream` (merge the nearest), `hc` (merge clusters), or a JSON file of groups.
+        plan: `reap` or `camera` (drop), `ream` or `m-smoe` (merge the nearest), `hc` or `sub-moe` (merge
+            clusters), `dern` (merge single neurons), or a JSON file of groups.
         max_length: Texts are truncated to this many tokens.
         max_examples: Use the first so many texts.
         steps: Steps of learning the merged experts' coefficients and the router's rows, layer by layer,
             instead of taking saliencies and rows as they are. In every layer the result is kept only where it
             is better than dropping.
+        rank: In the plan `sub-moe`, project each merged matrix onto so many directions of its group's.
         overwrite: Replace `out` if it exists.
 
     Raises:
@@ -63,39 +76,36 @@ def shrink(
     check_option("max_length", max_length, int, "[1, inf)")
     check_option("max_examples", max_examples, int | None, "[1, inf)")
     check_option("steps", steps, int, "[0, inf)")
+    check_option("rank", rank, int | None, "[1, inf)")
     base = open_checkpoint(folder_of(checkpoint))
     layers = mixture_layers(base)
     settings = shrunk_settings(base.path, base.config, experts)
-    parts = int(routed_part(base.config).get("n_group") or 1)
-    given = None if plan in METHODS else read_groups(_file(plan), layers, experts, parts)
-    if plan == "hc" and parts > 1:
-        raise ValueError(
-            f"{base.path}: its routers have groups, of which hc does not keep equally many experts"
-        )
+    parts, method = int(routed_part(base.config).get("n_group") or 1), method_of(plan)
+    given = None if plan in METHODS else read_groups(Path(plan), layers, experts, parts)
+    _check_options(base.path, plan, method, steps, rank, parts)
     singles = given is not None and all(len(group) == 1 for own in given.values() for group in own)
-    if calibration is None and (steps or not singles):
+    reads = bool(steps) or method == "dern" or not singles
+    if calibration is None and reads:
         raise ValueError(f"the plan {plan!r} needs texts: --calibration FILE")
     _check_out(Path(out), base.path, overwrite)
     with staging(out, overwrite) as folder:
         write_settings(folder, settings)
         first = {layer.prefix: [[number] for number in range(experts)] for layer in layers}
         module, names = check_tensors(folder, Shrunk(base, layers, first).tensors)
-        texts = (
-            _texts(base, calibration, max_length, max_examples)
-            if calibration and (steps or not singles)
-            else None
-        )
-        measured = {} if texts is None else measure(base, layers, *texts, every=plan == "hc")
+        texts = _texts(base, calibration, max_length, max_examples) if calibration and reads else None
+        measured = {} if texts is None else measure(base, layers, *texts, every=plan in OUTPUTS)
         groups = given or {
-            layer.prefix: plan_groups(plan, measured[layer.prefix], experts, parts) for layer in layers
+            layer.prefix: _planned(plan, base, layer, measured[layer.prefix], experts, parts)
+            for layer in layers
         }
-        made = Shrunk(base, layers, groups, measured)
+        weights = "usage" if method in USAGE else "saliency"
+        made = Shrunk(base, layers, groups, measured, {}, weights, rank, method == "dern")
         errors: dict[str, dict[str, float]] = {}
         if steps:
             made, errors = _learned(made, students_of(module, names, layers), steps)
         write_checkpoint(made, folder)
         write_settings(folder, settings)
-        write_groups(folder / FILE, plan if given is None else Path(plan).name, experts, groups, errors)
+        write_groups(folder / FILE, method, experts, groups, errors)
     return Path(out)
 
 
@@ -111,18 +121,36 @@ def _learned(
     return replace(made, learned=found), errors
 
 
+def _planned(
+    plan: str, base: Checkpoint, layer: MixtureLayer, own: Saliency, experts: int, parts: int
+) -> list[list[int]]:
+    """The groups of one layer."""
+    scores = expert_energies(base, layer, own) if plan == "camera" else None
+    return plan_groups(plan, own, experts, parts, scores)
+
+
+def _check_options(where: Path, plan: str, method: str, steps: int, rank: int | None, parts: int) -> None:
+    """Raise ValueError for options that the plan does not have."""
+    if plan in OUTPUTS and parts > 1:
+        raise ValueError(
+            f"{where}: its routers have groups, of which {plan} does not keep equally many experts"
+        )
+    if rank is not None and method != "sub-moe":
+        raise ValueError(
+            f"--rank is for the plan sub-moe, and this one merges as {method} does: leave it out"
+        )
+    if steps and (rank is not None or method == "dern"):
+        raise ValueError(
+            "--steps learns sums of whole experts: leave out --rank, and take another plan than dern"
+        )
+
+
 def _check_out(out: Path, base: Path, overwrite: bool) -> None:
     """Raise ValueError if writing `out` would remove the mixture itself, or a folder that is none of ours."""
     if base.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"{out} is, or holds, the mixture that is shrunk: name another folder")
     if overwrite and out.is_dir() and any(out.iterdir()) and not (out / FILE).is_file():
         raise ValueError(f"{out} is no folder that `trainmerge shrink` wrote: name another, or remove it")
-
-
-def _file(plan: str) -> Path:
-    if not (path := Path(plan)).is_file():
-        raise ValueError(f"--plan is {plan!r}: it is {', '.join(METHODS)}, or a file of groups")
-    return path
 
 
 def _texts(

@@ -16,10 +16,12 @@ from torch import Tensor
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.export.form import Form, divided
 from trainmerge.export.tensors import OnlyModel
+from trainmerge.mixtures.absorbing import Absorbing
 from trainmerge.mixtures.groups import Groups
 from trainmerge.mixtures.layers import MixtureLayer
 from trainmerge.mixtures.members import Members
 from trainmerge.mixtures.saliency import Saliency
+from trainmerge.mixtures.submoe import projected
 from trainmerge.system.safetensors_file import TensorInfo, read_ahead
 from trainmerge.task_vectors.places import parameter_of, view
 
@@ -47,6 +49,9 @@ class Shrunk(OnlyModel):
         groups: Prefix -> its groups.
         measured: Prefix -> sums over calibration tokens; not needed where every group is one expert.
         learned: Prefix -> coefficients, instead of the saliencies'.
+        weights: What members weigh: `saliency` or `usage`.
+        rank: Project each merged matrix onto so many directions of its group's (`submoe.projected`).
+        absorbing: Whether kept experts absorb the neurons of the dropped ones (`dern`).
     """
 
     base: Checkpoint
@@ -54,6 +59,9 @@ class Shrunk(OnlyModel):
     groups: Mapping[str, Groups]
     measured: Mapping[str, Saliency] = field(default_factory=dict)
     learned: Mapping[str, Coefficients] = field(default_factory=dict)
+    weights: str = "saliency"
+    rank: int | None = None
+    absorbing: bool = False
     form: Form = field(default_factory=Form)
 
     @cached_property
@@ -105,11 +113,12 @@ class Shrunk(OnlyModel):
     def merged(self, name: str) -> bool:
         """Whether a tensor is computed from several experts."""
         if name in self.stacks:
-            return any(len(group) > 1 for group in self.groups[self.stacks[name].prefix])
+            groups = self.groups[self.stacks[name].prefix]
+            return self.absorbing or any(len(group) > 1 for group in groups)
         if name not in self.experts:
             return False
         layer, _, place = self.experts[name]
-        return len(self.groups[layer.prefix][place]) > 1
+        return self.absorbing or len(self.groups[layer.prefix][place]) > 1
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """A tensor after."""
@@ -135,7 +144,7 @@ class Shrunk(OnlyModel):
         kinds = [kind for kind, place in layer.kinds.items() if parameter_of(place) == name]
         for place, group in enumerate(self.groups[layer.prefix]):
             piece = self.base.read(name)[group[0]][None]
-            if len(group) > 1:
+            if self.absorbing or len(group) > 1:
                 piece = piece.clone()
                 for kind in kinds:
                     view(layer.expert(0, kind), piece).copy_(self._expert(layer, kind, place))
@@ -150,6 +159,8 @@ class Shrunk(OnlyModel):
         return first.float() + coefficients.rows[name] if name in coefficients.rows else first
 
     def _expert(self, layer: MixtureLayer, kind: str, place: int) -> Tensor:
+        if self.absorbing:
+            return self._layers[layer.prefix].expert(kind, place)
         group = self.groups[layer.prefix][place]
         first = layer.read(self.base, group[0], kind)
         if len(group) == 1:
@@ -159,21 +170,27 @@ class Shrunk(OnlyModel):
         for number, member in enumerate(group[1:]):
             apart = self.members.aligned(layer, kind, group[0], member).float() - first.float()
             total = total + float(own[number]) * apart
+        if self.rank is not None and total.dim() > 1:
+            total = projected(
+                total, [self.members.aligned(layer, kind, group[0], e) for e in group], self.rank
+            )
         return total.to(first.dtype)
 
-    def saliency_coefficients(self, layer: MixtureLayer) -> Coefficients:
-        """The members' shares of the group's saliency, and the first members' rows of the router.
+    @cached_property
+    def _layers(self) -> dict[str, Absorbing]:
+        return {
+            own.prefix: Absorbing(self.base, own, self.groups[own.prefix], self.measured[own.prefix])
+            for own in self.layers
+        }
 
-        No token counts as the least saliency of the layer.
-        """
+    def saliency_coefficients(self, layer: MixtureLayer) -> Coefficients:
+        """The members' shares of the group's saliency or usage, and the first members' rows of the router."""
         groups = self.groups[layer.prefix]
         width = max(len(group) for group in groups) - 1
         shares = torch.zeros(len(groups), width)
         if width:
-            scores = self.measured[layer.prefix].scores
-            reached = scores[scores > 0]
-            floor = float(reached.min()) if len(reached) else 1.0
+            scores = self.measured[layer.prefix].importance(self.weights)
             for place, group in enumerate(groups):
-                own = scores[list(group)].clamp_min(floor)
+                own = scores[list(group)]
                 shares[place, : len(group) - 1] = (own / own.sum())[1:]
         return Coefficients(shares.expand(len(layer.kinds), -1, -1))
