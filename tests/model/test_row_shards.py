@@ -10,6 +10,7 @@ from tests.bounds import aligned, assert_within
 from tests.collectives import CountBytes
 from tests.conftest import MakeDelta
 from tests.contracts import inner_bound, merge_bound
+from tests.mixture_world import write_mixture
 from tests.ranks import join_group, run
 from tests.world import bert, llama
 from trainmerge.checkpoints import load_meta_model, load_model, open_checkpoint
@@ -17,6 +18,7 @@ from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched, inn
 from trainmerge.model.fsdp import pass_bytes, shard_bytes, shard_model, units
 from trainmerge.model.row_shards import DeltaShard, local, shard_rows
 from trainmerge.system import distributed
+from trainmerge.task_vectors.places import is_place
 
 FORMS = (ExpertWeight, Difference, LowRank, Untouched)
 
@@ -39,6 +41,19 @@ def test_rows_of_all_processes_are_the_whole(
             inner[:, columns] += inner_products(*product)
     assert_within(parts, whole, 2 * merge_bound(delta, weights))
     assert_within(inner, delta.inner(grad, chunks), 2 * inner_bound(delta, grad, chunks))
+
+
+def test_one_matrix_per_expert_is_not_sharded_and_says_so_before_a_process_group_exists(
+    tmp_path: Path,
+) -> None:
+    base = open_checkpoint(write_mixture(tmp_path) / "base")
+    with pytest.raises(
+        ValueError, match=r"model\.sharded: model\.layers\.0\.mlp\.experts\.0\..* without model"
+    ):
+        shard_model(load_meta_model(base), base, [], torch.device("cpu"))
+    whole = AutoModelForCausalLM.from_pretrained(base.path)
+    whole.save_pretrained(tmp_path / "stacks", save_original_format=False)  # the error's remedy
+    assert not any(map(is_place, load_meta_model(open_checkpoint(tmp_path / "stacks")).names.values()))
 
 
 def shards_of(base: Path, inputs: torch.Tensor, learned: bool) -> dict[str, object]:

@@ -46,10 +46,17 @@ def build_meta_model(path: Path) -> PreTrainedModel:
 
 
 def architecture_of(config: PreTrainedConfig) -> Any:
-    """The class that the checkpoint was saved with, or the one without a head."""
-    kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    """The class that the checkpoint was saved with, or the one without a head.
+
+    Raises:
+        ValueError: the class is in the checkpoint's own code.
+    """
+    name = (config.architectures or [""])[0]
+    kind: Any = getattr(transformers, name, None)
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
         return kind
+    if name and any(str(own).endswith(f".{name}") for own in getattr(config, "auto_map", {}).values()):
+        raise ValueError(f"{name} is in the checkpoint's own code, and not in transformers")
     return transformers.MODEL_MAPPING[type(config)]
 
 

@@ -66,8 +66,9 @@ def shard_model(
     module, names = loaded.module, loaded.names
     if placed := [name for name, inside in names.items() if is_place(inside)]:
         raise ValueError(
-            f"model.sharded: {placed[0]} and {len(placed) - 1} more are parts of parameters in memory, "
-            "which are not sharded yet: run mixtures of experts without model.sharded"
+            f"model.sharded: {placed[0]} and {len(placed) - 1} more are parts of one parameter per layer, of "
+            "which a process would hold some experts and not a share of each: run without model.sharded, or "
+            "save base and experts in stacks with save_pretrained(FOLDER, save_original_format=False)"
         )
     parameters = dict(module.named_parameters())
     for parameter in parameters.values():
