@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tests.fuzz_doors import Door, doors
 from tests.fuzz_mutations import mutate
+from trainmerge.system.text import words_of
 
 LIMIT = 20.0  # seconds that one input may take
 BATCH = 500
@@ -51,7 +52,7 @@ def attempt(door: Door, seed: int) -> tuple[str, bytes]:
 def _judged(error: Exception) -> str:
     """The kind of an error of ours, and what is wrong with its words."""
     kind = "ValueError" if isinstance(error, ValueError) else "FileNotFoundError"
-    words = str(error).strip()
+    words = words_of(error).strip()
     return f"{kind} without words" if not words else kind if len(words) < LONG else f"{kind}, too long"
 
 

@@ -54,7 +54,7 @@ def _changed_values(data: bytes, dice: random.Random) -> bytes:
     """The JSON with some values, keys or items replaced, removed or repeated."""
     value = {"": json.loads(data)}
     for _ in range(dice.choice((1, 1, 1, 2, 3))):
-        parent, key = dice.choice([*_places(value)])
+        parent, key = dice.choice([*places(value)])
         kind = dice.randrange(5)
         if kind == 0 and isinstance(parent, dict) and key:
             parent[dice.choice(("", "x", "../x", "\ud800", "a" * 2000, "__metadata__"))] = parent.pop(key)
@@ -67,9 +67,9 @@ def _changed_values(data: bytes, dice: random.Random) -> bytes:
     return json.dumps(value.get("")).encode("utf-8", "surrogatepass")
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every container with each of its keys."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in list(items):
         yield value, key
-        yield from _places(item)
+        yield from places(item)

@@ -1,12 +1,17 @@
 """Some mutated files at every door; `make fuzz` tries 100,000 of each."""
 
+import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.fuzz import FINE, attempt
 from tests.fuzz_doors import Door, doors
+from tests.fuzz_mutations import places
+from trainmerge.system.text import words_of
 
 FAST, SLOW = 100, 15  # inputs per door
 NAMES = (
@@ -39,3 +44,36 @@ def test_mutated_files_end_in_an_error_of_ours(name: str, every: dict[str, Door]
 
 def test_every_door_is_tried(every: dict[str, Door]) -> None:
     assert every.keys() == set(NAMES)
+
+
+LONG = "a" * 100_000
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "modules.json", "export's manifest", "index.json"])
+def test_names_too_long_for_any_file_end_in_a_short_error(name: str, every: dict[str, Door]) -> None:
+    door, words = every[name], []
+    for value in renamed(json.loads(door.valid)):
+        door.file.write_text(json.dumps(value))
+        try:
+            door.read()
+        except (ValueError, FileNotFoundError) as error:
+            words.append(words_of(error))
+        finally:
+            door.file.write_bytes(door.valid)
+    assert words
+    assert max(map(len, words)) < 6000
+
+
+def renamed(value: Any) -> Iterator[Any]:
+    """The JSON with one key or one text at a time replaced by a very long one."""
+    for parent, key in places(value):
+        if isinstance(parent, dict):
+            kept = dict(parent)
+            parent[LONG] = parent.pop(key)
+            yield value
+            parent.clear()
+            parent.update(kept)
+        if isinstance(was := parent[key], str):
+            parent[key] = LONG
+            yield value
+            parent[key] = was

@@ -153,6 +153,17 @@ def test_without_time_only_the_first_start_is_judged(world: Path, tmp_path: Path
         tm.auto_config(world / "config.yaml", tmp_path / "out", minutes=1e-9)
 
 
+def test_if_every_start_fails_the_reason_is_in_the_error(world: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load((world / "config.yaml").read_text())
+    content["recipe"]["each"]["head"]["init_args"]["labels"] = str(tmp_path)
+    (tmp_path / "labels.yaml").write_text(yaml.safe_dump(content))
+    with (
+        pytest.warns(UserWarning, match="is left out"),
+        pytest.raises(ValueError, match=rf"^no start was judged: .*{tmp_path}: not a file"),
+    ):
+        auto_config(tmp_path / "labels.yaml", tmp_path / "out")
+
+
 def test_it_is_loud_where_nothing_helps() -> None:
     with pytest.warns(UserWarning, match="no merge is closer"):
         search.warn_if_none(Trial("s", (0.1,), (-0.1, 0.05)))

@@ -1,6 +1,7 @@
 """Merges learned from pictures or sounds alone, end to end, and what is refused before a weight is read."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ from tests.picture_world import (
     write_picture_world,
     write_pictures,
 )
+from trainmerge.checkpoints.output import output_of_class
 from trainmerge.cli import main
 from trainmerge.data.media import MediaInputs
+from trainmerge.fitting.media_preflight import media_problems
 from trainmerge.fitting.preflight import check_tasks
 from trainmerge.plan.devices import Device
 from trainmerge.run import recipe_files as recipes
@@ -250,6 +253,18 @@ def test_texts_for_a_tower_of_pictures_and_pictures_for_a_text_model(tmp_path: P
     folders = dict.fromkeys(other.experts, str(tmp_path / "c" / "hue" / "calibration"))
     with pytest.raises(ValueError, match="BertModel, which reads texts: name their column"):
         check_tasks(module, tm.Calibration(folders, other.base, columns=ALONE))
+
+
+def test_pictures_that_a_model_needs_with_every_text_are_asked_for(tmp_path: Path) -> None:
+    """BLIP-2's forward has no default for its pictures, under whose absence a step would end."""
+    whole = world.write_world(tmp_path)
+    bare = {name: replace(expert, head=None) for name, expert in whole.experts.items()}
+    output = output_of_class(transformers.Blip2ForConditionalGeneration, transformers.Blip2Config())
+    data = tm.Calibration(recipes.calibration_files(whole), whole.base)
+    module = tm.MergeModule(replace(whole, experts=bare), ENTROPY, workspace=str(tmp_path / "w"))
+    (problem,) = media_problems(module, data, output)
+    assert "Blip2ForConditionalGeneration reads no text without pixel_values: name the column" in problem
+    assert not media_problems(tm.MergeModule(whole, ENTROPY, workspace=str(tmp_path / "w")), data, output)
 
 
 def test_configuration_plan_inspection_and_suggestion(

@@ -72,9 +72,12 @@ def test_a_snapshot_that_is_not_whole_is_passed_over(world: Path, run: RunFolder
         resume_from(run, "auto")
 
 
-@pytest.mark.parametrize("damage", [{"saved": 3}, {"saved": [3]}, {"saved": [{"step": 1}]}, {"saved": None}])
-def test_a_damaged_list_is_named(run: RunFolder, damage: dict[str, object]) -> None:
-    run.manifest.write_text(json.dumps({**run.read_manifest(), **damage}))
+ENDLESS = {"step": float("inf"), "steps": 4, "coefficients": ""}  # an integer of a stranger's JSON
+
+
+@pytest.mark.parametrize("saved", [3, [3], [{"step": 1}], None, [ENDLESS]])
+def test_a_damaged_list_is_named(run: RunFolder, saved: object) -> None:
+    run.manifest.write_text(json.dumps({**run.read_manifest(), "saved": saved}))
     with pytest.raises(ValueError, match=r"manifest\.json: its list `saved` is damaged\. Restore it"):
         tm.export_run(run.path, run.path.parent / "out")
 

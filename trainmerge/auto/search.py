@@ -23,6 +23,7 @@ from trainmerge.fitting.from_config import FitSettings, from_config
 from trainmerge.fitting.generated import share_generated
 from trainmerge.fitting.held_out_stopping import StopOnHeldOut
 from trainmerge.run.config import read_settings, to_config
+from trainmerge.system.text import shortened
 from trainmerge.system.workspace import digest
 
 FINALISTS = 2  # starts that get a scale per expert, and are learned from
@@ -51,6 +52,7 @@ class AutoSearch:
         self, config: Path, place: Path, held_out: float, minutes: float | None, memory: str | None
     ) -> None:
         self.config, self.place, self.memory = config, place, memory
+        self.problems: list[str] = []  # why starts were left out
         self.trainer: Mapping[str, Any] = read_settings(config).get("trainer") or {}
         self.changes: dict[str, Any] = {"data.held_out": held_out}
         if not self.trainer.get("max_steps"):
@@ -70,7 +72,8 @@ class AutoSearch:
         found = {name: self._try(name, judge) for name, judge in self.judged.items()}
         rows = {name: trial for name, trial in found.items() if trial is not None}
         if not rows:
-            raise ValueError("no start was judged: give more minutes, or see the warnings")
+            reasons = "; ".join(dict.fromkeys(self.problems)) or "give more minutes"
+            raise ValueError(f"no start was judged: {shortened(reasons, 2000)}")
         finalists = sorted(rows, key=lambda name: -rows[name].mean)[:FINALISTS]
         for name in finalists:
             if self._has_time(f"scales per expert of {name}"):
@@ -93,6 +96,7 @@ class AutoSearch:
         try:
             found = common_scale(judge, self.K, judge.start.scales)
         except ValueError as error:
+            self.problems.append(str(error))
             warnings.warn(f"{name} is left out: {error}", stacklevel=2)
             return None
         finally:

@@ -19,7 +19,7 @@ from trainmerge.checkpoints.tensor_file import PickleFile, WeightFile
 from trainmerge.checkpoints.weight_files import find_weights, read_folder_json
 from trainmerge.checkpoints.whole import PATCH, check_whole
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo
-from trainmerge.system.text import reason
+from trainmerge.system.text import reason, shortened
 from trainmerge.task_vectors.parameter_names import matches
 from trainmerge.task_vectors.places import is_place
 
@@ -156,8 +156,8 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     unknown = sorted(name for name, value in config.items() if name not in known and value)
     if unknown:
         raise ValueError(
-            f"{file}: fields {', '.join(unknown)} are unknown to the installed peft, which may misread the "
-            "adapter; upgrade peft."
+            f"{file}: fields {shortened(', '.join(unknown), 600)} are unknown to the installed "
+            "peft, which may misread the adapter; upgrade peft."
         )
     try:
         with quiet():

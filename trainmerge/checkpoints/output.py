@@ -1,7 +1,7 @@
 """What a checkpoint's model puts out, decided by its class: this decides the measure of `evaluate`."""
 
 from collections.abc import Mapping
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -47,6 +47,7 @@ ONE_ROW: dict[str, Kind] = {  # endings that transformers uses for nothing else
     "ForQuestionAnswering": "question-answering model",
 }
 
+VARIABLE = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)  # *args and **kwargs
 
 ENDS = (
     "classifies by the last position, which is padding for all but the longest text of a batch: it is not "
@@ -66,6 +67,7 @@ class Output(NamedTuple):
         layers: The decoder's layers, or the encoder's without one, if config.json names their number.
         reads: `tokens`, `media` (pictures or sounds alone) or `both` (CLIP's towers).
         embedding: The size of its pooled output, if config.json names it.
+        needs: Inputs besides `input_ids` that its forward has no default for: BLIP-2's pictures.
         ends: Whether it classifies by the last position, which is padding in a batch (XLNet).
     """
 
@@ -78,6 +80,7 @@ class Output(NamedTuple):
     reads: Literal["tokens", "media", "both"] = "tokens"
     embedding: int | None = None
     ends: bool = False
+    needs: tuple[str, ...] = ()
 
     @property
     def logits(self) -> bool:
@@ -103,7 +106,8 @@ def output_of_class(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Ou
     if towers:  # examples are pictures, and the texts are their labels
         text = getattr(config, "vision_config", text)
     hidden = getattr(text, "hidden_size", None)
-    reads_text = "input_ids" in signature(kind.forward).parameters
+    inputs = signature(kind.forward).parameters
+    required = [n for n, one in inputs.items() if one.default is one.empty and one.kind not in VARIABLE]
     projected = towers or kind.__name__.endswith("WithProjection")
     return Output(
         kind.__name__,
@@ -112,9 +116,10 @@ def output_of_class(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Ou
         problem=config.problem_type if found == "classifier" else None,
         hidden=hidden,
         layers=next((n for name in DEPTHS if (n := getattr(text, name, None)) is not None), None),
-        reads="both" if towers else "tokens" if reads_text else "media",
+        reads="both" if towers else "tokens" if "input_ids" in inputs else "media",
         embedding=getattr(config, "projection_dim", hidden) if projected else hidden,
         ends="sequence_summary" in names_in_forward(kind) and getattr(config, "summary_type", "") == "last",
+        needs=tuple(name for name in required if name not in ("self", "input_ids")),
     )
 
 

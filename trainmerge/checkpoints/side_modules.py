@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from trainmerge.checkpoints.tensor_file import PickleFile, WeightFile
 from trainmerge.system import json_file
+from trainmerge.system.access import is_folder
 from trainmerge.system.links import check_link
 from trainmerge.system.safetensors_file import MappedFile, TensorInfo, sha256
 
@@ -67,7 +68,7 @@ def module_folders(path: Path) -> set[Path]:
     """The subfolders, relative to `path`, that modules.json names. Raises ValueError if it is damaged."""
     places = [PureWindowsPath(module.place) for module in read_modules(path) if module.place]
     inside = [place for place in places if not (place.drive or place.root or ".." in place.parts)]
-    return {Path(*place.parts) for place in inside if (path / Path(*place.parts)).is_dir()}
+    return {Path(*place.parts) for place in inside if is_folder(path / Path(*place.parts))}
 
 
 def side_weights(path: Path, allow_pickle: bool = False) -> dict[str, SideTensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from trainmerge.checkpoints.model_config import read_model_config
 from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.ties import declared_ties
+from trainmerge.system.access import is_folder
 
 DELTA = "trainable_tokens_delta"  # the last part of such a tensor's name
 
@@ -36,7 +37,10 @@ def token_tie_problems(base: Parameters, adapter: Path, keys: Iterable[str], rec
     tied = head in base.meta_model.all_tied_weights_keys
     sides = f"embedding and head, {embedding} and {head}" if tied else f"the embedding alone, {embedding}"
     what = f"its trainable tokens change {sides}, because the base {_ties(tied)} these"
-    folder = next((one for one in (adapter, Path(str(recorded))) if (one / "config.json").is_file()), None)
+    folder = next(
+        (one for one in (adapter, Path(str(recorded))) if is_folder(one) and (one / "config.json").is_file()),
+        None,
+    )
     if folder is None:
         if not _is_name_of(base.checkpoint.path, recorded):
             warnings.warn(

@@ -25,6 +25,7 @@ from trainmerge.cli.tradeoffs import pareto, search
 from trainmerge.fitting.mistakes import explain
 from trainmerge.system.lost_threads import check_room, lost_threads
 from trainmerge.system.memory import is_out_of_memory
+from trainmerge.system.text import words_of
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
@@ -125,7 +126,7 @@ def _run(name: str, words: list[str]) -> int:
         print(f"trainmerge {name}: stopped; the same command {again}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (ValueError, TypeError, OSError) as error:
-        print(f"trainmerge {name}: {error}", file=sys.stderr)
+        print(f"trainmerge {name}: {words_of(error)}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

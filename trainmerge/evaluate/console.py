@@ -14,6 +14,7 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.run.saved import scored_with, unfinished_line
 from trainmerge.run.scores import score_rows
 from trainmerge.run.sources import columns_of, tasks_of, text_length
+from trainmerge.system.access import can_write, check_file_place
 from trainmerge.system.console import print_table
 from trainmerge.system.distributed import joined, rank
 
@@ -33,13 +34,19 @@ def evaluate_path(
     """Score a run folder with baselines, or a checkpoint on the tasks of `recipe`.
 
     Raises:
-        ValueError: `precision` is neither `32` nor `bf16`; `controls` of a checkpoint, which has no task
-            vectors; or as `evaluate_run` and `evaluate_checkpoint`.
+        ValueError: `output` cannot be written, or, without it, the run folder; `precision` is neither `32`
+            nor `bf16`; `controls` of a checkpoint, which has no task vectors; or as `evaluate_run` and
+            `evaluate_checkpoint`.
     """
+    if output is not None:
+        check_file_place(output)
     folder, forwards = RunFolder(path), _forwards(precision)
     is_run = folder.manifest.exists()
     if controls and not is_run:
         raise ValueError(f"{path} is no run folder, and controls need its task vectors: name the run")
+    keep = is_run and can_write(path)
+    if is_run and not keep and output is None:
+        raise ValueError(f"{path}: no permission to write its scores.json: write to another file (--output)")
     with joined(), forwards:
         if is_run:
             _print_unfinished(folder)
@@ -52,7 +59,7 @@ def evaluate_path(
             found = evaluate_checkpoint(str(path), tasks_of(recipe), limit, length, answers, harness, columns)
         if rank() == 0:
             print_evaluation(f"{path}{', forwards in bfloat16' * (precision == 'bf16')}", found)
-            if is_run:
+            if keep:
                 found.write_scores(path / "scores.json", {**scored, "precision": precision})
                 found.write(path / "evaluation.json")
             if output is not None:
@@ -74,7 +81,13 @@ def compare_paths(
     max_length: int | None = None,
     output: Path | None = None,
 ) -> Comparison:
-    """Score several runs and checkpoints, and print one table."""
+    """Score several runs and checkpoints, and print one table.
+
+    Raises:
+        ValueError: `output` cannot be written; or as `compare`.
+    """
+    if output is not None:
+        check_file_place(output)
     with joined():
         for folder in map(RunFolder, map(Path, paths)):
             if folder.manifest.exists():

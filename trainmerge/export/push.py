@@ -14,7 +14,7 @@ from trainmerge.system.hub import parse_id, server_name
 from trainmerge.system.json_file import read_json
 from trainmerge.system.links import leads_outside
 from trainmerge.system.safetensors_file import sha256
-from trainmerge.system.text import listed
+from trainmerge.system.text import listed, shortened
 
 AGAIN = "Export the run again."
 
@@ -75,8 +75,8 @@ def check_files(folder: Path, files: Mapping[str, Any], there: Set[str]) -> None
     ]
     if wrong:
         raise ValueError(
-            f"{folder}: {listed(wrong)} is missing or was changed since the export. {AGAIN} To publish a "
-            "changed card, edit it on the hub"
+            f"{folder}: {shortened(listed(wrong), 600)} is missing or was changed since the export. {AGAIN} "
+            "To publish a changed card, edit it on the hub"
         )
 
 

@@ -16,6 +16,7 @@ from trainmerge.export.published import Published, read_published
 from trainmerge.export.shards import CheckpointMerge
 from trainmerge.preprocess import Informed, apply_for_one_pass
 from trainmerge.run.opened import Opened
+from trainmerge.system.access import check_folder_place, is_folder
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.hub import is_hub_id
 from trainmerge.system.ranges import check_option
@@ -86,7 +87,7 @@ def check_possible(made: Published, source: str) -> None:
     missing = [
         f"{name} ({path})"
         for name, path in made.recipe.paths.items()
-        if not is_hub_id(path) and not Path(path).is_dir()
+        if not is_hub_id(path) and not is_folder(Path(path))
     ]
     if missing:
         raise FileNotFoundError(
@@ -127,5 +128,6 @@ def check_files(made: Mapping[str, str], published: Mapping[str, str], source: s
 def _parent(target: Path) -> Path:
     """The folder of `target`, which is made: preprocessed task vectors may be large."""
     parent = target.resolve().parent
+    check_folder_place(parent)
     parent.mkdir(parents=True, exist_ok=True)
     return parent

@@ -14,6 +14,7 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.reopen import reopen
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
+from trainmerge.system.access import check_file_place
 from trainmerge.system.atomic import write_whole
 from trainmerge.system.console import print_table
 
@@ -33,6 +34,7 @@ def allocate_run(
     Raises:
         ValueError: see `chunk_allocation.allocate`; or the run already has chunks.
     """
+    check_file_place(out)
     folder = RunFolder(Path(run))
     _, coefficients, opened = open_run(folder)
     importance = magnitude(opened.task_vectors, coefficients) if by == "magnitude" else energy(*_fine(folder))

@@ -29,6 +29,11 @@ def media_problems(module: MergeModule, data: Calibration, output: Output) -> li
                 f"{base}: {output.architecture} reads pictures, and its texts are their labels: set "
                 "data.columns.text to null, and data.columns.image"
             ]
+        if output.needs and None in heads and not (data.columns.image or data.columns.audio):
+            return [
+                f"{base}: {output.architecture} reads no text without {', '.join(output.needs)}: name the "
+                "column of its pictures or sounds (data.columns.image or audio)"
+            ]
         return []
     problems = []
     if output.reads == "tokens":

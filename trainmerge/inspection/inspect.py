@@ -31,6 +31,7 @@ from trainmerge.run.open_run import read_run
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import columns_of, learns, recipe_of
+from trainmerge.system.access import check_file_place
 from trainmerge.system.atomic import write_whole
 from trainmerge.system.hub import cached_folder
 from trainmerge.task_vectors.geometry import Geometry, measure_geometry
@@ -67,9 +68,11 @@ def inspect_path(
         ValueError: base and experts do not match; lists every mismatch.
         FileExistsError: `suggestion` already exists.
     """
+    for file in filter(None, (suggestion, output)):
+        check_file_place(file)  # before the work
     recipe = recipe_of(path)
     if suggestion is not None:
-        check_new(suggestion)  # before the work
+        check_new(suggestion)
     coefficients = _coefficients(path)
     if coefficients is not None and (path / RECIPE).is_file() and not _on_disk(recipe):
         print_coefficients(coefficients)

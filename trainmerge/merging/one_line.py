@@ -15,6 +15,7 @@ from trainmerge.merging.methods import METHODS
 from trainmerge.merging.tokenizer import Tokenizer
 from trainmerge.report import write_report
 from trainmerge.run.config import read_yaml
+from trainmerge.system.access import check_folder_place
 
 
 def merge_models(
@@ -111,6 +112,7 @@ def merge_config(
         Preempted: a signal stopped the fit; its step is saved.
     """
     target = Path(out)
+    check_folder_place(target.parent)  # before the fit
     place = Path(run) if run is not None else target.with_name(f"{target.name}-run")
     settings = from_config(config, place)
     fit(

@@ -13,6 +13,7 @@ from trainmerge.preprocess import Breadcrumbs, Preprocess, Ties
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
 from trainmerge.run.recipe import Recipe
+from trainmerge.system.access import check_file_place
 from trainmerge.system.atomic import write_whole
 
 Weights = Mapping[str, float]  # parameter -> coefficient
@@ -27,6 +28,7 @@ def to_mergekit(run: str | Path, file: str | Path) -> Path:
     Raises:
         ValueError: says what mergekit's files cannot express.
     """
+    check_file_place(file)
     recipe, coefficients, opened = open_run(RunFolder(Path(run)))
     if problems := [*_inexpressible(recipe, coefficients)]:
         lines = "\n".join(f"  {problem}" for problem in problems)

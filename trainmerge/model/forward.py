@@ -131,14 +131,16 @@ def _chosen(output: Any, layers: Sequence[int]) -> dict[int, Tensor]:
     """The hidden states [B, T, D] of these layers; none if the model gives none.
 
     Raises:
-        ValueError: they have another form, as Gemma 3n's four streams [4, B, T, D].
+        ValueError: they have another form, as Gemma 3n's four streams [4, B, T, D], or are not computed, as
+            those of Mllama's cross-attention without pictures.
     """
     states = getattr(output, "decoder_hidden_states", None) or getattr(output, "hidden_states", None)
     found = {layer: states[layer] for layer in layers} if states is not None else {}
     for layer, state in found.items():
-        if state.dim() != 3:
+        if state is None or state.dim() != 3:
+            form = "not computed for these examples" if state is None else f"{tuple(state.shape)}"
             raise ValueError(
-                f"the hidden states of layer {layer} are {tuple(state.shape)}, not one vector per token: "
+                f"the hidden states of layer {layer} are {form}, not one vector per token: "
                 "align the logits only (hidden: 0)"
             )
     return found

@@ -19,6 +19,7 @@ from trainmerge.packed.codec import decode
 from trainmerge.packed.parameter import as_matrix, blocks
 from trainmerge.packed.record import NONE, REMEDY, Record, read_record
 from trainmerge.packed.router import Router
+from trainmerge.system.access import is_folder
 from trainmerge.system.hub import folder_of, parse_id
 from trainmerge.system.safetensors_file import MappedFile
 
@@ -150,7 +151,7 @@ def open_stored(path: str | Path, base: str | Path | None, allow_pickle: bool) -
 
 def _base_of(folder: Path, record: Record) -> Path:
     path = record.base["path"]
-    if parse_id(path) is not None and not (folder / path).is_dir():
+    if parse_id(path) is not None and not is_folder(folder / path):
         return folder_of(path)
     return Path(os.path.normpath(folder / path))
 

@@ -15,6 +15,7 @@ from trainmerge.report.routing import routing_picture
 from trainmerge.report.scores import score_picture
 from trainmerge.report.steps import loss_picture, path_picture
 from trainmerge.report.task_vectors import norm_picture, similarity_picture
+from trainmerge.system.access import check_folder_place
 from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.hub import is_hub_id, parse_id
 from trainmerge.system.staging import staging
@@ -42,6 +43,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
         raise ValueError(
             f"{target} exists and is not a report: nothing was overwritten. Choose another folder."
         )
+    check_folder_place(target.parent)
     check_free_space(target, ROOM)  # before the task vectors are measured
     numbers = read_numbers(run)
     with staging(target, overwrite=True) as folder, style():

@@ -1,6 +1,5 @@
 """A run folder: the paths of a run's files, and whether a run may resume in it."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from trainmerge.data.examples import examples_identity
 from trainmerge.run.manifest import differences, new_manifest, note_command, read_manifest
+from trainmerge.system.access import check_folder_place
 from trainmerge.system.atomic import write_whole
 
 README = """# A trainmerge run
@@ -141,15 +141,7 @@ class RunFolder:
 
     def check_place(self) -> None:
         """Raise ValueError if the folder cannot be made or written."""
-        place = self.path.absolute()
-        while not place.exists() and not place.is_symlink():
-            place = place.parent
-        if not place.is_dir():
-            raise ValueError(
-                f"{place} is not a folder, so {self.path} cannot be a run folder: choose another one"
-            )
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise ValueError(f"{place}: no permission to write there: choose another folder")
+        check_folder_place(self.path, "a run folder")
 
     def check(self, description: Mapping[str, Any], by_key: str = "") -> None:
         """Check that the run in the folder, if there is one, has the same experts, data and settings.

@@ -103,7 +103,7 @@ def listed_moments(folder: RunFolder, manifest: Mapping[str, Any]) -> list[Saved
             Saved(int(e["step"]), int(e["steps"]), str(e["coefficients"]), str(e.get("snapshot", "")))
             for e in manifest["saved"]
         ]
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{folder.manifest}: its list `saved` is damaged. {LOST}") from error
 
 

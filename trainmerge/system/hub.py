@@ -13,6 +13,7 @@ from typing import NamedTuple
 import huggingface_hub
 from huggingface_hub import constants
 
+from trainmerge.system.access import check_readable
 from trainmerge.system.atomic import seen_from
 
 PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?"
@@ -71,10 +72,11 @@ def folder_of(text: str | Path, weights: bool = True, allow_pickle: bool = False
 
     Raises:
         FileNotFoundError: an id that is neither in the cache nor can be downloaded.
+        ValueError: a folder that must not be read.
     """
     name = str(text)
     if not isinstance(text, str) or not is_hub_id(name):
-        return Path(text)
+        return check_readable(Path(text))
     found = parse_id(name)
     assert found is not None
     try:

@@ -145,6 +145,7 @@ NO_MEMORY = (
     "can't allocate memory",
     "out of memory",
     "not enough memory",
+    "bad_alloc",
     "could not create a primitive(?! descriptor)",  # oneDNN's kernels, compiled for each shape
 )
 

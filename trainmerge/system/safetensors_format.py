@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from trainmerge.system.access import check_readable
 from trainmerge.system.text import reason
 
 Specs = Mapping[str, tuple[torch.dtype, torch.Size | tuple[int, ...]]]
@@ -30,8 +31,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header and the offset of tensor data. safetensors checks all but duplicate names and metadata.
 
     Raises:
-        ValueError: damaged or incomplete.
+        ValueError: damaged, incomplete, or not to be read.
     """
+    check_readable(path)
     try:
         with safe_open(path, framework="np"), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainmerge.system.access import check_folder_place
 from trainmerge.system.atomic import abandoned, aside, sync
 from trainmerge.system.disk_space import naming_inside
 from trainmerge.system.lock import locked
@@ -20,9 +21,10 @@ def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: before any work if `target` is a file, or is not empty and `overwrite` is off; or at
             the end, if another process made it meanwhile.
-        ValueError: another process is writing `target`.
+        ValueError: another process is writing `target`, or its parent cannot be written.
     """
     target = Path(target).resolve()
+    check_folder_place(target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f".{target.name}.lock")
     with locked(lock, str(target), "a command that writes it"):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainmerge.system.access import check_readable
+
 
 def load_torch(path: Path, mmap: bool = False) -> Any:
     """The contents of a file in torch's zip format, on the CPU; `mmap` maps the tensors.
@@ -17,6 +19,7 @@ def load_torch(path: Path, mmap: bool = False) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    check_readable(path)
     try:
         _check_zip(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
