@@ -16,7 +16,7 @@ from trainmerge.tradeoffs.niches import Niches
 
 VALID = [
     tm.Expert("a"), tm.HeldOut("t"), tm.Recipe("base", {"a": tm.Expert("a")}), tm.Grouping(), tm.Columns(),
-    tm.Generate(4), tm.OnPolicy(), tm.JensenShannon(),
+    tm.TokenRow("a"), tm.Generate(4), tm.OnPolicy(), tm.JensenShannon(),
     tm.Anchor(), tm.Free(), tm.Box(), tm.Sigmoid(), tm.Simplex(),
     tm.LayerLeastSquares(),
     tm.CheckpointAverage(),
@@ -92,7 +92,7 @@ def test_no_number_is_what_is_none(settings: Any, name: str) -> None:
     path = f"{type(settings).__name__}.{name}"
     for value in (math.nan, True, b"1", {"x"}):
         assert refused(settings, name, value), value
-    if path not in ("Grouping.chunks", "Anchor.at"):
+    if path not in ("Grouping.chunks", "Anchor.at", "TokenRow.token"):
         assert refused(settings, name, "x")
     for value in (math.inf, -math.inf):
         assert refused(settings, name, value) or path in ENDLESS, value

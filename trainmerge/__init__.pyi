@@ -5,6 +5,7 @@ A class is written into saved files by its public name, so a name stays here for
 
 from .auto import Choice as Choice
 from .auto import auto_config as auto_config
+from .checkpoints.choice import TokenRow as TokenRow
 from .checkpoints.state_dict_files import load_state_dict as load_state_dict
 from .coefficients.anchor import Anchor as Anchor
 from .coefficients.checkpoint_average import CheckpointAverage as CheckpointAverage

@@ -160,6 +160,35 @@ def test_padding_is_the_mean_of_all_rows_so_no_answer_takes_it(tmp_path: Path) -
     assert int(logits.argmax(dim=-1).max()) < count
 
 
+def test_a_token_has_the_row_that_the_recipe_names(tmp_path: Path) -> None:
+    rows = {
+        "<|end|>": tm.TokenRow("a", force=True),
+        "<|user|>": tm.TokenRow(None, force=True),
+        "red": tm.TokenRow("b", "blue", force=True),
+        "<|tool|>": tm.TokenRow("base", "cat"),  # base and a lack it, b has it
+    }
+    root = write_models(tmp_path)
+    out = merged(recipe_of(root, tokens=rows).open(tmp_path / "ws"), tmp_path / "out")
+    base, a, b = (by_token(root / name, HEAD) for name in ("base", "a", "b"))
+    share = float(torch.tensor(WEIGHTS["b"]))
+    want = expected(tmp_path, HEAD) | {
+        "<|end|>": a["<|end|>"],
+        "<|user|>": torch.zeros_like(a["<|end|>"]),
+        "red": b["blue"],
+        "<|tool|>": base["cat"] + share * (b["<|tool|>"] - base["cat"]),
+    }
+    assert_rows(by_token(out, HEAD), want)
+
+
+def test_rows_may_be_named_with_the_bases_tokenizer_too(tmp_path: Path) -> None:
+    root, rows = write_models(tmp_path), {"red": tm.TokenRow("a", "blue", force=True)}
+    with pytest.warns(UserWarning, match="lacks token .*: their rows are left out"):
+        opened = recipe_of(root, tokenizer=None, tokens=rows).open(tmp_path / "ws")
+    out = merged(opened, tmp_path / "out")
+    want = {k: row for k, row in expected(tmp_path, HEAD).items() if k in by_token(root / "base", HEAD)}
+    assert_rows(by_token(out, HEAD), want | {"red": by_token(root / "a", HEAD)["blue"]})
+
+
 def test_an_experts_tokenizer_gives_its_ids_to_every_row(tmp_path: Path) -> None:
     root = write_models(tmp_path)
     shuffle_base(root / "base")
@@ -302,6 +331,14 @@ MISTAKES: list[tuple[dict[str, Any], Any, str]] = [
     ),
     ({"vocabulary": "shared"}, None, "they are matched by token: leave out `vocabulary`"),
     ({"pad_to_multiple": 0}, None, "recipe.pad_to_multiple must be"),
+    ({"tokens": {"red": tm.TokenRow("c")}}, None, "tokens.red: source is 'c', which is none of 'base', 'a'"),
+    ({"tokens": {"red": tm.TokenRow(None, "blue")}}, None, "so `token` has no effect: leave it out"),
+    ({"tokens": {"rad": tm.TokenRow("a")}}, None, "the merge's tokenizer has no token 'rad'"),
+    (
+        {"tokens": {"red": tm.TokenRow("a", "rad")}},
+        None,
+        "takes the row of 'rad' of a, whose tokenizer lacks",
+    ),
     ({}, learned_token, "Set tokenizer: a, whose tokenizer then is the merge's"),
     ({"chat_template": "a"}, None, "a: no chat template in it"),
     (

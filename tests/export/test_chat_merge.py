@@ -205,3 +205,20 @@ def test_mergekits_union_is_the_same_merge(tmp_path: Path) -> None:
     ).read_bytes()
     tm.to_mergekit(tmp_path / "run", tmp_path / "back.yml")
     assert yaml.safe_load((tmp_path / "back.yml").read_text())["tokenizer_source"] == "union"
+
+
+@inside
+@pytest.mark.parametrize("tokenizer", ["union", "b"])
+def test_rows_of_tokens_are_written_for_mergekit_too(tmp_path: Path, tokenizer: str) -> None:
+    rows = {"<|end|>": tm.TokenRow("b", force=True), "red": tm.TokenRow("a", "blue", force=True)}
+    rows |= {"good": tm.TokenRow(None, force=True), "<|tool|>": tm.TokenRow("base", 3)}
+    recipe = chat_recipe(Path(), tokenizer=tokenizer, tokens=rows, pad_to_multiple=16)
+    module = tm.MergeModule(recipe, initial=0.5, workspace=str(tmp_path / "run/workspace"))
+    trainer = tm.make_trainer(tmp_path / "run", max_steps=0, accelerator="cpu", enable_progress_bar=False)
+    tm.fit(module, tm.Calibration({}, "base"), trainer, tmp_path / "run")
+    want = load_file(tm.export_run(tmp_path / "run", tmp_path / "exported") / "model.safetensors")
+    tm.to_mergekit(tmp_path / "run", tmp_path / "back.yml")
+    got = load_file(tm.merge_file(tmp_path / "back.yml", tmp_path / "out") / "model.safetensors")
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-6, atol=1e-7)
+    assert main(["rebuild", str(tmp_path / "exported"), str(tmp_path / "again")]) == 0

@@ -6,7 +6,7 @@ Names that need transformers or peft are imported on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trainmerge.checkpoints.choice import TokenizerChoice
+from trainmerge.checkpoints.choice import TokenizerChoice, TokenRow
 from trainmerge.checkpoints.chosen_base import with_rows
 from trainmerge.checkpoints.integrity import (
     Stamp,
@@ -89,6 +89,7 @@ __all__ = [
     "SideModule",
     "Sources",
     "Stamp",
+    "TokenRow",
     "TokenizerChoice",
     "as_recorded",
     "as_then",

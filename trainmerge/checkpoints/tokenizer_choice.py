@@ -100,10 +100,10 @@ def _unknown(chosen: Chosen) -> Iterator[str]:
         if token not in chosen.ids:
             yield f"tokens: the merge's tokenizer has no token {token!r}"
         wanted = token if row.token is None else row.token
-        if row.side is None or isinstance(wanted, int):
+        if row.source is None or isinstance(wanted, int):
             continue
-        if wanted not in chosen.vocabularies[row.side].tokens.values():
-            yield f"tokens: {token!r} takes the row of {wanted!r} of {row.side}, whose tokenizer lacks it"
+        if wanted not in chosen.vocabularies[row.source].tokens.values():
+            yield f"tokens: {token!r} takes the row of {wanted!r} of {row.source}, whose tokenizer lacks it"
 
 
 def rows_of(config: Mapping[str, Any]) -> int:

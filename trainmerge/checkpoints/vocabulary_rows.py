@@ -133,15 +133,15 @@ def _given(chosen: Chosen, name: str, counts: Mapping[str, int]) -> dict[int, Gi
     found = {}
     for token, row in chosen.choice.tokens:
         own = 0
-        if row.side is not None:
-            keys = keys_of(chosen.vocabularies[row.side].tokens, counts[row.side])
+        if row.source is not None:
+            keys = keys_of(chosen.vocabularies[row.source].tokens, counts[row.source])
             own = row.token if isinstance(row.token, int) else keys.get(row.token or token, -1)
-            if not 0 <= own < counts[row.side]:
+            if not 0 <= own < counts[row.source]:
                 raise ValueError(
-                    f"{chosen.folders[row.side]}: {name} has {counts[row.side]} rows, and none for the row "
-                    f"of the token {token!r}"
+                    f"{chosen.folders[row.source]}: {name} has {counts[row.source]} rows, and none for the "
+                    f"row of the token {token!r}"
                 )
-        found[chosen.ids[token]] = GivenRow(row.side, own, row.force)
+        found[chosen.ids[token]] = GivenRow(row.source, own, row.force)
     return found
 
 

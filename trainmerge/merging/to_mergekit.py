@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
-from trainmerge.checkpoints import TokenizerChoice
+from trainmerge.checkpoints.choice import BASE, UNION
 from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.merging.tokenizer import Tokenizer, TokenSource
 from trainmerge.merging.values import places, value_at
 from trainmerge.preprocess import Breadcrumbs, Preprocess, Ties
 from trainmerge.run.folder import RunFolder
@@ -48,7 +49,7 @@ def to_mergekit(run: str | Path, file: str | Path) -> Path:
     content = {
         "merge_method": method, "base_model": recipe.base, "models": models,
         **({"parameters": parameters} if parameters else {}), "dtype": "float32", **out,
-        **({} if recipe.choice.is_default else {"tokenizer_source": recipe.choice.tokenizer}),
+        **_tokenizer(recipe).to_plain(),
     }  # fmt: skip
     write_whole(Path(file), yaml.safe_dump(content, sort_keys=False, width=110))
     return Path(file)
@@ -73,8 +74,22 @@ def _inexpressible(recipe: Recipe, coefficients: Coefficients) -> Iterator[str]:
             yield "Ties with different coefficients per expert: mergekit elects signs after weighting"
     if recipe.vocabulary == "shared":
         yield "vocabulary: shared"
-    if recipe.choice not in (TokenizerChoice(), TokenizerChoice("union")):
-        yield "tokenizer, chat_template, generation_config or pad_to_multiple, except tokenizer: union"
+    if recipe.chat_template is not None or recipe.generation_config is not None:
+        yield "chat_template or generation_config of a model"
+
+
+def _tokenizer(recipe: Recipe) -> Tokenizer:
+    """The recipe's tokenizer and rows of tokens, with folders in place of names."""
+    choice = recipe.choice
+    if choice.is_default:
+        return Tokenizer()
+    places = {BASE: recipe.base, UNION: UNION, **{name: _folder(recipe, name) for name in recipe.experts}}
+    source = BASE if choice.tokenizer == BASE else places[choice.tokenizer]
+    tokens = {
+        token: TokenSource(None if row.source is None else places[row.source], row.token, row.force)
+        for token, row in choice.tokens
+    }
+    return Tokenizer(source, tokens, choice.pad_to_multiple)
 
 
 def _chunks(coefficients: Coefficients, name: str, values: Any) -> list[tuple[float, ...]]:

@@ -36,7 +36,7 @@ def choose_tokenizer(
         (token, TokenRow(None if own.model is None else sides[own.model], own.token, own.force))
         for token, own in tokenizer.tokens.items()
     )
-    by_token = bool(tokens) or (tokenizer.source is not None and source == BASE and _differ(folders))
+    by_token = tokenizer.source is not None and source == BASE and _differ(folders)
     template = _template(tokenizer, sides, folders, source)
     choice = TokenizerChoice(source, template, None, tokenizer.pad_to_multiple_of, by_token, False, tokens)
     return replace(choice, equal=equal) if choice.moves_rows else choice

@@ -11,6 +11,7 @@ from trainmerge.checkpoints import (
     Sources,
     Stamp,
     TokenizerChoice,
+    TokenRow,
     as_then,
     open_checkpoint,
     stamps,
@@ -49,6 +50,7 @@ class Recipe:
         generation_config: `base` or an expert's name; by default the base's. With this or another of these
             keys, the ends of an answer are those of base and all experts.
         pad_to_multiple: Rows of the embedding are a multiple of this number.
+        tokens: Token -> the row of models that lack it, or of all; by default as under `tokenizer`.
     """
 
     base: str
@@ -63,6 +65,7 @@ class Recipe:
     chat_template: str | None = field(default=None, metadata={"added": "0.2.0"})
     generation_config: str | None = field(default=None, metadata={"added": "0.2.0"})
     pad_to_multiple: int | None = field(default=None, metadata={"added": "0.2.0"})
+    tokens: Mapping[str, TokenRow] | None = field(default=None, metadata={"added": "0.2.0"})
 
     def __post_init__(self) -> None:
         check_fields(self, "recipe", pad_to_multiple="[1, 1e6]")
@@ -106,7 +109,10 @@ class Recipe:
         """Whose tokenizer, chat template and generation settings the merge has."""
         union = self.vocabulary == "union" and self.tokenizer is None
         tokenizer = "union" if union else self.tokenizer or "base"
-        return TokenizerChoice(tokenizer, self.chat_template, self.generation_config, self.pad_to_multiple)
+        return TokenizerChoice(
+            tokenizer, self.chat_template, self.generation_config, self.pad_to_multiple,
+            tokens=tuple((self.tokens or {}).items()),
+        )  # fmt: skip
 
     def tokenizer_folder(self, workspace: Path) -> str:
         """The merge's tokenizer: the base, or a folder in the workspace, made if it is not there.
