@@ -15,8 +15,9 @@ from tests.ranks import join_group, run
 from tests.world import bert, llama
 from trainmerge.checkpoints import load_meta_model, load_model, open_checkpoint
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched, inner_products, run_merges
-from trainmerge.model.fsdp import pass_bytes, shard_bytes, shard_model, units
+from trainmerge.model.fsdp import pass_bytes, shard_bytes, shard_model
 from trainmerge.model.row_shards import DeltaShard, local, shard_rows
+from trainmerge.model.units import units
 from trainmerge.system import distributed
 from trainmerge.task_vectors.places import is_place
 

@@ -44,8 +44,7 @@ class StepGradient:
 
         Rows of experts are combined as gradients of `raw`, which is what the optimizer moves.
         """
-        self.merged.materialise()
-        losses, rows = self._means(step)
+        losses, rows = self._means(step, merge=True)
         # An overflow is computed again with a smaller scale; a loss that is not finite is no overflow.
         while not self.merged.loss_scale.settle(_finite(rows) or not _finite(*losses.values())):
             losses, rows = self._means(step)
@@ -66,34 +65,38 @@ class StepGradient:
             nn.utils.clip_grad_norm_(coefficients.parameters(), clip)
         return penalty.detach()
 
-    def _means(self, step: Step) -> tuple[dict[str, Tensor], Tensor]:
-        """Means over processes of the losses and of the rows [m, K, G]: all that is reduced."""
-        losses, rows = self._rows(step)
+    def _means(self, step: Step, merge: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+        """Means over processes of the losses and of the rows [m, K, G]: all that is reduced.
+
+        `merge`: the first forwards write the merge, which is there otherwise.
+        """
+        losses, rows = self._rows(step, merge)
         mine = torch.cat([torch.stack(list(losses.values())).to(rows), rows.flatten()])
         mean = self.mean(mine)
         return dict(zip(losses, mean, strict=False)), mean[len(losses) :].view_as(rows)
 
-    def _rows(self, step: Step) -> tuple[dict[str, Tensor], Tensor]:
+    def _rows(self, step: Step, merge: bool) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of this process, and one gradient per expert with a rule, else their sum: [m, K, G]."""
         losses: dict[str, Tensor] = {}
         rows = []
         with self.merged.tapped():
             if self.rule is None:
                 *parts, last = rounds(step, self.schedule)
-                for batches in [*parts, last]:
+                for i, batches in enumerate([*parts, last]):
                     with self.merged.last_backward() if batches is last else nullcontext():
-                        own = self._backward(batches)
+                        own = self._backward(batches, merge and i == 0)
                     for name, loss in own.items():
                         losses[name] = losses[name] + loss if name in losses else loss
                 return losses, self.merged.gradient()[None]
-            for batch in step:
-                losses |= self._backward([batch])
+            for i, batch in enumerate(step):
+                losses |= self._backward([batch], merge and i == 0)
                 rows.append(self.merged.gradient())
         return losses, torch.stack(rows)
 
-    def _backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def _backward(self, batches: Sequence[Batch], merge: bool) -> dict[str, Tensor]:
         """Forwards of some tasks and one backward; the tasks' weighted losses."""
-        losses = {self.names[batch.expert]: self.loss(batch) for batch in batches}
+        with self.merged.merging() if merge else nullcontext():
+            losses = {self.names[batch.expert]: self.loss(batch) for batch in batches}
         self.backward(torch.stack(list(losses.values())).sum())
         return {name: loss.detach() for name, loss in losses.items()}
 

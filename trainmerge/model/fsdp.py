@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from trainmerge.checkpoints import Checkpoint, LoadedModel, compute, computed_parameters
 from trainmerge.model.row_shards import local, local_rows
+from trainmerge.model.units import units
 from trainmerge.system import distributed
 from trainmerge.task_vectors.places import is_place
 
@@ -86,37 +87,6 @@ def shard_model(
     for name, inside in names.items():
         local(parameters[inside]).copy_(base.read(name)[local_rows(parameters[inside])])
     return root
-
-
-def units(module: nn.Module) -> list[nn.Module]:
-    """The units gathered one at a time: numbered blocks, and embeddings and linear layers outside them.
-
-    A module that shares a weight with another (tied embeddings) is gathered with the root instead.
-    """
-    owners: dict[int, list[nn.Module]] = {}
-    for owner in module.modules():
-        for parameter in owner.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(owner)
-
-    def alone(candidate: nn.Module) -> bool:
-        inside = set(candidate.modules())
-        own = list(candidate.parameters())
-        return bool(own) and all(owner in inside for p in own for owner in owners[id(p)])
-
-    found: list[nn.Module] = []
-
-    def look(place: nn.Module, numbered: bool) -> None:
-        container = isinstance(place, nn.ModuleList | nn.ModuleDict)
-        large = isinstance(place, nn.Embedding | nn.Linear)
-        if (large or (numbered and not container)) and alone(place):
-            found.append(place)
-            return
-        for child in place.children():
-            look(child, isinstance(place, nn.ModuleList))
-
-    for child in module.children():
-        look(child, False)
-    return found
 
 
 def _mesh(device: torch.device, shards: int) -> DeviceMesh:

@@ -3,17 +3,21 @@
 Legend: `K` experts.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Gathered, run_merges, shareable
 from trainmerge.model.concrete import ConcreteMasks
 from trainmerge.model.exact import exact
+from trainmerge.model.pass_order import successors
 from trainmerge.model.placed import Placed, check_apart
+from trainmerge.model.postponed import by_unit, grouped, postponed
 from trainmerge.model.residency import Residency
 from trainmerge.model.supplied import Supplied
 from trainmerge.task_vectors.delta import TaskVectors
@@ -46,6 +50,7 @@ class MergedWeights:
         self.placed = Placed.of(module, task_vectors.deltas, self.names)
         self.parameters = self.placed.views()
         self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
+        self._owners = {name: self.placed.owners[name] for name in self._parameters}
         check_apart(self.parameters, task_vectors.deltas)
         link = link_to(next(module.parameters()).device)
         self._supplied = Supplied(task_vectors, self.parameters, residency, link)
@@ -58,6 +63,36 @@ class MergedWeights:
         self._write(self.task_vectors, names, lambda name: self.coefficients.of(name, values))
         if self.masks is not None:
             self.masks.mask_all(self._parameters, self.task_vectors.deltas)
+
+    @contextmanager
+    def merging(self) -> Iterator[None]:
+        """`materialise` for the forwards in this context; the whole merge is written at its end.
+
+        If task vectors are sent over a link, each unit of the module is merged just before its own forward
+        (`model.postponed`), beside which the next ones are sent. The weights are the same, bit by bit.
+        """
+        unit_of = by_unit(self.module, self._owners) if self._postpones() else {}
+        if not unit_of:
+            self.materialise()
+            yield
+            return
+        values = self.coefficients().detach().cpu()
+        outside, groups = grouped(self._supplied.order.of_merge(self._parameters), unit_of)
+        following = successors(chain(outside, *groups.values()))
+
+        def write(names: Sequence[str]) -> None:
+            self._merge(self.task_vectors, names, lambda name: self.coefficients.of(name, values), following)
+
+        torch.clear_autocast_cache()  # not again within the forwards, which share casts
+        with torch.no_grad():
+            write(outside)
+        with postponed(groups, self._owners, write):
+            yield
+
+    def _postpones(self) -> bool:
+        """Whether units are merged one by one: not on shards, which are gathered ahead, nor under masks."""
+        whole = not any(isinstance(own, DTensor) for own in self._owners.values())
+        return self._supplied.sends and self.masks is None and whole
 
     @contextmanager
     def teacher(self, expert: int) -> Iterator[nn.Module]:
@@ -95,10 +130,19 @@ class MergedWeights:
     def _write(
         self, source: TaskVectors, names: Iterable[str], coefficients: Callable[[str], Tensor]
     ) -> None:
+        self._merge(source, names, coefficients)
+        torch.clear_autocast_cache()  # autocast caches casts of the previous weights
+
+    def _merge(
+        self,
+        source: TaskVectors,
+        names: Iterable[str],
+        coefficients: Callable[[str], Tensor],
+        following: Mapping[str, str] | None = None,
+    ) -> None:
         merges = Gathered(run_merges)
         with exact(next(self.module.parameters())):
-            for name, delta in self._supplied.to_merge(source, names):
+            for name, delta in self._supplied.to_merge(source, names, following):
                 for merge in delta.merges(self.placed.written(name), coefficients(name)):
                     merges.add(merge, shareable(merge, self._supplied.stays(source, name)))
             merges.flush()
-        torch.clear_autocast_cache()  # autocast caches casts of the previous weights

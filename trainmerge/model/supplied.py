@@ -33,11 +33,18 @@ class Supplied:
         self._supply, self._held = self._supply_of(task_vectors, residency), residency.at("device")
         self.order = PassOrder()
 
-    def to_merge(self, source: TaskVectors, names: Iterable[str]) -> Iterator[tuple[str, Delta | DeltaShard]]:
-        """These deltas of any task vectors, one after the other."""
+    @property
+    def sends(self) -> bool:
+        """Whether a pass over the task vectors waits for a link."""
+        return self._link is not None and not self._held.issuperset(self._own.deltas)
+
+    def to_merge(
+        self, source: TaskVectors, names: Iterable[str], following: Mapping[str, str] | None = None
+    ) -> Iterator[tuple[str, Delta | DeltaShard]]:
+        """These deltas of any task vectors, in order; `following` are the successors in a longer pass."""
         supply = self._supply if source is self._own else self._supply_of(source, Residency())
         order = [*names]
-        after = successors(order)
+        after = successors(order) if following is None else following
         for name in order:
             yield name, as_shard(supply.take(name, after), self._parameters[name])
 

@@ -101,7 +101,7 @@ class Plan:
             operators=transient - largest,
             preparation=max(0, sizes.beforehand - self.dry_run.peak),
             vectors=vectors,
-            prefetched=2 * _share(sizes.widest, shards) * (prefetches and sending),
+            prefetched=2 * _share(sizes.ahead, shards) * (prefetches and sending),
             launches=min(waiting(kind), sizes.vectors + sizes.weights),
             scratch=SCRATCH,
             coefficients=STATE * sizes.coefficients,

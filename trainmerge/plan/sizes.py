@@ -7,6 +7,7 @@ from itertools import groupby
 from torch import nn
 
 from trainmerge.task_vectors.parameter_names import block_of
+from trainmerge.task_vectors.prefetch import largest_block
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Sizes:
     block: int  # the largest block of the network, which a sharded model gathers at a time
     vectors: int  # base and task vectors of the merged parameters, which a merge reads
     learned: int  # of the learned ones, which the coefficients' gradient reads
-    widest: int  # of these, the largest of one parameter
+    ahead: int  # of `vectors`, the largest of one block, which is sent ahead of its use
     files: int  # all mapped files: base, experts, recorded expert outputs
     beforehand: int = 0  # needed by loading, or by recording an expert, in addition to the model
     read: Mapping[str, int] = field(default_factory=dict)  # `vectors` of each merged parameter
@@ -53,7 +54,7 @@ def sizes_of(
         block=max(sum(stored[name] for name in block) for _, block in groupby(stored, block_of)),
         vectors=sum(read.values()),
         learned=sum(read[name] for name in learned),
-        widest=max(read.values()),
+        ahead=largest_block(read),
         files=files,
         beforehand=beforehand,
         read=read,

@@ -15,7 +15,7 @@ CAPTIONS = {
     "operators": "temporaries of operators",
     "preparation": "loading and recording, in excess of a step",
     "vectors": "base and task vectors that stay",
-    "prefetched": "prefetched task vectors, two parameters",
+    "prefetched": "prefetched task vectors, two blocks",
     "launches": "queued for a Triton kernel launch",
     "scratch": "scratch buffers",
     "coefficients": "coefficients and optimizer",
@@ -37,7 +37,7 @@ class StepMemory:
         operators: Temporaries of operators.
         preparation: Needs of loading, or of recording an expert, in excess of a step.
         vectors: Base and task vectors that are held on the device.
-        prefetched: Base and task vectors of two parameters, which cross the link.
+        prefetched: Base and task vectors of two blocks, which cross the link.
         launches: Tensors queued for a Triton kernel launch.
         scratch: Float32 buffers of the two passes.
         coefficients: Coefficients and the optimizer's state.

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from trainmerge.task_vectors.delta import Delta
 from trainmerge.task_vectors.link import Link, copied
+from trainmerge.task_vectors.parameter_names import block_of
 
 
 class Supply(Protocol):
@@ -63,12 +64,12 @@ class Prefetch:
         self._stay: dict[str, Future[Delta]] = {}
         self._buffer: dict[str, Future[Delta]] = {}  # the least recently used first
         self._sizes = {name: delta.nbytes for name, delta in deltas.items()}
-        self._widest = max(self._sizes.values(), default=0)
+        self._ahead = largest_block(self._sizes)
 
     def take(self, name: str, after: Mapping[str, str]) -> Delta:
         """One parameter's delta on the device; the next ones begin to be sent.
 
-        The buffer has at most twice the bytes of the largest parameter.
+        The buffer has at most twice the bytes of the largest block.
         """
         coming = self._coming(name, after)
         self._make_room({name, *coming} - {*self._on_device})
@@ -80,9 +81,9 @@ class Prefetch:
         return delta
 
     def _coming(self, name: str, after: Mapping[str, str]) -> list[str]:
-        """The next parameters that are not on the device for good, up to the bytes of the largest one."""
+        """The next parameters that are not on the device for good, up to the bytes of the largest block."""
         coming: list[str] = []
-        left, seen = self._widest, {name}
+        left, seen = self._ahead, {name}
         while (name := after.get(name, "")) and name not in seen:
             seen.add(name)
             if name in self._stay:
@@ -97,7 +98,7 @@ class Prefetch:
         """Drop the least recently used until the needed ones fit."""
         total = sum(self._sizes[name] for name in {*self._buffer, *needed})
         for name in [name for name in self._buffer if name not in needed]:
-            if total <= 2 * self._widest:
+            if total <= 2 * self._ahead:
                 break
             self._buffer.pop(name).cancel()
             total -= self._sizes[name]
@@ -122,6 +123,18 @@ class Prefetch:
         if name not in self._host:
             self._host[name] = self._link.hold(self._deltas[name])
         return self._host[name]
+
+
+def largest_block(sizes: Mapping[str, int]) -> int:
+    """The largest sum of the sizes of one block's parameters: how far ahead of their use they are sent.
+
+    >>> largest_block({"embed.weight": 5, "layers.0.up.weight": 3, "layers.0.down.weight": 4})
+    7
+    """
+    blocks: dict[str, int] = {}
+    for name, size in sizes.items():
+        blocks[block_of(name)] = blocks.get(block_of(name), 0) + size
+    return max(blocks.values(), default=0)
 
 
 def supply_of(
