@@ -141,13 +141,15 @@ GPT2 = Family(
 )  # fmt: skip
 VIT = Family(
     ("vit.",),
-    r"encoder\.layer\.\d+",
+    r"(?:encoder\.layer|layers)\.\d+",  # in files, and in memory
     attention(
         "attention.attention.query", "attention.attention.key", "attention.attention.value",
         "attention.output.dense",
     )
-    | norm("layernorm_before") | norm("layernorm_after")
-    | linear("intermediate.dense", "neurons", STREAM) | linear("output.dense", STREAM, "neurons"),
+    | linear("intermediate.dense", "neurons", STREAM) | linear("output.dense", STREAM, "neurons")
+    | attention(*(f"attention.{kind}_proj" for kind in "qkvo"))
+    | linear("mlp.fc1", "neurons", STREAM) | linear("mlp.fc2", STREAM, "neurons")
+    | norm("layernorm_before") | norm("layernorm_after"),
     {f"embeddings.{kind}": (Touch(STREAM, 2),) for kind in ("cls_token", "position_embeddings", "mask_token")}
     | linear("embeddings.patch_embeddings.projection", STREAM, None)
     | norm("layernorm") | linear("pooler.dense", None, STREAM),
