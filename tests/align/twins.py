@@ -75,13 +75,13 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def logits(module: PreTrainedModel) -> Tensor:
+def logits(module: PreTrainedModel, tokens: int = 41) -> Tensor:
     """Its outputs on fixed inputs."""
     dice = torch.Generator().manual_seed(7)
     if module.config.model_type == "vit":
         given = {"pixel_values": torch.randn(2, 3, 8, 8, generator=dice, dtype=torch.float64)}
     else:
-        given = {"input_ids": torch.randint(1, 41, (2, 9), generator=dice)}
+        given = {"input_ids": torch.randint(1, tokens, (2, 9), generator=dice)}
     return torch.as_tensor(module(**given).logits)
 
 
@@ -111,27 +111,31 @@ def under(module: PreTrainedModel, maps: dict[str, UnitMap]) -> dict[str, Tensor
 def shuffles(module: PreTrainedModel, kinds: str, seed: int = 3) -> dict[str, UnitMap]:
     """Random orders: `neurons`, `heads` and `stream`, whichever are in the text."""
     dice = torch.Generator().manual_seed(seed)
-    own = spaces(module)
+    own, state = spaces(module), weights(module)
     H, G = own.heads, own.shared
+    size = Pair(own, state.__getitem__, state.__getitem__).units
     maps: dict[str, UnitMap] = {}
     for layer in own.layers:
         if "neurons" in kinds:
-            maps[f"{layer} neurons"] = UnitMap(torch.randperm(24 if "h." not in layer else 64, generator=dice))
+            space = f"{layer} neurons"
+            maps[space] = UnitMap(torch.randperm(size(space), generator=dice))
         if "heads" in kinds:
             keys = torch.randperm(G, generator=dice)
             queries = torch.cat([key * (H // G) + torch.randperm(H // G, generator=dice) for key in keys])
             maps |= {f"{layer} query": UnitMap(queries), f"{layer} output": UnitMap(queries)}
             maps |= {f"{layer} key": UnitMap(keys), f"{layer} value": UnitMap(keys)}
     if "stream" in kinds:
-        maps[STREAM] = UnitMap(torch.randperm(16, generator=dice))
+        maps[STREAM] = UnitMap(torch.randperm(size(STREAM), generator=dice))
     return maps
 
 
-def locks(module: PreTrainedModel, kinds: str, seed: int = 4, free: bool = False) -> dict[str, UnitMap]:
-    """Random gauges: of `query` with keys, and of `value` with outputs. `free`: as without rotary positions."""
+def locks(
+    module: PreTrainedModel, kinds: str, seed: int = 4, free: bool = False, d: int = 4
+) -> dict[str, UnitMap]:
+    """Random gauges: of `query` with keys, of `value` with outputs. `free`: as without rotary positions."""
     dice = torch.Generator().manual_seed(seed)
     own = spaces(module)
-    H, G, d = own.heads, own.shared, 4
+    H, G = own.heads, own.shared
     maps: dict[str, UnitMap] = {}
 
     def lock(layer: str, left: str, right: str, matrices: Tensor) -> None:

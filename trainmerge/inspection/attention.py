@@ -14,12 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainmerge.align import changes, is_locked
+from trainmerge.align import FAMILIES, changes, is_locked
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.inspection.findings import Finding
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.delta import TaskVectors, dense_term
 from trainmerge.task_vectors.parameter_names import block_of, heads_of, kind_of
+
+UNLOCK = "recipe.align: [trainmerge.Gauge] undoes it"
+EXCLUDE = "exclude these, or get the expert as it was trained"
 
 
 class _Pair(NamedTuple):
@@ -58,14 +61,14 @@ def attention_findings(base: Checkpoint, task_vectors: TaskVectors) -> Iterator[
                 "warning",
                 f"{expert}: the attention weights of {listed(moved)} changed, but their products hardly did: "
                 "a gauge shift, or protection against merging",
-                "exclude these, or get the expert as it was trained",
+                f"{UNLOCK}; or exclude these" if base.config.get("model_type") in FAMILIES else EXCLUDE,
             )
 
 
 def _only_factors(task_vectors: TaskVectors, pair: _Pair, expert: int) -> bool:
     """Whether an expert changed the factors, but hardly their product."""
-    before = [_of(task_vectors, name, None) for name in (pair.left, pair.right)]
-    after = [_of(task_vectors, name, expert) for name in (pair.left, pair.right)]
+    before = [weight_of(task_vectors, name, None) for name in (pair.left, pair.right)]
+    after = [weight_of(task_vectors, name, expert) for name in (pair.left, pair.right)]
     if pair.across:
         before[0], after[0] = before[0].T, after[0].T
     factors, product = changes(before[0], before[1], after[0], after[1], pair.heads, pair.shared)
@@ -91,7 +94,7 @@ def _module(name: str) -> str:
     return f"{block_of(name)}{' cross' if cross else ''}"
 
 
-def _of(task_vectors: TaskVectors, name: str, expert: int | None) -> Tensor:
+def weight_of(task_vectors: TaskVectors, name: str, expert: int | None) -> Tensor:
     """The base's weight, or the expert's own, float32."""
     delta = task_vectors.deltas[name]
     if expert is None:

@@ -71,6 +71,8 @@ def _inexpressible(recipe: Recipe, coefficients: Coefficients) -> Iterator[str]:
             yield "Ties with different coefficients per expert: mergekit elects signs after weighting"
     if recipe.vocabulary == "shared":
         yield "vocabulary: shared"
+    if recipe.align:
+        yield "align: mergekit takes the experts' weights as they are"
     if recipe.choice not in (TokenizerChoice(), TokenizerChoice("union")):
         yield "tokenizer, chat_template, generation_config or pad_to_multiple, except tokenizer: union"
 
