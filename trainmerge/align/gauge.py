@@ -19,11 +19,12 @@ from trainmerge.system.minimise import minimise
 from trainmerge.system.ranges import check_fields
 
 STEPS = 200
+GRADIENT = 1e-7  # of the relative distance, at which the descent stops
 
 
 @dataclass(frozen=True)
 class Gauge(Align):
-    """Undo what locks an expert against merging (MergeLock: Wang et al., Model Unmerging, arXiv 2509.01548).
+    """Undo what locks an expert against merging (MergeLock; Model Unmerging, arXiv 2509.01548).
 
     W_Q -> A W_Q with W_K -> A^-T W_K, and W_V -> C W_V with W_O -> W_O C^-1, leave attention unchanged and
     make a merge useless. Per key head, B minimises ||B Q - Q_0||^2 + ||B^-T K - K_0||^2, from (Q Q_0^+)^-1,
@@ -83,6 +84,14 @@ def unlock(q: Tensor, q0: Tensor, k: Tensor, k0: Tensor, rotary: bool) -> Tensor
         k0: The base's.
         rotary: B is a rotation and a scale per pair (j, j + d/2).
     """
+    if rotary:
+        z, z0 = _complex(q), _complex(q0)
+        ratio = (z0 * z.conj()).sum(-1) / (z * z.conj()).sum(-1)
+        first, start = _rotary(torch.view_as_real(ratio)), torch.view_as_real(torch.ones_like(ratio))
+    else:
+        first = torch.linalg.inv(q @ q0.mT @ torch.linalg.pinv(q0 @ q0.mT))
+        start = torch.eye(q.shape[1], dtype=q.dtype).repeat(len(q), 1, 1)
+    q, k = first @ q, torch.linalg.inv(first).mT @ k  # what is left to find is near the identity
     qq, cross = q @ q.mT, q @ q0.mT  # all that the distance depends on
     kk, across = k @ k.mT, k @ k0.mT
     size = float(q0.square().sum() + k0.square().sum())
@@ -95,13 +104,8 @@ def unlock(q: Tensor, q0: Tensor, k: Tensor, k0: Tensor, rotary: bool) -> Tensor
         value: Tensor = (own + other) / size
         return value
 
-    if rotary:
-        z, z0 = (_complex(one) for one in (q, q0))
-        start = torch.view_as_real((z0 * z.conj()).sum(-1) / (z * z.conj()).sum(-1))
-        found = minimise(loss, start, STEPS, 1e-12)
-        return _rotary(found)
-    start = torch.linalg.inv(cross @ torch.linalg.pinv(q0 @ q0.mT))
-    return minimise(loss, start, STEPS, 1e-12)
+    found = minimise(loss, start, STEPS, GRADIENT)
+    return (_rotary(found) if rotary else found) @ first
 
 
 def _complex(rows: Tensor) -> Tensor:
