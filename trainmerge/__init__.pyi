@@ -3,6 +3,11 @@
 A class is written into saved files by its public name, so a name stays here for as long as files have it.
 """
 
+from .align import Align as Align
+from .align import AttentionHeads as AttentionHeads
+from .align import Gauge as Gauge
+from .align import Neurons as Neurons
+from .align import ResidualStream as ResidualStream
 from .auto import Choice as Choice
 from .auto import auto_config as auto_config
 from .checkpoints.choice import TokenRow as TokenRow

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import trainmerge as tm
 from tests.contracts import assert_same_bits
 from tests.mixture_world import write_mixture, write_picture_mixture
+from trainmerge.align.assignment import assign
 from trainmerge.checkpoints import check_tensors, open_checkpoint
 from trainmerge.cli import main
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.mixtures.assignment import assign
 from trainmerge.mixtures.groups import plan_groups, read_errors, similarity
 from trainmerge.mixtures.layers import mixture_layers, shrunk_settings
 from trainmerge.mixtures.learn_groups import _Layer, students_of

@@ -129,5 +129,5 @@ def _recipe(file: Path) -> Recipe:
     return Recipe(
         recipe.base, recipe.experts, recipe.preprocess, Grouping(), recipe.ignore, recipe.vocabulary,
         recipe.allow_pickle, {}, recipe.tokenizer, recipe.chat_template, recipe.generation_config,
-        recipe.pad_to_multiple, recipe.tokens,
+        recipe.pad_to_multiple, recipe.tokens, recipe.align,
     )  # fmt: skip

@@ -8,20 +8,21 @@ are not checked.
 Legend: `H` heads, `d` their size, `D` hidden size.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from trainmerge.align import FAMILIES, changes, is_locked
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.inspection.findings import Finding
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.delta import TaskVectors, dense_term
-from trainmerge.task_vectors.parameter_names import block_of, kind_of
+from trainmerge.task_vectors.parameter_names import block_of, heads_of, kind_of
 
-MOVED = 0.05  # relative change of the factors, below which nothing is reported
-LOCKED = 0.2  # change of the product over that of the factors; fine-tuning has about 1
+UNLOCK = "recipe.align: [trainmerge.Gauge] undoes it"
+EXCLUDE = "exclude these, or get the expert as it was trained"
 
 
 class _Pair(NamedTuple):
@@ -46,7 +47,7 @@ class _Pair(NamedTuple):
 
 def attention_findings(base: Checkpoint, task_vectors: TaskVectors) -> Iterator[Finding]:
     """Experts whose attention weights changed while their products did not. Reads the attention weights."""
-    pairs = [_Pair(*pair, *_heads(base.config, pair[0])) for pair in _pairs(task_vectors)]
+    pairs = [_Pair(*pair, *heads_of(base.config, pair[0])) for pair in _pairs(task_vectors)]
     if unknown := [str(pair) for pair in pairs if not pair.fits(task_vectors)]:
         yield Finding(
             "note",
@@ -60,69 +61,18 @@ def attention_findings(base: Checkpoint, task_vectors: TaskVectors) -> Iterator[
                 "warning",
                 f"{expert}: the attention weights of {listed(moved)} changed, but their products hardly did: "
                 "a gauge shift, or protection against merging",
-                "exclude these, or get the expert as it was trained",
+                f"{UNLOCK}; or exclude these" if base.config.get("model_type") in FAMILIES else EXCLUDE,
             )
 
 
 def _only_factors(task_vectors: TaskVectors, pair: _Pair, expert: int) -> bool:
     """Whether an expert changed the factors, but hardly their product."""
-    before = [_of(task_vectors, name, None) for name in (pair.left, pair.right)]
-    after = [_of(task_vectors, name, expert) for name in (pair.left, pair.right)]
+    before = [weight_of(task_vectors, name, None) for name in (pair.left, pair.right)]
+    after = [weight_of(task_vectors, name, expert) for name in (pair.left, pair.right)]
     if pair.across:
         before[0], after[0] = before[0].T, after[0].T
     factors, product = changes(before[0], before[1], after[0], after[1], pair.heads, pair.shared)
-    return factors > MOVED and product < LOCKED * factors
-
-
-def changes(
-    left: Tensor, right: Tensor, left_after: Tensor, right_after: Tensor, heads: int, shared: int
-) -> tuple[float, float]:
-    """Relative change of two factors [H d, D] and [H' d, D], and of their product per head.
-
-    `heads` and `shared` are H and H'; H / H' heads of `left` share one of `right`. The D x D products are
-    never formed: ||L^T R||^2 is <L L^T, R R^T>, of d x d matrices.
-    """
-    own, others = (
-        [t.double().reshape(heads, -1, t.shape[-1]) for t in (left, left_after)],
-        [
-            t.double().reshape(shared, -1, t.shape[-1]).repeat_interleave(heads // shared, dim=0)
-            for t in (right, right_after)
-        ],
-    )
-
-    def inner(i: int, j: int) -> Tensor:
-        return ((own[i] @ own[j].mT) * (others[i] @ others[j].mT)).sum()
-
-    moved = (left_after - left).double().square().sum() + (right_after - right).double().square().sum()
-    size = left.double().square().sum() + right.double().square().sum()
-    difference = (inner(1, 1) + inner(0, 0) - 2 * inner(0, 1)).clamp(min=0)
-    return float((moved / size).sqrt()), float((difference / inner(0, 0)).sqrt())
-
-
-def _heads(config: Mapping[str, Any], name: str) -> tuple[int, int]:
-    """Numbers of query and key heads of the part of a model that has parameter `name`.
-
-    1 where its configuration gives none, or one number per stage.
-    """
-    own = _part(config, name.lower())
-    keys = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")
-    heads = next((own[key] for key in keys if isinstance(own.get(key), int) and own[key] > 0), 1)
-    shared = own.get("num_key_value_heads")
-    return heads, shared if isinstance(shared, int) and shared > 0 else heads
-
-
-def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The configuration of a part: `vision_config` of `vision_tower...`; the text model's elsewhere."""
-    parts = {
-        key.removesuffix("_config"): part
-        for key, part in config.items()
-        if key.endswith("_config") and isinstance(part, Mapping)
-    }
-    words = {stem: (stem, "visual") if stem == "vision" else (stem,) for stem in parts if stem != "text"}
-    for stem, known in words.items():
-        if any(word in name for word in known):
-            return parts[stem]
-    return parts.get("text", config)
+    return is_locked(factors, product)
 
 
 def _pairs(task_vectors: TaskVectors) -> Iterator[tuple[str, str, bool]]:
@@ -144,7 +94,7 @@ def _module(name: str) -> str:
     return f"{block_of(name)}{' cross' if cross else ''}"
 
 
-def _of(task_vectors: TaskVectors, name: str, expert: int | None) -> Tensor:
+def weight_of(task_vectors: TaskVectors, name: str, expert: int | None) -> Tensor:
     """The base's weight, or the expert's own, float32."""
     delta = task_vectors.deltas[name]
     if expert is None:

@@ -2,11 +2,12 @@
 
 import json
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
+from trainmerge.align import Align
 from trainmerge.checkpoints.whole import COEFFICIENTS, RECIPE
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.inspection.attention import attention_findings
@@ -21,6 +22,7 @@ from trainmerge.inspection.console import (
 )
 from trainmerge.inspection.fence import attempt, fenced
 from trainmerge.inspection.findings import Finding, Texts, expert_findings, read_texts, unchanged_tensors
+from trainmerge.inspection.permuted import permuted_experts, permuted_findings, suggested_alignment
 from trainmerge.inspection.sparse import is_sparse, sparse_findings
 from trainmerge.inspection.suggest import Suggestion, check_new, suggest, write_suggestion
 from trainmerge.inspection.weights import preprocess_findings, weight_findings
@@ -138,13 +140,20 @@ def _look(path: Path, recipe: Recipe, workspace: Path, weights: Weights, every: 
     findings += texts.findings
     geometry, measured = _measured(opened, weights)
     findings += measured
+    lined_up: list[Align] = list(recipe.align)
+    if geometry is not None and not recipe.align:
+        known = geometry
+        far, failed = attempt("permuted experts", lambda: permuted_experts(opened, known))
+        findings += [*failed, *permuted_findings(far or {})]
+        lined_up = suggested_alignment(far or {}, findings)
     findings += fenced("preprocessing", lambda: preprocess_findings(recipe, opened, geometry))
     if geometry is not None:
         print_geometry(opened.task_vectors.experts, geometry)
     sparse = geometry is not None and is_sparse(geometry, opened.task_vectors.shapes)
     heads = task_heads(recipe, opened)
     suggested, failed = attempt(
-        "a suggestion", lambda: suggest(recipe, texts.counts, geometry, heads, columns, sparse)
+        "a suggestion",
+        lambda: suggest(replace(recipe, align=lined_up), texts.counts, geometry, heads, columns, sparse),
     )
     return _Found(opened, texts, findings + failed, geometry, suggested)
 

@@ -58,6 +58,7 @@ def suggest(
     reasons["recipe.grouping.granularity"] = f"{fewest} examples per expert " + (
         "are enough for one coefficient per tensor" if fewest >= ENOUGH else "are few, so fewer coefficients"
     )
+    reasons |= _of_alignment(recipe)
     reasons |= {f"recipe.experts.{name}.head": "the head in its files is its own: not merged" for name in own}
     objective, reasons["model.objective"], steps, batch_size = _objective(recipe, found)
     start, reasons["model.initial"] = _start(K, geometry)
@@ -114,8 +115,14 @@ def _closed(recipe: Recipe, sparse: bool) -> Suggestion:
         + (f"; {RAM_REASON}" if sparse else ""),
         "model.initial": f"{'RAM' if sparse else 'TSV-M'}'s native coefficient",
         "trainer.max_steps": "nothing is learned",
+        **_of_alignment(recipe),
     }
     return Suggestion(settings, reasons)
+
+
+def _of_alignment(recipe: Recipe) -> dict[str, str]:
+    reason = "an expert is permuted or locked: its weights are not in the base's places"
+    return {"recipe.align": reason} if recipe.align else {}
 
 
 def _start(K: int, geometry: Geometry | None) -> tuple[float, str]:

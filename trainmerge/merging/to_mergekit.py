@@ -74,6 +74,8 @@ def _inexpressible(recipe: Recipe, coefficients: Coefficients) -> Iterator[str]:
             yield "Ties with different coefficients per expert: mergekit elects signs after weighting"
     if recipe.vocabulary == "shared":
         yield "vocabulary: shared"
+    if recipe.align:
+        yield "align: mergekit takes the experts' weights as they are"
     if recipe.chat_template is not None or recipe.generation_config is not None:
         yield "chat_template or generation_config of a model"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from trainmerge.mixtures.assignment import assign
+from trainmerge.align.assignment import assign
 from trainmerge.mixtures.experts import neuron_values
 from trainmerge.mixtures.saliency import Saliency
 

@@ -1,6 +1,7 @@
 """Every task's head, and heads that are another function than the classifier their file belongs to."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -87,7 +88,7 @@ def _own_heads(recipe: Recipe, opened: Opened | None) -> dict[str, OwnHead]:
     if not any(may_have_head(Path(expert.path)) for expert in recipe.experts.values()):
         return {}
     with TemporaryDirectory() as place:  # of adapters that peft merges
-        return recipe.open(Path(place)).own_heads
+        return replace(recipe, align=()).open(Path(place)).own_heads
 
 
 def unusable_heads(recipe: Recipe) -> Iterator[str]:

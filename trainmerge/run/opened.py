@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainmerge.align import Align
 from trainmerge.checkpoints import Checkpoint, Sources, Stamp, as_recorded, fingerprint, verify
 from trainmerge.coefficients.layout import Layout
 from trainmerge.system import distributed
@@ -30,6 +31,7 @@ class Opened:
     sources: Sources  # the places of the task vectors in files
     stamps: Mapping[str, Mapping[str, Stamp]]  # of the files, before they were read
     known_checksums: Mapping[str, Mapping[str, str]] | None = None
+    align: Sequence[Align] = ()  # what lined the experts up with the base
 
     @cached_property
     def checksums(self) -> dict[str, dict[str, str]]:
@@ -70,4 +72,5 @@ class Opened:
     def identity(self) -> str:
         """One digest of base and experts, by their contents and order."""
         vocabulary = [] if self.base.origin is None else [self.base.path.name]
-        return digest(json.dumps([self.checksums, list(self.ignore), *vocabulary]), length=64)
+        lined_up = [repr(list(self.align))] if self.align else []
+        return digest(json.dumps([self.checksums, list(self.ignore), *vocabulary, *lined_up]), length=64)

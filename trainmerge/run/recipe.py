@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from trainmerge.align import Align
 from trainmerge.checkpoints import (
     Checkpoint,
     Sources,
@@ -19,6 +20,7 @@ from trainmerge.checkpoints import (
 )
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.preprocess import Preprocess
+from trainmerge.run.alignment import Aligner
 from trainmerge.run.names import check_names
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe_tasks import Expert, HeldOut
@@ -51,6 +53,8 @@ class Recipe:
             keys, the ends of an answer are those of base and all experts.
         pad_to_multiple: Rows of the embedding are a multiple of this number.
         tokens: Token -> the row of models that lack it, or of all; by default as under `tokenizer`.
+        align: What lines full experts up with the base before task vectors are taken: `Neurons`,
+            `AttentionHeads`, `ResidualStream`, `Gauge`. Their functions stay the same.
     """
 
     base: str
@@ -66,9 +70,11 @@ class Recipe:
     generation_config: str | None = field(default=None, metadata={"added": "0.2.0"})
     pad_to_multiple: int | None = field(default=None, metadata={"added": "0.2.0"})
     tokens: Mapping[str, TokenRow] | None = field(default=None, metadata={"added": "0.2.0"})
+    align: Sequence[Align] = field(default=(), metadata={"added": "0.2.0"})
 
     def __post_init__(self) -> None:
         check_fields(self, "recipe", pad_to_multiple="[1, 1e6]")
+        object.__setattr__(self, "align", tuple(self.align))  # a list from a file equals the default
         if not self.experts:
             raise ValueError("recipe.experts is empty: name at least one expert")
         check_names([*self.experts, *self.held_out])
@@ -85,7 +91,7 @@ class Recipe:
                 )
 
     def open(self, workspace: Path | None = None) -> Opened:
-        """Check all headers and map the files; no weight is read.
+        """Check all headers and map the files; no weight is read, unless experts are aligned.
 
         Raises:
             ValueError: lists every mismatch between base and experts; or a pattern matches nothing.
@@ -102,6 +108,10 @@ class Recipe:
         shared = self.vocabulary == "shared"
         rules = Rules(self.ignore, self.allow_pickle, workspace, shared, own_heads)
         base, sources = find_chosen(base, experts, self.choice, rules)
+        if self.align:
+            calibration = {name: expert.calibration for name, expert in self.experts.items()}
+            lined_up = Aligner(base, self.align, self.ignore, self.allow_pickle, workspace)
+            sources = lined_up(sources, experts, calibration)
         return self._opened(base, sources, self.stamps())
 
     @property
@@ -161,7 +171,9 @@ class Recipe:
     ) -> Opened:
         task_vectors = sources.open(base)
         layout = self.grouping.layout(task_vectors.shapes, [*base.tensors, *base.side])
-        return Opened(base, task_vectors, layout, self.folders, self.ignore, sources, made, checksums)
+        return Opened(
+            base, task_vectors, layout, self.folders, self.ignore, sources, made, checksums, self.align
+        )
 
     @property
     def paths(self) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """A parameter's kind of module and its block, from its name alone, for any architecture."""
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 # The first pattern found in the lower-case name decides. Names are those of many transformers families.
 KINDS = {
@@ -103,3 +104,29 @@ def matches(name: str, patterns: Iterable[str]) -> str:
 def idle_patterns(patterns: Iterable[str], names: Collection[str]) -> list[str]:
     """The patterns that match none of the names."""
     return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+
+
+def heads_of(config: Mapping[str, Any], name: str = "") -> tuple[int, int]:
+    """Numbers of query and key heads of the part of a model that has parameter `name`.
+
+    1 where its configuration gives none, or one number per stage.
+    """
+    own = _part(config, name.lower())
+    keys = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")
+    heads = next((own[key] for key in keys if isinstance(own.get(key), int) and own[key] > 0), 1)
+    shared = own.get("num_key_value_heads")
+    return heads, shared if isinstance(shared, int) and shared > 0 else heads
+
+
+def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The configuration of a part: `vision_config` of `vision_tower...`; the text model's elsewhere."""
+    parts = {
+        key.removesuffix("_config"): part
+        for key, part in config.items()
+        if key.endswith("_config") and isinstance(part, Mapping)
+    }
+    words = {stem: (stem, "visual") if stem == "vision" else (stem,) for stem in parts if stem != "text"}
+    for stem, known in words.items():
+        if any(word in name for word in known):
+            return parts[stem]
+    return parts.get("text", config)

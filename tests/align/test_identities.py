@@ -1,0 +1,125 @@
+"""What keeps the function, family by family, and that a twin is put back in place."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.align.twins import FAMILIES, change_by, locks, model, shuffles, spaces, under, weights
+from trainmerge.align import AttentionHeads, Gauge, Neurons, Pair, ResidualStream, align, anatomy
+from trainmerge.align.families import STREAM
+from trainmerge.align.unit_map import UnitMap
+
+KEPT = 1e-9  # float64 through two layers; matrices of a condition below 1e3
+KEPT_32 = 1e-5  # norms that compute in float32
+EVERY = [ResidualStream(), AttentionHeads(), Neurons(), Gauge()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kinds", ["neurons", "heads", "stream"])
+def test_permutations_keep_the_function(family: str, kinds: str) -> None:
+    module = model(family)
+    moved = under(module, shuffles(module, kinds))
+    assert change_by(module, moved) < (KEPT_32 if kinds == "stream" else KEPT)
+    own = weights(module)
+    assert any(not torch.equal(moved[name], own[name]) for name in own)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gauges_keep_the_function(family: str) -> None:
+    module = model(family)
+    assert change_by(module, under(module, locks(module, "value"))) < KEPT
+    query = change_by(module, under(module, locks(module, "query")))
+    assert query < KEPT if spaces(module).gauges != "none" else query > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_rotary_positions_do_not_permit(family: str) -> None:
+    module = model(family)
+    assert change_by(module, under(module, locks(module, "query", free=True))) > 1e-2
+    across = torch.tensor([2, 1, 0, 3])  # query heads of two groups
+    maps = {f"{own} {kind}": UnitMap(across) for own in spaces(module).layers for kind in ("query", "output")}
+    assert change_by(module, under(module, maps)) > 1e-2
+
+
+def nudged(own: dict[str, Tensor], scale: float = 0.02) -> dict[str, Tensor]:
+    dice = torch.Generator().manual_seed(11)
+    return {
+        name: value + scale * torch.randn(value.shape, generator=dice, dtype=value.dtype)
+        for name, value in own.items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shuffled_twin_is_put_back_bit_for_bit(family: str) -> None:
+    module = model(family)
+    base, expert = weights(module), nudged(weights(module))
+    module.load_state_dict(expert, strict=False)
+    shuffled = under(module, shuffles(module, "neurons heads stream"))
+    found = align(Pair(spaces(module), base.__getitem__, shuffled.__getitem__), EVERY)
+    assert found.after < found.before / 4
+    for name in expert:
+        assert torch.equal(found.pair.aligned(name), expert[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_locked_expert_is_unlocked(family: str) -> None:
+    module = model(family)
+    base, expert = weights(module), nudged(weights(module), 0.005)
+    module.load_state_dict(expert, strict=False)
+    kinds = "value" if spaces(module).gauges == "none" else "query value"
+    locked = under(module, locks(module, kinds))
+    found = align(Pair(spaces(module), base.__getitem__, locked.__getitem__), [Gauge()])
+    assert found.gauges == 2 * len(kinds.split())
+    back = {name: found.pair.aligned(name) for name in expert}
+    module.load_state_dict(locked, strict=False)
+    assert change_by(module, back) < KEPT  # the same function
+
+    def distance(one: dict[str, Tensor]) -> float:
+        return sum(float((one[name] - expert[name]).square().sum()) for name in expert) ** 0.5
+
+    assert distance(back) < 0.02 * distance(locked)
+
+
+def test_a_locked_and_shuffled_expert() -> None:
+    module = model("bert")
+    base, expert = weights(module), nudged(weights(module), 0.005)
+    module.load_state_dict(under(module, locks(module, "query value")), strict=False)
+    both = under(module, shuffles(module, "heads neurons"))
+    found = align(Pair(spaces(module), base.__getitem__, both.__getitem__), EVERY)
+    assert found.after < 0.02 * found.before
+    assert found.gauges == 4
+    assert expert.keys() == base.keys()
+
+
+def test_the_identity_is_found_for_a_fine_tuned_expert() -> None:
+    module = model("llama")
+    base, expert = weights(module), nudged(weights(module), 0.05)
+    found = align(Pair(spaces(module), base.__getitem__, expert.__getitem__), EVERY)
+    assert found.is_identity
+    assert found.before == found.after
+    assert not found.pair.changed
+
+
+def test_maps_compose() -> None:
+    dice = torch.Generator().manual_seed(0)
+
+    def random() -> UnitMap:
+        order = torch.randperm(3, generator=dice)
+        return UnitMap(order, torch.randn(3, 2, 2, generator=dice, dtype=torch.float64))
+
+    tensor = torch.randn(5, 6, generator=dice, dtype=torch.float64)
+    touch = next(iter([t for _, t in spaces(model("bert")).touching(STREAM) if t.axis == 1]))
+    first, second = random(), random()
+    expected = second(first(tensor, touch), touch)
+    torch.testing.assert_close(first.then(second)(tensor, touch), expected)
+    plain = UnitMap(first.order)
+    torch.testing.assert_close(plain.then(second)(tensor, touch), second(plain(tensor, touch), touch))
+
+
+def test_an_unknown_family_and_an_unknown_tensor_are_named() -> None:
+    module = model("bert")
+    config = module.config.to_dict()
+    with pytest.raises(ValueError, match="'mamba'; it covers llama"):
+        anatomy({**config, "model_type": "mamba"}, [])
+    with pytest.raises(ValueError, match=r"further\.weight"):
+        anatomy(config, [*weights(module), "further.weight"])
