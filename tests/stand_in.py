@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainmerge.task_vectors.delta import Delta
 from trainmerge.task_vectors.link import copied, each_tensor
+from trainmerge.task_vectors.slabs import Slabs
 
 
 class CountedLink:
@@ -30,11 +31,20 @@ class CountedLink:
         self._free, self._lock = 0.0, threading.RLock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stand-in")
 
-    def hold(self, delta: Delta) -> Delta:
-        held = copied(delta)
-        self._origins[held.base.data_ptr()] = delta.base.data_ptr()
-        self.pinned += delta.nbytes
-        return held
+    def holder(self, total: int) -> Callable[[Delta], Delta]:
+        slabs = Slabs(total, self._pin)
+
+        def hold(delta: Delta) -> Delta:
+            held = each_tensor(delta, slabs.copy)
+            self._origins[held.base.data_ptr()] = delta.base.data_ptr()
+            return held
+
+        return hold
+
+    def _pin(self, size: int) -> Tensor:
+        """A buffer, rounded up as torch's pinned allocator does."""
+        self.pinned += 1 << (size - 1).bit_length()
+        return torch.empty(size, dtype=torch.uint8)
 
     def send(self, delta: Delta) -> Delta:
         began = time.perf_counter()

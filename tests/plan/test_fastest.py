@@ -12,8 +12,8 @@ from tests.fitting.test_fit import build
 from tests.stand_in import CountedLink, behind
 from tests.world import languages_recipe, write_languages, write_world
 from trainmerge.fitting.begin import Snapshot
+from trainmerge.fitting.memory_budget import plan_within
 from trainmerge.fitting.place import plan_on
-from trainmerge.fitting.plan_fit import plan_fit
 from trainmerge.fitting.plan_steps import keep_schedule
 from trainmerge.model import merged_weights
 from trainmerge.plan.devices import Device
@@ -108,9 +108,14 @@ def test_a_fit_takes_the_plan_of_its_device(
     monkeypatch.setattr(merged_weights, "link_to", behind(link))
     module, data = build(world, tmp_path / "run")
     assert module.schedule == StepSchedule(1)
-    plan_on(module, data, nullcontext, CARD)
-    plan = plan_fit(module, data, device=CARD)
+    plan = plan_on(module, data, nullcontext, CARD)
+    assert plan is not None
+    assert plan.schedule == module.schedule  # what a dry run shows
     assert plan.read == 2 * plan.sizes.vectors  # one pass for all tasks
+    replicated = plan_on(module, data, nullcontext, CARD, processes=data.batch_size)
+    assert replicated is not None
+    assert replicated.memory.model == plan.memory.model
+    assert replicated.memory.activations < plan.memory.activations  # of one example
     trainer = tm.make_trainer(tmp_path / "run", max_steps=2, accelerator="cpu", enable_progress_bar=False)
     tm.fit(module, data, trainer, tmp_path / "run")
     assert plan.memory.vectors == pytest.approx(link.alive, rel=0.05)
@@ -123,6 +128,11 @@ def test_without_room_or_a_plan(world: Path, tmp_path: Path, monkeypatch: pytest
     with pytest.warns(UserWarning, match="task vectors stay in their files: the fit needs"):
         plan_on(module, data, nullcontext, small)
     assert (module.schedule, module.room) == (StepSchedule(1), None)
+    with pytest.raises(
+        ValueError, match=r"that a plan may use on none, even with(.|\n)*model\.sharded"
+    ) as told:
+        plan_within(module, data, nullcontext, 1 << 20, small)
+    assert "`memory`" not in str(told.value)
     module, data = build(world, tmp_path / "device", vectors="device")
     monkeypatch.setattr("trainmerge.fitting.place.available", lambda: 1000)
     trainer = tm.make_trainer(tmp_path / "run", max_steps=2, accelerator="cpu", enable_progress_bar=False)

@@ -73,7 +73,8 @@ def test_a_7b_model_by_hand(tmp_path: Path) -> None:
     sent = replace(plan, vectors="file")
     assert sent.residency.sent == plan.read
     assert sent.seconds["merge and coefficient gradient"] == plan.read / 64e9  # over PCIe
-    assert (sent.memory.vectors, sent.memory.prefetched) == (0, 2 * 4 * plan.sizes.gradient)
+    block = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    assert (sent.memory.vectors, sent.memory.prefetched) == (0, 2 * (experts + 1) * block)
     assert sent.needed == sent.total
     with pytest.raises(ValueError, match="are free on the device: set model"):
         replace(plan, vectors="device", limit=plan.sizes.vectors).total  # noqa: B018

@@ -17,6 +17,7 @@ from trainmerge.cli.fit_words import fit_words
 from trainmerge.fitting.fit import fit
 from trainmerge.fitting.from_config import FitCLI, FitSettings, build_settings, from_config
 from trainmerge.fitting.plan_fit import plan_fit
+from trainmerge.fitting.plan_steps import plan_steps
 from trainmerge.fitting.preflight import check_heads, check_tasks
 from trainmerge.fitting.snapshots import Preempted
 from trainmerge.fitting.trainer import precision_of
@@ -79,11 +80,16 @@ def share_threads(trainer: pl.Trainer, chosen: Choice) -> None:
 
 
 def plan_of(settings: FitSettings) -> Plan:
-    """The fit's plan of memory and time. Raises ValueError for tasks that the fit itself refuses."""
-    if settings.trainer.max_steps:
-        check_heads(settings.module)
-        check_tasks(settings.module, settings.data)
-    return plan_fit(settings.module, settings.data, precision_of(settings.trainer))
+    """The fit's plan of memory and time: on a GPU, with the schedule that the fit chooses.
+
+    Raises:
+        ValueError: the fit itself would refuse its tasks, or there is no room where `model.vectors` asks.
+    """
+    module, data, trainer = settings.module, settings.data, settings.trainer
+    if trainer.max_steps:
+        check_heads(module)
+        check_tasks(module, data)
+    return plan_steps(module, data, trainer) or plan_fit(module, data, precision_of(trainer))
 
 
 def show_plan(config: Path) -> None:

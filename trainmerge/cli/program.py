@@ -132,9 +132,8 @@ def _run(name: str, words: list[str]) -> int:
         if not is_out_of_memory(error):
             raise
         again = "resumes" if name in RESUMABLE else "starts over"
-        full = (
-            f"memory is full ({str(error) or 'no more was given'}): close other programs, or raise the limit"
-        )
+        way = "lower data.batch_size or data.max_length" if "CUDA" in str(error) else "raise the limit"
+        full = f"memory is full ({str(error) or 'no more was given'}): close other programs, or {way}"
         print(f"trainmerge {name}: {full}; the same command {again}", file=sys.stderr)
         return 1
 

@@ -23,6 +23,7 @@ def plan_within(
     limit: int,
     device: Device | None = None,
     devices: int = 1,
+    processes: int = 0,
 ) -> Plan:
     """The fastest plan within `limit` bytes, with a margin; all schedules give the same gradient.
 
@@ -35,28 +36,30 @@ def plan_within(
         precision: The fit's autocast.
         limit: Bytes of each device's memory.
         device: The device; by default this processor, measured.
-        devices: The number of devices that share model and examples.
+        devices: The number of devices that share the model.
+        processes: The number of devices that share the examples, as many or more; 0 is `devices`.
 
     Raises:
         ValueError: none fits; with the last plan and remedies.
     """
-    device = device or measured()
+    device, processes = device or measured(), processes or devices
     together = module.rule is None
     # Sharded processes run the same number of forwards: a batch is split where all have as many examples.
-    even = devices == 1 or data.batch_size % devices == 0
+    even = devices == 1 or data.batch_size % processes == 0
     separable = not module.objective.couples and together and even
-    tasks = StepTasks(len(data.examples), -(-data.batch_size // devices), separable, together)
+    tasks = StepTasks(len(data.examples), -(-data.batch_size // processes), separable, together)
 
     def planned(schedule: StepSchedule) -> Plan:
-        return plan_fit(module, data, precision, device, devices, schedule, limit)
+        return plan_fit(module, data, precision, device, devices, schedule, limit, processes)
 
     plan, found = fastest(module.asked, tasks, planned, limit)
     if found:
         return plan
     table = "\n".join(f"  {caption}: {size}" for caption, size in plan.memory.rows())
+    source = f"that a plan may use on {device.name}" if device.memory else "of `memory`"
     raise ValueError(
-        f"the fit needs {format_size(plan.total)}, more than the {format_size(limit)} of `memory`, even with "
-        f"{plan.schedule}:\n{table}\n{_remedy(module, data)}"
+        f"the fit needs {format_size(plan.total)}, more than the {format_size(limit)} {source}, even with "
+        f"{plan.schedule}:\n{table}\n{_remedy(module, data, device)}"
     )
 
 
@@ -78,9 +81,13 @@ def watch_memory(limit: int) -> Iterator[None]:
         )
 
 
-def _remedy(module: MergeModule, data: Calibration) -> str:
+def _remedy(module: MergeModule, data: Calibration, device: Device) -> str:
     """Remedies that change what is learned, so only the user may choose them."""
-    ways = [f"set data.max_length below {data.max_length}", "data.batch_size lower", "raise `memory`"]
+    ways = [f"set data.max_length below {data.max_length}", "data.batch_size lower"]
+    if not device.memory:
+        ways.append("raise `memory`")
+    elif not module.settings.sharded:
+        ways.append("share the model among several devices (model.sharded)")
     if module.settings.weights == "stored" and any(
         t.dtype == torch.float32 for t in module.opened.base.tensors.values()
     ):

@@ -11,7 +11,7 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.plan_fit import Precision, read_bytes
 from trainmerge.model.residency import Room, Share, reside
 from trainmerge.plan.devices import Device, of_card
-from trainmerge.plan.plan import USABLE
+from trainmerge.plan.plan import USABLE, Plan
 from trainmerge.system.memory import available
 
 
@@ -32,27 +32,29 @@ def plan_on(
     device: Device,
     devices: int = 1,
     used: int = 0,
-) -> None:
+    processes: int = 0,
+) -> Plan | None:
     """Choose the module's schedule, and find the room for its task vectors on a device of known memory.
 
     The schedule depends on the whole memory, so that a resumed run has the same; the room leaves out the
-    `used` bytes of others. A model that cannot be planned is fitted all the same: with the schedule of least
-    memory, from files.
+    `used` bytes of others. `devices` share the model, `processes` the examples (`plan_fit`). A model that
+    cannot be planned is fitted all the same: with the schedule of least memory, from files; then there is no
+    plan to return.
 
     Raises:
         ValueError: there is no room where `model.vectors` asks for it.
     """
     limit = int(USABLE * device.memory)
     try:
-        plan = plan_within(module, data, precision, limit, device, devices)
+        plan = plan_within(module, data, precision, limit, device, devices, processes)
     except ValueError as error:
         if module.settings.vectors not in ("auto", "file"):
             raise
         warnings.warn(f"no plan of this fit, so task vectors stay in their files: {error}", stacklevel=2)
-        return
+        return None
+    plan = replace(plan, limit=max(1, limit - used))
     module.schedule, module.room = plan.schedule, plan.room
-    if module.room is not None:
-        module.room = replace(module.room, device=max(0, module.room.device - used))
+    return plan
 
 
 def used_of(device: torch.device) -> int:

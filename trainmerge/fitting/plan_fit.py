@@ -43,6 +43,7 @@ def plan_fit(
     devices: int = 1,
     schedule: StepSchedule | None = None,
     limit: int = 0,
+    processes: int = 0,
 ) -> Plan:
     """The plan of `tm.fit(module, data, ...)`: reads headers and the longest examples, but no weight.
 
@@ -51,16 +52,18 @@ def plan_fit(
         data: The calibration data; the dry run uses each expert's longest examples.
         precision: The fit's autocast.
         device: The device whose speeds give the times; by default this processor, measured.
-        devices: The number of devices that share model and examples.
+        devices: The number of devices that share the model.
         schedule: How a step is split into backwards; by default the module's.
         limit: Bytes of its memory that each device may use; 0 is 9 of 10 of a known memory.
+        processes: The number of devices that share the examples, as many or more; 0 is `devices`.
     """
     schedule = schedule or module.schedule
     if module.rule is not None:
         schedule = replace(schedule, tasks=1)  # each expert needs its own gradient
     model = _empty_model(module)
     data = module.on_policy.planned(data) if module.on_policy else data
-    step = [_longest(data, k, -(-data.batch_size // devices)) for k in range(len(data.examples))]
+    share = -(-data.batch_size // (processes or devices))
+    step = [_longest(data, k, share) for k in range(len(data.examples))]
     records = _records(module, data, step, model.module)
     learned = {parameter_of(model.names[name]) for name in module.opened.layout.learned}
     sizes = _sizes(module, model, records, learned)

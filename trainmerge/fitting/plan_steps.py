@@ -9,6 +9,7 @@ from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.place import card_of, check_held, plan_on, used_of
 from trainmerge.fitting.trainer import precision_of
 from trainmerge.plan.micro_batches import StepSchedule
+from trainmerge.plan.plan import Plan
 from trainmerge.system.memory import format_size
 
 
@@ -31,8 +32,10 @@ def cut_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer, limit
         print(f"memory: {format_size(plan.total)} planned, of {format_size(limit)}: {plan.schedule}")
 
 
-def plan_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> None:
+def plan_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> Plan | None:
     """Choose schedule and places for the trainer's device (`plan_on`); a CPU has its settings' own.
+
+    Returns the plan of a GPU; None where there is none.
 
     Raises:
         ValueError: there is no room where `model.vectors` asks for it.
@@ -41,9 +44,10 @@ def plan_steps(module: MergeModule, data: Calibration, trainer: pl.Trainer) -> N
     devices = module.settings.shards(trainer.world_size, trainer.num_devices)
     if device.type == "cuda":
         card = card_of(device, trainer.num_devices)
-        plan_on(module, data, precision_of(trainer), card, devices, used_of(device))
-    else:
-        check_held(module, devices)
+        sharing = devices, used_of(device), trainer.world_size
+        return plan_on(module, data, precision_of(trainer), card, *sharing)
+    check_held(module, devices)
+    return None
 
 
 def keep_schedule(module: MergeModule, snapshot: Snapshot, planned: bool) -> None:

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from trainmerge.task_vectors.delta import Delta
-
-LINE = 64  # bytes of a cache line, and of the widest vector registers
+from trainmerge.task_vectors.slabs import LINE, Slabs, copy_into
 
 
 class Link(Protocol):
     """How one device gets deltas."""
 
-    def hold(self, delta: Delta) -> Delta:
-        """A copy in host memory from which `send` is fast; made once."""
+    def holder(self, total: int) -> Callable[[Delta], Delta]:
+        """Makes copies in host memory from which `send` is fast, of so many bytes together."""
 
     def send(self, delta: Delta) -> Delta:
         """A copy on the device; called in the thread of `submit`."""
@@ -40,9 +39,10 @@ class CudaLink:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="link")
 
-    def hold(self, delta: Delta) -> Delta:
-        """A copy in pinned memory."""
-        return each_tensor(delta, Tensor.pin_memory)
+    def holder(self, total: int) -> Callable[[Delta], Delta]:
+        """Makes copies in few large buffers of pinned memory."""
+        slabs = Slabs(total, lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=True))
+        return lambda delta: each_tensor(delta, slabs.copy)
 
     def send(self, delta: Delta) -> Delta:
         """A copy on the GPU, through pinned memory that is freed afterwards unless the delta is in it."""
@@ -87,6 +87,4 @@ def _copied(part: Tensor) -> Tensor:
     """A copy that begins as many bytes after a cache line: products may depend on that."""
     if not part.is_contiguous():
         return part.clone()
-    memory = torch.empty(part.nbytes + LINE, dtype=torch.uint8)
-    first = (part.data_ptr() - memory.data_ptr()) % LINE
-    return memory[first : first + part.nbytes].view(part.dtype).view(part.shape).copy_(part)
+    return copy_into(torch.empty(part.nbytes + LINE, dtype=torch.uint8), part)

@@ -65,6 +65,7 @@ class Prefetch:
         self._buffer: dict[str, Future[Delta]] = {}  # the least recently used first
         self._sizes = {name: delta.nbytes for name, delta in deltas.items()}
         self._ahead = largest_block(self._sizes)
+        self._hold = link.holder(sum(self._sizes[name] for name in in_host))
 
     def take(self, name: str, after: Mapping[str, str]) -> Delta:
         """One parameter's delta on the device; the next ones begin to be sent.
@@ -121,7 +122,7 @@ class Prefetch:
         if name not in self._in_host:
             return self._deltas[name]
         if name not in self._host:
-            self._host[name] = self._link.hold(self._deltas[name])
+            self._host[name] = self._hold(self._deltas[name])
         return self._host[name]
 
 
