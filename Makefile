@@ -55,7 +55,7 @@ demo: data ## learn a merge of five experts, resume it, export it, score it, dra
 	$(BIN)/trainmerge report runs/demo
 
 test: data ## run the tests, one process per core
-	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 fuzz: $(READY) ## 100,000 mutated files at every door: SECONDS per door, ONLY some of the doors (hours)
 	@$(BIN)/python -m tests.fuzz --seconds "$(or $(SECONDS),3600)" --only "$(filter-out all,$(ONLY))"

@@ -68,8 +68,19 @@ def run(setting: Setting, arguments: list[str]) -> bool:
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads take the processor from those they await
         "TRAINMERGE_TEST_THREADS": str(setting.threads),
     }
-    workers = ["-n", WORKERS if setting.busy else "auto", "--maxprocesses", "8", "--dist", "loadfile"]
-    command = [sys.executable, "-m", "pytest", *workers, "-m", "not real", "-rfE", "--show-capture=no"]
+    workers = ["-n", WORKERS if setting.busy else "auto", "--maxprocesses", "8"]
+    files = ["--dist", "loadfile", "--no-loadscope-reorder"]  # those with long tests come first
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *workers,
+        *files,
+        "-m",
+        "not real",
+        "-rfE",
+        "--show-capture=no",
+    ]
     file, began = OUTPUTS / f"{setting.name}.txt", time.monotonic()
     with load(setting.busy), file.open("w") as output:
         done = subprocess.run(

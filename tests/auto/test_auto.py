@@ -23,7 +23,8 @@ from trainmerge.fitting.held_out import HeldOut
 from trainmerge.run.folder import RunFolder
 
 K = len(LABELS)
-pytestmark = [  # the experts are random
+pytestmark = [
+    pytest.mark.long,
     pytest.mark.filterwarnings("ignore:the best merge is further"),
     pytest.mark.filterwarnings("ignore:no merge is closer"),
 ]

@@ -15,6 +15,8 @@ from tests.world import write_world
 from trainmerge.cli import main
 from trainmerge.cli import program as cli
 
+pytestmark = pytest.mark.long
+
 WAIT = 300.0  # seconds, and no test waits for them unless something hangs
 
 

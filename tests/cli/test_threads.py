@@ -13,6 +13,8 @@ from tests.world import write_world
 from trainmerge.cli.threads import run_of, threads_of
 from trainmerge.system.threads import USERS
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize(
     "words",

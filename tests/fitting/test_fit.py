@@ -20,6 +20,8 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe_files import calibration_files
 from trainmerge.run.resume import resume_from
 
+pytestmark = pytest.mark.long
+
 STEPS = 11  # of 4 examples from 40: past the first pass over the data
 
 KILLED = """

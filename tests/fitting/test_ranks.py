@@ -25,6 +25,8 @@ from trainmerge.run.recipe_files import calibration_files
 from trainmerge.system import distributed
 from trainmerge.task_vectors.link import link_to
 
+pytestmark = pytest.mark.long
+
 STEPS, RATE = 3, 0.05
 
 

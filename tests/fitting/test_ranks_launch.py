@@ -20,6 +20,8 @@ from tests.world import recipe, write_world
 from trainmerge.fitting.trainer import check_strategy
 from trainmerge.run.folder import RunFolder
 
+pytestmark = pytest.mark.long
+
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",

@@ -18,6 +18,8 @@ from tests.world import write_world
 from trainmerge.data.batch import Step
 from trainmerge.run.folder import RunFolder
 
+pytestmark = pytest.mark.long
+
 STEPS = 6
 ENDS_WITHIN = 900  # seconds: the two that it takes, on any machine; a group that notices nothing waits 1800
 

@@ -10,6 +10,8 @@ import torch
 
 from trainmerge.kernels.inductor_cache import processor
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 COMPILED = """
