@@ -50,8 +50,9 @@ def check_free_space(folder: str | Path, bytes_needed: int) -> None:
     folder = Path(folder).resolve()
     while not folder.exists():
         folder = folder.parent
+    shown = folder.parent if folder.name.startswith(".") else folder  # a temporary folder's name says nothing
     free, needed = shutil.disk_usage(folder).free, int(bytes_needed * FREE_SPACE_MARGIN)
     if free < needed:
         raise OSError(
-            f"{folder}: {needed} bytes are needed, {free} are free. Free some space, or write elsewhere."
+            f"{shown}: {needed} bytes are needed, {free} are free. Free some space, or write elsewhere."
         )
