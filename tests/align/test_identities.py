@@ -7,6 +7,7 @@ from torch import Tensor
 from tests.align.twins import FAMILIES, change_by, locks, model, shuffles, spaces, under, weights
 from trainmerge.align import AttentionHeads, Gauge, Neurons, Pair, ResidualStream, align, anatomy
 from trainmerge.align.families import STREAM
+from trainmerge.align.gauge import rotation_and_scale, unlock
 from trainmerge.align.unit_map import UnitMap
 
 KEPT = 1e-9  # float64 through two layers; matrices of a condition below 1e3
@@ -84,7 +85,7 @@ def test_a_locked_and_shuffled_expert() -> None:
     module = model("bert")
     base, expert = weights(module), nudged(weights(module), 0.005)
     module.load_state_dict(under(module, locks(module, "query value")), strict=False)
-    both = under(module, shuffles(module, "heads neurons"))
+    both = under(module, shuffles(module, "heads neurons stream"))
     found = align(Pair(spaces(module), base.__getitem__, both.__getitem__), EVERY)
     assert found.after < 0.02 * found.before
     assert found.gauges == 4
@@ -123,3 +124,31 @@ def test_an_unknown_family_and_an_unknown_tensor_are_named() -> None:
         anatomy({**config, "model_type": "mamba"}, [])
     with pytest.raises(ValueError, match=r"further\.weight"):
         anatomy(config, [*weights(module), "further.weight"])
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_the_gauge_is_a_minimum(rotary: bool) -> None:
+    """The gradient of the distance vanishes, and a known gauge of an exact copy is found."""
+    dice = torch.Generator().manual_seed(2)
+    G, d, D = 2, 6, 30
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=dice, dtype=torch.float64)
+
+    q0, k0 = random(G, d, 2 * D), random(G, d, D)
+    numbers = torch.complex(random(G, d // 2), random(G, d // 2))
+    lock = rotation_and_scale(numbers) if rotary else random(G, d, d)
+    exact = unlock(lock @ q0, q0, torch.linalg.inv(lock).mT @ k0, k0, rotary)
+    torch.testing.assert_close(exact @ lock, torch.eye(d, dtype=torch.float64).repeat(G, 1, 1))
+    q, k = lock @ (q0 + 0.05 * random(G, d, 2 * D)), torch.linalg.inv(lock).mT @ (k0 + 0.05 * random(G, d, D))
+    found = unlock(q, q0, k, k0, rotary)
+
+    def distance(more: Tensor) -> Tensor:
+        B = (rotation_and_scale(more) if rotary else more) @ found
+        return (B @ q - q0).square().sum() + (torch.linalg.inv(B).mT @ k - k0).square().sum()
+
+    start = torch.ones_like(numbers) if rotary else torch.eye(d, dtype=torch.float64).repeat(G, 1, 1)
+    best = distance(start)
+    for _ in range(20):
+        noise = torch.complex(random(G, d // 2), random(G, d // 2)) if rotary else random(G, d, d)
+        assert distance(start + 1e-2 * noise) > best

@@ -15,11 +15,10 @@ from trainmerge.align.base import Align
 from trainmerge.align.pair import Pair
 from trainmerge.align.products import changes, is_locked
 from trainmerge.align.unit_map import UnitMap
-from trainmerge.system.minimise import minimise
 from trainmerge.system.ranges import check_fields
 
-STEPS = 200
-GRADIENT = 1e-7  # of the relative distance, at which the descent stops
+STEPS = 50
+LEAST = 1e-9  # relative decrease of the squared distance, below which the descent stops
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def _stacked(rows: Tensor, heads: int, shared: int) -> Tensor:
 
 
 def unlock(q: Tensor, q0: Tensor, k: Tensor, k0: Tensor, rotary: bool) -> Tensor:
-    """B [G, d, d] with the least ||B q - q0||^2 + ||B^-T k - k0||^2.
+    """B [G, d, d] with the least ||B q - q0||^2 + ||B^-T k - k0||^2, by Gauss-Newton from (q q0^+)^-1.
 
     Args:
         q: The expert's left factor [G, d, r D], float64.
@@ -86,26 +85,36 @@ def unlock(q: Tensor, q0: Tensor, k: Tensor, k0: Tensor, rotary: bool) -> Tensor
     """
     if rotary:
         z, z0 = _complex(q), _complex(q0)
-        ratio = (z0 * z.conj()).sum(-1) / (z * z.conj()).sum(-1)
-        first, start = _rotary(torch.view_as_real(ratio)), torch.view_as_real(torch.ones_like(ratio))
+        B = rotation_and_scale((z0 * z.conj()).sum(-1) / (z * z.conj()).sum(-1))
     else:
-        first = torch.linalg.inv(q @ q0.mT @ torch.linalg.pinv(q0 @ q0.mT))
-        start = torch.eye(q.shape[1], dtype=q.dtype).repeat(len(q), 1, 1)
-    q, k = first @ q, torch.linalg.inv(first).mT @ k  # what is left to find is near the identity
-    qq, cross = q @ q.mT, q @ q0.mT  # all that the distance depends on
-    kk, across = k @ k.mT, k @ k0.mT
-    size = float(q0.square().sum() + k0.square().sum())
+        B = torch.linalg.inv(q @ q0.mT @ torch.linalg.pinv(q0 @ q0.mT))
+    eye, best = torch.eye(q.shape[1], dtype=q.dtype), float("inf")
+    found = step = B
+    for _ in range(STEPS):
+        q, k = step @ q, torch.linalg.inv(step).mT @ k
+        distance = float((q - q0).square().sum() + (k - k0).square().sum())
+        if not distance < best * (1 - LEAST):
+            break
+        found, best = B, distance
+        step = eye + (rotation_and_scale(_rotary_step(q, q0, k, k0)) if rotary else _step(q, q0, k, k0))
+        B = step @ B
+    return found
 
-    def loss(parameters: Tensor) -> Tensor:
-        B = _rotary(parameters) if rotary else parameters
-        back = torch.linalg.inv(B).mT
-        own = (B @ qq * B).sum() - 2 * (B * cross.mT).sum()
-        other = (back @ kk * back).sum() - 2 * (back * across.mT).sum()
-        value: Tensor = (own + other) / size
-        return value
 
-    found = minimise(loss, start, STEPS, GRADIENT)
-    return (_rotary(found) if rotary else found) @ first
+def _step(q: Tensor, q0: Tensor, k: Tensor, k0: Tensor) -> Tensor:
+    """E with the least ||(1 + E) q - q0||^2 + ||(1 - E^T) k - k0||^2: E q q^T + k k^T E = R."""
+    right = (q0 - q) @ q.mT + k @ (k - k0).mT
+    a, U = torch.linalg.eigh(q @ q.mT)
+    b, V = torch.linalg.eigh(k @ k.mT)
+    E: Tensor = V @ ((V.mT @ right @ U) / (b[:, :, None] + a[:, None, :])) @ U.mT
+    return E
+
+
+def _rotary_step(q: Tensor, q0: Tensor, k: Tensor, k0: Tensor) -> Tensor:
+    """The same for one complex number per pair; [G, d/2]."""
+    z, z0, y, y0 = (_complex(one) for one in (q, q0, k, k0))
+    right = ((z0 - z) * z.conj()).sum(-1) + ((y - y0).conj() * y).sum(-1)
+    return right / ((z * z.conj()).sum(-1) + (y * y.conj()).sum(-1))
 
 
 def _complex(rows: Tensor) -> Tensor:
@@ -114,7 +123,7 @@ def _complex(rows: Tensor) -> Tensor:
     return torch.complex(real, imaginary)
 
 
-def _rotary(parameters: Tensor) -> Tensor:
-    """Complex numbers [G, d/2, 2] as matrices [G, d, d] on pairs (j, j + d/2)."""
-    real, imaginary = (torch.diag_embed(part) for part in parameters.unbind(-1))
+def rotation_and_scale(numbers: Tensor) -> Tensor:
+    """Complex numbers [G, d/2] as matrices [G, d, d] on pairs (j, j + d/2)."""
+    real, imaginary = torch.diag_embed(numbers.real), torch.diag_embed(numbers.imag)
     return torch.cat([torch.cat([real, -imaginary], 2), torch.cat([imaginary, real], 2)], 1)

@@ -95,16 +95,21 @@ class Pair:
         return [name for name, own in self.anatomy.touches.items() if any(t.space in real for t in own)]
 
     def similarity(self, space: str, units: int) -> Tensor:
-        """Inner products of the base's units with the expert's over a space's tensors; [n, n] float32."""
+        """Inner products of the base's units with the expert's over a space's tensors; [n, n] float32.
+
+        A tensor that is larger than the base's is scaled to its norm: a lock can multiply one.
+        """
         total = torch.zeros(units, units)
         for name, touch in self.anatomy.touching(space):
             ours, theirs = (
                 tensor.movedim(touch.axis, 0).chunk(touch.parts)[touch.part].reshape(units, -1)
                 for tensor in (self.base(name), self.aligned(name))
             )
+            size, limit = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (theirs, ours))
+            share = limit / size if size > limit else 1.0
             step = max(1, NUMBERS // units)
             for at in range(0, ours.shape[1], step):
-                total += ours[:, at : at + step].float() @ theirs[:, at : at + step].float().T
+                total += share * (ours[:, at : at + step].float() @ theirs[:, at : at + step].float().T)
         return total
 
     def units(self, space: str) -> int:

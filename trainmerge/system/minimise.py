@@ -15,7 +15,7 @@ def minimise(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int, tolera
         steps: Most steps.
         tolerance: The largest entry of the gradient at which it stops.
     """
-    found = start.detach().clone(memory_format=torch.contiguous_format).requires_grad_(True)
+    found = start.detach().clone().requires_grad_(True)
     solver = torch.optim.LBFGS(
         [found], max_iter=steps, tolerance_grad=tolerance, tolerance_change=0, line_search_fn="strong_wolfe"
     )
