@@ -24,7 +24,8 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate import evaluate_run
 from trainmerge.evaluate.bootstrap import score_differences
 from trainmerge.evaluate.harness import run_harness
-from trainmerge.evaluate.score_task import score_task, token_losses
+from trainmerge.evaluate.race import Race
+from trainmerge.evaluate.score_task import probabilities, score_task, token_losses
 from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.evaluate.torchmetrics_states import TokenLosses, class_measures
@@ -145,6 +146,39 @@ def test_a_run_with_a_task_held_out(run: Path) -> None:
         load_tasks(kept, tokenize)
     with pytest.raises(ValueError, match="limit must be at least 1"):
         load_tasks(recipe(run.parent), tokenize, limit=-1)
+
+
+def test_task_arithmetic_that_cannot_be_the_best_is_left_early(run: Path) -> None:
+    """The best coefficient and its scores are those of scoring every one to the end."""
+    grid = (0.1, 0.5, 1.0, 1.5)
+    alone = {f"task arithmetic {c}": evaluate_run(run, grid=(c,)) for c in grid}
+    best = max(alone, key=lambda row: alone[row].means()[row])
+    found = evaluate_run(run, grid=grid)
+    assert list(found.rows) == ["base", "average", best, "learned", "expert"]
+    for row, scores in alone[best].rows.items():
+        assert found.scores[row] == alone[best].scores[row]
+        for task, score in scores.items():
+            assert found.rows[row][task].measures == pytest.approx(score.measures, rel=SCORE, abs=SCORE)
+            assert torch.equal(found.rows[row][task].outcomes, score.outcomes)
+    assert found.scores["average"] == alone["task arithmetic 0.5"].scores["task arithmetic 0.5"]  # K = 2
+
+
+def test_a_race_reads_the_examples_that_others_missed_first(run: Path) -> None:
+    merge = recipe(run.parent)
+    task = Task(
+        "mood", examples("red", "blue", "green", "one"), [0, 0, 0, 0], head=merge.experts["mood"].head
+    )
+    own = evaluated(run, task)
+    says = [int(p.argmax()) for _, p in sorted(probabilities(own, task, range(4)))]
+    task = replace(task, labels=[1 - says[0], *says[1:]])  # the first is missed, and the others are right
+    whole = score_task(own, task)
+    assert whole.score == 0.75
+    race = Race([task])
+    assert race.score(own)["mood"].measures == pytest.approx(whole.measures, rel=SCORE, abs=SCORE)
+    assert race.score(own) is not None  # as good as the best
+    race.best = 0.8
+    assert race.score(own) is None
+    assert race.missed["mood"].tolist() == [3, 0, 0, 0]
 
 
 def test_forwards_in_bfloat16(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

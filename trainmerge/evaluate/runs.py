@@ -4,26 +4,23 @@ Legend: `K` experts (tasks).
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainmerge.checkpoints import Checkpoint, LoadedModel
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.data.classifier import Classifier
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.evaluate.agreement import Shares, read_routing
 from trainmerge.evaluate.controls import score_controls
 from trainmerge.evaluate.evaluation import Evaluation
-from trainmerge.evaluate.harness import HarnessScore, HarnessTask, run_harness
+from trainmerge.evaluate.harness import HarnessTask
 from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.pairs import EXPERT
-from trainmerge.evaluate.score_task import score_task, score_tasks
+from trainmerge.evaluate.rows import Rows, uniform_rows
 from trainmerge.evaluate.similarity import cosines, embed_texts
-from trainmerge.evaluate.subject import Subject, TaskScore
+from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.model.embedding import read_embedding
 from trainmerge.model.own_head import OwnModel
@@ -34,15 +31,12 @@ from trainmerge.run.heads import all_heads
 from trainmerge.run.open_run import open_run
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.scores import Metric, Scores
 from trainmerge.run.sources import columns_of, text_length
 from trainmerge.system import distributed
 from trainmerge.system.console import progress
 from trainmerge.system.ranges import check_option
 
-ARITHMETIC = "task arithmetic"  # the rows of one coefficient for all experts
 GRID = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-Scored = Mapping[str, TaskScore]
 Heads = dict[str, Classifier | OwnModel | None]
 
 
@@ -78,32 +72,13 @@ def evaluate_run(
     held_in, held_out = load_tasks(recipe, tokenize, columns_of(folder.path), limit, heads=own)
     tasks = [*held_in, *held_out]
     resident, subject = load_subject(recipe, coefficients, opened, tokenize, folder, tasks, answers)
-    rows = _baselines(len(held_in), grid, compare, bool(held_out or harness)) | {"learned": None}
-    routing = read_routing(resident, subject, held_in)
-    agreement: dict[str, Shares] = {}
-    scored: dict[str, Scored] = {}
-    harnessed: dict[str, Mapping[str, HarnessScore]] = {}
-    for row in progress([*rows, *["expert"] * compare], "scoring", disable=distributed.rank() > 0):
-        if row == "expert":
-            scored[row] = _experts(resident, subject, held_in)
-            continue
-        with _uniform(resident, rows[row]):
-            if harness and not row.startswith(ARITHMETIC):
-                harnessed[row] = run_harness(subject.module, words, harness, limit)
-            scored[row] = score_tasks(subject, tasks)
-            if routing is not None:
-                agreement[row] = routing.agreement(subject)
+    uniform = uniform_rows(len(held_in), grid, compare, bool(held_out or harness))
+    rows = Rows(resident, subject, held_in, held_out, uniform, harness, limit)
+    for row in progress(rows.in_order(compare), "scoring", disable=distributed.rank() > 0):
+        rows.score(row)
     if controls:
-        scored |= score_controls(resident.merged, subject, held_in)
-    return _evaluation(metric_of(recipe, own), held_in, held_out, scored, harnessed, agreement)
-
-
-def _baselines(experts: int, grid: Sequence[float], compare: bool, base: bool) -> dict[str, float | None]:
-    """Row -> the coefficient of all experts: the base, the average and task arithmetic."""
-    rows: dict[str, float | None] = {"base": 0.0} if compare or base else {}
-    if compare:
-        rows |= {"average": 1 / experts} | {f"{ARITHMETIC} {c}": c for c in grid}
-    return rows
+        rows.scored |= score_controls(resident.merged, subject, held_in)
+    return rows.result(metric_of(recipe, own))
 
 
 def load_subject(
@@ -153,7 +128,7 @@ def references_from_files(recipe: Recipe, tasks: Sequence[Task], tokenize: Token
 
 
 def build_heads(
-    base: torch.nn.Module, tasks: Sequence[Task], tokenize: Tokenizer, names: Mapping[str, str] | None = None
+    base: nn.Module, tasks: Sequence[Task], tokenize: Tokenizer, names: Mapping[str, str] | None = None
 ) -> Heads:
     """Every task's head; `base` must have the base's weights, which embed label texts.
 
@@ -162,42 +137,3 @@ def build_heads(
     loaded = LoadedModel(base, names or {})
     heads = build_resident_heads({task.name: task.head for task in tasks}, loaded, None, tokenize)
     return {task.name: head for task, head in zip(tasks, heads, strict=True)}
-
-
-def _uniform(resident: Resident, coefficient: float | None) -> AbstractContextManager[object]:
-    """In this context all experts have the same coefficient; None leaves the run's."""
-    if coefficient is None:
-        return nullcontext()
-    return resident.merged.uniform(torch.full((len(resident.classifiers),), coefficient))
-
-
-def _experts(resident: Resident, subject: Subject, tasks: Sequence[Task]) -> Scored:
-    """Every expert on its own task."""
-    scores: dict[str, TaskScore] = {}
-    for k, task in enumerate(tasks):
-        with resident.merged.teacher(k):
-            scores[task.name] = score_task(subject, task)
-    return scores
-
-
-def _evaluation(
-    metric: Metric,
-    held_in: Sequence[Task],
-    held_out: Sequence[Task],
-    rows: Mapping[str, Scored],
-    harness: Mapping[str, Mapping[str, HarnessScore]],
-    agreement: Mapping[str, Shares],
-) -> Evaluation:
-    """The rows, with only the best task-arithmetic one by mean."""
-    names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
-    kept = keep_best_arithmetic(Evaluation(metric, *names, rows).scores, metric)
-    best = {row: own for row, own in rows.items() if row in kept}
-    shares = {row: own for row, own in agreement.items() if row in kept}
-    return Evaluation(metric, *names, best, harness, shares)
-
-
-def keep_best_arithmetic(rows: Scores, metric: Metric) -> Scores:
-    """The rows, with only the best task-arithmetic one by mean."""
-    arithmetic = [row for row in rows if row.startswith(ARITHMETIC)]
-    best = metric.best(rows, arithmetic)
-    return {row: scores for row, scores in rows.items() if row not in arithmetic or row == best}

@@ -4,7 +4,7 @@ Legend: `N` examples of a task, `B` of a batch, `T` tokens, `V` classes or vocab
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from trainmerge.data.examples import Example
+from trainmerge.evaluate.by_length import TOKENS, by_length
 from trainmerge.evaluate.measure import check_causal, predicted
 from trainmerge.evaluate.pairs import Similar
 from trainmerge.evaluate.score_heads import found_in, measures_of
@@ -21,8 +22,7 @@ from trainmerge.evaluate.tasks import Task
 from trainmerge.evaluate.torchmetrics_states import AnswerLengths, TokenLosses, class_measures
 from trainmerge.system.distributed import merge_shares, own_share
 
-TOGETHER = 64  # texts per forward pass with a head
-TOKENS = 512  # per forward pass of a language model, about
+ON_A_GPU = 8192  # tokens per forward pass with a head, about
 
 
 @torch.inference_mode()
@@ -53,37 +53,54 @@ def _similarities(subject: Subject, name: str, similar: Similar) -> TaskScore:
     return TaskScore({similar.measure: float(terms.mean())}, outcomes)
 
 
-def _batches(subject: Subject, task: Task) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Numbers and logits of the examples of this process, sorted by length to reduce padding."""
-    order = own_share(sorted(range(len(task.examples)), key=lambda i: len(task.examples[i].text)))
-    for first in range(0, len(order), TOGETHER):
-        chosen = order[first : first + TOGETHER]
+def _batches(subject: Subject, task: Task, numbers: Iterable[int]) -> Iterator[tuple[list[int], Tensor]]:
+    """Numbers and logits of some of a task's examples, by length."""
+    lengths = subject.lengths(task.name, task.examples)
+    for chosen in by_length(numbers, lengths, TOKENS if subject.device.type == "cpu" else ON_A_GPU):
         yield chosen, subject.logits(task.name, subject.tokenize.encode([task.examples[i] for i in chosen]))
 
 
 def _classes(subject: Subject, task: Task) -> TaskScore:
     """One class per example."""
-    classifier, config = subject.heads[task.name], subject.module.config
-    classes = classifier.width if classifier is not None else int(config.num_labels)  # type: ignore
-    if (highest := max(task.labels)) >= classes:
+    return score_of(subject, task, dict(probabilities(subject, task, own_share(range(len(task.examples))))))
+
+
+@torch.inference_mode()
+def probabilities(subject: Subject, task: Task, numbers: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+    """Number and probabilities [V] of some of a task's examples, which have one class each.
+
+    Raises:
+        ValueError: the task has a label that its classifier has no class for.
+    """
+    if (highest := max(task.labels)) >= (classes := _width(subject, task)):
         raise ValueError(f"{task.name}: its file has label {highest}; its classifier has {classes} classes")
-    metric = class_measures(classes)
-    right: dict[int, tuple[float, float]] = {}
-    for chosen, logits in _batches(subject, task):
-        p = logits.float().softmax(-1).cpu()  # torchmetrics mistakes logits in [0, 1] for probabilities
-        labels = torch.tensor([task.labels[i] for i in chosen])
+    for chosen, logits in _batches(subject, task, numbers):
+        # torchmetrics mistakes logits in [0, 1] for probabilities
+        yield from zip(chosen, logits.float().softmax(-1).cpu(), strict=True)
+
+
+def _width(subject: Subject, task: Task) -> int:
+    classifier, config = subject.heads[task.name], subject.module.config
+    return classifier.width if classifier is not None else int(config.num_labels)  # type: ignore
+
+
+def score_of(subject: Subject, task: Task, found: Mapping[int, Tensor]) -> TaskScore:
+    """The score of all processes' probabilities; `found` are those of this process's examples, by number."""
+    metric, right = class_measures(_width(subject, task)), {}
+    if found:
+        order = sorted(found)
+        p, labels = torch.stack([found[i] for i in order]), torch.tensor([task.labels[i] for i in order])
         metric.update(p, labels)
-        hits = (p.argmax(-1) == labels).tolist()
-        right |= {i: (float(hit), 1.0) for i, hit in zip(chosen, hits, strict=True)}
-    found = _computed(metric)
-    measures = {"accuracy": found.pop("accuracy"), **found}  # the score comes first
+        right = {i: (float(hit), 1.0) for i, hit in zip(order, p.argmax(-1) == labels, strict=True)}
+    measured = _computed(metric)
+    measures = {"accuracy": measured.pop("accuracy"), **measured}  # the score comes first
     return TaskScore(measures, _in_order(merge_shares(right)))
 
 
 def _of_head(subject: Subject, task: Task) -> TaskScore:
     """An expert's own head whose outputs are not one class per text."""
     found: dict[int, Any] = {}
-    for chosen, logits in _batches(subject, task):
+    for chosen, logits in _batches(subject, task, own_share(range(len(task.examples)))):
         examples, labels = [task.examples[i] for i in chosen], [task.labels[i] for i in chosen]
         each = found_in(task.kind, logits, examples, labels, subject.tokenize)
         found |= dict(zip(chosen, each, strict=True))
@@ -102,9 +119,8 @@ def _texts(subject: Subject, task: Task) -> TaskScore:
     found: dict[int, tuple[float, float]] = {}
     order = own_share(range(len(task.examples)))
     encoded = {i: subject.tokenize.located(task.examples[i].text) for i in order}
-    size = max(1, TOKENS // max((e.length for e in encoded.values()), default=1))
-    for first in range(0, len(order), size):
-        chosen = order[first : first + size]
+    lengths = [encoded[i].length if i in encoded else 0 for i in range(len(task.examples))]
+    for chosen in by_length(order, lengths):
         losses, counts = token_losses(subject, task.name, [task.examples[i] for i in chosen])
         metric.update(losses, counts, torch.tensor([encoded[i].bytes for i in chosen], dtype=torch.float64))
         pairs = zip(losses.tolist(), counts.tolist(), strict=True)

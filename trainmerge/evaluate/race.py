@@ -1,0 +1,68 @@
+"""The best of several merges by mean accuracy, without scoring the others to the end.
+
+Examples that earlier merges missed come first, so a merge that cannot win any more is known after a part of
+its examples. The winner and its scores are those of scoring all merges on everything.
+
+Legend: `N` examples of a task, `V` classes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from trainmerge.evaluate.score_task import probabilities, score_of
+from trainmerge.evaluate.subject import Subject, TaskScore
+from trainmerge.evaluate.tasks import Task
+from trainmerge.system.distributed import world_size
+
+CLOSE = 1e-9  # means that differ by less may be equal: both are scored to the end
+
+
+def can_race(tasks: Sequence[Task]) -> bool:
+    """Whether these tasks have accuracies of single classes, all of their examples in this process."""
+    return world_size() == 1 and all(task.labels and task.kind == "classes" for task in tasks)
+
+
+class Race:
+    """Scores merges on the same tasks; those behind the best so far are left early.
+
+    Args:
+        tasks: The tasks whose mean accuracy decides. They pass `can_race`.
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tasks
+        self.missed = {task.name: torch.zeros(len(task.examples)) for task in tasks}  # by how many merges
+        self.best = 0.0
+
+    def learn_from(self, scores: Mapping[str, TaskScore]) -> None:
+        """Which examples a merge outside the race missed."""
+        for task in self.tasks:
+            self.missed[task.name] += 1 - scores[task.name].outcomes[:, 0]
+
+    def score(self, subject: Subject) -> dict[str, TaskScore] | None:
+        """The merge's scores on the tasks; None as soon as its mean accuracy is below the best one's."""
+        found: dict[str, dict[int, Tensor]] = {task.name: {} for task in self.tasks}
+        missed = {name: own.clone() for name, own in self.missed.items()}
+        reach = 1.0  # its mean accuracy if it misses no other example
+        for task, i, p in self._in_order(subject):
+            found[task.name][i] = p
+            miss = int(p.argmax()) != task.labels[i]
+            missed[task.name][i] += miss
+            reach -= miss / len(task.examples) / len(self.tasks)
+            if reach < self.best - CLOSE:
+                break
+        self.missed = missed
+        if reach < self.best - CLOSE:
+            return None
+        self.best = max(self.best, reach)
+        return {task.name: score_of(subject, task, found[task.name]) for task in self.tasks}
+
+    def _in_order(self, subject: Subject) -> Iterator[tuple[Task, int, Tensor]]:
+        """Every example once, with its probabilities [V]: those first that most merges missed."""
+        for level in sorted({int(n) for own in self.missed.values() for n in own}, reverse=True):
+            for task in self.tasks:
+                numbers = (self.missed[task.name] == level).nonzero().flatten().tolist()
+                for i, p in probabilities(subject, task, numbers):
+                    yield task, i, p
