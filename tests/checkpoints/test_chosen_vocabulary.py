@@ -160,6 +160,17 @@ def test_padding_is_the_mean_of_all_rows_so_no_answer_takes_it(tmp_path: Path) -
     assert int(logits.argmax(dim=-1).max()) < count
 
 
+def test_new_tokens_of_a_sentencepiece_base_are_where_llama_cpp_reads_them(tmp_path: Path) -> None:
+    root = write_models(tmp_path)
+    (root / "base/tokenizer.model").write_bytes(b"pieces")  # transformers reads tokenizer.json
+    folder = recipe_of(root).tokenizer_folder(tmp_path / "ws")
+    settings = json.loads((Path(folder) / "tokenizer_config.json").read_text())
+    listed = {int(i): own["content"] for i, own in settings["added_tokens_decoder"].items()}
+    assert set(UNION) <= set(listed.values())
+    added = AutoTokenizer.from_pretrained(folder).added_tokens_decoder
+    assert listed == {i: str(token) for i, token in added.items()}
+
+
 def test_a_token_has_the_row_that_the_recipe_names(tmp_path: Path) -> None:
     rows = {
         "<|end|>": tm.TokenRow("a", force=True),

@@ -23,6 +23,7 @@ from trainmerge.system.workspace import VOCABULARY, digest
 
 GENERATION = "generation_config.json"
 READ = ("config.json", GENERATION, "adapter_config.json", *TEMPLATES)
+DECODER, PIECES = "added_tokens_decoder", ".model"
 KEPT = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # of the base
 
 
@@ -86,7 +87,11 @@ def _write(chosen: Chosen, target: Path) -> None:
 
 
 def _add_tokens(chosen: Chosen, target: Path) -> None:
-    """Append the experts' tokens to the base's files; the rest of those is as it was."""
+    """Append the experts' tokens to the base's files; the rest of those is as it was.
+
+    llama.cpp takes the tokens of a sentencepiece model from that file, and further ones from
+    tokenizer_config.json, never from tokenizer.json: there they are listed in both.
+    """
     if not (target / WHOLE).is_file():
         raise ValueError(
             f"{chosen.folders[BASE]}: no tokenizer.json, so no tokens can be added; save it as one"
@@ -96,11 +101,13 @@ def _add_tokens(chosen: Chosen, target: Path) -> None:
         entries.append({**_entry(chosen, name, chosen.vocabularies[name].tokens[own]), "id": i})
     content["added_tokens"] = [*(content.get("added_tokens") or []), *entries]
     save(target / WHOLE, content)
-    if (file := target / SETTINGS).is_file() and "added_tokens_decoder" in (
-        settings := read_json(file, REMEDY)
-    ):
-        more = {str(e["id"]): {key: e[key] for key in e if key != "id"} for e in entries}
-        save(file, {**settings, "added_tokens_decoder": {**settings["added_tokens_decoder"], **more}})
+    if (file := target / SETTINGS).is_file():
+        settings, pieces = read_json(file, REMEDY), any(path.suffix == PIECES for path in target.iterdir())
+        listed = settings.get(DECODER, {} if pieces else None)
+        if listed is not None:
+            every = entries if listed else content["added_tokens"]
+            more = {str(e["id"]): {key: e[key] for key in e if key != "id"} for e in every}
+            save(file, {**settings, DECODER: {**listed, **more}})
     if (file := target / ADDED).is_file():
         save(file, {**read_json(file, REMEDY), **{e["content"]: e["id"] for e in entries}})
 
