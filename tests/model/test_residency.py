@@ -117,7 +117,7 @@ def test_a_fit_on_a_stand_in_sends_what_it_must(
     if not keep:
         assert_same_bits(learned(run), plain)
     stays = {"device": whole, "half": whole // 2}.get(where, 0)
-    assert link.pinned == pytest.approx(whole * (where == "host"), rel=0.05)
+    assert link.pinned == pytest.approx(whole * (where == "host"), rel=0.1)  # a cache line each: tiny tensors
     assert stays - max(sizes.values()) <= link.alive <= stays + 2 * ahead
     assert link.highest <= stays + 2 * ahead + max(sizes.values())  # a reader may still have one more
     if where == "device":

@@ -27,13 +27,13 @@ class Slabs:
 
     def copy(self, part: Tensor) -> Tensor:
         """A copy of the same shape and strides that begins as many bytes after a cache line."""
-        size = part.nbytes + LINE
-        place = next((i for i, left in enumerate(self._open) if len(left) >= size), None)
-        if place is None:
-            place = len(self._open)
-            self._open.append(self._allocate(self._next(size)))
-        memory, self._open[place] = self._open[place][:size], self._open[place][size:]
-        return copy_into(memory, part)
+        fitting = (i for i, left in enumerate(self._open) if _first(left, part) + part.nbytes <= len(left))
+        place = next(fitting, len(self._open))
+        if place == len(self._open):
+            self._open.append(self._allocate(self._next(part.nbytes + LINE)))
+        left = self._open[place]
+        self._open[place] = left[_first(left, part) + part.nbytes :]
+        return copy_into(left, part)
 
     def _next(self, size: int) -> int:
         """The size of the next buffer, which has room for so many bytes."""
@@ -56,7 +56,12 @@ def powers(total: int) -> list[int]:
 
 
 def copy_into(memory: Tensor, part: Tensor) -> Tensor:
-    """A copy in `memory`, uint8 of `LINE` more bytes; products may depend on where it begins in a line."""
-    first = (part.data_ptr() - memory.data_ptr()) % LINE
+    """A copy in `memory`, uint8 with room for it; products may depend on where in a line it begins."""
+    first = _first(memory, part)
     flat = memory[first : first + part.nbytes].view(part.dtype)
     return flat.as_strided(part.shape, torch.empty_like(part, device="meta").stride()).copy_(part)
+
+
+def _first(memory: Tensor, part: Tensor) -> int:
+    """The first byte of `memory` as far from the begin of a cache line as `part` is."""
+    return (part.data_ptr() - memory.data_ptr()) % LINE
