@@ -15,7 +15,6 @@ from trainmerge.checkpoints import Checkpoint, Sources, open_checkpoint, stamps
 from trainmerge.checkpoints.sources import FullSource, OpenedFiles, Source, fit_rows
 from trainmerge.checkpoints.weight_files import ADAPTER
 from trainmerge.data.generate import Generate
-from trainmerge.run.same_function import same_function
 from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.safetensors_file import write_safetensors
 from trainmerge.system.workspace import cached, digest, metadata_of
@@ -112,6 +111,8 @@ class Aligner:
             record.pop("pair")
             if not found.is_identity:
                 self._check_leftover(folder, found, places)
+                from trainmerge.run.same_function import same_function  # needs transformers
+
                 checked = same_function(self.base, found.pair, self.ignore, calibration)
                 if not checked.change <= checked.limit:
                     raise ValueError(
