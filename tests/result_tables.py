@@ -133,6 +133,18 @@ def cases() -> str:
     )
 
 
+def fuzz() -> str:
+    """How many mutated files each door was tried with."""
+    rows = json.loads((results.FOLDER / "fuzz.json").read_text())["doors"]
+    return markdown(
+        ["door", "mutated files", "were read", "no error of ours", "which"],
+        [
+            [name, *(f"{row[key]:,}" for key in ("inputs", "read", "others")), row["why"]]
+            for name, row in rows.items()
+        ],
+    )
+
+
 def gpu() -> str:
     """What `make gpu` found, if it has run: build/gpu.json, kept as tests/results/gpu.json."""
     file = results.FOLDER / "gpu.json"
@@ -165,6 +177,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kills": kills,
     "families": families,
     "cases": cases,
+    "fuzz": fuzz,
     "survey": survey.table,
     "gpu": gpu,
     **{

@@ -148,6 +148,13 @@ def test_peft_imports_no_module_of_an_adapters_choice(changes: dict[str, Any]) -
     check_adapter_config(FILE, {"megatron_config": None, "megatron_core": "megatron.core"})
 
 
+def test_an_adapter_that_repeats_layers_is_refused() -> None:
+    """Its numbers for the base's own layers alone would be another function."""
+    with pytest.raises(ValueError, match=r"adapter_config\.json: layer_replication makes a deeper model"):
+        check_adapter_config(FILE, {"layer_replication": [[0, 2], [1, 2]]})
+    check_adapter_config(FILE, {"layer_replication": None})
+
+
 @pytest.mark.parametrize("key", ["r", "lora_alpha"])
 @pytest.mark.parametrize("value", ["16", None, float("nan"), True])
 def test_rank_and_scale_are_numbers(key: str, value: Any) -> None:

@@ -52,6 +52,9 @@ def test_a_surrogate_of_quadratics_is_exact_with_few_points(generator: torch.Gen
     torch.testing.assert_close(got(far), true(far))
     with pytest.raises(ValueError, match="needs 6"):
         fit_quadratics(at[:5], *measured(true, at[:5]))
+    losses, slopes = measured(true, at)
+    with pytest.raises(ValueError, match="not finite: choose a smaller --radius"):
+        fit_quadratics(at, losses, slopes / 0)
 
 
 def test_the_front_of_two_bowls_is_the_segment_between_their_bottoms() -> None:

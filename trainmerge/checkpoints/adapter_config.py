@@ -23,13 +23,18 @@ def check_adapter_config(file: Path, config: Mapping[str, Any]) -> None:
     """Check what peft would import, and that every pattern can be matched in bounded time.
 
     Raises:
-        ValueError: a module to import, a rank or scale that is no number, a pattern that is not a regular
-            expression, or one that may take forever.
+        ValueError: a module to import, replicated layers, a rank or scale that is no number, a pattern that
+            is not a regular expression, or one that may take forever.
     """
     if config.get("megatron_config") or config.get("megatron_core", MEGATRON) not in (MEGATRON, None):
         raise ValueError(
             f"{file}: {' and '.join(IMPORTED)} make peft import a module, which may be anyone's: code named "
             "by a checkpoint is never run. Remove both keys"
+        )
+    if config.get("layer_replication"):
+        raise ValueError(
+            f"{file}: layer_replication makes a deeper model out of the base's layers, which a merge with "
+            "the base cannot hold. Merge it with peft into a model of its own, with a base of its depth"
         )
     for key in NUMBERS:
         if not _is_number(given := config.get(key, 1)):

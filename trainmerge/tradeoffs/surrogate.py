@@ -39,13 +39,17 @@ def fit_quadratics(points: Tensor, losses: Tensor, slopes: Tensor) -> Quadratics
     Values and gradients have equal weight, so coordinates should be scaled to about 1.
 
     Raises:
-        ValueError: fewer than n + 1 points.
+        ValueError: fewer than n + 1 points, or numbers that are not finite.
     """
     P, n = points.shape
     pairs = torch.triu_indices(n, n)
     check_points(P, n)
     rows = torch.cat([_values(points, pairs)[:, None], _slopes(points, pairs)], dim=1)  # [P, 1 + n, unknowns]
     measured = torch.cat([losses[:, None], slopes.transpose(1, 2)], dim=1)  # [P, 1 + n, T]
+    if not measured.isfinite().all():
+        raise ValueError(
+            "a measured merge has a loss or a gradient that is not finite: choose a smaller --radius"
+        )
     solved = torch.linalg.lstsq(rows.flatten(0, 1), measured.flatten(0, 1), driver="gelsd").solution.T
     upper = torch.zeros(len(solved), n, n, dtype=solved.dtype)
     upper[:, pairs[0], pairs[1]] = solved[:, 1 + n :]
