@@ -27,6 +27,7 @@ from .coefficients.layout import Grouping as Grouping
 from .coefficients.layout import Layout as Layout
 from .coefficients.measured_presets import T3 as T3
 from .coefficients.measured_presets import DomainPosterior as DomainPosterior
+from .coefficients.newton import NewtonCG as NewtonCG
 from .coefficients.presets import LayerSwap as LayerSwap
 from .coefficients.presets import MetricsWeighted as MetricsWeighted
 from .coefficients.presets import Preset as Preset

@@ -18,6 +18,8 @@ GROUPS = (
     "fit_step",
     "guard",
     "auto",
+    "forecast",
+    "time_to_quality",
     "fit_lm",
     "closed_memory",
     "closed_cost",

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+from trainmerge.system.ranges import check_option
+
 
 def inspect(
     path: str,
@@ -10,6 +12,7 @@ def inspect(
     weights: Literal["auto", "yes", "no"] = "auto",
     suggest: str | None = None,
     output: str | None = None,
+    forecast: int = 0,
 ) -> None:
     """Show a merge before or after its fit: sizes, groups, unmerged parameters, and possible problems.
 
@@ -17,6 +20,7 @@ def inspect(
 
     Examples: trainmerge inspect configs/adamerging.yaml
               trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
+              trainmerge inspect configs/demo.yaml --forecast 16
               trainmerge inspect runs/first --weights no
 
     Args:
@@ -26,7 +30,13 @@ def inspect(
             `auto` reads up to 2 GiB.
         suggest: Write a suggested configuration, with its reasons, to this YAML file.
         output: Write everything to this JSON file too.
+        forecast: Run each expert on so many examples, and say what a merge will lose; 0 runs none.
     """
+    check_option("forecast", forecast, int, "[0, inf)")
+    if forecast and not Path(path).is_file():
+        raise ValueError(
+            f"{path} is no configuration, and a forecast is made before a fit: name the YAML file"
+        )
     from trainmerge.inspection import closing_words, inspect_path
 
     file = Path(suggest) if suggest else None
@@ -36,6 +46,11 @@ def inspect(
         from trainmerge.cli.fit import show_plan
 
         show_plan(Path(path))
+        if forecast:
+            from trainmerge.fitting.forecast_fit import forecast_config
+            from trainmerge.inspection.forecast import print_forecast
+
+            print_forecast(forecast_config(path, forecast))
     if file is not None or Path(path).is_file():
         print(closing_words(file))
     if errors:

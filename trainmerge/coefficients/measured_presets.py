@@ -4,7 +4,7 @@ Legend: `K` experts, `G` coefficient groups, `N` texts, `n` inputs of a linear l
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import Protocol
@@ -39,6 +39,17 @@ class Measures(Protocol):
 
     def grams(self, expert: int, names: Sequence[str], merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Mean x x^T [n, n] of the inputs x of each linear layer among `names`; see `Calibrator`."""
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """These parameters in the network's order."""
+
+    def shifted(
+        self, expert: int, names: Sequence[str], values: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Mean x x^T, (y - x) x^T and (y - x) (y - x)^T, [n, n] each, of the layers among `names`.
+
+        y are the expert's inputs on its own examples, x those of the merge with coefficients `values` [K, G].
+        """
 
     def likelihoods(self, expert: int, texts: Sequence[Example]) -> Tensor:
         """Log-likelihood of each text under the expert, [N] float64."""

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainmerge.data.batch import Batch
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.model.layer_inputs import Magnitude, Moment, watching
+from trainmerge.model.layer_inputs import Kept, Magnitude, Moment, Reads, Shifts, watching
 from trainmerge.model.named_layers import linear_layers, norms
 from trainmerge.model.predictions import jensen_shannon, predictions
 from trainmerge.model.resident import Resident
@@ -104,11 +104,35 @@ class ExpertStatistics:
         with self.resident.merged.teacher(expert):
             for name, weight in merged.items():
                 parameters[name].copy_(weight)
-            for batch in self._batches(expert, "measuring inputs"):
-                real = batch.inputs.get("attention_mask")
-                with watching(layers, moments, real):
-                    self.resident(batch)
+            self._watch(expert, layers, moments)
         return {name: moment.mean() for name, moment in moments.items() if moment.count}
+
+    @torch.no_grad()
+    def shifted(
+        self, expert: int, names: Sequence[str], values: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Moments of a merge's layer inputs and of their distance from the expert's; see `Measures`.
+
+        The expert's inputs of these layers, on all its examples, are in memory.
+        """
+        merged = self.resident.merged
+        layers = linear_layers(merged, names)
+        if not layers:
+            return {}
+        kept = {name: Kept() for name in layers}
+        moments = {name: Shifts(own) for name, own in kept.items()}
+        with merged.teacher(expert):
+            self._watch(expert, layers, kept)
+        reached = {name: layer for name, layer in layers.items() if kept[name].calls}
+        with merged.at(values):
+            self._watch(expert, reached, moments)
+        return {name: moments[name].means() for name in reached}
+
+    def _watch(self, expert: int, layers: Mapping[str, nn.Module], reads: Mapping[str, Reads]) -> None:
+        """Give the layers' inputs on the expert's examples, without padding, to `reads`."""
+        for batch in self._batches(expert, "measuring inputs"):
+            with watching(layers, reads, batch.inputs.get("attention_mask")):
+                self.resident(batch)
 
     @torch.no_grad()
     def magnitudes(self, names: Sequence[str]) -> dict[str, Tensor]:

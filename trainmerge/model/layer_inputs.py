@@ -4,10 +4,11 @@ Legend: `R` rows, `n` inputs of a linear layer.
 """
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -54,13 +55,53 @@ class Magnitude(InputMean):
         return summed if self.total is None else self.total.add_(summed)
 
 
+class Kept:
+    """The rows themselves, one tensor per call."""
+
+    def __init__(self) -> None:
+        self.calls: deque[Tensor] = deque()
+
+    def add(self, rows: Tensor) -> None:
+        """Keep these rows [R, n]."""
+        self.calls.append(rows.clone())
+
+
+class Shifts:
+    """Moments of rows x, and of y - x for the rows y that another model's calls kept, in their order."""
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
+        self._inputs, self._apart = Moment(), Moment()
+        self._mixed: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Add these rows x [R, n]; the kept ones are let go."""
+        x = rows.float()
+        apart = self._kept.calls.popleft().float() - x
+        self._inputs.add(x)
+        self._apart.add(apart)
+        self._mixed = apart.T @ x if self._mixed is None else self._mixed.addmm_(apart.T, x)
+
+    def means(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of x x^T, (y - x) x^T and (y - x) (y - x)^T, [n, n] each."""
+        assert self._mixed is not None
+        return self._inputs.mean(), (self._mixed / self._inputs.count).cpu(), self._apart.mean()
+
+
+class Reads(Protocol):
+    """What `watching` gives rows to."""
+
+    def add(self, rows: Tensor) -> None:
+        """Take these rows [R, n]."""
+
+
 @contextmanager
 def watching(
-    layers: Mapping[str, nn.Module], means: Mapping[str, InputMean], mask: Tensor | None
+    layers: Mapping[str, nn.Module], means: Mapping[str, Reads], mask: Tensor | None
 ) -> Iterator[None]:
     """Add the layers' inputs in a forward pass, without rows of padding where the shape identifies them."""
 
-    def read(mean: InputMean, _: nn.Module, given: tuple[Any, ...]) -> None:
+    def read(mean: Reads, _: nn.Module, given: tuple[Any, ...]) -> None:
         states: Tensor = given[0]
         padded = mask is not None and states.shape[:-1] == mask.shape
         mean.add(states[mask.bool()] if mask is not None and padded else states.flatten(0, -2))

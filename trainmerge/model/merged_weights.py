@@ -117,6 +117,15 @@ class MergedWeights:
             self.materialise()
 
     @contextmanager
+    def at(self, values: Tensor) -> Iterator[nn.Module]:
+        """In this context the merge has the coefficients `values` [K, G]; then its own again."""
+        try:
+            self._write(self.task_vectors, self._parameters, lambda name: self.coefficients.of(name, values))
+            yield self.module
+        finally:
+            self.materialise()
+
+    @contextmanager
     def merge_of(self, task_vectors: TaskVectors, scale: float) -> Iterator[nn.Module]:
         """In this context the module is base + scale * sum of other task vectors; then the merge again."""
         weights = torch.full((len(task_vectors.experts), 1), scale)
