@@ -167,7 +167,9 @@ def main() -> int:
             print(f"{name:45} {answers[name]['seconds']:4} s  {answers[name]['answer']}", flush=True)
             if chosen.keep:
                 chosen.keep.write_text(json.dumps(answers, indent=1) + "\n")
-    failed = sum(str(found["answer"]).startswith(("FAIL", "CRASH", "no answer")) for found in answers.values())
+    failed = sum(
+        str(found["answer"]).startswith(("FAIL", "CRASH", "no answer")) for found in answers.values()
+    )
     print(f"{len(answers)} scripts, {failed} fail or crash")
     return 1 if failed else 0
 
