@@ -19,6 +19,7 @@ GROUPS = (
     "guard",
     "auto",
     "forecast",
+    "time_to_quality",
     "fit_lm",
     "closed_memory",
     "closed_cost",
