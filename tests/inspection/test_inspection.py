@@ -1,6 +1,7 @@
 """What inspect finds in recipes that have something wrong with them, and what it suggests."""
 
 import json
+import re
 import shutil
 import warnings
 from dataclasses import replace
@@ -14,6 +15,7 @@ from tests.cli.test_cli import write_config
 from tests.embedders import write_embedders
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.cli import main
+from trainmerge.fitting.forecast_fit import forecast_config
 from trainmerge.inspection import inspect_path
 from trainmerge.inspection.attention import changes
 from trainmerge.inspection.suggest import suggest
@@ -153,6 +155,23 @@ def test_the_suggestion_can_be_fitted(world: Path, capsys: pytest.CaptureFixture
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one step says little
         assert main([*fit, "--trainer.max_steps", "1", "--data.max_length", "16"]) == 0
+
+
+def test_a_forecast_says_what_a_merge_will_lose(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(world)
+    assert main(["inspect", str(config), "--weights", "no", "--forecast", "4"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "encoder.layer.1" in said
+    together, apart = (
+        int(word) for word in re.findall(r"(\d+)% (?:of the experts' effect|with one per)", said)
+    )
+    assert 0 < apart <= together <= 100  # three unrelated experts; each layer's own coefficients lose less
+    assert main(["inspect", str(world), "--forecast", "4"]) == 1
+    assert "name the YAML file" in capsys.readouterr().err
+    experts = {n: replace(e, calibration=None) for n, e in recipe(world).experts.items()}
+    write_recipe(replace(recipe(world), experts=experts), "recipe", world / "silent.yaml")
+    with pytest.raises(ValueError, match=r"reads examples of each expert, and .* have none"):
+        forecast_config(world / "silent.yaml")
 
 
 def test_rules_of_thumb(tmp_path: Path) -> None:
