@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import trainmerge as tm
 from tests.world import recipe, write_world
-from trainmerge.coefficients.newton import NewtonCG, minimise
+from trainmerge.coefficients.newton import NewtonCG, least_within
 from trainmerge.run.recipe_files import calibration_files
 
 K, G = 3, 4
@@ -59,18 +59,18 @@ def test_one_step_solves_a_quadratic(generator: torch.Generator) -> None:
 def test_the_minimum_in_a_ball_is_at_its_boundary(generator: torch.Generator) -> None:
     matrix, target = quadratic(generator)
     gradient = -(matrix @ target.flatten())
-    whole = minimise(gradient, lambda p: matrix @ p, 1e3, 100)
+    whole = least_within(gradient, lambda p: matrix @ p, 1e3, 100)
     assert not whole.bounded
     best = 0.5 * float(target.flatten() @ matrix @ target.flatten())
     assert whole.fall == pytest.approx(best, rel=1e-5)
     radius = 0.7 * float(whole.by.norm())
-    inside = minimise(gradient, lambda p: matrix @ p, radius, 100)
+    inside = least_within(gradient, lambda p: matrix @ p, radius, 100)
     assert inside.bounded
     assert float(inside.by.norm()) == pytest.approx(radius)
     slope, bend = float(gradient @ gradient), float(gradient @ matrix @ gradient)
     length = min(slope / bend, radius / slope**0.5)  # to the least point along the gradient in the ball
     assert (length * slope - 0.5 * length**2 * bend) * (1 - 1e-9) <= inside.fall < whole.fall
-    saddle = minimise(gradient, lambda p: -p, 2.0, 100)
+    saddle = least_within(gradient, lambda p: -p, 2.0, 100)
     assert saddle.bounded
     assert float(saddle.by.norm()) == pytest.approx(2.0)
 

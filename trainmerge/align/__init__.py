@@ -2,7 +2,7 @@
 
 from trainmerge.align.align import Aligned, align
 from trainmerge.align.base import Align
-from trainmerge.align.families import FAMILIES, STREAM
+from trainmerge.align.families import FAMILIES, STREAM, touches_of
 from trainmerge.align.gauge import Gauge
 from trainmerge.align.heads import AttentionHeads
 from trainmerge.align.neurons import Neurons, ResidualStream
@@ -25,4 +25,5 @@ __all__ = [
     "changes",
     "is_locked",
     "stream_map",
+    "touches_of",
 ]

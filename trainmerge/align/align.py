@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from trainmerge.align.base import Align
 from trainmerge.align.families import STREAM
+from trainmerge.align.heads import AttentionHeads
+from trainmerge.align.neurons import Neurons, ResidualStream
 from trainmerge.align.pair import Pair
 
 SWEEPS = 100
@@ -59,7 +60,7 @@ def align(pair: Pair, methods: Sequence[Align]) -> Aligned:
 def _summary(pair: Pair) -> tuple[dict[str, str], int]:
     """Kind of unit -> how many moved, and the number of pairs of factors with another gauge."""
     moved, total = Counter[str](), Counter[str]()
-    names = {STREAM: "units of the residual stream", "neurons": "neurons", "query": "heads"}
+    names = {STREAM: ResidualStream.units, "neurons": Neurons.units, "query": AttentionHeads.units}
     for space, own in pair.maps.items():
         if kind := names.get(space.rpartition(" ")[2]):
             moved[kind] += own.moved
@@ -73,14 +74,11 @@ def _check_condition(pair: Pair) -> None:
         if own.matrices is None:
             continue
         name = next(name for name, _ in pair.anatomy.touching(space))
-        limit, found = LARGEST.get(pair.expert(name).dtype), _condition(own.matrices)
+        limit = LARGEST.get(pair.expert(name).dtype)
+        found = float(torch.linalg.cond(own.matrices).max())
         if limit and not found <= limit:
             raise ValueError(
                 f"{name}: undoing the gauge of its {space.rpartition(' ')[2]} heads has the condition "
                 f"{found:.1e}, which would multiply the rounding of {pair.expert(name).dtype} by that: leave "
                 "Gauge out, or get the expert as it was trained"
             )
-
-
-def _condition(matrices: Tensor) -> float:
-    return float(torch.linalg.cond(matrices).max())

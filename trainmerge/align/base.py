@@ -21,6 +21,7 @@ class Align(ABC):
 
     stage: ClassVar[int] = 0  # methods are applied in the order of their stages
     repeated: ClassVar[bool] = True  # whether another method's result may change this one's
+    units: ClassVar[str] = ""  # what it puts in other places
 
     @abstractmethod
     def __call__(self, pair: Pair) -> Mapping[str, UnitMap]:

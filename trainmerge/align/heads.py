@@ -26,6 +26,7 @@ class AttentionHeads(Align):
     """
 
     stage: ClassVar[int] = 1
+    units: ClassVar[str] = "heads"
 
     @override
     def __call__(self, pair: Pair) -> Mapping[str, UnitMap]:

@@ -26,6 +26,7 @@ class Neurons(Align):
     """
 
     stage: ClassVar[int] = 2
+    units: ClassVar[str] = "neurons"
 
     @override
     def __call__(self, pair: Pair) -> Mapping[str, UnitMap]:
@@ -41,6 +42,7 @@ class ResidualStream(Align):
     """
 
     stage: ClassVar[int] = 0
+    units: ClassVar[str] = "units of the residual stream"
 
     @override
     def __call__(self, pair: Pair) -> Mapping[str, UnitMap]:

@@ -75,7 +75,7 @@ class NewtonCG(Optimizer):
             return curved
 
         loss, gradient = at(start)
-        move = minimise(gradient, product, radius, options["products"])
+        move = least_within(gradient, product, radius, options["products"])
         fall = float(loss) - float(at(start + move.by)[0])
         share = fall / move.fall if move.fall > 0 else 0.0
         if not share >= ENOUGH:  # or not a number
@@ -97,7 +97,7 @@ class Move(NamedTuple):
     bounded: bool
 
 
-def minimise(gradient: Tensor, product: Callable[[Tensor], Tensor], radius: float, products: int) -> Move:
+def least_within(gradient: Tensor, product: Callable[[Tensor], Tensor], radius: float, products: int) -> Move:
     """The least of <g, d> + <d, H d> / 2 in |d| <= radius, by at most so many products H p.
 
     Stops at the boundary along a direction of negative curvature, or when the residual is small.

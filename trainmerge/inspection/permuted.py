@@ -65,8 +65,7 @@ def permuted_findings(found: Mapping[str, Aligned]) -> Iterator[Finding]:
 
 def needed(done: Aligned) -> list[Align]:
     """The methods that moved something."""
-    kinds = ("units of the residual stream", "heads", "neurons")
-    return [method for method, kind in zip(METHODS, kinds, strict=True) if kind in done.moved]
+    return [method for method in METHODS if method.units in done.moved]
 
 
 def suggested_alignment(found: Mapping[str, Aligned], findings: Sequence[Finding]) -> list[Align]:

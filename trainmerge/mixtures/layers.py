@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.mixtures.stacks import find_stacks
+from trainmerge.system.plain_data import text_settings
 from trainmerge.task_vectors.places import is_place, parameter_of, view
 
 EXPERT = re.compile(r"(.*\.)experts\.(\d+)\.(\w+)\.weight")
@@ -106,8 +107,7 @@ def _routers(base: Checkpoint, prefix: str, count: int) -> tuple[str, ...]:
 
 def routed_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of config.json with the number of experts: `text_config` in models that read pictures."""
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) and not any(key in config for key in COUNTS) else config
+    return config if any(key in config for key in COUNTS) else text_settings(config)
 
 
 def shrunk_settings(where: object, config: Mapping[str, Any], experts: int) -> dict[str, Any]:

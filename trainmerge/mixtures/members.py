@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.mixtures.layers import MixtureLayer
-from trainmerge.mixtures.neurons import nearest_order, neurons
+from trainmerge.mixtures.neurons import matching_order, neurons
 from trainmerge.mixtures.saliency import Saliency
 
 
@@ -42,5 +42,5 @@ class Members:
                 neurons({kind: layer.read(self.base, number, kind) for kind in layer.kinds}, own)
                 for number in (centroid, member)
             )
-            self._orders[key] = nearest_order(one, other)
+            self._orders[key] = matching_order(one, other)
         return self._orders[key]

@@ -26,6 +26,6 @@ def neurons(matrices: Mapping[str, Tensor], own: Saliency) -> tuple[Tensor, Tens
     return normalize(weights, dim=1), normalize(values.T, dim=1)
 
 
-def nearest_order(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+def matching_order(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
     """The order of the other's neurons with the largest sum of cosines with the first's, of both features."""
     return assign(-(one[0] @ other[0].T + one[1] @ other[1].T))

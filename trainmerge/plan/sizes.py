@@ -2,11 +2,9 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
 
 from torch import nn
 
-from trainmerge.task_vectors.parameter_names import block_of
 from trainmerge.task_vectors.prefetch import largest_block
 
 
@@ -51,7 +49,7 @@ def sizes_of(
         weights=sum(stored.values()) + sum(buffer.nbytes for buffer in meta_model.buffers()),
         gradient=max((stored[name] for name in learned), default=0),
         gradients=sum(stored[name] for name in learned),
-        block=max(sum(stored[name] for name in block) for _, block in groupby(stored, block_of)),
+        block=largest_block(stored),
         vectors=sum(read.values()),
         learned=sum(read[name] for name in learned),
         ahead=largest_block(read),

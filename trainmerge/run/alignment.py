@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainmerge.align import Align, Aligned, Pair, ResidualStream, align, anatomy, stream_map
+from trainmerge.align import Align, Aligned, Pair, ResidualStream, align, anatomy, stream_map, touches_of
 from trainmerge.checkpoints import Checkpoint, Sources, open_checkpoint, stamps
 from trainmerge.checkpoints.sources import FullSource, OpenedFiles, Source, fit_rows
 from trainmerge.checkpoints.weight_files import ADAPTER
@@ -129,14 +129,13 @@ class Aligner:
         """Raise ValueError if a tensor of the expert that is not merged reads a stream in another order."""
         if stream_map(found.pair) is None:
             return
-        own, family = open_checkpoint(folder, self.allow_pickle), found.pair.anatomy.family
+        own = open_checkpoint(folder, self.allow_pickle)
+        touches, _ = touches_of(found.pair.anatomy.family, own.tensors)
         used = {place.tensor for place in places.values() if isinstance(place, FullSource)}
-        pooled = any(family.place(name)[1] == "pooler.dense.weight" for name in own.tensors)
         for name, info in own.tensors.items():
             if name in used or name in own.tied or not info.dtype.is_floating_point:
                 continue
-            touches = family.touches(name, pooled)
-            if touches is None or touches:
+            if touches.get(name, True):  # it reads the stream, or is not known
                 raise ValueError(
                     f"its {name} is not merged and reads the residual stream, whose units move: leave "
                     "ResidualStream out of recipe.align"
