@@ -165,7 +165,7 @@ def test_sequence_to_sequence(tied: bool, target: str | None, tmp_path: Path) ->
         write_rows(tmp_path / f"{name}.jsonl", rows)
     module = fit(tmp_path, tmp_path / "run", 6, tm.Columns(target=target))
     assert aligned(tmp_path / "run")
-    rows = len(module.teachers[0].parts["log_p"])
+    rows = len(module.loaded.teachers[0].parts["log_p"])
     assert rows == (sum(len(sentence(3 * i).split()) for i in range(8)) if target else 8)
 
 

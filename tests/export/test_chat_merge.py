@@ -143,7 +143,7 @@ def test_a_finished_run_gives_its_module_and_data_again() -> None:
     module, data = reopen(RunFolder(Path("run")))
     assert Path(data.tokenizer) == module.opened.base.path
     module.load(data)
-    assert len(module.teachers) == len(ADDED)
+    assert len(module.loaded.teachers) == len(ADDED)
 
 
 @inside

@@ -49,7 +49,7 @@ def test_energy_is_the_squared_gradient_of_every_batch(tmp_path: Path) -> None:
     resident, groups = module.resident, module.opened.layout.groups
     squares = torch.zeros(len(module.opened.layout.labels), dtype=torch.float64)
     for batch in batches(module.resident, data):
-        said = module.teachers[batch.expert].of(batch.ids, resident.device)
+        said = module.loaded.teachers[batch.expert].of(batch.ids, resident.device)
         weights = tm.merged_weights(module.opened.task_vectors, module.coefficients)
         states = torch.func.functional_call(resident.merged.module, weights, (), dict(batch.inputs))
         logits = resident.classifiers[batch.expert](states.last_hidden_state, batch.mask)

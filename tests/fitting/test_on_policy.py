@@ -130,8 +130,8 @@ def test_loss_and_gradient_are_the_divergence_where_the_merge_wrote(
     """By autograd through W0 + sum_k c_k tau_k in float64, from the written tokens."""
     module, data = on_policy(world, tmp_path, objective=tm.JensenShannon(beta))
     module.load(data)
-    assert module._rounds is not None
-    (batch, _) = module._rounds.rewritten(Steps(data.examples, data.tokenize, 3, seed=0)[0], 0)
+    assert module.loaded.rounds is not None
+    (batch, _) = module.loaded.rounds.rewritten(Steps(data.examples, data.tokenize, 3, seed=0)[0], 0)
     merged = module.resident.merged
     merged.materialise()
     loss = module.loss(batch)
@@ -150,7 +150,7 @@ def test_loss_and_gradient_are_the_divergence_where_the_merge_wrote(
     }  # fmt: skip
     rows = []
     for i in batch.ids.tolist():
-        written = module._rounds.examples[0][i]
+        written = module.loaded.rounds.examples[0][i]
         assert written.tokens is not None
         assert written.spans is not None
         ids, ((begin, _),) = written.tokens, written.spans

@@ -167,7 +167,7 @@ def test_an_expert_has_no_distance_from_itself(tmp_path: Path) -> None:
     module.load(data)
     for k in range(2):
         batch = module.resident.batch(k, data.examples[k][:4], data.tokenize)
-        teacher = module.teachers[k].of(batch.ids, torch.device("cpu"))
+        teacher = module.loaded.teachers[k].of(batch.ids, torch.device("cpu"))
         with module.resident.merged.teacher(k), torch.no_grad():
             own = BOTH(module.resident(batch, BOTH.asks.layers), batch._replace(teacher=teacher))
         with torch.no_grad():

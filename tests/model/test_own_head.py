@@ -116,7 +116,7 @@ def test_gradient_is_autograds(tmp_path: Path, architecture: str) -> None:
         if id(merged.parameters[name]) in names
     }
     logits = functional_call(own.module, weights, (), dict(own.inputs(batch))).logits
-    told = module.teachers[1].of(batch.ids, torch.device("cpu")).predictions
+    told = module.loaded.teachers[1].of(batch.ids, torch.device("cpu")).predictions
     assert told is not None
     log_q = logits.log_softmax(-1)
     loss = -(log_q.exp() * log_q).sum(-1) + (told.log_p.exp() * (told.log_p - log_q)).sum(-1)

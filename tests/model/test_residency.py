@@ -10,7 +10,7 @@ from tests.contracts import assert_same_bits
 from tests.fitting.test_fit import build, learned
 from tests.stand_in import CountedLink, behind
 from tests.world import write_world
-from trainmerge.fitting.plan_fit import read_bytes
+from trainmerge.fitting.vector_bytes import vector_bytes
 from trainmerge.model import merged_weights
 from trainmerge.model.residency import Residency, Room, Share, Vectors, reside
 from trainmerge.task_vectors.prefetch import largest_block
@@ -107,7 +107,7 @@ def test_a_fit_on_a_stand_in_sends_what_it_must(
     """What is on the device is sent once per fit, the rest once per pass, less what a turn finds there."""
     link, opened = CountedLink(), build(world, tmp_path / "sizes")[0]
     monkeypatch.setattr(merged_weights, "link_to", behind(link))
-    sizes = read_bytes(opened)
+    sizes = vector_bytes(opened)
     whole, ahead = sum(sizes.values()), largest_block(sizes)
     room = Room(whole // 2, 0, link=1.0, bandwidth=2.0)
     vectors = "auto" if where == "half" else where

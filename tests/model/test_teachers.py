@@ -21,7 +21,7 @@ def test_predictions_are_each_experts_own_and_kept(tmp_path: Path) -> None:
     write_world(tmp_path)
     module, data = build(tmp_path, tmp_path / "run", objective=tm.Entropy(agreement=1.0))
     module.load(data)
-    resident, recorded = module.resident, module.teachers
+    resident, recorded = module.resident, module.loaded.teachers
     resident.merged.materialise()
     before = [parameter.clone() for parameter in resident.merged.module.parameters()]
     for k, examples in enumerate(data.examples):
@@ -36,7 +36,7 @@ def test_predictions_are_each_experts_own_and_kept(tmp_path: Path) -> None:
     again, data = build(tmp_path, tmp_path / "run", objective=tm.Entropy(agreement=1.0))
     again.load(data)
     assert file.stat().st_mtime_ns == written
-    assert all(same(a, b) for a, b in zip(recorded, again.teachers, strict=True))
+    assert all(same(a, b) for a, b in zip(recorded, again.loaded.teachers, strict=True))
 
 
 def test_a_guarded_fit_resumes_bit_for_bit_and_lowers_its_loss(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_teacher_is_the_expert_itself_under_preprocessing_too(tmp_path: Path) 
     trimmed, _ = build(tmp_path, tmp_path / "b", objective=objective, recipe=ties)
     plain.load(data)
     trimmed.load(data)
-    assert all(same(a, b) for a, b in zip(plain.teachers, trimmed.teachers, strict=True))
+    assert all(same(a, b) for a, b in zip(plain.loaded.teachers, trimmed.loaded.teachers, strict=True))
 
 
 def test_other_experts_are_recorded_anew(tmp_path: Path) -> None:

@@ -195,14 +195,14 @@ def test_a_small_budget_keeps_the_largest_and_says_so(
 ) -> None:
     whole, data = build(languages, tmp_path, tm.Alignment())
     whole.load(data)
-    assert "tokens" not in whole.teachers[0].parts
+    assert "tokens" not in whole.loaded.teachers[0].parts
     part, _ = build(languages, tmp_path, tm.Alignment(), teacher_budget=2000)
     part.load(data)
     assert "probabilities per position are recorded" in capsys.readouterr().out
     for k in range(2):
-        full, kept = whole.teachers[k].parts["log_p"], part.teachers[k].parts
+        full, kept = whole.loaded.teachers[k].parts["log_p"], part.loaded.teachers[k].parts
         m = kept["log_p"].shape[1]
-        assert 2000 // 2 < 8 * m * sum(len(t.parts["log_p"]) for t in part.teachers) <= 2000
+        assert 2000 // 2 < 8 * m * sum(len(t.parts["log_p"]) for t in part.loaded.teachers) <= 2000
         largest = kept["log_p"].sort(dim=-1, descending=True).values
         torch.testing.assert_close(largest, full.topk(m, dim=-1).values)
         torch.testing.assert_close(kept["log_p"], full.gather(-1, kept["tokens"].long()))
@@ -212,7 +212,7 @@ def test_a_small_budget_keeps_the_largest_and_says_so(
 def test_rows_come_in_the_order_of_ids(languages: Path, tmp_path: Path) -> None:
     module, data = build(languages, tmp_path, tm.Alignment(hidden=1.0, layers=(1,)))
     module.load(data)
-    record, ids = module.teachers[0], torch.tensor([4, 0, 4])
+    record, ids = module.loaded.teachers[0], torch.tensor([4, 0, 4])
     got = record.of(ids, torch.device("cpu"))
     inputs, mask = data.tokenize.encode([data.examples[0][i] for i in ids])
     with module.resident.merged.teacher(0) as expert, torch.no_grad():

@@ -161,7 +161,7 @@ def test_the_gradient_of_coefficients_is_autograds_dense_layer_included(tmp_path
     with torch.no_grad():
         rows_expert = embed(experts[0], layers[1], batch.inputs)
     (want,) = torch.autograd.grad(by_definition(rows_merged, rows_expert, 0.5).mean(), coefficients)
-    recorded = module.teachers[0].of(batch.ids, torch.device("cpu")).embedding
+    recorded = module.loaded.teachers[0].of(batch.ids, torch.device("cpu")).embedding
     torch.testing.assert_close(recorded.double(), rows_expert, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-7)
     assert want[:, opened.layout.groups["2_Dense.linear.weight"][0]].abs().min() > 0

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from trainmerge.checkpoints.expert_heads import find_own_heads
     from trainmerge.checkpoints.head_parts import may_have_head
     from trainmerge.checkpoints.linear_head import beyond_linear
-    from trainmerge.checkpoints.meta_model import build_meta_model, locate
+    from trainmerge.checkpoints.meta_model import build_meta_model
     from trainmerge.checkpoints.model import (
         LoadedModel,
         check_tensors,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from trainmerge.checkpoints.output import Output, output_of, output_of_class
     from trainmerge.checkpoints.own_head import OwnHead
     from trainmerge.checkpoints.side_layers import attach_side_layers
+    from trainmerge.checkpoints.tensor_names import locate
     from trainmerge.checkpoints.tokenizer_check import same_ids
 
 _HEAVY = {
@@ -71,7 +72,7 @@ _HEAVY = {
     "Output": "output",
     "OwnHead": "own_head",
     "build_meta_model": "meta_model",
-    "locate": "meta_model",
+    "locate": "tensor_names",
     "may_have_head": "head_parts",
     "translated_config": "config_translation",
     "output_of": "output",

@@ -10,16 +10,20 @@ from trainmerge.checkpoints.adapter import Adapter, open_adapter
 from trainmerge.checkpoints.adapter_head import class_of_adapter
 from trainmerge.checkpoints.full_expert import fitted_names
 from trainmerge.checkpoints.head_parts import may_have_head, own_parameters
-from trainmerge.checkpoints.meta_model import canonical_names
 from trainmerge.checkpoints.own_head import OwnHead
 from trainmerge.checkpoints.parameters import Parameters, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint, open_checkpoint
 from trainmerge.checkpoints.sources import FullSource, Sources
+from trainmerge.checkpoints.tensor_names import canonical_names
 from trainmerge.checkpoints.weight_files import ADAPTER
 
 
 def find_own_heads(
-    base: Checkpoint, experts: Mapping[str, Path], sources: Sources, ignore: Sequence[str] = ()
+    base: Checkpoint,
+    experts: Mapping[str, Path],
+    sources: Sources,
+    ignore: Sequence[str] = (),
+    allow_pickle: bool = False,
 ) -> dict[str, OwnHead]:
     """The experts that have a head of their own, whose tensors `sources` do not merge."""
     found: dict[str, OwnHead] = {}

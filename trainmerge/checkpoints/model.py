@@ -15,9 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from trainmerge.checkpoints.computed_positions import computed_parameters
-from trainmerge.checkpoints.meta_model import build_meta_model, locate, memory_names, quiet, shorten
+from trainmerge.checkpoints.meta_model import build_meta_model, quiet, shorten
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.checkpoints.side_layers import attach_side_layers
+from trainmerge.checkpoints.tensor_names import locate, memory_names
 from trainmerge.system.safetensors_file import TensorInfo
 from trainmerge.task_vectors.parameter_names import matches
 from trainmerge.task_vectors.places import is_place, parameter_of, view

@@ -6,14 +6,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from trainmerge.checkpoints.meta_model import (
-    build_meta_model,
-    canonical_names,
-    locate,
-    memory_names,
-    tied_names,
-)
+from trainmerge.checkpoints.meta_model import build_meta_model
 from trainmerge.checkpoints.reader import Checkpoint
+from trainmerge.checkpoints.tensor_names import canonical_names, locate, memory_names, tied_names
 from trainmerge.task_vectors.parameter_names import matches
 
 MERGED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

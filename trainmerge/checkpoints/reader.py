@@ -63,7 +63,7 @@ class Checkpoint:
         """
         if self.known_ties is not None:
             return dict(self.known_ties)
-        from trainmerge.checkpoints.meta_model import ties_of  # imports transformers: only if needed
+        from trainmerge.checkpoints.tensor_names import ties_of  # imports transformers: only if needed
 
         return ties_of(self.path, self.tensors)
 

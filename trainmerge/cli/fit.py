@@ -15,7 +15,8 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from trainmerge.cli.fit_words import fit_words
 from trainmerge.fitting.fit import fit
-from trainmerge.fitting.from_config import FitCLI, FitSettings, build_settings, from_config
+from trainmerge.fitting.fit_parser import FitCLI
+from trainmerge.fitting.from_config import FitSettings, build_settings, from_config
 from trainmerge.fitting.plan_fit import plan_fit
 from trainmerge.fitting.plan_steps import plan_steps
 from trainmerge.fitting.preflight import check_heads, check_tasks

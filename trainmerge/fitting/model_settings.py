@@ -54,31 +54,26 @@ def needs_examples(recipe: Recipe, initial: Initial) -> bool:
     return informed or isinstance(initial, MeasuredPreset)
 
 
-def check_learning(
-    clip: float, keep_better: bool, keep_gradients: bool | None, combine: torch.nn.Module | None
-) -> None:
-    """Raise ValueError for arguments of `MergeModule` out of range, or that exclude each other."""
-    check_option("model.clip", clip, float, "[0, inf)")
-    check_option("model.keep_better", keep_better, bool)
-    if keep_gradients and combine is not None:
-        raise ValueError(
-            "keep_gradients sums the gradients that `combine` needs separately: set only one of them"
-        )
-
-
 def check_given(**settings: object) -> None:
     """Raise ValueError for keys of `model` that are null; a key that is left out has its default."""
     if absent := [f"model.{name}" for name, value in settings.items() if value is None]:
         raise ValueError(f"{', '.join(absent)}: null is no value; remove the key for its default, or set it")
 
 
-def check_sharding(settings: ModelSettings, needs_examples: bool) -> None:
-    """Raise ValueError for settings that a sharded model does not have, or that only such a one has."""
+def check_settings(
+    settings: ModelSettings, recipe: Recipe, initial: Initial, clip: float, keep_better: bool
+) -> None:
+    """Raise ValueError for arguments of `MergeModule` out of range, or that a sharded model does not have.
+
+    Also for those that only a sharded model has.
+    """
+    check_option("model.clip", clip, float, "[0, inf)")
+    check_option("model.keep_better", keep_better, bool)
     if settings.shard_over != "all" and not settings.sharded:
         raise ValueError(
             f"model.shard_over: {settings.shard_over} is for model.sharded: set that to true, or leave it out"
         )
-    if settings.sharded and (settings.subspace or needs_examples):
+    if settings.sharded and (settings.subspace or needs_examples(recipe, initial)):
         raise ValueError(
             "model.sharded: model.subspace and preprocessors or presets that use calibration examples need "
             "the whole model on one device; leave them out, or run without model.sharded"

@@ -22,26 +22,17 @@ from trainmerge.coefficients.constraints import Constraint, Free
 from trainmerge.coefficients.initial import Initial, read_initial
 from trainmerge.data.batch import Batch, Step
 from trainmerge.data.calibration import Calibration
-from trainmerge.fitting.model_settings import (
-    ModelSettings,
-    check_data,
-    check_given,
-    check_learning,
-    check_sharding,
-    needs_examples,
-)
+from trainmerge.fitting.loaded import Loaded, load_fit
+from trainmerge.fitting.model_settings import ModelSettings, check_data, check_given, check_settings
 from trainmerge.fitting.on_policy import OnPolicy
-from trainmerge.fitting.on_policy_rounds import Rounds
-from trainmerge.fitting.precision import scale_of
-from trainmerge.fitting.prepare import FitInputs, prepare
+from trainmerge.fitting.prepare import FitInputs
 from trainmerge.fitting.steps import CoefficientSteps
 from trainmerge.model.residency import Room, Vectors
 from trainmerge.model.resident import Resident
-from trainmerge.model.teachers import BUDGET, Record
+from trainmerge.model.teachers import BUDGET
 from trainmerge.objectives import Entropy, Objective
 from trainmerge.plan.micro_batches import OpenSchedule
 from trainmerge.run.recipe import Recipe
-from trainmerge.system.ranges import check_option
 from trainmerge.task_vectors.quantise import Quantise
 
 
@@ -117,43 +108,41 @@ class MergeModule(CoefficientSteps):
     ) -> None:
         super().__init__()
         check_given(objective=objective, constraint=constraint, anchor=anchor, optimizer=optimizer)
-        check_learning(clip, keep_better, keep_gradients, combine)
-        self.on_policy = on_policy
-        self._rounds: Rounds | None = None  # once the model is loaded
-        check_option("model.schedule", schedule, Literal["auto", "least"])
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
         place = Path(workspace), sharded, vectors, shard_over
         self.settings = ModelSettings(weights, subspace, quantise, teacher_budget, *place)
-        asked = OpenSchedule(tasks_per_backward, keep_gradients)
-        self.schedule = asked.least
-        self.asked = asked if schedule == "auto" else OpenSchedule(self.schedule.tasks, self.schedule.keep)
+        self.asked = OpenSchedule.of(schedule, tasks_per_backward, keep_gradients, combine is not None)
+        self.schedule = self.asked.least
         self.room: Room | None = None  # for task vectors, once a plan has found it
-        self.machine = 0  # processes on this machine, once the trainer says; 0 is all
-        self.initial, self.keep_better = initial, keep_better
-        check_sharding(self.settings, needs_examples(recipe, initial))
+        self.initial, self.keep_better, self.on_policy = initial, keep_better, on_policy
+        check_settings(self.settings, recipe, initial, clip, keep_better)
         self.opened = recipe.open(self.settings.workspace)
         names, layout = tuple(recipe.experts), self.opened.layout
         self.coefficients = Coefficients(names, layout, read_initial(initial, names, layout), constraint)
         self.start: Tensor = self.coefficients().detach().clone()  # a plain attribute: not in the checkpoint
         self._combine = (combine,)  # in a tuple: no submodule, so that no checkpoint depends on it
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
-        self._resident: Resident | None = None
-        self.teachers: list[Record] = []  # K, if the objective needs them
+        self._loaded: Loaded | None = None  # once a fit begins
         self.description = "{}"  # what the run depends on, as JSON: saved in its checkpoints
 
     @property
-    @override
-    def resident(self) -> Resident:
-        """The merged model; loaded when a fit begins.
+    def loaded(self) -> Loaded:
+        """The merged model and the experts' records; loaded when a fit begins.
 
         Raises:
             RuntimeError: the model is not loaded yet.
         """
-        if self._resident is None:
+        if self._loaded is None:
             raise RuntimeError(
                 "the model is not loaded yet: Trainer.fit loads it; call `load` to load it earlier"
             )
-        return self._resident
+        return self._loaded
+
+    @property
+    @override
+    def resident(self) -> Resident:
+        """The merged model. Raises RuntimeError as `loaded`."""
+        return self.loaded.resident
 
     @property
     @override
@@ -161,6 +150,7 @@ class MergeModule(CoefficientSteps):
         """The aggregation of the experts' gradients; None is their sum."""
         return self._combine[0]
 
+    @override
     def load(
         self,
         data: Calibration,
@@ -169,15 +159,11 @@ class MergeModule(CoefficientSteps):
     ) -> None:
         """Prepare the model (`prepare`), once; raises as `check_data`. Lightning's `setup` calls it too."""
         check_data(self.recipe, self.opened, data, self.settings.sharded)
-        if self._resident is not None:
+        if self._loaded is not None:
             return
-        given = self.inputs(data)
-        made = prepare(given if self.on_policy is None else given.without_records(), device, precision)
-        if self.on_policy is not None:
-            self._rounds = Rounds(self.on_policy, given, made.resident)
-        self._resident, self.teachers = made.resident, made.teachers
-        if made.start is not None:
-            self.start = made.start.expand_as(self.start).clone()
+        self._loaded = load_fit(self.inputs(data), self.on_policy, device, precision)
+        if self._loaded.start is not None:
+            self.start = self._loaded.start.expand_as(self.start).clone()
             self.coefficients.reset_(self.start)
 
     def inputs(self, data: Calibration) -> FitInputs:
@@ -187,25 +173,9 @@ class MergeModule(CoefficientSteps):
         return FitInputs(*merge, self.objective.asks, data, *where)
 
     @override
-    def setup(self, stage: str) -> None:
-        """Load everything onto this process's device.
-
-        Raises:
-            TypeError: the trainer's datamodule is not a `Calibration`.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, Calibration):
-            raise TypeError("fit with trainer.fit(module, datamodule=Calibration(...))")
-        self.machine = self.trainer.num_devices
-        strategy = self.trainer.strategy  # `self.device` is still the CPU here
-        self.load(data, strategy.root_device, strategy.precision_plugin.forward_context)
-        if scale := scale_of(strategy.precision_plugin):
-            self.resident.merged.loss_scale = scale
-
-    @override
     def training_step(self, step: Step, index: int) -> None:
         """One optimizer step; on policy, on the round's texts of the step's examples."""
-        super().training_step(self._rounds.rewritten(step, self.global_step) if self._rounds else step, index)
+        super().training_step(self.loaded.rewritten(step, self.global_step), index)
 
     @override
     def loss(self, batch: Batch) -> Tensor:
@@ -218,7 +188,5 @@ class MergeModule(CoefficientSteps):
 
     def losses(self, batch: Batch) -> Tensor:
         """The loss of each example of one expert's batch, [B], without the expert's weight."""
-        batch = self.resident.counted(batch)
-        if records := self.teachers if self._rounds is None else self._rounds.records:
-            batch = batch._replace(teacher=records[batch.expert].of(batch.ids, self.resident.device))
+        batch = self.loaded.with_teacher(self.resident.counted(batch))
         return self.objective(self.resident(batch, self.objective.asks.layers), batch)

@@ -8,7 +8,8 @@ import torch
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.memory_budget import plan_within
 from trainmerge.fitting.module import MergeModule
-from trainmerge.fitting.plan_fit import Precision, read_bytes
+from trainmerge.fitting.plan_fit import Precision
+from trainmerge.fitting.vector_bytes import vector_bytes
 from trainmerge.model.residency import Room, Share, reside
 from trainmerge.plan.devices import Device, of_card
 from trainmerge.plan.plan import USABLE, Plan
@@ -21,7 +22,7 @@ def check_held(module: MergeModule, devices: int = 1) -> None:
     `devices` share them.
     """
     if (free := available()) is not None and module.settings.vectors in ("device", "host"):
-        shares = {name: Share(-(-count // devices)) for name, count in read_bytes(module).items()}
+        shares = {name: Share(-(-count // devices)) for name, count in vector_bytes(module).items()}
         reside(module.settings.vectors, shares, Room(free, free))
 
 

@@ -1,6 +1,6 @@
 """The plan of a fit, and the sizes that it is made of.
 
-Legend: `K` experts, `B` examples of one expert and step, `T` tokens, `V` vocabulary or classes.
+Legend: `K` experts, `B` examples of one expert and step, `T` tokens.
 """
 
 import sys
@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trainmerge.checkpoints import OwnHead, attach_side_layers, build_meta_model, locate, output_of
-from trainmerge.data.batch import Batch, Step
+from trainmerge.checkpoints import OwnHead, attach_side_layers, build_meta_model, locate
+from trainmerge.data.batch import Batch
 from trainmerge.data.calibration import Calibration
 from trainmerge.data.heads import Head
 from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.recorded_sizes import Records, recorded_sizes
+from trainmerge.fitting.vector_bytes import vector_bytes
 from trainmerge.model.activation_checkpointing import recompute_blocks
 from trainmerge.model.embedding import read_embedding
-from trainmerge.model.media_forward import state_numbers, without_tokens
 from trainmerge.model.own_head import OwnModel, attach
 from trainmerge.plan.devices import Device, measured
 from trainmerge.plan.dry_run import dry_run
@@ -29,7 +30,6 @@ from trainmerge.plan.plan import Plan
 from trainmerge.plan.sizes import Sizes, sizes_of
 from trainmerge.run.heads import task_heads
 from trainmerge.system.memory import anonymous
-from trainmerge.task_vectors.delta import Delta
 from trainmerge.task_vectors.places import parameter_of
 
 Precision = Callable[[], AbstractContextManager[Any]]
@@ -64,7 +64,7 @@ def plan_fit(
     data = module.on_policy.planned(data) if module.on_policy else data
     share = -(-data.batch_size // (processes or devices))
     step = [_longest(data, k, share) for k in range(len(data.examples))]
-    records = _records(module, data, step, model.module)
+    records = recorded_sizes(module, data, step, model.module)
     learned = {parameter_of(model.names[name]) for name in module.opened.layout.learned}
     sizes = _sizes(module, model, records, learned)
     if schedule.recompute:
@@ -119,13 +119,13 @@ def _empty_model(module: MergeModule) -> _EmptyModel:
     return _EmptyModel(meta_model, names, dtypes)
 
 
-def _sizes(module: MergeModule, model: _EmptyModel, records: "_Records", learned: Collection[str]) -> Sizes:
+def _sizes(module: MergeModule, model: _EmptyModel, records: Records, learned: Collection[str]) -> Sizes:
     opened, names = module.opened, model.names
     parameters = dict(model.module.named_parameters())
     own = {name: p.numel() * model.dtypes.get(name, p.dtype).itemsize for name, p in parameters.items()}
     stored = sum({names[n]: opened.base.info(n).nbytes for n in names}.values())
     read: dict[str, int] = {}
-    for name, count in read_bytes(module).items():
+    for name, count in vector_bytes(module).items():
         parameter = parameter_of(names[name])
         read[parameter] = read.get(parameter, 0) + count
     files = [file for folder in opened.folders.values() for file in Path(folder).glob("*.safetensors")]
@@ -139,64 +139,6 @@ def _sizes(module: MergeModule, model: _EmptyModel, records: "_Records", learned
         sum(file.stat().st_size for file in files) + records.files,
         max(records.memory, stored - sum(own.values())),  # a model is loaded as stored, then cast
     )
-
-
-class _Records(NamedTuple):
-    """The size of the experts' recorded outputs."""
-
-    width: int = 0  # probabilities per row; 0 for all
-    memory: int = 0  # bytes, of the largest expert while it is recorded
-    files: int = 0
-
-
-def _records(module: MergeModule, data: Calibration, step: Step, meta_model: nn.Module) -> _Records:
-    """The sizes that `teachers` will choose, at the length of the longest example."""
-    asks = module.objective.asks
-    if asks.temperature is None and not asks.layers:  # sentence embeddings are negligible
-        return _Records()
-    if without_tokens(step[0].inputs) and "labels" not in step[0].inputs:
-        one = asks.dtype.itemsize * state_numbers(meta_model, step[0].inputs, asks.layers)
-        each = [one * len(own) for own in data.examples]  # a few classes: negligible
-        return _Records(0, max(each), sum(each))
-    config: Any = meta_model.config
-    config = getattr(config, "text_config", None) or config
-    for name in ("hidden_size", "vocab_size"):
-        if not isinstance(getattr(config, name, None), int):
-            raise ValueError(f"the size of the recorded outputs is unknown: config.json names no {name}")
-    positions = [len(own) * batch.mask.shape[1] for own, batch in zip(data.examples, step, strict=True)]
-    hidden = [asks.dtype.itemsize * config.hidden_size * len(asks.layers) * count for count in positions]
-    own_classes = output_of(module.opened.base.path).classes
-    heads = task_heads(module.recipe, module.opened)
-    by_class = [own_classes or head is not None for head in heads.values()]
-    rows = [
-        len(own) if classes else count
-        for own, classes, count in zip(data.examples, by_class, positions, strict=True)
-    ]
-    width, probabilities = 0, [4 * config.vocab_size * count for count in rows]
-    if asks.temperature is None or all(by_class):
-        probabilities = [0] * len(rows)  # a few classes: negligible
-    elif sum(probabilities) > module.settings.teacher_budget:
-        width = max(1, module.settings.teacher_budget // (8 * sum(rows)))
-        probabilities = [8 * width * count for count in rows]
-    each = [a + b for a, b in zip(hidden, probabilities, strict=True)]
-    return _Records(width, max(each), sum(each))
-
-
-def read_bytes(module: MergeModule) -> dict[str, int]:
-    """Bytes of base and task vectors that a pass will read of each merged tensor, from headers."""
-    deltas = module.opened.task_vectors.deltas
-    return {name: _read(module, deltas[name]) for name in module.opened.layout.groups}
-
-
-def _read(module: MergeModule, delta: Delta) -> int:
-    """Bytes of one parameter's base and task vectors that a pass reads."""
-    if delta.base.dim() > 1 and module.settings.quantise is not None:
-        return delta.base.nbytes + len(delta.terms) * int(
-            module.settings.quantise.bytes_per_weight * delta.base.numel()
-        )
-    if module.recipe.preprocess:
-        return delta.base.nbytes + len(delta.terms) * 4 * delta.base.numel()
-    return delta.nbytes
 
 
 def _longest(data: Calibration, expert: int, count: int) -> Batch:

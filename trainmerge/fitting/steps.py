@@ -4,6 +4,8 @@ Legend: `K` experts, `G` coefficient groups.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -19,7 +21,8 @@ from trainmerge.coefficients.anchor import Anchor
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.frank_wolfe import FrankWolfe
 from trainmerge.data.batch import Batch, Step
-from trainmerge.fitting.precision import without_scaler
+from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.precision import scale_of, without_scaler
 from trainmerge.fitting.step_gradient import StepGradient
 from trainmerge.model.resident import Resident
 from trainmerge.plan.micro_batches import StepSchedule
@@ -41,6 +44,7 @@ class CoefficientSteps(pl.LightningModule, ABC):
     make_optimizer: OptimizerCallable
     make_scheduler: LRSchedulerCallable | None
     description: str
+    machine: int = 0  # processes on this machine, once the trainer says; 0 is all
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,6 +55,15 @@ class CoefficientSteps(pl.LightningModule, ABC):
     def resident(self) -> Resident:
         """The merged model."""
 
+    @abstractmethod
+    def load(
+        self,
+        data: Calibration,
+        device: torch.device | str,
+        precision: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        """Prepare the model, once."""
+
     @property
     @abstractmethod
     def rule(self) -> nn.Module | None:
@@ -59,6 +72,22 @@ class CoefficientSteps(pl.LightningModule, ABC):
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
         """The weighted loss of one expert's batch, with the model's `loss_scale`."""
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Load everything onto this process's device.
+
+        Raises:
+            TypeError: the trainer's datamodule is not a `Calibration`.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, Calibration):
+            raise TypeError("fit with trainer.fit(module, datamodule=Calibration(...))")
+        self.machine = self.trainer.num_devices
+        strategy = self.trainer.strategy  # `self.device` is still the CPU here
+        self.load(data, strategy.root_device, strategy.precision_plugin.forward_context)
+        if scale := scale_of(strategy.precision_plugin):
+            self.resident.merged.loss_scale = scale
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

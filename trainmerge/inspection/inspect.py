@@ -2,17 +2,16 @@
 
 import json
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 from trainmerge.align import Align
 from trainmerge.checkpoints.whole import COEFFICIENTS, RECIPE
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
 from trainmerge.inspection.attention import attention_findings
 from trainmerge.inspection.console import (
-    parameter_counts,
     print_coefficients,
     print_findings,
     print_geometry,
@@ -21,7 +20,8 @@ from trainmerge.inspection.console import (
     print_suggestion,
 )
 from trainmerge.inspection.fence import attempt, fenced
-from trainmerge.inspection.findings import Finding, Texts, expert_findings, read_texts, unchanged_tensors
+from trainmerge.inspection.findings import Finding, expert_findings, read_texts, unchanged_tensors
+from trainmerge.inspection.inspected import Inspected
 from trainmerge.inspection.permuted import permuted_experts, permuted_findings, suggested_alignment
 from trainmerge.inspection.sparse import is_sparse, sparse_findings
 from trainmerge.inspection.suggest import Suggestion, check_new, suggest, write_suggestion
@@ -89,7 +89,7 @@ def inspect_path(
         if found.suggested is not None and (suggestion is not None or path.is_file()):
             _show_suggestion(found.suggested, suggestion)
         if output is not None:
-            write_whole(output, json.dumps(_as_json(recipe, found), indent=1))
+            write_whole(output, json.dumps(found.as_json(recipe), indent=1))
     return found.findings
 
 
@@ -113,17 +113,7 @@ def _coefficients(path: Path) -> Coefficients | None:
     return load_coefficients(exported) if exported.is_file() else None
 
 
-class _Found(NamedTuple):
-    """All that is known of a recipe."""
-
-    opened: Opened
-    texts: Texts
-    findings: list[Finding]
-    geometry: Geometry | None
-    suggested: Suggestion | None
-
-
-def _look(path: Path, recipe: Recipe, workspace: Path, weights: Weights, every: bool) -> _Found:
+def _look(path: Path, recipe: Recipe, workspace: Path, weights: Weights, every: bool) -> Inspected:
     """Check a recipe, and print its tables; adapters that peft merges are merged in `workspace`."""
     with warnings.catch_warnings(record=True) as words:
         warnings.simplefilter("always")
@@ -155,7 +145,7 @@ def _look(path: Path, recipe: Recipe, workspace: Path, weights: Weights, every: 
         "a suggestion",
         lambda: suggest(replace(recipe, align=lined_up), texts.counts, geometry, heads, columns, sparse),
     )
-    return _Found(opened, texts, findings + failed, geometry, suggested)
+    return Inspected(opened, texts, findings + failed, geometry, suggested)
 
 
 def _measured(opened: Opened, weights: Weights) -> tuple[Geometry | None, list[Finding]]:
@@ -177,26 +167,3 @@ def _measured(opened: Opened, weights: Weights) -> tuple[Geometry | None, list[F
 def weight_bytes(opened: Opened) -> int:
     """Bytes of base and experts that one pass over the task vectors reads."""
     return sum(delta.nbytes for delta in opened.task_vectors.deltas.values())
-
-
-def _as_json(recipe: Recipe, found: _Found) -> dict[str, Any]:
-    opened, geometry, suggested = found.opened, found.geometry, found.suggested
-    experts = list(opened.task_vectors.experts)
-    content: dict[str, Any] = {
-        "base": recipe.base,
-        "experts": {name: expert.path for name, expert in recipe.experts.items()},
-        "examples": found.texts.counts,
-        **parameter_counts(opened),
-        "findings": [asdict(finding) for finding in found.findings],
-    }
-    if suggested is not None:
-        content["suggestion"] = {"settings": suggested.settings, "reasons": suggested.reasons}
-    if geometry is not None:
-        whole = geometry.of(geometry.names)
-        content["geometry"] = {
-            "experts": experts,
-            "relative_norms": whole.relative_norms()[0].tolist(),
-            "cosines": whole.cosines()[0].tolist(),
-            "opposed": whole.conflicts()[0].tolist(),
-        }
-    return content

@@ -1,6 +1,6 @@
 """Statistics of the experts, run as one-hot merges on their examples: inputs, gradients, likelihoods.
 
-Legend: `B` examples, `T` tokens, `R` rows, `n` inputs of a linear layer, `V` vocabulary or classes.
+Legend: `K` experts, `N` texts, `R` rows, `H` hidden size, `n` inputs of a linear layer.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,17 +18,15 @@ from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.layer_inputs import Kept, Magnitude, Moment, Reads, Shifts, watching
 from trainmerge.model.named_layers import linear_layers, norms
-from trainmerge.model.predictions import jensen_shannon, predictions
 from trainmerge.model.resident import Resident
 from trainmerge.model.router_states import merged_routers, states_of
+from trainmerge.model.text_statistics import divergences, likelihoods, text_gradients
 from trainmerge.preprocess import Router
 from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 from trainmerge.task_vectors.delta import TaskVectors
-from trainmerge.task_vectors.places import view
 
 TOGETHER = 8  # examples per forward pass
-PREDICTIONS = 256 << 20  # bytes of the base's predictions stored at a time
 
 
 @dataclass(frozen=True)
@@ -151,69 +149,31 @@ class ExpertStatistics:
         return {name: size.mean() for name, size in sizes.items() if size.count}
 
     def gradients(self, expert: int, sampled: bool) -> Iterator[dict[str, Tensor]]:
-        """Gradients of a loss with respect to every merged parameter, example by example.
+        """Gradients of a loss with respect to every merged parameter, example by example (`text_gradients`).
 
-        `sampled`: -log p(y | x) of a y drawn at every unmasked position, whose mean square is the Fisher
-        information. Otherwise the language-model loss: the mean over the text's next tokens.
+        A sampled loss draws its tokens by the seed.
         """
-        merged = self.resident.merged
-        owners = {id(p): p for p in merged.placed.owners.values() if p.requires_grad}
-        parameters = {n: p for n, p in merged.parameters.items() if id(merged.placed.owners[n]) in owners}
-        dice = torch.Generator().manual_seed(self.seed)
+        dice = torch.Generator().manual_seed(self.seed) if sampled else None
         with self.resident.merged.teacher(expert):
-            for batch in self._batches(expert, "measuring gradients", together=1):
-                with torch.enable_grad():
-                    log_p, tokens = self._log_p(batch)
-                    if sampled:
-                        tokens = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=dice)[:, 0]
-                    each = -log_p.gather(-1, tokens.to(log_p.device)[:, None])
-                    loss = each.sum() if sampled else each.mean()
-                    found = torch.autograd.grad(loss, list(owners.values()), allow_unused=True)
-                slopes = dict(zip(owners, found, strict=True))
-                yield {
-                    name: torch.zeros_like(p) if slope is None else view(merged.placed.inside[name], slope)
-                    for name, p in parameters.items()
-                    for slope in [slopes[id(merged.placed.owners[name])]]
-                }
+            yield from text_gradients(
+                self.resident, self._batches(expert, "measuring gradients", together=1), dice
+            )
 
-    @torch.no_grad()
     def likelihoods(self, expert: int, texts: Sequence[Example]) -> Tensor:
         """Log-likelihood of each text under the expert's language model, [N] float64: summed over tokens."""
-        found = []
         with self.resident.merged.teacher(expert):
-            for example in texts:
-                log_p, tokens = self._log_p(self.resident.batch(expert, [example], self.tokenizer))
-                found.append(log_p.gather(-1, tokens[:, None]).double().sum())
-        return torch.stack(found).cpu()
+            return likelihoods(self.resident, self._alone(expert, texts))
 
-    @torch.no_grad()
     def divergences(self, expert: int, texts: Sequence[Example]) -> Tensor:
         """Mean Jensen-Shannon divergence of base and expert on each text, [N] float64, in nats.
 
         Stores the base's predictions of as many texts as fit into PREDICTIONS bytes, at least one.
         """
-        merged = self.resident.merged
-        found: list[Tensor] = []
-        while left := texts[len(found) :]:
-            with merged.uniform(torch.zeros(len(merged.task_vectors.experts)), everywhere=True):
-                bases = self._predictions(expert, left)
-            with merged.teacher(expert):
-                for example, base in zip(left, bases, strict=False):
-                    own, _ = self._log_p(self.resident.batch(expert, [example], self.tokenizer))
-                    found.append(jensen_shannon(base, own))
-        return torch.stack(found).cpu()
+        return divergences(self.resident, expert, [*self._alone(expert, texts)])
 
-    def _predictions(self, expert: int, texts: Sequence[Example]) -> list[Tensor]:
-        """Log-probabilities [R, V] of the first texts, up to PREDICTIONS bytes."""
-        stored: list[Tensor] = []
-        for example in texts:
-            stored.append(self._log_p(self.resident.batch(expert, [example], self.tokenizer))[0])
-            if sum(log_p.nbytes for log_p in stored) > PREDICTIONS:
-                break
-        return stored
-
-    def _log_p(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return predictions(self.resident(batch), batch)
+    def _alone(self, expert: int, texts: Sequence[Example]) -> Iterator[Batch]:
+        """Each text in a batch of its own."""
+        return (self.resident.batch(expert, [example], self.tokenizer) for example in texts)
 
     def _batches(self, expert: int, doing: str, together: int = TOGETHER) -> Iterator[Batch]:
         own = self.examples[expert]

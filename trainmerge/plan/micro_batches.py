@@ -5,7 +5,7 @@ Legend: `B` examples of one expert and step.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from trainmerge.data.batch import Batch
 from trainmerge.data.example_rows import split_rows
@@ -50,6 +50,26 @@ class OpenSchedule(NamedTuple):
 
     tasks: int | None = None
     keep: bool | None = None
+
+    @classmethod
+    def of(
+        cls, schedule: Literal["auto", "least"], tasks: int | None, keep: bool | None, separate: bool
+    ) -> "OpenSchedule":
+        """What the settings of a fit leave open; `least` leaves nothing.
+
+        `separate`: an aggregation needs each expert's own gradient.
+
+        Raises:
+            ValueError: a setting is out of range, or they exclude each other.
+        """
+        check_option("model.schedule", schedule, Literal["auto", "least"])
+        if keep and separate:
+            raise ValueError(
+                "keep_gradients sums the gradients that `combine` needs separately: set only one of them"
+            )
+        asked = cls(tasks, keep)
+        least = asked.least  # its own checks
+        return asked if schedule == "auto" else cls(least.tasks, least.keep)
 
     @property
     def least(self) -> StepSchedule:

@@ -1,0 +1,81 @@
+"""Statistics of the merged model's predictions, text by text: gradients, likelihoods, divergences.
+
+Legend: `N` texts, `R` rows, `V` vocabulary or classes.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from trainmerge.data.batch import Batch
+from trainmerge.model.predictions import jensen_shannon, predictions
+from trainmerge.model.resident import Resident
+from trainmerge.task_vectors.places import view
+
+PREDICTIONS = 256 << 20  # bytes of the base's predictions stored at a time
+
+
+def text_gradients(
+    resident: Resident, batches: Iterable[Batch], dice: torch.Generator | None
+) -> Iterator[dict[str, Tensor]]:
+    """Gradients of a loss with respect to every merged parameter, batch by batch.
+
+    With `dice`: -log p(y | x) of a y drawn at every unmasked position, whose mean square is the Fisher
+    information. Otherwise the language-model loss: the mean over the text's next tokens.
+    """
+    merged = resident.merged
+    owners = {id(p): p for p in merged.placed.owners.values() if p.requires_grad}
+    parameters = {n: p for n, p in merged.parameters.items() if id(merged.placed.owners[n]) in owners}
+    for batch in batches:
+        with torch.enable_grad():
+            log_p, tokens = predictions(resident(batch), batch)
+            if dice is not None:
+                tokens = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=dice)[:, 0]
+            each = -log_p.gather(-1, tokens.to(log_p.device)[:, None])
+            loss = each.sum() if dice is not None else each.mean()
+            found = torch.autograd.grad(loss, list(owners.values()), allow_unused=True)
+        slopes = dict(zip(owners, found, strict=True))
+        yield {
+            name: torch.zeros_like(p) if slope is None else view(merged.placed.inside[name], slope)
+            for name, p in parameters.items()
+            for slope in [slopes[id(merged.placed.owners[name])]]
+        }
+
+
+@torch.no_grad()
+def likelihoods(resident: Resident, batches: Iterable[Batch]) -> Tensor:
+    """Log-likelihood of each text under the model that is in memory, [N] float64: summed over tokens."""
+    found = []
+    for batch in batches:
+        log_p, tokens = predictions(resident(batch), batch)
+        found.append(log_p.gather(-1, tokens[:, None]).double().sum())
+    return torch.stack(found).cpu()
+
+
+@torch.no_grad()
+def divergences(resident: Resident, expert: int, batches: Sequence[Batch]) -> Tensor:
+    """Mean Jensen-Shannon divergence of base and expert on each text, [N] float64, in nats.
+
+    Stores the base's predictions of as many texts as fit into PREDICTIONS bytes, at least one.
+    """
+    merged = resident.merged
+    found: list[Tensor] = []
+    while left := batches[len(found) :]:
+        with merged.uniform(torch.zeros(len(merged.task_vectors.experts)), everywhere=True):
+            bases = _first_predictions(resident, left)
+        with merged.teacher(expert):
+            for batch, base in zip(left, bases, strict=False):
+                own, _ = predictions(resident(batch), batch)
+                found.append(jensen_shannon(base, own))
+    return torch.stack(found).cpu()
+
+
+def _first_predictions(resident: Resident, batches: Iterable[Batch]) -> list[Tensor]:
+    """Log-probabilities [R, V] of the first texts, up to PREDICTIONS bytes."""
+    stored: list[Tensor] = []
+    for batch in batches:
+        stored.append(predictions(resident(batch), batch)[0])
+        if sum(log_p.nbytes for log_p in stored) > PREDICTIONS:
+            break
+    return stored
