@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import trainmerge as tm
@@ -117,3 +118,28 @@ def test_inspect_names_and_suggests_them(tmp_path: Path, capsys: pytest.CaptureF
     assert "b: its head is its own, of a BertForQuestionAnswering (answers)" in said
     assert made.read_text().count("head: own") == 2
     assert "trainmerge.Alignment" in made.read_text()
+
+
+def as_pickle(folder: Path) -> None:
+    """The folder's weights in a `pytorch_model.bin` instead."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("align", [(), (tm.Neurons(),)])
+def test_pickled_weights_have_the_heads_of_the_same_weights(
+    tmp_path: Path, align: tuple[tm.Align, ...]
+) -> None:
+    """Aligned experts are merged from the workspace, and their heads are read from their own files."""
+    recipe, _ = write_heads(
+        tmp_path, "Bert", {"a": {**CLASSES, "num_labels": 2}, "b": {**CLASSES, "num_labels": 3}}
+    )
+    recipe = replace(recipe, align=align, allow_pickle=True)
+    expected = {n: dict(head.tensors()) for n, head in recipe.open(tmp_path / "safe").own_heads.items()}
+    as_pickle(tmp_path / "b")
+    found = recipe.open(tmp_path / "pickled").own_heads
+    assert found.keys() == expected.keys() == {"a", "b"}
+    for name, head in found.items():
+        own = dict(head.tensors())
+        assert own.keys() == expected[name].keys()
+        assert all(torch.equal(own[key], expected[name][key]) for key in own), name

@@ -33,11 +33,12 @@ def find_own_heads(
             continue
         frame = frame or open_parameters(base, ignore)
         merged = sources.experts[name]
-        pickled = any(str(getattr(s, "file", "")).endswith(".bin") for s in merged.values())
         if (folder / ADAPTER).is_file():
-            head = _of_adapter(open_adapter(frame, folder, ignore, pickled, whole_head=True), frame, merged)
+            head = _of_adapter(
+                open_adapter(frame, folder, ignore, allow_pickle, whole_head=True), frame, merged
+            )
         else:
-            own = open_parameters(open_checkpoint(folder, pickled), ignore)
+            own = open_parameters(open_checkpoint(folder, allow_pickle), ignore)
             head = _of_full(own, frame, merged)
         if head:
             found[name] = head

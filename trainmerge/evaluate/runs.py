@@ -121,7 +121,7 @@ def references_from_files(recipe: Recipe, tasks: Sequence[Task], tokenize: Token
     """Task -> its expert's similarities [P], from the recipe's own files; empty if no task needs them."""
     if not any(task.similar is not None and task.similar.measure == EXPERT for task in tasks):
         return {}
-    opened = replace(recipe, align=()).open()  # the same functions
+    opened = recipe.open(aligned=False)  # the same functions
     coefficients = Coefficients(tuple(recipe.experts), opened.layout, 0.0)
     resident = load_resident(recipe, opened, coefficients, tokenize, Placement(DEVICE))
     return as_embedder(Subject(resident.merged.module, {}, tokenize), resident, opened.base, tasks).references

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,7 +37,7 @@ class Reading:
         if not recipe.choice.moves_rows:
             return open_checkpoint(folder, recipe.allow_pickle)
         if folder.resolve() == recipe.folders["base"].resolve():
-            return replace(recipe, align=()).open(self.place).base
+            return recipe.open(self.place, aligned=False).base
         if not same_ids(Path(self.tokenizer), folder):
             raise ValueError(
                 f"{folder}: its token ids are not those of the recipe's merge (tokenizer: "

@@ -71,7 +71,7 @@ def extract(
             checkpoint, lora_targets(checkpoint, ignore), changes, base_origin(described), str(expert)
         )
         report, made = write_adapter(source, form, folder)
-        heads = find_own_heads(checkpoint, {EXPERT: folders[1]}, sources, ignore)
+        heads = find_own_heads(checkpoint, {EXPERT: folders[1]}, sources, ignore, allow_pickle)
         left = sorted(heads[EXPERT].own) if EXPERT in heads else []
         card = _card(target.name, described, checkpoint.config, form, report, left)
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,7 +1,6 @@
 """Every task's head, and heads that are another function than the classifier their file belongs to."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -71,7 +70,7 @@ def held_out_heads(recipe: Recipe) -> dict[str, TaskHead]:
             shared_vocabulary=recipe.vocabulary == "shared",
             own_heads=[*folders],
         )
-        own = find_own_heads(base, folders, sources, recipe.ignore)
+        own = find_own_heads(base, folders, sources, recipe.ignore, recipe.allow_pickle)
     if absent := [name for name in folders if name not in own]:
         raise ValueError(
             f"recipe.held_out: the files of {absent} have no head of their own: `path` names a checkpoint of "
@@ -88,7 +87,7 @@ def _own_heads(recipe: Recipe, opened: Opened | None) -> dict[str, OwnHead]:
     if not any(may_have_head(Path(expert.path)) for expert in recipe.experts.values()):
         return {}
     with TemporaryDirectory() as place:  # of adapters that peft merges
-        return replace(recipe, align=()).open(Path(place)).own_heads
+        return recipe.open(Path(place), aligned=False).own_heads
 
 
 def unusable_heads(recipe: Recipe) -> Iterator[str]:

@@ -32,6 +32,7 @@ class Opened:
     stamps: Mapping[str, Mapping[str, Stamp]]  # of the files, before they were read
     known_checksums: Mapping[str, Mapping[str, str]] | None = None
     align: Sequence[Align] = ()  # what lined the experts up with the base
+    allow_pickle: bool = False  # whether `.bin` files are read
 
     @cached_property
     def checksums(self) -> dict[str, dict[str, str]]:
@@ -46,7 +47,7 @@ class Opened:
         from trainmerge.checkpoints import find_own_heads  # imports transformers, which `reopen` avoids
 
         experts = {name: folder for name, folder in self.folders.items() if name in self.sources.experts}
-        return find_own_heads(self.base, experts, self.sources, self.ignore)
+        return find_own_heads(self.base, experts, self.sources, self.ignore, self.allow_pickle)
 
     def verify(self, recorded: Mapping[str, Mapping[str, str]] | None = None) -> None:
         """Compute the checksums and raise ValueError for every NaN and infinity, in one reading.

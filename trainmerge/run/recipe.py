@@ -90,16 +90,15 @@ class Recipe:
                     "examples"
                 )
 
-    def open(self, workspace: Path | None = None) -> Opened:
+    def open(self, workspace: Path | None = None, aligned: bool = True) -> Opened:
         """Check all headers and map the files; no weight is read, unless experts are aligned.
+
+        Without `aligned` they are as on disk: the same functions, whose task vectors are not the merge's.
 
         Raises:
             ValueError: lists every mismatch between base and experts; or a pattern matches nothing.
         """
-        from trainmerge.checkpoints import (
-            Rules,
-            find_chosen,
-        )  # imports transformers and peft, which `reopen` does not need
+        from trainmerge.checkpoints import Rules, find_chosen  # import what `reopen` does not need
 
         folders = self.folders
         base = open_checkpoint(folders["base"], allow_pickle=self.allow_pickle)
@@ -108,7 +107,7 @@ class Recipe:
         shared = self.vocabulary == "shared"
         rules = Rules(self.ignore, self.allow_pickle, workspace, shared, own_heads)
         base, sources = find_chosen(base, experts, self.choice, rules)
-        if self.align:
+        if aligned and self.align:
             calibration = {name: expert.calibration for name, expert in self.experts.items()}
             lined_up = Aligner(base, self.align, self.ignore, self.allow_pickle, workspace)
             sources = lined_up(sources, experts, calibration)
@@ -171,9 +170,8 @@ class Recipe:
     ) -> Opened:
         task_vectors = sources.open(base)
         layout = self.grouping.layout(task_vectors.shapes, [*base.tensors, *base.side])
-        return Opened(
-            base, task_vectors, layout, self.folders, self.ignore, sources, made, checksums, self.align
-        )
+        given = self.folders, self.ignore, sources, made, checksums, self.align, self.allow_pickle
+        return Opened(base, task_vectors, layout, *given)
 
     @property
     def paths(self) -> dict[str, str]:
