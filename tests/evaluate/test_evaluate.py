@@ -19,6 +19,7 @@ from tests.bounds import SCORE
 from tests.objectives.test_alignment import languages  # noqa: F401 - a fixture
 from tests.world import LABELS, languages_recipe, llama, recipe, write_world
 from trainmerge.cli import main
+from trainmerge.data.encoded import Encoded
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate import evaluate_run
@@ -52,12 +53,16 @@ def test_a_token_without_probability_has_a_finite_loss(languages: Path) -> None:
     model = llama().eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
-    losses, _ = token_losses(subject(languages, model), "t", examples("red blue green"))
+    losses, _ = token_losses(subject(languages, model), "t", encoded(languages, "red blue green"))
     assert 200 < losses.item() < math.inf  # exp of it is 0 in float32
 
 
 def examples(*texts: str) -> list[Example]:
     return [Example(text) for text in texts]
+
+
+def encoded(root: Path, *texts: str) -> Encoded:
+    return Tokenizer(str(root / "base"), 16).encode(examples(*texts))
 
 
 def subject(root: Path, model: torch.nn.Module, **settings: int) -> Subject:
@@ -296,7 +301,9 @@ def test_the_harness_agrees_with_the_models_likelihoods(languages: Path, tmp_pat
     model = llama().eval()
     found = run_harness(model, str(languages / "base"), [task])["inline"]
     assert found.better["acc,none"] == 1
-    losses, _ = token_losses(subject(languages, model), "t", examples("red blue green", "red blue cat"))
+    losses, _ = token_losses(
+        subject(languages, model), "t", encoded(languages, "red blue green", "red blue cat")
+    )
     says = int(losses.argmin())
     assert found.metrics["acc,none"] == sum(row["gold"] == says for row in rows) / 4
 

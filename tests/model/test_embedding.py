@@ -14,8 +14,10 @@ from torch import Tensor
 
 from tests.embedders import TANH, D, write_embedder, write_modules
 from trainmerge.checkpoints import load_model, open_checkpoint
+from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.similarity import embed_texts
+from trainmerge.evaluate.task_texts import TaskTexts
 from trainmerge.model.embedding import read_embedding
 from trainmerge.model.embedding_settings import unfollowed_settings
 
@@ -33,7 +35,8 @@ def hidden(folder: Path) -> list[Tensor]:
 def embedded(folder: Path) -> Tensor:
     """What the package computes for all texts together, [B, E]."""
     base = open_checkpoint(folder)
-    return embed_texts(load_model(base).module, read_embedding(base), Tokenizer(str(folder), 32), TEXTS)
+    texts = TaskTexts([Example(text) for text in TEXTS], Tokenizer(str(folder), 32))
+    return embed_texts(load_model(base).module, read_embedding(base), texts)
 
 
 def unit(rows: list[Tensor]) -> Tensor:

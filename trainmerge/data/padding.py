@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainmerge.data.encoded import Encoded
 from trainmerge.system.plain_data import text_settings
 
 WHOLE = ("siglip", "siglip2")  # their text towers read the last of a fixed number of tokens, padding or not
@@ -32,6 +33,27 @@ def joined(
     for part, rows in parts:
         for key, tensor in part.items():
             whole[key][torch.tensor(rows), : tensor.shape[1]] = tensor
+    return whole
+
+
+def fillers(tokenizer: Any) -> dict[str, int]:
+    """The padding of each input of a transformers tokenizer that is not padded with 0."""
+    padding = int(tokenizer.pad_token_id)
+    return {"input_ids": padding, "labels": padding, "token_type_ids": tokenizer.pad_token_type_id}
+
+
+def batched(rows: Sequence[Encoded], fillers: Mapping[str, int]) -> Encoded:
+    """Examples that were encoded one by one, in one batch: padded on the right, as encoded together."""
+    inputs = {key: _stacked([row.inputs[key] for row in rows], fillers.get(key, 0)) for key in rows[0].inputs}
+    return Encoded(inputs, _stacked([row.mask for row in rows], 0))
+
+
+def _stacked(rows: Sequence[Tensor], filler: int) -> Tensor:
+    """[1, T, ...] each -> [B, T, ...]."""
+    first, longest = rows[0], max(row.shape[1] for row in rows)
+    whole = first.new_full((len(rows), longest, *first.shape[2:]), filler)
+    for i, row in enumerate(rows):
+        whole[i, : row.shape[1]] = row[0]
     return whole
 
 

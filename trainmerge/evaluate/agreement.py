@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainmerge.data.examples import Example
 from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task
 from trainmerge.model.resident import Resident
@@ -65,11 +64,11 @@ def read_routing(resident: Resident, subject: Subject, tasks: Sequence[Task]) ->
 def _choices(subject: Subject, task: Task) -> dict[int, Chosen]:
     """Each of this process's texts -> what every router chooses for its tokens."""
     numbers = own_share(range(min(TEXTS, len(task.examples))))
-    return {number: _of_text(subject, task.name, task.examples[number]) for number in numbers}
+    return {number: _of_text(subject, task, number) for number in numbers}
 
 
-def _of_text(subject: Subject, task: str, example: Example) -> Chosen:
-    encoded = subject.tokenize.encode([example])
+def _of_text(subject: Subject, task: Task, number: int) -> Chosen:
+    encoded = subject.texts(task.name, task.examples).batch([number])
     real = encoded.inputs["attention_mask"].flatten().bool()
     found: dict[str, Tensor] = {}
 
@@ -77,5 +76,5 @@ def _of_text(subject: Subject, task: str, example: Example) -> Chosen:
         found[name] = choice.experts.cpu()[real].sort(dim=-1).values
 
     with watching_routers(routers_of(subject.module), see):
-        subject.logits(task, encoded)
+        subject.logits(task.name, encoded)
     return found

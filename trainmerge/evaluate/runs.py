@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainmerge.checkpoints import Checkpoint, LoadedModel
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.data.classifier import Classifier
+from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.controls import score_controls
 from trainmerge.evaluate.evaluation import Evaluation
@@ -111,8 +112,9 @@ def as_embedder(subject: Subject, resident: Resident, base: Checkpoint, tasks: S
     embedding, found = read_embedding(base), {}
     for k, task in enumerate(tasks):
         if task.similar is not None and task.similar.measure == EXPERT:
+            texts = subject.texts(task.name, [Example(text) for text in task.similar.texts])
             with resident.merged.teacher(k) as expert:
-                rows = embed_texts(expert, embedding, subject.tokenize, task.similar.texts)
+                rows = embed_texts(expert, embedding, texts)
             found[task.name] = cosines(rows, task.similar)
     return replace(subject, embedding=embedding, references=found)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from trainmerge.data.encoded import Encoded
 from trainmerge.data.examples import Example
 from trainmerge.evaluate.by_length import TOKENS, by_length
 from trainmerge.evaluate.measure import check_causal, predicted
@@ -43,7 +44,8 @@ def score_tasks(subject: Subject, tasks: Sequence[Task]) -> dict[str, TaskScore]
 def _similarities(subject: Subject, name: str, similar: Similar) -> TaskScore:
     """Retrieval by queries; else Spearman's correlation by pairs, with the ranks of the whole file."""
     assert subject.embedding is not None
-    rows = embed_texts(subject.module, subject.embedding, subject.tokenize, similar.texts)
+    texts = subject.texts(name, [Example(text) for text in similar.texts])
+    rows = embed_texts(subject.module, subject.embedding, texts)
     if similar.documents is not None:
         terms = ndcg(rows, similar)
     else:
@@ -55,9 +57,10 @@ def _similarities(subject: Subject, name: str, similar: Similar) -> TaskScore:
 
 def _batches(subject: Subject, task: Task, numbers: Iterable[int]) -> Iterator[tuple[list[int], Tensor]]:
     """Numbers and logits of some of a task's examples, by length."""
-    lengths = subject.lengths(task.name, task.examples)
-    for chosen in by_length(numbers, lengths, TOKENS if subject.device.type == "cpu" else ON_A_GPU):
-        yield chosen, subject.logits(task.name, subject.tokenize.encode([task.examples[i] for i in chosen]))
+    texts = subject.texts(task.name, task.examples)
+    most = TOKENS if subject.device.type == "cpu" else ON_A_GPU
+    for chosen in by_length(numbers, texts.lengths(), most):
+        yield chosen, subject.logits(task.name, texts.batch(chosen))
 
 
 def _classes(subject: Subject, task: Task) -> TaskScore:
@@ -117,12 +120,12 @@ def _texts(subject: Subject, task: Task) -> TaskScore:
         _check(subject, task)
     metric = TokenLosses(bits=all(plain))
     found: dict[int, tuple[float, float]] = {}
-    order = own_share(range(len(task.examples)))
-    encoded = {i: subject.tokenize.located(task.examples[i].text) for i in order}
-    lengths = [encoded[i].length if i in encoded else 0 for i in range(len(task.examples))]
+    texts, order = subject.texts(task.name, task.examples), own_share(range(len(task.examples)))
+    located = {i: texts.located(i) for i in order}
+    lengths = [located[i].length if i in located else 0 for i in range(len(task.examples))]
     for chosen in by_length(order, lengths):
-        losses, counts = token_losses(subject, task.name, [task.examples[i] for i in chosen])
-        metric.update(losses, counts, torch.tensor([encoded[i].bytes for i in chosen], dtype=torch.float64))
+        losses, counts = token_losses(subject, task.name, texts.batch(chosen))
+        metric.update(losses, counts, torch.tensor([located[i].bytes for i in chosen], dtype=torch.float64))
         pairs = zip(losses.tolist(), counts.tolist(), strict=True)
         found |= dict(zip(chosen, pairs, strict=True))
     measures = _computed(metric)
@@ -139,9 +142,8 @@ def _check(subject: Subject, task: Task) -> None:
         check_causal(subject.module, {name: tensor.to(subject.device) for name, tensor in inputs.items()})
 
 
-def token_losses(subject: Subject, task: str, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+def token_losses(subject: Subject, task: str, encoded: Encoded) -> tuple[Tensor, Tensor]:
     """Each example's negative log-likelihood in nats and number of tokens predicted, both [B] float64."""
-    encoded = subject.tokenize.encode(examples)
     logits, told = subject.logits(task, encoded), predicted(encoded).to(subject.device)
     if "labels" in encoded.inputs:  # decoders get them shifted: position t predicts target t
         tokens = encoded.inputs["labels"].to(subject.device)

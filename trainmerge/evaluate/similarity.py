@@ -3,15 +3,13 @@
 Legend: `N` texts, `B` of a batch, `E` width of an embedding, `P` pairs, `Q` queries, `M` documents.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from trainmerge.data.batch import Batch
-from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.pairs import CUT, Similar
+from trainmerge.evaluate.task_texts import TaskTexts
 from trainmerge.model.embedding import Embedding
 from trainmerge.model.forward import forward
 from trainmerge.system.distributed import merge_shares, own_share
@@ -20,20 +18,21 @@ TOGETHER = 64  # texts per forward pass
 
 
 @torch.inference_mode()
-def embed_texts(module: nn.Module, embedding: Embedding, tokenize: Tokenizer, texts: Sequence[str]) -> Tensor:
+def embed_texts(module: nn.Module, embedding: Embedding, texts: TaskTexts) -> Tensor:
     """Embeddings of unit norm, [N, E] float64 on the CPU. Several processes split the texts; all get them."""
     device = next(module.parameters()).device
     rows: dict[int, Tensor] = {}
-    order = own_share(sorted(range(len(texts)), key=lambda i: len(texts[i])))
+    count = len(texts.examples)
+    order = own_share(sorted(range(count), key=lambda i: len(texts.examples[i].text)))
     for first in range(0, len(order), TOGETHER):
         chosen = order[first : first + TOGETHER]
-        inputs = {n: t.to(device) for n, t in tokenize([texts[i] for i in chosen]).items()}
+        inputs = {n: t.to(device) for n, t in texts.batch(chosen).inputs.items()}
         batch = Batch(0, inputs, inputs["attention_mask"].bool(), torch.tensor(chosen))
         found = forward(module, batch, None, (), embedding).embedding
         assert found is not None
         rows |= dict(zip(chosen, found.cpu(), strict=True))
     every = merge_shares(rows)
-    return normalize(torch.stack([every[i] for i in range(len(texts))]).double(), dim=-1)
+    return normalize(torch.stack([every[i] for i in range(count)]).double(), dim=-1)
 
 
 def cosines(rows: Tensor, similar: Similar) -> Tensor:

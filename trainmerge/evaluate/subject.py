@@ -15,6 +15,7 @@ from trainmerge.data.classifier import Classifier
 from trainmerge.data.encoded import Encoded
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.evaluate.task_texts import TaskTexts
 from trainmerge.model.embedding import Embedding
 from trainmerge.model.forward import forward
 from trainmerge.model.own_head import OwnModel
@@ -46,21 +47,18 @@ class Subject:
     answers: int = 0  # maximal tokens of an answer
     embedding: Embedding | None = None  # of a sentence embedder
     references: Mapping[str, Tensor] = field(default_factory=dict)  # task -> its expert's cosines [P]
-    _lengths: dict[str, list[int]] = field(default_factory=dict, repr=False)  # task -> tokens, once counted
+    _texts: dict[str, TaskTexts] = field(default_factory=dict, repr=False)  # by task
 
     @property
     def device(self) -> torch.device:
         """The model's device."""
         return next(self.module.parameters()).device
 
-    def lengths(self, task: str, examples: Sequence[Example]) -> list[int]:
-        """The tokens of each of a task's examples after truncation, [N]; 1 for pictures and sounds."""
-        if task not in self._lengths:
-            self._lengths[task] = [
-                1 if e.image or e.audio else self.tokenize.encode([e]).inputs["input_ids"].shape[1]
-                for e in examples
-            ]
-        return self._lengths[task]
+    def texts(self, task: str, examples: Sequence[Example]) -> TaskTexts:
+        """A task's examples, which are tokenised once for all merges in the model."""
+        if task not in self._texts:
+            self._texts[task] = TaskTexts(examples, self.tokenize)
+        return self._texts[task]
 
     def logits(self, task: str, encoded: Encoded) -> Tensor:
         """Logits [B, V] of the task's head or of the model's classifier, else [B, T, V]; or of their kind."""
