@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from trainmerge.system.atomic import append_line, aside, replacing, sweep, write_whole
+from trainmerge.system.atomic import append_line, replacing, sweep, write_whole
 from trainmerge.system.disk_space import naming
 from trainmerge.system.staging import staging
+from trainmerge.system.temporary_names import aside
 
 
 def dead() -> int:

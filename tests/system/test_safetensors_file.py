@@ -250,6 +250,11 @@ def test_free_space_is_compared_with_both_numbers(tmp_path: Path) -> None:
     check_free_space(tmp_path / "not" / "yet", 1000)
     with pytest.raises(OSError, match=r"1050000000000000000 bytes are needed, \d+ are free"):
         check_free_space(tmp_path, 10**18)
+    (tmp_path / ".mine").mkdir()
+    with pytest.raises(OSError, match=rf"^{tmp_path}/\.mine: 1050"):
+        check_free_space(tmp_path / ".mine", 10**18)
+    with staging(tmp_path / "out") as new, pytest.raises(OSError, match=rf"^{tmp_path}/out: 1050"):
+        check_free_space(new, 10**18)
 
 
 def test_sha256_is_of_the_content(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.manifest import LOST, write_manifest
-from trainmerge.system.atomic import aside, replacing, sync
+from trainmerge.system.atomic import replacing, sync
 from trainmerge.system.disk_space import naming
 from trainmerge.system.safetensors_file import sha256
+from trainmerge.system.temporary_names import aside
 
 
 class Saved(NamedTuple):

@@ -8,14 +8,12 @@ process of its writer, so that the next writer can remove what a killed one left
 import os
 import shutil
 import socket
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from trainmerge.system.disk_space import naming
-
-KINDS = ("new", "old")  # of temporary names
+from trainmerge.system.temporary_names import KINDS, aside
 
 
 @contextmanager
@@ -75,12 +73,6 @@ def append_line(path: Path, line: str, durable: bool = False) -> None:
         file.write(f"{line}\n".encode())
         if durable:
             os.fsync(file.fileno())
-
-
-def aside(target: Path, kind: str) -> Path:
-    """A hidden name next to `target` that names the owning process."""
-    mark = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    return target.with_name(f".{target.name}.{kind}-{mark}")
 
 
 def abandoned(target: Path, kind: str) -> list[Path]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainmerge.system.temporary_names import finished
+
 FREE_SPACE_MARGIN = 1.05
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -50,9 +52,9 @@ def check_free_space(folder: str | Path, bytes_needed: int) -> None:
     folder = Path(folder).resolve()
     while not folder.exists():
         folder = folder.parent
-    shown = folder.parent if folder.name.startswith(".") else folder  # a temporary folder's name says nothing
     free, needed = shutil.disk_usage(folder).free, int(bytes_needed * FREE_SPACE_MARGIN)
     if free < needed:
         raise OSError(
-            f"{shown}: {needed} bytes are needed, {free} are free. Free some space, or write elsewhere."
+            f"{finished(folder)}: {needed} bytes are needed, {free} are free. Free some space, or write "
+            "elsewhere."
         )

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainmerge.system.access import check_folder_place
-from trainmerge.system.atomic import abandoned, aside, sync
+from trainmerge.system.atomic import abandoned, sync
 from trainmerge.system.disk_space import naming_inside
 from trainmerge.system.lock import locked
+from trainmerge.system.temporary_names import aside
 
 
 @contextmanager
