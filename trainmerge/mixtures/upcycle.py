@@ -9,8 +9,6 @@ from torch import nn
 
 from trainmerge.checkpoints import load_model, open_checkpoint
 from trainmerge.checkpoints.whole import MANIFEST, export_manifest
-from trainmerge.data.examples import Example, read_examples
-from trainmerge.data.held_out import split
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.export.explain import explain
 from trainmerge.export.export import write_checkpoint
@@ -25,15 +23,12 @@ from trainmerge.mixtures.mixture_card import mixture_words
 from trainmerge.mixtures.upcycle_plan import UpcyclePlan, begin
 from trainmerge.mixtures.upcycled import Upcycled
 from trainmerge.model.resident import DEVICE, Placement, Resident, load_resident
-from trainmerge.run.recipe_files import text_files
-from trainmerge.run.sources import columns_of, text_length
+from trainmerge.run.router_texts import RouterTexts, router_texts
+from trainmerge.run.sources import text_length
 from trainmerge.system.staging import staging
 
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # factors of the rows that are tried
-HELD_OUT = 0.25  # of the texts
-Texts = Sequence[
-    tuple[Sequence[Example], Sequence[Example]]
-]  # for each expert those learned from, and others
+Texts = Sequence[RouterTexts]  # of each expert
 
 
 def export_mixture(
@@ -73,7 +68,8 @@ def export_mixture(
     )
     with staging(Path(out), overwrite) as folder:
         plan.check(folder)
-        learned, recorded, before = _learn(plan, _texts(plan, tokenizer), tokenizer)
+        texts = [*router_texts(exported.recipe, exported.run, tokenizer.render).values()]
+        learned, recorded, before = _learn(plan, texts, tokenizer)
         made = write_checkpoint(plan.tensors({name: own.rows for name, own in learned.items()}), folder)
         plan.write_settings(folder)
         factor, after = choose_temperature(folder, plan, recorded)
@@ -152,20 +148,3 @@ def _networks(plan: UpcyclePlan, resident: Resident) -> dict[str, nn.Module]:
         layer: module.get_submodule(names.get(tensor, tensor).rsplit(".", 2)[0])
         for tensor, (layer, _) in feed_forward(plan.merge.tensors).items()
     }
-
-
-def _texts(plan: UpcyclePlan, tokenizer: Tokenizer) -> Texts:
-    """The calibration examples of every expert, as the fit read them, in two parts.
-
-    Raises:
-        ValueError: fewer than two of one expert.
-    """
-    run = plan.exported.run
-    columns, most = columns_of(run.path), run.read_manifest()["data"].get("max_examples")
-    found = []
-    for number, (name, file) in enumerate(text_files(plan.exported.recipe).items()):
-        examples = read_examples(file, columns, tokenizer.render, most)
-        if len(examples) < 2:
-            raise ValueError(f"{file}: the expert {name} has one text, and routers need two or more")
-        found.append(split(examples, HELD_OUT, 0, number))
-    return found

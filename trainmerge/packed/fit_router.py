@@ -2,15 +2,11 @@
 
 from typing import Any
 
-from trainmerge.data.calibration import Calibration
 from trainmerge.export.explain import Exported
 from trainmerge.packed.router import Router, fit_router
 from trainmerge.packed.text_rows import text_rows
-from trainmerge.run.recipe_files import text_files
-from trainmerge.run.sources import columns_of, text_length
-
-HELD_OUT = 0.2  # share of each task's texts
-MOST = 512  # texts per task
+from trainmerge.run.router_texts import router_texts
+from trainmerge.run.sources import text_length
 
 
 def router_of(exported: Exported) -> tuple[Router, dict[str, Any]]:
@@ -19,29 +15,19 @@ def router_of(exported: Exported) -> tuple[Router, dict[str, Any]]:
     Raises:
         ValueError: an expert without calibration texts, or fewer than two.
     """
-    recipe, run = exported.recipe, exported.run.path
-    files = text_files(recipe)
-    length, base = text_length(run), exported.opened.base
-    data = Calibration(
-        files,
-        str(base.path),
-        max_length=length,
-        columns=columns_of(run),
-        max_examples=MOST,
-        held_out=HELD_OUT,
-    )
+    length, base = text_length(exported.run.path), exported.opened.base
     rows = text_rows(base, length, exported.opened.ignore)
-    router = fit_router([rows(own) for own in data.examples])
-    held = data.held_out_part().examples
+    texts = router_texts(exported.recipe, exported.run, rows.tokenize.render)
+    router = fit_router([rows(own.fitted) for own in texts.values()])
     hits = {
-        task: float((router(rows(own)) == number).float().mean())
-        for number, (task, own) in enumerate(zip(files, held, strict=True))
+        task: float((router(rows(own.held_out)) == number).float().mean())
+        for number, (task, own) in enumerate(texts.items())
     }
     told = {
         "accuracy": sum(hits.values()) / len(hits),
         "tasks": hits,
-        "fitted_on": sum(map(len, data.examples)),
-        "held_out": sum(map(len, held)),
+        "fitted_on": sum(len(own.fitted) for own in texts.values()),
+        "held_out": sum(len(own.held_out) for own in texts.values()),
         "max_length": length,
         "ignore": list(exported.opened.ignore),
     }
