@@ -19,7 +19,7 @@ from trainmerge.auto import auto_config, search, starts
 from trainmerge.auto.starts import Start
 from trainmerge.auto.trials import Trial, TrialLog
 from trainmerge.cli import main
-from trainmerge.fitting.held_out import HeldOut
+from trainmerge.fitting.held_out import HeldOutJudge
 from trainmerge.run.folder import RunFolder
 
 K = len(LABELS)
@@ -126,10 +126,10 @@ def test_the_base_is_judged_once(world: Path, tmp_path: Path, monkeypatch: pytes
     content, counted = yaml.safe_load((world / "config.yaml").read_text()), []
     content["recipe"]["experts"] = {n: {"weight": float(k)} for k, n in enumerate(LABELS)}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    measure = HeldOut.base_losses.func
+    measure = HeldOutJudge.base_losses.func
     known = cached_property(lambda own: counted.append(own) or measure(own))
-    known.__set_name__(HeldOut, "base_losses")
-    monkeypatch.setattr(HeldOut, "base_losses", known)
+    known.__set_name__(HeldOutJudge, "base_losses")
+    monkeypatch.setattr(HeldOutJudge, "base_losses", known)
     monkeypatch.setattr(search, "starts", lambda *_: FEW)
     judged = search.AutoSearch(tmp_path / "config.yaml", tmp_path, 0.2, None, None).judged
     trials = [judge([0.3] * K) for judge in judged.values()]

@@ -20,7 +20,7 @@ from trainmerge.coefficients.forecast import Forecast
 from trainmerge.coefficients.layer_systems import System, expert_moments, layer_systems
 from trainmerge.data.batch import Asks
 from trainmerge.fitting.from_config import from_config
-from trainmerge.fitting.held_out import HeldOut
+from trainmerge.fitting.held_out import HeldOutJudge
 from trainmerge.fitting.prepare import prepare, statistics_of
 from trainmerge.tradeoffs.surrogate import rank_correlation
 
@@ -41,7 +41,7 @@ def main() -> None:
             each = [next(layer_systems(name, (0,), [m], replace(measure, weights=[1.0]))) for m in moments]
             products[name] = [system.products for _, system in each]
         seconds = time.process_time() - clock
-        judge = HeldOut.of(given, resident, settings.module.objective)
+        judge = HeldOutJudge.of(given, resident, settings.module.objective)
         said, lost = [], []
         for chosen in (set_ for size in range(2, experts + 1) for set_ in combinations(range(experts), size)):
             found = of_set(products, chosen)

@@ -29,7 +29,7 @@ from trainmerge.evaluate.score_task import score_tasks
 from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import load_tasks
 from trainmerge.fitting.from_config import from_config
-from trainmerge.fitting.held_out import HeldOut
+from trainmerge.fitting.held_out import HeldOutJudge
 from trainmerge.objectives.entropy import entropy
 
 TEXTS, BATCH, LENGTH = 100, 4, 64
@@ -76,7 +76,7 @@ class Watch(pl.Callback):
         heads = dict(zip(recipe.experts, module.resident.classifiers, strict=True))
         self.subject = Subject(module.resident.merged.module, heads, words)
         self.tasks, _ = load_tasks(recipe, words, limit=TEXTS)
-        self.judge = HeldOut.of(module.inputs(data), module.resident, module.objective, None)
+        self.judge = HeldOutJudge.of(module.inputs(data), module.resident, module.objective, None)
         self.begun = time.process_time() - seconds
 
     def score(self) -> None:

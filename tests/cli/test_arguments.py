@@ -77,7 +77,7 @@ def test_help_of_fit_is_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--help"]) == 0
     assert capsys.readouterr().out == FIT_HELP
     assert len(FIT_HELP.splitlines()) <= 40
-    assert max(map(len, FIT_HELP.splitlines())) <= 110
+    assert max(map(len, FIT_HELP.splitlines())) <= 80
     with pytest.raises(SystemExit):
         main(["fit", "--help-all"])
     assert "--trainer.max_steps" in capsys.readouterr().out

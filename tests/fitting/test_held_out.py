@@ -11,7 +11,7 @@ from torch import Tensor
 
 import trainmerge as tm
 from tests.world import LABELS, recipe, write_world
-from trainmerge.fitting.held_out import HeldOut
+from trainmerge.fitting.held_out import HeldOutJudge
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe_files import calibration_files
 from trainmerge.run.saved import unfinished
@@ -36,18 +36,18 @@ def module_and_data(world: Path, run: Path, **settings: object) -> tuple[tm.Merg
 
 
 @pytest.fixture
-def held_out(world: Path, tmp_path: Path) -> HeldOut:
+def held_out(world: Path, tmp_path: Path) -> HeldOutJudge:
     module, data = module_and_data(world, tmp_path)
     module.load(data)
-    return HeldOut.of(module.inputs(data), module.resident, module.objective)
+    return HeldOutJudge.of(module.inputs(data), module.resident, module.objective)
 
 
-def recovered(held_out: HeldOut, values: Tensor) -> Tensor:
+def recovered(held_out: HeldOutJudge, values: Tensor) -> Tensor:
     held_out.resident.merged.coefficients.reset_(values)
     return held_out.recovered()
 
 
-def test_the_base_recovers_nothing_and_each_expert_itself(held_out: HeldOut) -> None:
+def test_the_base_recovers_nothing_and_each_expert_itself(held_out: HeldOutJudge) -> None:
     shape = held_out.resident.merged.coefficients.raw.shape
     torch.testing.assert_close(recovered(held_out, torch.zeros(shape)), torch.zeros(K, dtype=torch.float64))
     for k in range(K):
@@ -56,7 +56,7 @@ def test_the_base_recovers_nothing_and_each_expert_itself(held_out: HeldOut) -> 
         assert recovered(held_out, one_hot)[k] == pytest.approx(1.0, abs=1e-5)
 
 
-def test_it_is_the_mean_divergence_over_the_held_out_examples(held_out: HeldOut) -> None:
+def test_it_is_the_mean_divergence_over_the_held_out_examples(held_out: HeldOutJudge) -> None:
     """Example by example, from the experts' own logits in float64."""
     resident, data = held_out.resident, held_out.data
     values = torch.full(resident.merged.coefficients.raw.shape, 0.4)

@@ -15,7 +15,7 @@ from trainmerge.kernels import (
     Merge,
     Product,
     Quantised,
-    read_bytes,
+    bytes_read,
     run_merges,
     run_products,
     using,
@@ -35,7 +35,7 @@ class Passes(NamedTuple):
     @property
     def moved(self) -> int:
         """Bytes that either pass has to move: base and terms, and the merge or the gradient."""
-        return sum(read_bytes(m.base, m.terms) + m.out.nbytes for m in self.merges)
+        return sum(bytes_read(m.base, m.terms) + m.out.nbytes for m in self.merges)
 
 
 def passes(shapes: Sequence[Sequence[int]], form: type, experts: int, like: torch.Tensor) -> Passes:

@@ -27,7 +27,7 @@ from trainmerge.mixtures.groups import plan_groups, read_errors, similarity
 from trainmerge.mixtures.layers import mixture_layers, shrunk_settings
 from trainmerge.mixtures.learn_groups import _Layer, students_of
 from trainmerge.mixtures.saliency import Saliency, measure
-from trainmerge.mixtures.shrunk import Coefficients, Shrunk
+from trainmerge.mixtures.shrunk import LayerCoefficients, Shrunk
 from trainmerge.model.routing import routers_of
 from trainmerge.task_vectors.places import parameter_of, view
 
@@ -317,12 +317,12 @@ def test_inner_products_are_autograds(name: str, worlds: dict[str, Path], tmp_pa
     task = _Layer(shrunk, layer, students_of(module, names, layers)[layer.prefix])
     dice = torch.Generator().manual_seed(0)
     experts = torch.rand(len(layer.kinds), 3, 2, generator=dice).requires_grad_(True)
-    now = Coefficients(experts.detach())
+    now = LayerCoefficients(experts.detach())
     stacks = {name: part.requires_grad_(True) for name, part in task.stacks(now).items()}
     task(stacks, now, own.states).square().sum().backward()
     found = task.inner_products({name: part.grad for name, part in stacks.items()}, experts)
     inside = {
-        name: part.detach().clone() for name, part in task.stacks(Coefficients(0 * now.experts)).items()
+        name: part.detach().clone() for name, part in task.stacks(LayerCoefficients(0 * now.experts)).items()
     }
     for (kind, place, number), apart in task.apart.items():
         index = list(layer.kinds).index(kind)

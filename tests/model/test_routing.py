@@ -5,7 +5,7 @@ import torch
 
 from tests.model_families import FAMILIES
 from tests.world import nudge
-from trainmerge.model.routing import Choice, has_sigmoid_scores, routers_of, watching_routers
+from trainmerge.model.routing import RouterChoice, has_sigmoid_scores, routers_of, watching_routers
 
 SIGMOID = {"DeepSeek-V3", "GLM-4-MoE", "Llama 4"}
 SOFTMAX = {
@@ -25,7 +25,7 @@ SPARSE = {
 def test_routers_say_what_they_read_and_choose(name: str) -> None:
     model = FAMILIES[name].build()
     nudge(model, 1, 0.2)
-    routers, seen = routers_of(model), dict[str, Choice]()
+    routers, seen = routers_of(model), dict[str, RouterChoice]()
     assert len(routers) == SPARSE.get(name, 2)
     with watching_routers(routers, seen.__setitem__), torch.no_grad():
         model(**FAMILIES[name].inputs())

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainmerge.kernels import Difference, LowRank, Term, Untouched
+from trainmerge.kernels import Difference, LowRankCodec, Term, Untouched
 from trainmerge.packed import parameter as parameters
 from trainmerge.packed.bits import pack_bits, pack_trits, unpack_bits, unpack_trits
-from trainmerge.packed.codec import Codec, Encoded, decode, errors
+from trainmerge.packed.codec import Codec, EncodedParameter, decode, errors
 from trainmerge.packed.low_rank import Dense
-from trainmerge.packed.low_rank import LowRank as Factored
+from trainmerge.packed.low_rank import LowRankCodec as Factored
 from trainmerge.packed.parameter import Parameter
 from trainmerge.packed.pca import Pca
 from trainmerge.packed.ternary import Signs, largest
@@ -45,7 +45,7 @@ def heavy_parameter(shape: Sequence[int], tasks: int = 4) -> Parameter:
     return parameter_of([heavy(shape, seed) for seed in range(tasks)])
 
 
-def back(parameter: Parameter, made: Encoded, task: int) -> Tensor:
+def back(parameter: Parameter, made: EncodedParameter, task: int) -> Tensor:
     """A task's difference, [R, W]."""
     found = [
         decode(made.shared, made.own[task], float(made.scales[task]), parameter.shape, part)
@@ -186,7 +186,7 @@ def test_ties_and_zeros_of_signs() -> None:
 
 def test_factors_of_adapters_are_exact_and_others_lack_the_tail() -> None:
     up, down = heavy((30, 3), 0), heavy((3, 20), 1)
-    lora: Term = LowRank(up, down, 2.0)
+    lora: Term = LowRankCodec(up, down, 2.0)
     dense = heavy((30, 20), 2)
     parameter = Parameter("w", Delta(torch.zeros(30, 20), (lora, Difference(dense), Untouched())))
     made = Factored(rank=4, dtype=torch.float32).encode(parameter)

@@ -10,12 +10,12 @@ import pytest
 from trainmerge.system.threads import (
     USERS,
     Machine,
-    choose,
     limits,
     physical_cores,
     processor_ticks,
     quota,
     suggested,
+    threads_for,
 )
 
 
@@ -38,7 +38,7 @@ from trainmerge.system.threads import (
     ],
 )
 def test_choose(machine: Machine, threads: int, passive: bool) -> None:
-    choice = choose(machine)
+    choice = threads_for(machine)
     assert (choice.threads, choice.passive) == (threads, passive)
     assert choice.environment["OMP_NUM_THREADS"] == str(threads)
     assert ("OMP_WAIT_POLICY" in choice.environment) == passive
@@ -46,11 +46,11 @@ def test_choose(machine: Machine, threads: int, passive: bool) -> None:
 
 
 def test_a_run_goes_on_with_its_own_number() -> None:
-    assert choose(Machine(cores=4), earlier=2).threads == 2
-    beside = choose(Machine(cores=2, busy=1.0), earlier=2)
+    assert threads_for(Machine(cores=4), earlier=2).threads == 2
+    beside = threads_for(Machine(cores=2, busy=1.0), earlier=2)
     assert (beside.threads, beside.passive) == (2, True)  # more than are free: they must not spin
     assert "as the run had" in str(beside)
-    fewer = choose(Machine(cores=2), earlier=8)
+    fewer = threads_for(Machine(cores=2), earlier=8)
     assert fewer.threads == 2
     assert "the run had 8, so the last bits may differ" in str(fewer)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import trainmerge as tm
 from tests.contracts import assert_same_bits
-from trainmerge.task_vectors.state_dicts import compare
+from trainmerge.task_vectors.state_dicts import compare_state_dicts
 
 
 def state(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -70,8 +70,10 @@ def test_every_mismatch_is_in_one_error() -> None:
 )
 def test_what_no_merge_can_take_is_named(value: object, words: str) -> None:
     with pytest.raises(ValueError, match=rf"expert a: extra .*{words}|expert a: extra {words}"):
-        compare({"w": torch.ones(2)}, {"a": {"w": torch.ones(2), "extra": value}}, (), ())
-    found = compare({"w": torch.ones(2)}, {"a": {"w": torch.ones(2), "extra": value}}, ["extra"], ())
+        compare_state_dicts({"w": torch.ones(2)}, {"a": {"w": torch.ones(2), "extra": value}}, (), ())
+    found = compare_state_dicts(
+        {"w": torch.ones(2)}, {"a": {"w": torch.ones(2), "extra": value}}, ["extra"], ()
+    )
     assert found.parameters == ("w",)
 
 
@@ -102,18 +104,18 @@ def test_a_tied_tensor_has_one_name_and_files_may_have_either() -> None:
     base, expert = Tied(0).state_dict(), Tied(1).state_dict()
     for missing in ((), ("embed.weight",), ("out.weight",)):
         own = {name: tensor for name, tensor in expert.items() if name not in missing}
-        found = compare(base, {"a": own}, (), ())
+        found = compare_state_dicts(base, {"a": own}, (), ())
         assert (found.parameters, found.ties) == (("embed.weight",), {"out.weight": "embed.weight"})
         assert_same_bits(found.experts["a"]["embed.weight"], expert["embed.weight"])
     alone = {"embed.weight": base["embed.weight"].clone()}  # as safetensors has it
-    assert compare(alone, {"a": expert}, (), ()).parameters == ("embed.weight",)
+    assert compare_state_dicts(alone, {"a": expert}, (), ()).parameters == ("embed.weight",)
     with pytest.raises(ValueError, match=r"out\.weight and embed\.weight are one tensor in the base"):
-        compare(base, {"a": {**expert, "out.weight": torch.zeros(5, 3)}}, (), ())
+        compare_state_dicts(base, {"a": {**expert, "out.weight": torch.zeros(5, 3)}}, (), ())
 
 
 def test_a_difference_of_dtypes_warns() -> None:
     with pytest.warns(UserWarning, match=r"expert a .*torch\.bfloat16 against torch\.float32"):
-        compare({"w": torch.ones(2)}, {"a": {"w": torch.ones(2, dtype=torch.bfloat16)}}, (), ())
+        compare_state_dicts({"w": torch.ones(2)}, {"a": {"w": torch.ones(2, dtype=torch.bfloat16)}}, (), ())
 
 
 def test_two_state_dicts_are_no_task_vectors() -> None:

@@ -19,7 +19,7 @@ from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.initial import read_initial
 from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.batch import Asks
-from trainmerge.fitting.held_out import HeldOut, judge_of
+from trainmerge.fitting.held_out import HeldOutJudge, judge_of
 from trainmerge.fitting.prepare import FitInputs, prepare
 from trainmerge.objectives import Objective
 from trainmerge.run.config import to_config
@@ -39,7 +39,7 @@ class Judged:
         recipe = replace(inputs.recipe, preprocess=start.preprocess)
         values = read_initial(start.initial, names, layout)
         own = Coefficients(names, layout, values, inputs.coefficients.constraint)
-        self._model: HeldOut | None = None
+        self._model: HeldOutJudge | None = None
         self._base = base
         self.weights = tuple(expert.weight for expert in inputs.recipe.experts.values())
         self._values = own().detach().clone()  # judging changes the coefficients themselves
@@ -89,12 +89,12 @@ class Judged:
             self.weights,
         ]
 
-    def _load(self) -> HeldOut:
+    def _load(self) -> HeldOutJudge:
         if self._model is None:
             made = prepare(self.inputs, "cpu", nullcontext)
             if made.start is not None:
                 self._values, self._measured = made.start.expand_as(self._values).clone(), True
-            self._model = HeldOut.of(self.inputs, made.resident, self.objective)
+            self._model = HeldOutJudge.of(self.inputs, made.resident, self.objective)
             if not self._base:
                 self._base.append(self._model.base_losses)
             vars(self._model)["base_losses"] = self._base[0]  # sets the cached property

@@ -26,7 +26,7 @@ from trainmerge.plan.plan import Plan
 from trainmerge.plan.plan_model import print_plan
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.trust import foreign_modules
-from trainmerge.system.threads import Choice
+from trainmerge.system.threads import ThreadChoice
 
 
 class CommandLine(FitCLI):
@@ -37,7 +37,7 @@ class CommandLine(FitCLI):
         super().parse_arguments(parser, fit_words(parser, args))
 
 
-def fit_command(words: list[str], chosen: Choice | None = None) -> int:
+def fit_command(words: list[str], chosen: ThreadChoice | None = None) -> int:
     """Parse, build everything (this checks headers), and fit; `chosen`: threads, if we chose them."""
     warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec")  # Lightning 2.6 on torch 2.13
     settings = build_settings(words, CommandLine)
@@ -72,7 +72,7 @@ def fit_command(words: list[str], chosen: Choice | None = None) -> int:
     return 0
 
 
-def share_threads(trainer: pl.Trainer, chosen: Choice) -> None:
+def share_threads(trainer: pl.Trainer, chosen: ThreadChoice) -> None:
     """Divide the threads among the processes that Lightning will launch, which inherit the setting."""
     if trainer.strategy.launcher is not None and trainer.num_devices > 1:
         threads = max(1, chosen.threads // trainer.num_devices)

@@ -2,27 +2,28 @@
 
 FIT_HELP = """usage: trainmerge fit CONFIG RUN [options]
 
-Learn the coefficients of CONFIG's merge in the folder RUN. The same command resumes a stopped run.
+Learn the coefficients of CONFIG's merge in the folder RUN. The same command
+resumes a stopped run.
 
-  CONFIG                     a YAML file: recipe, model, data, trainer; see configs/
+  CONFIG                     a YAML file: recipe, model, data, trainer
   RUN                        the run folder; created if it does not exist
   --dry-run                  print the plan of memory and time, and stop
   --print-config             print every key with its value, and stop
-  --resume auto|never|PATH   auto resumes the folder's run; PATH resumes from that checkpoint [auto]
+  --resume auto|never|PATH   auto resumes the folder's run; PATH, a checkpoint [auto]
   --save-every N             steps between snapshots [50]
-  --memory 8GiB              split steps until the plan fits into this memory (CPU only)
+  --memory 8GiB              split steps until they fit into this memory (CPU only)
   --no-report                write no report at the end
   --seed-everything N        the seed of the data order [0]
 
 any key of the configuration can be set here, with its path:
-  --trainer.max-steps N      optimizer steps; 0 merges with the starting coefficients
-  --trainer.accelerator cpu|gpu, --trainer.devices N, and other options of Lightning's Trainer
-  --model.objective Entropy|Alignment              --model.objective.agreement 5.0
-  --model.optimizer torch.optim.Adam               --model.optimizer.lr 0.02
-  --model.initial X|PRESET|FILE                    --model.constraint Box|Simplex|...
+  --trainer.max-steps N      optimizer steps; 0 merges with the start
+  --trainer.accelerator cpu|gpu, --trainer.devices N, and others of Lightning's
+  --model.objective Entropy|Alignment        --model.objective.agreement 5.0
+  --model.optimizer torch.optim.Adam         --model.optimizer.lr 0.02
+  --model.initial X|PRESET|FILE              --model.constraint Box|Simplex|...
   --model.keep-better        keep the start if learning did not lower the loss
   --model.sharded            shard the model over the processes (FSDP2)
-  --model.tasks-per-backward N   more tasks per backward take less time and more memory
+  --model.tasks-per-backward N   more take less time and more memory
   --data.batch-size N, --data.max-length N, --data.max-examples N
   --recipe.grouping.granularity task|block|tensor|chunk
 
@@ -30,7 +31,8 @@ examples:
   trainmerge fit configs/demo.yaml runs/demo --dry-run
   trainmerge fit configs/demo.yaml runs/demo
   trainmerge fit configs/demo.yaml runs/demo --trainer.max-steps 120
-  trainmerge fit --config a.yaml --config b.yaml --run runs/both   (b.yaml's keys replace a.yaml's)
+  trainmerge fit --config a.yaml --config b.yaml --run runs/both
+      (b.yaml's keys replace a.yaml's)
 
 trainmerge fit --help-all lists every option with its type.
 """

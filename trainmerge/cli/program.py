@@ -22,7 +22,7 @@ from trainmerge.cli.mixtures import shrink
 from trainmerge.cli.packed import unpack
 from trainmerge.cli.threads import run_of, set_threads
 from trainmerge.cli.tradeoffs import pareto, search
-from trainmerge.fitting.mistakes import explain
+from trainmerge.fitting.mistakes import explain_mistake
 from trainmerge.system.lost_threads import check_room, lost_threads
 from trainmerge.system.memory import is_out_of_memory
 from trainmerge.system.text import words_of
@@ -176,7 +176,7 @@ def _plain(command: Callable[..., None], words: list[str]) -> int:
             exit_on_error=False,
         )
     except ArgumentError as error:
-        raise ValueError(explain(str(error), options.known)) from error
+        raise ValueError(explain_mistake(str(error), options.known)) from error
     return 0
 
 

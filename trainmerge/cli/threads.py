@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainmerge.cli.arguments import Options, split_words
-from trainmerge.system.threads import Choice, choose_threads
+from trainmerge.system.threads import ThreadChoice, choose_threads
 
 FLAGS = ("dry_run", "report", "model.keep_better", "model.keep_gradients", "model.sharded")
 FIRST = "0"  # the rank that prints
 
 
-def set_threads(run: Path | None = None) -> Choice | None:
+def set_threads(run: Path | None = None) -> ThreadChoice | None:
     """Choose and print the threads unless the user has set them; `run`: the folder that may be resumed."""
     earlier = threads_of(run)
     choice = choose_threads(earlier)

@@ -21,7 +21,7 @@ def whole_length(config: Mapping[str, Any]) -> int | None:
     return int(length) if config.get("model_type") in WHOLE else None
 
 
-def joined(
+def in_one_batch(
     parts: Sequence[tuple[dict[str, Tensor], list[int]]], fillers: Mapping[str, int]
 ) -> dict[str, Tensor]:
     """Batches and the rows that they become, in one batch: padded on the right."""

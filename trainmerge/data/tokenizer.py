@@ -15,7 +15,7 @@ from trainmerge.data.encoded import Encoded, Located
 from trainmerge.data.examples import Example
 from trainmerge.data.load_tokenizer import load_tokenizer, present, takes_text
 from trainmerge.data.media import MediaInputs, without_text
-from trainmerge.data.padding import answers, fillers, joined, whole_length
+from trainmerge.data.padding import answers, fillers, in_one_batch, whole_length
 from trainmerge.data.pictures import Pictures
 from trainmerge.data.special_tokens import SpecialTokens, check_rows, embedding_rows
 from trainmerge.data.token_examples import encode_tokens
@@ -181,7 +181,7 @@ class Tokenizer:
         given = self._special.completed([texts[i] for i in done]) if done else []
         parts = [(self._encoded(given, False, offsets), done)] if done else []
         parts += [(self._encoded([texts[i] for i in rest], special, offsets), rest)] if rest else []
-        encoded = parts[0][0] if len(parts) == 1 else joined(parts, fillers(self.transformers))
+        encoded = parts[0][0] if len(parts) == 1 else in_one_batch(parts, fillers(self.transformers))
         check_rows(self.transformers, encoded["input_ids"], self._rows)
         return encoded
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task
 from trainmerge.model.resident import Resident
-from trainmerge.model.routing import Choice, routers_of, watching_routers
+from trainmerge.model.routing import RouterChoice, routers_of, watching_routers
 from trainmerge.system.distributed import merge_shares, own_share
 
 TEXTS = 64  # of each task
@@ -72,7 +72,7 @@ def _of_text(subject: Subject, task: Task, number: int) -> Chosen:
     real = encoded.inputs["attention_mask"].flatten().bool()
     found: dict[str, Tensor] = {}
 
-    def see(name: str, choice: Choice) -> None:
+    def see(name: str, choice: RouterChoice) -> None:
         found[name] = choice.experts.cpu()[real].sort(dim=-1).values
 
     with watching_routers(routers_of(subject.module), see):

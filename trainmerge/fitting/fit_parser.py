@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError, get_loader, set_loader
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from trainmerge.data.calibration import Calibration
-from trainmerge.fitting.mistakes import explain
+from trainmerge.fitting.mistakes import explain_mistake
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.trainer import make_trainer
 from trainmerge.run.config import public_path, public_paths, read_settings
@@ -79,7 +79,7 @@ class FitCLI(LightningCLI):
                 super().parse_arguments(parser, args)
             except ArgumentError as error:
                 known = [action.dest for action in parser._actions]
-                raise ValueError(explain(str(error), known, files, list(options))) from error
+                raise ValueError(explain_mistake(str(error), known, files, list(options))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer of `trainer.make_trainer`, with the configuration's arguments."""

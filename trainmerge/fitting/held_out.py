@@ -37,7 +37,7 @@ def mean_share(shares: Sequence[float], weights: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutJudge:
     """Judges the coefficients of a model by the held-out examples: r_k = 1 - L_k(merge) / L_k(base).
 
     1 is the expert itself, 0 the base, and below 0 is worse than the base. L_k is `judge_of`'s loss to expert
@@ -52,7 +52,7 @@ class HeldOut:
     @staticmethod
     def of(
         given: FitInputs, resident: Resident, objective: Objective, limit: int | None = EXAMPLES
-    ) -> "HeldOut":
+    ) -> "HeldOutJudge":
         """For a fit's inputs and its model, with the first `limit` examples of each expert.
 
         The experts' outputs are recorded once, in the workspace.
@@ -61,7 +61,7 @@ class HeldOut:
         if not judge.couples:
             data.batch_size *= TOGETHER
         records = record(replace(given, asks=judge.asks, data=data), resident)
-        return HeldOut(resident, judge, data, records)
+        return HeldOutJudge(resident, judge, data, records)
 
     @cached_property
     def base_losses(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.data.calibration import Calibration
-from trainmerge.fitting.held_out import EXAMPLES, HeldOut, mean_share
+from trainmerge.fitting.held_out import EXAMPLES, HeldOutJudge, mean_share
 from trainmerge.fitting.module import MergeModule
 from trainmerge.system.ranges import check_option
 
@@ -45,7 +45,7 @@ class StopOnHeldOut(Callback):
         self.best: tuple[int, Tensor] | None = None  # the best step and its coefficients [K, G]
         self.highest = -math.inf  # mean r of the last rise that counted
         self.waited = self.stopped = 0
-        self._judge: HeldOut | None = None
+        self._judge: HeldOutJudge | None = None
         self._weights: list[float] = []  # of the tasks; none: equal
 
     @override
@@ -54,7 +54,7 @@ class StopOnHeldOut(Callback):
         data: Calibration = trainer.datamodule  # type: ignore[attr-defined]
         with trainer.strategy.precision_plugin.forward_context():
             given, model = pl_module.inputs(data), pl_module.resident
-            self._judge = HeldOut.of(given, model, pl_module.objective, self.examples)
+            self._judge = HeldOutJudge.of(given, model, pl_module.objective, self.examples)
         self._weights = [expert.weight for expert in pl_module.recipe.experts.values()]
         if trainer.global_step == 0:
             self._measure(trainer, pl_module)

@@ -14,7 +14,7 @@ KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str
 TRANSPARENT = ("init_args", "class_path", "dict_kwargs")  # levels of a file that an option's name may omit
 
 
-def explain(
+def explain_mistake(
     message: str, known: Iterable[str], files: Sequence[Path] = (), options: Sequence[str] = ()
 ) -> str:
     r"""The error of a key or a value, with the file's line and the nearest known key; others unchanged.

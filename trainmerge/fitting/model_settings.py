@@ -60,7 +60,7 @@ def check_given(**settings: object) -> None:
         raise ValueError(f"{', '.join(absent)}: null is no value; remove the key for its default, or set it")
 
 
-def check_settings(
+def check_module_settings(
     settings: ModelSettings, recipe: Recipe, initial: Initial, clip: float, keep_better: bool
 ) -> None:
     """Raise ValueError for arguments of `MergeModule` out of range, or that a sharded model does not have.

@@ -23,7 +23,7 @@ from trainmerge.coefficients.initial import Initial, read_initial
 from trainmerge.data.batch import Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.loaded import Loaded, load_fit
-from trainmerge.fitting.model_settings import ModelSettings, check_data, check_given, check_settings
+from trainmerge.fitting.model_settings import ModelSettings, check_data, check_given, check_module_settings
 from trainmerge.fitting.on_policy import OnPolicy
 from trainmerge.fitting.prepare import FitInputs
 from trainmerge.fitting.steps import CoefficientSteps
@@ -115,7 +115,7 @@ class MergeModule(CoefficientSteps):
         self.schedule = self.asked.least
         self.room: Room | None = None  # for task vectors, once a plan has found it
         self.initial, self.keep_better, self.on_policy = initial, keep_better, on_policy
-        check_settings(self.settings, recipe, initial, clip, keep_better)
+        check_module_settings(self.settings, recipe, initial, clip, keep_better)
         self.opened = recipe.open(self.settings.workspace)
         names, layout = tuple(recipe.experts), self.opened.layout
         self.coefficients = Coefficients(names, layout, read_initial(initial, names, layout), constraint)

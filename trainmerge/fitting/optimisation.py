@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from trainmerge.fitting.module import MergeModule
-from trainmerge.fitting.rehearsal import naming, rehearse_rule, rehearse_steps
+from trainmerge.fitting.rehearsal import naming_key, rehearse_rule, rehearse_steps
 from trainmerge.system.ranges import FINITE, fault
 
 
@@ -27,11 +27,11 @@ def build_optimisation(module: MergeModule, device: torch.device | str = "cpu") 
         ValueError: one of them cannot be made; names its class and the reason.
     """
     copied = torch.nn.Parameter(module.coefficients.raw.detach().clone().to(device))
-    with naming("model.optimizer", module.make_optimizer):
+    with naming_key("model.optimizer", module.make_optimizer):
         optimizer = module.make_optimizer(iter([copied]))
     settings, scheduler = str(optimizer), None
     if module.make_scheduler:
-        with naming("model.lr_scheduler", module.make_scheduler):
+        with naming_key("model.lr_scheduler", module.make_scheduler):
             scheduler = module.make_scheduler(optimizer)
     return Optimisation(optimizer, settings, scheduler)
 

@@ -32,10 +32,10 @@ def rehearse_steps(optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
         return torch.ones((), device=values[0].device)
 
     closure()
-    with naming("model.optimizer", type(optimizer)), torch.random.fork_rng(devices=[]):
+    with naming_key("model.optimizer", type(optimizer)), torch.random.fork_rng(devices=[]):
         optimizer.step(closure)
     if scheduler is not None:
-        with naming("model.lr_scheduler", type(scheduler)):
+        with naming_key("model.lr_scheduler", type(scheduler)):
             scheduler.step()
 
 
@@ -52,12 +52,12 @@ def rehearse_rule(rule: torch.nn.Module, like: Tensor) -> None:
     tensors = [*rule.parameters(), *rule.buffers()]
     device = tensors[0].device if tensors else like.device
     rows = torch.randn((len(like), *like.shape), generator=torch.Generator().manual_seed(0)).to(device)
-    with naming("model.combine", type(rule)):
+    with naming_key("model.combine", type(rule)):
         combined(rows, copied, seed=0)
 
 
 @contextmanager
-def naming(key: str, make: Callable[..., Any]) -> Iterator[None]:
+def naming_key(key: str, make: Callable[..., Any]) -> Iterator[None]:
     """Name the key and the class in what a class of the user's raises; a full memory stays one.
 
     Raises:

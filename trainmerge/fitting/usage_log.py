@@ -1,7 +1,6 @@
 """Log of a fit's time and memory."""
 
 import json
-import resource
 import sys
 import time
 
@@ -12,9 +11,7 @@ from typing_extensions import override
 
 from trainmerge.run.folder import RunFolder
 from trainmerge.system.atomic import append_line
-from trainmerge.system.memory import anonymous
-
-UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of getrusage's resident memory
+from trainmerge.system.memory import anonymous, peak_resident
 
 
 class UsageLog(Callback):
@@ -54,7 +51,7 @@ class UsageLog(Callback):
             "last_step": trainer.global_step,
             "wall_seconds": round(time.monotonic() - self._wall, 3),
             "cpu_seconds": round(time.process_time() - self._cpu, 3),
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT,
+            "peak_bytes": peak_resident(),
             "anonymous_bytes": anonymous() if sys.platform == "linux" else None,
             "processes": trainer.world_size,
             "threads": torch.get_num_threads(),

@@ -13,7 +13,7 @@ from trainmerge.kernels.backend import (
 from trainmerge.kernels.calls import Gathered, Merge, Product
 from trainmerge.kernels.eager import accumulation_dtype, chunk_bounds
 from trainmerge.kernels.quantised import Quantised
-from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, Untouched, read_bytes, rows_of
+from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, Untouched, bytes_read, rows_of
 
 __all__ = [
     "NAMES",
@@ -27,9 +27,9 @@ __all__ = [
     "Term",
     "Untouched",
     "accumulation_dtype",
+    "bytes_read",
     "chunk_bounds",
     "inner_products",
-    "read_bytes",
     "rows_of",
     "run_merges",
     "run_products",

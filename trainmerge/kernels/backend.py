@@ -20,7 +20,7 @@ import trainmerge.kernels.calls as calls
 import trainmerge.kernels.compiled as compiled
 import trainmerge.kernels.eager as eager
 from trainmerge.kernels.calls import Merge, Product
-from trainmerge.kernels.terms import Term, read_bytes
+from trainmerge.kernels.terms import Term, bytes_read
 
 
 class Backend(NamedTuple):
@@ -84,7 +84,7 @@ def shareable(call: Merge | Product, held: bool = False) -> int:
     ours = supported(call[0], call.base, call.terms)
     if held and ours:
         return call.grad.nbytes if isinstance(call, Product) else 1
-    return call[0].nbytes + read_bytes(call.base, call.terms) if ours else 0
+    return call[0].nbytes + bytes_read(call.base, call.terms) if ours else 0
 
 
 def waiting(device: torch.device) -> int:

@@ -38,7 +38,7 @@ class Untouched(NamedTuple):
 Term = Difference | ExpertWeight | LowRank | Quantised | Untouched
 
 
-def read_bytes(base: Tensor, terms: Sequence[Term]) -> int:
+def bytes_read(base: Tensor, terms: Sequence[Term]) -> int:
     """Bytes of one parameter's base and terms that a pass reads."""
     return base.nbytes + sum(part.nbytes for term in terms for part in term if isinstance(part, Tensor))
 

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from trainmerge.mixtures.experts import Experts
 from trainmerge.mixtures.layers import MixtureLayer
-from trainmerge.mixtures.shrunk import Coefficients, Shrunk
+from trainmerge.mixtures.shrunk import LayerCoefficients, Shrunk
 from trainmerge.model.routing import choice_of
 from trainmerge.task_vectors.places import parameter_of, view
 
@@ -57,7 +57,7 @@ class Student:
 
 def learn_layer(
     shrunk: Shrunk, layer: MixtureLayer, student: Student, steps: int
-) -> tuple[Coefficients, Errors]:
+) -> tuple[LayerCoefficients, Errors]:
     """The coefficients of one layer after `steps` of Adam on all tokens that are not held out."""
     own, groups = shrunk.measured[layer.prefix], shrunk.groups[layer.prefix]
     count = round(len(own.states) * (1 - HELD_OUT))
@@ -65,25 +65,25 @@ def learn_layer(
     task = _Layer(shrunk, layer, student)
     width = max(len(group) for group in groups) - 1
     experts = torch.zeros(len(layer.kinds), len(groups), width)
-    start = {name: shrunk.rows(layer, name, Coefficients(experts)) for name in layer.routers}
+    start = {name: shrunk.rows(layer, name, LayerCoefficients(experts)) for name in layer.routers}
     rows = {name: torch.zeros(own.shape, requires_grad=True) for name, own in start.items() if moves(name)}
     sizes = {name: float(start[name].float().square().mean().sqrt()) or 1.0 for name in rows}
     learned: list[dict[str, Any]] = [{"params": [experts]}]
     learned += [{"params": [own], "lr": RATE * sizes[name]} for name, own in rows.items()]
     solver = torch.optim.Adam(learned, lr=RATE)
 
-    def error(found: Coefficients) -> float:
+    def error(found: LayerCoefficients) -> float:
         with torch.no_grad():
             out = task(task.stacks(found), found, states[count:])
         return float((out - wanted[count:]).norm() / wanted[count:].norm())
 
-    def copied() -> Coefficients:
-        return Coefficients(experts.clone(), {name: own.detach().clone() for name, own in rows.items()})
+    def copied() -> LayerCoefficients:
+        return LayerCoefficients(experts.clone(), {name: own.detach().clone() for name, own in rows.items()})
 
     best = copied()
     dropped = least = error(best)
     for step in range(1, steps + 1):
-        now = Coefficients(experts, rows)
+        now = LayerCoefficients(experts, rows)
         stacks = {name: own.requires_grad_(True) for name, own in task.stacks(now).items()}
         solver.zero_grad()
         with torch.enable_grad():
@@ -120,7 +120,7 @@ class _Layer:
             for number, member in enumerate(group[1:])
         }
 
-    def stacks(self, coefficients: Coefficients) -> dict[str, Tensor]:
+    def stacks(self, coefficients: LayerCoefficients) -> dict[str, Tensor]:
         """The experts' parameters, float32."""
         found = {
             name: torch.empty(parameter.shape, dtype=torch.float32)
@@ -153,7 +153,9 @@ class _Layer:
         inside = self.student.places[parameter_of(part)]
         return view(part, view(inside, stacks[parameter_of(inside)]))
 
-    def __call__(self, stacks: Mapping[str, Tensor], coefficients: Coefficients, states: Tensor) -> Tensor:
+    def __call__(
+        self, stacks: Mapping[str, Tensor], coefficients: LayerCoefficients, states: Tensor
+    ) -> Tensor:
         """The routed output [S, H] of states [S, H]."""
         rows = {
             name.rpartition(".")[2]: self.shrunk.rows(self.layer, name, coefficients).float()

@@ -17,7 +17,7 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.mixtures.experts import Experts, gating_of
 from trainmerge.mixtures.layers import MixtureLayer
 from trainmerge.model.media_forward import backbone
-from trainmerge.model.routing import Choice, watching_routers
+from trainmerge.model.routing import RouterChoice, watching_routers
 from trainmerge.model.streamed import streamed
 from trainmerge.model.token_states import spread
 from trainmerge.system.console import progress
@@ -87,11 +87,11 @@ def measure(
     chosen = torch.empty(0)
     kept = torch.empty(0)
 
-    def see(prefix: str, choice: Choice) -> None:
-        module, some = experts[prefix], Choice(*(part[kept] for part in choice))
+    def see(prefix: str, choice: RouterChoice) -> None:
+        module, some = experts[prefix], RouterChoice(*(part[kept] for part in choice))
         if prefix not in found:
             found[prefix] = _empty(module, choice)
-        _add(found[prefix], module, Choice(*(part[chosen] for part in choice)))
+        _add(found[prefix], module, RouterChoice(*(part[chosen] for part in choice)))
         _keep(found[prefix], module, some, every)
 
     with streamed(loaded, base), watching_routers(routers, see):
@@ -109,7 +109,7 @@ def _module(loaded: LoadedModel, router: str, sibling: str = "") -> nn.Module:
     return loaded.module.get_submodule(f"{path.rpartition('.')[0]}.{sibling}" if sibling else path)
 
 
-def _empty(experts: Experts, choice: Choice) -> Saliency:
+def _empty(experts: Experts, choice: RouterChoice) -> Saliency:
     count, width = choice.logits.shape[1], choice.states.shape[1]
     zeros = torch.zeros(count, width, dtype=torch.float64)
     square = torch.zeros(count, count, dtype=torch.float64)
@@ -119,7 +119,7 @@ def _empty(experts: Experts, choice: Choice) -> Saliency:
     return Saliency(first.clone(), first.clone(), zeros, square, *none, zeros.clone(), gating)
 
 
-def _add(own: Saliency, experts: Experts, choice: Choice) -> None:
+def _add(own: Saliency, experts: Experts, choice: RouterChoice) -> None:
     """Add a batch's tokens to a layer's sums."""
     logits = choice.logits.double()
     own.alike += logits.T @ logits
@@ -133,7 +133,7 @@ def _add(own: Saliency, experts: Experts, choice: Choice) -> None:
         own.gated.index_add_(0, numbers[part], gated)
 
 
-def _keep(own: Saliency, experts: Experts, some: Choice, every: bool) -> None:
+def _keep(own: Saliency, experts: Experts, some: RouterChoice, every: bool) -> None:
     """Keep some tokens' states, their choice, and what the experts make of them."""
     own.states = torch.cat([own.states, some.states])
     own.chosen = torch.cat([own.chosen, some.experts])

@@ -27,7 +27,7 @@ from trainmerge.task_vectors.places import parameter_of, view
 
 
 @dataclass(frozen=True)
-class Coefficients:
+class LayerCoefficients:
     """What is learned of one layer: 0 leaves the groups' first experts as they are.
 
     Args:
@@ -58,7 +58,7 @@ class Shrunk(OnlyModel):
     layers: Sequence[MixtureLayer]
     groups: Mapping[str, Groups]
     measured: Mapping[str, Saliency] = field(default_factory=dict)
-    learned: Mapping[str, Coefficients] = field(default_factory=dict)
+    learned: Mapping[str, LayerCoefficients] = field(default_factory=dict)
     weights: str = "saliency"
     rank: int | None = None
     absorbing: bool = False
@@ -150,10 +150,10 @@ class Shrunk(OnlyModel):
                     view(layer.expert(0, kind), piece).copy_(self._expert(layer, kind, place))
             yield piece
 
-    def _coefficients(self, layer: MixtureLayer) -> Coefficients:
+    def _coefficients(self, layer: MixtureLayer) -> LayerCoefficients:
         return self.learned.get(layer.prefix) or self.saliency_coefficients(layer)
 
-    def rows(self, layer: MixtureLayer, name: str, coefficients: Coefficients) -> Tensor:
+    def rows(self, layer: MixtureLayer, name: str, coefficients: LayerCoefficients) -> Tensor:
         """A router's tensor after, [M, ...]: the rows of the groups' first experts, and what is learned."""
         first = self.base.read(name)[[group[0] for group in self.groups[layer.prefix]]]
         return first.float() + coefficients.rows[name] if name in coefficients.rows else first
@@ -183,7 +183,7 @@ class Shrunk(OnlyModel):
             for own in self.layers
         }
 
-    def saliency_coefficients(self, layer: MixtureLayer) -> Coefficients:
+    def saliency_coefficients(self, layer: MixtureLayer) -> LayerCoefficients:
         """The members' shares of the group's saliency or usage, and the first members' rows of the router."""
         groups = self.groups[layer.prefix]
         width = max(len(group) for group in groups) - 1
@@ -193,4 +193,4 @@ class Shrunk(OnlyModel):
             for place, group in enumerate(groups):
                 own = scores[list(group)]
                 shares[place, : len(group) - 1] = (own / own.sum())[1:]
-        return Coefficients(shares.expand(len(layer.kinds), -1, -1))
+        return LayerCoefficients(shares.expand(len(layer.kinds), -1, -1))

@@ -16,7 +16,7 @@ from trainmerge.checkpoints.state_dict_files import load_state_dict
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.delta import TaskVectors
-from trainmerge.task_vectors.state_dicts import Compared, StateDict, compare
+from trainmerge.task_vectors.state_dicts import Compared, StateDict, compare_state_dicts
 
 ModelWeights = StateDict | nn.Module | str | Path  # what a state dict can be taken from
 
@@ -77,7 +77,7 @@ def open_models(
 
         parameters = {name for name, _ in base.named_parameters(remove_duplicate=False)}
         buffers, roles = [name for name in own if name not in parameters], roles_of(base)
-    compared = compare(own, others, ignore, buffers)
+    compared = compare_state_dicts(own, others, ignore, buffers)
     return PlainModels(own, compared, TaskVectors.of_compared(own, compared, roles))
 
 

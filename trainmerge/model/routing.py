@@ -20,8 +20,8 @@ PROBE = 64  # random states by which a router's kind of scores is found
 NEAR = 0.02  # what rounding to bfloat16 may change of a token's weights, whose sum is 1
 
 
-class Choice(NamedTuple):
-    """What a router says of some tokens."""
+class RouterChoice(NamedTuple):
+    """A router's choices for some tokens."""
 
     states: Tensor  # [R, H]
     logits: Tensor  # [R, E]
@@ -43,7 +43,7 @@ def _is_router(module: nn.Module) -> bool:
     )
 
 
-def choice_of(router: nn.Module, states: Tensor, output: Sequence[Tensor]) -> Choice:
+def choice_of(router: nn.Module, states: Tensor, output: Sequence[Tensor]) -> RouterChoice:
     """A router's outputs, in one order.
 
     Llama 4's are scores [R, E], 0 for experts that are not chosen, and logits.
@@ -52,16 +52,18 @@ def choice_of(router: nn.Module, states: Tensor, output: Sequence[Tensor]) -> Ch
     numbers = [own for own in output if not own.is_floating_point()]
     if numbers:
         logits, weights = (own for own in output if own.is_floating_point())
-        return Choice(flat, logits, weights, numbers[0])
+        return RouterChoice(flat, logits, weights, numbers[0])
     scores, logits = output
     top_k: Any = router.top_k
     experts = logits.topk(top_k, dim=-1).indices
-    return Choice(flat, logits, scores.gather(-1, experts), experts)
+    return RouterChoice(flat, logits, scores.gather(-1, experts), experts)
 
 
 @contextmanager
-def watching_routers(routers: Mapping[str, nn.Module], see: Callable[[str, Choice], None]) -> Iterator[None]:
-    """In this context, `see` gets each router's name and what it says, in every forward pass."""
+def watching_routers(
+    routers: Mapping[str, nn.Module], see: Callable[[str, RouterChoice], None]
+) -> Iterator[None]:
+    """In this context, `see` gets each router's name and its choices, in every forward pass."""
 
     def read(name: str, router: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         see(name, choice_of(router, given[0], output))

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from trainmerge.kernels import LowRank as LowRankTerm
 from trainmerge.kernels import Untouched
-from trainmerge.packed.codec import Codec, Encoded, errors
-from trainmerge.packed.low_rank import LowRank
+from trainmerge.packed.codec import Codec, EncodedParameter, errors
+from trainmerge.packed.low_rank import LowRankCodec
 from trainmerge.packed.parameter import Parameter
 
 
@@ -42,9 +42,9 @@ def offers(parameter: Parameter, codecs: Sequence[Codec], norms: Tensor) -> Iter
             yield Offer(codec, made.nbytes, float((errors(parameter, made) / norms).sum()))
 
 
-def _useful(parameter: Parameter, codec: Codec) -> Encoded | None:
+def _useful(parameter: Parameter, codec: Codec) -> EncodedParameter | None:
     """The parts; None of factors that are not smaller, or no better than those of half their rank."""
-    if isinstance(codec, LowRank) and codec.rank:
+    if isinstance(codec, LowRankCodec) and codec.rank:
         shape = parameter.shape
         if len(parameter.whole.shape) < 2 or sum(shape) * codec.rank >= shape.numel():
             return None

@@ -20,7 +20,7 @@ from trainmerge.packed.bits import unpack_bits, unpack_trits
 from trainmerge.packed.parameter import Parameter
 
 
-class Encoded(NamedTuple):
+class EncodedParameter(NamedTuple):
     """One parameter's parts."""
 
     shared: Mapping[str, Tensor]
@@ -50,7 +50,7 @@ class Codec(ABC):
         """As the file names it."""
 
     @abstractmethod
-    def encode(self, parameter: Parameter) -> Encoded:
+    def encode(self, parameter: Parameter) -> EncodedParameter:
         """The parts of one parameter. Block by block of rows, or one task's difference at a time."""
 
 
@@ -80,7 +80,7 @@ def decode(
     return unified
 
 
-def errors(parameter: Parameter, made: Encoded) -> Tensor:
+def errors(parameter: Parameter, made: EncodedParameter) -> Tensor:
     """The squared norm of what every task's difference lacks, [K] float64."""
     lost = torch.zeros(parameter.tasks, dtype=torch.float64)
     for part, taus in parameter.blocks():

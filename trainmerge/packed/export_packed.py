@@ -25,7 +25,7 @@ from trainmerge.packed.budget import choose, offers
 from trainmerge.packed.codec import Codec
 from trainmerge.packed.form import PackedForm
 from trainmerge.packed.parameter import Parameter
-from trainmerge.packed.record import Record, TaskHead, entry
+from trainmerge.packed.record import PackedRecord, TaskHead, entry
 from trainmerge.packed.write import Shards, write_parameters
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.hub_origins import origins
@@ -86,7 +86,7 @@ class Packing:
         shards.add({f"a/{task}": scales[:, k].contiguous() for k, task in enumerate(self.tasks)})
         made, count = shards.close(), sum(parameter.shape.numel() for parameter in parameters)
         size = shards.nbytes - spent
-        record = Record(
+        record = PackedRecord(
             base=self._base(target),
             tasks=self.tasks,
             tensors={

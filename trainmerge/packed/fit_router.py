@@ -3,13 +3,13 @@
 from typing import Any
 
 from trainmerge.export.explain import Exported
-from trainmerge.packed.router import Router, fit_router
+from trainmerge.packed.router import TaskRouter, fit_router
 from trainmerge.packed.text_rows import text_rows
 from trainmerge.run.router_texts import router_texts
 from trainmerge.run.sources import text_length
 
 
-def router_of(exported: Exported) -> tuple[Router, dict[str, Any]]:
+def router_of(exported: Exported) -> tuple[TaskRouter, dict[str, Any]]:
     """The router, and what `packed.json` says of it.
 
     Raises:

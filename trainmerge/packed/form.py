@@ -8,7 +8,7 @@ import torch
 
 from trainmerge.export.form import DtypeName
 from trainmerge.packed.codec import Codec
-from trainmerge.packed.low_rank import Dense, LowRank
+from trainmerge.packed.low_rank import Dense, LowRankCodec
 from trainmerge.packed.pca import Pca
 from trainmerge.packed.ternary import Signs
 from trainmerge.packed.unified import Emr, Mask, Shared
@@ -66,7 +66,7 @@ class PackedForm:
 
     def candidates(self, tasks: int) -> Sequence[Codec]:
         """The codecs that a budget chooses from, for every tensor."""
-        ranks = [LowRank(rank=1 << i) for i in range(9)]
+        ranks = [LowRankCodec(rank=1 << i) for i in range(9)]
         many = [Pca(components=p) for p in range(1, tasks)]
         found: dict[str, Sequence[Codec]] = {
             "": [Shared(), Signs(), Emr(), Mask(), *ranks, *many, Dense()],
@@ -100,9 +100,9 @@ def _codec(name: str, number: float | None) -> Codec:
         case "emr" if number is None:
             return Emr()
         case "lowrank":
-            return LowRank(rank=_whole(number))
+            return LowRankCodec(rank=_whole(number))
         case "twin":
-            return LowRank(shared=0.3 if number is None else number)
+            return LowRankCodec(shared=0.3 if number is None else number)
         case "ternary":
             return Signs(share=number)
         case "pca":

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from trainmerge.kernels import LowRank as LowRankTerm
 from trainmerge.kernels import Untouched
-from trainmerge.packed.codec import Codec, Encoded
+from trainmerge.packed.codec import Codec, EncodedParameter
 from trainmerge.packed.parameter import Parameter
 from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.factors import Budget, Factors, recompress, truncate
@@ -32,16 +32,16 @@ class Dense(Codec):
         return "dense"
 
     @override
-    def encode(self, parameter: Parameter) -> Encoded:
+    def encode(self, parameter: Parameter) -> EncodedParameter:
         own: list[dict[str, Tensor]] = []
         for task in range(parameter.tasks):
             tau = parameter.tau(task)
             own.append({"d": tau.to(self.dtype)} if bool(tau.any()) else {})
-        return Encoded({}, tuple(own), torch.tensor([float(bool(parts)) for parts in own]))
+        return EncodedParameter({}, tuple(own), torch.tensor([float(bool(parts)) for parts in own]))
 
 
 @dataclass(frozen=True)
-class LowRank(Codec):
+class LowRankCodec(Codec):
     """Factors of one rank. Vectors, and matrices that factors do not make smaller, are dense.
 
     Args:
@@ -62,7 +62,7 @@ class LowRank(Codec):
         return "lowrank"
 
     @override
-    def encode(self, parameter: Parameter) -> Encoded:
+    def encode(self, parameter: Parameter) -> EncodedParameter:
         rows, width = parameter.shape
         rank = self.rank or max(1, min(rows, width) // parameter.tasks)
         if len(parameter.whole.shape) < 2:
@@ -92,7 +92,9 @@ class LowRank(Codec):
         return truncate(parameter.tau(task), budget).rounded(self.dtype)
 
 
-def of_factors(found: Sequence[Factors], shared: dict[str, Tensor]) -> Encoded:
+def of_factors(found: Sequence[Factors], shared: dict[str, Tensor]) -> EncodedParameter:
     """Factors as parts."""
     own = ({"U": f.up.contiguous(), "V": f.down.contiguous()} if f.rank or shared else {} for f in found)
-    return Encoded(shared, tuple(own), torch.tensor([float(f.rank > 0 or bool(shared)) for f in found]))
+    return EncodedParameter(
+        shared, tuple(own), torch.tensor([float(f.rank > 0 or bool(shared)) for f in found])
+    )

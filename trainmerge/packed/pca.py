@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainmerge.packed.codec import Codec, Encoded
+from trainmerge.packed.codec import Codec, EncodedParameter
 from trainmerge.packed.parameter import Parameter
 from trainmerge.system.ranges import check_fields
 
@@ -38,7 +38,7 @@ class Pca(Codec):
         return "pca"
 
     @override
-    def encode(self, parameter: Parameter) -> Encoded:
+    def encode(self, parameter: Parameter) -> EncodedParameter:
         mixing = _mixing(_moments(parameter, lambda _, taus: taus), self.components)
         basis = torch.empty(len(mixing), *parameter.shape, dtype=self.dtype)
         for part, taus in parameter.blocks():
@@ -48,7 +48,7 @@ class Pca(Codec):
         # Least squares by the basis's own products; the pseudo-inverse leaves out directions without length.
         places = torch.linalg.pinv(gram[tasks:, tasks:], hermitian=True) @ gram[tasks:, :tasks]
         own = ({"z": z.float().contiguous()} for z in places.T)
-        return Encoded({"b": basis}, tuple(own), torch.ones(tasks))
+        return EncodedParameter({"b": basis}, tuple(own), torch.ones(tasks))
 
 
 def _moments(parameter: Parameter, rows: Callable[[slice, Tensor], Tensor]) -> Tensor:

@@ -34,7 +34,7 @@ class TaskHead:
 
 
 @dataclass(frozen=True)
-class Record:
+class PackedRecord:
     """The content of `packed.json`.
 
     Args:
@@ -73,7 +73,7 @@ def entry(delta: Delta, codec: Codec | None) -> Entry:
     return Entry(list(delta.shape), DTYPE_NAMES[delta.base.dtype], codec.name if codec else NONE)
 
 
-def read_record(folder: Path) -> Record:
+def read_record(folder: Path) -> PackedRecord:
     """Read and check `packed.json`.
 
     Raises:
@@ -93,14 +93,14 @@ def read_record(folder: Path) -> Record:
     try:
         content["tensors"] = {str(name): Entry(**one) for name, one in content["tensors"].items()}
         content["heads"] = {str(task): TaskHead(**one) for task, one in content["heads"].items()}
-        record = Record(**content)
+        record = PackedRecord(**content)
         _check(record)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: damaged ({error}). {REMEDY}") from error
     return record
 
 
-def _check(record: Record) -> None:
+def _check(record: PackedRecord) -> None:
     """Raise ValueError for content that no export has."""
     names = [*record.tasks, *record.files, *record.tied.values(), record.base["path"]]
     if not all(isinstance(name, str) for name in names) or len(set(record.tasks)) < len(record.tasks):

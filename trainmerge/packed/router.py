@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Router:
+class TaskRouter:
     """A linear classifier of rows."""
 
     weight: Tensor  # [K, D] float32
@@ -30,7 +30,7 @@ class Router:
         return {"router/weight": self.weight, "router/bias": self.bias}
 
 
-def fit_router(rows: Sequence[Tensor]) -> Router:
+def fit_router(rows: Sequence[Tensor]) -> TaskRouter:
     """Fit to the rows [N_t, D] of each task."""
     means = torch.stack([own.double().mean(dim=0) for own in rows])
     centred = torch.cat([own.double() - mean for own, mean in zip(rows, means, strict=True)])
@@ -40,4 +40,4 @@ def fit_router(rows: Sequence[Tensor]) -> Router:
     size = max(float(covariance.trace()) / width, 1e-30)
     shrunk = (1 - share) * covariance + share * size * torch.eye(width, dtype=torch.float64)
     weight = torch.linalg.solve(shrunk, means.T).T
-    return Router(weight.float(), (-0.5 * (weight * means).sum(dim=1)).float())
+    return TaskRouter(weight.float(), (-0.5 * (weight * means).sum(dim=1)).float())

@@ -17,8 +17,8 @@ from trainmerge.checkpoints.whole import PACKED, check_whole
 from trainmerge.kernels import accumulation_dtype
 from trainmerge.packed.codec import decode
 from trainmerge.packed.parameter import as_matrix, blocks
-from trainmerge.packed.record import NONE, REMEDY, Record, read_record
-from trainmerge.packed.router import Router
+from trainmerge.packed.record import NONE, REMEDY, PackedRecord, read_record
+from trainmerge.packed.router import TaskRouter
 from trainmerge.system.access import is_folder
 from trainmerge.system.hub import folder_of, parse_id
 from trainmerge.system.safetensors_file import MappedFile
@@ -31,7 +31,7 @@ class Stored:
     """The tensors of a folder of packed experts, and its base. Headers are read, tensors on request."""
 
     path: Path
-    record: Record
+    record: PackedRecord
     base: Checkpoint
     files: Mapping[str, MappedFile]  # tensor -> its file
 
@@ -89,11 +89,11 @@ class Stored:
         return {name.removeprefix(start): self._read(name) for name in self.files if name.startswith(start)}
 
     @cached_property
-    def router(self) -> Router:
+    def router(self) -> TaskRouter:
         """The router. Raises ValueError if there is none."""
         if self.record.router is None:
             raise ValueError(f"{self.path} has no router: export the run again, with --router")
-        router = Router(self._read("router/weight"), self._read("router/bias"))
+        router = TaskRouter(self._read("router/weight"), self._read("router/bias"))
         if (router.weight.dim(), len(router.weight), len(router.bias)) != (2, *[len(self.tasks)] * 2):
             raise ValueError(f"{self.path}: the router is not one of its tasks. {REMEDY}")
         return router
@@ -149,7 +149,7 @@ def open_stored(path: str | Path, base: str | Path | None, allow_pickle: bool) -
     return stored
 
 
-def _base_of(folder: Path, record: Record) -> Path:
+def _base_of(folder: Path, record: PackedRecord) -> Path:
     path = record.base["path"]
     if parse_id(path) is not None and not is_folder(folder / path):
         return folder_of(path)

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.packed.bits import pack_trits
-from trainmerge.packed.codec import Codec, Encoded
+from trainmerge.packed.codec import Codec, EncodedParameter
 from trainmerge.packed.parameter import Parameter
 from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.top_k import count
@@ -40,7 +40,7 @@ class Signs(Codec):
         return "ternary"
 
     @override
-    def encode(self, parameter: Parameter) -> Encoded:
+    def encode(self, parameter: Parameter) -> EncodedParameter:
         own: list[dict[str, Tensor]] = []
         scales = torch.zeros(parameter.tasks)
         for task in range(parameter.tasks):
@@ -48,7 +48,7 @@ class Signs(Codec):
             cut, scale = largest(tau.abs(), self.share)
             scales[task] = scale
             own.append({"t": pack_trits(tau.sign() * (tau.abs() >= cut))} if scale else {})
-        return Encoded({}, tuple(own), scales)
+        return EncodedParameter({}, tuple(own), scales)
 
 
 def largest(magnitudes: Tensor, share: float | None) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.packed.bits import pack_bits
-from trainmerge.packed.codec import Codec, Encoded, errors
+from trainmerge.packed.codec import Codec, EncodedParameter, errors
 from trainmerge.packed.parameter import Parameter
 from trainmerge.system.ranges import check_fields
 
@@ -47,7 +47,7 @@ class Mask(Codec):
         return "mask"
 
     @override
-    def encode(self, parameter: Parameter) -> Encoded:
+    def encode(self, parameter: Parameter) -> EncodedParameter:
         unified = parameter.merged().to(self.dtype)
         plain = _masked(parameter, unified, self._kept(torch.ones(parameter.tasks)))
         if self.threshold != 1:
@@ -57,7 +57,7 @@ class Mask(Codec):
         )
         return _better(parameter, one, other)
 
-    def _in_turns(self, parameter: Parameter, unified: Tensor, made: Encoded) -> Encoded:
+    def _in_turns(self, parameter: Parameter, unified: Tensor, made: EncodedParameter) -> EncodedParameter:
         """Masks and scales in turns, from these scales on; each turn lowers the error."""
         for _ in range(ROUNDS):
             made = _masked(parameter, unified, self._kept(torch.where(made.scales > 0, made.scales, 1)))
@@ -79,7 +79,7 @@ class Emr(Codec):
         return "emr"
 
     @override
-    def encode(self, parameter: Parameter) -> Encoded:
+    def encode(self, parameter: Parameter) -> EncodedParameter:
         unified = torch.empty(parameter.shape, dtype=self.dtype)
         for part, taus in parameter.blocks():
             unified[part] = elect(taus)
@@ -96,7 +96,7 @@ class Shared(Codec):
         return "shared"
 
     @override
-    def encode(self, parameter: Parameter) -> Encoded:
+    def encode(self, parameter: Parameter) -> EncodedParameter:
         unified = parameter.merged().to(self.dtype)
         made = _whole(parameter, unified)
         return made._replace(own=tuple({} for _ in made.own))
@@ -111,19 +111,19 @@ def elect(taus: Tensor) -> Tensor:
     return sign * (taus * sign).clamp(min=0).amax(dim=0)
 
 
-def _whole(parameter: Parameter, unified: Tensor) -> Encoded:
+def _whole(parameter: Parameter, unified: Tensor) -> EncodedParameter:
     """All entries of u, at each task's scale of least squares."""
     return _masked(parameter, unified, lambda _, taus: torch.ones_like(taus, dtype=torch.bool))
 
 
-def _better(parameter: Parameter, one: Encoded, other: Encoded) -> Encoded:
+def _better(parameter: Parameter, one: EncodedParameter, other: EncodedParameter) -> EncodedParameter:
     """Of every task the encoding with the smaller error; both have the same u."""
     first = (errors(parameter, one) <= errors(parameter, other)).tolist()
     own = tuple(a if here else b for a, b, here in zip(one.own, other.own, first, strict=True))
     return one._replace(own=own, scales=torch.where(torch.tensor(first), one.scales, other.scales))
 
 
-def _masked(parameter: Parameter, unified: Tensor, keep: Keep) -> Encoded:
+def _masked(parameter: Parameter, unified: Tensor, keep: Keep) -> EncodedParameter:
     """u [R, W] in its dtype, every task's mask, and the scales of least squares for u as it is stored."""
     products, squares = torch.zeros(2, parameter.tasks, dtype=torch.float64)
     bits: list[list[Tensor]] = [[] for _ in range(parameter.tasks)]
@@ -135,7 +135,7 @@ def _masked(parameter: Parameter, unified: Tensor, keep: Keep) -> Encoded:
             own.append(pack_bits(mask))
     scales = torch.where(squares > 0, products / squares, 0).float()
     masks = ({"m": torch.cat(parts)} if scale else {} for parts, scale in zip(bits, scales, strict=True))
-    return Encoded({"u": unified}, tuple(masks), scales)
+    return EncodedParameter({"u": unified}, tuple(masks), scales)
 
 
 def _kept(parameter: Parameter, unified: Tensor, keep: Keep) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainmerge.packed.codec import Codec, Encoded, errors
+from trainmerge.packed.codec import Codec, EncodedParameter, errors
 from trainmerge.packed.parameter import Parameter
 from trainmerge.system.safetensors_file import write_safetensors
 from trainmerge.system.safetensors_format import file_order
@@ -60,7 +60,7 @@ class Shards:
         return dict(zip(names, self._made, strict=True))
 
 
-def parts_of(name: str, made: Encoded, tasks: Iterable[str]) -> dict[str, Tensor]:
+def parts_of(name: str, made: EncodedParameter, tasks: Iterable[str]) -> dict[str, Tensor]:
     """A parameter's parts by their names in the file."""
     found = {f"{kind}/{name}": tensor for kind, tensor in made.shared.items()}
     for task, own in zip(tasks, made.own, strict=True):
@@ -94,6 +94,6 @@ def write_parameters(
     return scales, lost
 
 
-def _check_finite(name: str, made: Encoded) -> None:
+def _check_finite(name: str, made: EncodedParameter) -> None:
     if not all(bool(part.isfinite().all()) for part in made.parts if part.is_floating_point()):
         raise ValueError(f"{name}: it is not finite when packed; try --dtype float32")

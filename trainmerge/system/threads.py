@@ -40,7 +40,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ThreadChoice:
     """Threads of one process, and whether they sleep at barriers rather than spin."""
 
     threads: int
@@ -58,7 +58,7 @@ class Choice:
         return f"{self.threads} thread{'s' * (self.threads > 1)}: {self.why} (OMP_NUM_THREADS overrides)"
 
 
-def choose(machine: Machine, earlier: int | None = None) -> Choice:
+def threads_for(machine: Machine, earlier: int | None = None) -> ThreadChoice:
     """As many threads as free cores; for a resumed run `earlier`, its own number, if the cores allow it.
 
     Another number of threads changes the summation order, so bitwise equality after resuming needs the same
@@ -79,10 +79,10 @@ def choose(machine: Machine, earlier: int | None = None) -> Choice:
             "as the run had" if threads == earlier else f"the run had {earlier}, so the last bits may differ"
         )
         why.append(same)
-    return Choice(threads, threads > 1 and (shared or threads > free), ", ".join(why))
+    return ThreadChoice(threads, threads > 1 and (shared or threads > free), ", ".join(why))
 
 
-def choose_threads(earlier: int | None = None) -> Choice | None:
+def choose_threads(earlier: int | None = None) -> ThreadChoice | None:
     """Measure, choose, and set the environment for libraries loaded later.
 
     Returns None and sets nothing if the user has chosen, if torch is already loaded, or outside Linux.
@@ -93,11 +93,11 @@ def choose_threads(earlier: int | None = None) -> Choice | None:
     return choice
 
 
-def suggested(environment: Mapping[str, str], earlier: int | None = None) -> Choice | None:
+def suggested(environment: Mapping[str, str], earlier: int | None = None) -> ThreadChoice | None:
     """The choice; None if `environment` has the user's, or outside Linux."""
     if sys.platform != "linux" or any(name in environment for name in USERS):
         return None
-    return choose(this_machine(environment), earlier)
+    return threads_for(this_machine(environment), earlier)
 
 
 def this_machine(environment: Mapping[str, str]) -> Machine:

@@ -19,14 +19,14 @@ from trainmerge.kernels import (
     Term,
     Untouched,
     accumulation_dtype,
+    bytes_read,
     inner_products,
-    read_bytes,
     rows_of,
     weighted_sum,
 )
 from trainmerge.kernels.quantised import decode
 from trainmerge.task_vectors.roles import Role, num_matrices
-from trainmerge.task_vectors.state_dicts import Compared, StateDict, compare
+from trainmerge.task_vectors.state_dicts import Compared, StateDict, compare_state_dicts
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Delta:
     @property
     def nbytes(self) -> int:
         """Bytes of base and terms that a pass reads."""
-        return read_bytes(self.base, self.terms)
+        return bytes_read(self.base, self.terms)
 
     def merge(self, out: Tensor, coefficients: Tensor) -> None:
         """Write base + sum_k coefficients[k, chunk] tau_k into `out` [*S]. Coefficients [K, C]."""
@@ -143,7 +143,7 @@ class TaskVectors:
         Raises:
             ValueError: lists every difference of names, shapes and kinds.
         """
-        return TaskVectors.of_compared(base, compare(base, experts, ignore, buffers), roles or {})
+        return TaskVectors.of_compared(base, compare_state_dicts(base, experts, ignore, buffers), roles or {})
 
     @staticmethod
     def of_compared(base: StateDict, found: Compared, roles: Mapping[str, Role]) -> "TaskVectors":

@@ -32,7 +32,7 @@ class Compared:
     experts: Mapping[str, StateDict]  # their parameters and buffers, by the base's names
 
 
-def compare(
+def compare_state_dicts(
     base: StateDict, experts: Mapping[str, StateDict], ignore: Sequence[str], buffers: Collection[str]
 ) -> Compared:
     """Compare experts with the base. `ignore` are fnmatch patterns; `buffers` are names.
