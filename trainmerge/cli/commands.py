@@ -36,7 +36,7 @@ def evaluate(
     max_length: int | None = None,
     compare: bool = True,
     output: str | None = None,
-    answers: int = 0,
+    answers: int | None = None,
     harness: list[str] | None = None,
     precision: str = "32",
     controls: bool = False,

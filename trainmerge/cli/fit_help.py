@@ -9,9 +9,9 @@ resumes a stopped run.
   RUN                        the run folder; created if it does not exist
   --dry-run                  print the plan of memory and time, and stop
   --print-config             print every key with its value, and stop
-  --resume auto|never|PATH   auto resumes the folder's run; PATH, a checkpoint [auto]
+  --resume auto|never|PATH   the folder's run, none, or a checkpoint's [auto]
   --save-every N             steps between snapshots [50]
-  --memory 8GiB              split steps until they fit into this memory (CPU only)
+  --memory 8GiB              split steps to fit into this memory (CPU only)
   --no-report                write no report at the end
   --seed-everything N        the seed of the data order [0]
 

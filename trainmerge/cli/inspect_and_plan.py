@@ -12,7 +12,7 @@ def inspect(
     weights: Literal["auto", "yes", "no"] = "auto",
     suggest: str | None = None,
     output: str | None = None,
-    forecast: int = 0,
+    forecast: int | None = None,
 ) -> None:
     """Show a merge before or after its fit: sizes, groups, unmerged parameters, and possible problems.
 
@@ -30,9 +30,9 @@ def inspect(
             `auto` reads up to 2 GiB.
         suggest: Write a suggested configuration, with its reasons, to this YAML file.
         output: Write everything to this JSON file too.
-        forecast: Run each expert on so many examples, and say what a merge will lose; 0 runs none.
+        forecast: Run each expert on so many examples, and say what a merge will lose.
     """
-    check_option("forecast", forecast, int, "[0, inf)")
+    check_option("forecast", forecast, int | None, "[0, inf)")
     if forecast and not Path(path).is_file():
         raise ValueError(
             f"{path} is no configuration, and a forecast is made before a fit: name the YAML file"

@@ -34,7 +34,7 @@ def evaluate_checkpoint(
     recipe: Recipe,
     limit: int | None = None,
     max_length: int = DEFAULT_LENGTH,
-    answers: int = 0,
+    answers: int | None = None,
     harness: Sequence[HarnessTask] = (),
     columns: Columns = Columns(),  # noqa: B008 - frozen
 ) -> Evaluation:
@@ -56,7 +56,7 @@ def _evaluated(
     checkpoint: str,
     limit: int | None,
     max_length: int,
-    answers: int,
+    answers: int | None,
     harness: Sequence[HarnessTask],
     columns: Columns,
 ) -> Evaluation:
@@ -132,7 +132,7 @@ def load_checkpoint(
     heads: PlannedHeads,
     tasks: Sequence[Task],
     tokenize: Tokenizer,
-    answers: int = 0,
+    answers: int | None = None,
     references: Mapping[str, Tensor] = {},
 ) -> Subject:
     """A checkpoint as a `Subject`; a sentence embedder embeds by its own folder's modules."""

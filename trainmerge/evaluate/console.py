@@ -24,7 +24,7 @@ def evaluate_path(
     max_length: int | None = None,
     compare: bool = True,
     output: Path | None = None,
-    answers: int = 0,
+    answers: int | None = None,
     harness: Sequence[str] = (),
     precision: str = "32",
     controls: bool = False,

@@ -65,7 +65,7 @@ def narrowed(recipe: Recipe, names: Sequence[str], folder: Path) -> Recipe:
 
 
 def own_subject(
-    folder: Path, recipe: Recipe, tasks: Sequence[Task], tokenize: Tokenizer, answers: int = 0
+    folder: Path, recipe: Recipe, tasks: Sequence[Task], tokenize: Tokenizer, answers: int | None = None
 ) -> Subject:
     """The checkpoint as it is, with its own head for each of these tasks.
 

@@ -47,7 +47,7 @@ def evaluate_run(
     max_length: int | None = None,
     grid: Sequence[float] = GRID,
     compare: bool = True,
-    answers: int = 0,
+    answers: int | None = None,
     harness: Sequence[HarnessTask] = (),
     controls: bool = False,
 ) -> Evaluation:
@@ -61,7 +61,7 @@ def evaluate_run(
         max_length: Truncate texts to this many tokens; by default as in the run's fit.
         grid: The task-arithmetic coefficients.
         compare: Score the baselines too; the base is scored anyway if there are held-out tasks.
-        answers: Maximal tokens of an answer to a test file's column `prompt`; 0 skips prompts.
+        answers: Maximal tokens of an answer to a test file's column `prompt`; by default prompts are skipped.
         harness: lm-evaluation-harness tasks, as held-out ones.
         controls: Score random task vectors and shuffled coefficients too (`model.controls`).
     """
@@ -89,10 +89,10 @@ def load_subject(
     tokenize: Tokenizer,
     folder: RunFolder,
     tasks: Sequence[Task],
-    answers: int = 0,
+    answers: int | None = None,
 ) -> tuple[Resident, Subject]:
     """The run's merge in memory, materialised, and as a `Subject`."""
-    check_option("answers", answers, int, "[0, inf)")
+    check_option("answers", answers, int | None, "[0, inf)")
     vectors = preprocess(opened, recipe.preprocess, folder.workspace, folder.examples())
     resident = load_resident(recipe, opened, coefficients, tokenize, Placement(DEVICE)).merging(vectors)
     merged = resident.merged

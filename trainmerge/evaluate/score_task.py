@@ -130,7 +130,7 @@ def _texts(subject: Subject, task: Task) -> TaskScore:
         found |= dict(zip(chosen, pairs, strict=True))
     measures = _computed(metric)
     if subject.answers and task.prompts:
-        measures |= _answer_lengths(subject, task)
+        measures |= _answer_lengths(subject, task, subject.answers)
     return TaskScore(measures, _in_order(merge_shares(found)))
 
 
@@ -162,7 +162,7 @@ def _placeholders(module: nn.Module, tokens: Tensor) -> Tensor:
     return torch.isin(tokens, tokens.new_tensor([i for i in own if isinstance(i, int)]))
 
 
-def _answer_lengths(subject: Subject, task: Task) -> dict[str, float]:
+def _answer_lengths(subject: Subject, task: Task, longest: int) -> dict[str, float]:
     """Greedy answers to the prompts, one at a time, without padding."""
     metric = AnswerLengths()
     generate: Any = subject.module.generate
@@ -170,12 +170,12 @@ def _answer_lengths(subject: Subject, task: Task) -> dict[str, float]:
         inputs = {name: tensor.to(subject.device) for name, tensor in subject.tokenize([prompt]).items()}
         answer = generate(
             **inputs,
-            max_new_tokens=subject.answers,
+            max_new_tokens=longest,
             do_sample=False,
             use_cache=True,
             pad_token_id=subject.tokenize.padding,
         )[0, inputs["input_ids"].shape[1] :]
-        metric.update(len(answer), len(answer) < subject.answers)
+        metric.update(len(answer), len(answer) < longest)
     return _computed(metric)
 
 

@@ -44,7 +44,7 @@ class Subject:
     module: nn.Module
     heads: Mapping[str, Classifier | OwnModel | None]  # by task
     tokenize: Tokenizer
-    answers: int = 0  # maximal tokens of an answer
+    answers: int | None = None  # maximal tokens of an answer; None and 0 skip prompts
     embedding: Embedding | None = None  # of a sentence embedder
     references: Mapping[str, Tensor] = field(default_factory=dict)  # task -> its expert's cosines [P]
     _texts: dict[str, TaskTexts] = field(default_factory=dict, repr=False)  # by task
