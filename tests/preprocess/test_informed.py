@@ -331,6 +331,6 @@ def test_divergences_are_the_same_however_many_texts_wait(
     monkeypatch.setattr(merged, "teacher", lambda expert: (became.append(expert), teacher(expert))[1])
     together = made.divergences(0, texts)
     assert became == [0]
-    monkeypatch.setattr("trainmerge.model.expert_statistics.PREDICTIONS", 0)
+    monkeypatch.setattr("trainmerge.model.text_statistics.PREDICTIONS", 0)
     assert torch.equal(made.divergences(0, texts), together)
     assert became == [0] * (1 + len(texts))
