@@ -64,3 +64,10 @@ def test_every_public_name_is_in_the_documentation():
         if not {f"{getattr(tm, name).__module__}.{name}", getattr(tm, name).__module__} & modules
     ]
     assert missing == []
+
+
+def test_readme_names_every_method_and_stays_short():
+    text = Path("README.md").read_text()
+    pages = [page for page in sorted((DOCS / "methods").glob("*.md")) if page.name != "index.md"]
+    assert [page.name for page in pages if f"({page})" not in text] == []
+    assert len(text.splitlines()) <= 220
