@@ -3,7 +3,7 @@
 A step takes one batch of each expert, one backward a batch, gradients kept. The share is the step's time
 over that of the same forwards and backwards without merging, minus 1, with base and task vectors on the
 device (exact, and in the form of `Int8`), in pinned host memory, and in pageable memory, as mapped files are.
-The plain loop merges once a step in float32, as fusion_bench's does, with all task vectors dense on the
+The plain loop merges once per step in float32, as fusion_bench's does, with all task vectors dense on the
 device.
 """
 

@@ -264,7 +264,7 @@ def test_merged_mixtures_load_and_their_plan_writes_them_again(
     texts(root)
     words = ["shrink", str(root / "base"), str(tmp_path / "out"), "--experts", "4", "--plan", plan]
     assert main([*words, "--calibration", str(root / "texts.jsonl")]) == 0
-    assert "4 experts a layer" in capsys.readouterr().out
+    assert "4 experts per layer" in capsys.readouterr().out
     layers = groups_of(tmp_path / "out")
     assert all(len(groups) == 4 and sorted(itertools.chain(*groups)) == list(range(E)) for groups in layers)
     assert bool(logits(load(tmp_path / "out")).isfinite().all())

@@ -257,7 +257,7 @@ def test_budgets_between_one_model_and_all(world: Path, tmp_path: Path) -> None:
         errors.append(max(record["errors"].values()))
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 0.8
-    assert errors[-1] < 0.01  # 16 bits a weight
+    assert errors[-1] < 0.01  # 16 bits per weight
     out = tm.export_packed(world / "full", tmp_path / "bytes", tm.PackedForm("ternary", "20KB"))
     record = json.loads((out / "packed.json").read_text())
     assert record["bytes"] <= 20_000

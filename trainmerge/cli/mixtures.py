@@ -19,7 +19,7 @@ def shrink(
     rank: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a mixture of experts with fewer experts a layer.
+    """Write a mixture of experts with fewer experts per layer.
 
     Examples: trainmerge shrink mixture/ smaller/ --experts 96 --calibration texts.jsonl
               trainmerge shrink mixture/ smaller/ --experts 96 --calibration texts.jsonl --plan ream
@@ -48,7 +48,7 @@ def shrink(
     )
     if steps:
         print_errors(made)
-    print(f"mixture of {experts} experts a layer: {made}")
+    print(f"mixture of {experts} experts per layer: {made}")
 
 
 def print_errors(folder: Path) -> None:

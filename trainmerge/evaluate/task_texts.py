@@ -33,7 +33,7 @@ class TaskTexts:
     def __post_init__(self) -> None:
         pairs = sum(example.pair is not None for example in self.examples)
         media = any(example.image or example.audio for example in self.examples)
-        # a text beside pairs is encoded as a pair, and pictures are kept nowhere
+        # a text among pairs is encoded as a pair; pictures are large
         self._alone = not media and pairs in (0, len(self.examples))
 
     def batch(self, numbers: Sequence[int]) -> Encoded:

@@ -79,7 +79,7 @@ class Form:
 
 
 def divided(sizes: Mapping[str, int], shard_size: str = SHARD) -> dict[str, tuple[str, ...]]:
-    """File name -> its tensors: in order, at most so many bytes a file, or one tensor."""
+    """File name -> its tensors: in order, at most so many bytes per file, or one tensor."""
     files: list[list[str]] = [[]]
     limit, filled = parse_size(shard_size), 0
     for name, size in sizes.items():

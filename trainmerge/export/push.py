@@ -89,7 +89,7 @@ def push(folder: str | Path, repository: str, private: bool = False) -> str:
 
     Raises:
         FileNotFoundError: no such folder.
-        PermissionError: the hub refuses, or a private model was asked for and a public one exists.
+        PermissionError: the hub refuses, or `private` is set and a public model exists.
         ConnectionError: the hub cannot be reached, or fails.
         ValueError: as `plan_upload`.
     """

@@ -111,7 +111,7 @@ def routed_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def shrunk_settings(where: object, config: Mapping[str, Any], experts: int) -> dict[str, Any]:
-    """config.json for `experts` experts a layer.
+    """config.json for `experts` experts per layer.
 
     Raises:
         ValueError: more than there are, fewer than a token gets, or a number that does not fit the groups of
@@ -125,7 +125,7 @@ def shrunk_settings(where: object, config: Mapping[str, Any], experts: int) -> d
     groups, chosen = int(config.get("n_group") or 1), int(config.get("topk_group") or 1)
     problems = []
     if not top_k <= experts <= have:
-        problems.append(f"it has {have} experts a layer and gives each token {top_k}")
+        problems.append(f"it has {have} experts per layer and gives each token {top_k}")
     if "n_group" in config and (experts % groups or experts // groups < PAIR):
         problems.append(
             f"its router has {groups} groups (n_group), which need {PAIR} or more experts, equally many"

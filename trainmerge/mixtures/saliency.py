@@ -40,7 +40,7 @@ class Saliency:
         chosen: The experts of those tokens, [S, k].
         weights: Their weights, [S, k].
         routed: What the experts make of them together, [S, H].
-        outputs: Sum of every expert's output at those tokens, chosen or not, [E, H]; 0 if not asked for.
+        outputs: Sum of every expert's output at those tokens, chosen or not, [E, H]; 0 unless requested.
         gating: An expert's gate and up projections [R, I] -> what its down projection reads.
     """
 

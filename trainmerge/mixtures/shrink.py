@@ -45,7 +45,7 @@ def shrink(
     rank: int | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a mixture with fewer experts a layer, which transformers loads as it loads the larger one.
+    """Write a mixture with fewer experts per layer, which transformers loads as it loads the larger one.
 
     Kept experts keep their rows of the router; others are dropped, or merged into the nearest kept one, with
     their neurons in its order. Shared experts and all other tensors are copies. The plan is written beside

@@ -113,7 +113,7 @@ class Packing:
         return {"path": path, "sha256": opened.checksums["base"]}
 
     def _router(self, shards: Shards) -> dict[str, object] | None:
-        """Fit the router and add its tensors, if one is wanted; what `packed.json` says of it."""
+        """Fit the router and add its tensors, if one is wanted; its entry in `packed.json`."""
         if not self.form.router:
             return None
         from trainmerge.packed.fit_router import router_of  # imports transformers

@@ -10,7 +10,7 @@ from trainmerge.run.sources import text_length
 
 
 def router_of(exported: Exported) -> tuple[TaskRouter, dict[str, Any]]:
-    """The router, and what `packed.json` says of it.
+    """The router, and its entry in `packed.json`.
 
     Raises:
         ValueError: an expert without calibration texts, or fewer than two.

@@ -24,7 +24,7 @@ from trainmerge.task_vectors.factors import Budget, Factors, recompress, truncat
 
 @dataclass(frozen=True)
 class Dense(Codec):
-    """Every task's difference itself, 16 bits a weight: of vectors, and where nothing smaller is wanted."""
+    """Every task's difference itself, 16 bits per weight: of vectors, and where nothing smaller is wanted."""
 
     @property
     @override

@@ -1,4 +1,4 @@
-"""`packed.json`: what a folder of packed experts says of itself, written and read."""
+"""`packed.json`: the description of a folder of packed experts, written and read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -41,7 +41,7 @@ class PackedRecord:
         base: `path`, an id with its commit or a path from this folder on, and `sha256` of its files.
         tasks: Their names.
         tensors: Packed parameter -> shape, dtype and codec.
-        options: What was asked for.
+        options: The options of the export.
         files: The safetensors files.
         tied: Tensor of the base's files -> the parameter that it must equal.
         bits: Bits per weight and task, over the weights that some expert changes.

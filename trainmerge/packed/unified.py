@@ -1,4 +1,4 @@
-"""One difference for all tasks, one bit a weight for each: TALL masks and EMR-Merging.
+"""One difference for all tasks, one bit per weight for each: TALL masks and EMR-Merging.
 
 TALL masks (Wang et al., arXiv 2405.07813) keep task t's entries of a merged difference u where
 |tau_t| > lambda |u - tau_t|. EMR-Merging (Huang et al., arXiv 2405.17461) elects a sign per entry, takes the

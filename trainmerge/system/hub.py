@@ -126,7 +126,7 @@ def origin_of(folder: Path) -> Origin | None:
     return None
 
 
-# One commit per id and process, whatever is pushed meanwhile; and what was asked for already.
+# One commit per id and process, whatever is pushed meanwhile; and every earlier answer.
 _commits: dict[tuple[str, HubId], str] = {}
 _folders: dict[tuple[str, HubId, bool, bool], Path] = {}
 

@@ -44,7 +44,7 @@ KNOWN = {
 
 
 class ShardedFile:
-    """The tensors of a sharded checkpoint; one is read when it is asked for.
+    """The tensors of a sharded checkpoint; each is read on access.
 
     Args:
         folder: With `.metadata` and `.distcp` files.
