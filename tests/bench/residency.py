@@ -7,7 +7,6 @@ the longer of the two: a step without a link, and the bytes of a step over the l
 
 import statistics
 import time
-from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any, get_args
 from unittest.mock import patch
@@ -19,13 +18,17 @@ from tests.bench.__main__ import figure
 from tests.stand_in import CountedLink, behind
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
+from trainmerge.data.batch import Batch
+from trainmerge.fitting.step_gradient import StepGradient
 from trainmerge.kernels import ExpertWeight
 from trainmerge.model import merged_weights
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.residency import Room, Share, Vectors, reside
+from trainmerge.plan.micro_batches import StepSchedule
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 EXPERTS, BLOCKS, WIDTH, STEPS = 3, 24, 64, 4
+TURNS, SUMS = StepSchedule(EXPERTS), StepSchedule(1, keep=True)
 FORWARD = 4e-3  # seconds of a block's forward; its backward takes twice as long
 SPEEDS = {"eighth": 8.0, "half": 2.0, "equal": 1.0, "double": 0.5, "eightfold": 1 / 8}  # sending / computing
 
@@ -66,18 +69,18 @@ def model_and_vectors() -> tuple[nn.Module, TaskVectors]:
     return model, TaskVectors(tuple(f"expert{k}" for k in range(EXPERTS)), deltas)
 
 
-def step(merged: MergedModel, inputs: Tensor) -> float:
+def step(merged: MergedModel, inputs: Tensor, schedule: StepSchedule = TURNS) -> float:
     """Seconds of a merge, the tasks' forwards and backwards, and the coefficients' gradient."""
+
+    def loss(batch: Batch) -> Tensor:
+        return merged.module(inputs[batch.expert]).square().mean()
+
+    whole = StepGradient(
+        merged, [str(k) for k in range(EXPERTS)], loss, Tensor.backward, Tensor.clone, schedule, None
+    )
+    batches = [Batch(k, {}, torch.ones(0, 0), torch.arange(0)) for k in range(EXPERTS)]
     began = time.perf_counter()
-    for k in range(EXPERTS):
-        with merged.merging() if k == 0 else nullcontext():
-            loss = merged.module(inputs[k]).square().mean()
-        if k < EXPERTS - 1:
-            loss.backward()
-            continue
-        with merged.last_backward():
-            loss.backward()
-    merged.gradient()
+    whole(batches, 0)
     return time.perf_counter() - began
 
 
