@@ -1,8 +1,8 @@
 """Forwards of several tasks that take turns: each runs one unit of the module, then the next task does.
 
-What a unit needs from a link then comes beside the units before it of all tasks, and their common backward
-takes turns as well: a new thread numbers its operations from 0, and a backward runs the highest first, whosever
-it is. So a weight's gradient is complete after one unit of each task, not after whole backwards.
+What a unit needs from a link then comes beside all tasks' units before it. Their common backward takes turns as
+well: a new thread numbers its operations from 0, and a backward runs the highest first, whosever it is. So a
+weight's gradient is complete after one unit of each task, not after whole backwards.
 
 Only one thread runs at a time, in a fixed order.
 """
@@ -64,7 +64,9 @@ class Turns:
                 if thread.ident is not None:
                     thread.join()
 
-    def _one(self, function: Callable[[], T], result: "Future[T]", enter: Callable[[ExitStack], None]) -> None:
+    def _one(
+        self, function: Callable[[], T], result: "Future[T]", enter: Callable[[ExitStack], None]
+    ) -> None:
         try:
             with self._changed:
                 self._wait()
