@@ -2,8 +2,8 @@
 
 Blocks of one linear layer, three experts. The link counts bytes and sends no more of them a second than it is
 told; a block computes for as long as it is told, asleep, so that a busy machine changes little. The bound is
-the longer of the two: a step without a link, and the bytes of a step over the link. The limit is that of exact
-schedules (`plan.overlap`): forwards, a third of the computing, cover the merge's bytes, backwards the others.
+the longer of the two: a step without a link, and the bytes of a step over the link. The limit is that of
+exact schedules (`plan.overlap`): forwards, a third of the computing, cover the merge's bytes.
 """
 
 import statistics

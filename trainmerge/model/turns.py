@@ -1,7 +1,7 @@
 """Forwards of several tasks that take turns: each runs one unit of the module, then the next task does.
 
-What a unit needs from a link then comes beside all tasks' units before it. Their common backward takes turns as
-well: a new thread numbers its operations from 0, and a backward runs the highest first, whosever it is. So a
+What a unit needs from a link then comes beside all tasks' units before it. Their common backward takes turns
+too: a new thread numbers its operations from 0, and a backward runs the highest first, whosever it is. So a
 weight's gradient is complete after one unit of each task, not after whole backwards.
 
 Only one thread runs at a time, in a fixed order.
