@@ -74,8 +74,7 @@ def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: in
     """<grad, tau_k> per chunk, all K in one read of `grad` [*S] -> [K, C], float32 (float64 for float64)."""
     dtype = accumulation_dtype(grad.dtype)
     if grad.dtype == dtype and chunks == 1 and (models := _small(grad, base, terms)):
-        products = _products_of_all(grad, base, models)
-        return products.add_(0.0)[:, None]  # as below: a sum that begins with 0
+        return _products_of_all(grad, base, models).add_(0.0)[:, None]  # as below: a sum that begins with 0
     scratch, base_scratch, grad_scratch = (_scratch(grad, dtype) for _ in range(3))
     products: list[Tensor] = []  # a scalar per block and expert, added up at the end: no synchronisation
     places: list[int] = []
@@ -86,8 +85,8 @@ def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: in
         b = _load(_rows(base, rows), base_scratch[:size].view(shape))
         buffer = scratch[:size].view(shape)
         if len(terms) * size <= TOGETHER and all(isinstance(term, ExpertWeight) for term in terms):
-            models = [_rows(term.weight, rows) for term in terms]  # type: ignore[union-attr]
-            products += _products_of_all(g, b, models).unbind()
+            experts = [_rows(term.weight, rows) for term in terms]  # type: ignore[union-attr]
+            products += _products_of_all(g, b, experts).unbind()
             places += range(chunk, len(terms) * chunks, chunks)
             continue
         for k, term in enumerate(terms):

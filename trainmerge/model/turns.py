@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from trainmerge.model.hooks import hooked
@@ -102,9 +102,10 @@ def in_turns(units: Iterable[nn.Module], functions: Sequence[Callable[[], T]]) -
 def _state() -> Callable[[ExitStack], None]:
     """Gives another thread this one's modes, autocast and stream, which torch stores per thread."""
     graded, modes = torch.is_grad_enabled(), _get_current_dispatch_mode_stack()
-    functions, cached = _get_current_function_mode_stack(), torch.is_autocast_cache_enabled()
+    functions: Sequence[TorchFunctionMode] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    cached = torch.is_autocast_cache_enabled()
     casts = [(on, torch.is_autocast_enabled(on), torch.get_autocast_dtype(on)) for on in ("cpu", "cuda")]
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     def enter(stack: ExitStack) -> None:
         torch.set_grad_enabled(graded)
@@ -115,7 +116,9 @@ def _state() -> Callable[[ExitStack], None]:
         torch.set_autocast_cache_enabled(cached)
         if stream is not None:
             torch.cuda.set_stream(stream)
-        for mode in (*functions, *modes):
+        for function_mode in functions:
+            stack.enter_context(function_mode)
+        for mode in modes:
             stack.enter_context(mode)
 
     return enter
