@@ -1,6 +1,7 @@
 """The tables of notebooks/docs/many-gpus.md: time of a step on paper, by `reside`; nothing is measured here.
 
-P is in bytes of bfloat16; activations are counted as one stored input a block (they are recomputed).
+P is in bytes of bfloat16; activations are counted as one stored input a block (they are recomputed). What is sent
+runs beside forwards and backwards (`plan.overlap`); tasks take turns where a device has the whole model.
 """
 
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 from trainmerge.model.residency import Residency, Room, Share, Vectors, reside
 from trainmerge.plan.devices import STATED
+from trainmerge.plan.overlap import Computing, Pass, merging_seconds
 from trainmerge.plan.plan import PINNED, USABLE
 
 FLOPS = 400e12  # a device and second: bfloat16 in practice
@@ -31,19 +33,19 @@ class Step(NamedTuple):
     shards: int  # devices that share one model; the others replicate it
     memory: float  # bytes, without base and task vectors
     computing: float  # seconds of forwards and backwards, or of exchange where that is longer
-    merging: float  # seconds of both passes
+    merging: float  # seconds that both passes add
     residency: Residency
 
     @property
     def seconds(self) -> float:
-        """Of the whole step; the passes run beside nothing."""
+        """Of the whole step."""
         return self.computing + self.merging
 
 
 def steps(
     model: str, experts: int, devices: int, card: str, vectors: Vectors, width: float
 ) -> Iterator[Step]:
-    """Every way that fits: shards inside a machine or across, gradients accumulated or not."""
+    """Every way that fits: shards inside a machine or across, gradients accumulated, in turns, or neither."""
     parameters, blocks, hidden = MODELS[model]
     device, size = STATED[card], 2 * parameters
     local = max(1.0, EXAMPLES / devices)  # a device has at least one example a task
@@ -53,30 +55,34 @@ def steps(
         sent = experts * 4 * size * (shards - 1) / shards
         computing = max(work, sent / (INSIDE if shards <= MACHINE else BETWEEN))
         read = (size + experts * width * parameters) / blocks / shards  # of one block
-        for keep in (False, True):
-            memory = size / shards * (1 + keep) + 3 * size / blocks + 2 * blocks * hidden * TOKENS * local
-            memory += 2 * read
+        for keep, together in ((False, 1), (True, 1), (False, experts))[: 3 if shards == 1 else 2]:
+            stored = 2 * blocks * hidden * TOKENS * local * together
+            memory = size / shards * (1 + keep) + 3 * size / blocks + stored + 2 * read
             room = Room(
                 int(USABLE * device.memory - memory), int(PINNED * device.host), PINNED_LINK, device.bandwidth
             )
-            shares = {str(block): Share(int(read), 2 if keep else 1 + experts) for block in range(blocks)}
+            backwards = experts // together
+            count = 1 if keep else backwards
+            shares = {str(block): Share(int(read), 1 + count) for block in range(blocks)}
             if room.device < 0:
                 continue
             try:
                 residency = reside(vectors, shares, room)
             except ValueError:
                 continue
-            yield Step(shards, memory, computing, passes(shares, residency, device.bandwidth), residency)
+            one = a_pass(shares, residency, device.bandwidth)
+            own = Computing(computing, backwards, whole=shards > 1)
+            yield Step(shards, memory, computing, merging_seconds(own, one, one, count), residency)
         shards *= 2
 
 
-def passes(shares: dict[str, Share], residency: Residency, bandwidth: float) -> float:
-    """Seconds of all passes: of the device's memory, or of its link where that takes longer."""
+def a_pass(shares: dict[str, Share], residency: Residency, bandwidth: float) -> Pass:
+    """A pass: seconds of the device's memory, and of its link."""
     read = dict.fromkeys(("device", "host", "file"), 0)
     for name, share in shares.items():
-        read[residency.places.get(name, "file")] += share.nbytes * share.reads
+        read[residency.places.get(name, "file")] += share.nbytes
     link = read["host"] / PINNED_LINK + read["file"] / FILE_LINK
-    return max(sum(read.values()) / (REACHED * bandwidth), link)
+    return Pass(sum(read.values()) / (REACHED * bandwidth), link)
 
 
 def cell(model: str, experts: int, devices: int, card: str, vectors: Vectors, width: float) -> str:

@@ -2,12 +2,12 @@
 
 Blocks of one linear layer, three experts. The link counts bytes and sends no more of them a second than it is
 told; a block computes for as long as it is told, asleep, so that a busy machine changes little. The bound is
-the longer of the two: a step without a link, and the bytes of a step over the link.
+the longer of the two: a step without a link, and the bytes of a step over the link. The limit is that of
+exact schedules (`plan.overlap`): forwards, a third of the computing, cover the merge's bytes.
 """
 
 import statistics
 import time
-from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any, get_args
 from unittest.mock import patch
@@ -19,18 +19,23 @@ from tests.bench.__main__ import figure
 from tests.stand_in import CountedLink, behind
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
+from trainmerge.data.batch import Batch
+from trainmerge.fitting.step_gradient import StepGradient
 from trainmerge.kernels import ExpertWeight
 from trainmerge.model import merged_weights
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.residency import Room, Share, Vectors, reside
+from trainmerge.plan.micro_batches import StepSchedule
+from trainmerge.plan.overlap import Computing, Pass, merging_seconds
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 
 EXPERTS, BLOCKS, WIDTH, STEPS = 3, 24, 64, 4
+TURNS, SUMS = StepSchedule(EXPERTS), StepSchedule(1, keep=True)
 FORWARD = 4e-3  # seconds of a block's forward; its backward takes twice as long
 SPEEDS = {"eighth": 8.0, "half": 2.0, "equal": 1.0, "double": 0.5, "eightfold": 1 / 8}  # sending / computing
 
 
-class Computing(torch.autograd.Function):
+class Taking(torch.autograd.Function):
     """The identity, after as long as a block of a large model would take."""
 
     @staticmethod
@@ -51,7 +56,7 @@ class Block(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output."""
-        return Computing.apply(super().forward(input).tanh())
+        return Taking.apply(super().forward(input).tanh())
 
 
 def model_and_vectors() -> tuple[nn.Module, TaskVectors]:
@@ -66,18 +71,18 @@ def model_and_vectors() -> tuple[nn.Module, TaskVectors]:
     return model, TaskVectors(tuple(f"expert{k}" for k in range(EXPERTS)), deltas)
 
 
-def step(merged: MergedModel, inputs: Tensor) -> float:
+def step(merged: MergedModel, inputs: Tensor, schedule: StepSchedule = TURNS) -> float:
     """Seconds of a merge, the tasks' forwards and backwards, and the coefficients' gradient."""
+
+    def loss(batch: Batch) -> Tensor:
+        return merged.module(inputs[batch.expert]).square().mean()
+
+    whole = StepGradient(
+        merged, [str(k) for k in range(EXPERTS)], loss, Tensor.backward, Tensor.clone, schedule, None
+    )
+    batches = [Batch(k, {}, torch.ones(0, 0), torch.arange(0)) for k in range(EXPERTS)]
     began = time.perf_counter()
-    for k in range(EXPERTS):
-        with merged.merging() if k == 0 else nullcontext():
-            loss = merged.module(inputs[k]).square().mean()
-        if k < EXPERTS - 1:
-            loss.backward()
-            continue
-        with merged.last_backward():
-            loss.backward()
-    merged.gradient()
+    whole(batches, 0)
     return time.perf_counter() - began
 
 
@@ -118,10 +123,24 @@ def times(model: nn.Module, vectors: TaskVectors, inputs: Tensor) -> None:
     computing, sent = step(near, inputs), link.bytes
     for speed, share in SPEEDS.items():
         link.rate = sent / (share * computing)
-        pairs = [(step(near, inputs), step(far, inputs)) for _ in range(STEPS)]
-        without, with_link = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
-        ratio = with_link / max(without, sent / link.rate)
+        ratio, over_limit = ratios(near, far, inputs, sent / link.rate, TURNS)
         figure(f"step_over_bound_link_{speed}", ratio, "ratio", "1.15")
+        figure(f"step_over_limit_link_{speed}", over_limit, "ratio", "1.15")
+    link.rate = sent / computing
+    ratio, over_limit = ratios(near, far, inputs, computing, SUMS)
+    figure("step_over_bound_accumulated", ratio, "ratio", "")
+    figure("step_over_paper_accumulated", over_limit, "ratio", "")
+
+
+def ratios(
+    near: MergedModel, far: MergedModel, inputs: Tensor, sending: float, schedule: StepSchedule
+) -> tuple[float, float]:
+    """A step over its bound, and over the schedule's time on paper, where both passes send for `sending`."""
+    pairs = [(step(near, inputs, schedule), step(far, inputs, schedule)) for _ in range(STEPS)]
+    without, with_link = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    backwards, one = -(-EXPERTS // schedule.tasks), Pass(0.0, sending / 2)
+    paper = without + merging_seconds(Computing(without, backwards), one, one, 1)
+    return with_link / max(without, sending), with_link / paper
 
 
 def main() -> None:

@@ -267,6 +267,22 @@ def test_many_blocks_of_one_sign_sum_exactly(monkeypatch):
     assert delta.inner(grad, 1).item() == torch.tensor(2.0**25 + 999).float().item()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_small_parameters_have_the_bits_of_blocks(random_delta, generator, monkeypatch, shape, dtype):
+    delta = random_delta(shape, MIXES["experts"], dtype)
+    coefficients = torch.randn(3, 1, generator=generator)
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    found = []
+    for small in (eager._small, lambda *_: []):
+        monkeypatch.setattr(eager, "_small", small)
+        out = torch.empty_like(delta.base)
+        eager.weighted_sum(out, delta.base, delta.terms, coefficients)
+        found.append((out, eager.inner_products(grad, delta.base, delta.terms, 1)))
+    for ours, theirs in zip(*found, strict=True):
+        assert_same_bits(ours, theirs)
+
+
 def test_empty_parameters():
     empty = torch.empty(0, 3)
     weighted_sum(empty, empty, [Difference(empty), Untouched()], torch.ones(2, 1))

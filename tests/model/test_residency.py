@@ -135,3 +135,23 @@ def test_a_fit_on_a_stand_in_sends_what_it_must(
             2 if keep else 4
         )  # a block is most of so small a model: it may stay between any two
         assert read - (passes - 1) * 2 * ahead <= link.bytes <= read - turns * ahead
+
+
+def test_tasks_that_take_turns_have_the_same_bits(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One backward for all tasks: every block crosses the link once per pass, and wherever it is held."""
+    sizes = read_bytes(build(world, tmp_path / "sizes")[0])
+    whole, ahead = sum(sizes.values()), largest_block(sizes)
+    found = {}
+    for where in ("device", "host", "file", "half"):
+        link = CountedLink()
+        monkeypatch.setattr(merged_weights, "link_to", behind(link))
+        room = Room(whole // 2, 0, link=1.0, bandwidth=2.0) if where == "half" else None
+        vectors = "auto" if where == "half" else where
+        fitted(world, tmp_path / where, room, vectors=vectors, tasks_per_backward=3)
+        found[where] = learned(tmp_path / where)
+        assert link.bytes <= (whole if where == "device" else 2 * STEPS * whole)
+        assert link.highest <= link.alive + 2 * ahead + max(sizes.values())
+    for own in found.values():
+        assert_same_bits(own, found["device"])

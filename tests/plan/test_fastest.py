@@ -1,7 +1,7 @@
 """The schedule that a plan chooses: by plans made by hand, and for a fit on a device that is not here."""
 
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +83,18 @@ def test_what_is_set_stays_and_what_cannot_be_shared_is_not() -> None:
     apart = StepTasks(4, 8, separable=False, together=False)
     assert chosen(make, 10_000, OPEN, apart) == StepSchedule(1)
     assert chosen(make, 150, OPEN, apart) is None  # nor may its batch be split
+
+
+def test_behind_a_link_one_backward_hides_more() -> None:
+    """Where sending takes about as long as computing, it is worth the activations of all tasks."""
+    slow = Device("none", 5e9, 1e12, link=1e9, memory=1 << 40, host=1 << 40)
+    make = planned(model=100, activations=400, device=slow)
+    sent = {how: replace(make(how), vectors="host") for how in (StepSchedule(1, keep=True), StepSchedule(4))}
+    kept, turns = sent.values()
+    assert turns.read == kept.read
+    assert turns.step_seconds < 0.8 * kept.step_seconds
+    plan, fits = fastest(OPEN, TASKS, lambda how: replace(make(how), vectors="host"), 10_000 * MIB)
+    assert (plan.schedule, fits) == (StepSchedule(4), True)
 
 
 def test_memory_goes_to_task_vectors_before_gradients_that_save_less() -> None:

@@ -74,6 +74,11 @@ def test_a_7b_model_by_hand(tmp_path: Path) -> None:
     assert sent.residency.sent == plan.read
     assert sent.seconds["merge and coefficient gradient"] == plan.read / 64e9  # over PCIe
     block = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    own, one = sent.seconds["forward and backward"], plan.sizes.vectors / 64e9  # three of each; four passes
+    assert sent.step_seconds == pytest.approx(own + 4 * one - (own / 9 + 3 * own * 2 / 9))
+    together = replace(sent, schedule=StepSchedule(3), backwards=1)
+    assert together.step_seconds == pytest.approx(own + 2 * one - own)
+    assert plan.step_seconds == pytest.approx(sum(plan.seconds.values()))  # nothing is sent
     assert (sent.memory.vectors, sent.memory.prefetched) == (0, 2 * (experts + 1) * block)
     assert sent.needed == sent.total
     with pytest.raises(ValueError, match="are free on the device: set model"):
@@ -132,6 +137,22 @@ def dry_run_of(
     batch = Batch(0, inputs, inputs["attention_mask"].bool(), torch.arange(2))
     names = [name for name, _ in model.named_parameters()]
     return dry_run(model, names, [[batch]], objective, recorded=recorded)
+
+
+def test_a_dry_run_of_tasks_that_take_turns(languages: Path) -> None:
+    """No backward holds a whole model of gradients that wait for the other tasks'."""
+    inputs = dict.fromkeys(("input_ids", "attention_mask"), torch.ones(2, 9, dtype=torch.int64))
+    found = []
+    for turns in (False, True):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(languages / "base")).eval()
+        batch = Batch(0, inputs, inputs["attention_mask"].bool(), torch.arange(2))
+        names = [name for name, _ in model.named_parameters()]
+        found.append(dry_run(model, names, [[batch] * 3], Entropy(), turns=turns))
+    apart, together = found
+    assert together.flops == apart.flops
+    assert together.activations == apart.activations
+    assert together.peak < apart.peak
 
 
 def test_dry_runs_know_recomputation_teachers_and_what_is_not_trained(languages: Path) -> None:

@@ -73,6 +73,7 @@ def plan_fit(
     heads = _heads(module, model)
     pooling = module.objective.asks.embedding
     embedding = None if pooling is None else read_embedding(module.opened.base, pooling)
+    device = device or measured(next(iter(model.dtypes.values())))
     needs = dry_run(
         model.module,
         learned,
@@ -83,8 +84,8 @@ def plan_fit(
         precision,
         records.width,
         embedding,
+        turns=device.link > 0 and devices == 1,
     )
-    device = device or measured(next(iter(model.dtypes.values())))
     before = anonymous() if sys.platform == "linux" and not device.link else 0
     return Plan(sizes, schedule, needs, len(parts), device, devices, before, module.settings.vectors, limit)
 

@@ -6,6 +6,7 @@ Legend: `K` experts, `G` coefficient groups.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -95,10 +96,10 @@ class StepGradient:
 
     def _backward(self, batches: Sequence[Batch], merge: bool) -> dict[str, Tensor]:
         """Forwards of some tasks and one backward; the tasks' weighted losses."""
-        with self.merged.merging() if merge else nullcontext():
-            losses = {self.names[batch.expert]: self.loss(batch) for batch in batches}
-        self.backward(torch.stack(list(losses.values())).sum())
-        return {name: loss.detach() for name, loss in losses.items()}
+        losses = self.merged.run([partial(self.loss, batch) for batch in batches], merge)
+        self.backward(torch.stack(losses).sum())
+        names = (self.names[batch.expert] for batch in batches)
+        return dict(zip(names, (loss.detach() for loss in losses), strict=True))
 
 
 def _finite(*tensors: Tensor) -> bool:

@@ -41,13 +41,21 @@ def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients:
     weights = coefficients.double().tolist()
     dtype = accumulation_dtype(out.dtype)
     in_place = out.dtype == dtype and out.is_contiguous()
+    if in_place and coefficients.shape[1] == 1 and (models := _small(out, base, terms)):
+        _averaged(out, base, [(w[0], model) for w, model in zip(weights, models, strict=True)])
+        return
     scratch = _scratch(out, dtype)
     for rows, chunk in _blocks(out, coefficients.shape[1]):
         target = _block(out, rows)
         buffer = scratch[: target.numel()].view(len(target), -1)
         total = _rows(out, rows) if in_place else torch.empty_like(buffer)
         row_weights = [weight[chunk] for weight in weights]
-        _averaged(total, _rows(base, rows), terms, row_weights, rows, buffer)
+        experts = [
+            (weight, _rows(term.weight, rows))
+            for term, weight in zip(terms, row_weights, strict=True)
+            if isinstance(term, ExpertWeight)
+        ]
+        _averaged(total, _rows(base, rows), experts, buffer)
         for term, weight in zip(terms, row_weights, strict=True):
             if weight == 0.0:
                 continue  # not read: adding 0 * tau would turn -0 into 0 and infinity into NaN
@@ -65,10 +73,10 @@ def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients:
 def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: int) -> Tensor:
     """<grad, tau_k> per chunk, all K in one read of `grad` [*S] -> [K, C], float32 (float64 for float64)."""
     dtype = accumulation_dtype(grad.dtype)
+    if grad.dtype == dtype and chunks == 1 and (models := _small(grad, base, terms)):
+        return _products_of_all(grad, base, models).add_(0.0)[:, None]  # as below: a sum that begins with 0
     scratch, base_scratch, grad_scratch = (_scratch(grad, dtype) for _ in range(3))
-    products: list[
-        Tensor
-    ] = []  # one scalar per block and expert, summed at the end without synchronising in between
+    products: list[Tensor] = []  # a scalar per block and expert, added up at the end: no synchronisation
     places: list[int] = []
     for rows, chunk in _blocks(grad, chunks):
         g = _rows(grad, rows)
@@ -77,8 +85,8 @@ def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: in
         b = _load(_rows(base, rows), base_scratch[:size].view(shape))
         buffer = scratch[:size].view(shape)
         if len(terms) * size <= TOGETHER and all(isinstance(term, ExpertWeight) for term in terms):
-            weights = torch.stack([_rows(term.weight, rows) for term in terms])  # type: ignore[union-attr]
-            products += (weights.to(b).sub_(b).flatten(1) @ g.flatten()).unbind()
+            experts = [_rows(term.weight, rows) for term in terms]  # type: ignore[union-attr]
+            products += _products_of_all(g, b, experts).unbind()
             places += range(chunk, len(terms) * chunks, chunks)
             continue
         for k, term in enumerate(terms):
@@ -96,15 +104,27 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _small(own: Tensor, base: Tensor, terms: Sequence[Term]) -> list[Tensor]:
+    """The models of a parameter whose passes take as long as their calls, if these can use it as it is."""
+    models = [term.weight for term in terms if isinstance(term, ExpertWeight)]
+    if len(models) < len(terms) or own.numel() > min(BLOCK_ELEMENTS, TOGETHER // max(1, len(terms))):
+        return []
+    like = own.dtype, own.device
+    alike = all((part.dtype, part.device) == like and part.is_contiguous() for part in (own, base, *models))
+    return models if alike else []
+
+
+def _products_of_all(g: Tensor, b: Tensor, models: Sequence[Tensor]) -> Tensor:
+    """<g, model - b> of each of K small models, [K]."""
+    return torch.stack([*models]).to(b).sub_(b).view(len(models), b.numel()) @ g.flatten()
+
+
 def _averaged(
-    total: Tensor,
-    base: Tensor,
-    terms: Sequence[Term],
-    weights: Sequence[float],
-    rows: slice,
-    buffer: Tensor,
+    total: Tensor, base: Tensor, experts: Sequence[tuple[float, Tensor]], buffer: Tensor | None = None
 ) -> None:
-    """Write base + sum over `ExpertWeight` terms into `total` [R, W], one model folded in at a time.
+    """Write base + sum over experts of weight * (expert - base) into `total`, one model folded in at a time.
+
+    `buffer`, of the shape of all, is for models of another dtype or device.
 
     base + sum_k c_k (e_k - base) is an average of base and experts whose weights sum to one. Folding model i
     in, A <- A + w_i / (w_1 + ... + w_i) (m_i - A), keeps A an average of those before it and reads each model
@@ -112,11 +132,6 @@ def _averaged(
     that no error grows by more than that weight; and a weight of one is that model, bit for bit. (base +
     (e - base) is off by up to |base| / |e| ulp where an expert's value is much smaller than the base's.)
     """
-    experts = [
-        (weight, _rows(term.weight, rows))
-        for term, weight in zip(terms, weights, strict=True)
-        if isinstance(term, ExpertWeight)
-    ]
     models = [(1.0 - sum(weight for weight, _ in experts), base), *experts]
     models = sorted((m for m in models if m[0] != 0.0), key=lambda model: -model[0])
     (summed, first), *others = models
@@ -126,7 +141,8 @@ def _averaged(
     average = _load(first, total)
     for weight, model in others:
         summed = summed + weight or ulp(0.0)  # zero if weights are beyond all rounding: then not finite
-        torch.lerp(average, _load(model, buffer), weight / summed, out=total)
+        own = model if buffer is None else _load(model, buffer)
+        torch.lerp(average, own, weight / summed, out=total)
         average = total
 
 

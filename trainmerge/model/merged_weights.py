@@ -4,8 +4,9 @@ Legend: `K` experts.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,11 @@ from trainmerge.model.placed import Placed, check_apart
 from trainmerge.model.postponed import by_unit, grouped, postponed
 from trainmerge.model.residency import Residency
 from trainmerge.model.supplied import Supplied
+from trainmerge.model.turns import in_turns
 from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.link import link_to
+
+T = TypeVar("T")
 
 
 class MergedWeights:
@@ -89,10 +93,24 @@ class MergedWeights:
         with postponed(groups, self._owners, write):
             yield
 
+    def run(self, tasks: Sequence[Callable[[], T]], merge: bool) -> list[T]:
+        """What forwards of several tasks return; with `merge` they write the merge (`merging`).
+
+        On a device behind a link they take turns (`model.turns`), wherever its task vectors are held: how a
+        backward sums the tasks' gradients depends on that. A sharded or compiled module has no turns.
+        """
+        with self.merging() if merge else nullcontext():
+            turning = self._supplied.linked and len(tasks) > 1 and self._is_whole()
+            if turning and (unit_of := by_unit(self.module, self._owners)):
+                return in_turns(dict.fromkeys(unit_of.values()), tasks)
+            return [task() for task in tasks]
+
     def _postpones(self) -> bool:
         """Whether units are merged one by one: not on shards, which are gathered ahead, nor under masks."""
-        whole = not any(isinstance(own, DTensor) for own in self._owners.values())
-        return self._supplied.sends and self.masks is None and whole
+        return self._supplied.sends and self.masks is None and self._is_whole()
+
+    def _is_whole(self) -> bool:
+        return not any(isinstance(own, DTensor) for own in self._owners.values())
 
     @contextmanager
     def teacher(self, expert: int) -> Iterator[nn.Module]:

@@ -34,9 +34,14 @@ class Supplied:
         self.order = PassOrder()
 
     @property
+    def linked(self) -> bool:
+        """Whether the device is behind a link."""
+        return self._link is not None
+
+    @property
     def sends(self) -> bool:
         """Whether a pass over the task vectors waits for a link."""
-        return self._link is not None and not self._held.issuperset(self._own.deltas)
+        return self.linked and not self._held.issuperset(self._own.deltas)
 
     def to_merge(
         self, source: TaskVectors, names: Iterable[str], following: Mapping[str, str] | None = None

@@ -9,6 +9,7 @@ Legend: `B` examples, `T` tokens.
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ from trainmerge.data.heads import Head
 from trainmerge.model.embedding import Embedding
 from trainmerge.model.forward import build_classifier, forward
 from trainmerge.model.own_head import OwnModel
+from trainmerge.model.turns import in_turns
+from trainmerge.model.units import units
 from trainmerge.objectives import Objective
 from trainmerge.plan.fake_model import make_fake, make_rest_fake
 from trainmerge.plan.ledger import Ledger
@@ -48,6 +51,7 @@ def dry_run(
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     recorded: int = 0,
     embedding: Embedding | None = None,
+    turns: bool = False,
 ) -> DryRun:
     """Run every round, forwards of its batches and one backward, on fake tensors.
 
@@ -63,6 +67,7 @@ def dry_run(
         precision: The fit's autocast.
         recorded: Recorded probabilities of an expert per row; 0 is all of them.
         embedding: How the model embeds sentences, if the objective needs that.
+        turns: Whether forwards of a round take turns, as behind a link (`MergedWeights.run`).
 
     Raises:
         ValueError: the model's forward depends on tensor values, which fake tensors lack, or needs inputs
@@ -71,7 +76,7 @@ def dry_run(
     try:
         with _silent():
             return _on_fake_tensors(
-                module, trained, rounds, objective, heads or {}, dtypes, precision, recorded, embedding
+                module, trained, rounds, objective, heads or {}, dtypes, precision, recorded, embedding, turns
             )
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
@@ -104,6 +109,7 @@ def _on_fake_tensors(
     precision: Callable[[], AbstractContextManager[Any]],
     recorded: int,
     embedding: Embedding | None,
+    turns: bool,
 ) -> DryRun:
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = make_fake(module, dtypes)
@@ -119,10 +125,13 @@ def _on_fake_tensors(
         activations = 0
         for batches in rounds:
             with ledger, precision():
-                losses = [
-                    _loss(module, batch, objective, classifiers.get(batch.expert), recorded, embedding)
+                tasks = [
+                    partial(
+                        _loss, module, batch, objective, classifiers.get(batch.expert), recorded, embedding
+                    )
                     for batch in batches
                 ]
+                losses = in_turns(units(module), tasks) if turns else [task() for task in tasks]
                 activations = max(activations, ledger.now)
             with ledger:
                 torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]

@@ -60,7 +60,7 @@ def fastest(
     for level in tasks.levels(asked):
         plans = [plan for schedule in level for plan in tasks.variants(planned(schedule), asked)]
         if fitting := [plan for plan in plans if fits(plan, limit)]:
-            return min(fitting, key=lambda plan: (sum(plan.seconds.values()), plan.needed)), True
+            return min(fitting, key=lambda plan: (plan.step_seconds, plan.needed)), True
     return plans[0], False
 
 

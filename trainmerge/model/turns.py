@@ -1,0 +1,124 @@
+"""Forwards of several tasks that take turns: each runs one unit of the module, then the next task does.
+
+What a unit needs from a link then comes beside all tasks' units before it. Their common backward takes turns
+too: a new thread numbers its operations from 0, and a backward runs the highest first, whosever it is. So a
+weight's gradient is complete after one unit of each task, not after whole backwards.
+
+Only one thread runs at a time, in a fixed order.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from contextvars import copy_context
+from functools import partial
+from threading import Condition, Thread, current_thread
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from trainmerge.model.hooks import hooked
+
+T = TypeVar("T")
+
+
+class _EndedError(BaseException):
+    """In a thread whose result nobody waits for any more."""
+
+
+class Turns:
+    """Threads of which one runs at a time."""
+
+    def __init__(self) -> None:
+        self._queue: deque[Thread] = deque()  # the first one has its turn
+        self._changed, self._ended = Condition(), False
+
+    def pass_on(self, *_: object) -> None:
+        """Let the others run, up to their own calls of this; nothing in a thread that takes no turns."""
+        with self._changed:
+            if current_thread() in self._queue:
+                self._queue.rotate(-1)
+                self._changed.notify_all()
+                self._wait()
+
+    def run(self, functions: Sequence[Callable[[], T]]) -> list[T]:
+        """What the functions return. All end before this does; an error is raised after that."""
+        results = [Future[T]() for _ in functions]
+        for function, result in zip(functions, results, strict=True):
+            job = partial(copy_context().run, self._one, function, result, _state())
+            self._queue.append(Thread(target=job, name="turns"))
+        threads = [*self._queue]
+        try:
+            for thread in threads:
+                thread.start()
+            return [result.result() for result in results]
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+
+    def _one(
+        self, function: Callable[[], T], result: "Future[T]", enter: Callable[[ExitStack], None]
+    ) -> None:
+        try:
+            with self._changed:
+                self._wait()
+            with ExitStack() as stack:
+                enter(stack)
+                found = function()
+        except BaseException as error:  # raised where the result is read
+            self._leave()
+            result.set_exception(error)
+        else:
+            self._leave()
+            result.set_result(found)
+
+    def _wait(self) -> None:
+        self._changed.wait_for(lambda: self._ended or self._queue[0] is current_thread())
+        if self._ended:
+            raise _EndedError
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._queue.remove(current_thread())
+            self._changed.notify_all()
+
+
+def in_turns(units: Iterable[nn.Module], functions: Sequence[Callable[[], T]]) -> list[T]:
+    """What the functions return; each passes on before each of these modules, in the order given."""
+    turns = Turns()
+    # before other hooks of a unit, which may merge it
+    with hooked(unit.register_forward_pre_hook(turns.pass_on, prepend=True) for unit in units):
+        return turns.run(functions)
+
+
+def _state() -> Callable[[ExitStack], None]:
+    """Gives another thread this one's modes, autocast and stream, which torch stores per thread."""
+    graded, modes = torch.is_grad_enabled(), _get_current_dispatch_mode_stack()
+    functions: Sequence[TorchFunctionMode] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    cached = torch.is_autocast_cache_enabled()
+    casts = [(on, torch.is_autocast_enabled(on), torch.get_autocast_dtype(on)) for on in ("cpu", "cuda")]
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+    def enter(stack: ExitStack) -> None:
+        torch.set_grad_enabled(graded)
+        torch.autocast_increment_nesting()  # or each context's end would clear the cache of casts
+        for on, enabled, dtype in casts:
+            torch.set_autocast_enabled(on, enabled)
+            torch.set_autocast_dtype(on, dtype)
+        torch.set_autocast_cache_enabled(cached)
+        if stream is not None:
+            torch.cuda.set_stream(stream)
+        for function_mode in functions:
+            stack.enter_context(function_mode)
+        for mode in modes:
+            stack.enter_context(mode)
+
+    return enter
