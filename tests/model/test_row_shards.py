@@ -1,5 +1,6 @@
 """Rows of a delta, process by process, add up to the whole; and the model that is loaded by rows."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tests.bounds import aligned, assert_within
 from tests.collectives import CountBytes
 from tests.conftest import MakeDelta
 from tests.contracts import inner_bound, merge_bound
-from tests.mixture_world import write_mixture
+from tests.model_families import FAMILIES
 from tests.ranks import join_group, run
 from tests.world import bert, llama
 from trainmerge.checkpoints import load_meta_model, load_model, open_checkpoint
@@ -19,7 +20,7 @@ from trainmerge.model.fsdp import pass_bytes, shard_bytes, shard_model
 from trainmerge.model.row_shards import DeltaShard, local, shard_rows
 from trainmerge.model.units import units
 from trainmerge.system import distributed
-from trainmerge.task_vectors.places import is_place
+from trainmerge.task_vectors.places import rows_within, view
 
 FORMS = (ExpertWeight, Difference, LowRank, Untouched)
 
@@ -44,25 +45,37 @@ def test_rows_of_all_processes_are_the_whole(
     assert_within(inner, delta.inner(grad, chunks), 2 * inner_bound(delta, grad, chunks))
 
 
-def test_one_matrix_per_expert_is_not_sharded_and_says_so_before_a_process_group_exists(
-    tmp_path: Path,
-) -> None:
-    base = open_checkpoint(write_mixture(tmp_path) / "base")
-    with pytest.raises(
-        ValueError, match=r"model\.sharded: model\.layers\.0\.mlp\.experts\.0\..* without model"
-    ):
-        shard_model(load_meta_model(base), base, [], torch.device("cpu"))
-    whole = AutoModelForCausalLM.from_pretrained(base.path)
-    whole.save_pretrained(tmp_path / "stacks", save_original_format=False)  # the error's remedy
-    assert not any(map(is_place, load_meta_model(open_checkpoint(tmp_path / "stacks")).names.values()))
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "place", ["w[0,0:3]", "w[3,3:6]", "w[2,:,0:2].T", "w[1,0::2]", "w[:].T", "w[1:3]", "w[:,0:3]"]
+)
+def test_the_rows_of_a_place_are_in_the_shards_of_its_parameter(place: str, count: int) -> None:
+    parameter = torch.arange(4 * 6 * 5).view(4, 6, 5)
+    whole, parts = view(place, parameter), []
+    for process in range(count):
+        rows = shard_rows(4, process, count)
+        own, of, inside = rows_within(place, tuple(parameter.shape), rows)
+        assert of == len(whole)
+        if inside:
+            assert torch.equal(view(inside, parameter[rows]), whole[own])
+            parts.append(whole[own])
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize(
+    ("place", "shape"), [("w[:].T", (4, 6)), ("w[0:2,0:3].T", (4, 6)), ("w[0::2]", (4,))]
+)
+def test_a_place_whose_rows_are_columns_is_not_sharded(place: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="cannot be sharded by rows"):
+        rows_within(place, shape, slice(0, 2))
 
 
 def shards_of(base: Path, inputs: torch.Tensor, learned: bool) -> dict[str, object]:
     """Shard a checkpoint over the processes; logits, and the bytes of a forward and backward."""
     join_group()
     checkpoint = open_checkpoint(base)
-    names = list(checkpoint.tensors) if learned else []
     loaded = load_meta_model(checkpoint)
+    names = list(loaded.names) if learned else []
     root = shard_model(loaded, checkpoint, names, torch.device("cpu"))
     wanted = pass_bytes(loaded.module, distributed.world_size())
     held = sum(local(p).untyped_storage().nbytes() for p in loaded.module.parameters())
@@ -79,9 +92,12 @@ def shards_of(base: Path, inputs: torch.Tensor, learned: bool) -> dict[str, obje
     }
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("tied", 2), ("untied", 4), ("bert", 6)])
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("tied", 2), ("untied", 4), ("bert", 6), ("Qwen3-MoE", 4), ("DeepSeek-V3", 4)]
+)
 def test_a_sharded_model_says_what_the_whole_one_says(tmp_path: Path, name: str, blocks: int) -> None:
-    model = bert() if name == "bert" else llama(tied=name == "tied")
+    known = {"bert": bert, "tied": llama, "untied": partial(llama, tied=False)}
+    model = known[name]() if name in known else FAMILIES[name].build()  # 4 experts, on 3 processes
     model.save_pretrained(tmp_path)
     inputs = torch.arange(12).view(2, 6)
     kind = AutoModel if name == "bert" else AutoModelForCausalLM

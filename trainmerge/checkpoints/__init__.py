@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     )
     from trainmerge.checkpoints.output import Output, output_of, output_of_class
     from trainmerge.checkpoints.own_head import OwnHead
+    from trainmerge.checkpoints.prediction_layers import extra_layers
     from trainmerge.checkpoints.side_layers import attach_side_layers
     from trainmerge.checkpoints.tensor_names import locate
     from trainmerge.checkpoints.tokenizer_check import same_ids
@@ -57,6 +58,7 @@ _HEAVY = {
     "computed_parameters": "computed_positions",
     "beyond_linear": "linear_head",
     "empty_model": "model",
+    "extra_layers": "prediction_layers",
     "find_own_heads": "expert_heads",
     "find_chosen": "compatibility",
     "find_sources": "compatibility",
@@ -101,6 +103,7 @@ __all__ = [
     "compute",
     "computed_parameters",
     "empty_model",
+    "extra_layers",
     "find_chosen",
     "find_own_heads",
     "find_sources",

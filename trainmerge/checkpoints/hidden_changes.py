@@ -16,6 +16,8 @@ from trainmerge.checkpoints.low_rank_adapter import LowRankAdapter
 from trainmerge.checkpoints.merged_adapter import MergedAdapter
 from trainmerge.checkpoints.meta_model import shorten
 from trainmerge.checkpoints.parameters import Parameters
+from trainmerge.checkpoints.prediction_layers import extra_layers
+from trainmerge.system.text import listed
 
 # A factor whose partner may be zero, and a copy of the base's embedding
 UNCHANGING = (".lora_A.weight", ".lora_embedding_A", ".base_layer.weight")
@@ -33,11 +35,18 @@ BALANCE = (
     "has router biases of its own, {names}: they balance the load of training and are buffers, so the merge "
     "and the recorded outputs use the base's"
 )
+EXTRA = (
+    "{path}: transformers does not run {count} tensors of its files, {names}: layers of multi-token "
+    "prediction. They are not merged, and stay the base's, which the merge's own predictions fit less"
+)
 Plan = FullExpert | LowRankAdapter | MergedAdapter
 
 
 def warn_of_hidden_changes(frame: Parameters, plans: Mapping[str, Plan]) -> None:
-    """One warning per expert and kind of change; reads buffers and ignored tensors."""
+    """One warning per expert and kind of change, and one of the base; reads buffers and ignored tensors."""
+    if extra := extra_layers(frame.meta_model, frame.checkpoint.tensors):
+        where = {"path": frame.checkpoint.path, "count": len(extra), "names": listed(extra, 2)}
+        warnings.warn(EXTRA.format(**where), stacklevel=4)
     for expert, plan in plans.items():
         if isinstance(plan, FullExpert):
             _warn(expert, _ignored(frame, plan.parameters), IGNORED)

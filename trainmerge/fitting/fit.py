@@ -9,6 +9,7 @@ from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.begin import Snapshot, begin, find_snapshot
 from trainmerge.fitting.held_out_stopping import check_held_out
 from trainmerge.fitting.keep_better import save_better
+from trainmerge.fitting.learned import share_reached
 from trainmerge.fitting.memory_budget import watch_memory
 from trainmerge.fitting.model_settings import check_data, needs_examples
 from trainmerge.fitting.module import MergeModule
@@ -154,6 +155,7 @@ def learn(
                     f"snapshot. ({str(error).splitlines()[0]})"
                 ) from error
             raise
+    share_reached(module.resident.merged)
     if trainer.is_global_zero:
         check_learned(folder, module)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.model.merged_model import MergedModel
+from trainmerge.system import distributed
 from trainmerge.system.text import listed
 
 MOVED = 1e-4  # change of a coefficient, below which nothing was learned
@@ -40,8 +41,14 @@ def warn_if_at_bound(coefficients: Coefficients) -> None:
         )
 
 
+def share_reached(merged: MergedModel) -> None:
+    """Let every process know the experts of a mixture that any process's tokens reached, or its shard has."""
+    if merged.placed.parts(merged.coefficients.layout.learned):
+        merged.reached.update(*distributed.all_gather(merged.reached))
+
+
 def warn_if_unreached(merged: MergedModel) -> None:
-    """Warn of experts of a mixture that no calibration token of this process reached."""
+    """Warn of experts of a mixture that no calibration token reached; after `share_reached`."""
     layout = merged.coefficients.layout
     learned = merged.placed.parts(layout.learned)
     lost = [name for name in learned if name not in merged.reached]

@@ -147,7 +147,7 @@ def quantise_vectors(given: FitInputs, vectors: TaskVectors) -> TaskVectors:
 
 def place(given: FitInputs, vectors: TaskVectors, experts: Resident) -> Residency:
     """Where this process holds its rows of the task vectors that every step reads."""
-    rows = delta_shards(vectors.deltas, experts.merged.parameters)
+    rows = delta_shards(vectors.deltas, experts.merged.placed.shards)
     layout = given.opened.layout
     shares = {name: Share(rows[name].nbytes, 1 + (name in layout.learned)) for name in layout.groups}
     residency = reside(given.settings.vectors, shares, given.room)

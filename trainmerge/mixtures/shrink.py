@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from trainmerge.checkpoints import Checkpoint, check_tensors, open_checkpoint
+from trainmerge.checkpoints import Checkpoint, check_tensors
 from trainmerge.data.columns import Columns
 from trainmerge.data.examples import Example, read_examples
 from trainmerge.data.tokenizer import Tokenizer
@@ -23,10 +23,10 @@ from trainmerge.mixtures.groups import (
 )
 from trainmerge.mixtures.layers import MixtureLayer, mixture_layers, routed_part, shrunk_settings
 from trainmerge.mixtures.learn_groups import Student, learn_layer, students_of
+from trainmerge.mixtures.open_mixture import open_mixture
 from trainmerge.mixtures.saliency import Saliency, measure
 from trainmerge.mixtures.shrunk import Shrunk
 from trainmerge.system.console import progress
-from trainmerge.system.hub import folder_of
 from trainmerge.system.ranges import check_option
 from trainmerge.system.staging import staging
 
@@ -77,7 +77,7 @@ def shrink(
     check_option("max_examples", max_examples, int | None, "[1, inf)")
     check_option("steps", steps, int, "[0, inf)")
     check_option("rank", rank, int | None, "[1, inf)")
-    base = open_checkpoint(folder_of(checkpoint))
+    base = open_mixture(checkpoint)
     layers = mixture_layers(base)
     settings = shrunk_settings(base.path, base.config, experts)
     parts, method = int(routed_part(base.config).get("n_group") or 1), method_of(plan)

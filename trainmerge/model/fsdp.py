@@ -23,10 +23,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from trainmerge.checkpoints import Checkpoint, LoadedModel, compute, computed_parameters
+from trainmerge.model.placed import Placed
 from trainmerge.model.row_shards import local, local_rows
 from trainmerge.model.units import units
 from trainmerge.system import distributed
-from trainmerge.task_vectors.places import is_place
+from trainmerge.task_vectors.places import parameter_of
 
 
 class Root(nn.Module):
@@ -62,30 +63,28 @@ def shard_model(
     (an unused pooler).
 
     Raises:
-        ValueError: the learned parameters of one block are stored in different dtypes; a mixture of experts.
+        ValueError: the learned parameters of one block are stored in different dtypes.
     """
     module, names = loaded.module, loaded.names
-    if placed := [name for name, inside in names.items() if is_place(inside)]:
-        raise ValueError(
-            f"model.sharded: {placed[0]} and {len(placed) - 1} more are parts of one parameter per layer, of "
-            "which a process would hold some experts and not a share of each: run without model.sharded, or "
-            "save base and experts in stacks with save_pretrained(FOLDER, save_original_format=False)"
-        )
     parameters = dict(module.named_parameters())
     for parameter in parameters.values():
         parameter.data = parameter.data.to(dtype or parameter.dtype)
     for name in learned:
-        parameters[names[name]].requires_grad_(True)
+        parameters[parameter_of(names[name])].requires_grad_(True)
     root = Root(module)
     _fully_shard(root, _mesh(device, shards or distributed.world_size()))
     _to_device(root, device)
     parameters = dict(module.named_parameters())
-    for name in parameters.keys() - set(names.values()):
+    for name in parameters.keys() - {parameter_of(inside) for inside in names.values()}:
         local(parameters[name]).zero_()
     for name, owner in computed_parameters(module).items():
         local(parameters[name]).copy_(compute(owner)[local_rows(parameters[name])])
-    for name, inside in names.items():
-        local(parameters[inside]).copy_(base.read(name)[local_rows(parameters[inside])])
+    placed = Placed.of(module, names, names)
+    for name in names:
+        if (shard := placed.shards.get(name)) is None:
+            placed.written(name).copy_(base.read(name))
+        elif shard.inside:
+            placed.written(name).copy_(base.read(name)[shard.rows])
     return root
 
 

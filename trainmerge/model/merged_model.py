@@ -30,7 +30,6 @@ from trainmerge.model.residency import Residency
 from trainmerge.model.row_shards import local
 from trainmerge.preprocess.subspace import outside_subspace
 from trainmerge.task_vectors.delta import TaskVectors
-from trainmerge.task_vectors.places import view
 
 
 class MergedModel(MergedWeights):
@@ -147,7 +146,7 @@ class MergedModel(MergedWeights):
             if whole.is_sparse:  # an embedding's
                 whole = whole.to_dense()
             for name in names:
-                self._collect_part(name, view(self.placed.inside[name], whole))
+                self._collect_part(name, self.placed.part(name, whole))
         parameter.grad = None
 
     def _collect_part(self, name: str, slope: Tensor) -> None:

@@ -57,7 +57,7 @@ class MergedWeights:
         self._owners = {name: self.placed.owners[name] for name in self._parameters}
         check_apart(self.parameters, task_vectors.deltas)
         link = link_to(next(module.parameters()).device)
-        self._supplied = Supplied(task_vectors, self.parameters, residency, link)
+        self._supplied = Supplied(task_vectors, self.placed.shards, residency, link)
 
     @torch.no_grad()
     def materialise(self) -> None:

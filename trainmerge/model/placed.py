@@ -5,11 +5,12 @@ Legend: `K` experts, `C` chunks.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from trainmerge.model.row_shards import local, shares_storage
+from trainmerge.model.row_shards import RowShard, local, shares_storage
 from trainmerge.task_vectors.delta import Delta
 from trainmerge.task_vectors.places import is_place, parameter_of, view
 
@@ -32,16 +33,26 @@ class Placed:
         inside = {name: names.get(name, name) for name in tensors}
         return Placed(inside, {name: own[parameter_of(place)] for name, place in inside.items()})
 
+    @cached_property
+    def shards(self) -> Mapping[str, RowShard]:
+        """The rows of this process, of tensors whose parameters are sharded."""
+        found = {name: RowShard.of(self.inside[name], owner) for name, owner in self.owners.items()}
+        return {name: shard for name, shard in found.items() if shard is not None}
+
     def views(self) -> dict[str, Tensor]:
-        """Every tensor's parameter itself, or a view of its place."""
+        """Every tensor's parameter itself, or a view of its place: of this process's rows, if sharded."""
         return {
-            name: view(inside, self.owners[name].data) if is_place(inside) else self.owners[name]
+            name: self.part(name, local(self.owners[name].data)) if is_place(inside) else self.owners[name]
             for name, inside in self.inside.items()
         }
 
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """The part of its parameter's memory, or of this process's shard of that, that is one tensor's."""
+        return self.shards[name].part(whole) if name in self.shards else view(self.inside[name], whole)
+
     def written(self, name: str) -> Tensor:
         """The memory of one tensor, or this process's rows of it, as they are now."""
-        return view(self.inside[name], local(self.owners[name]))
+        return self.part(name, local(self.owners[name]))
 
     def by_owner(self, names: Iterable[str]) -> list[tuple[str, ...]]:
         """The names that share a parameter, together."""

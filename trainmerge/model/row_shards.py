@@ -2,9 +2,10 @@
 
 FSDP2 splits dimension 0 as `torch.chunk` does: ceil(rows / N) rows per process, the last ones fewer or none.
 A merge is elementwise, so a process reads and writes only its own rows of base and task vectors, views of the
-mapped files; the inner products of all processes add up to those of the whole parameter.
+mapped files; the inner products of all processes add up to those of the whole parameter. The rows of a
+mixture's parameter are its experts: one that has a tensor of its own in the files is whole in one shard.
 
-Legend: `K` experts, `C` chunks of one parameter, `N` processes, `*S` parameter shape, `H` rows of a shard.
+Legend: `K` experts, `C` chunks of one tensor, `N` processes, `*S` parameter shape, `H` rows of a shard.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from trainmerge.kernels import Merge, Product, chunk_bounds
 from trainmerge.task_vectors.delta import Delta
+from trainmerge.task_vectors.places import is_place, rows_within, view
 
 
 def shard_rows(rows: int, process: int, processes: int) -> slice:
@@ -47,8 +49,35 @@ def local_rows(parameter: Tensor) -> slice:
 
 
 @dataclass(frozen=True)
+class RowShard:
+    """The rows of a tensor of the files that this process's shard of its parameter contains."""
+
+    rows: slice
+    count: int  # rows of the whole tensor
+    inside: str  # where these rows are in the shard; empty if it has none of them
+
+    @staticmethod
+    def of(inside: str, parameter: Tensor) -> "RowShard | None":
+        """Those of the parameter itself or of a place in it; None if the parameter is not sharded.
+
+        Raises:
+            ValueError: a place whose rows are columns of the parameter.
+        """
+        if not isinstance(parameter, DTensor):
+            return None
+        held = local_rows(parameter)
+        if not is_place(inside):
+            return RowShard(held, parameter.shape[0], inside)
+        return RowShard(*rows_within(inside, tuple(parameter.shape), held))
+
+    def part(self, shard: Tensor) -> Tensor:
+        """These rows in the shard [H, ...], or in its gradient: a view; empty if there are none."""
+        return view(self.inside, shard) if self.inside else shard.new_empty(0)
+
+
+@dataclass(frozen=True)
 class DeltaShard:
-    """A delta over one shard's rows, with the chunks of the whole parameter."""
+    """A delta over one shard's rows, with the chunks of the whole tensor."""
 
     delta: Delta  # over the shard's rows only
     shard: slice  # their place in the whole
@@ -73,16 +102,13 @@ class DeltaShard:
                 yield chunk, slice(begin - self.shard.start, end - self.shard.start)
 
 
-def delta_shards(deltas: Mapping[str, Delta], parameters: Mapping[str, Tensor]) -> Mapping[str, Delta]:
-    """Each delta over this process's rows of its parameter: views, no data is read."""
+def delta_shards(deltas: Mapping[str, Delta], shards: Mapping[str, RowShard]) -> Mapping[str, Delta]:
+    """Each delta over this process's rows of it: views, no data is read."""
     return {
-        name: delta.rows(local_rows(parameters[name])) if isinstance(parameters[name], DTensor) else delta
-        for name, delta in deltas.items()
+        name: delta.rows(shards[name].rows) if name in shards else delta for name, delta in deltas.items()
     }
 
 
-def as_shard(mine: Delta, parameter: Tensor) -> Delta | DeltaShard:
-    """A delta over a shard's rows, with its place in the whole parameter."""
-    if not isinstance(parameter, DTensor):
-        return mine
-    return DeltaShard(mine, local_rows(parameter), parameter.shape[0])
+def as_shard(mine: Delta, shard: RowShard | None) -> Delta | DeltaShard:
+    """A delta over a shard's rows, with their place in the whole tensor."""
+    return mine if shard is None else DeltaShard(mine, shard.rows, shard.count)

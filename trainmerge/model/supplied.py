@@ -2,22 +2,20 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from torch import Tensor
-
 from trainmerge.model.pass_order import PassOrder, successors
 from trainmerge.model.residency import Residency
-from trainmerge.model.row_shards import DeltaShard, as_shard, delta_shards
+from trainmerge.model.row_shards import DeltaShard, RowShard, as_shard, delta_shards
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.link import Link
 from trainmerge.task_vectors.prefetch import Supply, supply_of
 
 
 class Supplied:
-    """Deltas for the passes over `parameters`.
+    """Deltas for the passes.
 
     Args:
         task_vectors: What every step reads; `residency` is where they are held.
-        parameters: The module's parameters, by the deltas' names.
+        shards: This process's rows of the sharded ones.
         residency: The place of each delta.
         link: The link to the device; None for a processor.
     """
@@ -25,11 +23,11 @@ class Supplied:
     def __init__(
         self,
         task_vectors: TaskVectors,
-        parameters: Mapping[str, Tensor],
+        shards: Mapping[str, RowShard],
         residency: Residency,
         link: Link | None,
     ) -> None:
-        self._own, self._parameters, self._link = task_vectors, parameters, link
+        self._own, self._shards, self._link = task_vectors, shards, link
         self._supply, self._held = self._supply_of(task_vectors, residency), residency.at("device")
         self.order = PassOrder()
 
@@ -51,7 +49,7 @@ class Supplied:
         order = [*names]
         after = successors(order) if following is None else following
         for name in order:
-            yield name, as_shard(supply.take(name, after), self._parameters[name])
+            yield name, as_shard(supply.take(name, after), self._shards.get(name))
 
     def stays(self, source: TaskVectors, name: str) -> bool:
         """Whether a delta is on the device for the whole fit, so that queued calls do not keep it alive."""
@@ -59,7 +57,7 @@ class Supplied:
 
     def to_collect(self, name: str) -> Delta | DeltaShard:
         """The delta of a parameter whose gradient is complete."""
-        return as_shard(self.at_layer(name), self._parameters[name])
+        return as_shard(self.at_layer(name), self._shards.get(name))
 
     def at_layer(self, name: str) -> Delta:
         """The delta of a layer without a weight gradient, which is not sharded."""
@@ -68,5 +66,5 @@ class Supplied:
         return delta
 
     def _supply_of(self, source: TaskVectors, residency: Residency) -> Supply:
-        mine = delta_shards(source.deltas, self._parameters)
+        mine = delta_shards(source.deltas, self._shards)
         return supply_of(mine, self._link, residency.at("device"), residency.at("host"))

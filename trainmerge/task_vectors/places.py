@@ -7,6 +7,7 @@ model.layers.0.mlp.experts.gate_up_proj[3,:,0::2].T  every other column of it
 
 from functools import cache
 
+import torch
 from torch import Tensor
 
 
@@ -32,6 +33,43 @@ def view(name: str, tensor: Tensor) -> Tensor:
     index, turned = _parsed(name)
     found = tensor[index]
     return found.mT if turned else found
+
+
+def rows_within(name: str, shape: tuple[int, ...], rows: slice) -> tuple[slice, int, str]:
+    """What of a place lies in `rows` of its parameter: its own rows, of how many, and their place there.
+
+    The last is empty if nothing does.
+
+    Args:
+        name: The place.
+        shape: The parameter's.
+        rows: Rows of the parameter, as first and last + 1.
+
+    Raises:
+        ValueError: a place whose rows are columns of the parameter.
+
+    >>> rows_within("w[3,0:64]", (4, 96, 8), slice(2, 4))
+    (slice(0, 64, None), 64, 'w[1,0:64]')
+    >>> rows_within("w[3,0:64]", (4, 96, 8), slice(0, 2))
+    (slice(0, 0, None), 64, '')
+    >>> rows_within("w[:].T", (4, 96, 8), slice(2, 4))
+    (slice(2, 4, None), 4, 'w[0:2].T')
+    """
+    whole = view(name, torch.empty(shape, device="meta"))
+    index, turned = _parsed(name)
+    first, count = index[0], whole.shape[0]
+    one = isinstance(first, int)
+    if (turned and whole.dim() == 2 and not one) or (not one and first.step not in (None, 1)):
+        raise ValueError(f"{name}: its rows are no rows of the parameter, so it cannot be sharded by rows")
+    begin = first if one else first.start or 0
+    low, high = max(begin, rows.start), min(begin + (1 if one else count), rows.stop)
+    if low >= high:
+        return slice(0, 0), count, ""
+    there = f"{low - rows.start}" if one else f"{low - rows.start}:{high - rows.start}"
+    own = slice(0, count) if one else slice(low - begin, high - begin)
+    before, _, after = name.partition("[")
+    rest = after.replace(after.partition("]")[0].partition(",")[0], there, 1)
+    return own, count, f"{before}[{rest}"
 
 
 @cache  # each pass of a fit asks for every place
