@@ -1,6 +1,6 @@
 """SIGKILL at random moments of every command, KILLS times (200 by default): `make soak`.
 
-`ONLY=extract,auto KILLS=20` kills each of these commands so often, and keeps the other counts.
+`ONLY=extract,auto KILLS=20` kills each of these commands so often, and keeps the other counts and seeds.
 Each command is killed again and again and then left alone. What it leaves has to be, byte for byte, what a
 command leaves that nobody killed: coefficients, every line of the logs, exports, scores, and no further file.
 Between a kill and the next start, coefficients and snapshots have to be whole, if they are there at all.
@@ -33,12 +33,14 @@ import trainmerge.export.export_adapter
 import trainmerge.export.extract
 import trainmerge.export.verify
 import trainmerge.fitting.allocate_chunks
+import trainmerge.merging.merge_file
+import trainmerge.merging.one_line
 import trainmerge.report.write
 import trainmerge.tradeoffs.pareto
 import trainmerge.tradeoffs.search  # noqa: F401 - a forked command finds all of these imported
 from tests.results import FOLDER
 from tests.threads import limit_threads
-from tests.world import recipe, write_world
+from tests.world import LABELS, recipe, write_world
 from trainmerge.cli import main
 from trainmerge.fitting.provenance import load_snapshot
 from trainmerge.run.config import to_config
@@ -90,6 +92,19 @@ COMMANDS = {
         reads=False,
     ),
     "auto": Command(lambda place: ["auto", str(place / "../auto.yaml"), str(place / "merged")], reads=False),
+    "merge CONFIG": Command(
+        lambda place: ["merge", str(place / "../fit.yaml"), str(place / "merged")], reads=False
+    ),
+    "merge mergekit.yml": Command(
+        lambda place: ["merge", str(place / "../mergekit.yml"), str(place / "merged")], reads=False
+    ),
+    "merge BASE EXPERT": Command(
+        lambda place: [
+            "merge", str(place / "../base"), str(place / "../experts/mood"), str(place / "../experts/animal"),
+            "--method", "ties", "--density", "0.5", "-o", str(place / "merged"),
+        ],
+        reads=False,
+    ),
 }  # fmt: skip
 
 
@@ -109,6 +124,9 @@ def write_configuration(root: Path) -> None:
     (root / "fit.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     short = {**content, "trainer": {"max_steps": 6, "accelerator": "cpu"}, "save_every": 3}
     (root / "auto.yaml").write_text(yaml.safe_dump(short, sort_keys=False))
+    models = [{"model": str(root / "experts" / name), "parameters": {"weight": 0.5}} for name in LABELS]
+    of_mergekit = {"merge_method": "task_arithmetic", "base_model": str(root / "base"), "models": models}
+    (root / "mergekit.yml").write_text(yaml.safe_dump(of_mergekit))
 
 
 def call(words: list[str], log: Path) -> None:
@@ -121,11 +139,12 @@ def call(words: list[str], log: Path) -> None:
 
 
 def contents(place: Path) -> dict[str, str]:
-    """File -> SHA-256, without seconds; or only its name where it differs from call to call."""
+    """File -> SHA-256, without seconds; only the name of folders, and where it differs from call to call."""
     files = sorted(path for path in place.rglob("*") if path.is_file())
     fixed = {path: path.name not in VARYING and path.suffix not in OTHER_BITS for path in files}
     digests = {path: without_seconds(path) if path.name in TIMED else sha256(path) for path in files}
-    return {str(path.relative_to(place)): digests[path] if fixed[path] else "" for path in files}
+    found = {str(path.relative_to(place)): digests[path] if fixed[path] else "" for path in files}
+    return found | {f"{path.relative_to(place)}/": "" for path in place.rglob("*") if path.is_dir()}
 
 
 def without_seconds(path: Path) -> str:
@@ -162,13 +181,16 @@ class Kills:
                 break
             assert process.exitcode == -9, (place / "../log.txt").read_text()[-2000:]
             self.seen[name] += 1
-            self._check(RunFolder(place / "run"))
+            for run_folder in ("run", "merged-run"):
+                self._check(RunFolder(place / run_folder))
         self._finish(name, place)
         found = contents(place)
         different = {
             key for key in found.keys() | self.wanted[name] if found.get(key) != self.wanted[name].get(key)
         }
-        assert different <= {"run/usage.jsonl"}, f"{name} in {place}: {sorted(different)}"
+        assert {Path(key).name for key in different} <= {"usage.jsonl"}, (
+            f"{name} in {place}: {sorted(different)}"
+        )
         shutil.rmtree(place)
 
     def _prepared(self, name: str) -> Path:
@@ -222,7 +244,7 @@ if __name__ == "__main__":
     count, number = int(os.environ.get("KILLS", "200")), int(os.environ.get("SOAK_SEED", "0"))
     chosen = [name for name in COMMANDS if name in os.environ.get("ONLY", "").split(",")]
     file = FOLDER / "kills.json"
-    kept = json.loads(file.read_text())["kills"] if chosen else {}
-    seen = dict(sorted({**kept, **run(count, number, chosen)}.items()))
-    report = {"kills": seen, "seed": number, "versions": versions(), "lost": 0}
+    kept = json.loads(file.read_text()) if chosen else {"kills": {}, "seeds": []}
+    seen = dict(sorted({**kept["kills"], **run(count, number, chosen)}.items()))
+    report = {"kills": seen, "seeds": sorted({*kept["seeds"], number}), "versions": versions(), "lost": 0}
     write_whole(file, json.dumps(report, indent=1) + "\n")

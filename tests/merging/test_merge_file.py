@@ -96,7 +96,11 @@ def test_adapters_and_slices_over_the_whole_depth(world: Path, tmp_path: Path) -
 
 MISTAKES = [
     ({"merge_method": "tise"}, "no method 'tise'; did you mean 'ties'"),
-    ({"merge_method": "passthrough"}, "passthrough stacks layers"),
+    ({"merge_method": "passthrough"}, "merge_method: passthrough is not supported: it copies tensors"),
+    (
+        {"merge_method": "passthrough", "models": None, "slices": [{"sources": []}, {"sources": []}]},
+        "passthrough is not supported.*\n.*slices: stacking layers is not supported, and there are 2",
+    ),
     ({"dtpye": "bfloat16"}, "no key 'dtpye'; did you mean 'dtype'"),
     ({"parameters": {"densty": 0.5}}, "no setting 'densty'; did you mean 'density'"),
     ({"parameters": {"density": "much"}}, "density is 'much', not a number"),
@@ -122,7 +126,10 @@ MISTAKES = [
     ({"chat_template": "llama3"}, "chat_template llama3: its text is mergekit's"),
     ({"chat_template": "chatlm"}, "chat_template is 'chatlm'; it is auto, chatml, a merged model's folder"),
     ({"chat_template": 1}, "chat_template is 1, not a text"),
-    ({"models": None, "slices": [{"sources": []}, {"sources": []}]}, "stacking layers is not supported"),
+    (
+        {"models": None, "slices": [{"sources": []}, {"sources": []}]},
+        "slices: stacking layers is not supported",
+    ),
     ({"merge_method": "nearswap", "parameters": {"t": 1}}, "nearswap merges 1 models besides the base"),
     ({"merge_method": "slerp", "models": [{"model": "@a"}]}, "slerp needs 't'"),
 ]
@@ -199,6 +206,25 @@ WRONG_WORDS = [
     (["{file}", "out", "--weight", "0.5"], "--weight goes with models"),
     (["{other}", "out"], "neither a mergekit file"),
 ]
+
+
+OTHER_FILES = [
+    ("merge_method: linear\nname: one\n---\nmerge_method: linear\n", "as mergekit-multi reads"),
+    ("base_model: a\ngate_mode: random\nexperts: []\n", "a file of mergekit-moe; `trainmerge export"),
+    ("genome: {models: [a, b]}\ntasks: []\n", "a file of mergekit-evolve; `trainmerge search"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), OTHER_FILES, ids=["multi", "moe", "evolve"])
+def test_mergekits_other_files_are_named(
+    tmp_path: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.yml").write_text(text)
+    assert main(["merge", str(tmp_path / "m.yml"), str(tmp_path / "out")]) == 1
+    assert words in capsys.readouterr().err
+    if "multi" in words:
+        with pytest.raises(ValueError, match=words):
+            tm.merge_file(tmp_path / "m.yml", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("words", "error"), WRONG_WORDS, ids=[error[:25] for _, error in WRONG_WORDS])

@@ -13,6 +13,7 @@ from typing import Any
 from trainmerge.checkpoints.chat_template import REMEDY, ROLES, TEMPLATES, load, save, take_template
 from trainmerge.checkpoints.choice import BASE, UNION, TokenizerChoice
 from trainmerge.checkpoints.special_ids import ends, moved, resized, with_ends
+from trainmerge.checkpoints.stated_settings import state_settings
 from trainmerge.checkpoints.tokenizer_choice import Chosen, choose
 from trainmerge.checkpoints.vocabulary import ADDED, SETTINGS, WHOLE, tokenizer_files
 from trainmerge.system.atomic import temporary_folder
@@ -41,7 +42,7 @@ def tokenizer_folder(folders: Mapping[str, Path], choice: TokenizerChoice, works
     contents = {
         name: {file.name: sha256(file) for file in _files(folder)} for name, folder in folders.items()
     }
-    target = workspace / f"{VOCABULARY}{digest(repr([1, contents, choice]))}"
+    target = workspace / f"{VOCABULARY}{digest(repr([2, contents, choice]))}"
     if target.is_dir():
         return target
     chosen = choose(folders, choice)
@@ -82,6 +83,7 @@ def _write(chosen: Chosen, target: Path) -> None:
         _add_tokens(chosen, target)
     tokenizers = {name: load(folder) for name, folder in chosen.folders.items() if tokenizer_files(folder)}
     take_template(chosen, tokenizers, target)
+    state_settings(target)
     _check(chosen, target)
     _write_configs(chosen, tokenizers, target)
 

@@ -73,7 +73,7 @@ class Document:
 
     def _problems(self) -> Iterator[str]:
         if self.method in STACKING:
-            yield f"merge_method: {self.method} stacks layers, which is not supported; use mergekit for it"
+            yield stacking(self.method)
             return
         if self.method not in METHODS:
             yield f"merge_method: no method {self.method!r}{near(str(self.method), METHODS)}"
@@ -123,6 +123,14 @@ class Document:
                 for name in self.merged:
                     if key not in self.models.get(name, {}):
                         yield f"models.{name}: {self.method} needs {key!r}"
+
+
+def stacking(method: str) -> str:
+    """Why a method of layer stacking is refused."""
+    return (
+        f"merge_method: {method} is not supported: it copies tensors as they are, most often layers of "
+        "several models into a deeper one, and merges nothing; use mergekit for it"
+    )
 
 
 def near(word: str, known: "Mapping[str, Any] | Sequence[str]") -> str:

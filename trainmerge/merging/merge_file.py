@@ -1,7 +1,6 @@
 """Merge models as a mergekit file describes, in one pass over mapped files."""
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from trainmerge.merging.located import located, parts_of
 from trainmerge.merging.open_merge import open_merge, sides_of
 from trainmerge.merging.read_document import read_document
 from trainmerge.merging.vocabulary import outside
+from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.staging import staging
 from trainmerge.system.workspace import digest
 
@@ -73,8 +73,9 @@ def merge_document(
     if document.unused:
         print(f"no effect on a merge by {document.method}: {', '.join(document.unused)}", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with staging(target, overwrite) as folder, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        merge = open_merge(local, Path(scratch), faithful, dtype, shard_size)
+    scratch = f"{target.name}.scratch"
+    with staging(target, overwrite) as folder, temporary_folder(target.parent, scratch) as workspace:
+        merge = open_merge(local, workspace, faithful, dtype, shard_size)
         if (text := document.tokenizer.template_text) is not None:
             check_template(merge.base.path, text)
         made = write_checkpoint(merge, folder, workers)

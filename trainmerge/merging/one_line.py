@@ -12,10 +12,16 @@ from trainmerge.fitting.from_config import from_config
 from trainmerge.merging.document import Document
 from trainmerge.merging.merge_file import merge_document
 from trainmerge.merging.methods import METHODS
+from trainmerge.merging.read_document import check_single
 from trainmerge.merging.tokenizer import Tokenizer
 from trainmerge.report import write_report
 from trainmerge.run.config import read_yaml
 from trainmerge.system.access import check_folder_place
+
+OTHER_FILES = {  # key -> whose file it is
+    "gate_mode": "a file of mergekit-moe; `trainmerge export RUN OUT --as moe` makes a mixture of a run",
+    "genome": "a file of mergekit-evolve; `trainmerge search CONFIG RUN` searches without gradients",
+}
 
 
 def merge_models(
@@ -129,12 +135,15 @@ def is_mergekit(path: Path) -> bool:
     """Whether a file is a mergekit file rather than a configuration.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or has several documents.
     """
+    check_single(path)
     content = read_yaml(path)
     keys = set(content) if isinstance(content, Mapping) else set()
     if {"merge_method", "recipe"} & keys:
         return "merge_method" in keys
+    if named := [words for key, words in OTHER_FILES.items() if key in keys]:
+        raise ValueError(f"{path}: {named[0]}")
     raise ValueError(
         f"{path}: neither a mergekit file (no `merge_method`) nor a configuration of trainmerge (no `recipe`)"
     )

@@ -4,9 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainmerge.merging.document import Document, near
+import yaml
+
+from trainmerge.merging.document import Document, near, stacking
+from trainmerge.merging.methods import STACKING
 from trainmerge.merging.tokenizer import read_tokenizer
 from trainmerge.run.config import read_yaml
+from trainmerge.system.json_file import read_bytes
 
 KEYS: Sequence[str] = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
@@ -24,12 +28,27 @@ def read_document(path: Path) -> Document:
     Raises:
         ValueError: lists everything that is wrong with it.
     """
+    check_single(path)
     content = read_yaml(path)
     try:
         return parse_document(content)
     except ValueError as error:
         lines = "\n".join(f"  {line}" for line in str(error).splitlines())
         raise ValueError(f"{path}: not a merge that can be done:\n{lines}") from error
+
+
+def check_single(path: Path) -> None:
+    """Raise ValueError for a file with several documents, as mergekit-multi reads."""
+    try:
+        events = yaml.parse(read_bytes(path, "Check the path.").decode("utf-8", "replace"))
+        count = sum(isinstance(event, yaml.DocumentStartEvent) for event in events)
+    except yaml.YAMLError:
+        return  # `read_yaml` says what is wrong
+    if count > 1:
+        raise ValueError(
+            f"{path}: several documents in one file, as mergekit-multi reads, are not supported: write each "
+            "into a file of its own; a later one names the folder of an earlier merge"
+        )
 
 
 def parse_document(content: Any) -> Document:
@@ -40,7 +59,8 @@ def parse_document(content: Any) -> Document:
     """
     if not isinstance(content, Mapping) or "merge_method" not in content:
         raise ValueError("a mergekit file is a mapping with the key `merge_method`")
-    problems = [*_unknown(content, KEYS)]
+    method = content["merge_method"]
+    problems = [*([stacking(method)] if method in STACKING else []), *_unknown(content, KEYS)]
     sources, shared, layers = _sources(content, problems)
     models: dict[str, Mapping[str, Any]] = {}
     for source in sources:
@@ -60,7 +80,7 @@ def parse_document(content: Any) -> Document:
     if problems:
         raise ValueError("\n".join(problems))
     return Document(
-        str(content["merge_method"]), models, texts["base_model"], shared, texts["dtype"], texts["out_dtype"],
+        str(method), models, texts["base_model"], shared, texts["dtype"], texts["out_dtype"],
         tokenizer, layers,
     )  # fmt: skip
 
@@ -88,7 +108,8 @@ def _sources(
         or not all(isinstance(s, Mapping) for s in sources)
     ):
         problems.append(
-            "slices: stacking layers is not supported; one slice over all layers, or `models`, is"
+            f"slices: stacking layers is not supported{_count(slices)}; one slice over all layers, or "
+            "`models`, is"
         )
         return [], shared, None
     ranges = [source.get("layer_range") for source in sources]
@@ -97,6 +118,10 @@ def _sources(
         return [], shared, None
     own = slices[0].get("parameters") or {}
     return sources, {**shared, **(own if isinstance(own, Mapping) else {})}, ranges[0][1]
+
+
+def _count(slices: Any) -> str:
+    return f", and there are {len(slices)} slices" if isinstance(slices, list) and len(slices) > 1 else ""
 
 
 def _from_zero(layers: Any) -> bool:
