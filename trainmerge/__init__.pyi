@@ -16,6 +16,7 @@ from .coefficients.anchor import Anchor as Anchor
 from .coefficients.checkpoint_average import CheckpointAverage as CheckpointAverage
 from .coefficients.coefficients import Coefficients as Coefficients
 from .coefficients.coefficients import load_coefficients as load_coefficients
+from .coefficients.concrete_rows import ConcreteRows as ConcreteRows
 from .coefficients.constraints import Box as Box
 from .coefficients.constraints import Constraint as Constraint
 from .coefficients.constraints import Free as Free
@@ -109,6 +110,7 @@ from .preprocess import ModelStock as ModelStock
 from .preprocess import Opcm as Opcm
 from .preprocess import OptMerge as OptMerge
 from .preprocess import Pcb as Pcb
+from .preprocess import Pico as Pico
 from .preprocess import Piecewise as Piecewise
 from .preprocess import Preprocess as Preprocess
 from .preprocess import Ram as Ram
