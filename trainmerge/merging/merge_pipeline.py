@@ -99,7 +99,9 @@ def _explain(given: Document, paths: Sequence[Path], folder: Path, name: str) ->
     """Write the document and a model card."""
     text = yaml.safe_dump(public(to_mergekit(given)), sort_keys=False, width=110)
     (folder / CARD).write_text(text, encoding="utf-8")
-    sources: list[Source] = [source_of(str(path), str(path), path) for path in paths if path.is_dir()]
+    sources: list[Source] = [
+        source_of(public_name(str(path)), str(path), path) for path in paths if path.is_dir()
+    ]
     head = hub_metadata(public_name(name), sources, {}) | {"library_name": "diffusers"}
     models = [public_name(model) for model in given.merged]
     paragraphs = [
