@@ -18,7 +18,7 @@ VALID = [
     tm.Expert("a"), tm.HeldOut("t"), tm.Recipe("base", {"a": tm.Expert("a")}), tm.Grouping(), tm.Columns(),
     tm.TokenRow("a"), tm.Generate(4), tm.OnPolicy(), tm.JensenShannon(),
     tm.Generate(4), tm.OnPolicy(), tm.JensenShannon(),
-    tm.AttentionHeads(), tm.Gauge(), tm.Neurons(), tm.ResidualStream(),
+    tm.AttentionHeads(), tm.Gauge(), tm.Neurons(), tm.NeuronScales(), tm.ResidualStream(),
     tm.Anchor(), tm.Free(), tm.Box(), tm.Sigmoid(), tm.Simplex(),
     tm.LayerLeastSquares(),
     tm.CheckpointAverage(),

@@ -7,6 +7,7 @@ from .align import Align as Align
 from .align import AttentionHeads as AttentionHeads
 from .align import Gauge as Gauge
 from .align import Neurons as Neurons
+from .align import NeuronScales as NeuronScales
 from .align import ResidualStream as ResidualStream
 from .auto import Choice as Choice
 from .auto import auto_config as auto_config
