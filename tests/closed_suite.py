@@ -105,6 +105,7 @@ METHODS = {
     "tsv-energy": Method("TSV-M, rank by energy 0.9", (("Tsv", {"energy": 0.9}),), 1.0),
     "karcher": Method("Karcher mean of the task vectors", (("Karcher", {}),), 1.0),
     "knots": Method("KnOTS-TIES", (("Knots", {}),), 1.0),
+    "pico": Method("Pico with TIES", (("Pico", {}),), 1.0),
     "core-space": Method("TSV-M in core space", (("CoreSpace", {}),), 1.0),
     "aim-ties": Method("TIES, AIM 0.4", (*TIES, ("Aim", {})), 0.3),
     "regmean": Method("RegMean", (("RegMean", {}),), 1.0),

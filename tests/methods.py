@@ -37,6 +37,7 @@ METHODS: dict[str, tm.Preprocess] = {
     "optmerge": tm.OptMerge(),
     "optmerge-mean": tm.OptMerge(start="mean"),
     "pcb": tm.Pcb(0.3),
+    "pico": tm.Pico(tm.Ties(0.5, merge="mean")),
     "ram": tm.Ram(),
     "ram+": tm.Ram(0.5, rescale=0.1),
     "rcp": tm.Rcp("a", "b"),

@@ -7,6 +7,7 @@ from .align import Align as Align
 from .align import AttentionHeads as AttentionHeads
 from .align import Gauge as Gauge
 from .align import Neurons as Neurons
+from .align import NeuronScales as NeuronScales
 from .align import ResidualStream as ResidualStream
 from .auto import Choice as Choice
 from .auto import auto_config as auto_config
@@ -16,6 +17,7 @@ from .coefficients.anchor import Anchor as Anchor
 from .coefficients.checkpoint_average import CheckpointAverage as CheckpointAverage
 from .coefficients.coefficients import Coefficients as Coefficients
 from .coefficients.coefficients import load_coefficients as load_coefficients
+from .coefficients.concrete_rows import ConcreteRows as ConcreteRows
 from .coefficients.constraints import Box as Box
 from .coefficients.constraints import Constraint as Constraint
 from .coefficients.constraints import Free as Free
@@ -109,6 +111,7 @@ from .preprocess import ModelStock as ModelStock
 from .preprocess import Opcm as Opcm
 from .preprocess import OptMerge as OptMerge
 from .preprocess import Pcb as Pcb
+from .preprocess import Pico as Pico
 from .preprocess import Piecewise as Piecewise
 from .preprocess import Preprocess as Preprocess
 from .preprocess import Ram as Ram

@@ -3,11 +3,22 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tests.align.twins import FAMILIES, change_by, locks, model, shuffles, spaces, under, weights
-from trainmerge.align import AttentionHeads, Gauge, Neurons, Pair, ResidualStream, align, anatomy
+from trainmerge.align import (
+    AttentionHeads,
+    Gauge,
+    Neurons,
+    NeuronScales,
+    Pair,
+    ResidualStream,
+    align,
+    anatomy,
+)
 from trainmerge.align.families import STREAM
 from trainmerge.align.gauge import rotation_and_scale, unlock
+from trainmerge.align.scales import distances, nearest_scales
 from trainmerge.align.unit_map import UnitMap
 
 KEPT = 1e-9  # float64 through two layers; matrices of a condition below 1e3
@@ -79,6 +90,54 @@ def test_a_locked_expert_is_unlocked(family: str) -> None:
         return sum(float((one[name] - expert[name]).square().sum()) for name in expert) ** 0.5
 
     assert distance(back) < 0.02 * distance(locked)
+
+
+GATED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"]
+
+
+def neuron_scales(module: PreTrainedModel, seed: int = 5) -> dict[str, UnitMap]:
+    """Random scales between 1/4 and 4 of every neuron's up and down."""
+    dice, maps = torch.Generator().manual_seed(seed), {}
+    for layer in spaces(module).layers:
+        scales = 4 ** (2 * torch.rand(24, 1, 1, generator=dice, dtype=torch.float64) - 1)
+        maps |= {f"{layer} up": UnitMap(torch.arange(24), scales)}
+        maps |= {f"{layer} down": UnitMap(torch.arange(24), 1 / scales)}
+    return maps
+
+
+@pytest.mark.parametrize("family", GATED)
+def test_scales_of_neurons_are_undone(family: str) -> None:
+    module = model(family)
+    base, expert = weights(module), nudged(weights(module), 0.005)
+    module.load_state_dict(expert, strict=False)
+    scaled = under(module, neuron_scales(module))
+    assert change_by(module, scaled) < KEPT  # the same function
+    found = align(Pair(spaces(module), base.__getitem__, scaled.__getitem__), [NeuronScales()])
+    assert found.gauges == 2  # both layers
+    assert found.after < 1.1 * Pair(spaces(module), base.__getitem__, expert.__getitem__).distance()
+    assert found.after < 0.1 * found.before
+    same = align(Pair(spaces(module), base.__getitem__, expert.__getitem__), [NeuronScales()])
+    assert same.is_identity
+    shuffled = under(module, neuron_scales(module) | shuffles(module, "neurons"))
+    both = align(Pair(spaces(module), base.__getitem__, shuffled.__getitem__), [Neurons(), NeuronScales()])
+    assert both.after < 0.1 * both.before
+
+
+def test_scales_are_for_gated_layers_only() -> None:
+    module = model("bert")
+    base, expert = weights(module), nudged(weights(module), 0.5)
+    assert align(Pair(spaces(module), base.__getitem__, expert.__getitem__), [NeuronScales(True)]).is_identity
+
+
+def test_the_nearest_scale_is_a_minimum() -> None:
+    dice = torch.Generator().manual_seed(2)
+    up, up0, down, down0 = (torch.randn(40, 6, generator=dice, dtype=torch.float64) for _ in range(4))
+    up0[:20], down0[:20] = 3 * up[:20], down[:20] / 3
+    best = nearest_scales(up, up0, down, down0)
+    torch.testing.assert_close(best[:20], torch.full((20,), 3.0, dtype=torch.float64))
+    least = distances(best, up, up0, down, down0)
+    for s in torch.logspace(-3, 3, 200, dtype=torch.float64):
+        assert (distances(s.expand(40), up, up0, down, down0) >= least - 1e-9 * least.abs()).all()
 
 
 def test_a_locked_and_shuffled_expert() -> None:

@@ -24,6 +24,7 @@ GROUPS = (
     "closed_memory",
     "closed_cost",
     "tradeoffs",
+    "niches",
     "scale",
     "export",
     "mergekit",

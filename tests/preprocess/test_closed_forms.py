@@ -270,8 +270,36 @@ def test_core_space_of_a_method_that_turns_along_is_the_method() -> None:
         close(dict(tm.CoreSpace(tm.Tsv(2 / 5))(given))["w"], want)
 
 
+def test_pico_by_its_formulas() -> None:
+    """Low-rank experts and one that is none, of one matrix."""
+    low, dense = adapters(2, 3)
+    taus = dense.deltas["w"].dense()
+    count = len(taus)
+    ups = torch.cat([0.5 * term.up for term in low.deltas["w"].terms if isinstance(term, LowRank)], dim=1)
+    u, s, _ = torch.linalg.svd(ups, full_matrices=False)
+    damped = 1 / (1 + (count - 1) * s.square() / s.square().sum())
+    calibration = torch.eye(12, dtype=torch.float64) + u @ torch.diag(damped - 1) @ u.T
+    want = calibration @ taus
+    want = want * (taus.flatten(1).norm(dim=1).mean() / want.sum(0).norm())
+    close(dict(tm.Pico(tm.Dare(0.0))(low))["w"], want, rtol=1e-5)
+
+
+def test_pico_of_equal_directions_is_the_mean_norm() -> None:
+    direction = torch.eye(6, 1, dtype=torch.float64)
+    rows = [
+        torch.randn(1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in range(3)
+    ]
+    terms = tuple(LowRank(direction, row, 1.0) for row in rows)
+    given = TaskVectors(tuple("abc"), {"w": Delta(torch.zeros(6, 4, dtype=torch.float64), terms)})
+    merged = dict(tm.Pico(tm.Dare(0.0))(given))["w"].sum(0)
+    total = torch.stack(rows).sum(0)[0]
+    size = torch.stack([row.norm() for row in rows]).mean()
+    close(merged[0], total * size / total.norm(), rtol=1e-5)
+    assert not merged[1:].any()
+
+
 def test_knots_and_core_space_refuse_methods_that_need_data() -> None:
-    for kind in (tm.Knots, tm.CoreSpace):
+    for kind in (tm.Knots, tm.CoreSpace, tm.Pico):
         with pytest.raises(ValueError, match="method without data"):
             kind(tm.Fisher())
 

@@ -178,6 +178,7 @@ UNTRIMMED = {
     "della": tm.Della(1.0, 0.0),
     "knots": tm.Knots(tm.Ties(1.0)),
     "localize": tm.LocalizeAndStitch(1.0),
+    "pico": tm.Pico(tm.Ties(1.0, merge="mean")),
     "ram+": tm.Ram(rescale=0.1),
     "sce": tm.Sce(),
     "svc": tm.Svc(scale=1.0),

@@ -8,6 +8,7 @@ from trainmerge.align.heads import AttentionHeads
 from trainmerge.align.neurons import Neurons, ResidualStream
 from trainmerge.align.pair import Anatomy, Pair, anatomy, stream_map
 from trainmerge.align.products import changes, is_locked
+from trainmerge.align.scales import NeuronScales
 
 __all__ = [
     "FAMILIES",
@@ -17,6 +18,7 @@ __all__ = [
     "Anatomy",
     "AttentionHeads",
     "Gauge",
+    "NeuronScales",
     "Neurons",
     "Pair",
     "ResidualStream",

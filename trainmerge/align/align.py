@@ -65,7 +65,9 @@ def _summary(pair: Pair) -> tuple[dict[str, str], int]:
         if kind := names.get(space.rpartition(" ")[2]):
             moved[kind] += own.moved
             total[kind] += len(own.order)
-    gauges = sum(own.matrices is not None for s, own in pair.maps.items() if s.endswith((" key", " value")))
+    gauges = sum(
+        own.matrices is not None for s, own in pair.maps.items() if s.endswith((" key", " value", " up"))
+    )
     return {kind: f"{count} of {total[kind]}" for kind, count in moved.items() if count}, gauges
 
 

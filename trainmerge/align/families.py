@@ -35,6 +35,14 @@ def linear(
     return {f"{name}.weight": tuple(weight), f"{name}.bias": (Touch(out, 0),) if out else ()}
 
 
+def scaled(tensors: Mapping[str, tuple[Touch, ...]], space: str) -> dict[str, tuple[Touch, ...]]:
+    """The tensors of a gated layer with a further space over their neurons, whose scale is free."""
+    return {
+        name: (*own, *(touch._replace(space=space) for touch in own if touch.space == "neurons"))
+        for name, own in tensors.items()
+    }
+
+
 def norm(name: str, space: str | None = STREAM) -> dict[str, tuple[Touch, ...]]:
     """Gain and shift of a norm, by their names of today and of early checkpoints."""
     own = (Touch(space, 0),) if space else ()
@@ -101,8 +109,8 @@ DECODER = Family(
     r"layers\.\d+",
     attention(*(f"self_attn.{kind}_proj" for kind in "qkvo"))
     | linear("mlp.gate_proj", "neurons", STREAM)
-    | linear("mlp.up_proj", "neurons", STREAM)
-    | linear("mlp.down_proj", STREAM, "neurons")
+    | scaled(linear("mlp.up_proj", "neurons", STREAM), "up")
+    | scaled(linear("mlp.down_proj", STREAM, "neurons"), "down")
     | norm("input_layernorm") | norm("post_attention_layernorm")
     | norm("pre_feedforward_layernorm") | norm("post_feedforward_layernorm")
     | norm("self_attn.q_norm", None) | norm("self_attn.k_norm", None),

@@ -97,7 +97,8 @@ def _without_config(path: Path, names: list[str]) -> Foreign | None:
     if "model_index.json" in names:
         inside = sorted(p.parent.name for p in path.glob(f"*/{DIFFUSERS}*"))
         parts = listed([f"{path.name}/{name}" for name in dict.fromkeys(inside)]) or "unet or transformer"
-        return Foreign("a pipeline of diffusers", (), f"Give the folder of one component: {parts}")
+        remedy = f"`trainmerge merge` takes it whole; here, give the folder of one component: {parts}"
+        return Foreign("a pipeline of diffusers", (), remedy)
     if weights := _diffusers(path, names):
         return Foreign("a component of diffusers", weights, "")
     if "consolidated.safetensors" in names:

@@ -19,6 +19,7 @@ def merge(
     tokenizer: str | None = None,
     vocabulary: Literal["same", "shared", "union"] | None = None,
     chat_template: str | None = None,
+    rank: int | None = None,
     faithful: bool = False,
     run: str | None = None,
     overwrite: bool = False,
@@ -33,7 +34,7 @@ def merge(
               trainmerge merge BASE EXPERT EXPERT --method ties --weight 0.5 --density 0.2 -o merged/
 
     Args:
-        paths: CONFIG OUT, MERGEKIT_FILE OUT, or BASE EXPERT... with -o OUT.
+        paths: CONFIG OUT, MERGEKIT_FILE OUT, or BASE EXPERT... with -o OUT, also of diffusers.
         out: The folder to create, also as -o.
         method: With models: linear, slerp, ties, dare_ties, breadcrumbs, ... as in mergekit's files.
         weight: With models: one weight, or a list with one per expert; by default 1 / experts.
@@ -43,6 +44,7 @@ def merge(
         tokenizer: With models: base, an EXPERT, or union; as the key of a recipe.
         vocabulary: With models: same, shared or union; as the key of a recipe.
         chat_template: With models: base, an EXPERT, or what mergekit's files may have.
+        rank: With diffusers LoRAs and -o FILE.safetensors: the most singular values per layer.
         faithful: The numbers of mergekit 0.1.5 where it differs by mistake; not with CONFIG.
         run: With CONFIG: the run folder; by default OUT-run.
         overwrite: Replace the folder if it exists.
@@ -55,13 +57,14 @@ def merge(
     given = {key: value for key, value in settings.items() if value is not None}
     of_models: dict[str, Any] = {"--weight": weight, "--density, --t, --parameters": given or None}
     words = {"tokenizer": tokenizer, "vocabulary": vocabulary, "chat_template": chat_template}
+    of_models["--rank"] = rank
     of_models |= {f"--{key.replace('_', '-')}": value for key, value in words.items()}
     form: dict[str, Any] = {
         "overwrite": overwrite, "workers": workers, "dtype": dtype, "shard_size": shard_size
     }  # fmt: skip
     if Path(paths[0]).is_dir() or (len(paths) > 1 and _is_model(paths[0])):
         _refuse({"--run": run}, "CONFIG", paths[0])
-        form |= {key: value for key, value in words.items() if value is not None}
+        form |= {key: value for key, value in {**words, "rank": rank}.items() if value is not None}
         made = _merge_models(paths, out, method, weight, given, faithful, form)
     else:
         of_models["--method"] = method if method != "task_arithmetic" else None

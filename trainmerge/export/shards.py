@@ -22,7 +22,7 @@ from torch import Tensor
 from trainmerge.checkpoints import Checkpoint
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.export.form import Form
-from trainmerge.export.tensors import Merged, Tensors, name_in_file, side_files
+from trainmerge.export.tensors import Tensors, name_in_file, side_files
 from trainmerge.kernels import Difference, LowRank, chunk_bounds
 from trainmerge.preprocess import Rule
 from trainmerge.system.background import ahead
@@ -168,7 +168,7 @@ def _in_order(merge: Tensors, names: Mapping[str, str]) -> Iterator[tuple[str, T
             yield key, piece
 
 
-def write_shards(merge: Merged, folder: Path, files: Iterable[str], workers: int = 1) -> dict[str, str]:
+def write_shards(merge: Tensors, folder: Path, files: Iterable[str], workers: int = 1) -> dict[str, str]:
     """Write these weight files of a merge into a folder, `workers` in parallel: name -> SHA-256."""
     names, shards = list(files), {**merge.shards, **merge.after}
     threads = torch.get_num_threads()

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from trainmerge.coefficients.anchor import Anchor
+from trainmerge.coefficients.concrete_rows import ConcreteRows
 from trainmerge.data.batch import Batch
 from trainmerge.fitting.module_tasks import ModuleTasks, Stream
 from trainmerge.fitting.step_gradient import StepGradient
@@ -46,6 +47,7 @@ class ModuleSteps:
         self.combine, self.coefficients = combine, tasks.merged.coefficients
         self.start = self.coefficients().detach().clone()  # [K, G]
         self.optimizer = optimizer(self.coefficients.parameters())
+        ConcreteRows.follow(self.optimizer, self.coefficients)
         self.scheduler = lr_scheduler(self.optimizer) if lr_scheduler else None
 
     def step(self, number: int) -> Mapping[str, float]:

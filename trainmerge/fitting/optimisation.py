@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from trainmerge.coefficients.concrete_rows import ConcreteRows
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.rehearsal import naming_key, rehearse_rule, rehearse_steps
 from trainmerge.system.ranges import FINITE, fault
@@ -29,6 +30,7 @@ def build_optimisation(module: MergeModule, device: torch.device | str = "cpu") 
     copied = torch.nn.Parameter(module.coefficients.raw.detach().clone().to(device))
     with naming_key("model.optimizer", module.make_optimizer):
         optimizer = module.make_optimizer(iter([copied]))
+        ConcreteRows.follow(optimizer, module.coefficients)
     settings, scheduler = str(optimizer), None
     if module.make_scheduler:
         with naming_key("model.lr_scheduler", module.make_scheduler):

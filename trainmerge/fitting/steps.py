@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from trainmerge.coefficients.anchor import Anchor
 from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.coefficients.concrete_rows import ConcreteRows
 from trainmerge.coefficients.frank_wolfe import FrankWolfe
 from trainmerge.data.batch import Batch, Step
 from trainmerge.data.calibration import Calibration
@@ -148,6 +149,7 @@ class CoefficientSteps(pl.LightningModule, ABC):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer of the coefficients, and its learning-rate schedule if there is one."""
         optimizer = self.make_optimizer(self.coefficients.parameters())
+        ConcreteRows.follow(optimizer, self.coefficients)
         if self.make_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer)}}

@@ -13,6 +13,7 @@ from trainmerge.export.explain import write_export_manifest
 from trainmerge.export.public import public, public_name
 from trainmerge.merging.document import Document
 from trainmerge.merging.located import parts_of
+from trainmerge.system.hub import is_hub_id
 
 CARD = "mergekit_config.yml"
 
@@ -59,8 +60,14 @@ def _sources(given: Document, local: Document) -> list[Source]:
         for own in (given, local)
     )
     return [
-        source_of(name, name, Path(folder)) for name, folder in dict(zip(names, folders, strict=True)).items()
+        source_of(_shown(name), name, Path(folder))
+        for name, folder in dict(zip(names, folders, strict=True)).items()
     ]
+
+
+def _shown(name: str) -> str:
+    """A model's name for strangers: its id, or the last part of its path."""
+    return name if is_hub_id(name) else public_name(name)
 
 
 def to_mergekit(document: Document) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from trainmerge.export.form import DtypeName
 from trainmerge.merging.document import Document
 from trainmerge.merging.document_card import explain_document
 from trainmerge.merging.located import located, parts_of
+from trainmerge.merging.merge_pipeline import merge_pipeline, merges_pipelines
 from trainmerge.merging.open_merge import open_merge, sides_of
 from trainmerge.merging.read_document import read_document
 from trainmerge.merging.vocabulary import outside
@@ -63,6 +64,8 @@ def merge_document(
     """`merge_file` for a document in memory."""
     target, local = Path(out), located(document)
     folders = _folders(local)
+    if merges_pipelines(local):
+        return merge_pipeline(document, local, target, overwrite, workers, faithful, dtype, shard_size)
     identity = digest(
         repr((document, faithful, dtype, shard_size, {f: stamps(Path(f)) for f in folders})), length=64
     )

@@ -10,13 +10,16 @@ from trainmerge.export.form import DtypeName
 from trainmerge.fitting.fit import fit
 from trainmerge.fitting.from_config import from_config
 from trainmerge.merging.document import Document
+from trainmerge.merging.located import located
 from trainmerge.merging.merge_file import merge_document
+from trainmerge.merging.merge_skills import merge_skills
 from trainmerge.merging.methods import METHODS
 from trainmerge.merging.read_document import check_single
 from trainmerge.merging.tokenizer import Tokenizer
 from trainmerge.report import write_report
 from trainmerge.run.config import read_yaml
 from trainmerge.system.access import check_folder_place
+from trainmerge.system.ranges import check_option
 
 OTHER_FILES = {  # key -> whose file it is
     "gate_mode": "a file of mergekit-moe; `trainmerge export RUN OUT --as moe` makes a mixture of a run",
@@ -39,13 +42,14 @@ def merge_models(
     tokenizer: str | None = None,
     vocabulary: Literal["same", "shared", "union"] = "same",
     chat_template: str | None = None,
+    rank: int | None = None,
 ) -> Path:
     """Merge experts of a base by a method of mergekit's files; the base itself is merged by `linear` too.
 
     Args:
         base: The base model's folder; by `linear` and `karcher`, the first model.
-        experts: Folders of models and adapters.
-        out: The folder to create.
+        experts: Folders of models and adapters; of a base of diffusers, its folders and LoRAs.
+        out: The folder to create. Of LoRAs of a diffusers pipeline, a `.safetensors` file is one LoRA.
         method: The method's name.
         weight: One weight for all experts, or one each; by default 1 / experts, where the method has weights.
         parameters: Further settings of the method, as in mergekit's files.
@@ -57,6 +61,7 @@ def merge_models(
         tokenizer: `base`, an expert's folder, or `union`; by default the base's as it is. As in a recipe.
         vocabulary: `same`, `shared` or `union`; as in a recipe.
         chat_template: `base` or an expert's folder; also what `chat_template` of mergekit's files may be.
+        rank: Of one LoRA of several, the most singular values per layer; by default all, exactly.
 
     Raises:
         ValueError: as `merge_file`.
@@ -67,11 +72,17 @@ def merge_models(
     source = "union" if vocabulary == "union" and tokenizer is None else tokenizer
     if vocabulary == "union" and source == "base":
         raise ValueError("vocabulary is union, and tokenizer base: leave out one of them")
+    file = Path(out).suffix == ".safetensors"
+    if rank is not None and not file:
+        raise ValueError("rank is of one LoRA of several: name a .safetensors file with -o")
     document = replace(
         _document(str(base), names, method, weight, dict(parameters or {})),
         tokenizer=Tokenizer(source, chat_template=chat_template),
         vocabulary="shared" if vocabulary == "shared" else "same",
     )
+    if file:
+        check_option("rank", rank, int | None, "[1, inf)")
+        return merge_skills(located(document), Path(out), overwrite, dtype, rank)
     return merge_document(document, out, overwrite, workers, faithful, dtype, shard_size)
 
 

@@ -16,7 +16,7 @@ from trainmerge.export.shards import finite
 from trainmerge.export.tensors import OnlyModel
 from trainmerge.kernels import ExpertWeight, Untouched
 from trainmerge.merging.document import Document
-from trainmerge.merging.group import OWN, Alternatives, Group
+from trainmerge.merging.group import OWN, Alternatives, Group, Rule
 from trainmerge.merging.values import places
 from trainmerge.merging.vocabulary import choose_tokenizer
 from trainmerge.system.safetensors_file import TensorInfo, read_ahead
@@ -61,11 +61,7 @@ class DocumentMerge(OnlyModel):
             yield finite(name, self.base.read(name).to(dtype), info.dtype)
             return
         rule = self.document.definition.rule(group, self.faithful)
-        for piece in group.pieces():
-            out = rule(piece).to(dtype)
-            if not bool(torch.isfinite(out).all()):
-                raise ValueError(f"{name}: the merged tensor is not finite; check the weights, or the models")
-            yield out if info.shape else out.view(info.shape)
+        yield from merged_pieces(name, group, rule, dtype, info.shape)
 
     def read_ahead_of(self, name: str) -> None:
         """Ask the kernel to read ahead the pages that `pieces` will need."""
@@ -74,6 +70,21 @@ class DocumentMerge(OnlyModel):
         for term in group.delta.terms if group else ():
             if isinstance(term, ExpertWeight):
                 read_ahead(term.weight)
+
+
+def merged_pieces(
+    name: str, group: Group, rule: Rule, dtype: torch.dtype, shape: torch.Size
+) -> Iterator[Tensor]:
+    """A merged tensor as consecutive pieces of rows.
+
+    Raises:
+        ValueError: a merged number is not finite.
+    """
+    for piece in group.pieces():
+        out = rule(piece).to(dtype)
+        if not bool(torch.isfinite(out).all()):
+            raise ValueError(f"{name}: the merged tensor is not finite; check the weights, or the models")
+        yield out if shape else out.view(shape)
 
 
 def open_merge(
@@ -100,7 +111,7 @@ def open_merge(
             f"slices: the layers end at {document.layers}, and {base.path} has {depth}; only slices over all "
             "layers are supported"
         )
-    shared, each = _settings(document)
+    shared, each = settings_of(document)
     groups = {
         name: Group(
             _delta(vectors, base, name, len(others)), order, tuple(merged), document.based, located[name],
@@ -112,7 +123,7 @@ def open_merge(
     return DocumentMerge(base, Form(chosen, shard_size), document, groups, faithful)  # type: ignore[arg-type]
 
 
-def _settings(document: Document) -> tuple[dict[str, object], dict[str, tuple[object, ...]]]:
+def settings_of(document: Document) -> tuple[dict[str, object], dict[str, tuple[object, ...]]]:
     """The settings of all models, and of each, with the values that count after them."""
     method, given = document.definition, document.parameters
 
@@ -132,10 +143,13 @@ def _delta(vectors: TaskVectors, base: Checkpoint, name: str, count: int) -> Del
     """A parameter's differences; one that no model changed has them too."""
     found = vectors.deltas.get(name)
     delta = found or Delta(base.read(name), tuple(Untouched() for _ in range(count)))
-    return delta if delta.base.dim() else _as_vector(delta)
+    return as_vector(delta)
 
 
-def _as_vector(delta: Delta) -> Delta:
+def as_vector(delta: Delta) -> Delta:
+    """A parameter's differences, with one entry in place of none in its shape."""
+    if delta.base.dim():
+        return delta
     terms = tuple(
         ExpertWeight(term.weight.view(1)) if isinstance(term, ExpertWeight) else term for term in delta.terms
     )

@@ -18,6 +18,7 @@ from trainmerge.preprocess.magmax import MagMax
 from trainmerge.preprocess.opcm import Opcm
 from trainmerge.preprocess.optmerge import OptMerge
 from trainmerge.preprocess.pcb import Pcb
+from trainmerge.preprocess.pico import Pico
 from trainmerge.preprocess.piecewise import Piecewise, Rule
 from trainmerge.preprocess.ram import Ram
 from trainmerge.preprocess.rcp import Rcp
@@ -53,6 +54,7 @@ __all__ = [
     "Opcm",
     "OptMerge",
     "Pcb",
+    "Pico",
     "Piecewise",
     "Preprocess",
     "Ram",

@@ -69,7 +69,7 @@ class InSpace(Preprocess):
             if not delta.matrices:
                 deltas[name] = delta
                 continue
-            parts = list(_matrices(delta))
+            parts = list(matrices_of(delta))
             spaces[name] = [self.space(part.terms, part.base) for part in parts]
             for number, (part, space) in enumerate(zip(parts, spaces[name], strict=True)):
                 inner = [space.inside(dense_term(term, part.base)) for term in part.terms]
@@ -116,7 +116,7 @@ class CoreSpace(InSpace):
 
     @override
     def space(self, terms: tuple[Term, ...], base: Tensor) -> Space:
-        factors = [_factors(term, base) for term in terms]
+        factors = [factors_of(term, base) for term in terms]
         return Space(_basis([up for up, _ in factors]), _basis([down.T for _, down in factors]))
 
 
@@ -126,7 +126,7 @@ def _basis(parts: list[Tensor]) -> Tensor:
     return u if u.shape[1] else torch.eye(len(u), 1, dtype=torch.float64)
 
 
-def _factors(term: Term, base: Tensor) -> tuple[Tensor, Tensor]:
+def factors_of(term: Term, base: Tensor) -> tuple[Tensor, Tensor]:
     """[m, *] and [*, n], which span a difference's columns and rows."""
     if isinstance(term, Untouched):
         return base.new_zeros(len(base), 1), base.new_zeros(1, base.shape[1])
@@ -138,11 +138,11 @@ def _factors(term: Term, base: Tensor) -> tuple[Tensor, Tensor]:
 
 def _left(term: Term, base: Tensor) -> Tensor:
     """[m, *] with a difference's left singular vectors and values; a low-rank one is not formed."""
-    up, down = _factors(term, base)
+    up, down = factors_of(term, base)
     return up @ torch.linalg.qr(down.T)[1].T if isinstance(term, LowRank) else up
 
 
-def _matrices(delta: Delta) -> Iterator[Delta]:
+def matrices_of(delta: Delta) -> Iterator[Delta]:
     """Each matrix of a parameter, outputs x inputs."""
     if len(delta.shape) == 2 and delta.role != "transposed":
         yield delta

@@ -164,7 +164,7 @@ def sentence(record: Mapping[str, Any]) -> str:
     if not record["moved"] and not record["gauges"]:
         return "in line with the base already: nothing was moved"
     done = [f"{count} {kind} moved" for kind, count in record["moved"].items()]
-    done += [f"{record['gauges']} pairs of attention factors unlocked"] if record["gauges"] else []
+    done += [f"{record['gauges']} pairs of factors unlocked"] if record["gauges"] else []
     return (
         f"{', '.join(done)}; its distance from the base is {record['after']:.4g}, it was "
         f"{record['before']:.4g}; its outputs on {record['checked']} change by {record['change']:.1e}"

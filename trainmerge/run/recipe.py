@@ -54,7 +54,7 @@ class Recipe:
         pad_to_multiple: Rows of the embedding are a multiple of this number.
         tokens: Token -> the row of models that lack it, or of all; by default as under `tokenizer`.
         align: What lines full experts up with the base before task vectors are taken: `Neurons`,
-            `AttentionHeads`, `ResidualStream`, `Gauge`. Their functions stay the same.
+            `AttentionHeads`, `ResidualStream`, `Gauge`, `NeuronScales`. Their functions stay the same.
     """
 
     base: str
