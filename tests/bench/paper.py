@@ -1,7 +1,8 @@
 """The tables of notebooks/docs/many-gpus.md: time of a step on paper, by `reside`; nothing is measured here.
 
-P is in bytes of bfloat16; activations are counted as one stored input a block (they are recomputed). What is sent
-runs beside forwards and backwards (`plan.overlap`); tasks take turns where a device has the whole model.
+P is in bytes of bfloat16; activations are counted as one stored input per block (they are recomputed).
+What is sent runs beside forwards and backwards (`plan.overlap`); tasks take turns where a device has the
+whole model.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Layers of multi-token prediction in a mixture's files: kept in merges, left out of shrunk ones; it is said."""
+"""Layers of multi-token prediction in a mixture: merges keep them, shrinking drops them; both say so."""
 
 import json
 import warnings

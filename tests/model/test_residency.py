@@ -141,7 +141,7 @@ def test_tasks_that_take_turns_have_the_same_bits(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One backward for all tasks: every block crosses the link once per pass, and wherever it is held."""
-    sizes = read_bytes(build(world, tmp_path / "sizes")[0])
+    sizes = vector_bytes(build(world, tmp_path / "sizes")[0])
     whole, ahead = sum(sizes.values()), largest_block(sizes)
     found = {}
     for where in ("device", "host", "file", "half"):

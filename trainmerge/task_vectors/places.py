@@ -59,9 +59,10 @@ def rows_within(name: str, shape: tuple[int, ...], rows: slice) -> tuple[slice, 
     index, turned = _parsed(name)
     first, count = index[0], whole.shape[0]
     one = isinstance(first, int)
-    if (turned and whole.dim() == 2 and not one) or (not one and first.step not in (None, 1)):
+    span = slice(first, first + 1) if isinstance(first, int) else first
+    if (turned and whole.dim() == 2 and not one) or span.step not in (None, 1):
         raise ValueError(f"{name}: its rows are no rows of the parameter, so it cannot be sharded by rows")
-    begin = first if one else first.start or 0
+    begin = span.start or 0
     low, high = max(begin, rows.start), min(begin + (1 if one else count), rows.stop)
     if low >= high:
         return slice(0, 0), count, ""
