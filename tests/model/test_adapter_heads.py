@@ -4,6 +4,7 @@ Legend: `B` examples.
 """
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from tests.heads_world import ARCHITECTURES, make, texts, write_rows, write_tokenizer
@@ -118,3 +120,12 @@ def test_a_layer_that_nobody_saved(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"would be random: bert\.pooler\.dense\.weight"):
         prepared(recipe)
+
+
+def test_a_pickled_adapter_that_peft_merges_has_its_head(tmp_path: Path) -> None:
+    """Its weights are merged into the workspace; its head is read from its own file."""
+    recipe = write_adapter(tmp_path, "Bert", "SEQ_CLS", "ForSequenceClassification", ["query"], use_dora=True)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    assert list(replace(recipe, allow_pickle=True).open(tmp_path / "workspace").own_heads) == ["a"]

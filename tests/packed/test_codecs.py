@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainmerge.kernels import Difference, LowRankCodec, Term, Untouched
+from trainmerge.kernels import Difference, LowRank, Term, Untouched
 from trainmerge.packed import parameter as parameters
 from trainmerge.packed.bits import pack_bits, pack_trits, unpack_bits, unpack_trits
 from trainmerge.packed.codec import Codec, EncodedParameter, decode, errors
@@ -186,7 +186,7 @@ def test_ties_and_zeros_of_signs() -> None:
 
 def test_factors_of_adapters_are_exact_and_others_lack_the_tail() -> None:
     up, down = heavy((30, 3), 0), heavy((3, 20), 1)
-    lora: Term = LowRankCodec(up, down, 2.0)
+    lora: Term = LowRank(up, down, 2.0)
     dense = heavy((30, 20), 2)
     parameter = Parameter("w", Delta(torch.zeros(30, 20), (lora, Difference(dense), Untouched())))
     made = Factored(rank=4, dtype=torch.float32).encode(parameter)
