@@ -1,10 +1,13 @@
 """`make fuzz`: mutated files at every door end in the project's own error, or are read; nothing else.
 
 `python -m tests.fuzz --count 100000 --seconds 600 --only pickle`: inputs per door, as many as fit the time.
-Each batch runs in its own process, so that a crash is counted; one line per door.
+Each batch runs in its own process, so that a crash is counted; one line per door. `--keep FILE` writes the
+counts to a JSON file after each batch, and goes on after the inputs that are in it.
 """
 
 import argparse
+import gc
+import json
 import os
 import random
 import signal
@@ -15,10 +18,14 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import CRITICAL
 from pathlib import Path
+
+import datasets
 
 from tests.fuzz_doors import Door, doors
 from tests.fuzz_mutations import mutate
+from trainmerge.system.atomic import write_whole
 from trainmerge.system.text import words_of
 
 LIMIT = 20.0  # seconds that one input may take
@@ -109,31 +116,48 @@ def main() -> int:
     options.add_argument("--count", type=int, default=100_000)
     options.add_argument("--seconds", type=float, default=3600.0, help="per door")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--only", default="")
+    options.add_argument("--only", default="", help="doors whose name contains this")
+    options.add_argument("--door", action="append", default=[], help="a door's whole name, repeated")
     options.add_argument("--examples", type=Path, default=Path("build/fuzz"))
+    options.add_argument("--keep", type=Path, help="a JSON file of counts, to add to")
     given = options.parse_args()
     given.examples.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
+    datasets.logging.set_verbosity(CRITICAL)
     failed = 0
     with tempfile.TemporaryDirectory() as place:
-        for name, door in doors(Path(place)).items():
-            if given.only and given.only not in name:
-                continue
-            end, found, seed = time.monotonic() + given.seconds, Counter[str](), given.seed
+        every = doors(Path(place))
+        gc.freeze()  # what was made so far is no garbage, which each batch would look for anew
+        for name in given.door or [name for name in every if given.only in name]:
+            found = _seen(given.keep, name)
+            end = time.monotonic() + given.seconds
             while found.total() < given.count and time.monotonic() < end:
-                found += batch(
-                    door, range(seed, seed + min(BATCH, given.count - found.total())), given.examples
-                )
-                seed += BATCH
-            others = {ended: count for ended, count in found.items() if ended not in FINE}
-            failed += bool(others)
-            print(
-                f"{name}: {found.total()} inputs, {dict(found & Counter(dict.fromkeys(FINE, 10**9)))}",
-                flush=True,
-            )
-            for ended, count in others.items():
-                print(f"    {count} x {ended}", flush=True)
+                first = given.seed + found.total()
+                size = min(BATCH, given.count - found.total())
+                found += batch(every[name], range(first, first + size), given.examples)
+                _keep(given.keep, name, found)
+            failed += _said(name, found)
     return int(failed > 0)
+
+
+def _seen(kept: Path | None, name: str) -> Counter[str]:
+    return Counter(json.loads(kept.read_text()).get(name, {}) if kept and kept.exists() else {})
+
+
+def _keep(kept: Path | None, name: str, found: Counter[str]) -> None:
+    if kept:
+        every = json.loads(kept.read_text()) if kept.exists() else {}
+        write_whole(kept, json.dumps({**every, name: dict(found)}, indent=1))
+
+
+def _said(name: str, found: Counter[str]) -> bool:
+    """Print a door's counts; whether an input ended in something else."""
+    others = {ended: count for ended, count in found.items() if ended not in FINE}
+    fine = {ended: count for ended, count in found.items() if ended in FINE}
+    print(f"{name}: {found.total()} inputs, {fine}", flush=True)
+    for ended, count in others.items():
+        print(f"    {count} x {ended}", flush=True)
+    return bool(others)
 
 
 if __name__ == "__main__":

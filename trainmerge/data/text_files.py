@@ -107,8 +107,12 @@ def _in_memory(source: Path, kind: str, options: Mapping[str, Any]) -> datasets.
         rows = datasets.load_dataset(
             kind, data_files=str(link), split="train", streaming=True, cache_dir=place, **options
         )
-        tables = [datasets.Dataset(table) for table in rows.with_format("arrow").iter(batch_size=ROWS)]
-    return datasets.concatenate_datasets(tables) if tables else datasets.Dataset.from_dict({})
+        tables = [*rows.with_format("arrow").iter(batch_size=ROWS)]
+    if not tables:
+        return datasets.Dataset.from_dict({})
+    # A fingerprint that is given spares the hash of all rows, which names cached copies that we never write.
+    parts = [datasets.Dataset(table, fingerprint=f"{i:016x}") for i, table in enumerate(tables)]
+    return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
 def _begins_with_null(source: Path) -> bool:
@@ -160,10 +164,12 @@ def _quiet() -> Iterator[None]:
     """Disable progress bars, and the log lines of errors that we raise ourselves."""
     shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(CRITICAL)
+    if verbosity != CRITICAL:
+        datasets.logging.set_verbosity(CRITICAL)
     try:
         yield
     finally:
-        datasets.logging.set_verbosity(verbosity)
+        if verbosity != CRITICAL:
+            datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()

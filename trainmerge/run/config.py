@@ -7,6 +7,7 @@ version 0.1.0 have `trainmerge.preprocess.ties.Ties`; both are read as the same 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -155,12 +156,18 @@ def read_config(cls: type[T], key: str, path: Path) -> T:
     data = read_settings(path)
     if not isinstance(data, dict) or key not in data:
         raise ValueError(f"{path}: no section {key!r} in it")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, key)
-    section = public_paths(data[key])
+    parser, section = _parser(cls, key), public_paths(data[key])
     with files_checked({path: section}):
         try:
             result: T = parser.instantiate(parser.parse_object({key: section}))[key]
         except Exception as error:  # jsonargparse raises many types; all mean that the file is wrong
             raise ValueError(f"{path}: {reason(error, LONGEST)}") from error
     return result
+
+
+@cache
+def _parser(cls: type[Any], key: str) -> ArgumentParser:
+    """Made once: it takes longer than most files."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, key)
+    return parser
