@@ -157,5 +157,5 @@ def test_pairs_of_texts(tmp_path):
     want = tokenize.transformers(["good bad", "good"], ["red blue green", "red"], padding=True)
     assert encoded.inputs["input_ids"].tolist() == want["input_ids"]
     assert encoded.mask.sum(1).tolist() == [8, 5]
-    assert longest(tokenize, [pair], 6) == 8
+    assert longest(tokenize, [pair]) == 8
     assert Tokenizer(str(tmp_path), 6).encode([pair]).inputs["input_ids"].shape == (1, 6)

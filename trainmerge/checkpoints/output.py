@@ -11,6 +11,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from trainmerge.checkpoints.meta_model import architecture_of
 from trainmerge.checkpoints.model_config import read_model_config
+from trainmerge.checkpoints.positions import Positions, positions_of
 
 Kind = Literal[
     "causal language model",
@@ -69,6 +70,7 @@ class Output(NamedTuple):
         embedding: The size of its pooled output, if config.json names it.
         needs: Inputs besides `input_ids` that its forward has no default for: BLIP-2's pictures.
         ends: Whether it classifies by the last position, which is padding in a batch (XLNet).
+        positions: How many tokens it has positions for.
     """
 
     architecture: str
@@ -81,6 +83,7 @@ class Output(NamedTuple):
     embedding: int | None = None
     ends: bool = False
     needs: tuple[str, ...] = ()
+    positions: Positions = Positions()
 
     @property
     def logits(self) -> bool:
@@ -120,6 +123,7 @@ def output_of_class(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Ou
         embedding=getattr(config, "projection_dim", hidden) if projected else hidden,
         ends="sequence_summary" in names_in_forward(kind) and getattr(config, "summary_type", "") == "last",
         needs=tuple(name for name in required if name not in ("self", "input_ids")),
+        positions=positions_of(kind, config),
     )
 
 

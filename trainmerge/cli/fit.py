@@ -17,6 +17,7 @@ from trainmerge.cli.fit_words import fit_words
 from trainmerge.fitting.fit import fit
 from trainmerge.fitting.fit_parser import FitCLI
 from trainmerge.fitting.from_config import FitSettings, build_settings, from_config
+from trainmerge.fitting.model_settings import check_data
 from trainmerge.fitting.plan_fit import plan_fit
 from trainmerge.fitting.plan_steps import plan_steps
 from trainmerge.fitting.preflight import check_heads, check_tasks
@@ -89,6 +90,7 @@ def plan_of(settings: FitSettings) -> Plan:
     module, data, trainer = settings.module, settings.data, settings.trainer
     if trainer.max_steps:
         check_heads(module)
+        check_data(module.recipe, module.opened, data, module.settings.sharded)
         check_tasks(module, data)
     return plan_steps(module, data, trainer) or plan_fit(module, data, precision_of(trainer))
 

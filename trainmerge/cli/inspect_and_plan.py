@@ -61,7 +61,7 @@ def plan(
     model: str,
     experts: int,
     batch: int = 1,
-    length: int = 1024,
+    length: int | None = None,
     devices: int = 1,
     device: str = "here",
     recompute: bool = False,
@@ -76,7 +76,7 @@ def plan(
         model: A folder with config.json, or an id of the hub; no weights are needed.
         experts: The number of full experts.
         batch: Examples per expert and step, over all devices.
-        length: Tokens per example.
+        length: Tokens per example; by default 1024, or the model's positions if it has fewer.
         devices: The number of devices that share the model and the examples.
         device: The device's speeds: `here` is measured, `a100`, `h100`, `h200`, `l4` are from data sheets.
         recompute: Activation checkpointing: recompute blocks in the backward.

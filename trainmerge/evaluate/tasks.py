@@ -11,6 +11,7 @@ from trainmerge.data.columns import Columns
 from trainmerge.data.examples import Example, read_examples
 from trainmerge.data.media import without_text
 from trainmerge.data.text_files import load_examples
+from trainmerge.data.token_checks import check_lengths
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.answers import COLUMN, read_answers
 from trainmerge.evaluate.measure import kind_of_head, metric_of, predicted
@@ -128,6 +129,11 @@ class TestFiles:
             raise ValueError(
                 f"{file}: {len(unreadable)} of {len(examples)} cannot be read, the first: {unreadable[0]}"
             )
+        try:
+            own = self.output.positions, self.output.architecture
+            check_lengths(self.tokenize, examples, *own, "--max-length")
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
         for i, example in enumerate(examples):
             blank = not (alone or example.text.strip())
             blank |= example.target is not None and not example.target.strip()

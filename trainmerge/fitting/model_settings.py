@@ -11,13 +11,12 @@ from trainmerge.coefficients.initial import Initial
 from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.calibration import Calibration
 from trainmerge.data.generate import generate_problems
-from trainmerge.data.token_checks import longest
+from trainmerge.data.token_checks import check_lengths
 from trainmerge.model.residency import Vectors
 from trainmerge.model.teachers import BUDGET
 from trainmerge.preprocess import Informed
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
-from trainmerge.system.plain_data import text_settings
 from trainmerge.system.ranges import check_fields, check_option
 from trainmerge.task_vectors.quantise import Quantise
 
@@ -101,15 +100,14 @@ def check_data(recipe: Recipe, opened: Opened, data: Calibration, sharded: bool 
             f"data.tokenizer is {data.tokenizer}, and the recipe chooses another for the merge: set it to "
             "recipe.tokenizer_folder(Path(module's workspace))"
         )
-    limit = text_settings(opened.base.config).get("max_position_embeddings")
+    output = output_of(opened.base.path)
     for name, examples in zip(data.files, data.examples, strict=True):
         if name in data.unwritten:  # no longer than the model reads
             continue
-        if limit and (tokens := longest(data.tokenize, examples, limit)) > limit:
-            raise ValueError(
-                f"{data.files[name]}: an example of {tokens} tokens is over the model's limit of "
-                f"{limit} (max_position_embeddings): set data.max_length to {limit} or less"
-            )
+        try:
+            check_lengths(data.tokenize, examples, output.positions, output.architecture, "data.max_length")
+        except ValueError as error:
+            raise ValueError(f"{data.files[name]}: {error}") from error
 
 
 def check_writers(opened: Opened, data: Calibration, sharded: bool) -> None:

@@ -11,7 +11,6 @@ from trainmerge.objectives import Objective
 from trainmerge.run.heads import task_heads
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
-from trainmerge.system.plain_data import text_settings
 from trainmerge.system.ranges import check_fields
 
 
@@ -74,7 +73,7 @@ def _problems(
     columns = data.columns
     if others := [name for name in (columns.target, columns.pair, *columns.media) if name]:
         yield f"prompts are texts or chats, and data.columns has {others}: leave them out"
-    limit = text_settings(opened.base.config).get("max_position_embeddings")
+    limit = output.positions.text
     if (
         limit
         and min(data.max_length, limit) + settings.length > limit

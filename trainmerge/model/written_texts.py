@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from trainmerge.checkpoints import output_of_class
 from trainmerge.data.chat import around_turn
 from trainmerge.data.columns import Columns
 from trainmerge.data.generate import Generate
@@ -109,8 +110,8 @@ class Writer:
 
     def _sample(self, prompts: list[list[int]], seeds: Sequence[int], ends: set[int]) -> list[list[int]]:
         """What the model writes after the prompts, within the length of the examples."""
-        settings: Any = self.module.config
-        limit = getattr(settings.get_text_config(), "max_position_embeddings", None)
+        module: Any = self.module
+        limit = output_of_class(type(module), module.config).positions.text
         most = min(self.tokenize.max_length, limit or self.tokenize.max_length)
         kept = [row[: max(1, most - 1)] for row in prompts]
         length = max(1, min(self.wanted.length, most - max(map(len, kept))))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainmerge.checkpoints import build_meta_model
+from trainmerge.checkpoints import build_meta_model, output_of
 from trainmerge.data.batch import Batch
 from trainmerge.model.activation_checkpointing import recompute_blocks
 from trainmerge.model.residency import Vectors
@@ -21,12 +21,14 @@ from trainmerge.system.console import print_table
 from trainmerge.system.hub import folder_of
 from trainmerge.system.ranges import check_option
 
+LENGTH = 1024  # tokens, by default
+
 
 def plan_model(
     folder: str | Path,
     experts: int,
     batch: int = 1,
-    length: int = 1024,
+    length: int | None = None,
     device: Device | None = None,
     devices: int = 1,
     schedule: StepSchedule | None = StepSchedule(),  # noqa: B008 - frozen
@@ -39,7 +41,8 @@ def plan_model(
             are needed.
         experts: K.
         batch: Examples per expert and step, over all devices.
-        length: Tokens per example; pictures have the size that config.json names.
+        length: Tokens per example; pictures have the size that config.json names. By default 1024, or as many
+            as the model has positions for.
         device: The device whose speeds give the times; by default this processor, measured.
         devices: The number of devices that share model and examples.
         schedule: How a step is split into backwards; None chooses as a fit does where the device's memory is
@@ -47,13 +50,19 @@ def plan_model(
         vectors: Where base and task vectors are held.
 
     Raises:
-        ValueError: transformers does not know the architecture, or a number is not positive.
+        ValueError: transformers does not know the architecture, a number is not positive, or `length` is more
+            than the model has positions for.
     """
-    counts = {"experts": experts, "batch": batch, "length": length, "devices": devices}
+    counts = {
+        "experts": experts,
+        "batch": batch,
+        "length": LENGTH if length is None else length,
+        "devices": devices,
+    }
     for name, count in counts.items():
         check_option(name, count, int, "[1, inf)")
     files = folder_of(folder, weights=False)
-    dtype = _dtype(build_meta_model(files))
+    dtype, tokens = _dtype(build_meta_model(files)), _tokens(files, length)
     here = device or measured(dtype)
 
     def planned(chosen: StepSchedule) -> Plan:
@@ -61,7 +70,7 @@ def plan_model(
         own = {name: p.numel() * dtype.itemsize for name, p in meta_model.named_parameters()}
         read = {name: (experts + 1) * count for name, count in own.items()}
         sizes = sizes_of(meta_model, own, read, own, experts, experts * len(own), sum(read.values()))
-        inputs = _inputs(meta_model, -(-batch // devices), length)
+        inputs = _inputs(meta_model, -(-batch // devices), tokens)
         if chosen.recompute:
             recompute_blocks(meta_model)
         parts = list(rounds([_batch(k, inputs) for k in range(experts)], chosen))
@@ -74,6 +83,20 @@ def plan_model(
         return planned(schedule or StepSchedule())
     tasks = StepTasks(experts, -(-batch // devices))
     return fastest(OpenSchedule(), tasks, planned, int(USABLE * here.memory))[0]
+
+
+def _tokens(folder: Path, length: int | None) -> int:
+    """The tokens of an example."""
+    output = output_of(folder)
+    most = min((count for count in output.positions if count is not None), default=None)
+    if length is None or output.reads == "media":
+        return min(length or LENGTH, most or LENGTH)
+    if most is not None and length > most:
+        raise ValueError(
+            f"{folder}: {output.architecture} has {most} positions, and --length is {length}: set it to "
+            f"{most} or less"
+        )
+    return length
 
 
 def _dtype(meta_model: nn.Module) -> torch.dtype:

@@ -156,7 +156,8 @@ def read_config(cls: type[T], key: str, path: Path) -> T:
     data = read_settings(path)
     if not isinstance(data, dict) or key not in data:
         raise ValueError(f"{path}: no section {key!r} in it")
-    parser, section = _parser(cls, key), public_paths(data[key])
+    kind: Any = cls  # mypy knows no type[T] as a key
+    parser, section = _parser(kind, key), public_paths(data[key])
     with files_checked({path: section}):
         try:
             result: T = parser.instantiate(parser.parse_object({key: section}))[key]
