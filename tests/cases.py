@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -81,13 +82,14 @@ CHANGED = (  # what a script expects of the card or needs on disk, and why anoth
         "root = W / n; row = []",
         "root = W / n; row = []; (root / 'base').exists() or setup(n, F[n], root)",
     ),
-    ('("UPGrad",UPGrad()),', ""),  # its projection needs qpsolvers, which is not installed
     (  # a run to mutate, which no script makes
         "cks = list(",
         "run(['fit', '--config', config(world(), ROOT / 'ref0.yaml', steps=4, save_every=2), "
         "'--run', ROOT / 'ref0'])\ncks = list(",
     ),
 )
+if find_spec("quadprog") is None:  # of pip install .[conflicts]
+    CHANGED = (*CHANGED, ('("UPGrad",UPGrad()),', ""))
 IMPORT = re.compile(r"from trainmerge(?:\.[\w.]+)? import (\w+(?: *, *\w+)*)")
 
 
@@ -129,7 +131,7 @@ def run(script: Path, place: Path) -> dict[str, object]:
     """The answer of one script, which may write to `place`, and its seconds."""
     words = WORDS.get(script.name, "").split()
     environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(place),
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TMPDIR": str(place),
         "CASES": str(place / "work"),
     }  # fmt: skip
     began = time.monotonic()

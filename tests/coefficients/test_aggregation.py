@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchjd.aggregation import MGDA, CAGrad, Mean, PCGrad, Sum
 
 import trainmerge as tm
+from tests.contracts import relative_error
 from tests.fitting.test_fit import fit_world
 from tests.world import languages_recipe, write_languages, write_world
 from trainmerge.coefficients.aggregation import combined
@@ -89,6 +90,30 @@ def test_cagrad_is_near_the_mean_and_good_for_the_worst() -> None:
     around = mean + 0.5 * mean.norm() * torch.stack([angles.cos(), angles.sin()], dim=1)
     best = around[(around @ rows.T).amin(1).argmax()]
     torch.testing.assert_close(combined(ROWS, CAGrad(c=0.5), 0), best[None], rtol=5e-3, atol=5e-3)
+
+
+def projected_onto_the_dual_cone(row: Tensor, rows: Tensor) -> Tensor:
+    """The v nearest to a row [n] with <g, v> >= 0 for all rows [m, n]: row + some rows, by trying all."""
+    found = [row]
+    for mask in range(1, 2 ** len(rows)):
+        some = rows[[i for i in range(len(rows)) if mask >> i & 1]]
+        weights = torch.linalg.solve(some @ some.T, -some @ row)
+        found += [row + weights @ some] * bool((weights >= 0).all())
+    feasible = [v for v in found if (rows @ v >= -1e-9 * rows.norm() * v.norm()).all()]
+    return min(feasible, key=lambda v: float((v - row).norm()))
+
+
+def test_upgrad_projects_each_row_onto_the_dual_cone() -> None:
+    """The mean of the projections, in float64; TorchJD's solver adds 1e-4 to the Gramian."""
+    pytest.importorskip("quadprog", reason="pip install .[conflicts]")
+    from torchjd.aggregation import UPGrad
+
+    dice = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        rows = torch.randn(3, 2, 6, generator=dice)
+        flat = rows.flatten(1).double()
+        want = torch.stack([projected_onto_the_dual_cone(row, flat) for row in flat]).mean(0).view(2, 6)
+        assert relative_error(combined(rows, UPGrad(), 0).double(), want) < 1e-3
 
 
 def test_rules_that_weigh_change_what_is_learned(tmp_path: Path) -> None:

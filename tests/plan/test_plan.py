@@ -13,7 +13,7 @@ from tests.bounds import SCORE, fitted_bound
 from tests.fitting.test_fit import build, learned
 from tests.model_families import FAMILIES
 from tests.picture_world import vit
-from tests.world import languages_recipe, recipe, write_languages, write_world
+from tests.world import bert, languages_recipe, recipe, write_languages, write_world
 from trainmerge.data.batch import Batch
 from trainmerge.fitting.plan_fit import plan_fit
 from trainmerge.fitting.plan_steps import cut_steps
@@ -285,6 +285,19 @@ def test_a_classifier_of_pictures_from_its_configuration(tmp_path: Path) -> None
             needs[size, batch] = plan.dry_run.flops
     assert needs[32, 3] == 3 * needs[32, 1]
     assert needs[64, 1] > 3 * needs[32, 1]  # 65 positions in place of 17
+
+
+def test_a_plan_has_no_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
+    bert().config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    here = Device("none", 1.0, 1.0)
+    with pytest.raises(
+        ValueError, match=r"BertForMaskedLM has 32 positions, and --length is 33: set it to 32"
+    ):
+        plan_model(tmp_path, 2, length=33, device=here)
+    most, given = (plan_model(tmp_path, 2, length=length, device=here) for length in (32, None))
+    assert given.dry_run == most.dry_run
 
 
 def test_devices_are_stated_or_measured() -> None:

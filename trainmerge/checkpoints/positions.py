@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 KEYS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_seq_len")
 DECODER = ("max_target_positions", "max_decoder_position_embeddings")
+COUNT = "create_position_ids_from_input_ids"
 RECURRENT = ("rwkv",)  # its key is the length of its training texts
 
 
@@ -42,6 +43,6 @@ def _first(settings: PreTrainedConfig, keys: tuple[str, ...]) -> int | None:
 
 def _counted_from_padding(kind: type[PreTrainedModel]) -> bool:
     """Whether the first token has the position after the padding token's id, as RoBERTa's."""
-    classes = [one for one in vars(sys.modules[kind.__module__]).values() if isinstance(one, type)]
-    counting = [one.__name__ for one in classes if "create_position_ids_from_input_ids" in vars(one)]
-    return any("Sinusoidal" not in name for name in counting)  # those tables grow
+    own = vars(sys.modules[kind.__module__])
+    counting = [one.__name__ for one in own.values() if isinstance(one, type) and COUNT in vars(one)]
+    return COUNT in own or any("Sinusoidal" not in name for name in counting)  # those tables grow
