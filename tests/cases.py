@@ -131,8 +131,8 @@ def run(script: Path, place: Path) -> dict[str, object]:
     """The answer of one script, which may write to `place`, and its seconds."""
     words = WORDS.get(script.name, "").split()
     environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TMPDIR": str(place),
-        "CASES": str(place / "work"),
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        "TMPDIR": str(place), "CASES": str(place / "work"),
     }  # fmt: skip
     began = time.monotonic()
     try:
