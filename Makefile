@@ -64,7 +64,7 @@ test-processors: $(READY) ## the tests as other processors, with other threads, 
 	@$(BIN)/python -m tests.processors --only "$(SETTING)"
 
 families: $(READY) ## every family of models: gradients against autograd, and files to files; FAMILY=mamba for one
-	@$(BIN)/python -m tests.gradient_sweep --only "$(FAMILY)"
+	@$(BIN)/python -m tests.gradient_sweep --only "$(FAMILY)" $(if $(FAMILY),,--keep tests/results/gradients.json)
 	@$(BIN)/python -m tests.family_table --only "$(FAMILY)"
 
 lower-bounds: ## install the oldest dependencies that pyproject.toml promises, run the quick tests with them

@@ -1,18 +1,22 @@
 """The coefficients' gradient of every family of models, against autograd through the merge: `make families`.
 
-Experts are full, low-rank or one of each; low-rank ones also with recomputed blocks. `FAMILY=Mamba` runs the
-families whose name contains that. Each family's line has the worst relative error of the whole gradient and
-of one tensor's, and the number of weights whose gradient is taken at their layer. It is an error if one
-exceeds LIMIT, or if a tensor has a gradient of exactly 0 that should have another.
+Experts are full, low-rank or one of each; low-rank ones also with recomputed blocks. Low-rank experts change
+what an adapter may target: linear layers (GPT-2's Conv1D too), embeddings, or all of these. `FAMILY=Mamba`
+runs the families whose name contains that. Each family's line has the worst relative error of the whole
+gradient and of one tensor's, and the number of weights whose gradient is taken at their layer. It is an error
+if one exceeds LIMIT, or if a tensor has a gradient of exactly 0 that should have another. `--keep
+FILE` writes every error of a tensor's gradient to a JSON file.
 
 Legend: `K` experts, `G` coefficient groups.
 """
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -43,9 +47,16 @@ OUTPUTS = (
 FORMS: dict[str, Sequence[type[Term]]] = {
     "full": (ExpertWeight, ExpertWeight),
     "low-rank": (LowRank, LowRank),
+    "linear": (LowRank, LowRank),
+    "embeddings": (LowRank, LowRank),
     "mixed": (LowRank, ExpertWeight),
 }
-ADAPTED = nn.Linear | Conv1D | nn.Embedding
+LINEAR = (nn.Linear, Conv1D)
+TARGETS = {  # layers that low-rank experts of a form change; those of the others change all
+    "linear": LINEAR,
+    "embeddings": (nn.Embedding,),
+}
+ALL = (*LINEAR, nn.Embedding)
 
 
 class Found(NamedTuple):
@@ -65,9 +76,12 @@ class Found(NamedTuple):
 def sweep(
     family: Family, form: str, recompute: bool = False, device: torch.device | str = "cpu"
 ) -> Found | None:
-    """The errors of one family's gradient; None if it has no blocks to recompute."""
+    """The errors of one family's gradient; None if it has no blocks to recompute, or no such layer."""
     module = family.build()
-    vectors = task_vectors(module, FORMS[form])
+    targets = TARGETS.get(form, ALL)
+    if not any(isinstance(layer, targets) for layer in module.modules()):
+        return None
+    vectors = task_vectors(module, FORMS[form], targets)
     layout = Grouping("tensor").layout(vectors.shapes)
     start = 0.2 + 0.4 * torch.rand(2, len(layout.labels), generator=torch.Generator().manual_seed(1))
     coefficients = Coefficients(vectors.experts, layout, start)
@@ -94,10 +108,12 @@ def worst_tensor(got: Tensor, want: Tensor) -> float:
     return float(((got - want).norm(dim=0) / sizes).max())
 
 
-def task_vectors(module: nn.Module, forms: Sequence[type[Term]]) -> TaskVectors:
-    """Random experts around a module; low-rank ones change the weights that adapters change."""
+def task_vectors(
+    module: nn.Module, forms: Sequence[type[Term]], targets: tuple[type[nn.Module], ...] = ALL
+) -> TaskVectors:
+    """Random experts around a module; low-rank ones change the weights of layers of these types."""
     generator = torch.Generator().manual_seed(2)
-    adapted = {id(layer.weight) for layer in module.modules() if isinstance(layer, ADAPTED)}
+    adapted = {id(layer.weight) for layer in module.modules() if isinstance(layer, targets)}
 
     def term(form: type[Term], base: Tensor, low: bool) -> Term:
         if form is ExpertWeight:
@@ -125,12 +141,14 @@ def main() -> None:
     """Print a line for each family."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="", help="families whose name contains this")
-    only = parser.parse_args().only
+    parser.add_argument("--keep", type=Path, help="a JSON file to write")
+    given = parser.parse_args()
+    only = given.only
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     cases = [(form, recompute) for form in FORMS for recompute in (False, form == "low-rank")]
-    bad = []
+    bad, rows = [], {}
     print(f"{'family':20} {'whole':>8} {'a tensor':>8} {'tapped':>6} {'missing':>7}  worst with")
     for name, family in (FAMILIES | TASK_FAMILIES).items():
         if only.lower() not in name.lower():
@@ -142,6 +160,10 @@ def main() -> None:
         line = f"{name:20} {whole:8.1e} {worst.tensor:8.1e} {found['low-rank'].tapped:6} {missing:7}  {case}"
         print(line, flush=True)
         bad += [name] * (not all(one.right for one in found.values()))
+        rows[name] = {case: one and one.tensor for case, one in all_found.items()}
+        rows[name] |= {"tapped": found["low-rank"].tapped, "missing": missing}
+    if given.keep:
+        given.keep.write_text(json.dumps(rows, indent=1) + "\n")
     if bad:
         sys.exit(f"above {LIMIT}, or missing: {', '.join(bad)}")
 

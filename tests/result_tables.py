@@ -124,6 +124,20 @@ def families() -> str:
     return markdown(["family", "inspect", "merge", "fit", "reason"], cells)
 
 
+def gradients() -> str:
+    """The largest relative error of a tensor's gradient in each family, by what its experts change."""
+    rows = json.loads((results.FOLDER / "gradients.json").read_text())
+    columns = {
+        "full": "full experts", "linear": "LoRA of linear layers", "embeddings": "LoRA of embeddings",
+        "low-rank": "LoRA of all", "low-rank, recomputed": "the same, recomputed", "mixed": "LoRA and full",
+    }  # fmt: skip
+    cells = [
+        [name, *("" if row[key] is None else f"{row[key]:.0e}" for key in columns), str(row["tapped"])]
+        for name, row in rows.items()
+    ]
+    return markdown(["family", *columns.values(), "taken at their layer"], cells)
+
+
 def cases() -> str:
     """What each script of `make cases` said."""
     rows = json.loads((results.FOLDER / "cases.json").read_text())
@@ -176,6 +190,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "soak": soak,
     "kills": kills,
     "families": families,
+    "gradients": gradients,
     "cases": cases,
     "fuzz": fuzz,
     "survey": survey.table,

@@ -27,6 +27,8 @@ def run(setting: Setting) -> Iterator[Row]:
         for name, family in chosen.items():
             for form in FORMS:
                 found = one(setting, backend, family, form)
+                if found is None:  # no such layer to change
+                    continue
                 if not isinstance(found, Found) or not found.right:
                     bad.append(f"{name} {form} {backend}: {found}")
                 else:

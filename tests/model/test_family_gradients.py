@@ -23,7 +23,7 @@ def test_gradient_is_autograds(family: str, form: str, recompute: bool) -> None:
         assert family == "MobileBERT"  # its blocks cannot be recomputed
         return
     assert found.right, found
-    assert bool(found.tapped) == (form == "low-rank")
+    assert bool(found.tapped) == (form in ("low-rank", "linear"))
 
 
 def test_the_sweep_is_wide() -> None:

@@ -292,9 +292,7 @@ def test_a_plan_has_no_more_tokens_than_the_model_has_positions(tmp_path: Path) 
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
     here = Device("none", 1.0, 1.0)
-    with pytest.raises(
-        ValueError, match="BertForMaskedLM has 32 positions, and --length is 33: set"
-    ):
+    with pytest.raises(ValueError, match="BertForMaskedLM has 32 positions, and --length is 33: set"):
         plan_model(tmp_path, 2, length=33, device=here)
     most, given = (plan_model(tmp_path, 2, length=length, device=here) for length in (32, None))
     assert given.dry_run == most.dry_run

@@ -10,11 +10,13 @@ from safetensors.torch import save_file
 from tests.powerless import entered, error_of  # noqa: F401 - a fixture
 from trainmerge.run.folder import RunFolder
 from trainmerge.system.access import check_file_place, check_folder_place, is_folder
+from trainmerge.system.atomic import write_whole
 from trainmerge.system.hub import folder_of
 from trainmerge.system.safetensors_file import MappedFile
 from trainmerge.system.staging import staging
 from trainmerge.system.text import words_of
 from trainmerge.system.torch_file import load_torch
+from trainmerge.system.workspace import cached
 
 
 def _stage(path: Path) -> None:
@@ -34,7 +36,7 @@ def test_a_folder_that_forbids_writing_is_named(
 ) -> None:
     locked = entered / "locked"
     locked.mkdir(mode=mode)
-    wanted = f"ValueError: {locked}: no permission to write there: choose another folder"
+    wanted = f"ValueError: {locked}: no permission to write there: choose another folder, or change that"
     assert error_of(lambda: ask(locked / "new" / "out")) == wanted
 
 
@@ -77,6 +79,27 @@ def test_what_must_not_be_read_is_named_and_not_called_damaged(
     assert error_of(lambda: read(folder / name)).startswith(
         f"ValueError: {folder / name}: no permission to read it: "
     )
+
+
+def test_a_workspace_that_forbids_writing_is_named_before_work(entered: Path) -> None:  # noqa: F811
+    """The run folder itself may be written; what is cached already is read."""
+    run = RunFolder(entered / "run")
+    run.workspace.mkdir(parents=True)
+    run.path.chmod(0o777)
+    save_file({"a": torch.ones(2)}, run.workspace / "made.safetensors")
+    (run.workspace / "made.safetensors").chmod(0o644)
+    run.workspace.chmod(0o555)
+
+    def work(_: Path) -> None:
+        raise AssertionError("work")
+
+    wanted = (
+        f"ValueError: {run.workspace}: no permission to write there: choose another folder, or change that"
+    )
+    assert error_of(lambda: cached(run.workspace / "made.safetensors", work)) == "none"
+    assert error_of(lambda: cached(run.workspace / "new.safetensors", work)) == wanted
+    assert error_of(lambda: write_whole(run.workspace / "new.json", "{}")) == wanted
+    assert error_of(run.check_place) == wanted
 
 
 def test_a_name_that_no_file_can_have_is_no_folder(tmp_path: Path) -> None:

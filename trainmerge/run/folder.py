@@ -140,8 +140,10 @@ class RunFolder:
         return self.latest() is not None or self.coefficients.exists()
 
     def check_place(self) -> None:
-        """Raise ValueError if the folder cannot be made or written."""
+        """Raise ValueError if the folder, or one within it that a fit writes to, cannot be written."""
         check_folder_place(self.path, "a run folder")
+        for inside in (self.workspace, self.checkpoints):
+            check_folder_place(inside, f"the folder {inside.name} of a run")
 
     def check(self, description: Mapping[str, Any], by_key: str = "") -> None:
         """Check that the run in the folder, if there is one, has the same experts, data and settings.

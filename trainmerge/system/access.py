@@ -30,7 +30,7 @@ def check_folder_place(path: str | Path, what: str = "an output folder") -> None
     if not place.is_dir():
         raise ValueError(f"{place} is not a folder, so {path} cannot be {what}: choose another one")
     if not can_write(place):
-        raise ValueError(f"{place}: no permission to write there: choose another folder")
+        raise ValueError(f"{place}: no permission to write there: choose another folder, or change that")
 
 
 def can_write(folder: Path) -> bool:

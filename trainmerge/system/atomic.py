@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainmerge.system.access import check_folder_place
 from trainmerge.system.disk_space import naming
 from trainmerge.system.temporary_names import KINDS, aside
 
@@ -24,7 +25,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         OSError: with `path` as its name, if the error names no file: a full disk, say.
+        ValueError: its folder cannot be made or written.
     """
+    check_folder_place(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in abandoned(path, "new"):
         left.unlink(missing_ok=True)
@@ -42,6 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def temporary_folder(place: Path, name: str) -> Iterator[Path]:
     """A new hidden folder in `place`, removed at the end; those of killed processes are removed first."""
+    check_folder_place(place)
     place.mkdir(parents=True, exist_ok=True)
     for left in abandoned(place / name, "new"):
         shutil.rmtree(left, ignore_errors=True)

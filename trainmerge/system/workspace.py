@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from trainmerge.system.access import check_folder_place
 from trainmerge.system.json_file import parse_json
 from trainmerge.system.safetensors_file import MappedFile
 
@@ -20,9 +21,11 @@ def cached(path: Path, make: Callable[[Path], None]) -> MappedFile:
     """The file, created by `make` if it does not exist; `make` must write it atomically.
 
     Raises:
-        ValueError: the file is damaged; it must be removed, and is made again.
+        ValueError: the file is damaged; it must be removed, and is made again. Or it cannot be written, which
+            is asked before the work.
     """
     if not path.exists():
+        check_folder_place(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         make(path)
     return open_cached(path)
