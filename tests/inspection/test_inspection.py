@@ -80,6 +80,15 @@ def test_twins_outliers_scratch_and_a_shifted_gauge(world: Path, capsys: pytest.
     assert "cos mood" not in capsys.readouterr().out.rpartition("base and experts")[2]
 
 
+def test_weights_that_are_not_finite_are_an_error(world: Path) -> None:
+    """A fit refuses them; norms and cosines of them say nothing."""
+    dense = "encoder.layer.0.output.dense.weight"
+    change(world / "experts" / "mood", **{dense: float("nan")})
+    text = found(world, recipe(world))
+    assert f"error: mood: {dense} have NaN or infinite values, or the base has" in text
+    assert "could not be checked" not in text
+
+
 def test_sparse_experts_that_overlap_little(world: Path) -> None:
     """As reinforcement learning leaves them: one entry of twenty, others in each expert."""
     base = load_file(world / "base" / "model.safetensors")

@@ -10,7 +10,10 @@ from pathlib import Path
 import yaml
 
 UNKNOWN = (r"Option '([^']+)' is not accepted", r"does not accept option '([^']+)'")
-KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
+KINDS = {
+    "int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "Sequence": "a list",
+    "Mapping": "a mapping",
+}  # fmt: skip
 TRANSPARENT = ("init_args", "class_path", "dict_kwargs")  # levels of a file that an option's name may omit
 
 
@@ -29,9 +32,13 @@ def explain_mistake(
     "no key 'trainer.max_stepz'; did you mean 'trainer.max_steps'?"
     >>> explain('Parser key "save_every":\n  Expected a <class \'int\'>. Got value: two', ["save_every"])
     "save_every must be an integer, not 'two'"
+    >>> explain("-1 is not in bounds, numpy accepts from 0 to 4294967295", [])
+    'seed_everything must be from 0 to 4294967295, not -1'
     """
     groups = re.findall(r"Parser key \"([^\"]+)\"", message) + re.findall(r"Group '([^']+)'", message)
     key = ".".join(groups)
+    if seed := re.search(r"(\S+) is not in bounds, numpy accepts from (\d+) to (\d+)", message):
+        return f"seed_everything must be from {seed[2]} to {seed[3]}, not {seed[1]}"
     if word := re.search(r"unrecognized arguments: (?:--)?([^=\s]+)", message):
         return _unknown(word[1].split("."), known)[1]
     for pattern in UNKNOWN:
@@ -78,7 +85,7 @@ def _parameters(message: str, key: str) -> list[str]:
 
 def _kind(text: str) -> str:
     """`<class 'int'>` is an integer, `typing.Literal['a', 'b']` one of a, b."""
-    if plain := re.fullmatch(r"<class '(\w+)'>", text):
+    if plain := re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>", text):
         return KINDS.get(plain[1], plain[1])
     choices = re.fullmatch(r"typing\.Literal\[(.+)\]", text)
     return f"one of {choices[1].replace(chr(39), '')}" if choices else text

@@ -20,7 +20,10 @@ SCRATCH = 0.3  # cosine of base and expert, below which a matrix was not fine-tu
 
 
 def weight_findings(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
-    """All findings from the inner products of base and task vectors."""
+    """All findings from the inner products of base and task vectors; of damaged weights only these."""
+    if damaged := [*_not_finite(experts, geometry)]:
+        yield from damaged
+        return
     yield from _twins(experts, geometry)
     yield from _lengths(experts, geometry)
     yield from _scratch(experts, geometry)
@@ -35,6 +38,19 @@ def preprocess_findings(recipe: Recipe, opened: Opened, geometry: Geometry | Non
     for method in recipe.preprocess:
         if words := sentence(method, opened.task_vectors, squares):
             yield Finding("note", words)
+
+
+def _not_finite(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
+    """Experts with NaN or infinite differences from the base, which a fit refuses."""
+    finite = geometry.gram.diagonal(dim1=1, dim2=2).isfinite()
+    for k, name in enumerate(experts):
+        if not finite[:, k].all():
+            lost = [p for p, sound in zip(geometry.names, finite[:, k].tolist(), strict=True) if not sound]
+            yield Finding(
+                "error",
+                f"{name}: {listed(lost)} have NaN or infinite values, or the base has",
+                "download or train again",
+            )
 
 
 def _twins(experts: Sequence[str], geometry: Geometry) -> Iterator[Finding]:
