@@ -28,11 +28,11 @@ def explain_mistake(
         files: The configuration files that were parsed.
         options: The keys that the command line gives; the files' lines are not named for these.
 
-    >>> explain("Group 'trainer' does not accept option 'max_stepz'", ["trainer.max_steps", "run"])
+    >>> explain_mistake("Group 'trainer' does not accept option 'max_stepz'", ["trainer.max_steps", "run"])
     "no key 'trainer.max_stepz'; did you mean 'trainer.max_steps'?"
-    >>> explain('Parser key "save_every":\n  Expected a <class \'int\'>. Got value: two', ["save_every"])
+    >>> explain_mistake('Parser key "save_every":\n  Expected a <class \'int\'>. Got value: two', ["save_every"])
     "save_every must be an integer, not 'two'"
-    >>> explain("-1 is not in bounds, numpy accepts from 0 to 4294967295", [])
+    >>> explain_mistake("-1 is not in bounds, numpy accepts from 0 to 4294967295", [])
     'seed_everything must be from 0 to 4294967295, not -1'
     """
     groups = re.findall(r"Parser key \"([^\"]+)\"", message) + re.findall(r"Group '([^']+)'", message)
