@@ -3,12 +3,13 @@
 A step takes one batch of each expert, one backward a batch, gradients kept. The share is the step's time
 over that of the same forwards and backwards without merging, minus 1, with base and task vectors on the
 device (exact, and in the form of `Int8`), in pinned host memory, and in pageable memory, as mapped files are.
+Where they are sent, `turns_share` is that of one backward for all batches, whose forwards take turns.
 The plain loop merges once per step in float32, as fusion_bench's does, with all task vectors dense on the
 device.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -57,7 +58,11 @@ def measured(setting: Setting, case: str, shape: dict[str, object], count: int) 
                 continue
             with using(backend), resident(module, vectors, held) as merged:
                 own = with_peak(setting, partial(step, merged, batches))
+                share = turns_share(setting, merged, batches, plain) if held != "device" else None
             yield row(name, own[0] / plain - 1, "of forwards and backwards")
+            if held != "device":
+                unit = "does not fit" if share is None else "of forwards and backwards"
+                yield row(f"turns_share_{backend}_{place}_{case}", share, unit)
             if place != "int8":
                 best = min(best or own, own)
     assert best is not None  # files always fit
@@ -99,10 +104,31 @@ def backwards(module: nn.Module, batches: Tensor) -> None:
 
 def step(merged: MergedModel, batches: Tensor) -> None:
     """Of a fit, up to the coefficients' gradient."""
-    merged.materialise()
-    for batch in batches:
-        entropy(merged.module(input_ids=batch).logits).mean().backward()
+    for i, batch in enumerate(batches):
+        (loss,) = merged.run([partial(loss_of, merged.module, batch)], merge=i == 0)
+        with merged.last_backward() if i == len(batches) - 1 else nullcontext():
+            loss.backward()  # type: ignore[no-untyped-call]
     merged.gradient()
+
+
+def turns(merged: MergedModel, batches: Tensor) -> None:
+    """The same with one backward."""
+    losses = merged.run([partial(loss_of, merged.module, batch) for batch in batches], merge=True)
+    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+    merged.gradient()
+
+
+def loss_of(module: nn.Module, batch: Tensor) -> Tensor:
+    """The entropy of one batch."""
+    return entropy(module(input_ids=batch).logits).mean()
+
+
+def turns_share(setting: Setting, merged: MergedModel, batches: Tensor, plain: float) -> float | None:
+    """The merge's share of a step in turns; None if the activations of all batches do not fit."""
+    try:
+        return setting.seconds(partial(turns, merged, batches), ROUNDS) / plain - 1
+    except torch.OutOfMemoryError:
+        return None
 
 
 def with_peak(setting: Setting, call: Callable[[], object]) -> tuple[float, int]:

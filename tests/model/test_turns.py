@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.contracts import assert_same_bits
+from tests.contracts import assert_same_bits, relative_error
+from tests.gradient_sweep import FAMILIES, FORMS, LIMIT, loss, task_vectors
 from tests.stand_in import CountedLink, behind
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
@@ -137,3 +138,39 @@ def test_each_unit_is_merged_after_the_turns_of_the_one_before(tiny_llama, rando
     seen.clear()
     torch.stack(own).sum().backward()
     assert [number for number, _ in seen] == [n for n in reversed(range(len(blocks))) for _ in range(TASKS)]
+
+
+@pytest.mark.parametrize(
+    "name", ["Gemma 3n", "Mixtral", "Mamba", "T5", "Wav2Vec2", "Swin", "CLIP", "Qwen2-VL"]
+)
+def test_families_that_take_turns_compute_the_same(name: str) -> None:
+    """No state of one forward is seen by another one's: adapters' taps and recomputed blocks too."""
+    family = FAMILIES[name]
+    module = family.build()
+    vectors = task_vectors(module, FORMS["mixed"])
+    recompute_blocks(module)
+    plain = name in ("Mixtral", "Mamba", "T5")  # whose ids may stand anywhere
+
+    def varied(task: int) -> dict[str, Tensor]:
+        given = dict(family.inputs())
+        if plain:
+            given["input_ids"] = given["input_ids"].roll(task, -1)
+        return {n: v * (1 + 0.1 * task) if v.is_floating_point() else v for n, v in given.items()}
+
+    inputs = [varied(task) for task in range(TASKS)]
+    found = []
+    for link in (None, CountedLink()):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(merged_weights, "link_to", lambda _, link=link: link)
+            own = copy.deepcopy(module)
+            recompute_blocks(own)
+            coefficients = Coefficients(vectors.experts, Grouping().layout(vectors.shapes), 0.3)
+            merged = MergedModel(own, vectors, coefficients)
+        with merged.tapped():
+            runs = merged.run(
+                [lambda own=own, given=given: loss(own(**given)) for given in inputs], merge=True
+            )
+            torch.stack(runs).sum().backward()
+        found.append((torch.stack(runs).detach(), merged.gradient()))
+    assert_same_bits(found[0][0], found[1][0])
+    assert relative_error(found[1][1], found[0][1]) < LIMIT

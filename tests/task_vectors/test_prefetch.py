@@ -13,6 +13,7 @@ from trainmerge.model import merged_weights
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.pass_order import successors
 from trainmerge.model.residency import Residency, Share, reside
+from trainmerge.task_vectors import prefetch
 from trainmerge.task_vectors.link import copied, link_to
 from trainmerge.task_vectors.prefetch import Mapped, Prefetch
 from trainmerge.task_vectors.slabs import Slabs
@@ -159,3 +160,18 @@ def test_a_merged_model_gives_the_same_bits(
 
 def test_on_a_processor_nothing_is_sent() -> None:
     assert link_to(torch.device("cpu")) is None
+
+
+def test_files_larger_than_memory_are_read_ahead_in_the_order_of_use(random_delta, monkeypatch) -> None:
+    deltas = {f"layers.{i}.weight": random_delta((8, 3), FORMS) for i in range(4)}
+    asked: list[int] = []
+    monkeypatch.setattr(prefetch, "read_ahead", lambda part: asked.append(part.data_ptr()))
+    bases = [delta.base.data_ptr() for delta in deltas.values()]
+    for room, want in ((1 << 40, []), (None, []), (100, bases[1:] + bases[-2::-1])):
+        monkeypatch.setattr(prefetch, "available", lambda room=room: room)
+        mapped = Mapped(deltas)
+        for order in ([*deltas], [*reversed(deltas)]):
+            after = successors(order)
+            for name in order:
+                assert mapped.take(name, after) is deltas[name]
+        assert [address for address in asked if address in bases] == want

@@ -13,7 +13,8 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from contextvars import copy_context
 from functools import partial
-from threading import Condition, Thread, current_thread
+from queue import SimpleQueue
+from threading import Lock, Thread, current_thread
 from typing import TypeVar
 
 import torch
@@ -34,33 +35,35 @@ class Turns:
     """Threads of which one runs at a time."""
 
     def __init__(self) -> None:
-        self._queue: deque[Thread] = deque()  # the first one has its turn
-        self._changed, self._ended = Condition(), False
+        self._queue: deque[Thread] = deque()  # the first one has its turn, and alone changes this
+        self._gates: dict[Thread, SimpleQueue[None]] = {}
+        self._leaving, self._ended = Lock(), False
 
     def pass_on(self, *_: object) -> None:
         """Let the others run, up to their own calls of this; nothing in a thread that takes no turns."""
-        with self._changed:
-            if current_thread() in self._queue:
-                self._queue.rotate(-1)
-                self._changed.notify_all()
-                self._wait()
+        if current_thread() in self._queue:
+            self._queue.rotate(-1)
+            self._gates[self._queue[0]].put(None)
+            self._wait()
 
     def run(self, functions: Sequence[Callable[[], T]]) -> list[T]:
         """What the functions return. All end before this does; an error is raised after that."""
         results = [Future[T]() for _ in functions]
         for function, result in zip(functions, results, strict=True):
             job = partial(copy_context().run, self._one, function, result, _state())
-            self._queue.append(Thread(target=job, name="turns"))
-        threads = [*self._queue]
+            self._gates[Thread(target=job, name="turns")] = SimpleQueue()
+        threads = [*self._gates]
+        self._queue.extend(threads)
         try:
             for thread in threads:
                 thread.start()
+            self._gates[threads[0]].put(None)
             return [result.result() for result in results]
         finally:
-            with self._changed:
+            with self._leaving:
                 self._ended = True
-                self._changed.notify_all()
             for thread in threads:
+                self._gates[thread].put(None)
                 if thread.ident is not None:
                     thread.join()
 
@@ -68,8 +71,7 @@ class Turns:
         self, function: Callable[[], T], result: "Future[T]", enter: Callable[[ExitStack], None]
     ) -> None:
         try:
-            with self._changed:
-                self._wait()
+            self._wait()
             with ExitStack() as stack:
                 enter(stack)
                 found = function()
@@ -81,14 +83,15 @@ class Turns:
             result.set_result(found)
 
     def _wait(self) -> None:
-        self._changed.wait_for(lambda: self._ended or self._queue[0] is current_thread())
+        self._gates[current_thread()].get()
         if self._ended:
             raise _EndedError
 
     def _leave(self) -> None:
-        with self._changed:
+        with self._leaving:
             self._queue.remove(current_thread())
-            self._changed.notify_all()
+            if self._queue and not self._ended:
+                self._gates[self._queue[0]].put(None)
 
 
 def in_turns(units: Iterable[nn.Module], functions: Sequence[Callable[[], T]]) -> list[T]:

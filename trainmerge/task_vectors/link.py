@@ -4,7 +4,7 @@ A processor that reads host memory has none. On a GPU a thread copies them on a 
 copies overlap with the kernels and with forwards and backwards.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -55,9 +55,8 @@ class CudaLink:
     def arrive(self, delta: Delta) -> None:
         """Tell the allocator which stream reads the copy."""
         user = torch.cuda.current_stream(self._device)
-        for part in (delta.base, *(part for term in delta.terms for part in term)):
-            if isinstance(part, Tensor):
-                part.record_stream(user)
+        for part in tensors_of(delta):
+            part.record_stream(user)
 
     def submit(self, job: Callable[[], Delta]) -> Future[Delta]:
         """Run this after the earlier jobs."""
@@ -76,6 +75,13 @@ def each_tensor(delta: Delta, do: Callable[[Tensor], Tensor]) -> Delta:
         for term in delta.terms
     ]
     return Delta(do(delta.base), tuple(terms), delta.role)
+
+
+def tensors_of(delta: Delta) -> Iterator[Tensor]:
+    """The base, and the tensors of all terms."""
+    yield delta.base
+    for term in delta.terms:
+        yield from (part for part in term if isinstance(part, Tensor))
 
 
 def copied(delta: Delta) -> Delta:

@@ -8,8 +8,10 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from typing import Protocol
 
+from trainmerge.system.memory import available
+from trainmerge.system.safetensors_file import read_ahead
 from trainmerge.task_vectors.delta import Delta
-from trainmerge.task_vectors.link import Link, copied
+from trainmerge.task_vectors.link import Link, copied, tensors_of
 from trainmerge.task_vectors.parameter_names import block_of
 
 
@@ -23,6 +25,8 @@ class Supply(Protocol):
 class Mapped:
     """Deltas for a processor that reads host memory: mapped ones, or copies of these that are made once.
 
+    Of files larger than the memory that is left for their pages, those of the next block are read ahead.
+
     Args:
         deltas: The deltas.
         held: Those that are copied.
@@ -31,14 +35,30 @@ class Mapped:
     def __init__(self, deltas: Mapping[str, Delta], held: Collection[str] = ()) -> None:
         self._deltas, self._held = deltas, held
         self._copies: dict[str, Delta] = {}
+        self._sizes = {name: delta.nbytes for name, delta in deltas.items() if name not in held}
+        room = available()
+        exceeds = room is not None and sum(self._sizes.values()) > room
+        self._ahead = largest_block(self._sizes) if exceeds else 0
+        self._asked: set[str] = set()
 
-    def take(self, name: str, _: Mapping[str, str]) -> Delta:
+    def take(self, name: str, after: Mapping[str, str]) -> Delta:
         """One parameter's delta."""
         if name not in self._held:
+            if self._ahead:
+                self._read_ahead(name, after)
             return self._deltas[name]
         if name not in self._copies:
             self._copies[name] = copied(self._deltas[name])
         return self._copies[name]
+
+    def _read_ahead(self, name: str, after: Mapping[str, str]) -> None:
+        """Ask for the pages of the next parameters, once in each pass."""
+        self._asked.discard(name)
+        for following in coming(name, after, self._sizes, self._ahead, self._held):
+            if following not in self._asked:
+                self._asked.add(following)
+                for part in tensors_of(self._deltas[following]):
+                    read_ahead(part)
 
 
 class Prefetch:
@@ -72,28 +92,14 @@ class Prefetch:
 
         The buffer has at most twice the bytes of the largest block.
         """
-        coming = self._coming(name, after)
-        self._make_room({name, *coming} - {*self._on_device})
+        following = coming(name, after, self._sizes, self._ahead, self._stay)
+        self._make_room({name, *following} - {*self._on_device})
         sent = self._sent(name)
-        for following in coming:
-            self._sent(following)
+        for one in following:
+            self._sent(one)
         delta = sent.result()
         self._link.arrive(delta)
         return delta
-
-    def _coming(self, name: str, after: Mapping[str, str]) -> list[str]:
-        """The next parameters that are not on the device for good, up to the bytes of the largest block."""
-        coming: list[str] = []
-        left, seen = self._ahead, {name}
-        while (name := after.get(name, "")) and name not in seen:
-            seen.add(name)
-            if name in self._stay:
-                continue
-            left -= self._sizes[name]
-            if left < 0:
-                break
-            coming.append(name)
-        return coming
 
     def _make_room(self, needed: Collection[str]) -> None:
         """Drop the least recently used until the needed ones fit."""
@@ -124,6 +130,27 @@ class Prefetch:
         if name not in self._host:
             self._host[name] = self._hold(self._deltas[name])
         return self._host[name]
+
+
+def coming(
+    name: str, after: Mapping[str, str], sizes: Mapping[str, int], left: int, there: Collection[str] = ()
+) -> list[str]:
+    """The next parameters that are not `there`, up to `left` bytes.
+
+    >>> coming("a", {"a": "b", "b": "c", "c": "d"}, {"a": 3, "b": 1, "c": 5, "d": 2}, 3, there="c")
+    ['b', 'd']
+    """
+    found: list[str] = []
+    seen = {name}
+    while (name := after.get(name, "")) and name not in seen:
+        seen.add(name)
+        if name in there:
+            continue
+        left -= sizes[name]
+        if left < 0:
+            break
+        found.append(name)
+    return found
 
 
 def largest_block(sizes: Mapping[str, int]) -> int:
