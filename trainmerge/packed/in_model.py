@@ -1,6 +1,7 @@
 """Where the tensors of packed experts are in a model in memory: its own, or parts of them in a mixture."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -31,16 +32,13 @@ def _plain(name: str, prefix: str, there: Mapping[str, Tensor]) -> str:
 def _placed(model: nn.Module, base: Checkpoint, names: Iterable[str]) -> dict[str, str]:
     """The same after transformers' conversions on loading, of a model of the base's class."""
     wanted = [name for name in names if name in base.tensors]
-    if not wanted:
+    if not wanted or not hasattr(model, "base_model_prefix"):  # no model of transformers
         return {}
-    from transformers import PreTrainedModel
+    from trainmerge.checkpoints import locate  # imports transformers
 
-    from trainmerge.checkpoints import locate
-
-    if not isinstance(model, PreTrainedModel):
-        return {}
+    own: Any = model
     try:
-        places = locate(model, base.path, base.tensors)
+        places = locate(own, base.path, base.tensors)
     except ValueError:  # another model: the caller says what it lacks
         return {}
     return {name: places[name] for name in wanted if name in places}
