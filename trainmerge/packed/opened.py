@@ -68,8 +68,8 @@ class Packed:
                 f"the model is no {task!r} of {self.stored.path}: it lacks {listed(wrong, SHOWN)}, or has "
                 "another shape there. Load it from an unpacked folder of this task"
             )
-        for name, own in there.items():
-            own.copy_(whole(found, name))
+        for name in wanted:
+            there[name].copy_(whole(found, name))
 
     def route(self, texts: Sequence[str]) -> list[str]:
         """The task of each text, by the base's hidden states; the base is loaded once.
