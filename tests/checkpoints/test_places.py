@@ -4,6 +4,7 @@ Legend: `E` experts of a layer, `K` fine-tunes, `G` coefficient groups.
 """
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from trainmerge.export.export import export_merge
 from trainmerge.fitting.learned import warn_if_unreached
 from trainmerge.model.functional import merged_weights
 from trainmerge.model.merged_model import MergedModel
+from trainmerge.model.routing import routers_of
 from trainmerge.task_vectors.places import is_place, parameter_of, view
 
 PER_EXPERT = (
@@ -97,7 +99,7 @@ def test_an_export_of_one_fine_tune_has_its_files(name: str, tmp_path: Path) -> 
     for tensor, own in want.items():
         assert_same_bits(made[tensor], own)
     kind = getattr(transformers, FAMILIES[name].kind)
-    _, found = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    _, found = kind.from_pretrained(tmp_path / "out", output_loading_info=True, dtype="auto")
     assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
@@ -275,3 +277,91 @@ def test_adapters_of_single_experts_are_refused_with_a_remedy(tmp_path: Path) ->
         ValueError, match=r"1 mismatch .*\n.*up_proj\.lora_A.* single experts.*merge the adapter"
     ):
         tm.Recipe(str(base), {"low": tm.Expert(str(tmp_path / "low"))}).open(tmp_path / "workspace")
+
+
+def test_experts_in_stacks_and_one_by_one_are_told_apart(tmp_path: Path) -> None:
+    base = write(FAMILIES["Qwen3-MoE"], tmp_path / "base", 1)
+    model = getattr(transformers, FAMILIES["Qwen3-MoE"].kind).from_pretrained(base)
+    model.save_pretrained(tmp_path / "stacks", save_original_format=False)
+    for one, other in ((base, tmp_path / "stacks"), (tmp_path / "stacks", base)):
+        with pytest.raises(
+            ValueError, match=r"a matrix per expert and the other stacks of all, load both"
+        ) as e:
+            tm.Recipe(str(one), {"a": tm.Expert(str(other))}).open()
+        assert "a task's head" not in str(e.value)
+
+
+@pytest.mark.parametrize("stale", ["num_local_experts", "num_experts"])
+def test_two_numbers_of_experts(stale: str, tmp_path: Path) -> None:
+    """transformers takes `num_local_experts`; published files say `num_experts`."""
+    base = write(FAMILIES["Qwen3-MoE"], tmp_path / "base", 1)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(
+        json.dumps(config | {"num_experts": 4, "num_local_experts": 4, stale: 8})
+    )
+    if stale == "num_local_experts":
+        with pytest.raises(
+            ValueError, match=r"num_local_experts 8 and num_experts 4, .* remove the one that"
+        ):
+            load_model(open_checkpoint(base))
+    else:
+        load_model(open_checkpoint(base))
+
+
+@pytest.mark.parametrize("form", ["low-rank", "shards", "float16"])
+def test_other_fine_tunes_of_a_mixture_with_dense_layers(form: str, tmp_path: Path) -> None:
+    """An adapter of attention and experts, more files than the base has, and half precision."""
+    recipe = world("DeepSeek-V3", tmp_path)
+    kind = getattr(transformers, FAMILIES["DeepSeek-V3"].kind)
+    tuned = tmp_path / "tuned"
+    if form == "low-rank":
+        targets = ["experts.gate_up_proj", "experts.down_proj"]
+        config = LoraConfig(r=2, target_modules=["q_b_proj", "kv_b_proj"], target_parameters=targets)
+        adapted = get_peft_model(kind.from_pretrained(tmp_path / "base"), config)
+        nudge(adapted, 5)
+        adapted.save_pretrained(tuned)
+        want = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tuned).merge_and_unload()
+    else:
+        half = [kind.from_pretrained(tmp_path / n) for n in ("base", "b")]
+        base, want = (model.half() if form == "float16" else model for model in half)
+        base.save_pretrained(tmp_path / "base")
+        want.save_pretrained(tuned, max_shard_size="20KB" if form == "shards" else "1GB")
+    experts = {"tuned": tm.Expert(str(tuned))} | ({"a": recipe.experts["a"]} if form != "float16" else {})
+    opened = tm.Recipe(str(tmp_path / "base"), experts).open(tmp_path / "workspace")
+    chosen = torch.tensor([[1.0], [0.0]])[: len(experts)]
+    coefficients = Coefficients(tuple(experts), opened.layout, chosen)
+    export_merge(opened.base, opened.task_vectors, coefficients, tmp_path / "out")
+    _, found = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    want.save_pretrained(tmp_path / "whole")
+    made, own = files(tmp_path / "out"), files(tmp_path / "whole")
+    assert made.keys() == own.keys()
+    for name, tensor in own.items():
+        assert_same_bits(made[name], tensor)
+
+
+ROUTERS = {  # the patterns of the page of mixtures
+    "*.block_sparse_moe.gate.weight": {"Mixtral", "PhiMoE"},
+    "*.block_sparse_moe.router.layer.weight": {"Granite-MoE"},
+    "*.mlp.gate.weight": {
+        "Qwen2-MoE", "Qwen3-MoE", "Qwen3-Next", "OLMoE clip_qkv", "DeepSeek-V2", "DeepSeek-V3", "GLM-4-MoE"
+    },
+    "*.mlp.router.*": {"gpt-oss"},
+    "*.feed_forward.router.weight": {"Llama 4", "Jamba"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"), [(pattern, name) for pattern, names in ROUTERS.items() for name in names]
+)
+def test_a_pattern_keeps_the_bases_routers_and_nothing_else(pattern: str, name: str, tmp_path: Path) -> None:
+    assert f"`{pattern}`" in Path("notebooks/docs/mixtures.md").read_text()
+    base = open_checkpoint(write(FAMILIES[name], tmp_path / "base", 1))
+    loaded = load_meta_model(base)
+    routers = {
+        file
+        for file, inside in loaded.names.items()
+        if inside.rpartition(".")[0] in routers_of(loaded.module)
+    }
+    assert routers
+    assert routers == {file for file in loaded.names if fnmatch(file, pattern)}

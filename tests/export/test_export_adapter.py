@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import BertForSequenceClassification
+from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
 import trainmerge as tm
 from tests.hub_stand_in import use, write_cache
+from tests.mixture_world import write_mixture
 from tests.ranks import exit_code
 from tests.world import bert, languages_recipe, llama, nudge, write_languages, write_tokenizer
 from trainmerge.checkpoints.meta_model import quiet
@@ -268,3 +270,19 @@ def test_an_own_head_is_named_where_it_is_left_out(
         assert main(["extract", *words, "--rank", "2", "--rest", "leave"]) == 0
     assert "own head, classifier.bias, classifier.weight" in capsys.readouterr().out
     assert "`classifier.weight`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_of_a_mixture_attention_is_factored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mixture(tmp_path, "DeepSeek-V3")
+    base, tuned, out = (str(tmp_path / name) for name in ("base", "a", "out"))
+    words = ["extract", base, tuned, out, "--rank", "64"]
+    for rest, said in {(): "tensors that a LoRA does not hold", ("--rest", "patch"): "share a"}.items():
+        assert main([*words, *rest]) == 1
+        assert re.search(said, capsys.readouterr().err)
+    assert main([*words, "--rest", "leave"]) == 0
+    modules = {name.rpartition(".lora")[0] for name in load_file(Path(out) / "adapter_model.safetensors")}
+    assert {name.split(".")[-2] for name in modules} == {"self_attn", "model"}  # and lm_head
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).merge_and_unload()
+    want = dict(AutoModelForCausalLM.from_pretrained(tuned).named_parameters())
+    for name in (name.removeprefix("base_model.model.") for name in modules):
+        torch.testing.assert_close(model.get_parameter(f"{name}.weight"), want[f"{name}.weight"])

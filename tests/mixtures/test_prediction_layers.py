@@ -1,4 +1,4 @@
-"""Layers of multi-token prediction in a mixture: merges keep them, shrinking drops them; both say so."""
+"""Layers of multi-token prediction in the files: kept in merges, left out of shrunk mixtures; it is said."""
 
 import json
 import warnings

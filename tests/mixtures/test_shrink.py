@@ -44,6 +44,8 @@ CHANGES = {
     "PhiMoE": {"num_local_experts": E},
     "GLM-4-MoE": {"n_routed_experts": E},
     "DeepSeek-V2": {"n_routed_experts": 8},
+    "Qwen3-Next": {"num_experts": E},
+    "Jamba": {"num_experts": E},
 }
 STACKED = ("gpt-oss", "Granite-MoE", "Llama 4")
 MASKED = {"Mixtral", "Qwen3-MoE", "DeepSeek-V3", *STACKED}  # weights that dropping leaves, given the choice
@@ -374,6 +376,21 @@ def test_what_cannot_be_shrunk_says_why(worlds: dict[str, Path], tmp_path: Path)
         with pytest.raises(ValueError, match=words):
             tm.shrink(base, tmp_path / "out", 4, plan=str(tmp_path / "plan.json"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_keeps_equally_many_of_a_routers_groups(worlds: dict[str, Path], tmp_path: Path) -> None:
+    """Of DeepSeek-V3's two groups of four; a plan that does is written as it says."""
+    root, file = worlds["DeepSeek-V3"], tmp_path / "plan.json"
+    for groups, words in ([[0], [1], [2], [4]], "each needs 2"), ([[1, 0, 7], [2], [6, 3], [4]], ""):
+        file.write_text(json.dumps({"layers": {"model.layers.1.mlp.": groups}}))
+        if words:
+            with pytest.raises(ValueError, match=words):
+                tm.shrink(root / "base", tmp_path / "out", 4, str(root / "a.jsonl"), str(file))
+            assert not (tmp_path / "out").exists()
+        else:
+            out = tm.shrink(root / "base", tmp_path / "out", 4, str(root / "a.jsonl"), str(file))
+            assert groups_of(out) == [sorted(groups)]
+            assert bool(logits(load(out)).isfinite().all())
 
 
 def test_no_other_folder_is_removed(worlds: dict[str, Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import trainmerge as tm
 from tests.evaluate.test_own_heads import run_of
 from tests.heads_world import write_heads
+from tests.mixture_world import write_mixture
 from tests.model.test_own_head import TWO
 from tests.world import languages_recipe, llama, nudge, write_languages
 from trainmerge.checkpoints.meta_model import quiet
@@ -172,6 +173,28 @@ def test_a_base_in_memory_switches_to_the_unpacked_weights(packed: Path) -> None
         opened.switch(model, task)
         state = model.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in opened.load(task))
+
+
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "DeepSeek-V3", "gpt-oss"])
+def test_a_mixture_in_memory_switches_expert_by_expert(family: str, tmp_path: Path) -> None:
+    """Also where only some of the matrices that fill one parameter are changed."""
+    write_mixture(tmp_path, family)
+    base, tuned = weights(tmp_path / "base"), weights(tmp_path / "a")
+    some = {name for name in base if "gate_proj" not in name}
+    save_file({n: tuned[n] if n in some else base[n] for n in base}, tmp_path / "a" / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    experts = {"a": tm.Expert(str(tmp_path / "a"))}
+    run = fitted(tm.Recipe(str(tmp_path / "base"), experts), tmp_path / "run", 1.0)
+    packed = tm.open_packed(tm.export_packed(run, tmp_path / "packed", tm.PackedForm("mask")))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    packed.switch(model, "a")
+    unpacked = {name: own.clone() for name, own in packed.load("a")}
+    model.save_pretrained(tmp_path / "switched")
+    switched = weights(tmp_path / "switched")
+    assert switched.keys() == unpacked.keys()
+    assert any(not torch.equal(own, base[name]) for name, own in switched.items() if ".experts." in name)
+    for name, own in switched.items():
+        assert torch.equal(own, unpacked[name]), name
 
 
 def test_a_model_of_another_shape_is_left_alone(packed: Path) -> None:

@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import trainmerge as tm
 from tests.bounds import SCORE, fitted_bound
+from tests.checkpoints.test_places import ELEVEN
 from tests.fitting.test_fit import build, learned
+from tests.mixture_world import write_mixture
 from tests.model_families import FAMILIES
 from tests.picture_world import vit
 from tests.world import bert, languages_recipe, recipe, write_languages, write_world
@@ -306,7 +308,7 @@ def test_devices_are_stated_or_measured() -> None:
         device_named("abacus")
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "gpt-oss"])
+@pytest.mark.parametrize("family", ELEVEN)
 def test_a_dry_run_of_a_mixture_counts_what_a_real_step_holds(family: str, tmp_path: Path) -> None:
     FAMILIES[family].build().save_pretrained(tmp_path)
     inputs = {"input_ids": torch.full((2, 30), 5), "attention_mask": torch.ones(2, 30, dtype=torch.int64)}
@@ -316,3 +318,19 @@ def test_a_dry_run_of_a_mixture_counts_what_a_real_step_holds(family: str, tmp_p
     assert got.flops == want.flops > 0
     assert got.activations == pytest.approx(want.activations, rel=0.05)
     assert got.peak == pytest.approx(want.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "DeepSeek-V3", "gpt-oss"])
+def test_the_plan_of_a_mixture_has_the_bytes_that_a_fit_holds(family: str, tmp_path: Path) -> None:
+    write_mixture(tmp_path, family)
+    experts = {n: tm.Expert(str(tmp_path / n), str(tmp_path / f"{n}.jsonl")) for n in "ab"}
+    module, data = build(tmp_path, tmp_path / "run", recipe=tm.Recipe(str(tmp_path / "base"), experts))
+    plan = plan_fit(module, data, device=Device("none", 1.0, 1.0))
+    module.load(data)
+    merged = module.resident.merged
+    held = [*merged.module.parameters(), *merged.module.buffers()]
+    assert plan.sizes.weights == sum(tensor.nbytes for tensor in held)
+    learned = [p for p in merged.module.parameters() if p.requires_grad]
+    assert plan.sizes.gradient == max(p.nbytes for p in learned)
+    assert plan.sizes.gradients == sum(p.nbytes for p in learned)
+    assert plan.sizes.vectors == sum(delta.nbytes for delta in merged.task_vectors.deltas.values())

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from trainmerge.checkpoints.adapter_claims import claimed
 from trainmerge.checkpoints.adapter_names import ROOT
 from trainmerge.checkpoints.adapter_promises import saved_tensors
 from trainmerge.checkpoints.meta_model import build_meta_model, quiet
@@ -20,6 +21,7 @@ from trainmerge.checkpoints.output import output_of
 from trainmerge.checkpoints.parameters import Parameters, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.system.text import reason
+from trainmerge.task_vectors.places import is_place
 
 Kind = Literal["linear", "transposed", "embedding", "convolution"]
 TASKS = {  # kind of output -> peft's task_type, where its wrapper adds no module of its own
@@ -59,7 +61,7 @@ class LoraTargets:
     Args:
         folder: The base's.
         modules: Tensor -> the module whose weight it is, of those that a LoRA can change.
-        parameters: Tensor -> the parameter's name in the model.
+        parameters: Tensor -> the parameter's name in the model; experts that share one are left out.
         every: All modules' names.
         task_type: peft's name of the task, if its wrapper adds no module.
         model_class: The class of the model, and where it is from.
@@ -109,7 +111,8 @@ def lora_targets(base: Checkpoint, ignore: Sequence[str] = ()) -> LoraTargets:
     """The modules of a base that a LoRA can change, from headers and config.json.
 
     Left out are modules that share their weight with another one, because a LoRA of one side would change
-    the other's tensor too, and modules whose weight is used without calling them.
+    the other's tensor too, modules whose weight is used without calling them, and those that peft takes for
+    experts of a mixture.
     """
     frame = open_parameters(base, ignore)
     model = frame.meta_model
@@ -117,7 +120,7 @@ def lora_targets(base: Checkpoint, ignore: Sequence[str] = ()) -> LoraTargets:
     return LoraTargets(
         base.path,
         _modules(frame),
-        {name: parameter for parameter, name in frame.files.items()},
+        {name: parameter for parameter, name in frame.files.items() if not is_place(parameter)},
         [name for name, _ in model.named_modules() if name],
         TASKS.get(output.kind) if output.reads == "tokens" else None,
         (type(model).__name__, type(model).__module__),
@@ -134,8 +137,11 @@ def _modules(frame: Parameters) -> dict[str, LoraTarget]:
             kind = _kind(module) if called else None
             users.setdefault(id(parameter), []).append(LoraTarget(name, kind) if kind else None)
     owners = {name: id(parameter) for name, parameter in frame.meta_model.named_parameters()}
-    found = {file: users[owners[parameter]] for parameter, file in frame.files.items()}
-    return {file: own[0] for file, own in found.items() if len(own) == 1 and own[0] is not None}
+    whole = {file: name for name, file in frame.files.items() if not is_place(name)}
+    found = {file: users[owners[parameter]] for file, parameter in whole.items()}
+    alone = {file: own[0] for file, own in found.items() if len(own) == 1 and own[0] is not None}
+    taken = claimed(frame.meta_model, [target.module for target in alone.values()])
+    return {file: target for file, target in alone.items() if target.module not in taken}
 
 
 def _kind(module: nn.Module) -> Kind | None:

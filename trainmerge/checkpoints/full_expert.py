@@ -173,10 +173,18 @@ def _groups(checkpoint: Checkpoint, names: Iterable[str], common: Iterable[str],
         tensor = f"{name} {tuple(checkpoint.tensors[name].shape)}"
         groups.setdefault((free or [name])[0], []).append(tensor)
     return [
-        f"{checkpoint.path} has {shorten(tensors)}, {what}; if it is a task's head, exclude it with "
-        f"ignore=['{pattern}']"
+        f"{checkpoint.path} has {shorten(tensors)}, {what}; {_remedy(pattern)}"
         for pattern, tensors in groups.items()
     ]
+
+
+def _remedy(pattern: str) -> str:
+    if ".experts." in pattern:
+        return (
+            "if one has a matrix per expert and the other stacks of all, load both with transformers and "
+            "save them again"
+        )
+    return f"if it is a task's head, exclude it with ignore=['{pattern}']"
 
 
 def _warn_of_dtypes(expert: str, checkpoint: Checkpoint, base: Checkpoint, names: Mapping[str, str]) -> None:

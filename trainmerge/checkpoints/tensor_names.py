@@ -11,6 +11,7 @@ from re import search
 from transformers import PreTrainedModel
 
 from trainmerge.checkpoints.meta_model import build_meta_model, shorten
+from trainmerge.checkpoints.mismatch import mismatch
 from trainmerge.checkpoints.places import REORDERED, names_in_memory, shape_in, uncovered
 from trainmerge.system.safetensors_file import TensorInfo
 from trainmerge.task_vectors.parameter_names import matches
@@ -38,18 +39,7 @@ def locate(
         elif (want := shape_in(inside, in_model)) != (got := tuple(tensors[name].shape)):
             shapes.append(f"{name} is {got}, config.json makes it {want or 'something else'}")
     if unknown or shapes:
-        lines = (
-            [f"{len(unknown)} tensors that the model has no parameter for: {shorten(unknown)}"]
-            if unknown
-            else []
-        )
-        raise ValueError(
-            f"{path}: the files do not match {type(module).__name__}: {'; '.join(lines + shapes)}. "
-            "Tensors that transformers converts on loading, other than by stacking, concatenating or "
-            "transposing, are not supported yet: if transformers loads them, save base and experts with "
-            "save_pretrained(FOLDER, save_original_format=False). Tensors that the model doesn't have can be "
-            "named in `ignore`."
-        )
+        raise ValueError(mismatch(path, type(module).__name__, unknown, shapes))
     if lost := uncovered(module, memory.values()):
         raise ValueError(
             f"{path}: the files do not fill {len(lost)} parameters exactly: {shorten(lost)}. An expert's "

@@ -50,8 +50,9 @@ def check_rest(
     after = [name for name in rest if name not in source.targets.parameters]
     if after and form.rest == "patch":
         raise ValueError(
-            f"{source.label} changes {listed(after)}, of layers after the model, which neither an adapter "
-            "nor a patch of the model reaches: export a checkpoint, or leave them out with --rest leave"
+            f"{source.label} changes {listed(after)}, of layers after the model or of experts that share a "
+            "parameter, which neither an adapter nor a patch of the model reaches: export a checkpoint, or "
+            "leave them out with --rest leave"
         )
     if not rest or form.rest is not None:
         return

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainmerge.data.examples import Example
+from trainmerge.packed.in_model import tensors_in
 from trainmerge.packed.stored import Stored, open_stored
 from trainmerge.packed.task_tensors import HeadedTask, task_tensors, whole
 from trainmerge.system.text import listed
@@ -60,17 +61,15 @@ class Packed:
         found = task_tensors(self.stored, task)
         own = found.own if isinstance(found, HeadedTask) else {}
         wanted = [name for name in found.tensors if name in own or found.merged(name)]
-        there = dict(model.state_dict(keep_vars=True))
-        prefix = str(getattr(model, "base_model_prefix", ""))
-        places = {name: _place(name, prefix, there) for name in wanted}
+        there = tensors_in(model, self.stored.base, wanted)
         shapes = {name: found.tensors[name].shape for name in wanted}
-        if wrong := [n for n, place in places.items() if not place or there[place].shape != shapes[n]]:
+        if wrong := [name for name in wanted if name not in there or there[name].shape != shapes[name]]:
             raise ValueError(
                 f"the model is no {task!r} of {self.stored.path}: it lacks {listed(wrong, SHOWN)}, or has "
                 "another shape there. Load it from an unpacked folder of this task"
             )
-        for name, place in places.items():
-            there[place].copy_(whole(found, name))
+        for name in wanted:
+            there[name].copy_(whole(found, name))
 
     def route(self, texts: Sequence[str]) -> list[str]:
         """The task of each text, by the base's hidden states; the base is loaded once.
@@ -119,9 +118,3 @@ def load_packed(path: str | Path, task: str, base: str | Path | None = None) -> 
         ValueError: an unknown task, a damaged folder, or another base.
     """
     return open_packed(path, base).load(task)
-
-
-def _place(name: str, prefix: str, there: Mapping[str, Tensor]) -> str:
-    """The model's name of a tensor, with or without the prefix of its base model; empty if it has none."""
-    found = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-    return next((one for one in found if one in there), "")

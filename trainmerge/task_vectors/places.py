@@ -58,19 +58,26 @@ def rows_within(name: str, shape: tuple[int, ...], rows: slice) -> tuple[slice, 
     whole = view(name, torch.empty(shape, device="meta"))
     index, turned = _parsed(name)
     first, count = index[0], whole.shape[0]
-    one = isinstance(first, int)
-    span = slice(first, first + 1) if isinstance(first, int) else first
-    if (turned and whole.dim() == 2 and not one) or span.step not in (None, 1):
+    if isinstance(first, int):
+        inside = rows.start <= first < rows.stop
+        return (slice(0, count), count, _moved(name, f"{first - rows.start}")) if inside else _none(count)
+    if (turned and whole.dim() == 2) or first.step not in (None, 1):
         raise ValueError(f"{name}: its rows are no rows of the parameter, so it cannot be sharded by rows")
-    begin = span.start or 0
-    low, high = max(begin, rows.start), min(begin + (1 if one else count), rows.stop)
-    if low >= high:
-        return slice(0, 0), count, ""
-    there = f"{low - rows.start}" if one else f"{low - rows.start}:{high - rows.start}"
-    own = slice(0, count) if one else slice(low - begin, high - begin)
-    before, _, after = name.partition("[")
-    rest = after.replace(after.partition("]")[0].partition(",")[0], there, 1)
-    return own, count, f"{before}[{rest}"
+    begin = first.start or 0
+    low, high = max(begin, rows.start), min(begin + count, rows.stop)
+    there = _moved(name, f"{low - rows.start}:{high - rows.start}")
+    return (slice(low - begin, high - begin), count, there) if low < high else _none(count)
+
+
+def _none(count: int) -> tuple[slice, int, str]:
+    return slice(0, 0), count, ""
+
+
+def _moved(name: str, first: str) -> str:
+    """A place's name with another index of the first dimension."""
+    parameter, _, rest = name.partition("[")
+    inside, _, turned = rest.partition("]")
+    return f"{parameter}[{','.join([first, *inside.split(',')[1:]])}]{turned}"
 
 
 @cache  # each pass of a fit asks for every place
