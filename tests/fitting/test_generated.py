@@ -17,13 +17,13 @@ from trainmerge.auto.starts import Start
 from trainmerge.cli import main
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.fitting.from_config import from_config
-from trainmerge.fitting.generated import FILES
 from trainmerge.fitting.plan_fit import plan_fit
 from trainmerge.fitting.reopen import reopen
 from trainmerge.model.written_texts import Writer
 from trainmerge.plan.devices import device_named
 from trainmerge.run.config import to_config
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.generated_texts import GENERATED
 
 COUNT = 10
 
@@ -52,7 +52,7 @@ def run(world: Path) -> RunFolder:
 
 
 def texts(folder: RunFolder, name: str) -> list[str]:
-    (file,) = folder.workspace.glob(f"{FILES}{name}-*.jsonl")
+    (file,) = folder.workspace.glob(f"{GENERATED}{name}-*.jsonl")
     return [json.loads(line)["text"] for line in file.read_text().splitlines()]
 
 
@@ -69,13 +69,13 @@ def test_each_expert_writes_its_own(world: Path, run: RunFolder) -> None:
 
 
 def test_they_are_kept_and_a_run_reopened_reads_them(run: RunFolder) -> None:
-    stamps = {file: file.stat().st_mtime_ns for file in run.workspace.glob(f"{FILES}*")}
+    stamps = {file: file.stat().st_mtime_ns for file in run.workspace.glob(f"{GENERATED}*")}
     module, data = reopen(run)
     assert [*data.unwritten] == ["a", "b"]
     module.load(data)
     assert not data.unwritten
     assert [[example.text for example in own] for own in data.examples] == [texts(run, n) for n in "ab"]
-    assert {file: file.stat().st_mtime_ns for file in run.workspace.glob(f"{FILES}*")} == stamps
+    assert {file: file.stat().st_mtime_ns for file in run.workspace.glob(f"{GENERATED}*")} == stamps
 
 
 def test_a_fit_of_them_resumes(world: Path, run: RunFolder, tmp_path: Path) -> None:
