@@ -1,7 +1,9 @@
 """Calibration texts that experts write themselves: sampled once, kept, and read as any file."""
 
 import json
+import shutil
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,33 @@ def test_a_fit_of_them_resumes(world: Path, run: RunFolder, tmp_path: Path) -> N
     assert main(["fit", config, str(other.path), "--trainer.max_steps=2"]) == 0
     assert main(["fit", config, str(other.path)]) == 0
     assert other.coefficients.read_bytes() == run.coefficients.read_bytes()
+
+
+def test_a_resume_compares_the_texts(
+    world: Path, run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By their SHA-256 in the manifest, also after the workspace was lost, and in a snapshot."""
+    config, other = str(world / "config.yaml"), RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    files = {name: next(other.workspace.glob(f"{GENERATED}{name}-*.jsonl")) for name in "ab"}
+    told = {name: sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+    assert other.read_manifest()["generated"] == told
+    shutil.rmtree(other.workspace)  # the same processor writes the same texts again
+    assert main(["fit", config, str(other.path), "--trainer.max_steps=4"]) == 0
+    lines = files["b"].read_text().splitlines()
+    files["b"].write_text("\n".join(reversed(lines)) + "\n")  # as another processor's might differ
+    capsys.readouterr()
+    assert main(["fit", config, str(other.path), "--trainer.max_steps=5"]) != 0
+    said = capsys.readouterr().err
+    assert "learned from other texts" in said
+    assert "generated.b" in said
+    assert "generated.a" not in said
+    elsewhere = ["fit", config, str(tmp_path / "elsewhere"), f"--resume={other.latest()}"]
+    workspace = RunFolder(tmp_path / "elsewhere").workspace
+    workspace.mkdir(parents=True)
+    for file in files.values():
+        shutil.copy(file, workspace)
+    assert main([*elsewhere, "--trainer.max_steps=5"]) != 0
+    assert "learned from other texts" in capsys.readouterr().err
 
 
 def test_other_settings_are_another_run(

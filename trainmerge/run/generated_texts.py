@@ -8,6 +8,7 @@ from trainmerge.run.opened import Opened
 from trainmerge.system.workspace import digest
 
 GENERATED = "generated-"  # begins the names of their files
+WRITTEN = "generated"  # in the manifest: expert -> SHA-256 of its file
 
 
 def generated_file(data: Calibration, name: str, wanted: Generate, opened: Opened, workspace: Path) -> Path:
