@@ -14,8 +14,8 @@ from tests.world import LABELS, recipe, write_world
 from trainmerge.cli import main
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate import evaluate_run
-from trainmerge.evaluate.controls import SEEDS, behind_learned
-from trainmerge.evaluate.fresh_adapter import FRESH, RATE, STEPS, FreshAdapter
+from trainmerge.evaluate.controls import FRESH, SEEDS, behind_learned
+from trainmerge.evaluate.fresh_adapter import RATE, STEPS, FreshAdapter
 from trainmerge.fitting.held_out import HeldOut
 from trainmerge.model.adapted import adapted, new_changes
 from trainmerge.model.resident import load_resident

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 
 from trainmerge.evaluate.bootstrap import ScoreDifference, score_differences
 from trainmerge.evaluate.evaluation import Evaluation
-from trainmerge.evaluate.fresh_adapter import FRESH, FreshAdapter
 from trainmerge.evaluate.score_task import score_tasks
 from trainmerge.evaluate.subject import Subject, TaskScore
 from trainmerge.evaluate.tasks import Task
@@ -20,18 +19,23 @@ from trainmerge.system.console import progress
 
 SEEDS = (1, 2, 3)
 RANDOM, SHUFFLED, LEARNED = "random", "shuffled", "learned"
+RANK = 16  # of the fresh adapter
+FRESH = f"fresh LoRA of rank {RANK}"
 
 
 def score_controls(
-    merged: MergedModel, subject: Subject, tasks: Sequence[Task], fresh: FreshAdapter | None
+    merged: MergedModel, subject: Subject, tasks: Sequence[Task], fresh: AbstractContextManager[None] | None
 ) -> dict[str, Mapping[str, TaskScore]]:
-    """Row -> task -> score of each control; shuffled only if there are several experts."""
+    """Row -> task -> score of each control; shuffled only if there are several experts.
+
+    In the context `fresh` the model is the base with a new adapter.
+    """
     several = len(merged.task_vectors.experts) > 1
     controls: dict[str, AbstractContextManager[None]] = {
         f"{RANDOM} {seed}": random_vectors(merged, seed) for seed in SEEDS
     }
     controls |= {SHUFFLED: shuffled(merged)} if several else {}
-    controls |= {FRESH: fresh.learned()} if fresh else {}
+    controls |= {FRESH: fresh} if fresh else {}
     found: dict[str, Mapping[str, TaskScore]] = {}
     for name in progress([*controls], "scoring controls", disable=distributed.rank() > 0):
         with controls[name]:

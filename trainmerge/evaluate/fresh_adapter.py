@@ -9,7 +9,7 @@ Legend: `K` experts.
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from trainmerge.data.batch import Asks, Batch
 from trainmerge.data.calibration import Calibration
 from trainmerge.data.columns import Columns
 from trainmerge.data.steps import Steps
+from trainmerge.evaluate.controls import FRESH, RANK
 from trainmerge.model.adapted import LowRankChange, adapted, new_changes
 from trainmerge.model.embedding import read_embedding
 from trainmerge.model.resident import Resident
@@ -34,8 +35,7 @@ from trainmerge.run.recipe_files import calibration_files
 from trainmerge.run.saved import scored_with
 from trainmerge.system import distributed
 
-RANK, RATE = 16, 1e-3  # Adam's learning rate
-FRESH = f"fresh LoRA of rank {RANK}"
+RATE = 1e-3  # Adam's learning rate
 STEPS = 100  # beside a merge that took none, by the alignment of outputs
 SETTINGS = {"objective": dict, "teacher_budget": int}  # in the manifest
 
@@ -130,10 +130,13 @@ class FreshAdapter:
 
 def fresh_adapter(
     folder: RunFolder, recipe: Recipe, opened: Opened, resident: Resident
-) -> FreshAdapter | None:
-    """A run's adapter; None, with a warning that says why, without its calibration examples."""
+) -> AbstractContextManager[None] | None:
+    """In this context the model is the base with a run's adapter; None without its calibration examples.
+
+    A warning says why there is none.
+    """
     try:
-        return FreshAdapter.of(folder, recipe, opened, resident)
+        return FreshAdapter.of(folder, recipe, opened, resident).learned()
     except (ValueError, FileNotFoundError) as error:
         warnings.warn(f"controls without a fresh LoRA, which learns from examples: {error}", stacklevel=2)
         return None

@@ -16,7 +16,6 @@ from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.controls import score_controls
 from trainmerge.evaluate.evaluation import Evaluation
-from trainmerge.evaluate.fresh_adapter import fresh_adapter
 from trainmerge.evaluate.harness import HarnessTask
 from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.pairs import EXPERT
@@ -79,6 +78,8 @@ def evaluate_run(
     for row in progress(rows.in_order(compare), "scoring", disable=distributed.rank() > 0):
         rows.score(row)
     if controls:
+        from trainmerge.evaluate.fresh_adapter import fresh_adapter  # imports pytorch_lightning
+
         fresh = fresh_adapter(folder, recipe, opened, resident)
         rows.scored |= score_controls(resident.merged, subject, held_in, fresh)
     return rows.result(metric_of(recipe, own))
