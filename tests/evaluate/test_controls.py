@@ -16,7 +16,7 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate import evaluate_run
 from trainmerge.evaluate.controls import FRESH, SEEDS, behind_learned
 from trainmerge.evaluate.fresh_adapter import RATE, STEPS, FreshAdapter
-from trainmerge.fitting.held_out import HeldOut
+from trainmerge.fitting.held_out import HeldOutJudge
 from trainmerge.model.adapted import adapted, new_changes
 from trainmerge.model.resident import load_resident
 from trainmerge.run.folder import RunFolder
@@ -76,7 +76,7 @@ def test_an_adapter_learns_the_experts_outputs(run: Path) -> None:
     assert own.steps == STEPS
     assert own.objective == tm.Alignment()
     assert [len(examples) for examples in own.data.examples] == [40] * len(LABELS)
-    held = HeldOut(own.resident, own.objective, own.data, own._records(run / "told"))
+    held = HeldOutJudge(own.resident, own.objective, own.data, own._records(run / "told"))
     before = held.base_losses
     with own.learned():
         after = held._losses()
