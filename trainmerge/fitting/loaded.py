@@ -60,7 +60,9 @@ def load_fit(
     `description` is what the fit depends on, as JSON, in the first process.
     """
     made = prepare(given if on_policy is None else given.without_records(), device, precision)
-    rounds = None if on_policy is None else Rounds(
-        on_policy, given, made.resident, distributed.broadcast(description)
+    rounds = (
+        None
+        if on_policy is None
+        else Rounds(on_policy, given, made.resident, distributed.broadcast(description))
     )
     return Loaded(made.resident, made.teachers, rounds, made.start)
