@@ -20,6 +20,8 @@ GROUPS = (
     "auto",
     "forecast",
     "time_to_quality",
+    "beyond",
+    "written_texts",
     "fit_lm",
     "closed_memory",
     "closed_cost",

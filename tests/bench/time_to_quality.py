@@ -32,7 +32,7 @@ from trainmerge.fitting.from_config import from_config
 from trainmerge.fitting.held_out import HeldOutJudge
 from trainmerge.objectives.entropy import entropy
 
-TEXTS, BATCH, LENGTH = 100, 4, 64
+TEXTS, BATCH, LENGTH = 100, 2, 64
 ADAMERGING, PLAIN = int(os.environ.get("STEPS", "500")), 5
 Make = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 UNIFORM, SOLVED = 0.4, tm.LayerLeastSquares()
@@ -53,7 +53,7 @@ def newton(c: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return tm.NewtonCG(c, products=5, radius=2.0)
 
 
-ADAM_STEPS = (5, 10, 20, 40, 60, 80)
+ADAM_STEPS = (5, 10, 20, 40)
 FITS: dict[str, tuple[Initial, Make, int, tuple[int, ...]]] = {  # texts per task, steps that are scored
     "uniform_adam": (UNIFORM, adam, 4, ADAM_STEPS),
     "uniform_lbfgs": (UNIFORM, lbfgs, 16, (1, 2, 3)),

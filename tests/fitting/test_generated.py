@@ -1,7 +1,9 @@
 """Calibration texts that experts write themselves: sampled once, kept, and read as any file."""
 
 import json
+import shutil
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,13 @@ from trainmerge.auto.starts import Start
 from trainmerge.cli import main
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.fitting.from_config import from_config
-from trainmerge.fitting.generated import FILES
 from trainmerge.fitting.plan_fit import plan_fit
 from trainmerge.fitting.reopen import reopen
 from trainmerge.model.written_texts import Writer
 from trainmerge.plan.devices import device_named
 from trainmerge.run.config import to_config
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.generated_texts import GENERATED
 
 COUNT = 10
 
@@ -52,7 +54,7 @@ def run(world: Path) -> RunFolder:
 
 
 def texts(folder: RunFolder, name: str) -> list[str]:
-    (file,) = folder.workspace.glob(f"{FILES}{name}-*.jsonl")
+    (file,) = folder.workspace.glob(f"{GENERATED}{name}-*.jsonl")
     return [json.loads(line)["text"] for line in file.read_text().splitlines()]
 
 
@@ -69,13 +71,13 @@ def test_each_expert_writes_its_own(world: Path, run: RunFolder) -> None:
 
 
 def test_they_are_kept_and_a_run_reopened_reads_them(run: RunFolder) -> None:
-    stamps = {file: file.stat().st_mtime_ns for file in run.workspace.glob(f"{FILES}*")}
+    stamps = {file: file.stat().st_mtime_ns for file in run.workspace.glob(f"{GENERATED}*")}
     module, data = reopen(run)
     assert [*data.unwritten] == ["a", "b"]
     module.load(data)
     assert not data.unwritten
     assert [[example.text for example in own] for own in data.examples] == [texts(run, n) for n in "ab"]
-    assert {file: file.stat().st_mtime_ns for file in run.workspace.glob(f"{FILES}*")} == stamps
+    assert {file: file.stat().st_mtime_ns for file in run.workspace.glob(f"{GENERATED}*")} == stamps
 
 
 def test_a_fit_of_them_resumes(world: Path, run: RunFolder, tmp_path: Path) -> None:
@@ -84,6 +86,33 @@ def test_a_fit_of_them_resumes(world: Path, run: RunFolder, tmp_path: Path) -> N
     assert main(["fit", config, str(other.path), "--trainer.max_steps=2"]) == 0
     assert main(["fit", config, str(other.path)]) == 0
     assert other.coefficients.read_bytes() == run.coefficients.read_bytes()
+
+
+def test_a_resume_compares_the_texts(
+    world: Path, run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By their SHA-256 in the manifest, also after the workspace was lost, and in a snapshot."""
+    config, other = str(world / "config.yaml"), RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    files = {name: next(other.workspace.glob(f"{GENERATED}{name}-*.jsonl")) for name in "ab"}
+    told = {name: sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+    assert other.read_manifest()["generated"] == told
+    shutil.rmtree(other.workspace)  # the same processor writes the same texts again
+    assert main(["fit", config, str(other.path), "--trainer.max_steps=4"]) == 0
+    lines = files["b"].read_text().splitlines()
+    files["b"].write_text("\n".join(reversed(lines)) + "\n")  # as another processor's might differ
+    capsys.readouterr()
+    assert main(["fit", config, str(other.path), "--trainer.max_steps=5"]) != 0
+    said = capsys.readouterr().err
+    assert "learned from other texts" in said
+    assert "generated.b" in said
+    assert "generated.a" not in said
+    elsewhere = ["fit", config, str(tmp_path / "elsewhere"), f"--resume={other.latest()}"]
+    workspace = RunFolder(tmp_path / "elsewhere").workspace
+    workspace.mkdir(parents=True)
+    for file in files.values():
+        shutil.copy(file, workspace)
+    assert main([*elsewhere, "--trainer.max_steps=5"]) != 0
+    assert "learned from other texts" in capsys.readouterr().err
 
 
 def test_other_settings_are_another_run(

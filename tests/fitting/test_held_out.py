@@ -132,6 +132,45 @@ def test_patience_counts_measurements_without_a_rise() -> None:
     assert other.state_dict() == stop.state_dict()
 
 
+def stopped_by(weights: list[float]) -> tm.StopOnHeldOut:
+    """Step 2 is the best by equal weights, step 1 by 9 and 1; later ones rise by neither."""
+    stop = tm.StopOnHeldOut(every=1, patience=9)
+    stop.weigh(weights)
+    for step, shares in enumerate([[0.0, 0.0], [0.8, 0.1], [0.4, 0.6], [0.3, 0.5]]):
+        stop.add(step, torch.tensor(shares), torch.full((2, 1), float(step)))
+    return stop
+
+
+def test_a_state_of_equal_weights_counts_anew_by_the_recipes() -> None:
+    """As if it had been measured with them, but for the coefficients of a step that it did not keep."""
+    state = stopped_by([1.0, 1.0]).state_dict()
+    state.pop("weights")  # as older versions wrote it
+    old, new = tm.StopOnHeldOut(), stopped_by([9.0, 1.0])
+    old.load_state_dict(state)
+    with pytest.warns(UserWarning, match="step 2 was the best by other task weights, step 1 is"):
+        old.weigh([9.0, 1.0])
+    assert (old.highest, old.waited) == (new.highest, new.waited)
+    assert old.waited == 2
+    assert old.best is not None
+    assert new.best is not None
+    assert (old.best[0], new.best[0]) == (2, 1)
+    old.add(4, torch.tensor([0.5, 0.5]), torch.full((2, 1), 4.0))
+    assert old.best[0] == 4  # better than step 2 by these weights
+
+
+def test_a_state_of_the_same_weights_goes_on() -> None:
+    state = stopped_by([9.0, 1.0]).state_dict()
+    same = tm.StopOnHeldOut()
+    same.load_state_dict(state)
+    same.weigh([9.0, 1.0])
+    assert same.state_dict() == state
+    equal = tm.StopOnHeldOut()
+    before = {key: value for key, value in stopped_by([1.0, 1.0]).state_dict().items() if key != "weights"}
+    equal.load_state_dict(before)
+    equal.weigh([1.0, 1.0])
+    assert {key: value for key, value in equal.state_dict().items() if key != "weights"} == before
+
+
 def test_it_needs_held_out_examples(world: Path, tmp_path: Path) -> None:
     module, data = module_and_data(world, tmp_path / "run")
     none = tm.Calibration(data.files, data.tokenizer, max_length=16)

@@ -61,7 +61,8 @@ def run(world: Path) -> RunFolder:
 
 
 def texts(folder: RunFolder, number: int) -> list[list[tuple[int, list[int]]]]:
-    content: dict[str, Any] = json.loads((folder.workspace / FOLDER / str(number) / TEXTS).read_text())
+    (file,) = folder.workspace.glob(f"{FOLDER}/*/{number}/{TEXTS}")
+    content: dict[str, Any] = json.loads(file.read_text())
     return content["texts"]
 
 
@@ -91,12 +92,12 @@ def test_it_resumes_within_a_round_to_the_same_bits(world: Path, run: RunFolder,
     config = str(world / "config.yaml")
     other = RunFolder(tmp_path / "run")
     assert main(["fit", config, str(other.path), "--trainer.max_steps=3"]) == 0  # round 1 has another step
-    for record in other.workspace.glob(f"{FOLDER}/*/teachers-*"):
+    for record in other.workspace.glob(f"{FOLDER}/*/*/teachers-*"):
         record.unlink()
     assert main(["fit", config, str(other.path)]) == 0
     assert other.coefficients.read_bytes() == run.coefficients.read_bytes()
     assert [texts(other, n) for n in range(3)] == [texts(run, n) for n in range(3)]
-    assert len([*other.workspace.glob(f"{FOLDER}/*/teachers-*")]) == 1  # of the last round
+    assert len([*other.workspace.glob(f"{FOLDER}/*/*/teachers-*")]) == 1  # of the last round
 
 
 def test_lost_texts_of_a_round_are_an_error(
@@ -104,7 +105,7 @@ def test_lost_texts_of_a_round_are_an_error(
 ) -> None:
     """The fit ended within round 2."""
     copy = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
-    (copy.workspace / FOLDER / "2" / TEXTS).unlink()
+    next(copy.workspace.glob(f"{FOLDER}/*/2/{TEXTS}")).unlink()
     assert main(["fit", str(world / "config.yaml"), str(copy.path), "--trainer.max_steps=6"]) != 0
     assert "texts of round 2 are lost" in capsys.readouterr().err
 
@@ -121,6 +122,26 @@ def on_policy(world: Path, folder: Path, **settings: object) -> tuple[tm.MergeMo
     return module, tm.Calibration(
         calibration_files(merge), merge.base, **{"batch_size": 3, "max_length": 16, **data}
     )
+
+
+def test_fits_in_one_workspace_have_their_own_rounds(world: Path, tmp_path: Path) -> None:
+    """The second, of another learning rate, comes while the first is within its second round."""
+
+    def learn(run: str, workspace: str, steps: int, lr: float = 0.05) -> bytes:
+        def adam(parameters: Any) -> torch.optim.Adam:
+            return torch.optim.Adam(parameters, lr=lr)
+
+        module, data = on_policy(world, tmp_path / workspace, optimizer=adam)
+        trainer = tm.make_trainer(
+            tmp_path / run, max_steps=steps, accelerator="cpu", enable_progress_bar=False
+        )
+        return tm.fit(module, data, trainer, tmp_path / run).coefficients.read_bytes()
+
+    alone = learn("alone", "own", steps=4)
+    learn("first", "shared", steps=3)
+    assert learn("second", "shared", steps=4, lr=0.5) != alone
+    assert learn("first", "shared", steps=4) == alone
+    assert len([*(tmp_path / "shared/workspace" / FOLDER).iterdir()]) == 2
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])

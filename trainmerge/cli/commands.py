@@ -59,7 +59,7 @@ def evaluate(
             lengths.
         harness: Tasks of lm-evaluation-harness: their names, or YAML files of one task each.
         precision: 32, or bf16: forwards in bfloat16, faster on processors that have its products.
-        controls: Score a run's merge with random task vectors and with shuffled coefficients too.
+        controls: Score a run's merge with random task vectors, shuffled coefficients, and a fresh LoRA.
     """
     from trainmerge.evaluate.console import evaluate_path
 

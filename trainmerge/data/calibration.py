@@ -82,6 +82,7 @@ class Calibration(pl.LightningDataModule):
         self.batch_size, self.columns = batch_size, columns
         self.seed, self.num_workers = seed, num_workers
         self.tokenizer, self.max_length, self.max_examples = tokenizer, max_length, max_examples
+        self.written: dict[str, str] = {}  # expert -> SHA-256 of the file of its own texts, once it is read
         self.unwritten = {name: file for name, file in self.files.items() if isinstance(file, Generate)}
         self.examples = [self._read(file) for file in self.files.values()]
         for name, examples in zip(self.files, self.examples, strict=True):
@@ -107,6 +108,7 @@ class Calibration(pl.LightningDataModule):
         k = [*self.files].index(name)
         self.examples[k], self._held[k] = split(self._read(file), self.held_out, self.seed, k)
         self.unwritten.pop(name)
+        self.written[name] = sha256(Path(file).read_bytes()).hexdigest()
 
     def _hold_out(self) -> list[list[Example]]:
         """Take the held-out examples out of `examples`; returns them."""
@@ -128,7 +130,7 @@ class Calibration(pl.LightningDataModule):
         """The same settings for other examples of the experts, K lists."""
         other = copy(self)
         other.files = dict.fromkeys(self.files, "")  # known by their contents, written ones too
-        other.unwritten = {}
+        other.unwritten, other.written = {}, {}
         vars(other).pop("_identities", None)
         other.examples = examples
         return other

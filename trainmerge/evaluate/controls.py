@@ -1,6 +1,7 @@
-"""Controls of a run: random task vectors and shuffled coefficients, scored as the merge itself.
+"""Controls of a run: random task vectors, shuffled coefficients, a fresh LoRA, scored as the merge itself.
 
-A merge that does not beat them owes nothing to its experts' directions, or to what was learned for each.
+A merge that does not beat them owes nothing to its experts' directions, to what was learned for each, or to
+their weights: an adapter that never saw them has learned as much from their outputs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,30 +19,33 @@ from trainmerge.system.console import progress
 
 SEEDS = (1, 2, 3)
 RANDOM, SHUFFLED, LEARNED = "random", "shuffled", "learned"
+RANK = 16  # of the fresh adapter
+FRESH = f"fresh LoRA of rank {RANK}"
 
 
 def score_controls(
-    merged: MergedModel, subject: Subject, tasks: Sequence[Task]
+    merged: MergedModel, subject: Subject, tasks: Sequence[Task], fresh: AbstractContextManager[None] | None
 ) -> dict[str, Mapping[str, TaskScore]]:
-    """Row -> task -> score of each control; shuffled only if there are several experts."""
+    """Row -> task -> score of each control; shuffled only if there are several experts.
+
+    In the context `fresh` the model is the base with a new adapter.
+    """
     several = len(merged.task_vectors.experts) > 1
-    names = [*(f"{RANDOM} {seed}" for seed in SEEDS), *[SHUFFLED] * several]
+    controls: dict[str, AbstractContextManager[None]] = {
+        f"{RANDOM} {seed}": random_vectors(merged, seed) for seed in SEEDS
+    }
+    controls |= {SHUFFLED: shuffled(merged)} if several else {}
+    controls |= {FRESH: fresh} if fresh else {}
     found: dict[str, Mapping[str, TaskScore]] = {}
-    for name in progress(names, "scoring controls", disable=distributed.rank() > 0):
-        with _control(merged, name):
+    for name in progress([*controls], "scoring controls", disable=distributed.rank() > 0):
+        with controls[name]:
             found[name] = score_tasks(subject, tasks)
     return found
 
 
-def _control(merged: MergedModel, name: str) -> AbstractContextManager[None]:
-    if name == SHUFFLED:
-        return shuffled(merged)
-    return random_vectors(merged, int(name.removeprefix(RANDOM)))
-
-
 def behind_learned(found: Evaluation) -> dict[str, ScoreDifference]:
     """Control -> how far it is behind the learned merge, with the paired bootstrap's 95% interval."""
-    rows = [name for name in found.rows if name == SHUFFLED or name.startswith(f"{RANDOM} ")]
+    rows = [name for name in found.rows if name in (SHUFFLED, FRESH) or name.startswith(f"{RANDOM} ")]
     if not rows:
         return {}
     rows = [LEARNED, *rows]

@@ -63,7 +63,7 @@ def evaluate_run(
         compare: Score the baselines too; the base is scored anyway if there are held-out tasks.
         answers: Maximal tokens of an answer to a test file's column `prompt`; by default prompts are skipped.
         harness: lm-evaluation-harness tasks, as held-out ones.
-        controls: Score random task vectors and shuffled coefficients too (`model.controls`).
+        controls: Score random task vectors and shuffled coefficients (`model.controls`) and a fresh LoRA too.
     """
     check_option("grid", grid, Sequence[float])
     recipe, coefficients, opened = open_run(folder := RunFolder(Path(run)))
@@ -78,7 +78,10 @@ def evaluate_run(
     for row in progress(rows.in_order(compare), "scoring", disable=distributed.rank() > 0):
         rows.score(row)
     if controls:
-        rows.scored |= score_controls(resident.merged, subject, held_in)
+        from trainmerge.evaluate.fresh_adapter import fresh_adapter  # imports pytorch_lightning
+
+        fresh = fresh_adapter(folder, recipe, opened, resident)
+        rows.scored |= score_controls(resident.merged, subject, held_in, fresh)
     return rows.result(metric_of(recipe, own))
 
 

@@ -14,6 +14,7 @@ from trainmerge.fitting.provenance import describe, load_snapshot
 from trainmerge.fitting.rewind import rewind
 from trainmerge.run.config import read_yaml, write_config
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.generated_texts import WRITTEN
 from trainmerge.run.hub_origins import moved, origins, recorded_origins, to_json
 from trainmerge.run.manifest import differences
 from trainmerge.run.resume import resume_from
@@ -71,7 +72,8 @@ def begin(
     if snapshot and (different := differences(json.loads(snapshot.content["trainmerge"]), description)):
         raise ValueError(f"{snapshot.path} was made with different experts, data or settings:\n{different}")
     module.description = json.dumps(description)
-    folder.create(description, to_json(commits))
+    known = {key: made[key] for key in (WRITTEN,) if key in made}
+    folder.create({**description, **known}, to_json(commits))
     write_config(module.recipe, "recipe", folder.recipe)
     module.opened.save(folder.sources)
     if config:

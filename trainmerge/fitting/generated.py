@@ -4,16 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
-from trainmerge.data.calibration import Calibration, recorded
+from trainmerge.data.calibration import Calibration
 from trainmerge.data.generate import Generate
 from trainmerge.model.resident import Resident
 from trainmerge.model.written_texts import Writer
+from trainmerge.run.generated_texts import GENERATED, generated_file
 from trainmerge.run.opened import Opened
 from trainmerge.system import distributed
 from trainmerge.system.atomic import replacing, write_whole
-from trainmerge.system.workspace import digest
-
-FILES = "generated-"  # begins the names of their files
 
 
 def write_generated(data: Calibration, opened: Opened, resident: Resident, workspace: Path) -> None:
@@ -32,15 +30,6 @@ def write_generated(data: Calibration, opened: Opened, resident: Resident, works
         data.fill(name, str(path))
 
 
-def generated_file(data: Calibration, name: str, wanted: Generate, opened: Opened, workspace: Path) -> Path:
-    """The file of an expert's own texts: its name has the digest of what they depend on."""
-    depends_on = [
-        opened.identity(), name, wanted.identity(), recorded(data.tokenizer), data.max_length,
-        data.columns.record(), data.seed,
-    ]  # fmt: skip
-    return workspace / f"{FILES}{name}-{digest(repr(depends_on))}.jsonl"
-
-
 def _write(data: Calibration, name: str, wanted: Generate, resident: Resident, path: Path) -> None:
     print(f"{name} writes {wanted}", flush=True)
     k = [*data.files].index(name)
@@ -51,6 +40,6 @@ def _write(data: Calibration, name: str, wanted: Generate, resident: Resident, p
 
 def share_generated(source: Path, target: Path) -> None:
     """Copy the texts that experts wrote in one workspace to another."""
-    for file in source.glob(f"{FILES}*.jsonl"):
+    for file in source.glob(f"{GENERATED}*.jsonl"):
         with replacing(target / file.name) as new:
             shutil.copyfile(file, new)

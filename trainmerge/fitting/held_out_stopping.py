@@ -4,6 +4,7 @@ Legend: `K` experts, `G` coefficient groups.
 """
 
 import math
+import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -55,7 +56,7 @@ class StopOnHeldOut(Callback):
         with trainer.strategy.precision_plugin.forward_context():
             given, model = pl_module.inputs(data), pl_module.resident
             self._judge = HeldOutJudge.of(given, model, pl_module.objective, self.examples)
-        self._weights = [expert.weight for expert in pl_module.recipe.experts.values()]
+        self.weigh([expert.weight for expert in pl_module.recipe.experts.values()])
         if trainer.global_step == 0:
             self._measure(trainer, pl_module)
         trainer.should_stop = trainer.should_stop or self.stopped > 0
@@ -80,13 +81,39 @@ class StopOnHeldOut(Callback):
             shares = self._judge.recovered()
         self.add(trainer.global_step, shares, module.coefficients().detach().cpu())
 
+    def weigh(self, weights: list[float]) -> None:
+        """Mean over experts by these weights, K; measurements so far, if they had others, count anew by them.
+
+        States of older versions are of equal weights. Their best step stays the best so far, with a warning
+        where another one is better by these weights: its coefficients are not known.
+        """
+        before, self._weights = self._weights or [1.0] * len(weights), weights
+        if not self.recovered or self.best is None or before == weights:
+            return
+        means = {step: mean_share(shares, weights) for step, shares in self.recovered.items()}
+        best, kept = max(means, key=means.__getitem__), self.best[0]
+        if means[best] > means[kept]:
+            warnings.warn(
+                f"StopOnHeldOut: step {kept} was the best by other task weights, step {best} is by the "
+                f"recipe's ({means[best]:.4f} and {means[kept]:.4f}), and its coefficients are not known: "
+                f"the fit goes on with step {kept}",
+                stacklevel=2,
+            )
+        self.highest, self.waited = -math.inf, 0
+        for mean in means.values():
+            self._wait(mean)
+
     def add(self, step: int, shares: Tensor, coefficients: Tensor) -> None:
         """Record the shares [K] and the coefficients [K, G] of a step."""
-        before = max((mean_share(own, self._weights) for own in self.recovered.values()), default=-math.inf)
+        before = mean_share(self.recovered[self.best[0]], self._weights) if self.best else -math.inf
         self.recovered[step] = shares.tolist()
         mean = mean_share(self.recovered[step], self._weights)
         if mean > before:
             self.best = (step, coefficients.clone())
+        self._wait(mean)
+
+    def _wait(self, mean: float) -> None:
+        """Count a measurement with or without a rise that counts."""
         if mean > self.highest + self.least:
             self.highest, self.waited = mean, 0
         else:
@@ -98,6 +125,7 @@ class StopOnHeldOut(Callback):
         step, values = self.best or (0, torch.empty(0))
         measured = {str(at): own for at, own in self.recovered.items()}
         state = {"recovered": measured, "best_step": step, "best": values}
+        state["weights"] = self._weights
         return {**state, "highest": self.highest, "waited": self.waited, "stopped": self.stopped}
 
     @override
@@ -105,6 +133,7 @@ class StopOnHeldOut(Callback):
         """Continue from the step of `state_dict`."""
         self.recovered = {int(at): own for at, own in state_dict["recovered"].items()}
         self.best = (state_dict["best_step"], state_dict["best"]) if self.recovered else None
+        self._weights = state_dict.get("weights", [])
         for name in ("highest", "waited", "stopped"):
             setattr(self, name, state_dict[name])
 

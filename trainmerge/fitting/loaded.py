@@ -17,6 +17,7 @@ from trainmerge.fitting.on_policy_rounds import Rounds
 from trainmerge.fitting.prepare import FitInputs, prepare
 from trainmerge.model.resident import Resident
 from trainmerge.model.teachers import Record
+from trainmerge.system import distributed
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,18 @@ class Loaded:
 def load_fit(
     given: FitInputs,
     on_policy: OnPolicy | None,
+    description: str,
     device: torch.device | str,
     precision: Callable[[], AbstractContextManager[Any]],
 ) -> Loaded:
-    """Prepare a fit's model; on policy, records come with the rounds."""
+    """Prepare a fit's model; on policy, records come with the rounds.
+
+    `description` is what the fit depends on, as JSON, in the first process.
+    """
     made = prepare(given if on_policy is None else given.without_records(), device, precision)
-    rounds = None if on_policy is None else Rounds(on_policy, given, made.resident)
+    rounds = (
+        None
+        if on_policy is None
+        else Rounds(on_policy, given, made.resident, distributed.broadcast(description))
+    )
     return Loaded(made.resident, made.teachers, rounds, made.start)

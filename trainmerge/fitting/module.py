@@ -161,7 +161,7 @@ class MergeModule(CoefficientSteps):
         check_data(self.recipe, self.opened, data, self.settings.sharded)
         if self._loaded is not None:
             return
-        self._loaded = load_fit(self.inputs(data), self.on_policy, device, precision)
+        self._loaded = load_fit(self.inputs(data), self.on_policy, self.description, device, precision)
         if self._loaded.start is not None:
             self.start = self._loaded.start.expand_as(self.start).clone()
             self.coefficients.reset_(self.start)

@@ -20,6 +20,7 @@ from trainmerge.model.resident import Resident
 from trainmerge.model.sampling import sample_tokens, seed_of
 from trainmerge.model.teachers import Record
 from trainmerge.model.written_texts import ends_of
+from trainmerge.run.manifest import description_digest
 from trainmerge.system import distributed
 from trainmerge.system.atomic import write_whole
 from trainmerge.system.json_file import read_json
@@ -39,11 +40,13 @@ class Rounds:
         settings: How it is written.
         given: The fit's inputs, with the prompts.
         resident: The merged model.
+        fit: What the fit depends on, as JSON: fits that differ in anything have their own texts.
     """
 
     settings: OnPolicy
     given: FitInputs
     resident: Resident
+    fit: str = "{}"
     number: int = -1
     records: list[Record] = field(default_factory=list)  # K, of the experts on the round's texts
     examples: list[list[Example]] = field(default_factory=list)  # K lists
@@ -66,7 +69,7 @@ class Rounds:
         return written._replace(ids=batch.ids, share=batch.share)
 
     def _open(self, number: int, begins: bool) -> None:
-        folder = self.given.settings.workspace / FOLDER / str(number)
+        folder = self.folder / str(number)
         texts = self._texts(folder / TEXTS, number, begins)
         decode = self.given.data.tokenize.transformers.decode
         self.examples = [
@@ -104,6 +107,11 @@ class Rounds:
     def _identity(self) -> str:
         given = self.given
         return digest(repr([given.opened.identity(), given.data.identity(), self.settings]), length=32)
+
+    @property
+    def folder(self) -> Path:
+        """The fit's own folder in the workspace."""
+        return self.given.settings.workspace / FOLDER / description_digest(self.fit)
 
     def _write(self, number: int) -> Written:
         """Every prompt with the merge's continuation: one materialise, all experts' prompts together."""

@@ -12,6 +12,7 @@ from trainmerge.fitting.held_out_stopping import StopOnHeldOut
 from trainmerge.fitting.learned import warn_if_at_bound, warn_if_unchanged, warn_if_unreached
 from trainmerge.fitting.model_settings import needs_examples
 from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.written_record import keep_generated
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.saved import save_moment
 from trainmerge.system.json_file import read_json_lines
@@ -23,6 +24,7 @@ def save_start(folder: RunFolder, module: MergeModule, data: Calibration, follow
     """Save a run without steps: its coefficients are the starting ones, before `following` evaluations."""
     if needs_examples(module.recipe, module.initial):
         module.load(data)
+        keep_generated(folder, module, data)
     save_moment(folder, module.coefficients, step=0, steps=following)
 
 

@@ -17,6 +17,7 @@ from trainmerge.fitting.early_stopping import StopWhenFlat
 from trainmerge.fitting.held_out_stopping import StopOnHeldOut
 from trainmerge.fitting.metrics_log import log_before_saving
 from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.written_record import keep_generated
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.saved import new_snapshot
 from trainmerge.system.atomic import sync
@@ -76,6 +77,8 @@ class Snapshots(Callback):
         # Lightning would now register handlers that broadcast inside the handler, which can hang in another
         # collective (pytorch-lightning #20806), and that requeue Slurm jobs in the middle of a step.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        assert isinstance(pl_module, MergeModule)
+        keep_generated(self.folder, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

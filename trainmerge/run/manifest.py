@@ -15,6 +15,7 @@ from trainmerge.run.config import public_paths
 from trainmerge.system.atomic import write_whole
 from trainmerge.system.hub import parse_id
 from trainmerge.system.json_file import read_json
+from trainmerge.system.workspace import digest
 
 PACKAGES = ("trainmerge", "torch", "pytorch-lightning", "transformers", "peft", "datasets", "safetensors")
 KINDS = {list: "list", dict: "mapping", int: "number", str: "text"}
@@ -82,9 +83,19 @@ def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     A class's public path and its path in older files count as equal, and so do two revisions of an id of the
     hub: the checksums of the weights decide.
     """
-    before, plain = (public_paths(_without_revisions(own)) for own in (made, json.loads(json.dumps(now))))
+    before, plain = _comparable(made), _comparable(json.loads(json.dumps(now)))
     pairs = ((key, before.get(key, ABSENT), value) for key, value in plain.items())
     return "\n".join(line for key, old, new in pairs if old != new for line in _lines(key, old, new))
+
+
+def description_digest(description: str) -> str:
+    """A digest of a run's description, as JSON; equal for descriptions that `differences` calls equal."""
+    return digest(json.dumps(_comparable(json.loads(description)), sort_keys=True))
+
+
+def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = public_paths(_without_revisions(description))
+    return found
 
 
 def _without_revisions(data: Mapping[str, Any]) -> dict[str, Any]:
