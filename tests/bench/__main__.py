@@ -25,6 +25,7 @@ GROUPS = (
     "fit_lm",
     "closed_memory",
     "closed_cost",
+    "closed_demo",
     "tradeoffs",
     "niches",
     "scale",
