@@ -61,10 +61,11 @@ def test_one_token_more_has_no_position(name: str) -> None:
     found = positions_of(type(built), built.config)
     assert found.text == most
     assert found.target == (most if built.config.is_encoder_decoder else None)
+    target = {"decoder_input_ids": torch.full((1, 1), 5)} if built.config.is_encoder_decoder else {}
     with torch.no_grad():
-        built(input_ids=torch.full((1, most), 5))
+        built(input_ids=torch.full((1, most), 5), **target)
         with pytest.raises((IndexError, RuntimeError)):
-            built(input_ids=torch.full((1, most + 1), 5))
+            built(input_ids=torch.full((1, most + 1), 5), **target)
 
 
 @pytest.mark.parametrize(
