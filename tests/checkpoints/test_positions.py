@@ -61,10 +61,11 @@ def test_one_token_more_has_no_position(name: str) -> None:
     found = positions_of(type(built), built.config)
     assert found.text == most
     assert found.target == (most if built.config.is_encoder_decoder else None)
+    target = {"decoder_input_ids": torch.full((1, 1), 5)} if built.config.is_encoder_decoder else {}
     with torch.no_grad():
-        built(input_ids=torch.full((1, most), 5))
+        built(input_ids=torch.full((1, most), 5), **target)
         with pytest.raises((IndexError, RuntimeError)):
-            built(input_ids=torch.full((1, most + 1), 5))
+            built(input_ids=torch.full((1, most + 1), 5), **target)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_one_token_more_has_no_position(name: str) -> None:
     [
         ("T5ForConditionalGeneration", {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}),
         ("BloomForCausalLM", {"hidden_size": 8, "n_layer": 1, "n_head": 2}),
-        ("RwkvForCausalLM", {"hidden_size": 8, "num_hidden_layers": 1, "context_length": MOST}),
+        ("RwkvForCausalLM", {"hidden_size": 8, "num_hidden_layers": 2, "context_length": MOST}),
     ],
 )
 def test_models_without_a_limit(name: str, settings: dict[str, object]) -> None:

@@ -30,8 +30,8 @@ def explain_mistake(
 
     >>> explain_mistake("Group 'trainer' does not accept option 'max_stepz'", ["trainer.max_steps", "run"])
     "no key 'trainer.max_stepz'; did you mean 'trainer.max_steps'?"
-    >>> explain_mistake('Parser key "clip":\n  Expected a <class \'int\'>. Got value: two', ["clip"])
-    "clip must be an integer, not 'two'"
+    >>> explain_mistake('Parser key "save_every": Expected a <class \'int\'>. Got value: two', [])
+    "save_every must be an integer, not 'two'"
     >>> explain_mistake("-1 is not in bounds, numpy accepts from 0 to 4294967295", [])
     'seed_everything must be from 0 to 4294967295, not -1'
     """
