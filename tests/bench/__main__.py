@@ -23,6 +23,7 @@ GROUPS = (
     "fit_lm",
     "closed_memory",
     "closed_cost",
+    "closed_demo",
     "tradeoffs",
     "niches",
     "scale",

@@ -19,9 +19,9 @@ from trainmerge.tradeoffs.cma_es import Search
 from trainmerge.tradeoffs.niches import Niches
 from trainmerge.tradeoffs.search import Over, search_config
 
-SEEDS = (0, 1)
+SEEDS = (0,)
 EVALUATIONS = 60
-EXAMPLES = 30  # per task, of five
+EXAMPLES = 20  # per task, of five
 SEARCHES: dict[str, tuple[Over, type[Search] | type[Niches]]] = {
     "niches": ("coefficients", Niches),
     "cma_es_coefficients": ("coefficients", Search),

@@ -1,0 +1,66 @@
+"""Closed forms on the demo's adapters, in one process: those that `make suite-closed` lacks, and anchors.
+
+Accuracies on the first test texts of each task; nothing is chosen by them.
+"""
+
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests import results
+from tests.bench.__main__ import figure
+from tests.closed_suite import METHODS, SUITES, Steps
+from trainmerge.fitting.from_config import from_config
+from trainmerge.tradeoffs.scores import make_score
+
+EXAMPLES = 80  # per task, of five
+ANCHORS = ("ties", "tsv-m", "aswudi")
+SCALES = (0.3, 0.4)  # of task arithmetic
+
+
+def chosen() -> list[str]:
+    """The anchors, and every method without steps that no suite has measured."""
+    still = [name for name, method in METHODS.items() if method.options == ("--trainer.max_steps=0",)]
+    return [
+        name
+        for name in still
+        if name in ANCHORS or not any(results.measured(f"closed/{suite}-{name}") for suite in SUITES)
+    ]
+
+
+def main() -> None:
+    """Score each; task arithmetic too."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "demo.yaml"
+        content = yaml.safe_load(Path("configs/demo.yaml").read_text())
+        content["recipe"]["each"]["validation"] = content["recipe"]["each"]["test"]
+        content["model"]["objective"] = {"class_path": "trainmerge.Entropy"}  # which records no expert
+        config.write_text(yaml.safe_dump(content))
+        for scale in SCALES:
+            figure(f"task_arithmetic_{scale}", score(config, Path(folder), (), scale), "accuracy", "")
+        for name in chosen():
+            method = METHODS[name]
+            figure(name, score(config, Path(folder), method.steps, method.coefficient), "accuracy", "")
+
+
+def score(config: Path, folder: Path, steps: Steps, coefficient: float) -> float:
+    """The mean accuracy of a merge over the five tasks."""
+    methods = [{"class_path": f"trainmerge.{kind}", "init_args": given} for kind, given in steps]
+    changes: dict[str, Any] = {
+        "recipe.preprocess": methods, "model.initial": coefficient, "trainer.max_steps": 0,
+        "data.max_examples": 32
+    }  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):
+        settings = from_config(config, folder / f"run-{abs(hash(json.dumps(methods)))}", changes)
+        settings.module.load(settings.data)
+        settings.module.resident.merged.materialise()
+        return make_score("accuracy", {}, settings.module, settings.data, EXAMPLES)()
+
+
+if __name__ == "__main__":
+    main()
