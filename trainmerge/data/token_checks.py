@@ -16,7 +16,7 @@ def longest(tokenize: Tokenizer, examples: Sequence[Example], limit: int) -> int
     return max((tokens.shape[1] for tokens in given), default=0)
 
 
-def check_rows(tokenize: Tokenizer, examples: Sequence[Example], together: int = 64) -> None:
+def check_embedding_rows(tokenize: Tokenizer, examples: Sequence[Example], together: int = 64) -> None:
     """Raise ValueError if a text has a token that the model's embedding has no row for.
 
     Reads the texts only if the tokenizer has such tokens.

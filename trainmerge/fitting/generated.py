@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from trainmerge.data.calibration import Calibration, recorded
+from trainmerge.data.calibration import Calibration, recorded_tokenizer
 from trainmerge.data.generate import Generate
 from trainmerge.model.resident import Resident
 from trainmerge.model.written_texts import Writer
@@ -35,7 +35,7 @@ def write_generated(data: Calibration, opened: Opened, resident: Resident, works
 def generated_file(data: Calibration, name: str, wanted: Generate, opened: Opened, workspace: Path) -> Path:
     """The file of an expert's own texts: its name has the digest of what they depend on."""
     depends_on = [
-        opened.identity(), name, wanted.identity(), recorded(data.tokenizer), data.max_length,
+        opened.identity(), name, wanted.identity(), recorded_tokenizer(data.tokenizer), data.max_length,
         data.columns.record(), data.seed,
     ]  # fmt: skip
     return workspace / f"{FILES}{name}-{digest(repr(depends_on))}.jsonl"
