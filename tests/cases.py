@@ -100,7 +100,7 @@ def mended(text: str) -> str:
         parts = [name.strip() for name in found[1].split(",")]
         if not all(name in MOVED for name in parts):
             return found[0]
-        was = {"Economy": "StepSchedule as Economy"}
+        was = {"Economy": "StepSchedule as Economy", "combined": "aggregate_gradients as combined"}
         return "; ".join(f"from trainmerge.{MOVED[name]} import {was.get(name, name)}" for name in parts)
 
     for old, new in MODULES.items():

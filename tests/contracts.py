@@ -19,7 +19,7 @@ from trainmerge.kernels import (
     Untouched,
     accumulation_dtype,
 )
-from trainmerge.kernels.quantised import unpack
+from trainmerge.kernels.quantised import unpack_codes
 from trainmerge.objectives import Objective
 from trainmerge.task_vectors.delta import Delta
 
@@ -52,7 +52,7 @@ def true_tau(term: Term, base: Tensor) -> Tensor:
         case LowRank(up, down, scale):
             return (scale * (up.double() @ down.double())).reshape(base.shape)
         case Quantised(codes, scale):
-            whole = codes if codes.dtype == torch.int8 else unpack(codes, base[0].numel())
+            whole = codes if codes.dtype == torch.int8 else unpack_codes(codes, base[0].numel())
             return (scale.double()[:, None] * whole.double()).view(base.shape)
         case Untouched():
             return torch.zeros_like(base, dtype=torch.float64)

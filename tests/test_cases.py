@@ -9,7 +9,7 @@ from tests.cases import MODULES, MOVED, mended, verdict
 
 @pytest.mark.parametrize(("name", "module"), MOVED.items())
 def test_a_moved_name_is_where_the_table_says(name: str, module: str) -> None:
-    was = {"Economy": "StepSchedule"}
+    was = {"Economy": "StepSchedule", "combined": "aggregate_gradients"}
     assert hasattr(importlib.import_module(f"trainmerge.{module}"), was.get(name, name))
 
 

@@ -12,7 +12,7 @@ import trainmerge as tm
 from tests.contracts import relative_error
 from tests.fitting.test_fit import fit_world
 from tests.world import languages_recipe, write_languages, write_world
-from trainmerge.coefficients.aggregation import combined
+from trainmerge.coefficients.aggregation import aggregate_gradients
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.data.batch import Batch
@@ -26,19 +26,19 @@ ROWS = torch.tensor([[[1.0, 0.0]], [[-0.5, 1.0]]])  # m = 2, K = 1, G = 2
 
 def test_rules_are_their_closed_forms() -> None:
     a, b = ROWS.flatten(1)
-    assert torch.equal(combined(ROWS, Sum(), 0), (a + b)[None])
-    assert torch.equal(combined(ROWS, Mean(), 0), (a + b)[None] / 2)
+    assert torch.equal(aggregate_gradients(ROWS, Sum(), 0), (a + b)[None])
+    assert torch.equal(aggregate_gradients(ROWS, Mean(), 0), (a + b)[None] / 2)
     projected = [x - (x @ y) / (y @ y) * y for x, y in ((a, b), (b, a))]  # both conflict with the other
-    torch.testing.assert_close(combined(ROWS, PCGrad(), 0), sum(projected)[None])
+    torch.testing.assert_close(aggregate_gradients(ROWS, PCGrad(), 0), sum(projected)[None])
     share = ((b - a) @ b) / (a - b).square().sum()  # the shortest vector between a and b
     torch.testing.assert_close(
-        combined(ROWS, MGDA(), 0), (share * a + (1 - share) * b)[None], rtol=1e-2, atol=1e-2
+        aggregate_gradients(ROWS, MGDA(), 0), (share * a + (1 - share) * b)[None], rtol=1e-2, atol=1e-2
     )
 
 
 def test_the_result_descends_on_every_row() -> None:
     for rule in (PCGrad(), MGDA()):
-        assert bool((ROWS.flatten(1) @ combined(ROWS, rule, 0).flatten() >= -1e-6).all())
+        assert bool((ROWS.flatten(1) @ aggregate_gradients(ROWS, rule, 0).flatten() >= -1e-6).all())
 
 
 class Dice(nn.Module):
@@ -50,15 +50,15 @@ def test_dice_are_thrown_from_the_seed_and_leave_others_alone() -> None:
     torch.manual_seed(5)
     want = torch.rand(1)
     torch.manual_seed(5)
-    first = combined(ROWS, Dice(), 3)
+    first = aggregate_gradients(ROWS, Dice(), 3)
     assert torch.equal(torch.rand(1), want)
-    assert torch.equal(combined(ROWS, Dice(), 3), first)
-    assert not torch.equal(combined(ROWS, Dice(), 4), first)
+    assert torch.equal(aggregate_gradients(ROWS, Dice(), 3), first)
+    assert not torch.equal(aggregate_gradients(ROWS, Dice(), 4), first)
 
 
 def test_a_rule_that_makes_no_row_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Identity returned \(2, 2\) for rows \(2, 2\)"):
-        combined(ROWS, nn.Identity(), 0)
+        aggregate_gradients(ROWS, nn.Identity(), 0)
 
 
 def test_a_sum_is_what_a_fit_does_anyway(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_cagrad_is_near_the_mean_and_good_for_the_worst() -> None:
     angles = torch.linspace(0, 2 * torch.pi, 3601)
     around = mean + 0.5 * mean.norm() * torch.stack([angles.cos(), angles.sin()], dim=1)
     best = around[(around @ rows.T).amin(1).argmax()]
-    torch.testing.assert_close(combined(ROWS, CAGrad(c=0.5), 0), best[None], rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(aggregate_gradients(ROWS, CAGrad(c=0.5), 0), best[None], rtol=5e-3, atol=5e-3)
 
 
 def projected_onto_the_dual_cone(row: Tensor, rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import trainmerge as tm
 from tests.world import recipe, write_world
-from trainmerge.coefficients.concrete_rows import ConcreteRows, sample
+from trainmerge.coefficients.concrete_rows import ConcreteRows, sample_concrete
 from trainmerge.run.recipe_files import calibration_files
 
 GROUPS = {"a": (0, 1, 2, 3), "b": (4, 5, 6)}
@@ -50,7 +50,7 @@ def test_both_gradients_are_autograd_s(generator: torch.Generator) -> None:
 
     logits = torch.zeros(G, dtype=torch.float64, requires_grad=True)
     shared = torch.full((K, 2), 0.4, dtype=torch.float64, requires_grad=True)
-    noise = sample(torch.zeros(G, dtype=torch.float64), 0.7, 3, 0).logit() * 0.7
+    noise = sample_concrete(torch.zeros(G, dtype=torch.float64), 0.7, 3, 0).logit() * 0.7
     mask = ((logits + noise) / 0.7).sigmoid()
     parts = [
         mask[list(rows)] / mask[list(rows)].mean() * shared[:, n, None]

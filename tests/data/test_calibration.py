@@ -10,27 +10,27 @@ import pytest
 
 from tests.world import write_tokenizer
 from trainmerge.data.examples import Example, warn_of_overlap
-from trainmerge.data.steps import Steps, sample
+from trainmerge.data.steps import Steps, step_indices
 from trainmerge.data.text_files import load_examples
 from trainmerge.data.tokenizer import Tokenizer
 
 
 def test_every_example_is_seen_once_before_any_is_seen_again() -> None:
-    seen = [i for step in range(7) for i in sample(seed=3, expert=1, step=step, size=4, count=10)]
+    seen = [i for step in range(7) for i in step_indices(seed=3, expert=1, step=step, size=4, count=10)]
     assert Counter(seen[:10]) == Counter(range(10))
     assert Counter(seen[10:20]) == Counter(range(10))
     assert seen[:10] != seen[10:20]
 
 
 def test_order_depends_on_seed_and_expert_only() -> None:
-    first = [sample(0, 0, step, 5, 23) for step in range(9)]
-    assert first == [sample(0, 0, step, 5, 23) for step in range(9)]
-    assert first != [sample(1, 0, step, 5, 23) for step in range(9)]
-    assert first != [sample(0, 1, step, 5, 23) for step in range(9)]
+    first = [step_indices(0, 0, step, 5, 23) for step in range(9)]
+    assert first == [step_indices(0, 0, step, 5, 23) for step in range(9)]
+    assert first != [step_indices(1, 0, step, 5, 23) for step in range(9)]
+    assert first != [step_indices(0, 1, step, 5, 23) for step in range(9)]
 
 
 def test_batches_larger_than_the_set_run_on_across_the_seam() -> None:
-    assert Counter(sample(0, 0, 0, 6, 3)) == Counter({0: 2, 1: 2, 2: 2})
+    assert Counter(step_indices(0, 0, 0, 6, 3)) == Counter({0: 2, 1: 2, 2: 2})
 
 
 def test_ranks_share_a_batch_without_overlap(tmp_path: Path) -> None:

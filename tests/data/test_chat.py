@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from tests.world import WORDS, write_tokenizer
 from trainmerge.data.columns import Columns
 from trainmerge.data.examples import Example, read_examples
-from trainmerge.data.token_checks import check_rows
+from trainmerge.data.token_checks import check_embedding_rows
 from trainmerge.data.tokenizer import Tokenizer
 
 SEP = "{% for m in messages %}{{ m.role }}: {{ m.content }} | {% endfor %}"
@@ -139,12 +139,12 @@ def test_a_token_beyond_the_embedding_is_named(tmp_path: Path) -> None:
     rows = len(WORDS) + 2
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": rows}))
     tokenize = Tokenizer(str(tmp_path), 16)
-    check_rows(tokenize, [Example("red blue")])
+    check_embedding_rows(tokenize, [Example("red blue")])
     for texts in ([Example("red [EOS]")], [Example("red")] * 70 + [Example("[EOS]")]):
         with pytest.raises(
             ValueError, match=rf"token {rows + 1} '\[EOS\]', but config.json gives .* {rows} rows"
         ):
-            check_rows(tokenize, texts)
+            check_embedding_rows(tokenize, texts)
     with pytest.raises(ValueError, match=rf"{rows} rows"):
         tokenize(["[EOS]"])
 

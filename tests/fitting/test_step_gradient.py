@@ -12,7 +12,7 @@ from torchjd.aggregation import PCGrad
 
 import trainmerge as tm
 from tests.world import languages_recipe, llama, nudge, write_languages, write_tokenizer
-from trainmerge.coefficients.aggregation import combined
+from trainmerge.coefficients.aggregation import aggregate_gradients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.data.steps import Steps
 from trainmerge.fitting.module import MergeModule
@@ -131,7 +131,7 @@ def test_a_rule_of_conflict_sees_only_what_is_learned(world: Path, tmp_path: Pat
     torch.testing.assert_close(rows[:, :, learned], everything[:, :, learned])
     step = (0.3 - learn(recipe, tmp_path / "fit", steps=1, combine=PCGrad())) / 0.1
     torch.testing.assert_close(
-        step[:, learned], combined(everything[:, :, learned], PCGrad(), 0), rtol=0, atol=1e-5
+        step[:, learned], aggregate_gradients(everything[:, :, learned], PCGrad(), 0), rtol=0, atol=1e-5
     )
     assert not step[:, fixed].any()
 
@@ -158,7 +158,7 @@ def test_rules_combine_what_the_optimizer_moves(world: Path, tmp_path: Path) -> 
     settings = {"constraint": tm.Sigmoid(), "combine": PCGrad(), "initial": [0.2, 0.6]}
     module, data = build(recipe, tmp_path, **settings)
     rows, start = rows_of(module, data), module.coefficients().detach()
-    want = start.logit() - 0.1 * combined(rows * start * (1 - start), PCGrad(), 0)
+    want = start.logit() - 0.1 * aggregate_gradients(rows * start * (1 - start), PCGrad(), 0)
     torch.testing.assert_close(learn(recipe, tmp_path / "fit", steps=1, **settings).logit(), want)
 
 

@@ -13,7 +13,7 @@ from tests.fitting.test_fit import fit_world, learned
 from tests.world import write_world
 from trainmerge.fitting.provenance import describe
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Quantised, Untouched
-from trainmerge.kernels.quantised import pack, unpack
+from trainmerge.kernels.quantised import pack_codes, unpack_codes
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 from trainmerge.task_vectors.quantise import Quantise, quantised
 
@@ -30,9 +30,9 @@ def quantise_one(method: Quantise, tau: Tensor, base: Tensor) -> Quantised:
 @pytest.mark.parametrize("width", [1, 3, 4, 5, 64])
 def test_packing_is_lossless(width: int, generator: torch.Generator) -> None:
     signs = torch.randint(-1, 2, (7, width), generator=generator).to(torch.int8)
-    packed = pack(signs)
+    packed = pack_codes(signs)
     assert packed.shape == (7, -(-width // 4))
-    assert_equal(unpack(packed, width), signs)
+    assert_equal(unpack_codes(packed, width), signs)
 
 
 def assert_equal(got: Tensor, want: Tensor) -> None:

@@ -35,7 +35,7 @@ def linear(
     return {f"{name}.weight": tuple(weight), f"{name}.bias": (Touch(out, 0),) if out else ()}
 
 
-def scaled(tensors: Mapping[str, tuple[Touch, ...]], space: str) -> dict[str, tuple[Touch, ...]]:
+def with_free_scale(tensors: Mapping[str, tuple[Touch, ...]], space: str) -> dict[str, tuple[Touch, ...]]:
     """The tensors of a gated layer with a further space over their neurons, whose scale is free."""
     return {
         name: (*own, *(touch._replace(space=space) for touch in own if touch.space == "neurons"))
@@ -109,8 +109,8 @@ DECODER = Family(
     r"layers\.\d+",
     attention(*(f"self_attn.{kind}_proj" for kind in "qkvo"))
     | linear("mlp.gate_proj", "neurons", STREAM)
-    | scaled(linear("mlp.up_proj", "neurons", STREAM), "up")
-    | scaled(linear("mlp.down_proj", STREAM, "neurons"), "down")
+    | with_free_scale(linear("mlp.up_proj", "neurons", STREAM), "up")
+    | with_free_scale(linear("mlp.down_proj", STREAM, "neurons"), "down")
     | norm("input_layernorm") | norm("post_attention_layernorm")
     | norm("pre_feedforward_layernorm") | norm("post_feedforward_layernorm")
     | norm("self_attn.q_norm", None) | norm("self_attn.k_norm", None),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainmerge.align.families import STREAM, Family, Gauges, Touch, family_of, touches_of
 from trainmerge.align.unit_map import UnitMap
-from trainmerge.task_vectors.parameter_names import heads_of
+from trainmerge.task_vectors.parameter_names import attention_heads
 
 Read = Callable[[str], Tensor]
 NUMBERS = 1 << 24  # that are float32 at a time
@@ -60,7 +60,7 @@ def anatomy(config: Mapping[str, Any], names: Sequence[str]) -> Anatomy:
     parameters = config.get("rope_parameters") or config
     if any("q_norm" in name for name in names) or parameters.get("partial_rotary_factor", 1) != 1:
         gauges = "none"
-    heads, shared = heads_of(config)
+    heads, shared = attention_heads(config)
     return Anatomy(family, touches, heads, shared, gauges)
 
 

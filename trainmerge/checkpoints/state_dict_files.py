@@ -11,7 +11,7 @@ from trainmerge.checkpoints.weight_files import ADAPTER, find_weights
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.safetensors_file import MappedFile
 from trainmerge.system.text import listed
-from trainmerge.system.torch_file import METADATA, check_tensors, load_torch
+from trainmerge.system.torch_file import METADATA, check_state_dict, load_torch
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params", "params_ema",
             "state_dict_ema", "model_ema", "ema")  # fmt: skip
@@ -77,7 +77,7 @@ def _read(file: Path, key: str | None, allow_pickle: bool) -> dict[str, Tensor]:
             "allow_pickle if you trust its source: torch's restricted unpickler reads it."
         )
     try:
-        return check_tensors(_unwrapped(load_torch(file, mmap=True), key), file)
+        return check_state_dict(_unwrapped(load_torch(file, mmap=True), key), file)
     except ValueError as error:
         raise ValueError(
             f"{file}: no state dict: {error}. Load it where it was made, and save module.state_dict()"

@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from trainmerge.system.safetensors_file import TensorInfo
-from trainmerge.system.torch_file import check_tensors, load_torch
+from trainmerge.system.torch_file import check_state_dict, load_torch
 
 
 class WeightFile(Protocol):
@@ -32,7 +32,7 @@ class PickleFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            state = check_tensors(load_torch(path, mmap=True), path)
+            state = check_state_dict(load_torch(path, mmap=True), path)
         except ValueError as error:
             raise ValueError(
                 f"{path}: torch cannot load it: {error}. Save it again as safetensors."

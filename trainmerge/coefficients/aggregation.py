@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-def combined(rows: Tensor, rule: nn.Module, seed: int) -> Tensor:
+def aggregate_gradients(rows: Tensor, rule: nn.Module, seed: int) -> Tensor:
     """One gradient [K, G] of rows [m, K, G].
 
     Random rules (PCGrad's order) are seeded with `seed`, so that a resumed run and every process of a fit

@@ -103,7 +103,7 @@ class ConcreteRows(Optimizer):
         here, options = self._coefficients, self.param_groups[0]
         state = self._started(here)
         tensors = self._of_rows(here)
-        mask = sample(state["logits"], options["temperature"], options["seed"], int(state["count"]))
+        mask = sample_concrete(state["logits"], options["temperature"], options["seed"], int(state["count"]))
         values = state["start"] + state["shift"][:, tensors]
         mean = means(mask, tensors)
         scaled = mask / mean
@@ -143,7 +143,7 @@ class ConcreteRows(Optimizer):
         return self._tensors.to(here.device)
 
 
-def sample(logits: Tensor, temperature: float, seed: int, step: int) -> Tensor:
+def sample_concrete(logits: Tensor, temperature: float, seed: int, step: int) -> Tensor:
     """m, [G]: a function of seed and step, the same on every device and process."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     uniform = torch.rand(logits.shape, generator=generator).clamp(1e-6, 1 - 1e-6)

@@ -55,7 +55,7 @@ class LayerLeastSquares(MeasuredPreset):
             systems, solved = self._in_sequence(layout, measure, solved)
         left = sum(systems[group].residual(c) for group, c in solved.items()) / len(solved)
         print(f"layer least squares: {left:.0%} of the experts' effect on layers' outputs is out of reach")
-        return spread(layout, solved, len(experts)).float()
+        return fill_groups(layout, solved, len(experts)).float()
 
     def _in_sequence(
         self, layout: Layout, measure: Measures, first: Mapping[int, Tensor]
@@ -64,7 +64,7 @@ class LayerLeastSquares(MeasuredPreset):
         experts, systems = len(measure.weights), dict[int, System]()
         solved = dict(first)
         for _, names in groupby(measure.in_order(layout.groups), block_of):
-            values = spread(layout, solved, experts).float()
+            values = fill_groups(layout, solved, experts).float()
             block = list(names)
             moments = [measure.shifted(k, block, values) for k in range(experts)]
             reached = [name for name in block if all(name in own for own in moments)]
@@ -76,7 +76,7 @@ class LayerLeastSquares(MeasuredPreset):
         return systems, {group: solved[group] for group in systems}
 
 
-def spread(layout: Layout, solved: Mapping[int, Tensor], experts: int) -> Tensor:
+def fill_groups(layout: Layout, solved: Mapping[int, Tensor], experts: int) -> Tensor:
     """[K, G]: groups without a system take the mean of their parameters' blocks, or of all."""
     blocks: dict[str, list[int]] = {}
     for name, groups in layout.groups.items():

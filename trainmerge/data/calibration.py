@@ -35,7 +35,7 @@ from trainmerge.system.ranges import check_option
 from trainmerge.system.workspace import VOCABULARY
 
 
-def recorded(tokenizer: str) -> str:
+def recorded_tokenizer(tokenizer: str) -> str:
     """The tokenizer as a run records it: a folder that was made for it by its name, which is a digest."""
     name = Path(tokenizer).name
     return name if name.startswith(VOCABULARY) else tokenizer
@@ -162,7 +162,7 @@ class Calibration(pl.LightningDataModule):
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "tokenizer": recorded(self.tokenizer),
+            "tokenizer": recorded_tokenizer(self.tokenizer),
             "max_length": self.max_length,
             "columns": self.columns.record(),
             "max_examples": self.max_examples,

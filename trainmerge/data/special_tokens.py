@@ -14,7 +14,7 @@ def embedding_rows(config: Mapping[str, Any]) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
-def check_rows(tokenizer: Any, ids: Tensor, rows: int | None) -> None:
+def check_token_ids(tokenizer: Any, ids: Tensor, rows: int | None) -> None:
     """Raise ValueError for a token id that the model's embedding of `rows` rows has no row for."""
     if rows is None or not ids.numel() or (largest := int(ids.max())) < rows:
         return

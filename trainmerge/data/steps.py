@@ -11,7 +11,7 @@ from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 
 
-def sample(seed: int, expert: int, step: int, size: int, count: int) -> list[int]:
+def step_indices(seed: int, expert: int, step: int, size: int, count: int) -> list[int]:
     """The `size` example indices of step `step` for an expert with `count` examples.
 
     Consecutive steps go through one permutation after another: every example is used once before any is
@@ -53,7 +53,8 @@ class Steps(Dataset[Step]):
 
     def _batch(self, expert: int, step: int) -> Batch:
         own = self.examples[expert]
-        chosen = sample(self.seed, expert, step, self.batch_size, len(own))[self.rank :: self.world_size]
+        every = step_indices(self.seed, expert, step, self.batch_size, len(own))
+        chosen = every[self.rank :: self.world_size]
         examples = [own[i] for i in chosen]
         encoded = self.tokenize.encode(examples)
         share = len(chosen) * self.world_size / self.batch_size

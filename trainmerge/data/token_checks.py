@@ -46,7 +46,7 @@ def check_lengths(
             )
 
 
-def check_rows(tokenize: Tokenizer, examples: Sequence[Example], together: int = TOGETHER) -> None:
+def check_embedding_rows(tokenize: Tokenizer, examples: Sequence[Example], together: int = TOGETHER) -> None:
     """Raise ValueError if a text has a token that the model's embedding has no row for.
 
     Reads the texts only if the tokenizer has such tokens.

@@ -17,7 +17,7 @@ from trainmerge.data.load_tokenizer import load_tokenizer, present, takes_text
 from trainmerge.data.media import MediaInputs, without_text
 from trainmerge.data.padding import answers, fillers, in_one_batch, whole_length
 from trainmerge.data.pictures import Pictures
-from trainmerge.data.special_tokens import SpecialTokens, check_rows, embedding_rows
+from trainmerge.data.special_tokens import SpecialTokens, check_token_ids, embedding_rows
 from trainmerge.data.token_examples import encode_tokens
 from trainmerge.system.hub import folder_of
 from trainmerge.system.json_file import read_json
@@ -90,7 +90,7 @@ class Tokenizer:
             return_tensors="pt",
             return_offsets_mapping=offsets,
         )
-        check_rows(self.transformers, encoded["input_ids"], self._rows)
+        check_token_ids(self.transformers, encoded["input_ids"], self._rows)
         return encoded
 
     def located(self, text: str) -> Located:
@@ -182,7 +182,7 @@ class Tokenizer:
         parts = [(self._encoded(given, False, offsets), done)] if done else []
         parts += [(self._encoded([texts[i] for i in rest], special, offsets), rest)] if rest else []
         encoded = parts[0][0] if len(parts) == 1 else in_one_batch(parts, fillers(self.transformers))
-        check_rows(self.transformers, encoded["input_ids"], self._rows)
+        check_token_ids(self.transformers, encoded["input_ids"], self._rows)
         return encoded
 
     def _encoded(self, texts: list[str], special: bool, offsets: bool) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from trainmerge.data.calibration import Calibration
 from trainmerge.data.examples import Example
 from trainmerge.data.heads import Head
 from trainmerge.data.media import without_text
-from trainmerge.data.token_checks import check_rows
+from trainmerge.data.token_checks import check_embedding_rows
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.fitting.embedding_check import embedding_problems
 from trainmerge.fitting.media_preflight import is_pooled, media_problems
@@ -125,7 +125,7 @@ def example_problems(data: Calibration) -> list[str]:
     found = []
     for file, examples in zip(data.files.values(), data.examples, strict=True):
         try:
-            check_rows(data.tokenize, examples)
+            check_embedding_rows(data.tokenize, examples)
         except ValueError as error:
             found.append(f"{file}: {error}")
             continue

@@ -21,7 +21,7 @@ from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.initial import Initial
 from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.batch import Asks
-from trainmerge.data.calibration import Calibration, recorded
+from trainmerge.data.calibration import Calibration, recorded_tokenizer
 from trainmerge.fitting.generated import write_generated
 from trainmerge.fitting.model_settings import ModelSettings
 from trainmerge.model.activation_checkpointing import recompute_blocks
@@ -181,7 +181,7 @@ def record(given: FitInputs, resident: Resident) -> list[Record]:
         given.opened.identity(),
         *heads,
         *data.with_examples(data.examples).identities().values(),  # their contents, written texts' too
-        recorded(data.tokenizer),
+        recorded_tokenizer(data.tokenizer),
         data.max_length,
         settings.weights,
         torch.is_autocast_enabled(resident.device.type),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainmerge.coefficients.aggregation import combined
+from trainmerge.coefficients.aggregation import aggregate_gradients
 from trainmerge.system.memory import is_out_of_memory
 from trainmerge.system.text import reason
 
@@ -53,7 +53,7 @@ def rehearse_rule(rule: torch.nn.Module, like: Tensor) -> None:
     device = tensors[0].device if tensors else like.device
     rows = torch.randn((len(like), *like.shape), generator=torch.Generator().manual_seed(0)).to(device)
     with naming_key("model.combine", type(rule)):
-        combined(rows, copied, seed=0)
+        aggregate_gradients(rows, copied, seed=0)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from trainmerge.coefficients.aggregation import combined
+from trainmerge.coefficients.aggregation import aggregate_gradients
 from trainmerge.coefficients.anchor import Anchor
 from trainmerge.data.batch import Batch, Step
 from trainmerge.model.merged_model import MergedModel
@@ -50,7 +50,7 @@ class StepGradient:
         while not self.merged.loss_scale.settle(_finite(rows) or not _finite(*losses.values())):
             losses, rows = self._means(step)
         slopes = torch.stack([self.merged.coefficients.slope(row) for row in rows])
-        return losses, slopes[0] if self.rule is None else combined(slopes, self.rule, seed)
+        return losses, slopes[0] if self.rule is None else aggregate_gradients(slopes, self.rule, seed)
 
     def assign(self, slopes: Tensor, anchor: Anchor, start: Tensor, clip: float) -> Tensor:
         """Give the coefficients the gradient `slopes` [K, G] and the anchor's, clipped; returns its penalty.

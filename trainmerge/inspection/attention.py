@@ -19,7 +19,7 @@ from trainmerge.checkpoints import Checkpoint
 from trainmerge.inspection.findings import Finding
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.delta import TaskVectors, dense_term
-from trainmerge.task_vectors.parameter_names import block_of, heads_of, kind_of
+from trainmerge.task_vectors.parameter_names import attention_heads, block_of, kind_of
 
 UNLOCK = "recipe.align: [trainmerge.Gauge] undoes it"
 EXCLUDE = "exclude these, or get the expert as it was trained"
@@ -47,7 +47,7 @@ class _Pair(NamedTuple):
 
 def attention_findings(base: Checkpoint, task_vectors: TaskVectors) -> Iterator[Finding]:
     """Experts whose attention weights changed while their products did not. Reads the attention weights."""
-    pairs = [_Pair(*pair, *heads_of(base.config, pair[0])) for pair in _pairs(task_vectors)]
+    pairs = [_Pair(*pair, *attention_heads(base.config, pair[0])) for pair in _pairs(task_vectors)]
     if unknown := [str(pair) for pair in pairs if not pair.fits(task_vectors)]:
         yield Finding(
             "note",

@@ -13,7 +13,7 @@ from math import ulp
 import torch
 from torch import Tensor
 
-from trainmerge.kernels.quantised import Quantised, decode
+from trainmerge.kernels.quantised import Quantised, dequantise
 from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, Untouched
 
 TOGETHER = 1 << 15  # elements of K small blocks (a bias's) up to which one call for all is faster than K
@@ -65,7 +65,7 @@ def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients:
             elif isinstance(term, Difference):
                 total.add_(_load(_rows(term.tau, rows), buffer), alpha=weight)
             elif isinstance(term, Quantised):
-                total.add_(decode(term, rows, buffer), alpha=weight)
+                total.add_(dequantise(term, rows, buffer), alpha=weight)
         if not in_place:
             target.copy_(total.view(target.shape))
 
@@ -157,7 +157,7 @@ def _block_product(g: Tensor, b: Tensor, term: Term, rows: slice, buffer: Tensor
         case Difference():
             tau = _load(_rows(term.tau, rows), buffer)
         case Quantised():
-            tau = decode(term, rows, buffer)
+            tau = dequantise(term, rows, buffer)
     return torch.dot(g.flatten(), tau.flatten())
 
 

@@ -21,7 +21,7 @@ from trainmerge.preprocess.least_squares import closest
 from trainmerge.preprocess.matrices import is_matrix
 from trainmerge.preprocess.subspace import shared_subspace
 from trainmerge.system.ranges import check_fields
-from trainmerge.task_vectors.delta import Delta, TaskVectors, outside
+from trainmerge.task_vectors.delta import Delta, TaskVectors, project_out
 from trainmerge.task_vectors.roles import each_matrix
 from trainmerge.task_vectors.top_k import cut_at
 
@@ -125,7 +125,7 @@ def _adam(taus: Tensor, weights: Tensor, shares: Tensor, basis: Tensor) -> Tenso
     for _ in range(PAPER_STEPS):
         total = torch.einsum("s,smn->mn", shares, moves)
         left = gaps - torch.einsum("kmn,mn->km", taus, total)
-        slope = outside(-2 * torch.einsum("km,kmn->mn", left, taus), basis)
+        slope = project_out(-2 * torch.einsum("km,kmn->mn", left, taus), basis)
         moves.grad = shares[:, None, None] * slope
         optimizer.step()
     return moves

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainmerge.preprocess.spectrum import EPSILON
-from trainmerge.task_vectors.delta import outside
+from trainmerge.task_vectors.delta import project_out
 
 STEPS = 200  # usually a few suffice; many if rows differ much in norm
 
@@ -25,7 +25,7 @@ def closest(taus: Tensor, gaps: Tensor, basis: Tensor) -> Tensor:
     solution = torch.zeros_like(taus[0])
     for scale in (_whitening(taus), None):
         solution = _conjugate_gradients(Equations(taus, basis, scale), gaps, solution)
-    return outside(solution, basis)
+    return project_out(solution, basis)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Equations:
         total = torch.zeros_like(self.taus[0])
         for tau, column in zip(self.taus, self.scaled(numbers), strict=True):
             total.addcmul_(tau, column[:, None])
-        return outside(total, self.basis)
+        return project_out(total, self.basis)
 
 
 def _whitening(taus: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from trainmerge.preprocess.spectrum import truncated
 from trainmerge.system.safetensors_file import write_safetensors
 from trainmerge.system.workspace import cached, digest
-from trainmerge.task_vectors.delta import Delta, TaskVectors, outside
+from trainmerge.task_vectors.delta import Delta, TaskVectors, project_out
 from trainmerge.task_vectors.roles import Role
 
 
@@ -61,4 +61,4 @@ def outside_subspace(gradient: Tensor, basis: Tensor | None, role: Role) -> Tens
     if basis is None:
         return gradient
     wide, basis = gradient.to(basis.dtype), basis.to(gradient.device)
-    return outside(wide.mT, basis).mT.contiguous() if role == "transposed" else outside(wide, basis)
+    return project_out(wide.mT, basis).mT.contiguous() if role == "transposed" else project_out(wide, basis)

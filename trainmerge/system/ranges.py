@@ -84,7 +84,7 @@ def fault(value: object, kind: Any, interval: str = FINITE) -> str:
     """What a value must be and what it is, or nothing where it is usable."""
     if isinstance(value, str) and not value.strip() and get_origin(kind) is not Literal:
         return f"a text that is not blank, not {value!r}"
-    if not fits(value, kind):
+    if not has_type(value, kind):
         return f"{described(kind)}, not {value!r}"
     allowed = Range.of(interval)
     outside = next((number for number in numbers(value) if number not in allowed), None)
@@ -96,18 +96,18 @@ def hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def fits(value: Any, kind: Any) -> bool:
+def has_type(value: Any, kind: Any) -> bool:
     """Whether a value has a type. Types that cannot be checked fit."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return any(fits(value, each) for each in inner)
+        return any(has_type(value, each) for each in inner)
     if origin is Literal:
         return any(value == each and type(value) is type(each) for each in inner)
     if origin in LISTS:
         listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        return listed and all(fits(each, inner[0]) for each in value)
+        return listed and all(has_type(each, inner[0]) for each in value)
     if origin in MAPPINGS:
-        return isinstance(value, Mapping) and all(fits(each, inner[1]) for each in value.values())
+        return isinstance(value, Mapping) and all(has_type(each, inner[1]) for each in value.values())
     if kind in (int, float):
         number = Integral if kind is int else Real
         return isinstance(value, number) and not isinstance(value, bool)

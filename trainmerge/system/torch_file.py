@@ -30,7 +30,7 @@ def load_torch(path: Path, mmap: bool = False) -> Any:
         raise ValueError(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__) from error
 
 
-def check_tensors(state: Any, path: Path) -> dict[str, Tensor]:
+def check_state_dict(state: Any, path: Path) -> dict[str, Tensor]:
     """A dictionary of ordinary tensors.
 
     Raises:

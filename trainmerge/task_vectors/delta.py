@@ -24,7 +24,7 @@ from trainmerge.kernels import (
     rows_of,
     weighted_sum,
 )
-from trainmerge.kernels.quantised import decode
+from trainmerge.kernels.quantised import dequantise
 from trainmerge.task_vectors.roles import Role, num_matrices
 from trainmerge.task_vectors.state_dicts import Compared, StateDict, compare_state_dicts
 
@@ -96,12 +96,12 @@ def dense_term(term: Term, base: Tensor) -> Tensor:
             return (scale * up.to(dtype) @ down.to(dtype)).view(base.shape)
         case Quantised():
             wide = torch.empty(len(base), base[0].numel(), dtype=dtype, device=base.device)
-            return decode(term, slice(None), wide).view(base.shape)
+            return dequantise(term, slice(None), wide).view(base.shape)
         case Untouched():
             return torch.zeros_like(base, dtype=dtype)
 
 
-def outside(matrix: Tensor, basis: Tensor) -> Tensor:
+def project_out(matrix: Tensor, basis: Tensor) -> Tensor:
     """Its projection off the subspace, without forming the m x m projector."""
     return matrix - basis @ (basis.mT @ matrix)
 

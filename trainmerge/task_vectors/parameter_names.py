@@ -106,7 +106,7 @@ def idle_patterns(patterns: Iterable[str], names: Collection[str]) -> list[str]:
     return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
 
 
-def heads_of(config: Mapping[str, Any], name: str = "") -> tuple[int, int]:
+def attention_heads(config: Mapping[str, Any], name: str = "") -> tuple[int, int]:
     """Numbers of query and key heads of the part of a model that has parameter `name`.
 
     1 where its configuration gives none, or one number per stage.

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.kernels import Difference, ExpertWeight, Quantised, Term
-from trainmerge.kernels.quantised import PER_BYTE, pack
+from trainmerge.kernels.quantised import PER_BYTE, pack_codes
 from trainmerge.system.ranges import check_fields
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 from trainmerge.system.safetensors_format import Specs
@@ -110,7 +110,7 @@ class Ternary(Quantise):
         total = sum(float(tau.abs().double()[tau.abs() > cut.value].sum()) for tau in _pieces(term, base))
         scale = torch.tensor([(total + cut.value * cut.ties) / kept])
         for tau in _pieces(term, base):
-            yield Quantised(pack(cut(tau).sign().to(torch.int8)), scale)
+            yield Quantised(pack_codes(cut(tau).sign().to(torch.int8)), scale)
 
 
 def _pieces(term: Term, base: Tensor) -> Iterator[Tensor]:
