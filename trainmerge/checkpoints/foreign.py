@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from trainmerge.checkpoints.weight_files import PICKLE, SAFETENSORS, read_folder_json
 from trainmerge.checkpoints.whole import MANIFEST, PACKED
-from trainmerge.system.sharded_file import METADATA
 from trainmerge.system.text import listed
+from trainmerge.system.torch_file import METADATA
 
 DIFFUSERS = "diffusion_pytorch_model"
 SAVED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")  # torch.save's usual names

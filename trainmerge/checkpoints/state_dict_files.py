@@ -10,9 +10,8 @@ from trainmerge.checkpoints.foreign import DIFFUSERS, recognise
 from trainmerge.checkpoints.weight_files import ADAPTER, find_weights
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.safetensors_file import MappedFile
-from trainmerge.system.sharded_file import METADATA, ShardedFile
 from trainmerge.system.text import listed
-from trainmerge.system.torch_file import check_tensors, load_torch
+from trainmerge.system.torch_file import METADATA, check_tensors, load_torch
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params", "params_ema",
             "state_dict_ema", "model_ema", "ema")  # fmt: skip
@@ -91,6 +90,8 @@ def _sharded(folder: Path, key: str | None, allow_pickle: bool) -> dict[str, Ten
             f"{folder}: its {METADATA} is a pickled file, which can run code. Set allow_pickle if you trust "
             "its source: an unpickler reads it that knows torch.distributed's classes only."
         )
+    from trainmerge.system.sharded_file import ShardedFile  # with torch.distributed's: half a second
+
     file = ShardedFile(folder)
     firsts = list(dict.fromkeys(path[0] for path in file.paths.values() if len(path) > 1))
     inside = [first for first in firsts if first in WRAPPERS]

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pandas.errors import ParserWarning
-
 
 def check_header(file: Path, columns: Sequence[str]) -> None:
     """Refuse two columns of one name that is read: pandas would take the first.
@@ -34,6 +32,8 @@ def no_cell_lost() -> Iterator[None]:
     Raises:
         ValueError: such a row.
     """
+    from pandas.errors import ParserWarning
+
     with warnings.catch_warnings():
         warnings.simplefilter("error", ParserWarning)
         try:

@@ -1,10 +1,14 @@
 """A folder of pictures as a dataset: `pictures/*.png`, or one subfolder per class, `pictures/cat/*.png`."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
+if TYPE_CHECKING:
+    import datasets
 
 SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff",
@@ -45,6 +49,8 @@ def picture_folder(folder: Path) -> datasets.Dataset | None:
         raise ValueError(
             f"{strange[0]}: a picture of a format that is not read: save it as PNG, or remove it"
         )
+    import datasets
+
     if flat:
         return datasets.Dataset.from_dict({"image": [str(path.absolute()) for path in flat]})
     turns = sorted((place, label) for label, own in enumerate(inside) for place in range(len(own)))

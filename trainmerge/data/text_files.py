@@ -1,20 +1,23 @@
 """Read files of texts: JSON, CSV, parquet, plain text, saved datasets."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import CRITICAL
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from trainmerge.data.csv_rows import check_header, no_cell_lost
 from trainmerge.data.picture_folder import picture_folder
 from trainmerge.system.atomic import seen_from
 from trainmerge.system.memory import is_out_of_memory
 from trainmerge.system.text import reason, shortened
+
+if TYPE_CHECKING:
+    import datasets
 
 # By the ending in small letters.
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -101,6 +104,8 @@ def _in_memory(source: Path, kind: str, options: Mapping[str, Any]) -> datasets.
     Only a lock without contents and a link to the file are written, to a temporary folder. datasets takes the
     link's name: it would read `[1]`, `*` and `::` of the file's own path as patterns and addresses.
     """
+    import datasets  # takes half a second, which an export need not spend
+
     with TemporaryDirectory() as place, _quiet(), no_cell_lost():
         link = Path(place) / f"rows{source.suffix.lower()}"
         link.symlink_to(source.absolute())
@@ -137,6 +142,8 @@ def _undated(data: datasets.Dataset, source: Path, texts: Sequence[str]) -> data
 
 
 def _saved(folder: Path) -> datasets.Dataset:
+    import datasets
+
     try:
         data = datasets.load_from_disk(str(folder))
         if isinstance(data, datasets.Dataset):  # offsets that lead out of the file would end the process
@@ -152,6 +159,8 @@ def _saved(folder: Path) -> datasets.Dataset:
 
 def _undecoded(data: datasets.Dataset, media: Sequence[str]) -> datasets.Dataset:
     """The columns of pictures and sounds as paths and bytes."""
+    import datasets
+
     for name in media:
         feature = data.features[name]
         if isinstance(feature, datasets.Image | datasets.Audio) and feature.decode:
@@ -162,6 +171,8 @@ def _undecoded(data: datasets.Dataset, media: Sequence[str]) -> datasets.Dataset
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Disable progress bars, and the log lines of errors that we raise ourselves."""
+    import datasets
+
     shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     if verbosity != CRITICAL:

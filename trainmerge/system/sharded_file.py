@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from typing_extensions import override
 
 from trainmerge.system.text import shortened
+from trainmerge.system.torch_file import METADATA
 
-METADATA = ".metadata"
 DISPATCH: dict[int, Any] = vars(pickle._Unpickler)["dispatch"]  # opcode -> what pickle does
 FILL = DISPATCH[pickle.BUILD[0]]
 LONGEST = 400  # characters of a reason

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from trainmerge.system.access import check_readable
 
+METADATA = ".metadata"  # of a sharded checkpoint (`system.sharded_file`)
+
 
 def load_torch(path: Path, mmap: bool = False) -> Any:
     """The contents of a file in torch's zip format, on the CPU; `mmap` maps the tensors.
