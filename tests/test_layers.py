@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -131,3 +133,18 @@ def test_no_two_files_import_each_other():
 )
 def test_the_rule_finds_what_it_forbids(wing, source, count):
     assert len(wrongs(wing, source)) == count
+
+
+def test_an_export_loads_no_library_that_it_does_not_use():
+    """Each takes half a second and more; so they are imported where they are used."""
+    large = [
+        "datasets",
+        "pandas",
+        "pyarrow",
+        "transformers",
+        "pytorch_lightning",
+        "torch.distributed.checkpoint",
+    ]
+    code = f"import sys, trainmerge.export; print([name for name in {large} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -76,6 +76,7 @@ def test_no_copy_of_the_texts_is_written(tmp_path: Path, name: str) -> None:
         "    if event == 'open' and str(arguments[1]).startswith(('w', 'a', 'x')):\n"
         "        written.append(str(arguments[0]))\n"
         "sys.addaudithook(note)\n"
+        "import datasets\n"
         "from trainmerge.data.text_files import load_examples\n"
         "written.clear()\n"
         f"assert 'hidden words' in load_examples({str(path)!r}, ['text'])['text']\n"
