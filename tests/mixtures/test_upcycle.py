@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -143,6 +144,30 @@ def test_experts_are_the_experts_own_networks_and_the_rest_is_the_merge(llama: P
     assert found.keys() == expected.keys() | routers
     for name, own in expected.items():
         assert_same_bits(found[name], own)
+
+
+def test_the_networks_of_adapters_are_those_that_peft_merges(tmp_path: Path) -> None:
+    write_run(tmp_path, "Qwen3")
+    kind = transformers.Qwen3ForCausalLM
+    for number, name in enumerate(DOMAINS):
+        config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+        adapted = get_peft_model(kind.from_pretrained(tmp_path / "base"), config)
+        nudge(adapted, number)
+        shutil.rmtree(tmp_path / name)
+        adapted.save_pretrained(tmp_path / name)
+    shutil.rmtree(tmp_path / "run")
+    run = fit(tmp_path, languages_recipe(tmp_path), 0.4)
+    export_mixture(run, tmp_path / "moe")
+    assert verify_mixture(run, tmp_path / "moe")
+    found = weights(tmp_path / "moe")
+    for number, name in enumerate(DOMAINS):
+        model = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / name)
+        want = dict(model.merge_and_unload().named_parameters())
+        for layer in range(2):
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                stem = f"model.layers.{layer}.mlp"
+                own = found[f"{stem}.experts.{number}.{part}.weight"]
+                torch.testing.assert_close(own, want[f"{stem}.{part}.weight"].data)
 
 
 def test_the_manifest_has_the_divergence_that_transformers_own_models_have(llama: Path) -> None:
