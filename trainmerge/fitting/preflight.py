@@ -17,7 +17,6 @@ from trainmerge.fitting.on_policy import check_on_policy
 from trainmerge.objectives import Alignment, Objective
 from trainmerge.run.heads import task_heads, unusable_heads
 
-UNUSABLE = ("question-answering model", "model with another output")  # no logits of tokens or classes
 TOGETHER = 64  # examples that are tokenised at a time
 
 
@@ -78,10 +77,10 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
         )
     elif headless and output.ends:
         problems.append(f"{base}: {output.architecture} {ENDS}")
-    elif headless and output.kind in UNUSABLE:
+    elif headless and output.uncompared:
         problems.append(
-            f"{base}: {output.architecture} is a {output.kind}, whose outputs no objective compares: give "
-            f"{headless} a `head`, `own` say, or merge without learning (trainer.max_steps 0)"
+            f"{base}: {output.architecture} {output.uncompared}. Give {headless} a `head`, align hidden "
+            "states only (Alignment: logits 0, hidden 1), or merge without learning (trainer.max_steps 0)"
         )
     elif headless and module.objective.needs_classes and not output.classes:
         problems.append(f"{module.objective!r} needs classes, and {headless} have no `head`: give each one")
