@@ -107,6 +107,11 @@ class Output(NamedTuple):
         return next(endings, "has outputs that no objective compares")
 
     @property
+    def choices(self) -> bool:
+        """Whether an example of it is several texts, which no data here are."""
+        return self.architecture.endswith("ForMultipleChoice")
+
+    @property
     def logits(self) -> bool:
         """Whether it has an output layer of its own."""
         return self.kind != "model without an output layer"
