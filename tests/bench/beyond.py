@@ -73,6 +73,12 @@ def with_texts(data: tm.Calibration, chosen: Sequence[Sequence[Example]]) -> tm.
     return data
 
 
+def unjudged(lab: Lab, data: tm.Calibration) -> tm.Calibration:
+    """The data without the held-out texts of the first seed, by which every row is judged."""
+    judged = {example.text for own in lab.data().held_out_part().examples for example in own}
+    return with_texts(data, [[e for e in own if e.text not in judged] for own in data.examples])
+
+
 def run(lab: Lab) -> None:
     """Every row."""
     lab.settle()
@@ -80,13 +86,11 @@ def run(lab: Lab) -> None:
     lab.learn("ensemble", lab.data(), teach=ensemble)
     lab.learn("chunks", lab.data(), str(lab.place / "learned_0"), lab.chunked(first), SECOND_STEPS)
     pool, start = lab.data(texts=POOL), lab.module(lab.start)
-    judged = {example.text for own in lab.data().held_out_part().examples for example in own}
-    pool.examples = [[example for example in own if example.text not in judged] for own in pool.examples]
-    start.load(pool)
+    start.load(unjudged(lab, pool))
     far = disagreeing(start, pool, FEW)
     lab.learn("few_disagreeing", with_texts(lab.data(), far))
     lab.learn("few_random", with_texts(lab.data(), [own[:FEW] for own in pool.examples]))
-    others = [lab.learn(f"learned_{seed}", lab.data(seed)) for seed in (1, 2)]
+    others = [lab.learn(f"learned_{seed}", unjudged(lab, lab.data(seed))) for seed in (1, 2)]
     values = torch.stack([module.coefficients().detach() for module in (first, *others)])
     others[0].coefficients.reset_(values.mean(0))
     lab.score("seeds_averaged", others[0])
