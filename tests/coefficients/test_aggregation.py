@@ -113,7 +113,7 @@ def test_upgrad_projects_each_row_onto_the_dual_cone() -> None:
         rows = torch.randn(3, 2, 6, generator=dice)
         flat = rows.flatten(1).double()
         want = torch.stack([projected_onto_the_dual_cone(row, flat) for row in flat]).mean(0).view(2, 6)
-        assert relative_error(combined(rows, UPGrad(), 0).double(), want) < 1e-3
+        assert relative_error(aggregate_gradients(rows, UPGrad(), 0).double(), want) < 1e-3
 
 
 def test_rules_that_weigh_change_what_is_learned(tmp_path: Path) -> None:

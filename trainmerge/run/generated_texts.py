@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trainmerge.data.calibration import Calibration, recorded
+from trainmerge.data.calibration import Calibration, recorded_tokenizer
 from trainmerge.data.generate import Generate
 from trainmerge.run.opened import Opened
 from trainmerge.system.workspace import digest
@@ -14,7 +14,7 @@ WRITTEN = "generated"  # in the manifest: expert -> SHA-256 of its file
 def generated_file(data: Calibration, name: str, wanted: Generate, opened: Opened, workspace: Path) -> Path:
     """The file of an expert's own texts: its name has the digest of what they depend on."""
     depends_on = [
-        opened.identity(), name, wanted.identity(), recorded(data.tokenizer), data.max_length,
+        opened.identity(), name, wanted.identity(), recorded_tokenizer(data.tokenizer), data.max_length,
         data.columns.record(), data.seed,
     ]  # fmt: skip
     return workspace / f"{GENERATED}{name}-{digest(repr(depends_on))}.jsonl"
