@@ -47,7 +47,7 @@ def find_snapshot(folder: RunFolder, resume: str, first: bool) -> Snapshot | Non
     return Snapshot(path, load_snapshot(path)) if path else None
 
 
-def begin(
+def begin_run(
     folder: RunFolder,
     module: MergeModule,
     data: Calibration,
