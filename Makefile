@@ -89,6 +89,7 @@ suite-embed: data-embed ## merges of sentence embedders: fits, scores, table (ha
 
 suite-heads: data-suite ## classifiers with heads of their own: trained here, merged, scored (half an hour)
 	@$(BIN)/python -m tests.head_suite
+	@$(BIN)/python -m tests.result_tables
 
 suite-closed: suite suite-lm ## every merge without learning, and learning from the best, on both (hours)
 	@$(BIN)/python -m tests.closed_suite

@@ -39,7 +39,7 @@ from trainmerge.system.atomic import write_whole
 LIMIT = 1e-5  # of a merged tensor's relative error; float32 stores 6e-8
 SHARES = {"a": 0.3, "b": 0.6}
 CRASH = "CRASH"
-LONGEST = 160  # characters of a reason
+LONGEST = 260  # characters of a reason
 
 
 def walk(family: Family, root: Path) -> dict[str, str]:

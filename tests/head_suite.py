@@ -8,7 +8,8 @@ experts. Trained experts and finished fits are kept, so the same command goes on
 import argparse
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, BertForMaskedLM, BertForSequenceClassification, BertModel
 
+from tests import results
 from trainmerge.cli import main as command
+from trainmerge.system.staging import staging
 
 BASE, TEXTS = Path("data/cache/models/minilm-l6"), Path("data/cache/text")
 EXPERTS, RUNS = Path("data/cache/experts/heads"), Path("runs/suite-heads")
-FULL, ADAPTED = (
-    ("news20", "movie", "uncertain", "spam", "amazon"),
-    "r8",
-)  # tasks of which a uniform merge loses
+FULL = ("news20", "movie", "uncertain", "spam", "amazon")  # tasks of which a uniform merge loses
+ADAPTED = "r8"
 LENGTH = 64  # tokens
 OPTMERGE = {"preprocess": [{"class_path": "trainmerge.OptMerge"}]}
 STARTS: dict[str, tuple[dict[str, Any], float]] = {  # of alignment -> of the recipe, initial coefficient
@@ -56,8 +57,14 @@ def train(task: str, steps: int, adapter: bool) -> None:
             1e-3,
         )
     learn(model.train(), tokenizer, rows, steps, rate)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save(model, tokenizer, folder)
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model's folder, which appears when it is complete."""
+    with staging(folder, overwrite=False) as place:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
 
 
 def learn(
@@ -95,39 +102,83 @@ def without_pooler() -> Path:
         torch.manual_seed(0)
         model = BertForMaskedLM(body.config)
         model.bert.load_state_dict(body.state_dict(), strict=False)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save(model, tokenizer, folder)
     return folder
 
 
-def score(
-    name: str, base: Path, experts: Path, tasks: Sequence[str], start: str, steps: int, limit: int
-) -> dict[str, float]:
-    """Fit and evaluate one merge: the mean accuracy by row; the first start brings the baselines."""
-    RUNS.mkdir(parents=True, exist_ok=True)
+@dataclass(frozen=True)
+class World:
+    """A base and its experts."""
+
+    title: str
+    base: Callable[[], Path]
+    tasks: tuple[str, ...]
+
+
+WORLDS = {
+    "pooler-merged": World("MiniLM: poolers merged, one adapter", lambda: BASE, (*FULL, ADAPTED)),
+    "own-poolers": World("MiniLM without a pooler: each expert's own", without_pooler, FULL),
+}
+
+
+def content_of(world: World, start: str, given: argparse.Namespace) -> dict[str, Any]:
+    """The configuration of one fit."""
     merge, initial = STARTS[start]
-    run = RUNS / f"{name}-{start.lower().replace(' ', '-')}"
+    experts = EXPERTS / str(given.train_steps)
     each = {"path": f"{experts}/{{name}}", "calibration": f"{TEXTS}/{{name}}/calibration.jsonl",
             "test": f"{TEXTS}/{{name}}/test.jsonl", "head": "own"}  # fmt: skip
-    content = {
-        "recipe": {"base": str(base), "each": each, "experts": list(tasks), **merge,
+    return {
+        "recipe": {"base": str(world.base()), "each": each, "experts": list(world.tasks), **merge,
                    "grouping": {"granularity": "tensor", "exclude": ["*embeddings.*"]}},
         "model": {"objective": {"class_path": "trainmerge.Alignment"}, "initial": initial,
                   "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.05}}},
         "data": {"batch_size": 8, "max_examples": 64, "max_length": LENGTH},
-        "trainer": {"accelerator": "cpu", "max_steps": steps, "enable_progress_bar": False},
+        "trainer": {"accelerator": "cpu", "max_steps": given.steps, "enable_progress_bar": False},
     }  # fmt: skip
+
+
+def score(name: str, start: str, given: argparse.Namespace) -> None:
+    """Fit and evaluate one merge, unless its scores are there; the first start brings the baselines."""
+    run = RUNS / f"{name}-{key_of(start)}"
+    content = content_of(WORLDS[name], start, given)
+    made_by = results.fingerprint(content, str(given.limit))
+    if results.recall(f"heads/{run.name}", made_by) is not None:
+        return
+    RUNS.mkdir(parents=True, exist_ok=True)
     file = run.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     compare = "--compare" if start == next(iter(STARTS)) else "--no-compare"
     assert command(["fit", str(file), str(run), "--no-report"]) == 0
-    assert command(["evaluate", str(run), "--limit", str(limit), compare]) == 0
-    scores = json.loads((run / "scores.json").read_text())
-    return {row: own["mean"] for row, own in scores.items()}
+    assert command(["evaluate", str(run), "--limit", str(given.limit), compare]) == 0
+    results.keep(f"heads/{run.name}", made_by, json.loads((run / "scores.json").read_text()))
+
+
+def key_of(start: str) -> str:
+    """A start in the name of a run."""
+    return start.lower().replace(" ", "-")
+
+
+def table() -> str:
+    """Markdown: bases and starts down, mean accuracies and the share of the gap across."""
+    head = ["base", "tasks", "base alone", "best single coefficient", "start", "alignment", "experts", "gap"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, world in WORLDS.items():
+        means: dict[str, float] = {}
+        for start in STARTS:
+            found = results.measured(f"heads/{name}-{key_of(start)}") or {}
+            means |= {row: own["mean"] for row, own in found.items()}
+            if not found or "expert" not in means:
+                continue
+            best = max(mean for row, mean in means.items() if row not in ("learned", "expert"))
+            share = (means["learned"] - best) / (means["expert"] - best)
+            cells = [world.title, str(len(world.tasks)), f"{means['base']:.3f}", f"{best:.3f}", start]
+            cells += [f"{means['learned']:.3f}", f"{means['expert']:.3f}", f"{share:.0%}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else "**Not measured yet.**"
 
 
 def main() -> None:
-    """Train, merge, and print the share of the gap that alignment closes."""
+    """Train, merge and score what is missing; print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train-steps", type=int, default=150)
     parser.add_argument("--steps", type=int, default=60)
@@ -136,20 +187,10 @@ def main() -> None:
     for task in FULL:
         train(task, given.train_steps, adapter=False)
     train(ADAPTED, given.train_steps, adapter=True)
-    print("| base | experts | best single coefficient | start | alignment | experts | share of the gap |")
-    print("|---|---|---|---|---|---|---|")
-    for name, base, tasks in (
-        ("pooler-merged", BASE, (*FULL, ADAPTED)),
-        ("own-poolers", without_pooler(), FULL),
-    ):
-        experts = EXPERTS / str(given.train_steps)
-        means: dict[str, float] = {}
+    for name in WORLDS:
         for start in STARTS:
-            means |= score(name, base, experts, tasks, start, given.steps, given.limit)
-            best = max(mean for row, mean in means.items() if row not in ("learned", "expert"))
-            share = (means["learned"] - best) / (means["expert"] - best)
-            found = " | ".join((start, f"{means['learned']:.3f}", f"{means['expert']:.3f}", f"{share:.2f}"))
-            print(f"| {name} | {', '.join(tasks)} | {best:.3f} | {found} |", flush=True)
+            score(name, start, given)
+    print(table())
 
 
 if __name__ == "__main__":

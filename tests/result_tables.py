@@ -10,7 +10,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tests import closed_suite, embed_suite, lm_suite, results, suite, survey, vision_suite
+from tests import (
+    closed_suite,
+    embed_suite,
+    head_suite,
+    lm_suite,
+    results,
+    suite,
+    survey,
+    vision_starts,
+    vision_suite,
+)
 from tests.bench import paper
 
 PAGES = (Path("README.md"), *sorted(Path("notebooks/docs").rglob("*.md")))
@@ -183,8 +193,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "lm-curve": lambda: lm_suite.curve(lm_suite.measured()),
     "lm-loss": lambda: lm_suite.losses(lm_suite.measured()),
     "embed-suite": lambda: embed_suite.table(embed_suite.measured()),
+    "head-suite": head_suite.table,
     "closed-forms": closed_suite.table,
     "vision-suite": lambda: vision_suite.table(vision_suite.measured()),
+    "vision-held-out": vision_starts.table,
     "front": front,
     **{f"paper-{card}": (lambda card=card: paper.table(card)) for card in ("h100", "h200")},
     "soak": soak,

@@ -16,9 +16,9 @@ from trainmerge.system.atomic import write_whole
 FOLDER = Path("tests/results")
 
 
-def fingerprint(config: str, *options: str) -> str:
-    """Of a configuration's content, however it is written, and the options beside it."""
-    content = read_settings(Path("configs", config))
+def fingerprint(config: str | dict[str, Any], *options: str) -> str:
+    """Of a configuration's content, or that of a file's, however it is written, and the options beside it."""
+    content = read_settings(Path("configs", config)) if isinstance(config, str) else config
     return hashlib.sha256(json.dumps([content, *options]).encode()).hexdigest()[:16]
 
 

@@ -14,6 +14,7 @@ import torch
 
 from tests import results
 from tests.suite import Scores, command
+from tests.vision_starts import settings, settled
 from trainmerge.evaluate import evaluate_run
 
 CONFIG = "pictures.yaml"
@@ -28,11 +29,21 @@ class Method:
     """One row of the table, by its options beside the configuration."""
 
     title: str
-    options: tuple[str, ...]
+    options: tuple[str, ...] = ()
     seeds: tuple[int, ...] = SEEDS
+    searched: bool = False  # on held-out pictures, by `tests.vision_starts`
 
 
 ENTROPY = ("--model.objective=trainmerge.Entropy",)
+ONCE = (0,)
+SMALL = (
+    "--model.initial=0.1",
+    "--model.optimizer.init_args.lr=0.02",
+    "--model.lr_scheduler.init_args.T_max=60",
+    "--trainer.max_steps=60",
+    "--data.max_examples=128",
+    "--data.batch_size=8",
+)
 METHODS = {
     "published": Method(
         "AdaMerging, layer-wise, as published",
@@ -43,10 +54,22 @@ METHODS = {
             "--model.lr_scheduler=null",
             "--trainer.max_steps=500",
         ),
-        seeds=(0,),
+        seeds=ONCE,
+    ),
+    "adamerging-0.2": Method(
+        "AdaMerging, layer-wise, from 0.2, 100 steps at 0.005",
+        (
+            *ENTROPY,
+            "--model.initial=0.2",
+            "--model.optimizer.init_args.lr=0.005",
+            "--model.lr_scheduler=null",
+            "--trainer.max_steps=100",
+        ),
+        seeds=ONCE,
     ),
     "guarded": Method("guarded entropy (ours)", (*ENTROPY, "--model.objective.agreement=5.0")),
     "alignment": Method("alignment with the experts (ours)", ()),
+    "alignment-small": Method("alignment from 0.1, 128 pictures, 60 steps at 0.02 (ours)", SMALL),
     "hidden": Method(
         "alignment of logits and last hidden states (ours)",
         (
@@ -61,17 +84,36 @@ METHODS = {
         "alignment from OptMerge (ours)",
         ('--recipe.preprocess=[{"class_path": "trainmerge.OptMerge"}]', "--model.initial=1.0"),
     ),
+    "tsv-m": Method("TSV-M, searched scale", seeds=ONCE, searched=True),
+    "ties": Method("TIES, searched scale", seeds=ONCE, searched=True),
+    "iso-c": Method("Iso-C, searched scale", seeds=ONCE, searched=True),
+    "optmerge": Method("OptMerge, searched scale", searched=True),
+    "aswudi": Method("ASWUDI, searched scale", seeds=ONCE, searched=True),
+    "least-squares": Method("layer least squares, searched scale", seeds=ONCE, searched=True),
+    "least-squares-sequence": Method(
+        "layer least squares in sequence, searched scale", seeds=ONCE, searched=True
+    ),
+    "auto": Method("`trainmerge auto` (ours)", seeds=ONCE, searched=True),
 }
 
 
 def score(name: str, seed: int, compare: bool) -> None:
     """Fit and evaluate one method with one seed, unless its scores are there."""
-    run, options = RUNS / f"{name}-{seed}", (*MIXED, f"--seed_everything={seed}", *METHODS[name].options)
+    method, run, config = METHODS[name], RUNS / f"{name}-{seed}", Path("configs", CONFIG)
+    options: tuple[str, ...] = (*MIXED, f"--seed_everything={seed}", *method.options)
     made_by = results.fingerprint(CONFIG, *options)
+    if method.searched:
+        made_by = results.fingerprint(settings(config), "searched", *([str(seed)] if seed else []))
     if results.recall(f"vision/{run.name}", made_by) is not None:
         return
-    command("fit", "--config", f"configs/{CONFIG}", "--run", str(run), "--report", "false", *options)
-    evaluate_run(run, grid=GRID, compare=compare).write_scores(run / "scores.json")
+    if method.searched:
+        made = settled(name, config, RUNS, seed)
+    else:
+        made = run
+        command("fit", "--config", str(config), "--run", str(run), "--report", "false", *options)
+    evaluation = evaluate_run(made, grid=GRID, compare=compare)
+    run.mkdir(parents=True, exist_ok=True)
+    evaluation.write_scores(run / "scores.json")
     scores: Scores = json.loads((run / "scores.json").read_text())
     results.keep(f"vision/{run.name}", made_by, scores)
     print(f"{run}: {scores['learned']['mean']:.4f}", file=sys.stderr, flush=True)

@@ -204,9 +204,47 @@ def test_labels_as_others_write_them(tmp_path: Path) -> None:
     for name, column, values in (("a", "label", each), ("b", "labels", yes)):
         rows = [{"text": text, column: value} for text, value in zip(TEXTS, values, strict=True)]
         recipe = with_test(recipe, name, rows, tmp_path)
-    found = tm.evaluate_run(run_of(recipe, tmp_path / "run"), grid=())
+    found = tm.evaluate_run(run := run_of(recipe, tmp_path / "run"), grid=())
     assert found.rows["expert"]["a"].measures["accuracy"] == 1.0
     assert found.rows["expert"]["b"].measures == {"f1": 1.0, "exact_match": 1.0}
+    truth = [
+        {"text": text, "labels": [bool(one) for one in row]} for text, row in zip(TEXTS, yes, strict=True)
+    ]
+    Path(recipe.experts["b"].test or "").write_text("".join(json.dumps(row) + "\n" for row in truth))
+    again = tm.evaluate_run(run, compare=False).rows["learned"]["b"]
+    assert again.measures == found.rows["learned"]["b"].measures
     wrong = [{"text": text, "labels": [0.5, 0.0, 1.0]} for text in TEXTS]
     with pytest.raises(ValueError, match=r"example 0: labels is \[0\.5, 0\.0, 1\.0\], not a class number"):
         tm.evaluate_checkpoint(recipe.base, with_test(recipe, "b", wrong, tmp_path))
+
+
+def test_labels_numbered_with_gaps(tmp_path: Path) -> None:
+    """Outputs are 0 to 2 whatever id2label says; its names mean an output where the numbers are those."""
+    recipe, models = write_heads(tmp_path, "Bert", {"a": LABELS})
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config |= {"id2label": {"0": "no", "2": "yes", "5": "maybe"}, "label2id": {"no": 0, "yes": 2, "maybe": 5}}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    told = logits(models["a"], recipe, TEXTS).argmax(-1).tolist()
+    rows: list[dict[str, Any]] = [{"text": t, "label": i} for t, i in zip(TEXTS, told, strict=True)]
+    run = run_of(with_test(recipe, "a", rows, tmp_path), tmp_path / "run")
+    assert tm.evaluate_run(run, grid=()).scores["expert"] == {"a": 1.0}
+    for label, words in (
+        ("maybe", r"class 5 by the expert's id2label, and its 3 outputs are 0 to 2"),
+        (3, "3 classes, 0 to 2"),
+    ):
+        rows[1]["label"] = label
+        with pytest.raises(ValueError, match=rf"example 1: label is .*{words}"):
+            tm.evaluate_checkpoint(recipe.base, with_test(recipe, "a", rows, tmp_path))
+
+
+def test_numbers_as_texts(tmp_path: Path) -> None:
+    """A regression's numbers in a file whose columns are texts."""
+    recipe, models = write_heads(tmp_path, "Bert", {"a": {**LABELS, "num_labels": 1}})
+    told = logits(models["a"], recipe, TEXTS)[:, 0].tolist()
+    rows = [{"text": text, "label": repr(value)} for text, value in zip(TEXTS, told, strict=True)]
+    run = run_of(with_test(recipe, "a", rows, tmp_path), tmp_path / "run")
+    found = tm.evaluate_run(run, compare=False)
+    assert found.metric.name == "pearson"
+    rows[2]["label"] = "high"
+    with pytest.raises(ValueError, match=r"example 2: label is 'high', not a number"):
+        tm.evaluate_checkpoint(recipe.base, with_test(recipe, "a", rows, tmp_path))

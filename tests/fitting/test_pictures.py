@@ -97,6 +97,7 @@ def test_own_heads_on_pictures_fit_evaluate_and_export(tmp_path: Path) -> None:
     [
         ("ViTModel", "ViTForImageClassification", VISION),
         ("Dinov2Model", "Dinov2ForImageClassification", VISION),
+        ("DeiTModel", "DeiTForImageClassificationWithTeacher", VISION),
         ("ConvNextModel", "ConvNextForImageClassification", CONVNEXT),
         ("Swinv2Model", "Swinv2ForImageClassification", SWIN),
         ("ResNetModel", "ResNetForImageClassification", RESNET),

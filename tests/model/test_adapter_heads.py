@@ -86,6 +86,26 @@ def test_one_hot_is_the_adapter(
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["Bert", "Bert without a pooler"])
+@pytest.mark.parametrize("pooler", ["bert.pooler.dense", "bert.pooler", "pooler"])
+def test_a_module_is_saved_by_its_path(tmp_path: Path, architecture: str, pooler: str) -> None:
+    """The base's class may lack the path's prefix; a pooler that the base lacks is the adapter's own."""
+    recipe = write_adapter(
+        tmp_path, architecture, "SEQ_CLS", "ForSequenceClassification", ["query"],
+        modules_to_save=["classifier", pooler],
+    )  # fmt: skip
+    module, data = prepared(recipe)
+    batch = batch_of(module, data, 0)
+    wrapped = PeftModel.from_pretrained(
+        started(tmp_path, "BertForSequenceClassification"), tmp_path / "a"
+    ).eval()
+    with module.resident.merged.teacher(0), torch.no_grad():
+        got = module.resident(batch).logits
+        torch.testing.assert_close(got, wrapped(**batch.inputs).logits, rtol=1e-4, atol=1e-5)
+    merged = [name for name in module.opened.task_vectors.deltas if "pooler" in name]
+    assert len(merged) == (2 if architecture == "Bert" else 0)
+
+
 def test_a_whole_update_beside_a_head(tmp_path: Path) -> None:
     """DoRA is merged by peft, which must not look for the head in the base."""
     recipe = write_adapter(tmp_path, "Bert", "SEQ_CLS", "ForSequenceClassification", ["query"], use_dora=True)

@@ -4,13 +4,14 @@ Legend: `K` experts, `G` coefficient groups, `B` examples, `T` tokens.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from transformers import PreTrainedModel
+from transformers import BertModel, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import trainmerge as tm
@@ -79,6 +80,22 @@ def test_one_hot_is_the_expert(tmp_path: Path, architecture: str) -> None:
             torch.testing.assert_close(got.logits, want, rtol=1e-5, atol=1e-5)
         else:
             assert torch.equal(got.logits, want), (got.logits - want).abs().max()
+
+
+def test_a_base_that_was_saved_without_its_pooler(tmp_path: Path) -> None:
+    """Its class has one, its files have none: the experts' poolers are their own."""
+    recipe, models = write_heads(tmp_path, "Bert", TWO)
+    base = BertModel.from_pretrained(recipe.base, add_pooling_layer=False)
+    base.save_pretrained(recipe.base)
+    with pytest.raises(ValueError, match=r"pooler\.dense\.bias.*name them in `ignore`"):
+        prepared(recipe)
+    module, data = prepared(replace(recipe, ignore=["pooler.*"]))
+    assert not [name for name in module.opened.task_vectors.deltas if "pooler" in name]
+    for k, name in enumerate(recipe.experts):
+        batch = batch_of(module, data, k)
+        with module.resident.merged.teacher(k):
+            got = module.resident(batch).logits
+        assert torch.equal(got, reloaded(tmp_path / name, type(models[name]), batch))
 
 
 @pytest.mark.parametrize("architecture", ["Bert", "Roberta", "ModernBert", "Llama"])

@@ -51,7 +51,7 @@ def is_own_key(
         return False
     saved = config.get("modules_to_save")
     heads = [*TASK_HEADS[task], *(saved if isinstance(saved, list) else [])]
-    if not any(word in heads for word in key.split(".")):
+    if not is_within(key, heads):
         return False
     parameters = dict(base.meta_model.named_parameters(remove_duplicate=False))
     known = parameters.get(ours)
@@ -63,6 +63,15 @@ def is_own_key(
             "(peft's merge_and_unload), or name the module in modules_to_save"
         )
     return known is None or tuple(known.shape) != tuple(shape) or (whole and not _in_backbone(base, ours))
+
+
+def is_within(key: str, modules: Sequence[str]) -> bool:
+    """Whether a tensor is of one of these modules, which are named by one or more steps of their path.
+
+    >>> is_within("bert.pooler.dense.weight", ["classifier", "bert.pooler"])
+    True
+    """
+    return any(f".{module}." in f".{key}." for module in modules)
 
 
 def _in_backbone(base: Parameters, name: str) -> bool:

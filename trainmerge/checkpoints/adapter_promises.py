@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainmerge.checkpoints.adapter import Adapter
-from trainmerge.checkpoints.adapter_head import TASK_HEADS
+from trainmerge.checkpoints.adapter_head import TASK_HEADS, is_within
 from trainmerge.checkpoints.adapter_names import ROOT, place_of
 from trainmerge.checkpoints.meta_model import build_meta_model, quiet, shorten
 from trainmerge.checkpoints.parameters import Parameters
@@ -82,18 +82,20 @@ def injected_config(base: Parameters, adapter: Adapter, ignore: Sequence[str]) -
 def modules_to_save(base: Parameters, adapter: Adapter, ignore: Sequence[str]) -> list[str] | None:
     """The modules that the adapter replaces as a whole, by peft's rule: those whose names end so.
 
-    Names of modules that the base lacks, that are ignored, or that are its own head are left out.
+    Names of modules that the base lacks, that are ignored, or that are its own head are left out. The base
+    may lack the prefix of the class that the adapter was made for: `bert.`.
     """
     heads = TASK_HEADS.get(str(adapter.config.get("task_type")), ())
     names = dict.fromkeys([*(adapter.config.get("modules_to_save") or []), *heads])
+    start = f"{base.meta_model.base_model_prefix}."
     free = [
         name
         for name, module in base.meta_model.named_modules()
         if any(not matches(f"{name}.{own}", ignore) for own, _ in module.named_parameters())
     ]
-    own = {word for key in adapter.own for word in key.split(".")}
-    kept = [name for name in names if name not in own]
-    return [name for name in kept if any(module.endswith(name) for module in free)] or None
+    kept = [name for name in names if not any(is_within(key, [name]) for key in adapter.own)]
+    ways = dict.fromkeys(way for name in kept for way in (name, name.removeprefix(start)))
+    return [way for way in ways if any(module.endswith(way) for module in free)] or None
 
 
 def saved_tensors(wrapped: PeftModel | nn.Module) -> dict[str, torch.Size]:

@@ -11,6 +11,7 @@ from trainmerge.checkpoints.full_expert import FullExpert, plan_full
 from trainmerge.checkpoints.head_parts import with_whole_heads
 from trainmerge.checkpoints.hidden_changes import Plan, warn_of_hidden_changes
 from trainmerge.checkpoints.low_rank_adapter import plan_adapter
+from trainmerge.checkpoints.own_buffers import own_statistics
 from trainmerge.checkpoints.parameters import Parameters, open_parameters
 from trainmerge.checkpoints.reader import Checkpoint
 from trainmerge.checkpoints.roles import place_role, roles_of
@@ -38,6 +39,7 @@ class Rules:
         own_heads: As there.
         choice: Whose tokenizer the merge has.
         tokenizer: The folder of that tokenizer; None is the base's.
+        statistics: Whether to warn of batch norms' statistics that an expert changed.
     """
 
     ignore: Sequence[str] = ()
@@ -47,6 +49,7 @@ class Rules:
     own_heads: Collection[str] = ()
     choice: TokenizerChoice = TokenizerChoice()  # noqa: RUF009 - frozen
     tokenizer: Path | None = None
+    statistics: bool = True
 
 
 def find_sources(
@@ -120,7 +123,7 @@ def _compared(
         except (ValueError, FileNotFoundError) as error:
             problems += [f"{expert}: {line}" for line in str(error).splitlines()]
     _raise(base, problems)
-    return frame, _sources(frame, plans, side)
+    return frame, _sources(frame, plans, side, rules.statistics)
 
 
 def _tokenizers(frame: Parameters, path: Path, rules: Rules) -> list[str]:
@@ -137,16 +140,21 @@ def _vocabulary(frame: Parameters) -> int | None:
     return rows
 
 
-def _sources(frame: Parameters, plans: Mapping[str, Plan], side: Mapping[str, SidePlan]) -> Sources:
+def _sources(
+    frame: Parameters, plans: Mapping[str, Plan], side: Mapping[str, SidePlan], statistics: bool
+) -> Sources:
     """The places of every expert's tensors; reads what ties and `ignore` hide."""
     _check_ties(frame, plans)
-    warn_of_hidden_changes(frame, plans)
+    warn_of_hidden_changes(frame, plans, statistics)
     after = {expert: plan.sources for expert, plan in side.items()}
     sources = {expert: {**plan.sources(), **after.get(expert, {})} for expert, plan in plans.items()}
     roles = roles_of(frame.meta_model)
     known = {name: place_role(roles[parameter_of(inside)], inside) for inside, name in frame.files.items()}
     known |= side_roles(frame.checkpoint)
-    return Sources(tuple(known), frame.tied, sources, known)
+    own = {
+        expert: own_statistics(frame, plan) for expert, plan in plans.items() if isinstance(plan, FullExpert)
+    }
+    return Sources(tuple(known), frame.tied, sources, known, own if any(own.values()) else {})
 
 
 def _plan(

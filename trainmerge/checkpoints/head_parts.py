@@ -68,7 +68,11 @@ def own_parameters(own: Parameters, frame: Parameters, fitted: Mapping[str, str]
     """
     if not has_head(own.meta_model):
         return set()
-    shapes = {name: p.shape for name, p in frame.meta_model.named_parameters()}
+    there = {*frame.names.values(), *(frame.meta_model.all_tied_weights_keys or {})}
+    whole_model = {name: p.shape for name, p in frame.meta_model.named_parameters()}
+    shapes = {
+        name: shape for name, shape in whole_model.items() if name in there
+    }  # of a pooler, say, if saved
     ours = {theirs: base for base, theirs in fitted.items() if base in shapes}
     theirs = {name: p.shape for name, p in own.meta_model.named_parameters()}
 

@@ -1,13 +1,12 @@
 """Changes of an expert that no merge contains, so that its one-hot merge is not the expert: each is named.
 
-Statistics of batch normalisation are buffers, and buffers are never merged. Tensors that `ignore` names keep
-the base's values.
+Statistics of batch normalisation are buffers, which are never merged, and without a rule for them they are
+the base's. Tensors that `ignore` names keep the base's values.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from trainmerge.checkpoints.adapter import Adapter
@@ -15,6 +14,7 @@ from trainmerge.checkpoints.full_expert import FullExpert
 from trainmerge.checkpoints.low_rank_adapter import LowRankAdapter
 from trainmerge.checkpoints.merged_adapter import MergedAdapter
 from trainmerge.checkpoints.meta_model import shorten
+from trainmerge.checkpoints.own_buffers import changed_buffers, differ
 from trainmerge.checkpoints.parameters import Parameters
 from trainmerge.checkpoints.prediction_layers import extra_layers
 from trainmerge.system.text import listed
@@ -27,8 +27,9 @@ IGNORED = (
     "the base lacks"
 )
 STATISTICS = (
-    "has statistics of its own, {names}: buffers are not merged, so the merge and the recorded outputs use "
-    "the base's. tm.batch_norm_statistics estimates them again, for the exported model on unlabeled examples"
+    "has statistics of its own, {names}, and the merge keeps the base's. `recipe.buffers: average` averages "
+    "those of the experts, `reestimate` estimates them again on the calibration data, and `keep` is this, "
+    "without a warning"
 )
 BIAS = "e_score_correction_bias"
 BALANCE = (
@@ -42,17 +43,21 @@ EXTRA = (
 Plan = FullExpert | LowRankAdapter | MergedAdapter
 
 
-def warn_of_hidden_changes(frame: Parameters, plans: Mapping[str, Plan]) -> None:
-    """One warning per expert and kind of change, and one of the base; reads buffers and ignored tensors."""
+def warn_of_hidden_changes(frame: Parameters, plans: Mapping[str, Plan], statistics: bool = True) -> None:
+    """One warning per expert and kind of change, and one of the base; reads buffers and ignored tensors.
+
+    Without `statistics`, a rule was chosen for those of batch norms.
+    """
     if extra := extra_layers(frame.meta_model, frame.checkpoint.tensors):
         where = {"path": frame.checkpoint.path, "count": len(extra), "names": listed(extra, 2)}
         warnings.warn(EXTRA.format(**where), stacklevel=4)
     for expert, plan in plans.items():
         if isinstance(plan, FullExpert):
             _warn(expert, _ignored(frame, plan.parameters), IGNORED)
-            changed = list(_buffers(frame, plan.parameters))
+            changed = [name for name, _ in changed_buffers(frame, plan)]
             biases = [name for name in changed if name.endswith(BIAS)]
-            _warn(expert, [name for name in changed if name not in biases], STATISTICS)
+            if statistics:
+                _warn(expert, [name for name in changed if name not in biases], STATISTICS)
             _warn(expert, biases, BALANCE)
         else:
             _warn(expert, _ignored_by_adapter(frame, plan.adapter), IGNORED)
@@ -70,7 +75,7 @@ def _ignored(frame: Parameters, own: Parameters) -> list[str]:
     for parameter, name in _by_parameter(frame).items():
         if parameter not in frame.files and parameter in theirs:
             ours, other = frame.checkpoint.read(name), own.checkpoint.read(theirs[parameter])
-            found += [name] if _differ(ours, other) else []
+            found += [name] if differ(ours, other) else []
     return found
 
 
@@ -89,21 +94,9 @@ def _ignored_by_adapter(frame: Parameters, adapter: Adapter) -> list[str]:
 def _changes(frame: Parameters, key: str, tensor: Tensor) -> bool:
     """Whether a factor is not zero, or a whole tensor is not the base's."""
     name = _by_parameter(frame).get(key)
-    return bool(tensor.any()) if name is None else _differ(frame.checkpoint.read(name), tensor)
+    return bool(tensor.any()) if name is None else differ(frame.checkpoint.read(name), tensor)
 
 
 def _by_parameter(parameters: Parameters) -> dict[str, str]:
     """Every parameter, ignored ones too -> one of its tensors in the files."""
     return {parameter: name for name, parameter in parameters.names.items()}
-
-
-def _buffers(frame: Parameters, own: Parameters) -> Iterator[str]:
-    """Floating-point buffers that differ from the base's."""
-    ours, theirs = frame.buffers, own.buffers
-    for buffer, name in ours.items():
-        if buffer in theirs and _differ(frame.checkpoint.read(name), own.checkpoint.read(theirs[buffer])):
-            yield name
-
-
-def _differ(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape != theirs.shape or not torch.equal(ours.to(theirs.dtype), theirs)

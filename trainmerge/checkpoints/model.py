@@ -6,7 +6,7 @@ and shapes are compared first, and the weights are copied here.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ class LoadedModel:
 
     module: nn.Module
     names: Mapping[str, str]  # name in the checkpoint -> the parameter's or place's; tied ones share one
+    buffers: Mapping[str, str] = field(default_factory=dict)  # name in the checkpoint -> the buffer's
 
 
 def load_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
@@ -60,7 +61,7 @@ def load_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel:
         parameters[inside].data = base.read(name).clone()  # the file's dtype, in private memory
     for buffer in module.buffers():
         buffer.data = buffer.data.clone()
-    return LoadedModel(module, names | attach_side_layers(module, base))
+    return LoadedModel(module, names | attach_side_layers(module, base), _buffers(module, base))
 
 
 @torch.no_grad()
@@ -72,15 +73,21 @@ def load_meta_model(base: Checkpoint, ignore: Sequence[str] = ()) -> LoadedModel
     meta_model, names = check_tensors(base.path, base.tensors, ignore)
     module = empty_model(type(meta_model), meta_model.config, _first_dtype(base))
     buffers, parameters = dict(module.named_buffers()), dict(module.named_parameters())
-    for name, inside in memory_names(module, base.tensors).items():
-        if inside in buffers:
-            buffers[inside].copy_(base.read(name))
+    stored = _buffers(module, base)
+    for name, inside in stored.items():
+        buffers[inside].copy_(base.read(name))
     for name, inside in names.items():
         if not is_place(inside):
             parameters[inside].data = torch.empty_like(base.read(name), device="meta")
     for name, dtype in _stacked_dtypes(base, names).items():
         parameters[name].data = torch.empty_like(parameters[name], dtype=dtype, device="meta")
-    return LoadedModel(module, names | attach_side_layers(module, base, "meta"))
+    return LoadedModel(module, names | attach_side_layers(module, base, "meta"), stored)
+
+
+def _buffers(module: PreTrainedModel, base: Checkpoint) -> dict[str, str]:
+    """Name in the checkpoint -> the buffer's."""
+    known = {name for name, _ in module.named_buffers()}
+    return {name: own for name, own in memory_names(module, base.tensors).items() if own in known}
 
 
 def empty_model(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

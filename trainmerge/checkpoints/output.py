@@ -43,10 +43,21 @@ TWO_TOWERS = _classes(auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAME
 ONE_ROW: dict[str, Kind] = {  # endings that transformers uses for nothing else
     "ForSequenceClassification": "classifier",
     "ForImageClassification": "classifier",
+    "ForImageClassificationWithTeacher": "classifier",  # the mean of two heads' logits
     "ForAudioClassification": "classifier",
     "ForTokenClassification": "token classifier",
     "ForQuestionAnswering": "question-answering model",
 }
+
+UNCOMPARED = {  # ending of a class -> why its outputs are compared by no objective and scored by no measure
+    "ForCTC": "labels frames, whose number only its own convolutions know, so padding cannot be left out",
+    "ForObjectDetection": "gives boxes without an order: those of two models have to be matched first",
+    "ForSemanticSegmentation": "gives a map of classes, not one row per example or token",
+    "ForUniversalSegmentation": "gives masks without an order: those of two models have to be matched first",
+    "ForMultipleChoice": "reads several texts per example, one per choice",
+    "ForPreTraining": "has two outputs: save base and experts as ...ForMaskedLM",
+}
+HEADS_ONLY = "is compared under experts' own heads: set `head: own` for each of them"
 
 VARIABLE = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)  # *args and **kwargs
 
@@ -84,6 +95,21 @@ class Output(NamedTuple):
     ends: bool = False
     needs: tuple[str, ...] = ()
     positions: Positions = Positions()
+
+    @property
+    def uncompared(self) -> str:
+        """Why no objective compares its outputs; empty if one does."""
+        if self.kind == "question-answering model":
+            return HEADS_ONLY
+        if self.kind != "model with another output":
+            return ""
+        endings = (why for ending, why in UNCOMPARED.items() if self.architecture.endswith(ending))
+        return next(endings, "has outputs that no objective compares")
+
+    @property
+    def choices(self) -> bool:
+        """Whether an example of it is several texts, which no data here are."""
+        return self.architecture.endswith("ForMultipleChoice")
 
     @property
     def logits(self) -> bool:

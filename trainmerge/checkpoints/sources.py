@@ -50,6 +50,9 @@ class Sources:
     tied: Mapping[str, str]  # tensor of the base's files -> the one that it must equal, if both exist
     experts: Mapping[str, Mapping[str, Source]]
     roles: Mapping[str, Role] = field(default_factory=dict)  # of the parameters, by the modules
+    statistics: Mapping[str, Mapping[str, FullSource]] = field(
+        default_factory=dict
+    )  # of batch norms, if changed
 
     def to_json(self) -> str:
         """A text that `from_json` reads back."""
@@ -66,7 +69,11 @@ class Sources:
             }
             for expert, places in data["experts"].items()
         }
-        return Sources(tuple(data["parameters"]), data["tied"], experts, data["roles"])
+        own = {
+            expert: {name: FullSource(**place) for name, place in places.items()}
+            for expert, places in data.get("statistics", {}).items()  # absent in files of older versions
+        }
+        return Sources(tuple(data["parameters"]), data["tied"], experts, data["roles"], own)
 
     def open(self, base: Checkpoint) -> TaskVectors:
         """The task vectors over mapped files; reads their headers."""
@@ -78,6 +85,17 @@ class Sources:
             if not all(isinstance(term, Untouched) for term in row):
                 deltas[name] = Delta(own, row, self.roles.get(name, ""))
         return TaskVectors(tuple(self.experts), deltas)
+
+    def own_statistics(self, base: Checkpoint) -> list[dict[str, Tensor]]:
+        """Each expert's running means and variances of batch norms, K, of those that any expert changed."""
+        files, changed = OpenedFiles(), {name: None for own in self.statistics.values() for name in own}
+        return [
+            {
+                name: files.read(own[name].file, own[name].tensor) if name in own else base.read(name)
+                for name in changed
+            }
+            for own in (self.statistics.get(expert, {}) for expert in self.experts)
+        ]
 
 
 @dataclass

@@ -54,7 +54,7 @@ def _answer(kind: Kind, value: Any, example: Example, names: Mapping[str, int]) 
         return _texts(value)
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError("not a list")
-    numbers = len(value) == len(names) and all(isinstance(one, float) for one in value)
+    numbers = len(value) == len(names) and all(isinstance(one, float | bool) for one in value)
     if kind == "labels" and numbers and {*value} <= {0.0, 1.0}:  # one per label, as transformers trains with
         return [i for i, one in enumerate(value) if one]
     labels = [_number(one, names, kind == "tokens") for one in value]
@@ -65,12 +65,17 @@ def _answer(kind: Kind, value: Any, example: Example, names: Mapping[str, int]) 
 
 def _number(value: Any, names: Mapping[str, int], uncounted: bool = False) -> int:
     if isinstance(value, str) and value in names:
+        if names[value] >= len(names):
+            raise ValueError(
+                f"class {names[value]} by the expert's id2label, and its {len(names)} outputs are "
+                f"0 to {len(names) - 1}: give the output's number, or number id2label without gaps"
+            )
         return names[value]
     if isinstance(value, str) and value.isdigit() and value not in names:  # of a file whose columns are texts
         value = int(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
     if whole and (value >= 0 or (uncounted and value == UNCOUNTED)):
-        if names and value > max(names.values()):
+        if names and value >= len(names):
             raise ValueError(f"but the task has {len(names)} classes, 0 to {len(names) - 1}")
         return int(value)
     known = f", nor one of its names {sorted(names)[:20]}" if names and isinstance(value, str) else ""
@@ -79,9 +84,12 @@ def _number(value: Any, names: Mapping[str, int], uncounted: bool = False) -> in
 
 def _numbers(value: Any) -> list[float]:
     values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+    if not values or any(isinstance(v, bool) or not isinstance(v, int | float | str) for v in values):
         raise ValueError("not a number")
-    return [float(v) for v in values]
+    try:
+        return [float(v) for v in values]  # texts too: of a file whose columns are texts
+    except ValueError:
+        raise ValueError("not a number") from None
 
 
 def _texts(value: Any) -> list[str]:

@@ -1,7 +1,7 @@
 """The rows of a run's table: its merge, and base, average, task arithmetic and the experts."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,7 @@ from trainmerge.evaluate.score_task import score_task, score_tasks
 from trainmerge.evaluate.subject import Subject, TaskScore
 from trainmerge.evaluate.tasks import Task
 from trainmerge.model.resident import Resident
+from trainmerge.model.uniform_buffers import UniformBuffers
 from trainmerge.run.scores import Metric, Scores
 
 ARITHMETIC = "task arithmetic"  # the rows of one coefficient for all experts
@@ -43,6 +44,7 @@ class Rows:
     uniform: Mapping[str, float]
     harness: Sequence[HarnessTask] = ()
     limit: int | None = None
+    buffers: UniformBuffers | None = None
     scored: dict[str, Scored] = field(default_factory=dict)
     harnessed: dict[str, Mapping[str, HarnessScore]] = field(default_factory=dict)
     agreement: dict[str, Shares] = field(default_factory=dict)
@@ -82,11 +84,16 @@ class Rows:
         shares = {row: self.agreement[row] for row in best if row in self.agreement}
         return Evaluation(metric, *names, best, self.harnessed, shares)
 
-    def _merge(self, row: str) -> AbstractContextManager[object]:
+    @contextmanager
+    def _merge(self, row: str) -> Iterator[None]:
         """In this context the model is the row's merge."""
         if row == LEARNED:
-            return nullcontext()
-        return self.resident.merged.uniform(torch.full((len(self.resident.classifiers),), self.uniform[row]))
+            yield
+            return
+        weights = torch.full((len(self.resident.classifiers),), self.uniform[row])
+        own = self.buffers.of(self.uniform[row]) if self.buffers else nullcontext()
+        with self.resident.merged.uniform(weights), own:
+            yield
 
     def _score_merge(self, row: str) -> None:
         """Score the merge that is in the model; a row that leaves the race has no scores."""

@@ -27,8 +27,10 @@ from trainmerge.model.embedding import read_embedding
 from trainmerge.model.own_head import OwnModel
 from trainmerge.model.resident import DEVICE, Placement, Resident, load_resident, preprocess
 from trainmerge.model.resident import build_heads as build_resident_heads
+from trainmerge.model.uniform_buffers import uniform_buffers
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.heads import all_heads
+from trainmerge.run.merge_buffers import merge_buffers
 from trainmerge.run.open_run import open_run
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
@@ -74,7 +76,8 @@ def evaluate_run(
     tasks = [*held_in, *held_out]
     resident, subject = load_subject(recipe, coefficients, opened, tokenize, folder, tasks, answers)
     uniform = uniform_rows(len(held_in), grid, compare, bool(held_out or harness))
-    rows = Rows(resident, subject, held_in, held_out, uniform, harness, limit)
+    buffers = uniform_buffers(folder, recipe, opened, resident)
+    rows = Rows(resident, subject, held_in, held_out, uniform, harness, limit, buffers)
     for row in progress(rows.in_order(compare), "scoring", disable=distributed.rank() > 0):
         rows.score(row)
     if controls:
@@ -101,6 +104,7 @@ def load_subject(
     merged = resident.merged
     heads = build_task_heads(merged.module, tasks, tokenize, merged.names)  # while it has the base's weights
     merged.materialise()
+    resident.hold(merge_buffers(folder, recipe, opened, coefficients))
     subject = Subject(merged.module, heads, tokenize, answers)
     return resident, as_embedder(subject, resident, opened.base, tasks)
 

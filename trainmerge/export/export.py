@@ -20,6 +20,7 @@ from trainmerge.export.task import TaskMerge, own_head, write_task
 from trainmerge.export.tensors import Merged
 from trainmerge.preprocess import apply_for_one_pass
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.merge_buffers import merge_buffers
 from trainmerge.run.open_run import open_run
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
@@ -177,4 +178,14 @@ def merge_of(
         opened.identity(),
         run_folder.examples(),
     )
-    return CheckpointMerge(opened.base, task_vectors, coefficients, rule)
+    buffers = merge_buffers(run_folder, recipe, opened, coefficients)
+    return CheckpointMerge(opened.base, task_vectors, coefficients, rule, buffers=buffers)
+
+
+def check_no_buffers(merge: CheckpointMerge, run: RunFolder) -> None:
+    """Raise ValueError for a merge with statistics of batch norms that are not the base's."""
+    if merge.buffers:
+        raise ValueError(
+            f"{run.path}: its merge has statistics of batch norms of its own (recipe.buffers), which "
+            "neither an adapter nor a packed folder holds: export a checkpoint"
+        )

@@ -13,7 +13,7 @@ from trainmerge.export.adapter_form import AdapterForm, AdapterReport
 from trainmerge.export.adapter_source import AdapterSource
 from trainmerge.export.card_sources import base_origin, card_sources
 from trainmerge.export.explain import explain
-from trainmerge.export.export import begin_export, merge_of
+from trainmerge.export.export import begin_export, check_no_buffers, merge_of
 from trainmerge.export.merge_changes import expert_changes, merge_changes
 from trainmerge.export.shards import CheckpointMerge
 from trainmerge.run.folder import RunFolder
@@ -103,6 +103,7 @@ def export_adapter(
         with staging_shared(target, overwrite) as folder, agreed():
             with distributed.rank_zero_first():
                 merge = merge_of(run_folder, recipe, exported.coefficients, opened)
+            check_no_buffers(merge, run_folder)
             if distributed.rank() == 0:
                 reports, made = AdapterMerge(merge, opened, recipe, form).write(folder)
                 explain(folder, target.name, replace(exported, adapter=form, reports=reports), made)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,4 @@ def _adapter(record: Any, where: Path) -> AdapterForm | None:
 
 def _recipe(file: Path) -> Recipe:
     """The recipe without its grouping, which the coefficients' layout replaces; its classes are checked."""
-    recipe = read_config(Recipe, "recipe", file)
-    return Recipe(
-        recipe.base, recipe.experts, recipe.preprocess, Grouping(), recipe.ignore, recipe.vocabulary,
-        recipe.allow_pickle, {}, recipe.tokenizer, recipe.chat_template, recipe.generation_config,
-        recipe.pad_to_multiple, recipe.tokens, recipe.align,
-    )  # fmt: skip
+    return replace(read_config(Recipe, "recipe", file), grouping=Grouping(), held_out={})

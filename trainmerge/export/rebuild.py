@@ -15,6 +15,7 @@ from trainmerge.export.export_adapter import AdapterMerge
 from trainmerge.export.published import Published, read_published
 from trainmerge.export.shards import CheckpointMerge
 from trainmerge.preprocess import Informed, apply_for_one_pass
+from trainmerge.run.merge_buffers import REESTIMATE, averaged
 from trainmerge.run.opened import Opened
 from trainmerge.system.access import check_folder_place, is_folder
 from trainmerge.system.atomic import seen_from
@@ -53,7 +54,8 @@ def rebuild(source: str | Path, out: str | Path, overwrite: bool = False, worker
         task_vectors, rule = apply_for_one_pass(
             opened.task_vectors, made.recipe.preprocess, Path(place), opened.identity()
         )
-        merge = CheckpointMerge(opened.base, task_vectors, made.coefficients, rule, made.form)
+        buffers = averaged(made.recipe, opened.base, opened)
+        merge = CheckpointMerge(opened.base, task_vectors, made.coefficients, rule, made.form, buffers)
         more: dict[str, Any] = {"form": made.form.to_json()} if made.form.to_json() else {}
         with staging(target, overwrite) as folder:
             if made.adapter is None:
@@ -76,6 +78,11 @@ def check_possible(made: Published, source: str) -> None:
         raise ValueError(
             f"{source}: {', '.join(informed)} reads calibration examples, which a card does not hold, so the "
             "merge cannot be rebuilt. Export it from its run folder"
+        )
+    if made.recipe.buffers == REESTIMATE:
+        raise ValueError(
+            f"{source}: its batch norms' statistics were measured on calibration examples, which a card does "
+            "not hold, so the merge cannot be rebuilt. Export it from its run folder"
         )
     if made.task:
         raise ValueError(

@@ -45,6 +45,7 @@ class CheckpointMerge:
     coefficients: Coefficients
     rule: Rule | None = None  # the last preprocessor's, applied inside the pass
     form: Form = field(default_factory=Form)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)  # batch norms' statistics, if not the base's
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -67,7 +68,7 @@ class CheckpointMerge:
         return name_in_file(self.base, name)
 
     def merged(self, name: str) -> bool:
-        """Whether a tensor of the base's files is merged; others are bitwise the base's."""
+        """Whether a tensor of the base's files is merged; others are bitwise the base's, or `buffers`."""
         return self.base.tied.get(name, name) in self.coefficients.layout.groups
 
     def pieces(self, name: str) -> Iterator[Tensor]:
@@ -79,7 +80,7 @@ class CheckpointMerge:
         info = self.base.info(name)
         dtype = self.form.dtype_of(info)
         if not self.merged(name):
-            yield finite(name, self.base.read(name).to(dtype), info.dtype)
+            yield finite(name, self.buffers.get(name, self.base.read(name)).to(dtype), info.dtype)
             return
         parameter = self.base.tied.get(name, name)
         coefficients = self.coefficients.of(parameter, self.coefficients().detach())

@@ -23,6 +23,7 @@ from trainmerge.fitting.outcome import (
 )
 from trainmerge.fitting.plan_steps import cut_steps, keep_schedule, plan_steps
 from trainmerge.fitting.preflight import check_heads, check_rounds, check_tasks
+from trainmerge.fitting.settle import settle
 from trainmerge.fitting.snapshots import Snapshots
 from trainmerge.fitting.trainer import check_folder, check_strategy
 from trainmerge.run.folder import RunFolder
@@ -106,6 +107,8 @@ def fit_alone(
         take_steps(folder, module, data, trainer, snapshot, limit)
     elif trainer.is_global_zero:
         save_start(folder, module, data, following)
+    if trainer.is_global_zero:
+        settle(folder, module, data)
 
 
 def take_steps(

@@ -24,7 +24,6 @@ from trainmerge.fitting.module_run import ModuleRun, describe_modules
 from trainmerge.fitting.module_steps import ModuleSteps
 from trainmerge.fitting.module_tasks import ModuleTasks, PlainLoss, Stream
 from trainmerge.model.batch_norm import Forward, batch_norm_statistics, call
-from trainmerge.model.buffers import BufferRule
 from trainmerge.model.concrete import Concrete, ConcreteMasks
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.plain_models import ModelWeights, PlainModels, open_models
@@ -34,6 +33,7 @@ from trainmerge.preprocess import Preprocess, apply_in_memory
 from trainmerge.run.folder import RunFolder
 from trainmerge.system.ranges import check_option
 from trainmerge.system.text import listed
+from trainmerge.task_vectors.buffers import BufferRule
 from trainmerge.task_vectors.state_dicts import StateDict
 
 

@@ -15,6 +15,7 @@ from trainmerge.data.token_checks import check_lengths
 from trainmerge.model.residency import Vectors
 from trainmerge.model.teachers import BUDGET
 from trainmerge.preprocess import Informed
+from trainmerge.run.merge_buffers import REESTIMATE
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.system.ranges import check_fields, check_option
@@ -48,9 +49,9 @@ class ModelSettings:
 
 
 def needs_examples(recipe: Recipe, initial: Initial) -> bool:
-    """Whether the starting coefficients or task vectors need calibration examples."""
+    """Whether starting coefficients, task vectors or batch norms' statistics need calibration examples."""
     informed = any(isinstance(method, Informed) for method in recipe.preprocess)
-    return informed or isinstance(initial, MeasuredPreset)
+    return informed or isinstance(initial, MeasuredPreset) or recipe.buffers == REESTIMATE
 
 
 def check_given(**settings: object) -> None:
@@ -74,8 +75,9 @@ def check_module_settings(
         )
     if settings.sharded and (settings.subspace or needs_examples(recipe, initial)):
         raise ValueError(
-            "model.sharded: model.subspace and preprocessors or presets that use calibration examples need "
-            "the whole model on one device; leave them out, or run without model.sharded"
+            "model.sharded: model.subspace, `buffers: reestimate` and preprocessors or presets that use "
+            "calibration examples need the whole model on one device; leave them out, or run without "
+            "model.sharded"
         )
 
 

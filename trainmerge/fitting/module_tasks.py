@@ -3,19 +3,19 @@
 Legend: `B` examples, `T` positions of one, `V` classes, `D` hidden size, `P` all positions of a batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainmerge.data.batch import Asks, Batch, Outputs, Predictions, Signals
 from trainmerge.fitting.contents import content_sha256
 from trainmerge.model.batch_norm import Forward
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.objectives import Objective
+from trainmerge.task_vectors.buffers import holding
 from trainmerge.task_vectors.state_dicts import StateDict
 
 PlainLoss = Callable[[Any, Any], Tensor]  # what `forward` returned, and its batch -> a loss, or one each [B]
@@ -161,17 +161,3 @@ def signals_of(outputs: Outputs, asks: Asks) -> Signals:
         )
     hidden = {layer: outputs.hidden[layer].flatten(0, 1).to(asks.dtype) for layer in asks.layers}
     return Signals(predictions, hidden)
-
-
-@contextmanager
-def holding(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """In this context the module's buffers have these values, where there is one."""
-    own = {name: buffer for name, buffer in module.named_buffers() if name in values}
-    before = {name: buffer.clone() for name, buffer in own.items()}
-    try:
-        for name, buffer in own.items():
-            buffer.copy_(values[name])
-        yield
-    finally:
-        for name, buffer in own.items():
-            buffer.copy_(before[name])

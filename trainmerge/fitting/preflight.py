@@ -17,7 +17,6 @@ from trainmerge.fitting.on_policy import check_on_policy
 from trainmerge.objectives import Alignment, Objective
 from trainmerge.run.heads import task_heads, unusable_heads
 
-UNUSABLE = ("question-answering model", "model with another output")  # no logits of tokens or classes
 TOGETHER = 64  # examples that are tokenised at a time
 
 
@@ -69,7 +68,7 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
     for name, own in heads.items():
         if isinstance(own, OwnHead):
             problems += [f"{name}: {line}" for line in own_head_problems(own, module.objective)]
-    if not module.objective.needs_logits:
+    if not module.objective.needs_logits and not output.choices:
         return problems
     if headless and not output.logits:
         problems.append(
@@ -78,10 +77,12 @@ def head_problems(module: MergeModule, output: Output) -> list[str]:
         )
     elif headless and output.ends:
         problems.append(f"{base}: {output.architecture} {ENDS}")
-    elif headless and output.kind in UNUSABLE:
+    elif headless and output.uncompared:
+        without = output.choices or (output.reads == "media" and output.architecture.endswith("ForCTC"))
+        states = "" if without else "align hidden states only (Alignment: logits 0, hidden 1), "
         problems.append(
-            f"{base}: {output.architecture} is a {output.kind}, whose outputs no objective compares: give "
-            f"{headless} a `head`, `own` say, or merge without learning (trainer.max_steps 0)"
+            f"{base}: {output.architecture} {output.uncompared}. Give {headless} a `head`, {states}or merge "
+            "without learning (trainer.max_steps 0)"
         )
     elif headless and module.objective.needs_classes and not output.classes:
         problems.append(f"{module.objective!r} needs classes, and {headless} have no `head`: give each one")

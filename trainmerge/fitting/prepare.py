@@ -1,7 +1,7 @@
 """Prepare a fit's model: one function per step, called in order by `prepare`.
 
     task vectors -> base and heads -> texts that experts write -> preprocessors that use examples -> quantise
-    -> subspaces -> merged model -> start -> teachers
+    -> subspaces -> merged model -> start -> teachers -> batch norms' statistics
 
 Results that depend only on files are cached in the workspace.
 
@@ -29,11 +29,13 @@ from trainmerge.model.expert_statistics import ExpertStatistics
 from trainmerge.model.residency import Residency, Room, Share, reside
 from trainmerge.model.resident import Placement, Resident, load_resident, preprocess
 from trainmerge.model.row_shards import delta_shards
+from trainmerge.model.statistics import statistics_at
 from trainmerge.model.teachers import Record, record_teachers
 from trainmerge.plan.micro_batches import StepSchedule
 from trainmerge.preprocess import Informed, Preprocess, apply, key_after
 from trainmerge.preprocess.subspace import shared_subspaces
 from trainmerge.run.heads import task_heads
+from trainmerge.run.merge_buffers import REESTIMATE
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.system import distributed
@@ -104,6 +106,8 @@ def prepare(
     start = measure_start(given, resident)
     with precision():
         teachers = record_experts(given, resident)
+        if recipe.buffers == REESTIMATE:  # all steps use the statistics of the merge at the start
+            resident.hold(statistics_at(resident, start, given.data))
     return Prepared(resident, start, teachers)
 
 

@@ -4,14 +4,13 @@ from dataclasses import replace
 
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.data.calibration import Calibration
-from trainmerge.data.columns import Columns
 from trainmerge.fitting.module import MergeModule
 from trainmerge.objectives import Objective
 from trainmerge.run.config import build
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.manifest import read_manifest
 from trainmerge.run.open_run import open_run
-from trainmerge.run.recipe_files import calibration_files
+from trainmerge.run.run_data import run_data
 
 SETTINGS = {"objective": dict, "teacher_budget": int, "weights": str}  # of the module, in the manifest
 
@@ -39,9 +38,4 @@ def reopen(
         workspace=str(folder.workspace),
     )
     module.coefficients.release_()  # trade-offs scale fixed coefficients too, and need their gradients
-    settings = manifest["data"] | {"columns": Columns(**manifest["data"]["columns"])}
-    if not recipe.choice.is_default:  # the manifest has its name only
-        settings["tokenizer"] = recipe.tokenizer_folder(folder.workspace)
-    if examples is not None:
-        settings["max_examples"] = min(examples, settings["max_examples"] or examples)
-    return module, Calibration(calibration_files(recipe), **settings)
+    return module, run_data(folder, recipe, examples)

@@ -54,8 +54,9 @@ class MergedModel(MergedWeights):
         keep_gradients: bool = False,
         masks: ConcreteMasks | None = None,
         residency: Residency = Residency(),  # noqa: B008 - frozen
+        own_buffers: Sequence[Mapping[str, Tensor]] = (),
     ) -> None:
-        super().__init__(module, task_vectors, coefficients, names, originals, masks, residency)
+        super().__init__(module, task_vectors, coefficients, names, originals, masks, residency, own_buffers)
         self.subspaces, self.keep_gradients = subspaces or {}, keep_gradients
         self._learned = {name: self.placed.owners[name] for name in coefficients.layout.learned}
         self._together = self.placed.by_owner(self._learned)
@@ -83,7 +84,7 @@ class MergedModel(MergedWeights):
         for hook in self._hooks:
             hook.remove()
         same = self.coefficients, self.names, self.originals, subspaces, keep_gradients, self.masks
-        return MergedModel(self.module, task_vectors, *same, residency)
+        return MergedModel(self.module, task_vectors, *same, residency, self.own_buffers)
 
     def gradient(self) -> Tensor:
         """The coefficient gradient [K, G] of all backwards since the last call, and resets it to zero.

@@ -22,6 +22,7 @@ from trainmerge.model.postponed import by_unit, grouped, postponed
 from trainmerge.model.residency import Residency
 from trainmerge.model.supplied import Supplied
 from trainmerge.model.turns import in_turns
+from trainmerge.task_vectors.buffers import holding
 from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.link import link_to
 
@@ -34,7 +35,8 @@ class MergedWeights:
     `names` maps a task vector's name to the module's parameter or place (`task_vectors.places`), where they
     differ; `parameters` has the module's parameters, or views of their places, under the task vectors' names.
     If `task_vectors` are preprocessed, `originals` are the experts' own, which `teacher` and `uniform` merge.
-    `residency` is where base and task vectors are held. `masks` cut what the merge changes.
+    `residency` is where base and task vectors are held. `masks` cut what the merge changes. `own_buffers`,
+    K or none, are those of the experts that differ, by the module's names: `teacher` has them.
 
     Raises ValueError if its parameters share storage with the task vectors' base.
     """
@@ -48,9 +50,11 @@ class MergedWeights:
         originals: TaskVectors | None = None,
         masks: ConcreteMasks | None = None,
         residency: Residency = Residency(),  # noqa: B008 - frozen
+        own_buffers: Sequence[Mapping[str, Tensor]] = (),
     ) -> None:
         self.module, self.task_vectors, self.coefficients = module, task_vectors, coefficients
         self.names, self.originals, self.masks = names or {}, originals or task_vectors, masks
+        self.own_buffers = own_buffers
         self.placed = Placed.of(module, task_vectors.deltas, self.names)
         self.parameters = self.placed.views()
         self._parameters = {name: self.parameters[name] for name in coefficients.layout.groups}
@@ -116,7 +120,8 @@ class MergedWeights:
     def teacher(self, expert: int) -> Iterator[nn.Module]:
         """In this context the module is one expert, excluded parameters too; then the merge is restored."""
         one_hot = torch.eye(len(self.task_vectors.experts))[expert]
-        with self.uniform(one_hot, everywhere=True):
+        own = self.own_buffers[expert] if self.own_buffers else {}
+        with self.uniform(one_hot, everywhere=True), holding(self.module, own):
             yield self.module
 
     @contextmanager

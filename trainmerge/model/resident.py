@@ -1,7 +1,7 @@
 """A recipe -> the model in memory: the merged model and every task's classifier."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from trainmerge.model.own_head import OwnModel, attach
 from trainmerge.model.residency import Residency
 from trainmerge.preprocess import Preprocess, apply
 from trainmerge.run.heads import TaskHead, task_heads
+from trainmerge.run.merge_buffers import averaged
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.system import distributed
@@ -39,6 +40,7 @@ class Resident:
     classifiers: Sequence[Classifier | OwnModel | None]  # K
     root: Root | None = None  # the module to call if the model is sharded
     embedding: Embedding | None = None  # how it embeds, if the objective needs sentence embeddings
+    buffers: Mapping[str, str] = field(default_factory=dict)  # tensor of the base's files -> the module's
 
     @property
     def device(self) -> torch.device:
@@ -60,6 +62,13 @@ class Resident:
         """The same model as the merge of other task vectors; replaces this object (`MergedModel`)."""
         merged = self.merged.with_task_vectors(task_vectors, subspaces or {}, keep_gradients, residency)
         return replace(self, merged=merged)
+
+    @torch.no_grad()
+    def hold(self, values: Mapping[str, Tensor]) -> None:
+        """Write buffers, by the base's tensors, into the module."""
+        own = dict(self.merged.module.named_buffers())
+        for name, value in values.items():
+            own[self.buffers[name]].copy_(value)
 
     def batch(self, expert: int, examples: Sequence[Example], tokenizer: Tokenizer, first: int = 0) -> Batch:
         """These examples on the model's device, numbered from `first`."""
@@ -109,6 +118,7 @@ def load_resident(
 ) -> Resident:
     """Load the base and build the heads, for merges of the experts' own task vectors.
 
+    Statistics of batch norms are the base's, or averaged if the recipe has that rule.
     With `pooling`, a forward gives sentence embeddings (`read_embedding`).
     """
     embedding = None if pooling is None else read_embedding(opened.base, pooling)
@@ -117,8 +127,13 @@ def load_resident(
     if placement.dtype and root is None:  # after the heads, whose label texts the stored weights embed
         for parameter in loaded.module.parameters():
             parameter.data = parameter.data.to(placement.dtype)
-    merged = MergedModel(loaded.module, opened.task_vectors, coefficients, loaded.names)
-    return Resident(merged, classifiers, root, embedding)
+    own = [{loaded.buffers[name]: t for name, t in of.items()} for of in opened.own_statistics]
+    merged = MergedModel(
+        loaded.module, opened.task_vectors, coefficients, loaded.names, own_buffers=own if any(own) else ()
+    )
+    resident = Resident(merged, classifiers, root, embedding, loaded.buffers)
+    resident.hold(averaged(recipe, opened.base, opened))
+    return resident
 
 
 def build_heads(

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.model.batch_norm import Forward, batch_norm_statistics, batch_norms, call
-from trainmerge.model.buffers import BufferRule, average_buffers, warn_of_own_buffers
 from trainmerge.model.plain_models import ModelWeights, PlainModels, open_models
 from trainmerge.preprocess import Preprocess, apply_in_memory
 from trainmerge.system.ranges import check_option
 from trainmerge.system.text import listed
+from trainmerge.task_vectors.buffers import BufferRule, average_buffers, warn_of_own_buffers
 from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.state_dicts import STATISTICS
 

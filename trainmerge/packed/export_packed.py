@@ -16,7 +16,7 @@ from trainmerge.checkpoints.whole import PACKED
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.export.adapter_form import relative_error
 from trainmerge.export.explain import Exported, write_export_manifest
-from trainmerge.export.export import begin_export, merge_of
+from trainmerge.export.export import begin_export, check_no_buffers, merge_of
 from trainmerge.export.merge_changes import merge_changes
 from trainmerge.export.origins import without_local_origins
 from trainmerge.export.public import public_manifest
@@ -168,6 +168,7 @@ def export_packed(
         with torch.no_grad(), staging_shared(target, overwrite) as folder, agreed():
             with distributed.rank_zero_first():
                 merge = merge_of(run_folder, exported.recipe, exported.coefficients, exported.opened)
+            check_no_buffers(merge, run_folder)
             if distributed.rank() == 0:
                 made = Packing(exported, merge, form).write(folder, target)
                 manifest = public_manifest(run_folder.read_manifest())

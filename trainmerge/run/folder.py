@@ -26,6 +26,7 @@ README = """# A trainmerge run
 | `search.jsonl` | the merges that `trainmerge search` scored |
 | `pareto.json` | the Pareto front of the tasks, once `trainmerge pareto` has run |
 | `calibration_loss.json` | the loss over all calibration examples at start and end, with `keep_better` |
+| `statistics.safetensors` | batch norms' statistics of the merge, with `recipe.buffers: reestimate` |
 | `checkpoints/` | the optimizer's state after the last saved step; `--resume auto` continues from it |
 | `workspace/` | preprocessed task vectors, recorded outputs, generated texts; recreated when deleted |
 
@@ -65,6 +66,11 @@ class RunFolder:
     def coefficients(self) -> Path:
         """The learned coefficients."""
         return self.path / "coefficients.safetensors"
+
+    @property
+    def statistics(self) -> Path:
+        """The re-estimated statistics of batch norms."""
+        return self.path / "statistics.safetensors"
 
     @property
     def metrics(self) -> Path:

@@ -17,7 +17,7 @@ from trainmerge.run.trust import check_classes
 
 MERGED = (  # recipe keys that an export depends on
     "preprocess", "grouping", "ignore", "vocabulary", "tokenizer", "chat_template", "generation_config",
-    "pad_to_multiple", "tokens", "align",
+    "pad_to_multiple", "tokens", "align", "buffers",
 )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from trainmerge.align import Align
 from trainmerge.checkpoints import Checkpoint, Sources, Stamp, as_recorded, fingerprint, verify
 from trainmerge.coefficients.layout import Layout
@@ -49,6 +51,11 @@ class Opened:
         experts = {name: folder for name, folder in self.folders.items() if name in self.sources.experts}
         return find_own_heads(self.base, experts, self.sources, self.ignore, self.allow_pickle)
 
+    @cached_property
+    def own_statistics(self) -> list[dict[str, Tensor]]:
+        """Each expert's statistics of batch norms, K, by the base's tensors, of those that any changed."""
+        return self.sources.own_statistics(self.base)
+
     def verify(self, recorded: Mapping[str, Mapping[str, str]] | None = None) -> None:
         """Compute the checksums and raise ValueError for every NaN and infinity, in one reading.
 
@@ -74,4 +81,6 @@ class Opened:
         """One digest of base and experts, by their contents and order."""
         vocabulary = [] if self.base.origin is None else [self.base.path.name]
         lined_up = [repr(list(self.align))] if self.align else []
-        return digest(json.dumps([self.checksums, list(self.ignore), *vocabulary, *lined_up]), length=64)
+        own = ["own statistics"] if any(self.sources.statistics.values()) else []
+        parts = [self.checksums, list(self.ignore), *vocabulary, *lined_up, *own]
+        return digest(json.dumps(parts), length=64)

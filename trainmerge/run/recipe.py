@@ -27,6 +27,7 @@ from trainmerge.run.recipe_tasks import Expert, HeldOut
 from trainmerge.system.hub import HubId, folder_of, is_hub_id, parse_id
 from trainmerge.system.ranges import check_fields
 from trainmerge.system.workspace import open_cached
+from trainmerge.task_vectors.buffers import BufferRule, check_rule
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class Recipe:
         tokens: Token -> the row of models that lack it, or of all; by default as under `tokenizer`.
         align: What lines full experts up with the base before task vectors are taken: `Neurons`,
             `AttentionHeads`, `ResidualStream`, `Gauge`, `NeuronScales`. Their functions stay the same.
+        buffers: What becomes of batch norms' statistics: `keep` the base's, `average` those of the experts
+            by their weights, or `reestimate` them on the calibration data, at the start of a fit for all of
+            its steps, and at its end for the result. Experts are run with their own. None keeps the
+            base's, and warns if an expert's differ.
     """
 
     base: str
@@ -71,6 +76,7 @@ class Recipe:
     pad_to_multiple: int | None = field(default=None, metadata={"added": "0.2.0"})
     tokens: Mapping[str, TokenRow] | None = field(default=None, metadata={"added": "0.2.0"})
     align: Sequence[Align] = field(default=(), metadata={"added": "0.2.0"})
+    buffers: BufferRule | None = field(default=None, metadata={"added": "0.2.0"})
 
     def __post_init__(self) -> None:
         check_fields(self, "recipe", pad_to_multiple="[1, 1e6]")
@@ -105,7 +111,9 @@ class Recipe:
         experts = {name: folders[name] for name in self.experts}
         own_heads = [name for name, expert in self.experts.items() if expert.head == "own"]
         shared = self.vocabulary == "shared"
-        rules = Rules(self.ignore, self.allow_pickle, workspace, shared, own_heads)
+        warns = self.buffers is None
+        rules = Rules(self.ignore, self.allow_pickle, workspace, shared, own_heads, statistics=warns)
+        check_rule(self.buffers, base.tensors, base.path)
         base, sources = find_chosen(base, experts, self.choice, rules)
         if aligned and self.align:
             calibration = {name: expert.calibration for name, expert in self.experts.items()}

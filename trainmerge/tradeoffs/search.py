@@ -21,6 +21,7 @@ from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.fit import check_settings, fit_alone
 from trainmerge.fitting.from_config import from_config
 from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.settle import settle
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.in_use import in_use
 from trainmerge.run.saved import save_moment
@@ -69,7 +70,9 @@ def search_config(
             points = _niches(module, data, folder, search, depends_on)
         else:
             points = _scales(module, data, folder, search, depends_on)
-        return _best(module, folder, points, search.evaluations)
+        best = _best(module, folder, points, search.evaluations)
+        settle(folder, module, data)
+        return best
 
 
 Found = tuple[Tried, Tensor]  # a point and its coefficients [K, G]

@@ -4,16 +4,27 @@ Legend: `K` experts, `*S` shape of a buffer.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainmerge.system.text import listed
-from trainmerge.task_vectors.state_dicts import StateDict
+from trainmerge.task_vectors.state_dicts import STATISTICS, StateDict
 
 BufferRule = Literal["keep", "average", "reestimate"]
+
+
+def check_rule(rule: BufferRule | None, names: Iterable[str], where: Path) -> None:
+    """Raise ValueError for a recipe's rule of statistics that a base with these tensors does not have."""
+    if rule not in (None, "keep") and not any(map(STATISTICS.search, names)):
+        raise ValueError(
+            f"recipe.buffers is {rule}, and {where} has no batch norm with running statistics: "
+            "leave the key out"
+        )
 
 
 def average_buffers(
@@ -50,3 +61,17 @@ def warn_of_own_buffers(base: StateDict, experts: Mapping[str, StateDict], names
             "on calibration data, and buffers='keep' is this, without a warning",
             stacklevel=4,
         )
+
+
+@contextmanager
+def holding(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """In this context the module's buffers have these values, where there is one."""
+    own = {name: buffer for name, buffer in module.named_buffers() if name in values}
+    before = {name: buffer.clone() for name, buffer in own.items()}
+    try:
+        for name, buffer in own.items():
+            buffer.copy_(values[name])
+        yield
+    finally:
+        for name, buffer in own.items():
+            buffer.copy_(before[name])
