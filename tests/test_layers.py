@@ -1,9 +1,10 @@
-"""Which wing may import what: CONTRIBUTING.md's map, read and checked."""
+"""Which wing may import what: CONTRIBUTING.md's map, read and checked; and one name for one thing."""
 
 import ast
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -112,6 +113,72 @@ def test_no_two_files_import_each_other():
     names = {module_of(path) for path in FILES}
     graph = {module_of(path): imports_of(path.read_text()) & names for path in FILES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(FILES)
+
+
+def homes_of(sources: Mapping[str, str]) -> dict[str, list[str]]:
+    """Each public function's or class's name -> the modules that define it at their top."""
+    homes: dict[str, list[str]] = {}
+    for module, source in sources.items():
+        for node in ast.parse(source).body:
+            if (
+                isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+                and node.name[0] != "_"
+            ):
+                homes.setdefault(node.name, []).append(module)
+    return homes
+
+
+def public_names(stub: str) -> frozenset[str]:
+    """What the file of public names offers at the top of the package."""
+    return frozenset(
+        alias.asname or alias.name
+        for node in ast.parse(stub).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    )
+
+
+PUBLIC = public_names((PACKAGE / "__init__.pyi").read_text())
+
+
+def shared_names(sources: Mapping[str, str], public: frozenset[str] = PUBLIC) -> dict[str, list[str]]:
+    """Names that several modules define.
+
+    The command of a public function bears its name, and the kernels' implementations of one interface
+    bear the interface's.
+    """
+    shared = {}
+    for name, modules in homes_of(sources).items():
+        own = [module for module in modules if name not in public or not module.startswith("trainmerge.cli.")]
+        if len(own) > 1 and not all(module.startswith("trainmerge.kernels.") for module in own):
+            shared[name] = own
+    return shared
+
+
+def test_no_two_things_have_one_name():
+    assert shared_names({module_of(path): path.read_text() for path in FILES}) == {}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        (("trainmerge.data.a", "def f(): ..."), ("trainmerge.export.b", "class f: ..."), ["f"]),
+        (("trainmerge.data.a", "def f(): ..."), ("trainmerge.data.b", "def f(): ..."), ["f"]),
+        (("trainmerge.data.a", "def _f(): ..."), ("trainmerge.data.b", "def _f(): ..."), []),
+        (("trainmerge.data.a", "def f(): ..."), ("trainmerge.data.b", "class C:\n    def f(self): ..."), []),
+        (("trainmerge.kernels.a", "def f(): ..."), ("trainmerge.kernels.b", "def f(): ..."), []),
+        (("trainmerge.kernels.a", "def f(): ..."), ("trainmerge.data.b", "def f(): ..."), ["f"]),
+        (("trainmerge.cli.a", "def f(): ..."), ("trainmerge.data.b", "def f(): ..."), ["f"]),
+        (("trainmerge.cli.a", "def public(): ..."), ("trainmerge.data.b", "def public(): ..."), []),
+        (
+            ("trainmerge.export.a", "def public(): ..."),
+            ("trainmerge.data.b", "def public(): ..."),
+            ["public"],
+        ),
+    ],
+)
+def test_the_rule_of_names_finds_what_it_forbids(first, second, shared):
+    assert list(shared_names(dict([first, second]), public=frozenset({"public"}))) == shared
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import trainmerge as tm
 from tests.mixture_world import write_mixture
 from tests.world import write_languages
 from trainmerge.cli import main
-from trainmerge.preprocess.router_calibration import divergence
+from trainmerge.preprocess.router_calibration import router_divergence
 from trainmerge.run.recipe_files import calibration_files
 
 SCALE = 0.4
@@ -100,7 +100,9 @@ def slope(model: nn.Module, world: Path, layer: int) -> Tensor:
     parts = []
     for task in "ab":
         own = AutoModelForCausalLM.from_pretrained(world / task).model.layers[layer].mlp.gate.weight
-        parts.append(divergence(rows, read(model, world, task)[0][layer].double(), own.detach().double()))
+        parts.append(
+            router_divergence(rows, read(model, world, task)[0][layer].double(), own.detach().double())
+        )
     (found,) = torch.autograd.grad(torch.stack(parts).sum(), rows)
     return found
 

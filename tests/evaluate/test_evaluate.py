@@ -323,11 +323,11 @@ def test_wrong_labels_are_said(run: Path) -> None:
 
 def evaluated(run: Path, task: Task) -> Subject:
     from trainmerge.checkpoints import load_model, open_checkpoint
-    from trainmerge.evaluate.runs import build_heads
+    from trainmerge.evaluate.runs import build_task_heads
 
     tokenize = Tokenizer(str(run.parent / "base"), 16)
     base = load_model(open_checkpoint(run.parent / "base")).module
-    return Subject(base, build_heads(base, [task], tokenize), tokenize)
+    return Subject(base, build_task_heads(base, [task], tokenize), tokenize)
 
 
 def test_a_language_run_answers_prompts(languages: Path, tmp_path: Path) -> None:  # noqa: F811

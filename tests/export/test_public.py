@@ -10,7 +10,7 @@ import yaml
 import trainmerge as tm
 from tests.fitting.test_fit import fit_world
 from tests.world import write_world
-from trainmerge.export.markdown import code, fenced, inline
+from trainmerge.export.markdown import code, code_block, inline
 from trainmerge.export.public import public, public_config, public_manifest, public_name
 from trainmerge.report.picture import style
 from trainmerge.report.steps import path_picture
@@ -118,7 +118,7 @@ def test_code_of_plain_names() -> None:
 
 
 def test_a_fence_is_longer_than_any_within() -> None:
-    block = fenced("a: '```'\n", "yaml")
+    block = code_block("a: '```'\n", "yaml")
     assert block.startswith("````yaml\n")
     assert block.endswith("\n````")
 

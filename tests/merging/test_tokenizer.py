@@ -25,7 +25,7 @@ from tests.checkpoints.test_chosen_vocabulary import (
 )
 from trainmerge.checkpoints import open_checkpoint
 from trainmerge.cli import main
-from trainmerge.merging.document_card import to_mergekit
+from trainmerge.merging.document_card import mergekit_data
 from trainmerge.merging.read_document import parse_document
 
 A, B = 0.25, 0.75  # exact in float32 too
@@ -205,7 +205,7 @@ WRITTEN: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changes", WRITTEN, ids=["none", "source", "padding", "tokens"])
 def test_what_is_written_back_is_what_was_read(changes: dict[str, Any]) -> None:
-    plain = to_mergekit(parse_document(content(**changes)))
+    plain = mergekit_data(parse_document(content(**changes)))
     assert {key: plain[key] for key in plain if "token" in key or "chat" in key} == changes
 
 

@@ -2,14 +2,14 @@
 
 import pytest
 
-from trainmerge.merging.values import fault, places, value_at
+from trainmerge.merging.values import parameter_places, setting_fault, value_at
 
 NAMES = [f"model.layers.{i}.{part}.weight" for i in range(5) for part in ("self_attn.q_proj", "mlp.up_proj")]
 NAMES += ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
 
 
 def values(value: object) -> dict[str, object]:
-    return {name: value_at(value, place) for name, place in places(NAMES).items()}
+    return {name: value_at(value, place) for name, place in parameter_places(NAMES).items()}
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,9 @@ def test_the_first_filter_inside_the_name_counts() -> None:
 
 
 def test_stacks_of_different_depth_have_their_own_ends() -> None:
-    found = places(["encoder.layer.0.w", "encoder.layer.1.w", "decoder.layer.0.w", "decoder.layer.3.w"])
+    found = parameter_places(
+        ["encoder.layer.0.w", "encoder.layer.1.w", "decoder.layer.0.w", "decoder.layer.3.w"]
+    )
     assert [place.depth for place in found.values()] == [0, 1, 0, 1]
 
 
@@ -64,9 +66,14 @@ def test_stacks_of_different_depth_have_their_own_ends() -> None:
     ],
 )
 def test_wrong_values_are_named(value: object, words: str) -> None:
-    assert words in fault(value, float)
+    assert words in setting_fault(value, float)
 
 
 def test_truth_is_no_number() -> None:
-    assert fault(1, bool) == "is 1, not true or false"
-    assert fault([True, False], bool) == fault(0.5, float) == fault([{"value": [0, 1]}], float) == ""
+    assert setting_fault(1, bool) == "is 1, not true or false"
+    assert (
+        setting_fault([True, False], bool)
+        == setting_fault(0.5, float)
+        == setting_fault([{"value": [0, 1]}], float)
+        == ""
+    )

@@ -27,7 +27,7 @@ from trainmerge.checkpoints import translated_config
 from trainmerge.cli import main
 from trainmerge.data.held_out import split
 from trainmerge.mixtures.families import mixture_of
-from trainmerge.mixtures.router_rows import accuracy, fit_rows
+from trainmerge.mixtures.router_rows import accuracy, fit_router_rows
 from trainmerge.mixtures.upcycle import export_mixture, verify_mixture
 
 SIZES = {
@@ -208,7 +208,7 @@ def test_rows_are_the_minimum_of_the_regression() -> None:
     dice = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (200,), generator=dice)
     states = 5 * torch.randn(200, 8, generator=dice) + 3 * torch.eye(3, 8)[labels]
-    rows = fit_rows(states, labels, 3)
+    rows = fit_router_rows(states, labels, 3)
     wide = states.double()
     size = wide.square().mean().sqrt()
     inner = (rows.double() * size).requires_grad_(True)

@@ -5,7 +5,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from trainmerge.packed.budget import Offer, choose, hull
+from trainmerge.packed.budget import Offer, choose_offers, hull
 
 
 def made_up(seed: int) -> list[Offer]:
@@ -29,7 +29,7 @@ def test_no_choice_of_the_same_size_has_a_smaller_error(seed: int) -> None:
     every = [(sum(o.nbytes for o in one), sum(o.error for o in one)) for one in product(*found.values())]
     before = float("inf")
     for budget in (16, 60, 120, 250, 800):
-        chosen = choose(found, budget).values()
+        chosen = choose_offers(found, budget).values()
         size, error = sum(o.nbytes for o in chosen), sum(o.error for o in chosen)
         assert size <= budget
         assert error <= before
@@ -43,4 +43,4 @@ def test_no_choice_of_the_same_size_has_a_smaller_error(seed: int) -> None:
 
 def test_less_than_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"5 bytes beside the base are too few; .* alone take 8"):
-        choose({"a": made_up(0), "b": made_up(1)}, 5)
+        choose_offers({"a": made_up(0), "b": made_up(1)}, 5)

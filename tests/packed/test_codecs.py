@@ -18,7 +18,7 @@ from trainmerge.packed.low_rank import Dense
 from trainmerge.packed.low_rank import LowRankCodec as Factored
 from trainmerge.packed.parameter import Parameter
 from trainmerge.packed.pca import Pca
-from trainmerge.packed.ternary import Signs, largest
+from trainmerge.packed.ternary import Signs, magnitude_threshold
 from trainmerge.packed.unified import Emr, Mask, Shared
 from trainmerge.task_vectors.changes import Change
 from trainmerge.task_vectors.delta import Delta
@@ -178,10 +178,13 @@ def test_signs_keep_the_best_share_and_scale() -> None:
 
 
 def test_ties_and_zeros_of_signs() -> None:
-    assert largest(torch.zeros(5), None) == (float("inf"), 0.0)
-    assert largest(torch.tensor([2.0, 2.0, 0.0, 0.0]), None) == (2.0, 2.0)
-    assert largest(torch.tensor([2.0, 2.0, 2.0, 0.0]), 0.25) == (2.0, 2.0)  # all of equal magnitude
-    assert largest(torch.tensor([2.0, 1.0, 0.0, 0.0]), 1.0) == (1.0, 1.5)  # zeros are not kept
+    assert magnitude_threshold(torch.zeros(5), None) == (float("inf"), 0.0)
+    assert magnitude_threshold(torch.tensor([2.0, 2.0, 0.0, 0.0]), None) == (2.0, 2.0)
+    assert magnitude_threshold(torch.tensor([2.0, 2.0, 2.0, 0.0]), 0.25) == (
+        2.0,
+        2.0,
+    )  # all of equal magnitude
+    assert magnitude_threshold(torch.tensor([2.0, 1.0, 0.0, 0.0]), 1.0) == (1.0, 1.5)  # zeros are not kept
 
 
 def test_factors_of_adapters_are_exact_and_others_lack_the_tail() -> None:

@@ -14,7 +14,7 @@ from tests.preprocess.test_informed import informed, measure
 from tests.world import WORDS, languages_recipe, nudge, write_languages, write_tokenizer
 from trainmerge.inspection.weights import preprocess_findings
 from trainmerge.preprocess import apply
-from trainmerge.preprocess.left_out import left_out, sentence
+from trainmerge.preprocess.left_out import left_out, left_out_sentence
 from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.geometry import measure_geometry
 
@@ -38,7 +38,7 @@ def test_kinds_and_shares() -> None:
     assert left_out(tm.Doge(exclude=["w"]), given)["matrices"] == ["w"]
     assert left_out(tm.Ties(), given) == {}
     squares = {n: float(d.dense().square().sum()) for n, d in given.deltas.items()}  # 80, 32, 8, 96
-    words = sentence(tm.Doge(), given, squares)
+    words = left_out_sentence(tm.Doge(), given, squares)
     assert "1 convolutions (conv; 44.4% of the task vectors' squared norm)" in words
     assert words.endswith("are left at the base's value")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tests.contracts import relative_error
-from trainmerge.preprocess.router_calibration import divergence, harc, least_divergence
+from trainmerge.preprocess.router_calibration import harc, least_divergence, router_divergence
 
 E, H, R = 6, 8, 400
 TYPE = torch.float64
@@ -26,7 +26,7 @@ def world(seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
 
 def total(rows: Tensor, own: list[Tensor], states: list[Tensor], sigmoid: bool = False) -> Tensor:
     pairs = zip(states, own, strict=True)
-    return torch.stack([divergence(rows, x, w, sigmoid) for x, w in pairs]).sum()
+    return torch.stack([router_divergence(rows, x, w, sigmoid) for x, w in pairs]).sum()
 
 
 def test_divergences_are_those_of_the_distributions() -> None:
@@ -35,11 +35,11 @@ def test_divergences_are_those_of_the_distributions() -> None:
     want = torch.distributions.kl_divergence(
         torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
     ).mean()
-    torch.testing.assert_close(divergence(own[1], states, own[0]), want)
+    torch.testing.assert_close(router_divergence(own[1], states, own[0]), want)
     a, b = (states @ w.T for w in own)  # from logits: a probability that rounds to 1 has no logarithm left
     sides = [(s * a).sigmoid() * (logsigmoid(s * a) - logsigmoid(s * b)) for s in (1, -1)]
     binary = sum(sides).sum(-1).mean()
-    torch.testing.assert_close(divergence(own[1], states, own[0], sigmoid=True), binary)
+    torch.testing.assert_close(router_divergence(own[1], states, own[0], sigmoid=True), binary)
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])
@@ -103,4 +103,4 @@ def test_harc_is_the_second_order_expansion_of_the_divergence() -> None:
     r = (states @ own.T).softmax(-1)
     z = states @ step.T
     curve = ((r * z * z).sum(-1) - (r * z).sum(-1).square()).mean() / 2
-    assert float(divergence(own + step, states, own)) == pytest.approx(float(curve), rel=1e-2)
+    assert float(router_divergence(own + step, states, own)) == pytest.approx(float(curve), rel=1e-2)

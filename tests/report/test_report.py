@@ -30,7 +30,7 @@ from trainmerge.report.heatmap import EVERYTHING, grid_of, heatmap
 from trainmerge.report.importance import importance_picture, magnitudes
 from trainmerge.report.picture import style
 from trainmerge.report.read_run import _metric, read_numbers
-from trainmerge.report.scores import relative, score_picture
+from trainmerge.report.scores import relative_scores, score_picture
 from trainmerge.report.steps import loss_picture, path_picture
 from trainmerge.report.task_vectors import norm_picture, similarity_picture
 from trainmerge.run import trajectory
@@ -356,11 +356,11 @@ def test_pictures_of_any_size(tmp_path: Path, experts: int, blocks: int, granula
 
 def test_scores_are_relative_to_the_experts() -> None:
     accuracies = {"base": {"a": 0.4}, "learned": {"a": 0.6}, "expert": {"a": 0.8}}
-    assert relative(accuracies, ACCURACY)["learned"]["a"] == pytest.approx(0.75)
+    assert relative_scores(accuracies, ACCURACY)["learned"]["a"] == pytest.approx(0.75)
     perplexities = {"base": {"a": 16.0}, "learned": {"a": 8.0}, "expert": {"a": 4.0}}
-    near = relative(perplexities, PERPLEXITY)
+    near = relative_scores(perplexities, PERPLEXITY)
     assert [near[row]["a"] for row in near] == pytest.approx([0.0, 0.5, 1.0])
-    assert relative({"learned": {"a": 0.6}}, ACCURACY) == {}
+    assert relative_scores({"learned": {"a": 0.6}}, ACCURACY) == {}
     assert score_picture({"learned": {"a": 0.6}}, ACCURACY) is None
 
 

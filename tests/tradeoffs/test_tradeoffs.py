@@ -23,7 +23,7 @@ from trainmerge.report.read_run import read_numbers
 from trainmerge.run.folder import RunFolder
 from trainmerge.tradeoffs.cma_es import Search, Tried, maximise, read_log
 from trainmerge.tradeoffs.front import front, lattice, nondominated
-from trainmerge.tradeoffs.pareto import places
+from trainmerge.tradeoffs.pareto import sobol_design
 from trainmerge.tradeoffs.scales import losses_at
 from trainmerge.tradeoffs.surrogate import Quadratics, fit_quadratics, rank_correlation
 
@@ -44,7 +44,7 @@ def measured(losses: Quadratics, at: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_a_surrogate_of_quadratics_is_exact_with_few_points(generator: torch.Generator) -> None:
     true = quadratics(3, 5, generator)  # 21 unknowns each
-    at = places(5, 6, seed=0)
+    at = sobol_design(5, 6, seed=0)
     got = fit_quadratics(at, *measured(true, at))
     for name in ("constant", "linear", "curvature"):
         torch.testing.assert_close(getattr(got, name), getattr(true, name))

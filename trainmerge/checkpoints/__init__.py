@@ -22,8 +22,8 @@ from trainmerge.checkpoints.side_modules import (
     SideModule,
     layer_name,
     module_folders,
-    place_of,
     read_modules,
+    side_folder,
 )
 from trainmerge.checkpoints.sources import Sources
 
@@ -118,10 +118,10 @@ __all__ = [
     "open_checkpoint",
     "output_of",
     "output_of_class",
-    "place_of",
     "read_modules",
     "same_ids",
     "same_weights",
+    "side_folder",
     "stamps",
     "tokenizer_folder",
     "translated_config",

@@ -65,7 +65,7 @@ def check_promises(base: Parameters, adapter: Adapter, ignore: Sequence[str], sh
         raise ValueError(f"{adapter.path}: does not match the base: {error}".replace("\n", " ")) from error
     except Exception:  # some kinds compute with the weights that they start from: checked when merged
         return Promises(None, copies, count)
-    problems = differences(adapter, expected, ignore, copies)
+    problems = adapter_problems(adapter, expected, ignore, copies)
     if problems:
         raise ValueError("\n".join(problems))
     return Promises(model, [key for key in copies if adapter.peft_name(key) not in expected], count)
@@ -104,7 +104,7 @@ def saved_tensors(wrapped: PeftModel | nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state.items()}
 
 
-def differences(
+def adapter_problems(
     adapter: Adapter, expected: Mapping[str, torch.Size], ignore: Sequence[str], copies: Sequence[str]
 ) -> list[str]:
     """One line for every tensor that is missing, that peft would not read, or that has another shape."""

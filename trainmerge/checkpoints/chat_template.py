@@ -61,7 +61,7 @@ def check_template(folder: Path, template: str) -> None:
     Raises:
         ValueError: the folder has no tokenizer, or the text is no template for a user's message.
     """
-    tokenizer = load(folder)
+    tokenizer = open_tokenizer(folder)
     try:
         tokenizer.apply_chat_template(
             [{"role": "user", "content": "Hello"}],
@@ -83,7 +83,7 @@ def check_template(folder: Path, template: str) -> None:
 
 def chat_templates(folders: Mapping[str, Path]) -> dict[str, str]:
     """The chat template of every folder that has one."""
-    loaded = {name: load(folder) for name, folder in folders.items() if tokenizer_files(folder)}
+    loaded = {name: open_tokenizer(folder) for name, folder in folders.items() if tokenizer_files(folder)}
     return {name: text for name, tokenizer in loaded.items() if (text := _template(tokenizer))}
 
 
@@ -116,7 +116,7 @@ def _template(tokenizer: Any) -> str | None:
     return template.get("default") if isinstance(template, Mapping) else template
 
 
-def load(folder: Path) -> Any:
+def open_tokenizer(folder: Path) -> Any:
     """transformers' tokenizer of a folder, without its code. Raises ValueError if it has none."""
     try:
         return build_tokenizer(folder)

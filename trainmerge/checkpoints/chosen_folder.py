@@ -10,11 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainmerge.checkpoints.chat_template import REMEDY, ROLES, TEMPLATES, load, save, take_template
+from trainmerge.checkpoints.chat_template import (
+    REMEDY,
+    ROLES,
+    TEMPLATES,
+    open_tokenizer,
+    save,
+    take_template,
+)
 from trainmerge.checkpoints.choice import BASE, UNION, TokenizerChoice
-from trainmerge.checkpoints.special_ids import ends, moved, resized, with_ends
+from trainmerge.checkpoints.special_ids import ends, move_ids, resized, with_ends
 from trainmerge.checkpoints.stated_settings import state_settings
-from trainmerge.checkpoints.tokenizer_choice import Chosen, choose
+from trainmerge.checkpoints.tokenizer_choice import Chosen, choose_vocabulary
 from trainmerge.checkpoints.vocabulary import ADDED, SETTINGS, WHOLE, tokenizer_files
 from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.json_file import read_json
@@ -37,7 +44,8 @@ def tokenizer_folder(folders: Mapping[str, Path], choice: TokenizerChoice, works
         workspace: The folder to make it in.
 
     Raises:
-        ValueError: as `choose`; no tokenizer.json; or a template of tokens that the tokenizer lacks.
+        ValueError: as `choose_vocabulary`; no tokenizer.json; or a template of tokens that the tokenizer
+            lacks.
     """
     contents = {
         name: {file.name: sha256(file) for file in _files(folder)} for name, folder in folders.items()
@@ -45,7 +53,7 @@ def tokenizer_folder(folders: Mapping[str, Path], choice: TokenizerChoice, works
     target = workspace / f"{VOCABULARY}{digest(repr([2, contents, choice]))}"
     if target.is_dir():
         return target
-    chosen = choose(folders, choice)
+    chosen = choose_vocabulary(folders, choice)
     workspace.mkdir(parents=True, exist_ok=True)
     with temporary_folder(workspace, "vocabulary") as folder:
         made = folder / "made"
@@ -81,7 +89,9 @@ def _write(chosen: Chosen, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
     if chosen.new:
         _add_tokens(chosen, target)
-    tokenizers = {name: load(folder) for name, folder in chosen.folders.items() if tokenizer_files(folder)}
+    tokenizers = {
+        name: open_tokenizer(folder) for name, folder in chosen.folders.items() if tokenizer_files(folder)
+    }
     take_template(chosen, tokenizers, target)
     state_settings(target)
     _check(chosen, target)
@@ -124,7 +134,7 @@ def _entry(chosen: Chosen, name: str, token: str) -> dict[str, Any]:
 
 def _check(chosen: Chosen, target: Path) -> None:
     """Raise ValueError unless transformers reads every token of the merge under its id."""
-    found = {str(token): int(i) for token, i in load(target).get_vocab().items()}
+    found = {str(token): int(i) for token, i in open_tokenizer(target).get_vocab().items()}
     wrong = [(t, i) for t, i in chosen.ids.items() if found.get(t) != i]
     if wrong:
         token, i = wrong[0]
@@ -158,8 +168,8 @@ def _write_configs(chosen: Chosen, tokenizers: Mapping[str, Any], target: Path) 
     name = chosen.choice.generation_config or BASE
     if chosen.choice.generation_config and not generation[name]:
         raise ValueError(f"{chosen.folders[name]}: no {GENERATION}, and generation_config is {name!r}")
-    made = moved(generation[name], lambda own: chosen.id_of(name, own))
-    final = load(target)
+    made = move_ids(generation[name], lambda own: chosen.id_of(name, own))
+    final = open_tokenizer(target)
     roles = {f"{r}_id": i for r in ROLES if (i := getattr(final, f"{r}_id", None)) is not None}
     lacking = {key: i for key, i in roles.items() if made.get(key) is None}
     save(target / GENERATION, with_ends({**made, **lacking}, found))

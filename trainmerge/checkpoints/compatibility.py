@@ -21,7 +21,7 @@ from trainmerge.checkpoints.sources import Sources
 from trainmerge.checkpoints.ties import differing_ties, lost_ties, one_sided_updates
 from trainmerge.checkpoints.token_ties import token_tie_problems
 from trainmerge.checkpoints.tokenizer_check import tokenizer_mismatches, warn_of_lost_tokens
-from trainmerge.checkpoints.tokenizer_choice import choose
+from trainmerge.checkpoints.tokenizer_choice import choose_vocabulary
 from trainmerge.checkpoints.vocabulary_rows import on_one_vocabulary
 from trainmerge.checkpoints.weight_files import ADAPTER, check_one_generation, read_folder_json
 from trainmerge.task_vectors.places import parameter_of
@@ -100,7 +100,7 @@ def find_chosen(
     folders = {BASE: base.path} | {name: Path(folder) for name, folder in experts.items()}
     folder = tokenizer_folder(folders, choice, rules.workspace)
     frame, sources = _compared(base, experts, replace(rules, choice=choice, tokenizer=folder))
-    return on_one_vocabulary(frame, sources, choose(folders, choice), folder, rules.workspace)
+    return on_one_vocabulary(frame, sources, choose_vocabulary(folders, choice), folder, rules.workspace)
 
 
 def _compared(

@@ -15,11 +15,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from trainmerge.checkpoints.adapter import Adapter
-from trainmerge.checkpoints.adapter_promises import Promises, differences, modules_to_save, saved_tensors
+from trainmerge.checkpoints.adapter_promises import Promises, adapter_problems, modules_to_save, saved_tensors
 from trainmerge.checkpoints.meta_model import quiet, shorten
 from trainmerge.checkpoints.model import load_model
 from trainmerge.checkpoints.parameters import Parameters
-from trainmerge.checkpoints.sources import FullSource, Source, fit_rows
+from trainmerge.checkpoints.sources import FullSource, Source, match_rows
 from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.disk_space import check_free_space
 from trainmerge.system.safetensors_file import sha256, write_safetensors
@@ -86,7 +86,7 @@ class MergedAdapter:
                 "in Python), or leave the adapter out."
             )
         read = base.checkpoint.read
-        fit = (lambda weight, _: weight) if self.every_row else fit_rows
+        fit = (lambda weight, _: weight) if self.every_row else match_rows
         tensors = {
             name: fit(view(own, merged[parameter_of(own)]), read(name)) for own, name in base.files.items()
         }
@@ -95,7 +95,7 @@ class MergedAdapter:
     def _check_loaded(self, wrapped: PeftModel) -> None:
         """Raise ValueError for tensors that peft would silently drop, or start anew."""
         expected = saved_tensors(wrapped)
-        if problems := differences(self.adapter, expected, self.ignore, self.promises.copies):
+        if problems := adapter_problems(self.adapter, expected, self.ignore, self.promises.copies):
             raise ValueError("; ".join(problems))
 
     def _rewrite(self, folder: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainmerge.checkpoints.reader import Checkpoint
-from trainmerge.checkpoints.side_modules import digest_of, place_of, side_weights, warn_of_side_modules
+from trainmerge.checkpoints.side_modules import digest_of, side_folder, side_weights, warn_of_side_modules
 from trainmerge.checkpoints.sources import FullSource, Source
 from trainmerge.task_vectors.parameter_names import matches
 from trainmerge.task_vectors.roles import Role
@@ -25,8 +25,8 @@ def plan_side(base: Checkpoint, path: Path, ignore: Sequence[str], allow_pickle:
     Modules whose files are equal have no sources. Warns of what differs and is not merged.
     """
     ours, theirs = dict(base.side), side_weights(path, allow_pickle)
-    places = list(dict.fromkeys(place_of(name) for name in ours))
-    own = list(dict.fromkeys(place_of(name) for name in theirs))
+    places = list(dict.fromkeys(side_folder(name) for name in ours))
+    own = list(dict.fromkeys(side_folder(name) for name in theirs))
     if len(places) != len(own):
         warn_of_side_modules(base.path, path, set())
         return SidePlan()
@@ -34,7 +34,7 @@ def plan_side(base: Checkpoint, path: Path, ignore: Sequence[str], allow_pickle:
     problems, seen = [], {Path(place) for place in (*places, *own)}
     renamed = dict(zip(places, own, strict=True))
     for name, tensor in ours.items():
-        other = f"{renamed[place_of(name)]}.{tensor.name}"
+        other = f"{renamed[side_folder(name)]}.{tensor.name}"
         if matches(name, ignore):
             continue
         if other not in theirs:
@@ -48,7 +48,7 @@ def plan_side(base: Checkpoint, path: Path, ignore: Sequence[str], allow_pickle:
         elif digest_of(theirs[other].info.file) != digest_of(tensor.info.file):
             sources[name] = FullSource(str(theirs[other].info.file), theirs[other].name)
     back = {renamed[place]: place for place in places}
-    extra = [n for n, t in theirs.items() if f"{back[place_of(n)]}.{t.name}" not in ours]
+    extra = [n for n, t in theirs.items() if f"{back[side_folder(n)]}.{t.name}" not in ours]
     problems += [f"{path} has {name}, which the base lacks; save it without" for name in extra]
     warn_of_side_modules(base.path, path, seen)
     return SidePlan(sources, problems)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainmerge.checkpoints.reader import Checkpoint
-from trainmerge.checkpoints.side_modules import layer_name, place_of
+from trainmerge.checkpoints.side_modules import layer_name, side_folder
 
 
 class SideLayer(nn.Module):
@@ -59,5 +59,5 @@ def _copy(tensor: Tensor, device: torch.device | str) -> Tensor:
 def _by_module(base: Checkpoint) -> list[list[str]]:
     places: dict[str, list[str]] = {}
     for name in base.side:
-        places.setdefault(place_of(name), []).append(name)
+        places.setdefault(side_folder(name), []).append(name)
     return list(places.values())

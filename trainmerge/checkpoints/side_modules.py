@@ -100,10 +100,10 @@ def _weight_file(folder: Path, allow_pickle: bool) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def place_of(name: str) -> str:
+def side_folder(name: str) -> str:
     """The folder of a parameter of a module after the model.
 
-    >>> place_of("2_Dense.linear.weight")
+    >>> side_folder("2_Dense.linear.weight")
     '2_Dense'
     """
     return name.rsplit(".", 2)[0]
@@ -111,7 +111,7 @@ def place_of(name: str) -> str:
 
 def layer_name(name: str) -> str:
     """The child of the model that has a parameter of a module after it: its folder, without dots."""
-    return place_of(name).replace(".", "_")
+    return side_folder(name).replace(".", "_")
 
 
 def warn_of_side_modules(base: Path, expert: Path, merged: set[Path]) -> None:

@@ -116,13 +116,13 @@ def _term(source: Source | None, base: Tensor, files: OpenedFiles) -> Term:
         case None:
             return Untouched()
         case FullSource(file, tensor):
-            return ExpertWeight(fit_rows(files.read(file, tensor), base))
+            return ExpertWeight(match_rows(files.read(file, tensor), base))
         case LowRankSource(file, up_name, down_name, transposed, scale):
             up, down = files.read(file, up_name), files.read(file, down_name)
             return LowRank(up.T, down.T, scale) if transposed else LowRank(up, down, scale)
 
 
-def fit_rows(weight: Tensor, base: Tensor) -> Tensor:
+def match_rows(weight: Tensor, base: Tensor) -> Tensor:
     """The tensor with the base's number of rows: tokens that the expert lacks get the base's embedding.
 
     Only if the vocabulary was resized; a smaller one costs a copy of the tensor.

@@ -12,14 +12,14 @@ OF_IDS = re.compile(r"_token_(id|ids|index)$|^(begin_)?suppress_tokens$|^bad_wor
 Move = Callable[[int], int | None]
 
 
-def moved(content: Mapping[str, Any], move: Move) -> dict[str, Any]:
+def move_ids(content: Mapping[str, Any], move: Move) -> dict[str, Any]:
     """The same settings with every id of a token moved; ids that have no place become None, or are left out.
 
-    >>> moved({"eos_token_id": [1, 2], "text_config": {"pad_token_id": 2}, "layers": 2}, {1: 5}.get)
+    >>> move_ids({"eos_token_id": [1, 2], "text_config": {"pad_token_id": 2}, "layers": 2}, {1: 5}.get)
     {'eos_token_id': [5], 'text_config': {'pad_token_id': None}, 'layers': 2}
     """
     return {
-        key: moved(value, move)
+        key: move_ids(value, move)
         if isinstance(value, Mapping)
         else _moved(value, move)
         if OF_IDS.search(key)
@@ -62,7 +62,7 @@ def with_ends(content: Mapping[str, Any], found: Iterable[int]) -> dict[str, Any
 
 def resized(config: Mapping[str, Any], chosen: Chosen) -> dict[str, Any]:
     """The base's config.json with the merge's number of rows, and ids of its tokens in the merge."""
-    content = moved(config, lambda own: chosen.id_of("base", own))
+    content = move_ids(config, lambda own: chosen.id_of("base", own))
     text = content.get("text_config")
     if isinstance(text, dict) and "vocab_size" in text:
         text["vocab_size"] = chosen.rows

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainmerge.checkpoints.chat_template import REMEDY, load, save
+from trainmerge.checkpoints.chat_template import REMEDY, open_tokenizer, save
 from trainmerge.checkpoints.vocabulary import SETTINGS, WHOLE
 from trainmerge.system.json_file import read_json
 
@@ -23,12 +23,12 @@ def state_settings(folder: Path) -> None:
     """
     if not _has_pieces(folder) or not (folder / SETTINGS).is_file():
         return
-    settings, tokenizer = read_json(folder / SETTINGS, REMEDY), load(folder)
+    settings, tokenizer = read_json(folder / SETTINGS, REMEDY), open_tokenizer(folder)
     found = {key: False for key in _absent(tokenizer) if settings.get(key) is None}
     before = _readings(tokenizer)
     for key, value in found.items():
         save(folder / SETTINGS, {**settings, key: value})
-        if _readings(load(folder)) == before:
+        if _readings(open_tokenizer(folder)) == before:
             settings = {**settings, key: value}
         save(folder / SETTINGS, settings)
 

@@ -43,8 +43,8 @@ class Chosen:
     @property
     def rows(self) -> int:
         """The rows of the merge's embedding."""
-        ours = rows_of(self.configs[BASE])
-        rows = rows_of(self.configs[self.owner]) if self.configs.get(self.owner) else ours
+        ours = vocabulary_size(self.configs[BASE])
+        rows = vocabulary_size(self.configs[self.owner]) if self.configs.get(self.owner) else ours
         if not self.choice.moves_rows:
             return ours
         rows, multiple = max(rows, max(self.tokens) + 1), self.choice.pad_to_multiple or 1
@@ -58,7 +58,7 @@ class Chosen:
         return own if side == self.owner else None
 
 
-def choose(folders: Mapping[str, Path], choice: TokenizerChoice) -> Chosen:
+def choose_vocabulary(folders: Mapping[str, Path], choice: TokenizerChoice) -> Chosen:
     """The merge's vocabulary, from tokenizer files and config.json alone.
 
     Raises:
@@ -106,7 +106,7 @@ def _unknown(chosen: Chosen) -> Iterator[str]:
             yield f"tokens: {token!r} takes the row of {wanted!r} of {row.source}, whose tokenizer lacks it"
 
 
-def rows_of(config: Mapping[str, Any]) -> int:
+def vocabulary_size(config: Mapping[str, Any]) -> int:
     """`vocab_size` of a config.json. Raises ValueError if it has none."""
     rows = text_settings(config).get("vocab_size", config.get("vocab_size"))
     if not isinstance(rows, int):

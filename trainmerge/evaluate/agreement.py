@@ -49,7 +49,7 @@ class Routing:
         }
 
 
-def read_routing(resident: Resident, subject: Subject, tasks: Sequence[Task]) -> Routing | None:
+def routing_of_experts(resident: Resident, subject: Subject, tasks: Sequence[Task]) -> Routing | None:
     """What every fine-tune chooses on its own task; None for a model without routers."""
     if not routers_of(subject.module):
         return None

@@ -13,7 +13,7 @@ from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessTask, run_harness
 from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.own_checkpoint import narrowed, own_subject, own_tasks
-from trainmerge.evaluate.runs import Heads, build_heads, references_from_files
+from trainmerge.evaluate.runs import Heads, build_task_heads, references_from_files
 from trainmerge.evaluate.score_task import score_tasks
 from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task, load_tasks
@@ -72,7 +72,7 @@ def _evaluated(
     folders = {checkpoint: place}
     if held_out or (harness and not alone):
         folders = {"base": recipe.folders["base"], **folders}
-    heads = {} if alone else heads_of(words, tasks, tokenize)
+    heads = {} if alone else plan_heads(words, tasks, tokenize)
     references = {} if alone else references_from_files(recipe, tasks, tokenize)
     rows, found = {}, {}
     for row, folder in folders.items():
@@ -109,11 +109,11 @@ def check_kind(checkpoint: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
         )
 
 
-def heads_of(words: Reading, tasks: Sequence[Task], tokenize: Tokenizer) -> PlannedHeads:
+def plan_heads(words: Reading, tasks: Sequence[Task], tokenize: Tokenizer) -> PlannedHeads:
     """The tasks' heads; loads the base temporarily. Experts' own ones stand on each checkpoint: `over`."""
     recipe = words.recipe
     base = load_model(words.open(recipe.folders["base"]), recipe.ignore).module.to(DEVICE)
-    built = build_heads(base, [task for task in tasks if not isinstance(task.head, OwnHead)], tokenize)
+    built = build_task_heads(base, [task for task in tasks if not isinstance(task.head, OwnHead)], tokenize)
     return {**{task.name: task.head for task in tasks if isinstance(task.head, OwnHead)}, **built}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from trainmerge.checkpoints import same_ids
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.bootstrap import ScoreDifference, score_differences
-from trainmerge.evaluate.checkpoints import PlannedHeads, check_kind, heads_of, load_checkpoint, over
+from trainmerge.evaluate.checkpoints import PlannedHeads, check_kind, load_checkpoint, over, plan_heads
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.own_checkpoint import narrowed, own_subject, own_tasks
@@ -93,7 +93,7 @@ def _rows(
     metric, tokenize = metric_of(shared, own), Tokenizer(words.tokenizer, text_length(source, max_length))
     held_in, held_out = load_tasks(shared, tokenize, columns_of(source), limit, heads=own)
     tasks = [*held_in, *held_out]
-    heads = heads_of(words, tasks, tokenize)
+    heads = plan_heads(words, tasks, tokenize)
     if held_out:
         folders = {"base": shared.folders["base"], **folders}
     bar = track(folders.items(), description="comparing", disable=distributed.rank() > 0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from trainmerge.evaluate.agreement import Routing, Shares, read_routing
+from trainmerge.evaluate.agreement import Routing, Shares, routing_of_experts
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessScore, HarnessTask, run_harness
 from trainmerge.evaluate.race import Race, can_race
@@ -51,7 +51,7 @@ class Rows:
 
     def __post_init__(self) -> None:
         self._race = Race(self.held_in) if can_race(self.held_in) else None
-        self._routing: Routing | None = read_routing(self.resident, self.subject, self.held_in)
+        self._routing: Routing | None = routing_of_experts(self.resident, self.subject, self.held_in)
 
     def in_order(self, compare: bool) -> list[str]:
         """All rows, task arithmetic last: first the coefficient nearest to the learned ones' mean."""

@@ -102,7 +102,7 @@ def load_subject(
     vectors = preprocess(opened, recipe.preprocess, folder.workspace, folder.examples())
     resident = load_resident(recipe, opened, coefficients, tokenize, Placement(DEVICE)).merging(vectors)
     merged = resident.merged
-    heads = build_heads(merged.module, tasks, tokenize, merged.names)  # while it has the base's weights
+    heads = build_task_heads(merged.module, tasks, tokenize, merged.names)  # while it has the base's weights
     merged.materialise()
     resident.hold(merge_buffers(folder, recipe, opened, coefficients))
     subject = Subject(merged.module, heads, tokenize, answers)
@@ -136,7 +136,7 @@ def references_from_files(recipe: Recipe, tasks: Sequence[Task], tokenize: Token
     return as_embedder(Subject(resident.merged.module, {}, tokenize), resident, opened.base, tasks).references
 
 
-def build_heads(
+def build_task_heads(
     base: nn.Module, tasks: Sequence[Task], tokenize: Tokenizer, names: Mapping[str, str] | None = None
 ) -> Heads:
     """Every task's head; `base` must have the base's weights, which embed label texts.

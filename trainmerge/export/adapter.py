@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainmerge.checkpoints.whole import PATCH
-from trainmerge.export.adapter_form import AdapterForm, AdapterReport, Written, relative
+from trainmerge.export.adapter_form import AdapterForm, AdapterReport, Written, relative_error
 from trainmerge.export.adapter_source import AdapterSource, check_budget, check_rest
 from trainmerge.kernels import accumulation_dtype
 from trainmerge.system.console import progress
@@ -157,10 +157,12 @@ def _report(
     patched = form.rest == "patch"
     return AdapterReport(
         {
-            source.targets.modules[name].module: Written(one.rank, relative(one.lost, one.square), one.how)
+            source.targets.modules[name].module: Written(
+                one.rank, relative_error(one.lost, one.square), one.how
+            )
             for name, one in made.items()
         },
-        relative(lost + (0.0 if patched else sum(rest.values())), square),
+        relative_error(lost + (0.0 if patched else sum(rest.values())), square),
         tuple(rest),
         sum(rest.values()) / square,
         patched,

@@ -6,7 +6,7 @@ from typing import Any
 from trainmerge.checkpoints.whole import PATCH
 from trainmerge.export.adapter_form import KIND, AdapterForm, AdapterReport
 from trainmerge.export.card_sources import Source, base_ids
-from trainmerge.export.markdown import code, fenced, inline
+from trainmerge.export.markdown import code, code_block, inline
 
 PEFT = """\
 from peft import PeftModel
@@ -50,11 +50,11 @@ def adapter_words(form: AdapterForm, reports: Sequence[AdapterReport]) -> str:
     ]
     folder = f"FOLDER/{reports[0].place}" if form.each else "FOLDER"
     parts = ["## Adapter", f"{first} alpha is the rank in every module.", "\n".join(lines)]
-    parts.append(fenced(PEFT.format(folder=folder, what=what), "python"))
+    parts.append(code_block(PEFT.format(folder=folder, what=what), "python"))
     if any(report.patched for report in reports):
         parts.append(
             f"Norms, biases and other tensors that no LoRA holds are in {code(PATCH)}, as "
             "differences under the model's parameter names. Add them first:"
         )
-        parts.append(fenced(LOAD_PATCH.format(folder=folder, what=what, patch=PATCH), "python"))
+        parts.append(code_block(LOAD_PATCH.format(folder=folder, what=what, patch=PATCH), "python"))
     return "\n\n".join(parts)

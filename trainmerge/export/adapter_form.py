@@ -136,6 +136,6 @@ def adapter_record(form: AdapterForm, reports: Sequence[AdapterReport]) -> dict[
     return {"adapter": form.to_json(), "adapters": {one.place or ".": one.to_json() for one in reports}}
 
 
-def relative(lost: float, square: float) -> float:
-    """The norm of what is lost, relative to the whole."""
+def relative_error(lost: float, square: float) -> float:
+    """The norm of what is lost, relative to the whole's, from their squares; 0 of nothing."""
     return sqrt(lost / square) if square > 0 else 0.0

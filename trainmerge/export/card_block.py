@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainmerge.checkpoints.whole import COEFFICIENTS
-from trainmerge.export.markdown import fenced
+from trainmerge.export.markdown import code_block
 from trainmerge.system.json_file import parse_json
 from trainmerge.system.safetensors_file import sha256
 
@@ -79,7 +79,7 @@ def block_text(block: Block) -> str:
         content["adapter"] = dict(block.adapter)
     if block.content is not None:
         content["coefficients"]["base64"] = textwrap.wrap(base64.b64encode(block.content).decode(), WIDTH)
-    text = fenced(json.dumps(content, indent=1) + "\n", "json")
+    text = code_block(json.dumps(content, indent=1) + "\n", "json")
     where = (
         "and the coefficients" if block.content is not None else f"; the coefficients are in {COEFFICIENTS}"
     )

@@ -22,7 +22,7 @@ def code(text: str) -> str:
     return f"`{text}`" if re.fullmatch(r"[\w./ -]+", text) and one_line(text) == text else inline(text)
 
 
-def fenced(text: str, language: str) -> str:
+def code_block(text: str, language: str) -> str:
     """A block of code, in a fence longer than any within it."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)

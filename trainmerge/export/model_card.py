@@ -14,7 +14,7 @@ from trainmerge.export.card_block import Block, block_text
 from trainmerge.export.card_metadata import Scores, hub_metadata, licence_words
 from trainmerge.export.card_run import fit_settings, last_command, papers
 from trainmerge.export.card_sources import Source, card_sources
-from trainmerge.export.markdown import code, fenced, inline
+from trainmerge.export.markdown import code, code_block, inline
 from trainmerge.export.public import public
 from trainmerge.run.config import to_config
 from trainmerge.run.recipe import Recipe
@@ -86,10 +86,10 @@ def model_card(facts: CardFacts) -> str:
         _paper_words(facts),
         f"## Reproduce\n\n{OF_RUN if facts.mixture else OF_CARD} Absolute paths are replaced by the names of "
         "their files and folders.",
-        fenced(recipe_text, "yaml"),
+        code_block(recipe_text, "yaml"),
         _command_words(last_command(facts.run)),
         "Settings of the fit (`trainmerge_manifest.json` has all of them, with checksums and versions):\n\n"
-        + fenced(fit_settings(facts.run), "yaml"),
+        + code_block(fit_settings(facts.run), "yaml"),
         "" if facts.mixture else block_text(facts.block),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -134,7 +134,7 @@ def _paper_words(facts: CardFacts) -> str:
 
 
 def _command_words(command: str) -> str:
-    return f"The fit's last command:\n\n{fenced(command + chr(10), 'sh')}" if command else ""
+    return f"The fit's last command:\n\n{code_block(command + chr(10), 'sh')}" if command else ""
 
 
 def coefficient_table(coefficients: Coefficients) -> str:

@@ -60,13 +60,13 @@ def plan_upload(folder: str | Path, repository: str, private: bool = False) -> U
     if not isinstance(listed_files, dict) or "README.md" not in listed_files:
         raise ValueError(f"{place / MANIFEST}: no list of files with a model card. {AGAIN}")
     there = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
-    check_files(place, listed_files, there)
+    check_export_unchanged(place, listed_files, there)
     sizes = {file: (place / file).stat().st_size for file in sorted({*listed_files, MANIFEST})}
     card = front_matter((place / "README.md").read_text(encoding="utf-8"))
     return Upload(place, repository, private, sizes, tuple(sorted(there - sizes.keys())), card)
 
 
-def check_files(folder: Path, files: Mapping[str, Any], there: Set[str]) -> None:
+def check_export_unchanged(folder: Path, files: Mapping[str, Any], there: Set[str]) -> None:
     """Raise ValueError for files of an export that are not in its folder, or were changed."""
     wrong = [
         name

@@ -59,10 +59,10 @@ def rebuild(source: str | Path, out: str | Path, overwrite: bool = False, worker
         more: dict[str, Any] = {"form": made.form.to_json()} if made.form.to_json() else {}
         with staging(target, overwrite) as folder:
             if made.adapter is None:
-                check_files(write_checkpoint(merge, folder, workers), made.files, str(source))
+                check_same_digests(write_checkpoint(merge, folder, workers), made.files, str(source))
             else:
                 reports, files = AdapterMerge(merge, opened, made.recipe, made.adapter).write(folder)
-                check_files(files, made.files, str(source))
+                check_same_digests(files, made.files, str(source))
                 more |= adapter_record(made.adapter, reports)
             (folder / RECIPE).write_text(made.recipe_text, encoding="utf-8")
             (folder / "README.md").write_text(made.card, encoding="utf-8")
@@ -121,7 +121,7 @@ def check_sources(made: Published, opened: Opened, source: str) -> None:
         )
 
 
-def check_files(made: Mapping[str, str], published: Mapping[str, str], source: str) -> None:
+def check_same_digests(made: Mapping[str, str], published: Mapping[str, str], source: str) -> None:
     """Raise ValueError that names every weight file that differs."""
     names = sorted(made.keys() | published.keys())
     if different := [name for name in names if made.get(name) != published.get(name)]:

@@ -113,11 +113,11 @@ def write_task(merge: TaskMerge, folder: Path) -> dict[str, str]:
     digest = write_shard(merge, merge.tensors, folder / FILE)
     base.check_unchanged()
     copy_base_files(base, folder)
-    write_settings(folder, settings_of(merge))
+    write_settings(folder, task_config(merge))
     return {FILE: digest}
 
 
-def settings_of(merge: TaskMerge) -> dict[str, Any]:
+def task_config(merge: TaskMerge) -> dict[str, Any]:
     """The expert's config.json, or an adapter's base's, for weights of the base's vocabulary and dtype."""
     head, ours = merge.head, merge.merge.base.config
     content = read_json(head.config_file, REMEDY)

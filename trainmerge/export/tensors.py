@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from trainmerge.checkpoints import Checkpoint, place_of
+from trainmerge.checkpoints import Checkpoint, side_folder
 from trainmerge.export.form import Form
 from trainmerge.system.safetensors_file import TensorInfo
 
@@ -67,7 +67,7 @@ def side_files(base: Checkpoint, merged: Callable[[str], bool]) -> dict[str, tup
     """Path -> tensors, of a base's modules after the model with a merged tensor."""
     found: dict[str, list[str]] = {}
     for name in base.side:
-        found.setdefault(f"{place_of(name)}/model.safetensors", []).append(name)
+        found.setdefault(f"{side_folder(name)}/model.safetensors", []).append(name)
     return {file: tuple(names) for file, names in found.items() if any(map(merged, names))}
 
 

@@ -15,7 +15,7 @@ from trainmerge.fitting.rewind import rewind
 from trainmerge.run.config import read_yaml, write_config
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.generated_texts import WRITTEN
-from trainmerge.run.hub_origins import moved, origins, recorded_origins, to_json
+from trainmerge.run.hub_origins import moved_revisions, origins, recorded_origins, to_json
 from trainmerge.run.manifest import differences
 from trainmerge.run.resume import resume_from
 from trainmerge.system.atomic import write_whole
@@ -47,7 +47,7 @@ def find_snapshot(folder: RunFolder, resume: str, first: bool) -> Snapshot | Non
     return Snapshot(path, load_snapshot(path)) if path else None
 
 
-def begin(
+def begin_run(
     folder: RunFolder,
     module: MergeModule,
     data: Calibration,
@@ -67,7 +67,7 @@ def begin(
     module.opened.verify(made.get("checksums"))
     description = describe(module, data)
     commits = origins(module.opened.folders)
-    changed = [by_key(folder, config), moved(recorded_origins(made, folder.manifest), commits)]
+    changed = [by_key(folder, config), moved_revisions(recorded_origins(made, folder.manifest), commits)]
     folder.check(description, "\n".join(lines for lines in changed if lines))
     if snapshot and (different := differences(json.loads(snapshot.content["trainmerge"]), description)):
         raise ValueError(f"{snapshot.path} was made with different experts, data or settings:\n{different}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from trainmerge.data.calibration import Calibration
-from trainmerge.fitting.begin import Snapshot, begin, find_snapshot
+from trainmerge.fitting.begin import Snapshot, begin_run, find_snapshot
 from trainmerge.fitting.held_out_stopping import check_held_out
 from trainmerge.fitting.keep_better import save_better
 from trainmerge.fitting.learned import share_reached
@@ -102,7 +102,7 @@ def fit_alone(
     if snapshot:
         keep_schedule(module, snapshot, planned=bool(limit))
     if trainer.is_global_zero:  # the other processes wait for this when the fit begins
-        begin(folder, module, data, trainer, snapshot, config)
+        begin_run(folder, module, data, trainer, snapshot, config)
     if trainer.max_steps:
         take_steps(folder, module, data, trainer, snapshot, limit)
     elif trainer.is_global_zero:

@@ -25,12 +25,12 @@ from trainmerge.run.trust import files_checked
 TEMPLATES = "trainmerge"  # parser mode: YAML with `recipe.each` as a template of all experts
 
 
-def load(text: str) -> Any:
+def load_yaml(text: str) -> Any:
     """The parser's YAML with `recipe.each` filled in and public class paths."""
     return public_paths(expand(get_loader("yaml")(text)))
 
 
-set_loader(TEMPLATES, load, (yaml.YAMLError,))
+set_loader(TEMPLATES, load_yaml, (yaml.YAMLError,))
 
 
 class FitCLI(LightningCLI):

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentError
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from trainmerge.data.calibration import Calibration
-from trainmerge.fitting.fit_parser import FitCLI, load, parse
+from trainmerge.fitting.fit_parser import FitCLI, load_yaml, parse
 from trainmerge.fitting.module import MergeModule
 from trainmerge.run.config import read_settings
 from trainmerge.run.sections import check_sections
@@ -56,7 +56,7 @@ def from_config(config: str | Path, run: str | Path, changes: Mapping[str, Any] 
         ValueError: the file, or a file that it names, is invalid.
     """
     read_settings(Path(config))  # its errors name the file and the line
-    content = load(Path(config).read_text(encoding="utf-8"))
+    content = load_yaml(Path(config).read_text(encoding="utf-8"))
     for key, value in {**(changes or {}), "run": str(run)}.items():
         content = _changed(content, key.split("."), value)
     check_sections(content)

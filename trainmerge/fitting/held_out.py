@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.calibration_loss import batches
-from trainmerge.fitting.prepare import FitInputs, record
+from trainmerge.fitting.prepare import FitInputs, record_experts
 from trainmerge.model.resident import Resident
 from trainmerge.model.teachers import Record
 from trainmerge.objectives import Alignment, Objective
@@ -60,7 +60,7 @@ class HeldOutJudge:
         judge, data = judge_of(objective), given.data.held_out_part(limit)
         if not judge.couples:
             data.batch_size *= TOGETHER
-        records = record(replace(given, asks=judge.asks, data=data), resident)
+        records = record_experts(replace(given, asks=judge.asks, data=data), resident)
         return HeldOutJudge(resident, judge, data, records)
 
     @cached_property

@@ -15,7 +15,7 @@ from typing import Any
 from trainmerge.data.batch import Batch, Step
 from trainmerge.data.examples import Example
 from trainmerge.fitting.on_policy import OnPolicy
-from trainmerge.fitting.prepare import FitInputs, record
+from trainmerge.fitting.prepare import FitInputs, record_experts
 from trainmerge.model.resident import Resident
 from trainmerge.model.sampling import sample_tokens, seed_of
 from trainmerge.model.teachers import Record
@@ -78,7 +78,7 @@ class Rounds:
         ]
         data = self.given.data.with_examples(self.examples)
         settings = replace(self.given.settings, workspace=folder)
-        self.records = record(replace(self.given, data=data, settings=settings), self.resident)
+        self.records = record_experts(replace(self.given, data=data, settings=settings), self.resident)
         self.number = number
         if distributed.rank() == 0:  # the outputs of earlier rounds are not needed again
             for other in (folder.parent).glob("*/teachers-*"):

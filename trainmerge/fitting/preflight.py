@@ -134,7 +134,7 @@ def example_problems(data: Calibration) -> list[str]:
             found.append(
                 f"{file}: {len(unreadable)} of {len(examples)} cannot be read, the first: {unreadable[0]}"
             )
-        elif silent := without_tokens(examples, data.tokenize):
+        elif silent := examples_without_tokens(examples, data.tokenize):
             found.append(
                 f"{file}: {len(silent)} of {len(examples)} examples are blank or have no unmasked token, the "
                 f"first is number {silent[0]}: remove them, or raise data.max_length ({data.max_length})"
@@ -142,7 +142,7 @@ def example_problems(data: Calibration) -> list[str]:
     return found
 
 
-def without_tokens(examples: list[Example], tokenizer: Tokenizer) -> list[int]:
+def examples_without_tokens(examples: list[Example], tokenizer: Tokenizer) -> list[int]:
     """Indices of blank examples, also where special tokens are added, and of those without an unmasked token.
 
     Only spans can cause the latter; blank texts with a picture or a sound are not blank.

@@ -105,7 +105,7 @@ def prepare(
         recompute_blocks(resident.merged.module)
     start = measure_start(given, resident)
     with precision():
-        teachers = record(given, resident)
+        teachers = record_experts(given, resident)
         if recipe.buffers == REESTIMATE:  # all steps use the statistics of the merge at the start
             resident.hold(statistics_at(resident, start, given.data))
     return Prepared(resident, start, teachers)
@@ -175,7 +175,7 @@ def measure_start(given: FitInputs, resident: Resident) -> Tensor | None:
     return given.initial.measured(names, layout, statistics_of(given, resident))
 
 
-def record(given: FitInputs, resident: Resident) -> list[Record]:
+def record_experts(given: FitInputs, resident: Resident) -> list[Record]:
     """The experts' outputs on their own examples, if the objective needs them."""
     if given.asks == Asks():
         return []

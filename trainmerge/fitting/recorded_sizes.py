@@ -8,7 +8,7 @@ from trainmerge.checkpoints import output_of
 from trainmerge.data.batch import Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.module import MergeModule
-from trainmerge.model.media_forward import state_numbers, without_tokens
+from trainmerge.model.media_forward import is_media_alone, state_numbers
 from trainmerge.run.heads import task_heads
 
 
@@ -25,7 +25,7 @@ def recorded_sizes(module: MergeModule, data: Calibration, step: Step, meta_mode
     asks = module.objective.asks
     if asks.temperature is None and not asks.layers:  # sentence embeddings are negligible
         return Records()
-    if without_tokens(step[0].inputs) and "labels" not in step[0].inputs:
+    if is_media_alone(step[0].inputs) and "labels" not in step[0].inputs:
         one = asks.dtype.itemsize * state_numbers(meta_model, step[0].inputs, asks.layers)
         each = [one * len(own) for own in data.examples]  # a few classes: negligible
         return Records(0, max(each), sum(each))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from trainmerge.inspection.findings import Finding
-from trainmerge.preprocess.left_out import sentence
+from trainmerge.preprocess.left_out import left_out_sentence
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.system.text import listed
@@ -36,7 +36,7 @@ def preprocess_findings(recipe: Recipe, opened: Opened, geometry: Geometry | Non
         sums = geometry.gram.diagonal(dim1=1, dim2=2).sum(dim=1).tolist()
         squares = dict(zip(geometry.names, sums, strict=True))
     for method in recipe.preprocess:
-        if words := sentence(method, opened.task_vectors, squares):
+        if words := left_out_sentence(method, opened.task_vectors, squares):
             yield Finding("note", words)
 
 

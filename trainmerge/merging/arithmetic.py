@@ -13,18 +13,18 @@ from torch import Tensor
 
 from trainmerge.merging.group import Group, Piece, Rule
 from trainmerge.merging.sparse import ByRank, Largest, Random, Scaled, Sparse, Whole, norm_factor
-from trainmerge.merging.sphere import combined, nonzero, weighted
+from trainmerge.merging.sphere import nonzero, weighted, weighted_sum_rule
 
 Choice = Callable[[Group, int, bool], Sparse]  # group, model, faithful -> what of its task vector is kept
 
 
-def linear(group: Group, faithful: bool) -> Rule:
+def linear_merge(group: Group, faithful: bool) -> Rule:
     """sum_k w_k W_k, divided by sum_k w_k if `normalize` (Wortsman et al., arXiv 2203.05482)."""
     del faithful
     weights = torch.tensor(group.numbers("weight"), dtype=torch.float64)
     if group.flag("normalize"):
         weights = weights / nonzero(float(weights.sum()), group, "weight")
-    return combined(weights)
+    return weighted_sum_rule(weights)
 
 
 def summed(group: Group, faithful: bool, choice: Choice) -> Rule:
@@ -47,7 +47,7 @@ def elected(group: Group, faithful: bool, choice: Choice) -> Rule:
     weights = torch.tensor(group.numbers("weight"), dtype=torch.float64)
     kept = _kept(group, faithful, choice)
     majority = 1.0 if faithful else _majority(group, weights, kept)
-    if choice is largest or choice is middle:
+    if choice is largest_entries or choice is middle:
         kept = _kept(group, faithful, choice)  # cuts go through the pieces once, in order
     return partial(
         _elected, weights=weights, kept=kept, majority=majority, scale=group.number("lambda"),
@@ -89,7 +89,7 @@ def _majority(group: Group, weights: Tensor, kept: Callable[[Piece], Tensor]) ->
 def _kept(group: Group, faithful: bool, choice: Choice) -> Callable[[Piece], Tensor]:
     """The kept entries of all models, [K, *S]."""
     chosen = [choice(group, model, faithful) for model in range(len(group.names))]
-    if group.flag("rescale") and choice in (largest, middle):  # the L1 norm of what was trimmed
+    if group.flag("rescale") and choice in (largest_entries, middle):  # the L1 norm of what was trimmed
         factors = [norm_factor(group, model, one) for model, one in enumerate(chosen)]
         again = [choice(group, model, faithful) for model in range(len(chosen))]
         chosen = [Scaled(one, factor) for one, factor in zip(again, factors, strict=True)]
@@ -105,13 +105,13 @@ def _base(piece: Piece) -> Tensor:
     return piece.base
 
 
-def whole(group: Group, model: int, faithful: bool) -> Sparse:
+def all_entries(group: Group, model: int, faithful: bool) -> Sparse:
     """All entries."""
     del group, model, faithful
     return Whole()
 
 
-def largest(group: Group, model: int, faithful: bool) -> Sparse:
+def largest_entries(group: Group, model: int, faithful: bool) -> Sparse:
     """The `density` largest."""
     del faithful
     density = density_of(group, model)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from trainmerge.merging.methods import KNOWN, METHODS, STACKING, Method, kind_of
-from trainmerge.merging.tokenizer import Tokenizer
-from trainmerge.merging.values import fault
+from trainmerge.merging.methods import KNOWN, METHODS, STACKING, Method, setting_type
+from trainmerge.merging.tokenizer import TokenizerSettings
+from trainmerge.merging.values import setting_fault
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -34,7 +34,7 @@ class Document:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
-    tokenizer: Tokenizer = Tokenizer()  # noqa: RUF009 - frozen
+    tokenizer: TokenizerSettings = TokenizerSettings()  # noqa: RUF009 - frozen
     layers: int | None = None
     vocabulary: Literal["same", "shared"] = "same"
 
@@ -106,7 +106,7 @@ class Document:
             for key, value in given.items():
                 if key not in KNOWN:
                     yield f"{where}: no setting {key!r}{near(str(key), KNOWN)}"
-                elif wrong := fault(value, kind_of(key)):
+                elif wrong := setting_fault(value, setting_type(key)):
                     yield f"{where}: {key} {wrong}"
                 elif (
                     where != "parameters"

@@ -12,7 +12,7 @@ from trainmerge.export.card_sources import Source, source_of
 from trainmerge.export.explain import write_export_manifest
 from trainmerge.export.public import public, public_name
 from trainmerge.merging.document import Document
-from trainmerge.merging.located import parts_of
+from trainmerge.merging.located import model_and_adapter
 from trainmerge.system.hub import is_hub_id
 
 CARD = "mergekit_config.yml"
@@ -36,7 +36,7 @@ def explain_document(
         made: File -> SHA-256 of the weights.
         merge: What the manifest says of the merge: its identity, and whether it is mergekit's numbers.
     """
-    text = yaml.safe_dump(public(to_mergekit(given)), sort_keys=False, width=110)
+    text = yaml.safe_dump(public(mergekit_data(given)), sort_keys=False, width=110)
     (folder / CARD).write_text(text, encoding="utf-8")
     sources = _sources(given, local)
     head = hub_metadata(public_name(name), sources, read_folder_json(folder / "config.json"))
@@ -56,7 +56,7 @@ def explain_document(
 def _sources(given: Document, local: Document) -> list[Source]:
     """The base model, and then the others and their adapters, each once."""
     names, folders = (
-        [part for name in (*filter(None, [own.base]), *own.models) for part in parts_of(name)]
+        [part for name in (*filter(None, [own.base]), *own.models) for part in model_and_adapter(name)]
         for own in (given, local)
     )
     return [
@@ -70,7 +70,7 @@ def _shown(name: str) -> str:
     return name if is_hub_id(name) else public_name(name)
 
 
-def to_mergekit(document: Document) -> dict[str, Any]:
+def mergekit_data(document: Document) -> dict[str, Any]:
     """A document as the plain data of mergekit's YAML."""
     models = [{"model": n, **({"parameters": dict(p)} if p else {})} for n, p in document.models.items()]
     rest = {"base_model": document.base, "dtype": document.dtype, "out_dtype": document.out_dtype}

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainmerge.merging.document import Document
-from trainmerge.merging.tokenizer import AUTO, Tokenizer
+from trainmerge.merging.tokenizer import AUTO, TokenizerSettings
 from trainmerge.system.hub import folder_of, is_hub_id
 
 WORDS = ("base", "union", AUTO)
@@ -24,16 +24,16 @@ def located(document: Document) -> Document:
     )
 
 
-def parts_of(name: str) -> list[str]:
+def model_and_adapter(name: str) -> list[str]:
     """A model, or a model and its adapter."""
     return [name] if Path(name).is_dir() else name.split("+")
 
 
 def _folder(name: str) -> str:
-    return "+".join(str(folder_of(part)) for part in parts_of(name))
+    return "+".join(str(folder_of(part)) for part in model_and_adapter(name))
 
 
-def _tokenizer(own: Tokenizer) -> Tokenizer:
+def _tokenizer(own: TokenizerSettings) -> TokenizerSettings:
     tokens = {
         token: row if row.model is None else replace(row, model=_folder(row.model))
         for token, row in own.tokens.items()

@@ -11,11 +11,11 @@ from trainmerge.export.export import check_target, write_checkpoint
 from trainmerge.export.form import DtypeName
 from trainmerge.merging.document import Document
 from trainmerge.merging.document_card import explain_document
-from trainmerge.merging.located import located, parts_of
+from trainmerge.merging.located import located, model_and_adapter
 from trainmerge.merging.merge_pipeline import merge_pipeline, merges_pipelines
 from trainmerge.merging.open_merge import open_merge, sides_of
 from trainmerge.merging.read_document import read_document
-from trainmerge.merging.vocabulary import outside
+from trainmerge.merging.vocabulary import foreign_tokenizer
 from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.staging import staging
 from trainmerge.system.workspace import digest
@@ -90,12 +90,12 @@ def merge_document(
 
 def _folders(document: Document) -> list[str]:
     named = [*document.models, *filter(None, (document.base, document.tokenizer.source))]
-    return sorted({part for name in named for part in parts_of(name) if Path(part).is_dir()})
+    return sorted({part for name in named for part in model_and_adapter(name) if Path(part).is_dir()})
 
 
 def _take_tokenizer(document: Document, folder: Path) -> None:
     """Write the tokenizer of a folder that is not merged, and a template that is none of a model's."""
-    if (source := outside(document.tokenizer, sides_of(document))) is not None:
+    if (source := foreign_tokenizer(document.tokenizer, sides_of(document))) is not None:
         for pattern in TOKENIZER:
             for path in folder.glob(pattern):
                 path.unlink()

@@ -17,7 +17,7 @@ from trainmerge.export.public import public, public_name
 from trainmerge.export.shards import write_shards
 from trainmerge.export.side_files import copy_side_files
 from trainmerge.merging.document import Document
-from trainmerge.merging.document_card import CARD, to_mergekit
+from trainmerge.merging.document_card import CARD, mergekit_data
 from trainmerge.merging.open_merge import reference_of
 from trainmerge.merging.pipelines import PipelineMerge, open_pipelines
 from trainmerge.system.disk_space import check_free_space
@@ -97,7 +97,7 @@ def _write(merge: PipelineMerge, folder: Path, workers: int) -> dict[str, str]:
 
 def _explain(given: Document, paths: Sequence[Path], folder: Path, name: str) -> None:
     """Write the document and a model card."""
-    text = yaml.safe_dump(public(to_mergekit(given)), sort_keys=False, width=110)
+    text = yaml.safe_dump(public(mergekit_data(given)), sort_keys=False, width=110)
     (folder / CARD).write_text(text, encoding="utf-8")
     sources: list[Source] = [
         source_of(public_name(str(path)), str(path), path) for path in paths if path.is_dir()

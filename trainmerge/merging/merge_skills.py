@@ -15,10 +15,10 @@ from trainmerge.export.form import DtypeName
 from trainmerge.kernels import LowRank, Untouched
 from trainmerge.merging.document import Document
 from trainmerge.merging.group import Group
-from trainmerge.merging.open_merge import settings_of
+from trainmerge.merging.open_merge import method_settings
 from trainmerge.merging.pipelines import open_experts, task_terms
 from trainmerge.merging.sphere import nonzero
-from trainmerge.merging.values import places
+from trainmerge.merging.values import parameter_places
 from trainmerge.system.safetensors_file import write_safetensors
 from trainmerge.task_vectors.changes import Change
 from trainmerge.task_vectors.delta import Delta
@@ -48,8 +48,8 @@ def merge_skills(
         raise ValueError(f"{whole[0]}: not a LoRA, and a file is one LoRA of several: name a folder with -o")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; choose another, or overwrite it (--overwrite)")
-    shared, each = settings_of(document)
-    located = places(list(base.tensors))
+    shared, each = method_settings(document)
+    located = parameter_places(list(base.tensors))
     budget, chosen = Budget(rank), getattr(torch, dtype or "float32")
     tensors: dict[str, Tensor] = {}
     lost = square = 0.0

@@ -61,7 +61,7 @@ def _arithmetic(
 
 METHODS: Mapping[str, Method] = {
     "linear": Method(
-        arithmetic.linear, "merged", shared={"normalize": True}, each={"weight": REQUIRED}
+        arithmetic.linear_merge, "merged", shared={"normalize": True}, each={"weight": REQUIRED}
     ),
     "slerp": Method(spherical.slerp, "required", 2, 2, {"t": REQUIRED}, with_base=True),
     "nuslerp": Method(
@@ -73,8 +73,8 @@ METHODS: Mapping[str, Method] = {
         shared={"normalize_weights": True, "eps": 1e-8}, each={"weight": REQUIRED},
     ),
     "karcher": Method(spherical.karcher, "merged", shared={"max_iter": 10, "tol": 1e-5}),
-    "task_arithmetic": _arithmetic(arithmetic.summed, arithmetic.whole),
-    "ties": _arithmetic(arithmetic.elected, arithmetic.largest, normalize=True),
+    "task_arithmetic": _arithmetic(arithmetic.summed, arithmetic.all_entries),
+    "ties": _arithmetic(arithmetic.elected, arithmetic.largest_entries, normalize=True),
     "dare_linear": _arithmetic(arithmetic.summed, arithmetic.random, rescale=True),
     "dare_ties": _arithmetic(arithmetic.elected, arithmetic.random, rescale=True),
     "breadcrumbs": _arithmetic(arithmetic.summed, arithmetic.middle, gamma=0.01),
@@ -91,6 +91,6 @@ METHODS: Mapping[str, Method] = {
 KNOWN = sorted({key for method in METHODS.values() for key in (*method.shared, *method.each)} | {"scale"})
 
 
-def kind_of(key: str) -> type:
+def setting_type(key: str) -> type:
     """The type of a setting: bool or float."""
     return bool if key in TRUTH else float

@@ -15,7 +15,7 @@ from trainmerge.merging.merge_file import merge_document
 from trainmerge.merging.merge_skills import merge_skills
 from trainmerge.merging.methods import METHODS
 from trainmerge.merging.read_document import check_single
-from trainmerge.merging.tokenizer import Tokenizer
+from trainmerge.merging.tokenizer import TokenizerSettings
 from trainmerge.report import write_report
 from trainmerge.run.config import read_yaml
 from trainmerge.system.access import check_folder_place
@@ -77,7 +77,7 @@ def merge_models(
         raise ValueError("rank is of one LoRA of several: name a .safetensors file with -o")
     document = replace(
         _document(str(base), names, method, weight, dict(parameters or {})),
-        tokenizer=Tokenizer(source, chat_template=chat_template),
+        tokenizer=TokenizerSettings(source, chat_template=chat_template),
         vocabulary="shared" if vocabulary == "shared" else "same",
     )
     if file:

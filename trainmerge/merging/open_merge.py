@@ -17,7 +17,7 @@ from trainmerge.export.tensors import OnlyModel
 from trainmerge.kernels import ExpertWeight, Untouched
 from trainmerge.merging.document import Document
 from trainmerge.merging.group import OWN, Alternatives, Group, Rule
-from trainmerge.merging.values import places
+from trainmerge.merging.values import parameter_places
 from trainmerge.merging.vocabulary import choose_tokenizer
 from trainmerge.system.safetensors_file import TensorInfo, read_ahead
 from trainmerge.task_vectors.delta import Delta, TaskVectors
@@ -104,14 +104,14 @@ def open_merge(
     base, sources = find_chosen(base, folders, choice, rules)
     vectors = sources.open(base)
     order = tuple(others.index(name) if name in others else OWN for name in merged)
-    located = places(list(sources.parameters))
+    located = parameter_places(list(sources.parameters))
     depth = 1 + max((block[1] for name in located if (block := number_of(name))), default=-1)
     if document.layers not in (None, depth):
         raise ValueError(
             f"slices: the layers end at {document.layers}, and {base.path} has {depth}; only slices over all "
             "layers are supported"
         )
-    shared, each = settings_of(document)
+    shared, each = method_settings(document)
     groups = {
         name: Group(
             _delta(vectors, base, name, len(others)), order, tuple(merged), document.based, located[name],
@@ -123,7 +123,7 @@ def open_merge(
     return DocumentMerge(base, Form(chosen, shard_size), document, groups, faithful)  # type: ignore[arg-type]
 
 
-def settings_of(document: Document) -> tuple[dict[str, object], dict[str, tuple[object, ...]]]:
+def method_settings(document: Document) -> tuple[dict[str, object], dict[str, tuple[object, ...]]]:
     """The settings of all models, and of each, with the values that count after them."""
     method, given = document.definition, document.parameters
 

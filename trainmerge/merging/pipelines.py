@@ -18,8 +18,8 @@ from trainmerge.export.shards import finite
 from trainmerge.kernels import LowRank, Term, Untouched
 from trainmerge.merging.document import Document
 from trainmerge.merging.group import OWN, Group
-from trainmerge.merging.open_merge import as_vector, merged_pieces, reference_of, same_folder, settings_of
-from trainmerge.merging.values import places
+from trainmerge.merging.open_merge import as_vector, merged_pieces, method_settings, reference_of, same_folder
+from trainmerge.merging.values import parameter_places
 from trainmerge.system.safetensors_file import TensorInfo, read_ahead
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 
@@ -104,8 +104,8 @@ def open_pipelines(
     merged = document.merged
     order = tuple(list(experts).index(name) if name in experts else OWN for name in merged)
     terms = task_terms(base, experts)
-    shared, each = settings_of(document)
-    located = places(list(base.tensors))
+    shared, each = method_settings(document)
+    located = parameter_places(list(base.tensors))
     groups = {
         name: Group(
             as_vector(Delta(base.read(name), own)), order, tuple(merged), document.based, located[name],

@@ -12,7 +12,7 @@ from trainmerge.merging.group import Group, Piece, Rule
 from trainmerge.task_vectors.sphere import TINY
 
 
-def gram(group: Group, tau: bool) -> Tensor:
+def group_gram(group: Group, tau: bool) -> Tensor:
     """Inner products of the models, or of their task vectors, [K, K] float64."""
     total = torch.zeros(len(group.names), len(group.names), dtype=torch.float64)
     for piece in group.pieces():
@@ -21,7 +21,7 @@ def gram(group: Group, tau: bool) -> Tensor:
     return total
 
 
-def combined(coefficients: Tensor, based: bool = False) -> Rule:
+def weighted_sum_rule(coefficients: Tensor, based: bool = False) -> Rule:
     """sum_k c_k W_k, or base + sum_k c_k tau_k."""
     shares = coefficients.tolist()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trainmerge.merging.group import Group, Piece, Rule
-from trainmerge.merging.sphere import combined, gram, nonzero
+from trainmerge.merging.sphere import group_gram, nonzero, weighted_sum_rule
 from trainmerge.task_vectors.sphere import TINY, exp, great_circle, inverse, karcher_mean, length, tangent
 
 PARALLEL = 0.9995  # SLERP: above this cosine, and below its negative, the straight line
@@ -17,7 +17,7 @@ def slerp(group: Group, faithful: bool) -> Rule:
     """SLERP of two models, t of the way (Shoemake, 1985); nearly parallel ones on the straight line."""
     del faithful
     t = group.number("t")
-    return combined(great_circle(gram(group, tau=False), t, PARALLEL))
+    return weighted_sum_rule(great_circle(group_gram(group, tau=False), t, PARALLEL))
 
 
 def nuslerp(group: Group, faithful: bool) -> Rule:
@@ -26,7 +26,7 @@ def nuslerp(group: Group, faithful: bool) -> Rule:
     first, second = group.numbers("weight")
     t = second / (first + second) if first + second else 0.5
     if group.flag("nuslerp_flatten") or group.delta.base.dim() < 2:
-        return combined(great_circle(gram(group, tau=group.based), t, 1 - TINY), group.based)
+        return weighted_sum_rule(great_circle(group_gram(group, tau=group.based), t, 1 - TINY), group.based)
     along = 1 if not group.flag("nuslerp_row_wise") else 0
     return _per_vector(group, t, along)
 
@@ -41,17 +41,17 @@ def multislerp(group: Group, faithful: bool) -> Rule:
     weights = _weights(group)
     if group.flag("normalize_weights"):
         weights = weights / nonzero(float(weights.sum()), group, "weight")
-    inner = gram(group, tau=group.based)
+    inner = group_gram(group, tau=group.based)
     norms = inner.diagonal().sqrt()
     units = inverse(norms)  # c of each direction is units[k] at k
     mean = weights * units
     size = length(mean, inner)
     if size < group.number("eps"):
-        return combined(torch.zeros_like(mean), group.based)
+        return weighted_sum_rule(torch.zeros_like(mean), group.based)
     mean = mean / size
     step = tangent(mean, inner, units, weights, logarithm=False)
     point = exp(mean, step, inner)
-    return combined(point * (weights * norms).sum(), group.based)
+    return weighted_sum_rule(point * (weights * norms).sum(), group.based)
 
 
 def karcher(group: Group, faithful: bool) -> Rule:
@@ -61,7 +61,7 @@ def karcher(group: Group, faithful: bool) -> Rule:
     """
     del faithful
     steps, tolerance = int(group.number("max_iter")), group.number("tol")
-    return combined(karcher_mean(gram(group, tau=False), steps, tolerance))
+    return weighted_sum_rule(karcher_mean(group_gram(group, tau=False), steps, tolerance))
 
 
 def model_stock(group: Group, faithful: bool) -> Rule:
@@ -71,8 +71,8 @@ def model_stock(group: Group, faithful: bool) -> Rule:
     """
     if group.flag("filter_wise") and group.delta.base.dim() > 1:
         return lambda piece: _stock_of_rows(piece, faithful)
-    inner = gram(group, tau=True)
-    return combined(torch.full((len(inner),), _stock(inner, faithful), dtype=torch.float64), True)
+    inner = group_gram(group, tau=True)
+    return weighted_sum_rule(torch.full((len(inner),), _stock(inner, faithful), dtype=torch.float64), True)
 
 
 def _stock_of_rows(piece: Piece, faithful: bool) -> Tensor:

@@ -8,8 +8,8 @@ import yaml
 
 from trainmerge.checkpoints.choice import BASE, UNION
 from trainmerge.coefficients.coefficients import Coefficients
-from trainmerge.merging.tokenizer import Tokenizer, TokenSource
-from trainmerge.merging.values import places, value_at
+from trainmerge.merging.tokenizer import TokenizerSettings, TokenSource
+from trainmerge.merging.values import parameter_places, value_at
 from trainmerge.preprocess import Breadcrumbs, Preprocess, Ties
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
@@ -80,18 +80,18 @@ def _inexpressible(recipe: Recipe, coefficients: Coefficients) -> Iterator[str]:
         yield "chat_template or generation_config of a model"
 
 
-def _tokenizer(recipe: Recipe) -> Tokenizer:
+def _tokenizer(recipe: Recipe) -> TokenizerSettings:
     """The recipe's tokenizer and rows of tokens, with folders in place of names."""
     choice = recipe.choice
     if choice.is_default:
-        return Tokenizer()
+        return TokenizerSettings()
     places = {BASE: recipe.base, UNION: UNION, **{name: _folder(recipe, name) for name in recipe.experts}}
     source = BASE if choice.tokenizer == BASE else places[choice.tokenizer]
     tokens = {
         token: TokenSource(None if row.source is None else places[row.source], row.token, row.force)
         for token, row in choice.tokens
     }
-    return Tokenizer(source, tokens, choice.pad_to_multiple)
+    return TokenizerSettings(source, tokens, choice.pad_to_multiple)
 
 
 def _chunks(coefficients: Coefficients, name: str, values: Any) -> list[tuple[float, ...]]:
@@ -107,7 +107,7 @@ def _of_expert(coefficients: Coefficients, expert: int, names: Sequence[str]) ->
 
 def _shortest(weights: Weights, names: Sequence[str]) -> Any:
     """A number, a gradient, or values by name."""
-    located = places(names)
+    located = parameter_places(names)
     numbers = sorted(set(weights.values()))
     if len(numbers) == 1:
         return numbers[0]

@@ -42,7 +42,7 @@ class TokenSource:
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class TokenizerSettings:
     """Whose tokenizer and chat template a merge has.
 
     Args:
@@ -102,7 +102,7 @@ class Tokenizer:
         return {"tokenizer": own, **template}
 
 
-def read_tokenizer(content: Mapping[str, Any], problems: list[str]) -> Tokenizer:
+def read_tokenizer(content: Mapping[str, Any], problems: list[str]) -> TokenizerSettings:
     """The tokenizer of a mergekit file; what is wrong with it is added to `problems`."""
     template, new = content.get("chat_template"), content.get("tokenizer")
     if not isinstance(template, str | None):
@@ -127,7 +127,7 @@ def read_tokenizer(content: Mapping[str, Any], problems: list[str]) -> Tokenizer
     if multiple is not None and (type(multiple) is not int or multiple < 1):
         problems.append(f"tokenizer: pad_to_multiple_of is {multiple!r}, not a number of rows")
         multiple = None
-    return Tokenizer(source, _tokens(new.get("tokens") or {}, problems), multiple, template)
+    return TokenizerSettings(source, _tokens(new.get("tokens") or {}, problems), multiple, template)
 
 
 def _tokens(given: Any, problems: list[str]) -> dict[str, TokenSource]:

@@ -22,10 +22,10 @@ class Place:
     depth: float  # 0 in the first block, 1 in the last; 0 outside blocks
 
 
-def places(names: Sequence[str]) -> dict[str, Place]:
+def parameter_places(names: Sequence[str]) -> dict[str, Place]:
     """The place of each parameter; the depth is that of its block in its own stack of blocks.
 
-    >>> found = places([f"model.layers.{i}.w" for i in range(3)] + ["lm_head.weight"])
+    >>> found = parameter_places([f"model.layers.{i}.w" for i in range(3)] + ["lm_head.weight"])
     >>> [place.depth for place in found.values()]
     [0.0, 0.5, 1.0, 0.0]
     """
@@ -69,7 +69,7 @@ def _inside(part: str | None, name: str) -> bool:
     return part in (None, "*") or str(part) in name
 
 
-def fault(value: Any, kind: type) -> str:
+def setting_fault(value: Any, kind: type) -> str:
     """What is wrong with a parameter's value in a file; empty if nothing is."""
     if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
         for each in value:
@@ -80,7 +80,7 @@ def fault(value: Any, kind: type) -> str:
             if not isinstance(each.get("filter", ""), str | None):
                 return f"has the filter {each['filter']!r}; write a part of the tensors' names, or '*'"
             nested = isinstance(each["value"], list) and any(isinstance(v, Mapping) for v in each["value"])
-            if nested or (found := fault(each["value"], kind)):
+            if nested or (found := setting_fault(each["value"], kind)):
                 return found if not nested else "has a filter inside a filter"
         return ""
     points = value if isinstance(value, list) else [value]

@@ -9,13 +9,13 @@ from trainmerge.checkpoints.chat_template import chat_templates
 from trainmerge.checkpoints.choice import BASE, UNION, TokenizerChoice, TokenRow
 from trainmerge.checkpoints.tokenizer_check import same_ids
 from trainmerge.checkpoints.vocabulary import same_files, tokenizer_files
-from trainmerge.merging.tokenizer import AUTO, Tokenizer
+from trainmerge.merging.tokenizer import AUTO, TokenizerSettings
 
 Sides = Mapping[str, str]  # a model, as the file names it -> `base`, or the expert's name
 
 
 def choose_tokenizer(
-    tokenizer: Tokenizer, sides: Sides, folders: Mapping[str, Path], equal: bool
+    tokenizer: TokenizerSettings, sides: Sides, folders: Mapping[str, Path], equal: bool
 ) -> TokenizerChoice:
     """The choice that a file means.
 
@@ -51,7 +51,7 @@ def side_of(name: str, sides: Sides) -> str | None:
     return next(same, None)
 
 
-def outside(tokenizer: Tokenizer, sides: Sides) -> Path | None:
+def foreign_tokenizer(tokenizer: TokenizerSettings, sides: Sides) -> Path | None:
     """The folder of a tokenizer that is none of the models'."""
     source = tokenizer.source
     return Path(source) if source is not None and side_of(source, sides) is None else None
@@ -75,7 +75,9 @@ def _differ(folders: Mapping[str, Path]) -> bool:
     return bool(tokenizer_files(ours)) and any(not same_files(ours, folder) for folder in named)
 
 
-def _template(tokenizer: Tokenizer, sides: Sides, folders: Mapping[str, Path], owner: str) -> str | None:
+def _template(
+    tokenizer: TokenizerSettings, sides: Sides, folders: Mapping[str, Path], owner: str
+) -> str | None:
     """The side whose chat template the merge has; None is the tokenizer's, or the file's own text."""
     name = tokenizer.chat_template
     if name is None or tokenizer.template_text is not None:

@@ -27,7 +27,7 @@ class Recorded(NamedTuple):
 
 
 @torch.no_grad()
-def record(
+def record_predictions(
     resident: Resident, examples: Sequence[Sequence[Example]], tokenizer: Tokenizer
 ) -> list[list[Recorded]]:
     """Each expert's predictions of the first of its texts, as many as fit into `BYTES`, at least one."""
@@ -45,7 +45,7 @@ def record(
 
 
 @torch.no_grad()
-def divergence(module: nn.Module, recorded: Sequence[Sequence[Recorded]]) -> float:
+def mean_divergence(module: nn.Module, recorded: Sequence[Sequence[Recorded]]) -> float:
     """KL(expert || model) in nats per token: the mean over an expert's tokens, then over the experts."""
     means = []
     for own in recorded:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.mixtures.router_rows import accuracy, fit_rows
+from trainmerge.mixtures.router_rows import accuracy, fit_router_rows
 from trainmerge.model.resident import Resident
-from trainmerge.model.token_states import TOKENS, keeping, spread
+from trainmerge.model.token_states import TOKENS, evenly_spaced, keeping
 from trainmerge.system.console import progress
 
 TOGETHER = 8  # texts per forward pass
@@ -52,7 +52,7 @@ def learn_routers(
         states, labels = gather_states(resident, learn, tokenizer, layers)
         others, theirs = gather_states(resident, held, tokenizer, layers)
         for layer in progress(list(layers), "routers"):
-            rows = fit_rows(states[layer], labels, len(examples))
+            rows = fit_router_rows(states[layer], labels, len(examples))
             found[layer] = Learned(rows.cpu(), accuracy(rows, others[layer], theirs))
     return found
 
@@ -83,7 +83,7 @@ def gather_states(
         most = max(1, TOKENS // len(own))
         for first in range(0, len(own), TOGETHER):
             batch = resident.batch(expert, own[first : first + TOGETHER], tokenizer)
-            chosen = spread(batch.inputs["attention_mask"], most)
+            chosen = evenly_spaced(batch.inputs["attention_mask"], most)
             with keeping(networks, kept, chosen):
                 resident(batch)
             labels.append(torch.full((len(chosen),), expert, device=resident.device))

@@ -13,7 +13,7 @@ RIDGE = 1e-3
 STEPS = 200
 
 
-def fit_rows(states: Tensor, experts: Tensor, count: int, ridge: float = RIDGE) -> Tensor:
+def fit_router_rows(states: Tensor, experts: Tensor, count: int, ridge: float = RIDGE) -> Tensor:
     """The rows [N, H], float32, that tell by softmax(W x) which expert a state x is from.
 
     The minimum of the mean cross-entropy, every expert weighing the same, plus ridge/2 |W|^2 s with s the

@@ -19,7 +19,7 @@ from trainmerge.mixtures.layers import MixtureLayer
 from trainmerge.model.media_forward import backbone
 from trainmerge.model.routing import RouterChoice, watching_routers
 from trainmerge.model.streamed import streamed
-from trainmerge.model.token_states import spread
+from trainmerge.model.token_states import evenly_spaced
 from trainmerge.system.console import progress
 
 TOGETHER = 16  # texts per forward pass; every pass reads all weights once
@@ -98,7 +98,7 @@ def measure(
         for first in progress(range(0, len(examples), TOGETHER), "measuring experts"):
             inputs = tokenizer.encode(examples[first : first + TOGETHER]).inputs
             chosen = inputs["attention_mask"].flatten().bool()
-            kept = spread(inputs["attention_mask"], max(1, KEPT // len(examples)))
+            kept = evenly_spaced(inputs["attention_mask"], max(1, KEPT // len(examples)))
             below(**inputs)
     return found
 

@@ -17,10 +17,10 @@ from trainmerge.export.shards import write_shard
 from trainmerge.export.verify import compare_tensors
 from trainmerge.mixtures.facts import facts_of, mixture_facts, warn_of_chance
 from trainmerge.mixtures.families import feed_forward
-from trainmerge.mixtures.held_out_alignment import Recorded, divergence, record
+from trainmerge.mixtures.held_out_alignment import Recorded, mean_divergence, record_predictions
 from trainmerge.mixtures.learn_routers import Learned, learn_routers
 from trainmerge.mixtures.mixture_card import mixture_words
-from trainmerge.mixtures.upcycle_plan import UpcyclePlan, begin
+from trainmerge.mixtures.upcycle_plan import UpcyclePlan, plan_upcycling
 from trainmerge.mixtures.upcycled import Upcycled
 from trainmerge.model.resident import DEVICE, Placement, Resident, load_resident
 from trainmerge.run.router_texts import RouterTexts, router_texts
@@ -61,7 +61,7 @@ def export_mixture(
         ValueError: as `export_run`; a base without such a mixture, fewer than two experts, `top_k` above
             their number, or an expert without calibration texts.
     """
-    plan = begin(run, out, top_k, routed, Form(dtype, shard_size))
+    plan = plan_upcycling(run, out, top_k, routed, Form(dtype, shard_size))
     exported = plan.exported
     tokenizer = Tokenizer(
         exported.recipe.tokenizer_folder(exported.run.workspace), text_length(exported.run.path)
@@ -91,7 +91,7 @@ def verify_mixture(run: str | Path, out: str | Path) -> int:
     folder = Path(out)
     facts = mixture_facts(folder)
     form = Form.read(export_manifest(folder).get("form"), folder / MANIFEST)
-    plan = begin(run, out, facts["top_k"], facts.get("routed", 0.5), form)
+    plan = plan_upcycling(run, out, facts["top_k"], facts.get("routed", 0.5), form)
     there = open_checkpoint(folder)
     routers = {layer: there.read(plan.mixture.router(layer)) for layer in plan.layers}
     return compare_tensors(plan.tensors(routers), Path(run), folder)
@@ -109,7 +109,7 @@ def choose_temperature(
     for factor in TEMPERATURES:
         for router, own in zip(routers, rows, strict=True):
             router.data.copy_(factor * own)
-        losses[factor] = divergence(module, recorded)
+        losses[factor] = mean_divergence(module, recorded)
     best = min(losses, key=lambda factor: (losses[factor], abs(factor - 1)))
     return best, losses[best]
 
@@ -132,12 +132,12 @@ def _learn(
     resident = load_resident(
         exported.recipe, exported.opened, exported.coefficients, tokenizer, Placement(DEVICE)
     )
-    recorded = record(resident, [held for _, held in texts], tokenizer)
+    recorded = record_predictions(resident, [held for _, held in texts], tokenizer)
     with torch.no_grad():
         for name, parameter in resident.merged.parameters.items():
             pieces = plan.merge.pieces(name)
             parameter.copy_(torch.cat([piece.flatten() for piece in pieces]).view(parameter.shape))
-    before = divergence(resident.merged.module, recorded)
+    before = mean_divergence(resident.merged.module, recorded)
     return learn_routers(resident, texts, tokenizer, _networks(plan, resident)), recorded, before
 
 

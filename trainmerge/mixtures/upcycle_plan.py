@@ -68,7 +68,7 @@ class UpcyclePlan:
         check_tensors(folder, self.tensors(empty).tensors)
 
 
-def begin(run: str | Path, out: str | Path, top_k: int, routed: float, form: Form) -> UpcyclePlan:
+def plan_upcycling(run: str | Path, out: str | Path, top_k: int, routed: float, form: Form) -> UpcyclePlan:
     """Open a run, and check all that can be checked before a weight is read.
 
     Raises:

@@ -18,11 +18,11 @@ from trainmerge.model.media_forward import (
     as_stored,
     backbone,
     has_two_towers,
+    is_media_alone,
     label_classifier,
     one_row,
     states,
     tower,
-    without_tokens,
 )
 from trainmerge.model.own_head import OwnModel
 
@@ -48,7 +48,7 @@ def forward(
         state, mask = output.last_hidden_state, batch.inputs["attention_mask"].bool()
         rows = embedding(module, state, mask)
         return Outputs(state.new_empty(0), _chosen(output, layers), embedding=rows)
-    if without_tokens(batch.inputs) and "labels" not in batch.inputs:
+    if is_media_alone(batch.inputs) and "labels" not in batch.inputs:
         return _of_media(module, batch, classifier, layers, options)
     if isinstance(classifier, OwnModel):
         output = classifier.module(**classifier.inputs(batch), **options)

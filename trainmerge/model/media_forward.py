@@ -23,7 +23,7 @@ def has_two_towers(module: nn.Module) -> bool:
     return type(module).__name__ in TWO_TOWERS
 
 
-def without_tokens(inputs: Mapping[str, Tensor]) -> bool:
+def is_media_alone(inputs: Mapping[str, Tensor]) -> bool:
     """Whether a model's inputs are a picture or a sound alone."""
     return "input_ids" not in inputs
 

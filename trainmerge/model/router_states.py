@@ -11,7 +11,7 @@ from torch import Tensor
 from trainmerge.data.batch import Batch
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.routing import has_sigmoid_scores, routers_of
-from trainmerge.model.token_states import TOKENS, keeping, spread
+from trainmerge.model.token_states import TOKENS, evenly_spaced, keeping
 from trainmerge.preprocess import Router
 
 
@@ -42,7 +42,7 @@ def states_of(
     for expert, own in enumerate(examples):
         kept: list[Tensor] = []
         for batch in batches(expert):
-            chosen = spread(batch.inputs["attention_mask"], max(1, TOKENS // len(own)))
+            chosen = evenly_spaced(batch.inputs["attention_mask"], max(1, TOKENS // len(own)))
             with keeping({router.weight: module}, {router.weight: kept}, chosen):
                 forward(batch)
         found.append(torch.cat(kept))

@@ -16,10 +16,10 @@ from trainmerge.model.hooks import hooked
 TOKENS = 4096  # states per expert and module
 
 
-def spread(mask: Tensor, most: int) -> Tensor:
+def evenly_spaced(mask: Tensor, most: int) -> Tensor:
     """At most so many of the True positions of each row, evenly spaced; as positions of the flat mask.
 
-    >>> spread(torch.tensor([[True, True, True, False], [True, False, False, False]]), 2).tolist()
+    >>> evenly_spaced(torch.tensor([[True, True, True, False], [True, False, False, False]]), 2).tolist()
     [0, 2, 4]
     """
     found = []

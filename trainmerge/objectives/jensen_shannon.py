@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from trainmerge.data.batch import Asks, Batch, Outputs, Predictions
 from trainmerge.objectives.base import Objective
-from trainmerge.objectives.rows import counted, example_mean, recorded, reduced
+from trainmerge.objectives.rows import counted, example_mean, expert_predictions, reduced
 from trainmerge.system.ranges import check_fields
 
 ELEMENTS = 1 << 22  # logits at a time; the backward computes their divergence again
@@ -53,7 +53,7 @@ class JensenShannon(Objective):
     @override
     def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Loss per example, [B]."""
-        told, logits = recorded(batch), outputs.logits.flatten(0, -2)
+        told, logits = expert_predictions(batch), outputs.logits.flatten(0, -2)
         if outputs.kind == "tokens":
             return example_mean(self._rows(told, logits[counted(batch.mask)]), batch.mask)
         if outputs.kind == "spans":  # recorded as wide as the longest example

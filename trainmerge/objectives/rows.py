@@ -10,7 +10,7 @@ from trainmerge.data.batch import Batch, Kind, Outputs, Predictions
 from trainmerge.objectives.divergence import divergence
 
 
-def recorded(batch: Batch) -> Predictions:
+def expert_predictions(batch: Batch) -> Predictions:
     """The predictions of the batch's expert.
 
     Raises:
@@ -27,7 +27,7 @@ def expert_divergence(outputs: Outputs, batch: Batch, temperature: float = 1.0) 
     The mean over counted tokens, or over begin and end of an answer; the sum over independent labels, which
     is the divergence of their joint distribution.
     """
-    told = recorded(batch)
+    told = expert_predictions(batch)
     if outputs.kind == "tokens":
         rows = divergence(told, outputs.logits, counted(batch.mask), temperature)
         return example_mean(rows, batch.mask)

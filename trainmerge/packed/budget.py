@@ -77,7 +77,7 @@ def _saved(before: Offer, after: Offer) -> float:
     return (before.error - after.error) / max(1, after.nbytes - before.nbytes)
 
 
-def choose(found: Mapping[str, Sequence[Offer]], budget: int) -> dict[str, Offer]:
+def choose_offers(found: Mapping[str, Sequence[Offer]], budget: int) -> dict[str, Offer]:
     """Parameter -> its offer.
 
     Raises:

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from trainmerge.checkpoints.whole import PACKED
 from trainmerge.coefficients.coefficients import Coefficients
+from trainmerge.export.adapter_form import relative_error
 from trainmerge.export.explain import Exported, write_export_manifest
 from trainmerge.export.export import begin_export, check_no_buffers, merge_of
 from trainmerge.export.merge_changes import merge_changes
 from trainmerge.export.origins import without_local_origins
 from trainmerge.export.public import public_manifest
 from trainmerge.export.shards import CheckpointMerge
-from trainmerge.export.task import TaskMerge, settings_of
-from trainmerge.packed.budget import choose, offers
+from trainmerge.export.task import TaskMerge, task_config
+from trainmerge.packed.budget import choose_offers, offers
 from trainmerge.packed.codec import Codec
 from trainmerge.packed.form import PackedForm
 from trainmerge.packed.parameter import Parameter
@@ -70,7 +71,7 @@ class Packing:
             parameter.name: list(offers(parameter, candidates, norms.clamp(min=1e-300)))
             for parameter in parameters
         }
-        chosen = choose(found, self.form.bytes(whole) - heads)
+        chosen = choose_offers(found, self.form.bytes(whole) - heads)
         return {name: offer.codec for name, offer in chosen.items()}
 
     def write(self, folder: Path, target: Path) -> dict[str, str]:
@@ -97,7 +98,7 @@ class Packing:
             tied=self.merge.base.tied,
             bits=8 * size / max(1, count * len(self.tasks)),
             bytes=size,
-            errors=dict(zip(self.tasks, relative(lost, norms), strict=True)),
+            errors=dict(zip(self.tasks, map(relative_error, lost.tolist(), norms.tolist()), strict=True)),
             heads={task: head for task, (head, _) in heads.items()},
             router=routed,
         )
@@ -129,14 +130,9 @@ class Packing:
             head.check()
             merge = TaskMerge.of(self.merge, head)
             tensors = {name: tensor.contiguous() for name, tensor in merge.own.items()}
-            config = without_local_origins(json.dumps(settings_of(merge)).encode())
+            config = without_local_origins(json.dumps(task_config(merge)).encode())
             found[task] = TaskHead(dict(head.shared), json.loads(config)), tensors
         return found
-
-
-def relative(lost: Tensor, norms: Tensor) -> list[float]:
-    """The relative error of every task; 0 of a task that changes nothing."""
-    return torch.where(norms > 0, (lost / norms.clamp(min=1e-300)).sqrt(), 0.0).tolist()
 
 
 def export_packed(

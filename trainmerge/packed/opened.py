@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainmerge.data.examples import Example
 from trainmerge.packed.in_model import tensors_in
 from trainmerge.packed.stored import Stored, open_stored
-from trainmerge.packed.task_tensors import HeadedTask, task_tensors, whole
+from trainmerge.packed.task_tensors import HeadedTask, read_whole, task_tensors
 from trainmerge.system.text import listed
 
 if TYPE_CHECKING:  # imports transformers
@@ -45,7 +45,7 @@ class Packed:
     def load(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """The state dict of one expert, one tensor at a time. Raises ValueError for an unknown task."""
         found = task_tensors(self.stored, task)
-        return ((name, whole(found, name)) for name in found.tensors)
+        return ((name, read_whole(found, name)) for name in found.tensors)
 
     @torch.no_grad()
     def switch(self, model: nn.Module, task: str) -> None:
@@ -69,7 +69,7 @@ class Packed:
                 "another shape there. Load it from an unpacked folder of this task"
             )
         for name in wanted:
-            there[name].copy_(whole(found, name))
+            there[name].copy_(read_whole(found, name))
 
     def route(self, texts: Sequence[str]) -> list[str]:
         """The task of each text, by the base's hidden states; the base is loaded once.

@@ -117,7 +117,7 @@ def task_tensors(stored: Stored, task: str) -> PlainTask | HeadedTask:
     return HeadedTask(plain) if task in stored.record.heads else plain
 
 
-def whole(found: PlainTask | HeadedTask, name: str) -> Tensor:
+def read_whole(found: PlainTask | HeadedTask, name: str) -> Tensor:
     """A tensor in one piece, of its own memory."""
     pieces = list(found.pieces(name))
     return pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces)

@@ -45,13 +45,13 @@ class Signs(Codec):
         scales = torch.zeros(parameter.tasks)
         for task in range(parameter.tasks):
             tau = parameter.tau(task)
-            cut, scale = largest(tau.abs(), self.share)
+            cut, scale = magnitude_threshold(tau.abs(), self.share)
             scales[task] = scale
             own.append({"t": pack_trits(tau.sign() * (tau.abs() >= cut))} if scale else {})
         return EncodedParameter({}, tuple(own), scales)
 
 
-def largest(magnitudes: Tensor, share: float | None) -> tuple[float, float]:
+def magnitude_threshold(magnitudes: Tensor, share: float | None) -> tuple[float, float]:
     """The magnitude from which entries are kept, and the mean of those; (inf, 0) of zeros.
 
     All entries of equal magnitude are kept or none. Without a share, n is the largest (sum)^2 / n.

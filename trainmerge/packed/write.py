@@ -60,7 +60,7 @@ class Shards:
         return dict(zip(names, self._made, strict=True))
 
 
-def parts_of(name: str, made: EncodedParameter, tasks: Iterable[str]) -> dict[str, Tensor]:
+def named_parts(name: str, made: EncodedParameter, tasks: Iterable[str]) -> dict[str, Tensor]:
     """A parameter's parts by their names in the file."""
     found = {f"{kind}/{name}": tensor for kind, tensor in made.shared.items()}
     for task, own in zip(tasks, made.own, strict=True):
@@ -90,7 +90,7 @@ def write_parameters(
         _check_finite(parameter.name, made)
         lost += errors(parameter, made)
         scales[number] = made.scales
-        shards.add(parts_of(parameter.name, made, tasks))
+        shards.add(named_parts(parameter.name, made, tasks))
     return scales, lost
 
 

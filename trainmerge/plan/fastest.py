@@ -59,12 +59,12 @@ def fastest(
     """
     for level in tasks.levels(asked):
         plans = [plan for schedule in level for plan in tasks.variants(planned(schedule), asked)]
-        if fitting := [plan for plan in plans if fits(plan, limit)]:
+        if fitting := [plan for plan in plans if fits_in_memory(plan, limit)]:
             return min(fitting, key=lambda plan: (plan.step_seconds, plan.needed)), True
     return plans[0], False
 
 
-def fits(plan: Plan, limit: int) -> bool:
+def fits_in_memory(plan: Plan, limit: int) -> bool:
     """Whether a step needs at most `limit` bytes, what `vectors` asks for included."""
     try:
         return MARGIN * plan.needed <= limit

@@ -17,7 +17,7 @@ from trainmerge.task_vectors.pieces import in_pieces
 EXPECTED = ("norms and biases", "embeddings", "matrices")  # published methods leave these out too; `exclude`
 
 
-def sentence(method: Preprocess, task_vectors: TaskVectors, squares: Mapping[str, float]) -> str:
+def left_out_sentence(method: Preprocess, task_vectors: TaskVectors, squares: Mapping[str, float]) -> str:
     """What a method leaves out, and what becomes of it; empty if it applies to everything.
 
     `squares` are the squared norms of every parameter's K task vectors, or nothing if they are not known.
@@ -27,7 +27,7 @@ def sentence(method: Preprocess, task_vectors: TaskVectors, squares: Mapping[str
     >>> from trainmerge.preprocess.tsv import Tsv
     >>> base = torch.zeros(3)
     >>> given = TaskVectors(("a",), {"norm.weight": Delta(base, (Difference(base),))})
-    >>> sentence(Tsv(), given, {"norm.weight": 1.0})
+    >>> left_out_sentence(Tsv(), given, {"norm.weight": 1.0})
     "Tsv: 1 norms and biases (norm.weight; 100% of the task vectors' squared norm) are divided by K"
     """
     total = sum(squares.values())
@@ -59,22 +59,22 @@ def announced(
     kinds = left_out(method, task_vectors)
     for name, taus in results:
         if kinds and name not in squares:
-            squares[name] = square_norm(name, task_vectors.deltas[name])
+            squares[name] = task_square_norm(name, task_vectors.deltas[name])
         yield name, taus
     if kinds.keys() - set(EXPECTED):
-        warnings.warn(sentence(method, task_vectors, squares), stacklevel=2)
+        warnings.warn(left_out_sentence(method, task_vectors, squares), stacklevel=2)
     elif kinds:
-        print(sentence(method, task_vectors, squares), file=sys.stderr, flush=True)
+        print(left_out_sentence(method, task_vectors, squares), file=sys.stderr, flush=True)
 
 
 def share_of(task_vectors: TaskVectors, names: Iterable[str]) -> str:
     """The part of the task vectors' squared norm that these parameters have, in words."""
-    squares = {name: square_norm(name, delta) for name, delta in task_vectors.deltas.items()}
+    squares = {name: task_square_norm(name, delta) for name, delta in task_vectors.deltas.items()}
     share = sum(squares[name] for name in names) / (sum(squares.values()) or 1.0)
     return f"{100 * share:.3g}% of the task vectors' squared norm"
 
 
-def square_norm(name: str, delta: Delta) -> float:
+def task_square_norm(name: str, delta: Delta) -> float:
     """The squared norm of its K task vectors, a piece at a time."""
     pieces = (part for _, _, part in in_pieces(name, delta))
     return sum(

@@ -18,7 +18,7 @@ STEPS = 300
 ITERATIONS, TOLERANCE = 1000, 1e-6  # of conjugate gradients, as published
 
 
-def divergence(rows: Tensor, states: Tensor, own: Tensor, sigmoid: bool = False) -> Tensor:
+def router_divergence(rows: Tensor, states: Tensor, own: Tensor, sigmoid: bool = False) -> Tensor:
     """Mean over the states [R, H] of KL(r || softmax(W x)), in nats; of sigmoids the sum of E binary ones.
 
     `rows` [E, H] is W, and `own` [E, H] the router that gives r.
@@ -45,7 +45,7 @@ def least_divergence(
 
     def loss(rows: Tensor) -> Tensor:
         pairs = zip(scaled, targets, strict=True)
-        return torch.stack([divergence(rows, x, w, sigmoid) for x, w in pairs]).sum()
+        return torch.stack([router_divergence(rows, x, w, sigmoid) for x, w in pairs]).sum()
 
     return minimise(loss, start * size, STEPS, tolerance=1e-7) / size
 

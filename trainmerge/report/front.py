@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from trainmerge.report.picture import INK, QUIET, Picture, look, shortened
+from trainmerge.report.picture import INK, QUIET, Picture, look, without_middle
 
 BALANCED = "smallest increase of the worst task"
 Rises = Sequence[list[float]]  # P of T
@@ -75,7 +75,7 @@ def _lines(ax: Axes, tasks: Sequence[str], points: Rises, named: Mapping[str, li
     ax.axhline(0.0, color=INK, linewidth=2.0, label="the run")
     for k, (label, rises) in enumerate(named.items()):
         ax.plot(places, rises, label=label, **look(k))
-    ax.set_xticks(places, [shortened(task, 16) for task in tasks])
+    ax.set_xticks(places, [without_middle(task, 16) for task in tasks])
     ax.set_ylabel("change of the loss from the run's")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.grid(True)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from trainmerge.report.picture import COLOUR_MAP, DARK, LIGHT, QUIET, shortened
+from trainmerge.report.picture import COLOUR_MAP, DARK, LIGHT, QUIET, without_middle
 
 
 def symmetric(values: Tensor, middle: float, least: float = 1e-3) -> Normalize:
@@ -71,11 +71,11 @@ def signless(number: str) -> str:
 def label_axes(ax: Axes, rows: Sequence[str], columns: Sequence[str], shift: float = 0.5) -> None:
     """Row and column labels. Long ones are rotated; with more than 24 columns only some are labelled."""
     if rows:
-        ax.set_yticks(np.arange(len(rows)) + shift, [shortened(row, 26) for row in rows])
+        ax.set_yticks(np.arange(len(rows)) + shift, [without_middle(row, 26) for row in rows])
     long = any(len(name) > 5 for name in columns)
     places = range(0, len(columns), max(1, -(-len(columns) // 24)))
     slope: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if long else {}
-    ax.set_xticks([i + shift for i in places], [shortened(columns[i], 26) for i in places], **slope)
+    ax.set_xticks([i + shift for i in places], [without_middle(columns[i], 26) for i in places], **slope)
 
 
 def colour_bar(

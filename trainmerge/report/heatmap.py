@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainmerge.coefficients.layout import Layout
 from trainmerge.report.heat import colour_bar, heat, label_axes, symmetric
-from trainmerge.report.picture import INK, QUIET, WIDTH, Picture, panels, shortened
+from trainmerge.report.picture import INK, QUIET, WIDTH, Picture, panels, without_middle
 from trainmerge.task_vectors.parameter_names import KINDS, OTHER, block_labels, block_of, kind_of, number_of
 
 EVERYTHING = "all parameters of a block"
@@ -91,11 +91,11 @@ def _cells(experts: Sequence[str], grid: Grid, middle: float) -> Figure:
     scale = symmetric(
         torch.cat([*(cells.flatten() for cells in grid.inside.values()), outside.flatten()]), middle
     )
-    longest = max(len(shortened(name)) for name in experts)
+    longest = max(len(without_middle(name)) for name in experts)
     margin, wide = 0.07 * longest, max(L, outside.shape[1], 1)
     cell = 0.44 if wide <= 14 else min(0.3, (WIDTH - margin - 0.3) / wide)
     count = len(grid.inside) + bool(grid.outside)
-    below = 0.06 * max((len(shortened(name, 26)) for name in grid.outside), default=0)
+    below = 0.06 * max((len(without_middle(name, 26)) for name in grid.outside), default=0)
     size = max(1.7, cell * wide + 0.2), K * 0.25 + 0.42
     figure, axes = panels(count, *size, margin, (False, True), below)
     for ax, (kind, cells) in zip(axes, grid.inside.items(), strict=False):
@@ -123,7 +123,7 @@ def _points(experts: Sequence[str], values: Tensor, middle: float) -> Figure:
     ax.plot(means, places, "o", color=INK, markersize=6)
     for place, mean in zip(places, means, strict=True):
         ax.annotate(f"{mean:.3f}", (mean, place), (0, 6), textcoords="offset points", ha="center", size=7.5)
-    ax.set_yticks(list(places), [shortened(name) for name in experts])
+    ax.set_yticks(list(places), [without_middle(name) for name in experts])
     ax.set(ylim=(len(experts) - 0.4, -0.75), xlabel=f"coefficient (dashed: {middle:.2f})")
     ax.margins(x=0.15)
     return figure

@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from trainmerge.coefficients.layout import Layout
-from trainmerge.report.picture import COLOURS, INK, Picture, shortened
+from trainmerge.report.picture import COLOURS, INK, Picture, without_middle
 from trainmerge.task_vectors.geometry import Geometry
 
 SHOWN = 16
@@ -37,7 +37,7 @@ def importance_picture(layout: Layout, values: Tensor, geometry: Geometry) -> Pi
             learned[name], (100 * importance[name], place), (4, 0), textcoords="offset points",
             va="center", size=7.5, color=INK,
         )  # fmt: skip
-    ax.set_yticks(range(len(shown)), [shortened(name, 52) for name in shown], size=7.5)
+    ax.set_yticks(range(len(shown)), [without_middle(name, 52) for name in shown], size=7.5)
     ax.set(ylim=(len(shown) - 0.4, -0.6), xlabel="importance, in % of the total")
     ax.margins(x=0.14)
     ax.grid(axis="x")

@@ -61,10 +61,10 @@ def look(k: int) -> dict[str, Any]:
     }
 
 
-def shortened(name: str, length: int = 22) -> str:
+def without_middle(name: str, length: int = 22) -> str:
     """A long name without its middle.
 
-    >>> shortened("a-very-long-name-of-an-expert", 12)
+    >>> without_middle("a-very-long-name-of-an-expert", 12)
     'a-very…xpert'
     """
     if len(name) <= length:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from trainmerge.report.picture import INK, QUIET, Picture, look, shortened
+from trainmerge.report.picture import INK, QUIET, Picture, look, without_middle
 from trainmerge.run.scores import Metric, Scores
 
 LEARNED = "learned"
@@ -17,7 +17,7 @@ GAPS = {"perplexity": "log-perplexity", "similarity": "similarity"}  # by metric
 RINGS = "The centre of the radar chart is not 0: see its rings. "
 
 
-def relative(scores: Scores, metric: Metric) -> dict[str, dict[str, float]]:
+def relative_scores(scores: Scores, metric: Metric) -> dict[str, dict[str, float]]:
     """Row -> task -> score relative to the task's expert, which is 1; empty without experts' scores.
 
     Accuracy: score / expert's. Perplexity: the share of the gap between base and expert that is closed, in
@@ -45,7 +45,7 @@ def relative(scores: Scores, metric: Metric) -> dict[str, dict[str, float]]:
 
 def score_picture(scores: Scores, metric: Metric) -> Picture | None:
     """Scores of base, average, task arithmetic and the learned merge relative to each task's expert."""
-    rows = relative(scores, metric)
+    rows = relative_scores(scores, metric)
     tasks = list(rows.get("expert", {}))
     if not tasks:
         return None
@@ -88,7 +88,7 @@ def _radar(rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> Fig
         if row == LEARNED:
             ax.fill(around, line, color=_line(row, k)["color"], alpha=0.13)
     ax.set(ylim=(low, high))
-    ax.set_xticks(angles, [shortened(task, 16) for task in tasks])
+    ax.set_xticks(angles, [without_middle(task, 16) for task in tasks])
     for angle, label in zip(angles, ax.get_xticklabels(), strict=True):
         side = np.sin(angle)  # labels left and right of the ring are aligned to it
         label.set_horizontalalignment("center" if abs(side) < 0.3 else "left" if side > 0 else "right")
@@ -115,7 +115,7 @@ def _bars(rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> Figu
             )
         ax.set_yticks(range(len(rows)), list(rows))
         ax.set(ylim=(len(rows) - 0.4, -0.6))
-        ax.set_title(shortened(task))
+        ax.set_title(without_middle(task))
         ax.margins(x=0.12)
     return figure
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter, NullFormatter
 from torch import Tensor
 
-from trainmerge.report.picture import COLOURS, INK, QUIET, Picture, look, panels, shortened
+from trainmerge.report.picture import COLOURS, INK, QUIET, Picture, look, panels, without_middle
 from trainmerge.run.trajectory import Trajectory
 
 SHOWN = 120  # coefficients drawn per expert
@@ -27,7 +27,7 @@ def path_picture(experts: Sequence[str], trajectory: Trajectory) -> Picture:
         ax.plot(steps, values.mean(dim=1).numpy(), color=COLOURS[0], linewidth=2)
         ax.axhline(float(values[0].mean()), color=INK, linestyle=":", linewidth=0.9)
         ax.plot([int(steps[0])], [float(values[0].mean())], "o", color=INK, markersize=4, clip_on=False)
-        ax.set_title(shortened(name))
+        ax.set_title(without_middle(name))
         ax.set_xlim(int(steps[0]), max(int(steps[-1]), 1))
         ax.grid(axis="y")
     figure.supxlabel("step", size=8.5, color=INK)
@@ -65,7 +65,7 @@ def loss_picture(losses: Mapping[str, Tensor]) -> Picture:
             **{**look(k), "linestyle": "-", "marker": ""},
             linewidth=1.8,
         )
-        ax.set_title("all tasks" if name == "all" else shortened(name))
+        ax.set_title("all tasks" if name == "all" else without_middle(name))
         ax.grid(axis="y")
         _scale(ax, smoothed(values))
     figure.supxlabel("step", size=8.5, color=INK)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from trainmerge.report.heat import colour_bar, heat, label_axes, symmetric
-from trainmerge.report.picture import INK, QUIET, WIDTH, Picture, shortened
+from trainmerge.report.picture import INK, QUIET, WIDTH, Picture, without_middle
 from trainmerge.task_vectors.geometry import Geometry
 from trainmerge.task_vectors.parameter_names import block_labels, block_of, number_of
 
@@ -48,7 +48,7 @@ def similarity_picture(experts: Sequence[str], geometry: Geometry) -> Picture:
     label_axes(left, experts, experts)
     heat(right, lines, scale, cell=0.42 if len(blocks) <= 14 else 0)
     right.set_title("per block" + (f", {PAIRS} of {len(pairs)} pairs" if len(pairs) > PAIRS else ""))
-    names = [f"{shortened(experts[i], 11)} · {shortened(experts[j], 11)}" for i, j in shown]
+    names = [f"{without_middle(experts[i], 11)} · {without_middle(experts[j], 11)}" for i, j in shown]
     label_axes(right, names, block_labels(list(blocks)))
     colour_bar(figure, [left, right], scale, "cosine similarity (0 in the middle)")
     i, j = pairs[0] if pairs else (0, 0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainmerge.align import Align, Aligned, Pair, ResidualStream, align, anatomy, stream_map, touches_of
 from trainmerge.checkpoints import Checkpoint, Sources, open_checkpoint, stamps
-from trainmerge.checkpoints.sources import FullSource, OpenedFiles, Source, fit_rows
+from trainmerge.checkpoints.sources import FullSource, OpenedFiles, Source, match_rows
 from trainmerge.checkpoints.weight_files import ADAPTER
 from trainmerge.data.generate import Generate
 from trainmerge.system.disk_space import check_free_space
@@ -74,7 +74,7 @@ class Aligner:
             pair = self._pair(own)
             made = self._file(name, folders[name], own)
             file = cached(made, partial(self._make, name, folders[name], pair, own, calibration.get(name)))
-            print(f"{name}: {sentence(metadata_of(file, RECORD))}", flush=True)
+            print(f"{name}: {alignment_sentence(metadata_of(file, RECORD))}", flush=True)
             places: dict[str, Source] = {key: FullSource(str(made), key) for key in file.tensors}
             experts[name] = {**experts[name], **places}
         return replace(sources, experts=experts)
@@ -85,7 +85,7 @@ class Aligner:
         def read(name: str) -> Tensor:
             place = places[name]
             assert isinstance(place, FullSource)  # not an adapter
-            return fit_rows(files.read(place.file, place.tensor), self.base.read(name))
+            return match_rows(files.read(place.file, place.tensor), self.base.read(name))
 
         return Pair(anatomy(self.base.config, list(places)), self.base.read, read)
 
@@ -159,7 +159,7 @@ def _write(path: Path, pair: Pair, metadata: Mapping[str, str]) -> None:
     write_safetensors(path, specs, tensors(), metadata)
 
 
-def sentence(record: Mapping[str, Any]) -> str:
+def alignment_sentence(record: Mapping[str, Any]) -> str:
     """What was done to an expert, by its file's record."""
     if not record["moved"] and not record["gauges"]:
         return "in line with the base already: nothing was moved"

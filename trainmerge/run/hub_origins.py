@@ -46,7 +46,7 @@ def to_json(found: Mapping[str, Origin]) -> dict[str, dict[str, str]]:
     return {name: {"id": origin.id, "revision": origin.revision} for name, origin in found.items()}
 
 
-def moved(before: Mapping[str, Origin], now: Mapping[str, Origin]) -> str:
+def moved_revisions(before: Mapping[str, Origin], now: Mapping[str, Origin]) -> str:
     """One line per model whose id has another commit than at the run's start, with what to write instead."""
     return "\n".join(
         f"  {name}: {then.id} is at commit {now[name].revision} now; write {then.id}@{then.revision}"

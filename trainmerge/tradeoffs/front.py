@@ -53,7 +53,7 @@ def _minimised(losses: Quadratics, scalar: Callable[[Tensor], Tensor], count: in
     Projected Adam from the best of many starts, because the losses need not be convex.
     """
     n = losses.linear.shape[1]
-    starts = spread(n, STARTS, seed=0).to(losses.constant)
+    starts = sobol_points(n, STARTS, seed=0).to(losses.constant)
     values = scalar(losses(starts)[:, None].expand(-1, count, -1))  # [STARTS, W]
     u = starts[values.argmin(dim=0)].requires_grad_(True)
     optimizer = torch.optim.Adam([u], lr=0.05)
@@ -67,7 +67,7 @@ def _minimised(losses: Quadratics, scalar: Callable[[Tensor], Tensor], count: in
     return u.detach()
 
 
-def spread(n: int, count: int, seed: int) -> Tensor:
+def sobol_points(n: int, count: int, seed: int) -> Tensor:
     """Points spread evenly over [-1, 1]^n, [count, n] float64: a scrambled Sobol sequence."""
     sobol = torch.quasirandom.SobolEngine(n, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
     return 2 * sobol.draw(count, dtype=torch.float64) - 1

@@ -25,7 +25,7 @@ from trainmerge.run.in_use import in_use
 from trainmerge.system.atomic import write_whole
 from trainmerge.system.ranges import check_option
 from trainmerge.system.safetensors_file import sha256
-from trainmerge.tradeoffs.front import front, spread
+from trainmerge.tradeoffs.front import front, sobol_points
 from trainmerge.tradeoffs.scales import losses_at, named, scaled
 from trainmerge.tradeoffs.surrogate import Quadratics, check_points, fit_quadratics, rank_correlation
 
@@ -76,7 +76,7 @@ def _measured(
     check_points(points, len(data.examples))
     module.load(data)
     start = module.start
-    at = places(len(start), points + checks, seed)
+    at = sobol_design(len(start), points + checks, seed)
     found = [
         losses_at(module, data, start, 1 + radius * u) for u in track(at, description="measuring merges")
     ]
@@ -85,9 +85,9 @@ def _measured(
     return _content(module, quadratics, at, losses, points, radius, count)
 
 
-def places(n: int, count: int, seed: int) -> Tensor:
+def sobol_design(n: int, count: int, seed: int) -> Tensor:
     """The centre, then points spread over [-1, 1]^n, [count, n]."""
-    return torch.cat([torch.zeros(1, n, dtype=torch.float64), spread(n, count - 1, seed)])
+    return torch.cat([torch.zeros(1, n, dtype=torch.float64), sobol_points(n, count - 1, seed)])
 
 
 def _content(

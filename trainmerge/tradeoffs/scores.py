@@ -9,7 +9,7 @@ from torch import nn
 
 from trainmerge.data.calibration import Calibration
 from trainmerge.evaluate import load_tasks
-from trainmerge.evaluate.runs import as_embedder, build_heads
+from trainmerge.evaluate.runs import as_embedder, build_task_heads
 from trainmerge.evaluate.score_task import score_task
 from trainmerge.evaluate.subject import Subject, TaskScore
 from trainmerge.fitting.calibration_loss import batches, calibration_loss
@@ -106,7 +106,7 @@ def _scorer(module: MergeModule, data: Calibration, limit: int | None) -> Callab
     resident = module.resident
     model = resident.merged.module
     with resident.merged.uniform(module.start.new_zeros(len(tasks)), everywhere=True):
-        heads = build_heads(model, tasks, data.tokenize, resident.merged.names)
+        heads = build_task_heads(model, tasks, data.tokenize, resident.merged.names)
     subject = as_embedder(Subject(model, heads, data.tokenize), resident, module.opened.base, tasks)
 
     return lambda: {task.name: score_task(subject, task) for task in tasks}
