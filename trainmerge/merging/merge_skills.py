@@ -16,7 +16,7 @@ from trainmerge.kernels import LowRank, Untouched
 from trainmerge.merging.document import Document
 from trainmerge.merging.group import Group
 from trainmerge.merging.open_merge import method_settings
-from trainmerge.merging.pipelines import open_experts, task_terms
+from trainmerge.merging.pipeline_experts import open_experts, task_terms
 from trainmerge.merging.sphere import nonzero
 from trainmerge.merging.values import parameter_places
 from trainmerge.system.safetensors_file import write_safetensors

@@ -1,90 +1,48 @@
 """A document's merge over mapped files, one tensor at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trainmerge.checkpoints import Checkpoint, Rules, find_chosen, open_checkpoint
 from trainmerge.checkpoints.choice import BASE, UNION
 from trainmerge.export.form import DtypeName, Form
-from trainmerge.export.shards import finite
 from trainmerge.export.tensors import OnlyModel
 from trainmerge.kernels import ExpertWeight, Untouched
 from trainmerge.merging.document import Document
-from trainmerge.merging.group import OWN, Alternatives, Group, Rule
+from trainmerge.merging.group import OWN, Alternatives, Group
+from trainmerge.merging.merged_tensors import MergedTensors
 from trainmerge.merging.values import parameter_places
 from trainmerge.merging.vocabulary import choose_tokenizer
-from trainmerge.system.safetensors_file import TensorInfo, read_ahead
+from trainmerge.system.safetensors_file import read_ahead
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.parameter_names import number_of
 
 
 @dataclass(frozen=True)
-class DocumentMerge(OnlyModel):
+class DocumentMerge(MergedTensors[Checkpoint], OnlyModel):
     """The tensors of a document's merge."""
-
-    base: Checkpoint
-    form: Form
-    document: Document
-    groups: Mapping[str, Group]
-    faithful: bool
-
-    @cached_property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """The headers of the merged checkpoint's tensors."""
-        return self.form.headers(self.base.tensors)
 
     @cached_property
     def shards(self) -> Mapping[str, tuple[str, ...]]:
         """File name -> its tensors."""
         return self.form.shards(self.base)
 
-    def merged(self, name: str) -> bool:
-        """Whether a tensor is merged; others are copies."""
-        return self.base.tied.get(name, name) in self.groups
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """A tensor of the base's files after the merge, as consecutive pieces of rows [*S].
-
-        Raises:
-            ValueError: a merged number is not finite.
-        """
-        info = self.base.tensors[name]
-        dtype = self.form.dtype_of(info)
-        group = self.groups.get(self.base.tied.get(name, name))
-        if group is None:
-            yield finite(name, self.base.read(name).to(dtype), info.dtype)
-            return
-        rule = self.document.definition.rule(group, self.faithful)
-        yield from merged_pieces(name, group, rule, dtype, info.shape)
+    def group_of(self, name: str) -> Group | None:
+        """The models' values of a tensor, or of the one that it is tied to; None for a copy."""
+        return self.groups.get(self.base.tied.get(name, name))
 
     def read_ahead_of(self, name: str) -> None:
         """Ask the kernel to read ahead the pages that `pieces` will need."""
         read_ahead(self.base.read(name))
-        group = self.groups.get(self.base.tied.get(name, name))
+        group = self.group_of(name)
         for term in group.delta.terms if group else ():
             if isinstance(term, ExpertWeight):
                 read_ahead(term.weight)
-
-
-def merged_pieces(
-    name: str, group: Group, rule: Rule, dtype: torch.dtype, shape: torch.Size
-) -> Iterator[Tensor]:
-    """A merged tensor as consecutive pieces of rows.
-
-    Raises:
-        ValueError: a merged number is not finite.
-    """
-    for piece in group.pieces():
-        out = rule(piece).to(dtype)
-        if not bool(torch.isfinite(out).all()):
-            raise ValueError(f"{name}: the merged tensor is not finite; check the weights, or the models")
-        yield out if shape else out.view(shape)
 
 
 def open_merge(
