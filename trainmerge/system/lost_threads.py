@@ -4,12 +4,13 @@ import mmap
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 ROOM = 16 << 20  # bytes: the stack of one thread, and some
+AGAIN = 0.05  # seconds between signals
 WOKEN_BY = signal.SIGUSR2  # not SIGINT, which background jobs ignore
 DIED = "Exception ignored in thread started by"  # the interpreter's words; the new thread says them
 
@@ -36,21 +37,27 @@ def lost_threads() -> Iterator[None]:
         yield
         return
     hook_before, main = sys.unraisablehook, threading.main_thread().ident or 0
+    over = False
 
     def hook(found: Any) -> None:
-        if issubclass(found.exc_type, MemoryError) and (found.err_msg or "").startswith(DIED):
-            signal.pthread_kill(main, WOKEN_BY)  # a real signal: the main thread waits for a lock
-        else:
+        if not issubclass(found.exc_type, MemoryError) or not (found.err_msg or "").startswith(DIED):
             hook_before(found)
+            return
+        while not over:  # a signal just before the main thread's wait for a lock would not end that wait
+            signal.pthread_kill(main, WOKEN_BY)
+            time.sleep(AGAIN)
 
-    handler_before = signal.signal(WOKEN_BY, _raise)
+    def wake(*_: object) -> None:
+        nonlocal over
+        if not over:
+            over = True
+            raise MemoryError("a thread could not begin")
+
+    handler_before = signal.signal(WOKEN_BY, wake)
     sys.unraisablehook = hook
     try:
         yield
     finally:
+        over = True
         sys.unraisablehook = hook_before
         signal.signal(WOKEN_BY, handler_before)
-
-
-def _raise(*_: int | FrameType | None) -> None:
-    raise MemoryError("a thread could not begin")
