@@ -10,10 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tests import results
 from tests.bench.__main__ import figure
+from tests.bench.demo_scores import scored_demo
 from tests.closed_suite import METHODS, SUITES, Steps
 from trainmerge.fitting.from_config import from_config
 from trainmerge.tradeoffs.scores import make_score
@@ -36,11 +35,7 @@ def chosen() -> list[str]:
 def main() -> None:
     """Score each; task arithmetic too."""
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "demo.yaml"
-        content = yaml.safe_load(Path("configs/demo.yaml").read_text())
-        content["recipe"]["each"]["validation"] = content["recipe"]["each"]["test"]
-        content["model"]["objective"] = {"class_path": "trainmerge.Entropy"}  # which records no expert
-        config.write_text(yaml.safe_dump(content))
+        config = scored_demo(Path(folder))
         for scale in SCALES:
             figure(f"task_arithmetic_{scale}", score(config, Path(folder), (), scale), "accuracy", "")
         for name in chosen():

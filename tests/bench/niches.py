@@ -12,9 +12,8 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import mean
 
-import yaml
-
 from tests.bench.__main__ import figure
+from tests.bench.demo_scores import scored_demo
 from trainmerge.tradeoffs.cma_es import Search
 from trainmerge.tradeoffs.niches import Niches
 from trainmerge.tradeoffs.search import Over, search_config
@@ -32,11 +31,7 @@ SEARCHES: dict[str, tuple[Over, type[Search] | type[Niches]]] = {
 def main() -> None:
     """Each search with each seed; the best score after half and after all evaluations, means over seeds."""
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "demo.yaml"
-        content = yaml.safe_load(Path("configs/demo.yaml").read_text())
-        content["recipe"]["each"]["validation"] = content["recipe"]["each"]["test"]
-        content["model"]["objective"] = {"class_path": "trainmerge.Entropy"}  # which records no expert
-        config.write_text(yaml.safe_dump(content))
+        config = scored_demo(Path(folder))
         best = {name: [course(config, Path(folder), name, seed) for seed in SEEDS] for name in SEARCHES}
     for name, courses in best.items():
         for count in (EVALUATIONS // 2, EVALUATIONS):

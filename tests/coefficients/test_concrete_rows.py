@@ -3,6 +3,7 @@
 Legend: `K` experts, `G` rows, `N` tensors.
 """
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import trainmerge as tm
+from tests.coefficients.optimised import fitted
 from tests.world import recipe, write_world
 from trainmerge.coefficients.concrete_rows import ConcreteRows, sample_concrete
-from trainmerge.run.recipe_files import calibration_files
 
 GROUPS = {"a": (0, 1, 2, 3), "b": (4, 5, 6)}
 K, G = 3, 7
@@ -101,25 +102,11 @@ def test_what_is_refused() -> None:
         ConcreteRows.follow(ConcreteRows([bound.raw]), bound)
 
 
-def fitted(merge: tm.Recipe, run: Path, *steps: int) -> Tensor:
-    for last in steps:
-        module = tm.MergeModule(
-            merge,
-            initial=0.5,
-            optimizer=lambda c: tm.ConcreteRows(c, mask_lr=0.5),
-            workspace=str(run / "workspace"),
-        )
-        data = tm.Calibration(calibration_files(merge), merge.base, batch_size=4, max_length=16)
-        trainer = tm.make_trainer(run, max_steps=last, accelerator="cpu", enable_progress_bar=False)
-        tm.fit(module, data, trainer, run)
-    return module.coefficients().detach()
-
-
 def test_a_resumed_fit_continues_bit_for_bit_and_exports_the_mean_mask(tmp_path: Path) -> None:
     write_world(tmp_path)
     merge = recipe(tmp_path, grouping=tm.Grouping("chunk", chunks=100_000))
-    whole = fitted(merge, tmp_path / "whole", 4)
-    assert torch.equal(fitted(merge, tmp_path / "parts", 2, 4), whole)
+    whole = fitted(merge, tmp_path / "whole", partial(ConcreteRows, mask_lr=0.5), 4)
+    assert torch.equal(fitted(merge, tmp_path / "parts", partial(ConcreteRows, mask_lr=0.5), 2, 4), whole)
     cut = (whole == 0).all(0)
     assert 0 < int(cut.sum()) < whole.shape[1]
     out = tm.export_run(tmp_path / "whole", tmp_path / "out")

@@ -2,16 +2,16 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import trainmerge as tm
+from tests.coefficients.optimised import fitted
 from tests.world import recipe, write_world
 from trainmerge.coefficients.newton import NewtonCG, least_within
-from trainmerge.run.recipe_files import calibration_files
 
 K, G = 3, 4
 
@@ -99,25 +99,11 @@ def test_bad_settings() -> None:
         NewtonCG([nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))])
 
 
-def fitted(merge: tm.Recipe, run: Path, *steps: int) -> Tensor:
-    for last in steps:
-        module = tm.MergeModule(
-            merge,
-            initial=0.5,
-            optimizer=lambda c: tm.NewtonCG(c, products=3),
-            workspace=str(run / "workspace"),
-        )
-        data = tm.Calibration(calibration_files(merge), merge.base, batch_size=4, max_length=16)
-        trainer = tm.make_trainer(run, max_steps=last, accelerator="cpu", enable_progress_bar=False)
-        tm.fit(module, data, trainer, run)
-    return module.coefficients().detach()
-
-
 def test_a_resumed_fit_continues_bit_for_bit(tmp_path: Path) -> None:
     write_world(tmp_path)
     merge = recipe(tmp_path)
-    whole = fitted(merge, tmp_path / "whole", 4)
-    assert torch.equal(fitted(merge, tmp_path / "parts", 2, 4), whole)
+    whole = fitted(merge, tmp_path / "whole", partial(NewtonCG, products=3), 4)
+    assert torch.equal(fitted(merge, tmp_path / "parts", partial(NewtonCG, products=3), 2, 4), whole)
     assert not torch.equal(whole, torch.full_like(whole, 0.5))
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     assert all(math.isfinite(json.loads(line)["loss"]) for line in lines)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from tests.heads_world import ARCHITECTURES, make, texts, write_rows, write_tokenizer
 from tests.model.test_own_head import batch_of, prepared
 from tests.world import nudge
+from trainmerge import Calibration, MergeModule
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.recipe_tasks import Expert
 
@@ -86,6 +87,15 @@ def test_one_hot_is_the_adapter(
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def check_logits(module: MergeModule, data: Calibration, root: Path) -> None:
+    """Expert a's logits are those of peft's model."""
+    batch = batch_of(module, data, 0)
+    wrapped = PeftModel.from_pretrained(started(root, "BertForSequenceClassification"), root / "a").eval()
+    with module.resident.merged.teacher(0), torch.no_grad():
+        got = module.resident(batch).logits
+        torch.testing.assert_close(got, wrapped(**batch.inputs).logits, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("architecture", ["Bert", "Bert without a pooler"])
 @pytest.mark.parametrize("pooler", ["bert.pooler.dense", "bert.pooler", "pooler"])
 def test_a_module_is_saved_by_its_path(tmp_path: Path, architecture: str, pooler: str) -> None:
@@ -95,13 +105,7 @@ def test_a_module_is_saved_by_its_path(tmp_path: Path, architecture: str, pooler
         modules_to_save=["classifier", pooler],
     )  # fmt: skip
     module, data = prepared(recipe)
-    batch = batch_of(module, data, 0)
-    wrapped = PeftModel.from_pretrained(
-        started(tmp_path, "BertForSequenceClassification"), tmp_path / "a"
-    ).eval()
-    with module.resident.merged.teacher(0), torch.no_grad():
-        got = module.resident(batch).logits
-        torch.testing.assert_close(got, wrapped(**batch.inputs).logits, rtol=1e-4, atol=1e-5)
+    check_logits(module, data, tmp_path)
     merged = [name for name in module.opened.task_vectors.deltas if "pooler" in name]
     assert len(merged) == (2 if architecture == "Bert" else 0)
 
@@ -110,13 +114,7 @@ def test_a_whole_update_beside_a_head(tmp_path: Path) -> None:
     """DoRA is merged by peft, which must not look for the head in the base."""
     recipe = write_adapter(tmp_path, "Bert", "SEQ_CLS", "ForSequenceClassification", ["query"], use_dora=True)
     module, data = prepared(recipe)
-    batch = batch_of(module, data, 0)
-    wrapped = PeftModel.from_pretrained(
-        started(tmp_path, "BertForSequenceClassification"), tmp_path / "a"
-    ).eval()
-    with module.resident.merged.teacher(0), torch.no_grad():
-        got = module.resident(batch).logits
-        torch.testing.assert_close(got, wrapped(**batch.inputs).logits, rtol=1e-4, atol=1e-5)
+    check_logits(module, data, tmp_path)
 
 
 def test_another_number_of_labels_than_the_bases(tmp_path: Path) -> None:

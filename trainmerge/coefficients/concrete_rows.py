@@ -22,12 +22,13 @@ from typing_extensions import override
 
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.constraints import Free
+from trainmerge.coefficients.single_tensor import SingleTensorOptimizer
 from trainmerge.system.ranges import check_option
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # Adam's
 
 
-class ConcreteRows(Optimizer):
+class ConcreteRows(SingleTensorOptimizer):
     """Optimises coefficients [K, G] of rows as a mask per row times a coefficient per tensor.
 
     Use it with `recipe.grouping: {granularity: chunk, chunks: N}`; with more chunks than rows every row has a
@@ -56,8 +57,6 @@ class ConcreteRows(Optimizer):
         check_option("ConcreteRows.temperature", temperature, float, "(0, inf)")
         check_option("ConcreteRows.seed", seed, int, "[0, inf)")
         super().__init__(params, {"lr": lr, "mask_lr": mask_lr, "temperature": temperature, "seed": seed})
-        if len(self.param_groups) != 1 or len(self.param_groups[0]["params"]) != 1:
-            raise ValueError("ConcreteRows optimises a single tensor of coefficients")
         self._tensors: Tensor | None = None  # [G], the tensor of each row; all rows are of one without
 
     @staticmethod
@@ -87,20 +86,15 @@ class ConcreteRows(Optimizer):
 
     def kept(self) -> Tensor:
         """The rows that the mean mask keeps, [G] bool, once a step was taken."""
-        logits: Tensor = self.state[self._coefficients]["logits"]
+        logits: Tensor = self.state[self.coefficients]["logits"]
         return logits >= 0
-
-    @property
-    def _coefficients(self) -> Tensor:
-        parameter: Tensor = self.param_groups[0]["params"][0]
-        return parameter
 
     @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. The closure computes loss and gradient, once."""
         assert closure is not None
-        here, options = self._coefficients, self.param_groups[0]
+        here, options = self.coefficients, self.param_groups[0]
         state = self._started(here)
         tensors = self._of_rows(here)
         mask = sample_concrete(state["logits"], options["temperature"], options["seed"], int(state["count"]))

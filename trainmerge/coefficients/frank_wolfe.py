@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
+from trainmerge.coefficients.single_tensor import SingleTensorOptimizer
 from trainmerge.system.ranges import check_option
 
 
-class FrankWolfe(Optimizer):
+class FrankWolfe(SingleTensorOptimizer):
     """Optimises coefficients [K, G] over a simplex; use it with `constraint: trainmerge.Simplex`.
 
     Args:
@@ -43,17 +43,10 @@ class FrankWolfe(Optimizer):
         for name, value in (("base", base), ("shared", shared), ("search", search)):
             check_option(f"FrankWolfe.{name}", value, bool)
         super().__init__(params, {"total": total, "base": base, "shared": shared, "search": search})
-        if len(self.param_groups) != 1 or len(self.param_groups[0]["params"]) != 1:
-            raise ValueError("FrankWolfe optimises a single tensor of coefficients")
-
-    @property
-    def _coefficients(self) -> Tensor:
-        parameter: Tensor = self.param_groups[0]["params"][0]
-        return parameter
 
     def gap(self) -> float:
         """The duality gap before the last step: a convex loss is at most this far above its minimum."""
-        return float(self.state[self._coefficients]["gap"])
+        return float(self.state[self.coefficients]["gap"])
 
     @override
     @torch.no_grad()
@@ -62,7 +55,7 @@ class FrankWolfe(Optimizer):
         assert closure is not None
         with torch.enable_grad():
             loss = closure()
-        here, options = self._coefficients, self.param_groups[0]
+        here, options = self.coefficients, self.param_groups[0]
         assert here.grad is not None
         state, gradient, start = self.state[here], here.grad.clone(), here.clone()
         state["step"] = state.get("step", torch.zeros(())) + 1

@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
+from trainmerge.coefficients.single_tensor import SingleTensorOptimizer
 from trainmerge.system.ranges import check_option
 
 ENOUGH = 1e-4  # of the predicted fall of the loss: less is no step
 POOR, GOOD = 0.25, 0.75  # shares of it at which the trust region shrinks and grows
 
 
-class NewtonCG(Optimizer):
+class NewtonCG(SingleTensorOptimizer):
     """Optimises coefficients [K, G] by Newton steps on each step's own batch; the loss never rises on it.
 
     Each step evaluates the loss and its gradient at most `products` + 2 times: give it larger batches than a
@@ -50,15 +50,13 @@ class NewtonCG(Optimizer):
         check_option("NewtonCG.radius", radius, float, "(0, inf)")
         check_option("NewtonCG.difference", difference, float, "(0, inf)")
         super().__init__(params, {"products": products, "radius": radius, "difference": difference})
-        if len(self.param_groups) != 1 or len(self.param_groups[0]["params"]) != 1:
-            raise ValueError("NewtonCG optimises a single tensor of coefficients")
 
     @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. The closure computes loss and gradient, of the same batch each time."""
         assert closure is not None
-        here: Tensor = self.param_groups[0]["params"][0]
+        here = self.coefficients
         options, state = self.param_groups[0], self.state[here]
         start, radius = here.clone(), float(state.get("radius", options["radius"]))
 
