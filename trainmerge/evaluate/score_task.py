@@ -22,6 +22,7 @@ from trainmerge.evaluate.subject import Subject, TaskScore
 from trainmerge.evaluate.tasks import Task
 from trainmerge.evaluate.torchmetrics_states import AnswerLengths, TokenLosses, class_measures
 from trainmerge.system.distributed import merge_shares, own_share
+from trainmerge.system.side_by_side import side_by_side
 
 ON_A_GPU = 8192  # tokens per forward pass with a head, about
 
@@ -56,11 +57,16 @@ def _similarities(subject: Subject, name: str, similar: Similar) -> TaskScore:
 
 
 def _batches(subject: Subject, task: Task, numbers: Iterable[int]) -> Iterator[tuple[list[int], Tensor]]:
-    """Numbers and logits of some of a task's examples, by length."""
-    texts = subject.texts(task.name, task.examples)
-    most = TOKENS if subject.device.type == "cpu" else ON_A_GPU
-    for chosen in by_length(numbers, texts.lengths(), most):
-        yield chosen, subject.logits(task.name, texts.batch(chosen))
+    """Numbers and logits of some of a task's examples, by length; on a CPU several batches side by side."""
+    texts, here = subject.texts(task.name, task.examples), subject.device.type == "cpu"
+    chosen = by_length(numbers, texts.lengths(), TOKENS if here else ON_A_GPU)
+    batches = ((numbers, texts.batch(numbers)) for numbers in chosen)
+
+    def scored(batch: tuple[list[int], Encoded]) -> tuple[list[int], Tensor]:
+        return batch[0], subject.logits(task.name, batch[1])
+
+    together = here and torch.get_num_threads() > 1 and subject.is_stateless(task.name, texts)
+    yield from (side_by_side if together else map)(scored, batches)
 
 
 def _classes(subject: Subject, task: Task) -> TaskScore:

@@ -5,6 +5,7 @@ Legend: `N` examples of a task, `B` of a batch, `T` tokens, `V` classes or vocab
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from trainmerge.data.classifier import Classifier
 from trainmerge.data.encoded import Encoded
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.evaluate.stateless import is_stateless
 from trainmerge.evaluate.task_texts import TaskTexts
 from trainmerge.model.embedding import Embedding
 from trainmerge.model.forward import forward
@@ -48,6 +50,7 @@ class Subject:
     embedding: Embedding | None = None  # of a sentence embedder
     references: Mapping[str, Tensor] = field(default_factory=dict)  # task -> its expert's cosines [P]
     _texts: dict[str, TaskTexts] = field(default_factory=dict, repr=False)  # by task
+    _stateless: dict[str, bool] = field(default_factory=dict, repr=False)  # by task
 
     @property
     def device(self) -> torch.device:
@@ -59,6 +62,16 @@ class Subject:
         if task not in self._texts:
             self._texts[task] = TaskTexts(examples, self.tokenize)
         return self._texts[task]
+
+    def is_stateless(self, task: str, texts: TaskTexts) -> bool:
+        """Whether a task's forwards leave the model as it was: tried with its shortest and longest."""
+        if task not in self._stateless:
+            head, lengths = self.heads[task], texts.lengths()
+            model = head.module if isinstance(head, OwnModel) else self.module
+            ends = (lengths.index(min(lengths)), lengths.index(max(lengths)))
+            tried = (partial(self.logits, task, texts.batch([end])) for end in ends)
+            self._stateless[task] = all(is_stateless(model, forward) for forward in tried)
+        return self._stateless[task]
 
     def logits(self, task: str, encoded: Encoded) -> Tensor:
         """Logits [B, V] of the task's head or of the model's classifier, else [B, T, V]; or of their kind."""

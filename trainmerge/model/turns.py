@@ -17,12 +17,10 @@ from queue import SimpleQueue
 from threading import Lock, Thread, current_thread
 from typing import TypeVar
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from trainmerge.model.hooks import hooked
+from trainmerge.system.thread_state import thread_state
 
 T = TypeVar("T")
 
@@ -50,7 +48,7 @@ class Turns:
         """What the functions return. All end before this does; an error is raised after that."""
         results = [Future[T]() for _ in functions]
         for function, result in zip(functions, results, strict=True):
-            job = partial(copy_context().run, self._one, function, result, _state())
+            job = partial(copy_context().run, self._one, function, result, thread_state())
             self._gates[Thread(target=job, name="turns")] = SimpleQueue()
         threads = [*self._gates]
         self._queue.extend(threads)
@@ -100,28 +98,3 @@ def in_turns(units: Iterable[nn.Module], functions: Sequence[Callable[[], T]]) -
     # before other hooks of a unit, which may merge it
     with hooked(unit.register_forward_pre_hook(turns.pass_on, prepend=True) for unit in units):
         return turns.run(functions)
-
-
-def _state() -> Callable[[ExitStack], None]:
-    """Gives another thread this one's modes, autocast and stream, which torch stores per thread."""
-    graded, modes = torch.is_grad_enabled(), _get_current_dispatch_mode_stack()
-    functions: Sequence[TorchFunctionMode] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    cached = torch.is_autocast_cache_enabled()
-    casts = [(on, torch.is_autocast_enabled(on), torch.get_autocast_dtype(on)) for on in ("cpu", "cuda")]
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-
-    def enter(stack: ExitStack) -> None:
-        torch.set_grad_enabled(graded)
-        torch.autocast_increment_nesting()  # or each context's end would clear the cache of casts
-        for on, enabled, dtype in casts:
-            torch.set_autocast_enabled(on, enabled)
-            torch.set_autocast_dtype(on, dtype)
-        torch.set_autocast_cache_enabled(cached)
-        if stream is not None:
-            torch.cuda.set_stream(stream)
-        for function_mode in functions:
-            stack.enter_context(function_mode)
-        for mode in modes:
-            stack.enter_context(mode)
-
-    return enter
