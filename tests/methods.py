@@ -50,6 +50,7 @@ METHODS: dict[str, tm.Preprocess] = {
     "ties": tm.Ties(0.5),
     "ties-mean": tm.Ties(0.5, merge="mean"),
     "ties-parameter": tm.Ties(0.5, scope="parameter"),
+    "trim": tm.Trim(0.3),
     "tsv": tm.Tsv(),
     "tsv-energy": tm.Tsv(energy=0.7),
     "tsv-c": tm.Tsv(orthogonal=False),

@@ -185,6 +185,7 @@ UNTRIMMED = {
     "ties": tm.Ties(1.0),
     "ties-mean": tm.Ties(1.0, merge="mean"),
     "ties-parameter": tm.Ties(1.0, scope="parameter"),
+    "trim": tm.Trim(1.0),
     "tsv-energy": tm.Tsv(energy=1.0),
 }
 NOT_ITSELF = {"doge", "doge-adam", "doge-am", "iso-c", "iso-cts", "pcb"}  # a new difference; clipped
