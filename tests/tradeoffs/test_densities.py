@@ -159,6 +159,11 @@ def test_a_search_of_densities_resumes_and_exports_what_it_scored(
     exported = yaml.safe_load((out / "trainmerge_recipe.yaml").read_text())["recipe"]["preprocess"]
     assert exported[-1] == {"class_path": "trainmerge.Trim", "init_args": {"density": [*found.densities]}}
     assert_close_to_float64(world, out, found)
+    start = str(run / "coefficients.safetensors")
+    trimmed = languages_recipe(world, preprocess=[tm.Trim(found.densities)])
+    tm.MergeModule(trimmed, initial=start, workspace=str(tmp_path / "workspace"))
+    with pytest.warns(UserWarning, match="make trainmerge.Trim with density"):
+        tm.MergeModule(languages_recipe(world), initial=start, workspace=str(tmp_path / "workspace"))
 
 
 def assert_close_to_float64(world: Path, out: Path, found: tm.Coefficients) -> None:

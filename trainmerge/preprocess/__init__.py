@@ -28,6 +28,7 @@ from trainmerge.preprocess.sce import Sce
 from trainmerge.preprocess.slerp import ModelStock, Slerp
 from trainmerge.preprocess.svc import Svc
 from trainmerge.preprocess.ties import Ties
+from trainmerge.preprocess.trained_masks import TrainedMasks
 from trainmerge.preprocess.trim import Magnitudes, Trim
 from trainmerge.preprocess.tsv import Tsv
 from trainmerge.preprocess.widen import Widen
@@ -68,6 +69,7 @@ __all__ = [
     "Slerp",
     "Svc",
     "Ties",
+    "TrainedMasks",
     "Trim",
     "Tsv",
     "Widen",
