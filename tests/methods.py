@@ -3,8 +3,9 @@
 Legend: `K` experts, `*S` parameter shape, `m x n` a matrix.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -50,6 +51,8 @@ METHODS: dict[str, tm.Preprocess] = {
     "ties": tm.Ties(0.5),
     "ties-mean": tm.Ties(0.5, merge="mean"),
     "ties-parameter": tm.Ties(0.5, scope="parameter"),
+    "trim": tm.Trim(0.3),
+    "trained-masks": tm.TrainedMasks(steps=8, rate=0.6),
     "tsv": tm.Tsv(),
     "tsv-energy": tm.Tsv(energy=0.7),
     "tsv-c": tm.Tsv(orthogonal=False),
@@ -119,6 +122,7 @@ class SoftmaxLayer:
     """A `Calibrator` whose network is p(y | x) = softmax(W x + b), on twelve inputs an expert."""
 
     given: TaskVectors
+    written: dict[str, Tensor] = field(default_factory=dict)
 
     def inputs(self, expert: int) -> Tensor:
         seed = ord(self.given.experts[expert])  # an expert's examples go with its name
@@ -153,6 +157,33 @@ class SoftmaxLayer:
 
     def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors)
+
+    @contextmanager
+    def merge_of(self, task_vectors: TaskVectors, scale: float) -> Iterator[None]:
+        for name, delta in task_vectors.deltas.items():
+            self.written[name] = delta.base.double() + scale * delta.dense().double().sum(0)
+        yield
+        self.written.clear()
+
+    def write(self, name: str, weight: Tensor) -> None:
+        self.written[name] = weight.double()
+
+    def imitation(self, expert: int) -> Callable[[], tuple[float, dict[str, Tensor]]]:
+        x = self.inputs(expert)
+        told = self._log_p(x, *(self._own(name, expert) for name in ("layer.weight", "layer.bias")))
+
+        def compared() -> tuple[float, dict[str, Tensor]]:
+            log_p = self._log_p(x, *(self.written[name] for name in ("layer.weight", "layer.bias")))
+            loss = (told.exp() * (told - log_p)).sum(1).mean()
+            slopes = (log_p.exp() - told.exp()) / len(x)  # [12, m]
+            zeros = {name: torch.zeros(delta.shape) for name, delta in self.given.deltas.items()}
+            outer = x.T @ slopes if self.flipped else slopes.T @ x
+            return float(loss), {**zeros, "layer.weight": outer, "layer.bias": slopes.sum(0)}
+
+        return compared
+
+    def _log_p(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return (x @ (weight if self.flipped else weight.T) + bias).log_softmax(1)
 
     def _own(self, name: str, expert: int) -> Tensor:
         delta = self.given.deltas[name]

@@ -26,6 +26,7 @@ VALID = [
     tm.Breadcrumbs(), tm.Consensus(), tm.Dare(), tm.Doge(), tm.Fisher(), tm.ModelStock(), tm.Opcm(),
     tm.OptMerge(), tm.Pcb(), tm.Rcp("a", "b"), tm.RegMean(), tm.Slerp(), tm.Ties(), tm.Tsv(), tm.Widen(),
     tm.Wudi(), tm.Aim(), tm.CoreSpace(), tm.Della(), tm.Iso(), tm.Karcher(), tm.Knots(), tm.Pico(),
+    tm.Trim(), tm.TrainedMasks(), tm.Trim((0.5, 1.0)),
     tm.LocalizeAndStitch(), tm.MagMax(), tm.Ram(), tm.Sce(), tm.Svc(),
     tm.Entropy(), tm.Alignment(), tm.Similarity(), tm.LabelHead(["a", "b"]), tm.LinearHead("f"),
     tm.Breadcrumbs(), tm.CalibratedRouters(), tm.Consensus(), tm.Dare(), tm.Doge(), tm.Fisher(),

@@ -121,6 +121,8 @@ from .preprocess import Sce as Sce
 from .preprocess import Slerp as Slerp
 from .preprocess import Svc as Svc
 from .preprocess import Ties as Ties
+from .preprocess import TrainedMasks as TrainedMasks
+from .preprocess import Trim as Trim
 from .preprocess import Tsv as Tsv
 from .preprocess import Widen as Widen
 from .preprocess import Wudi as Wudi

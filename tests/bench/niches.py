@@ -16,7 +16,8 @@ from tests.bench.__main__ import figure
 from tests.bench.demo_scores import scored_demo
 from trainmerge.tradeoffs.cma_es import Search
 from trainmerge.tradeoffs.niches import Niches
-from trainmerge.tradeoffs.search import Over, search_config
+from trainmerge.tradeoffs.search import search_config
+from trainmerge.tradeoffs.space import Over
 
 SEEDS = (0,)
 EVALUATIONS = 60

@@ -132,7 +132,7 @@ def test_rows_and_columns_of_zeros(name: str) -> None:
 
 
 ABSOLUTE = {"doge", "doge-adam", "doge-am", "ram+"}  # eta and epsilon are not of tau's size
-NONLINEAR = {"fisher", "rcp"}  # the networks' own gradients change
+NONLINEAR = {"fisher", "rcp", "trained-masks"}  # the networks' own gradients change
 
 
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - ABSOLUTE - NONLINEAR))
@@ -185,9 +185,10 @@ UNTRIMMED = {
     "ties": tm.Ties(1.0),
     "ties-mean": tm.Ties(1.0, merge="mean"),
     "ties-parameter": tm.Ties(1.0, scope="parameter"),
+    "trim": tm.Trim(1.0),
     "tsv-energy": tm.Tsv(energy=1.0),
 }
-NOT_ITSELF = {"doge", "doge-adam", "doge-am", "iso-c", "iso-cts", "pcb"}  # a new difference; clipped
+NOT_ITSELF = {"doge", "doge-adam", "doge-am", "iso-c", "iso-cts", "pcb", "trained-masks"}  # new; clipped; cut
 
 
 @every

@@ -68,6 +68,7 @@ def search(
     initial: str | None = None,
     limit: int | None = None,
     alpha: float | None = None,
+    densities: bool = False,
 ) -> None:
     """Search coefficients by any score, without gradients; the same command resumes.
 
@@ -90,6 +91,7 @@ def search(
         initial: A coefficients file to start from.
         limit: Use the first so many validation examples of each task; by default all.
         alpha: Competition for examples of niches, 1 by default; 0 is a plain genetic algorithm.
+        densities: Search one density per expert too: the share of its entries that is kept, the largest.
     """
     _refuse_others(method, {"alpha": alpha}, {"over": over, "spread": spread, "score-args": score_args})
     from trainmerge.tradeoffs import search_config
@@ -100,7 +102,8 @@ def search(
     if method == "niches":
         how = Niches(evaluations, population or 20, 1.0 if alpha is None else alpha, seed)
     where = over or "experts"
-    best = search_config(configuration, run, score, score_args, where, how, initial or None, limit or None)
+    own = initial or None, limit or None, densities
+    best = search_config(configuration, run, score, score_args, where, how, *own)
     print(f"best score: {best.score:.4f}\nnext: trainmerge export {run} OUT")
 
 

@@ -15,6 +15,7 @@ from trainmerge.coefficients.constraints import Constraint, Free
 from trainmerge.coefficients.layout import Layout
 from trainmerge.kernels import accumulation_dtype
 from trainmerge.system.json_file import parse_json
+from trainmerge.system.ranges import check_option
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
 
 
@@ -22,6 +23,7 @@ class Coefficients(nn.Module):
     """The K x G coefficients of a merge: the optimizer updates `raw`, and the constraint maps it."""
 
     raw: nn.Parameter  # [K, G] float32
+    densities: tuple[float, ...] = ()  # K, that a search found with them: of a `Trim` after all else
 
     def __init__(
         self,
@@ -88,6 +90,8 @@ class Coefficients(nn.Module):
 def save_coefficients(coefficients: Coefficients, path: Path) -> None:
     """Write the values [K, G] in float32, with experts and layout, as safetensors, atomically."""
     metadata = {"experts": json.dumps(coefficients.experts), "layout": coefficients.layout.to_json()}
+    if coefficients.densities:
+        metadata["densities"] = json.dumps(coefficients.densities)
     values = coefficients().detach().float().cpu()
     specs = {"coefficients": (values.dtype, tuple(values.shape))}
     write_safetensors(path, specs, [("coefficients", values)], metadata)
@@ -107,6 +111,10 @@ def load_coefficients(path: Path) -> Coefficients:
         experts = parse_json(file.metadata["experts"], "experts", "")
         if not isinstance(experts, list) or not all(isinstance(name, str) for name in experts):
             raise ValueError("experts: not a list of names")
+        densities = parse_json(file.metadata.get("densities", "[]"), "densities", "")
+        check_option("densities", densities, Sequence[float], "(0, 1]")
+        if densities and len(densities) != len(experts):
+            raise ValueError(f"densities: {len(densities)} for {len(experts)} experts")
     except ValueError as error:
         raise ValueError(f"{path}: its header is damaged ({error}). Restore the file from a copy.") from error
     values, shape = file.read("coefficients").clone(), (len(experts), len(layout.labels))
@@ -116,4 +124,6 @@ def load_coefficients(path: Path) -> Coefficients:
         raise ValueError(
             f"{path}: its values do not match its header, or are not finite: the file is damaged"
         )
-    return Coefficients(experts, layout, values)
+    found = Coefficients(experts, layout, values)
+    found.densities = tuple(densities)
+    return found

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -23,13 +22,13 @@ from trainmerge.checkpoints import Checkpoint
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.export.form import Form
 from trainmerge.export.tensors import Tensors, name_in_file, side_files
-from trainmerge.kernels import Difference, LowRank, chunk_bounds
+from trainmerge.kernels import Difference, LowRank
 from trainmerge.preprocess import Rule
 from trainmerge.system.background import ahead
 from trainmerge.system.safetensors_file import TensorInfo, read_ahead, write_safetensors
 from trainmerge.system.safetensors_format import file_order
 from trainmerge.task_vectors.delta import Delta, TaskVectors
-from trainmerge.task_vectors.pieces import in_pieces
+from trainmerge.task_vectors.pieces import in_pieces, merge_rows
 
 READY = 8  # pieces queued for writing
 # Entries of a piece without a rule: fewer calls, and malloc still reuses its pages.
@@ -126,21 +125,6 @@ def finite(name: str, converted: Tensor, dtype: torch.dtype) -> Tensor:
             f"{name}: it is not finite in {str(converted.dtype).removeprefix('torch.')}; export another dtype"
         )
     return converted
-
-
-def merge_rows(out: Tensor, delta: Delta, first: int, coefficients: Tensor, whole: torch.Size) -> None:
-    """Merge some rows of a parameter of shape `whole`, from row `first` on, into `out`.
-
-    Coefficients [K, C] are the parameter's; chunks may start and end within these rows.
-    """
-    if coefficients.shape[1] == 1 or out.shape == whole:
-        delta.merge(out, coefficients)
-        return
-    bounds = chunk_bounds(whole[0], coefficients.shape[1])
-    for chunk, (begin, end) in enumerate(pairwise(bounds)):
-        rows = slice(max(begin - first, 0), min(end - first, len(out)))
-        if rows.start < rows.stop:
-            delta.rows(rows).merge(out[rows], coefficients[:, chunk : chunk + 1])
 
 
 def write_shard(merge: Tensors, names: Iterable[str], path: Path) -> str:

@@ -1,5 +1,6 @@
 """Settings of a fit's model, and their checks before it is loaded."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 import torch
 
 from trainmerge.checkpoints import output_of
+from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.coefficients.initial import Initial
 from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.calibration import Calibration
@@ -14,7 +16,7 @@ from trainmerge.data.generate import generate_problems
 from trainmerge.data.token_checks import check_lengths
 from trainmerge.model.residency import Vectors
 from trainmerge.model.teachers import BUDGET
-from trainmerge.preprocess import Informed
+from trainmerge.preprocess import Informed, Trim
 from trainmerge.run.merge_buffers import REESTIMATE
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
@@ -78,6 +80,17 @@ def check_module_settings(
             "model.sharded: model.subspace, `buffers: reestimate` and preprocessors or presets that use "
             "calibration examples need the whole model on one device; leave them out, or run without "
             "model.sharded"
+        )
+
+
+def warn_of_densities(recipe: Recipe, initial: Initial) -> None:
+    """Warn if a start's coefficients were found for trimmed experts, which the recipe does not trim."""
+    found = load_coefficients(Path(initial)).densities if isinstance(initial, str) else ()
+    if found and (not recipe.preprocess or recipe.preprocess[-1] != Trim(found)):
+        warnings.warn(
+            f"model.initial: {initial} has coefficients that a search found together with densities: for the "
+            f"same merge, make trainmerge.Trim with density {list(found)} the last of recipe.preprocess",
+            stacklevel=3,
         )
 
 

@@ -23,7 +23,13 @@ from trainmerge.coefficients.initial import Initial, read_initial
 from trainmerge.data.batch import Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.loaded import Loaded, load_fit
-from trainmerge.fitting.model_settings import ModelSettings, check_data, check_given, check_module_settings
+from trainmerge.fitting.model_settings import (
+    ModelSettings,
+    check_data,
+    check_given,
+    check_module_settings,
+    warn_of_densities,
+)
 from trainmerge.fitting.on_policy import OnPolicy
 from trainmerge.fitting.prepare import FitInputs
 from trainmerge.fitting.steps import CoefficientSteps
@@ -119,6 +125,7 @@ class MergeModule(CoefficientSteps):
         self.opened = recipe.open(self.settings.workspace)
         names, layout = tuple(recipe.experts), self.opened.layout
         self.coefficients = Coefficients(names, layout, read_initial(initial, names, layout), constraint)
+        warn_of_densities(recipe, initial)
         self.start: Tensor = self.coefficients().detach().clone()  # a plain attribute: not in the checkpoint
         self._combine = (combine,)  # in a tuple: no submodule, so that no checkpoint depends on it
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler

@@ -3,7 +3,7 @@
 Legend: `K` experts, `N` texts, `R` rows, `H` hidden size, `n` inputs of a linear layer.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,10 @@ from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.model.layer_inputs import Kept, Magnitude, Moment, Reads, Shifts, watching
 from trainmerge.model.named_layers import linear_layers, norms
+from trainmerge.model.predictions import predictions
 from trainmerge.model.resident import Resident
 from trainmerge.model.router_states import merged_routers, states_of
-from trainmerge.model.text_statistics import divergences, likelihoods, text_gradients
+from trainmerge.model.text_statistics import divergences, imitated, likelihoods, text_gradients
 from trainmerge.preprocess import Router
 from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.safetensors_file import MappedFile, write_safetensors
@@ -159,6 +160,19 @@ class ExpertStatistics:
                 self.resident, self._batches(expert, "measuring gradients", together=1), dice
             )
 
+    @torch.no_grad()
+    def imitation(self, expert: int) -> Callable[[], tuple[float, dict[str, Tensor]]]:
+        """What compares the model with this expert's predictions, which are kept in a file (`imitated`)."""
+        with self.resident.merged.teacher(expert):
+            batches = self._batches(expert, "recording predictions")
+            told = self.keep({str(i): predictions(self.resident(b), b)[0] for i, b in enumerate(batches)})
+
+        def compared() -> tuple[float, dict[str, Tensor]]:
+            again = self._batches(expert)
+            return imitated(self.resident, again, [told[str(i)] for i in range(len(told))])
+
+        return compared
+
     def likelihoods(self, expert: int, texts: Sequence[Example]) -> Tensor:
         """Log-likelihood of each text under the expert's language model, [N] float64: summed over tokens."""
         with self.resident.merged.teacher(expert):
@@ -175,7 +189,7 @@ class ExpertStatistics:
         """Each text in a batch of its own."""
         return (self.resident.batch(expert, [example], self.tokenizer) for example in texts)
 
-    def _batches(self, expert: int, doing: str, together: int = TOGETHER) -> Iterator[Batch]:
-        own = self.examples[expert]
-        for first in track(range(0, len(own), together), description=f"{doing} of expert {expert + 1}"):
+    def _batches(self, expert: int, doing: str = "", together: int = TOGETHER) -> Iterator[Batch]:
+        own, words = self.examples[expert], f"{doing} of expert {expert + 1}"
+        for first in track(range(0, len(own), together), description=words, disable=not doing):
             yield self.resident.batch(expert, own[first : first + together], self.tokenizer, first)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.kernels import Gathered, run_merges, shareable
+from trainmerge.model.by_rule import merge_by_rule
 from trainmerge.model.concrete import ConcreteMasks
 from trainmerge.model.exact import exact
 from trainmerge.model.pass_order import successors
@@ -22,6 +23,7 @@ from trainmerge.model.postponed import by_unit, grouped, postponed
 from trainmerge.model.residency import Residency
 from trainmerge.model.supplied import Supplied
 from trainmerge.model.turns import in_turns
+from trainmerge.preprocess import Rule
 from trainmerge.task_vectors.buffers import holding
 from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.link import link_to
@@ -62,11 +64,15 @@ class MergedWeights:
         check_apart(self.parameters, task_vectors.deltas)
         link = link_to(next(module.parameters()).device)
         self._supplied = Supplied(task_vectors, self.placed.shards, residency, link)
+        self.rule: Rule | None = None  # of new differences that `materialise` merges: on a CPU, no gradients
 
     @torch.no_grad()
     def materialise(self) -> None:
         """Write the merge at the current coefficients into the module: one pass over the task vectors."""
         values = self.coefficients().cpu()  # copied once: the passes read single elements
+        if self.rule is not None:
+            self._write_by(self.rule, values)
+            return
         names = self._supplied.order.of_merge(self._parameters)
         self._write(self.task_vectors, names, lambda name: self.coefficients.of(name, values))
         if self.masks is not None:
@@ -157,6 +163,13 @@ class MergedWeights:
             yield self.module
         finally:
             self.materialise()
+
+    def _write_by(self, rule: Rule, values: Tensor) -> None:
+        with exact(next(self.module.parameters())):
+            for name, own in self._parameters.items():
+                delta = self.task_vectors.deltas[name]
+                merge_by_rule(own.data, name, delta, rule, self.coefficients.of(name, values))
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def _write(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainmerge.data.batch import Batch
+from trainmerge.kernels import accumulation_dtype
 from trainmerge.model.predictions import jensen_shannon, predictions
 from trainmerge.model.resident import Resident
 from trainmerge.task_vectors.places import view
@@ -24,9 +25,6 @@ def text_gradients(
     With `dice`: -log p(y | x) of a y drawn at every unmasked position, whose mean square is the Fisher
     information. Otherwise the language-model loss: the mean over the text's next tokens.
     """
-    merged = resident.merged
-    owners = {id(p): p for p in merged.placed.owners.values() if p.requires_grad}
-    parameters = {n: p for n, p in merged.parameters.items() if id(merged.placed.owners[n]) in owners}
     for batch in batches:
         with torch.enable_grad():
             log_p, tokens = predictions(resident(batch), batch)
@@ -34,13 +32,45 @@ def text_gradients(
                 tokens = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=dice)[:, 0]
             each = -log_p.gather(-1, tokens.to(log_p.device)[:, None])
             loss = each.sum() if dice is not None else each.mean()
-            found = torch.autograd.grad(loss, list(owners.values()), allow_unused=True)
-        slopes = dict(zip(owners, found, strict=True))
-        yield {
-            name: torch.zeros_like(p) if slope is None else view(merged.placed.inside[name], slope)
-            for name, p in parameters.items()
-            for slope in [slopes[id(merged.placed.owners[name])]]
-        }
+            yield _gradients(resident, loss)
+
+
+def imitated(
+    resident: Resident, batches: Iterable[Batch], told: Sequence[Tensor]
+) -> tuple[float, dict[str, Tensor]]:
+    """Mean KL(told || model) over all rows of the batches, in nats, and its gradients of merged parameters.
+
+    `told` are log-probabilities [R, V], one tensor per batch. Cells that they exclude count nothing.
+    """
+    rows = sum(len(own) for own in told)
+    loss, total = 0.0, dict[str, Tensor]()
+    for batch, own in zip(batches, told, strict=True):
+        with torch.enable_grad():
+            log_p, _ = predictions(resident(batch), batch)
+            own = own.to(log_p)
+            never = own.isneginf()
+            apart = own.masked_fill(never, 0.0) - log_p.masked_fill(never, 0.0)
+            part = (own.exp() * apart).sum() / rows
+            slopes = _gradients(resident, part)
+        loss += float(part.detach())
+        for name, slope in slopes.items():
+            wide = slope.to(accumulation_dtype(slope.dtype), copy=name not in total)
+            total[name] = total[name].add_(wide) if name in total else wide
+    return loss, total
+
+
+def _gradients(resident: Resident, loss: Tensor) -> dict[str, Tensor]:
+    """Of every merged parameter that is learned; zeros where the loss does not depend on one."""
+    merged = resident.merged
+    owners = {id(p): p for p in merged.placed.owners.values() if p.requires_grad}
+    parameters = {n: p for n, p in merged.parameters.items() if id(merged.placed.owners[n]) in owners}
+    found = torch.autograd.grad(loss, list(owners.values()), allow_unused=True)
+    slopes = dict(zip(owners, found, strict=True))
+    return {
+        name: torch.zeros_like(p) if slope is None else view(merged.placed.inside[name], slope)
+        for name, p in parameters.items()
+        for slope in [slopes[id(merged.placed.owners[name])]]
+    }
 
 
 @torch.no_grad()

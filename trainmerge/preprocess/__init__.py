@@ -28,6 +28,8 @@ from trainmerge.preprocess.sce import Sce
 from trainmerge.preprocess.slerp import ModelStock, Slerp
 from trainmerge.preprocess.svc import Svc
 from trainmerge.preprocess.ties import Ties
+from trainmerge.preprocess.trained_masks import TrainedMasks
+from trainmerge.preprocess.trim import Magnitudes, Trim
 from trainmerge.preprocess.tsv import Tsv
 from trainmerge.preprocess.widen import Widen
 from trainmerge.preprocess.wudi import Wudi
@@ -50,6 +52,7 @@ __all__ = [
     "Knots",
     "LocalizeAndStitch",
     "MagMax",
+    "Magnitudes",
     "ModelStock",
     "Opcm",
     "OptMerge",
@@ -66,6 +69,8 @@ __all__ = [
     "Slerp",
     "Svc",
     "Ties",
+    "TrainedMasks",
+    "Trim",
     "Tsv",
     "Widen",
     "Wudi",

@@ -5,7 +5,7 @@ Legend: `K` experts, `*S` parameter shape, `n` inputs of a linear layer; of a ro
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
@@ -67,6 +67,13 @@ class Calibrator(Protocol):
         """Gradients of -log p(y | x) with respect to the expert's weights, example by example.
 
         y is drawn from the expert's own predictions, or is the text itself.
+        """
+
+    def imitation(self, expert: int) -> Callable[[], tuple[float, dict[str, Tensor]]]:
+        """Record an expert's predictions; each call then compares the model's at its current weights.
+
+        It returns the mean KL(expert || model) over the predictions on the expert's examples, in nats, and
+        its gradients with respect to every learned parameter.
         """
 
     def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -71,9 +71,12 @@ class Elected:
 
 
 def trimming(
-    task_vectors: TaskVectors, density: float, scope: Literal["global", "parameter"]
+    task_vectors: TaskVectors, density: float | Sequence[float], scope: Literal["global", "parameter"]
 ) -> Iterator[tuple[str, tuple[Limit, ...], Tensor]]:
-    """Every piece's name, the limits of each expert's largest entries, its trimmed differences [K, *S]."""
+    """Every piece's name, the limits of each expert's largest entries, its trimmed differences [K, *S].
+
+    `density` is one for all experts, or K.
+    """
     parameters = [list(_pieces(name, delta)) for name, delta in task_vectors.deltas.items()]
     ranked = [list(chain(*parameters))] if scope == "global" else parameters
     for pieces in ranked:
@@ -85,7 +88,7 @@ def _pieces(name: str, delta: Delta) -> Iterator[tuple[str, Delta]]:
 
 
 def _trimmed(
-    pieces: Sequence[tuple[str, Delta]], density: float
+    pieces: Sequence[tuple[str, Delta]], density: float | Sequence[float]
 ) -> Iterator[tuple[str, tuple[Limit, ...], Tensor]]:
     """Every piece's limits, ranked over all `pieces`, and its trimmed differences [K, *S]."""
     deltas = [delta for _, delta in pieces]
@@ -96,8 +99,10 @@ def _trimmed(
     def flat(deltas: Sequence[Delta]) -> Iterator[Tensor]:
         return (delta.dense().view(experts, -1) for delta in deltas)
 
-    of_sample = count(sum(delta.shape.numel() for delta in thin), density)
-    found = cuts(partial(flat, deltas), count(size, density), partial(flat, thin), of_sample)
+    shares = density if isinstance(density, Sequence) else [density] * experts
+    some = sum(delta.shape.numel() for delta in thin)
+    wanted, of_sample = ([count(entries, share) for share in shares] for entries in (size, some))
+    found = cuts(partial(flat, deltas), wanted, partial(flat, thin), of_sample)
     for name, delta in pieces:
         taus = delta.dense()
         limits = tuple(cut.limit(tau) for cut, tau in zip(found, taus, strict=True))

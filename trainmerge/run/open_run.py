@@ -6,6 +6,7 @@ from typing import Any
 
 from trainmerge.checkpoints import same_weights
 from trainmerge.coefficients.coefficients import Coefficients, load_coefficients
+from trainmerge.preprocess import Trim
 from trainmerge.run.config import read_config, to_config
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.hub_origins import pinned, recorded_origins
@@ -45,7 +46,7 @@ def open_run(folder: RunFolder) -> tuple[Recipe, Coefficients, Opened]:
 def read_run(folder: RunFolder) -> tuple[Recipe, Coefficients, dict[str, Any]]:
     """A run's recipe, coefficients and manifest; base and experts are not checked.
 
-    Ids of the hub are at the commits of the fit.
+    Ids of the hub are at the commits of the fit. Densities that a search found are those of a last `Trim`.
 
     Raises:
         ValueError: no run, no coefficients, a damaged file, or files of different runs.
@@ -70,6 +71,8 @@ def read_run(folder: RunFolder) -> tuple[Recipe, Coefficients, dict[str, Any]]:
             "or fit again in another folder."
         )
     check_coefficients(folder, manifest)
+    if coefficients.densities:
+        recipe = replace(recipe, preprocess=(*recipe.preprocess, Trim(coefficients.densities)))
     return pinned(recipe, recorded_origins(manifest, folder.manifest)), coefficients, manifest
 
 

@@ -18,6 +18,7 @@ from trainmerge.kernels import Term
 from trainmerge.task_vectors.delta import dense_term
 
 Pieces = Callable[[], Iterable[Tensor]]  # each call iterates over all pieces [K, n]
+Counts = int | Sequence[int]  # one for all rows, or one each
 UPPER, LOWER = 1 << 15, 1 << 16  # values of the upper bits of a non-negative float32, and of the lower
 
 
@@ -79,7 +80,7 @@ def count(size: int, share: float) -> int:
     return max(1, int(share * size + 1e-6))
 
 
-def cuts(pieces: Pieces, wanted: int, sample: Pieces | None = None, of_sample: int = 1) -> list[Cut]:
+def cuts(pieces: Pieces, wanted: Counts, sample: Pieces | None = None, of_sample: Counts = 1) -> list[Cut]:
     """K cuts, each keeping the `wanted` largest magnitudes of its row.
 
     A `sample`, with about how many of it are wanted, narrows the range, so that one pass over all pieces is
@@ -94,7 +95,27 @@ def cuts(pieces: Pieces, wanted: int, sample: Pieces | None = None, of_sample: i
     return found
 
 
-def _ranked(pieces: Pieces, buckets: Sequence[range], wanted: int) -> list[Cut] | None:
+def histograms(pieces: Pieces) -> list[Tensor]:
+    """How many magnitudes of each row have each value of the upper 16 bits: K int64 [UPPER]."""
+    counters: list[_Counter] = []
+    for piece in pieces():
+        counters = counters or [_Counter(UPPER) for _ in piece]
+        for counter, row in zip(counters, piece, strict=True):
+            counter.add(_bits(row) >> 16)
+    return [counter.counts() for counter in counters]
+
+
+def cut_near(counts: Tensor, wanted: int) -> tuple[Limit, int]:
+    """The limit between two buckets that passes `wanted` entries or a few more, and how many it passes."""
+    bucket, above = _bucket(counts, wanted)
+    return Limit(bucket * LOWER, None), above + int(counts[bucket])
+
+
+def _each(wanted: Counts, rows: int) -> Sequence[int]:
+    return [wanted] * rows if isinstance(wanted, int) else wanted
+
+
+def _ranked(pieces: Pieces, buckets: Sequence[range], wanted: Counts) -> list[Cut] | None:
     """The cuts, if each lies in its row's `buckets` of the upper 16 bits."""
     above = [0] * len(buckets)
     inside = [_Counter(len(own) * LOWER) for own in buckets]
@@ -106,12 +127,14 @@ def _ranked(pieces: Pieces, buckets: Sequence[range], wanted: int) -> list[Cut] 
                 np.uint32
             )  # smaller ones wrap around
             inside[k].add(beyond[beyond < len(own) * LOWER].view(np.int32))
-    if any(not over < wanted <= over + own.size for over, own in zip(above, inside, strict=True)):
+    ranks = _each(wanted, len(buckets))
+    if any(not over < rank <= over + own.size for over, rank, own in zip(above, ranks, inside, strict=True)):
         return None
-    places = [_bucket(own.counts(), wanted - over) for own, over in zip(inside, above, strict=True)]
+    left = [rank - over for rank, over in zip(ranks, above, strict=True)]
+    places = [_bucket(own.counts(), rank) for own, rank in zip(inside, left, strict=True)]
     return [
-        Cut(own.start * LOWER + place, wanted - over - more)
-        for own, over, (place, more) in zip(buckets, above, places, strict=True)
+        Cut(own.start * LOWER + place, rank - more)
+        for own, rank, (place, more) in zip(buckets, left, places, strict=True)
     ]
 
 
@@ -136,14 +159,10 @@ class _Counter:
         return torch.from_numpy(self._counts)
 
 
-def _buckets(pieces: Pieces, wanted: int) -> list[int]:
+def _buckets(pieces: Pieces, wanted: Counts) -> list[int]:
     """The upper 16 bits of each row's `wanted`-th largest magnitude."""
-    counters: list[_Counter] = []
-    for piece in pieces():
-        counters = counters or [_Counter(UPPER) for _ in piece]
-        for counter, row in zip(counters, piece, strict=True):
-            counter.add(_bits(row) >> 16)
-    return [_bucket(counter.counts(), wanted)[0] for counter in counters]
+    found = histograms(pieces)
+    return [_bucket(own, rank)[0] for own, rank in zip(found, _each(wanted, len(found)), strict=True)]
 
 
 def _bucket(counts: Tensor, wanted: int) -> tuple[int, int]:

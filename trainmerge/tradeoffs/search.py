@@ -1,6 +1,6 @@
 """`trainmerge search`: a run folder whose coefficients maximise a score without gradients.
 
-By CMA-ES, as in Evo-Merging (arXiv 2509.12951) without its search over sparsities; or by a population with
+By CMA-ES, as in Evo-Merging (arXiv 2509.12951), whose sparsities are `densities`; or by a population with
 niches, as in M2N2 (arXiv 2508.16204).
 
 Legend: `K` experts, `G` coefficient groups.
@@ -9,9 +9,8 @@ Legend: `K` experts, `G` coefficient groups.
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +21,15 @@ from trainmerge.fitting.fit import check_settings, fit_alone
 from trainmerge.fitting.from_config import from_config
 from trainmerge.fitting.module import MergeModule
 from trainmerge.fitting.settle import settle
+from trainmerge.preprocess import Magnitudes
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.in_use import in_use
+from trainmerge.run.merge_buffers import REESTIMATE
 from trainmerge.run.saved import save_moment
 from trainmerge.tradeoffs.cma_es import Search, Tried, maximise
 from trainmerge.tradeoffs.niches import Niches, evolve
-from trainmerge.tradeoffs.scales import scaled
 from trainmerge.tradeoffs.scores import make_example_scores, make_score
-
-Over = Literal["experts", "coefficients"]
+from trainmerge.tradeoffs.space import FEW, Found, Over, SearchSpace
 
 
 def search_config(
@@ -42,6 +41,7 @@ def search_config(
     search: Search | Niches = Search(),  # noqa: B008 - frozen
     initial: str | None = None,
     limit: int | None = None,
+    densities: bool = False,
 ) -> Tried:
     """Search the coefficients with the best score; `run` becomes a run folder with them.
 
@@ -56,16 +56,19 @@ def search_config(
             `loss`.
         initial: A coefficients file to start from, instead of the configuration's `model.initial`.
         limit: Use the first so many validation examples of each task; by default all.
+        densities: Search one density per expert too: the share of its entries that a `Trim` after the
+            recipe's methods keeps. It starts at 1, and half of a population's first genomes at 0.1.
 
     Raises:
         ValueError: the folder has a fit, or a search with other settings; an expert's coefficients are all
-            zero.
+            zero; densities of quantised task vectors, or with re-estimated statistics.
     """
     folder = RunFolder(Path(run))
     with in_use(folder, "trainmerge search"):
-        module, data = _begin(config, folder, initial, search.evaluations)
+        module, data = _begin(config, folder, initial, search.evaluations, densities)
         module.load(data)
         depends_on = {"score": score, "options": dict(options or {}), "over": over, "limit": limit or 0}
+        depends_on |= {"densities": True} if densities else {}  # a header without them is as it was before
         if isinstance(search, Niches):
             points = _niches(module, data, folder, search, depends_on)
         else:
@@ -75,7 +78,18 @@ def search_config(
         return best
 
 
-Found = tuple[Tried, Tensor]  # a point and its coefficients [K, G]
+def _space(module: MergeModule, over: Over, densities: bool) -> SearchSpace:
+    vectors = module.resident.merged.task_vectors
+    return SearchSpace(module.start, over, Magnitudes(vectors) if densities else None)
+
+
+def _show(module: MergeModule, space: SearchSpace, x: Sequence[float]) -> None:
+    """Make the model the merge of a point."""
+    merged = module.resident.merged
+    _place(module, space.coefficients(x))
+    if (trim := space.trim(x)) is not None:
+        merged.rule = trim[1]
+    merged.materialise()
 
 
 def _scales(
@@ -85,15 +99,14 @@ def _scales(
     scoring = make_score(
         depends_on["score"], depends_on["options"], module, data, depends_on["limit"] or None
     )
-    space = SearchSpace(module.start, depends_on["over"])
+    space = _space(module, depends_on["over"], "densities" in depends_on)
 
     def score_at(x: Sequence[float]) -> float:
-        _place(module, space.coefficients(x))
-        module.resident.merged.materialise()
+        _show(module, space, x)
         return scoring()
 
     points = maximise(score_at, space.first(), search, folder.search, depends_on)
-    return ((found, space.coefficients(found.x)) for found in points)
+    return (space.found(tried) for tried in points)
 
 
 def _niches(
@@ -101,18 +114,21 @@ def _niches(
 ) -> Iterator[Found]:
     """The genomes of a population; the first ones are the start and each expert alone."""
     scoring = make_example_scores(depends_on["score"], module, data, depends_on["limit"] or None)
-    space = SearchSpace(module.start, "coefficients")
+    searched = "densities" in depends_on
+    space = _space(module, "coefficients", searched)
 
     def score_at(x: Sequence[float]) -> list[float]:
-        _place(module, space.coefficients(x))
-        module.resident.merged.materialise()
+        _show(module, space, x)
         return scoring()
 
     own = module.coefficients.constraint
     alone = [row[:, None].expand_as(module.start) for row in torch.eye(len(module.start))]
-    starts = [own.project(values.to(module.start)).flatten().tolist() for values in (module.start, *alone)]
-    genomes = evolve(score_at, starts, network_order(module), niches, folder.search, depends_on)
-    return ((found, space.coefficients(found.x)) for found in genomes)
+    first = [own.project(values.to(module.start)) for values in (module.start, *alone)]
+    starts = [space.point(values, share) for share in (1.0, *[FEW] * searched) for values in first]
+    order = network_order(module)
+    order += [len(order)] * searched  # the densities' column, after all groups
+    genomes = evolve(score_at, starts, order, niches, folder.search, depends_on)
+    return (space.found(genome) for genome in genomes)
 
 
 def network_order(module: MergeModule) -> list[int]:
@@ -130,55 +146,28 @@ def network_order(module: MergeModule) -> list[int]:
 
 def _best(module: MergeModule, folder: RunFolder, points: Iterator[Found], evaluations: int) -> Tried:
     """The best point; the run's coefficients are always those of the best one so far."""
-    best, values = Tried((), -math.inf), module.start
+    best = Found(Tried((), -math.inf), module.start)
     count, clock = 0, time.monotonic()
-    for count, (found, coefficients) in enumerate(points, 1):
-        if found.score > best.score:
-            best, values = found, coefficients
-            _place(module, values)
+    for count, found in enumerate(points, 1):
+        if found.tried.score > best.tried.score:
+            best = found
+            _place(module, best.coefficients)
+            module.coefficients.densities = best.densities
             save_moment(folder, module.coefficients, count, evaluations)
         left = (time.monotonic() - clock) / count * (evaluations - count)
-        ends = f"{found.score:.4f}  best {best.score:.4f}  {left:.0f} s left"
+        ends = f"{found.tried.score:.4f}  best {best.tried.score:.4f}  {left:.0f} s left"
         print(f"{count}/{evaluations}  score {ends}", flush=True)
-    _place(module, values)
+    _place(module, best.coefficients)
+    module.coefficients.densities = best.densities
     save_moment(folder, module.coefficients, count, steps=count)  # finished: the method may end early
-    return best
-
-
-@dataclass(frozen=True)
-class SearchSpace:
-    """The meaning of a search point: one scale per expert, or every coefficient.
-
-    Raises:
-        ValueError: scales of coefficients that are all zero.
-    """
-
-    start: Tensor  # [K, G]
-    over: Over
-
-    def __post_init__(self) -> None:
-        if self.over == "experts" and not self.start.any(dim=1).all():
-            raise ValueError(
-                "over: experts scales coefficients, but some expert's are all zero: set model.initial"
-            )
-
-    def first(self) -> list[float]:
-        """The point of the start."""
-        if self.over == "experts":
-            return [1.0] * len(self.start)
-        found: list[float] = self.start.flatten().tolist()
-        return found
-
-    def coefficients(self, x: Sequence[float]) -> Tensor:
-        """The coefficients of a point, [K, G]."""
-        values = torch.tensor(x, dtype=torch.float64)
-        if self.over == "experts":
-            return scaled(self.start, values)
-        return values.view_as(self.start).to(self.start)
+    if best.densities:
+        own = zip(module.recipe.experts, best.densities, strict=True)
+        print("densities: " + ", ".join(f"{name} {share:.3g}" for name, share in own), flush=True)
+    return best.tried
 
 
 def _begin(
-    config: str | Path, folder: RunFolder, initial: str | None, evaluations: int
+    config: str | Path, folder: RunFolder, initial: str | None, evaluations: int, densities: bool
 ) -> tuple[MergeModule, Calibration]:
     """Check the settings and create the run folder by a fit without steps."""
     if folder.latest():
@@ -190,6 +179,12 @@ def _begin(
     module, data = settings.module, settings.data
     if isinstance(module.coefficients.constraint, Sigmoid):
         raise ValueError("a search changes the coefficients directly: use trainmerge.Box instead of Sigmoid")
+    if densities and module.settings.quantise is not None:
+        raise ValueError("--densities ranks the entries of exact task vectors: leave out model.quantise")
+    if densities and module.recipe.buffers == REESTIMATE:
+        raise ValueError(
+            "--densities: statistics are not measured of trimmed task vectors: set recipe.buffers to average"
+        )
     check_settings(module, data, settings.trainer)
     fit_alone(folder, module, data, settings.trainer, config=settings.text, following=evaluations)
     return module, data
