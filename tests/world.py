@@ -41,11 +41,11 @@ def bert() -> BertModel:
     )  # fmt: skip
 
 
-def llama(tied: bool = True) -> LlamaForCausalLM:
+def llama(tied: bool = True, layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(WORDS) + 2, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=len(WORDS) + 2, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2,
             num_key_value_heads=1, intermediate_size=64, max_position_embeddings=32, tie_word_embeddings=tied,
         )
     )  # fmt: skip
@@ -109,12 +109,12 @@ def recipe(root: Path, **changes: object) -> Recipe:
     return Recipe(**{"base": str(root / "base"), "experts": experts, **changes})
 
 
-def write_languages(root: Path) -> Path:
+def write_languages(root: Path, layers: int = 2) -> Path:
     """A tiny Llama, two experts and texts: no heads."""
-    llama().save_pretrained(root / "base")
+    llama(layers=layers).save_pretrained(root / "base")
     write_tokenizer(root / "base")
     for k, name in enumerate(("a", "b")):
-        expert = llama()
+        expert = llama(layers=layers)
         nudge(expert, k)
         expert.save_pretrained(root / name)
         texts = [" ".join(WORDS[(i * 7 + j * (k + 2)) % len(WORDS)] for j in range(2 + i)) for i in range(6)]

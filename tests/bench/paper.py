@@ -18,6 +18,7 @@ REACHED = 0.8  # of a data sheet's memory bandwidth
 PINNED_LINK, FILE_LINK = 25e9, 10e9  # bytes a device and second, from pinned memory, and from pages of a file
 INSIDE, BETWEEN = 300e9, 50e9  # bytes a device and second, inside a machine of eight and between machines
 MACHINE = 8
+AHEAD = 1  # blocks gathered ahead of the one that runs
 MODELS = {"7B": (7e9, 32, 4096), "70B": (70e9, 80, 8192), "405B": (405e9, 126, 16384)}
 EXAMPLES, TOKENS = 4, 512
 COLUMNS: dict[str, tuple[Vectors, float]] = {  # where, and bytes of an expert's weight
@@ -58,7 +59,7 @@ def steps(
         read = (size + experts * width * parameters) / blocks / shards  # of one block
         for keep, together in ((False, 1), (True, 1), (False, experts))[: 3 if shards == 1 else 2]:
             stored = 2 * blocks * hidden * TOKENS * local * together
-            memory = size / shards * (1 + keep) + 3 * size / blocks + stored + 2 * read
+            memory = size / shards * (1 + keep) + (2 + AHEAD) * size / blocks + stored + 2 * read
             room = Room(
                 int(USABLE * device.memory - memory), int(PINNED * device.host), PINNED_LINK, device.bandwidth
             )

@@ -66,6 +66,7 @@ def plan(
     device: str = "here",
     recompute: bool = False,
     vectors: Literal["auto", "device", "host", "file"] = "auto",
+    gathered_ahead: int = 1,
 ) -> None:
     """Show the memory and time of merging a model, from its config.json alone.
 
@@ -81,6 +82,7 @@ def plan(
         device: The device's speeds: `here` is measured, `a100`, `h100`, `h200`, `l4` are from data sheets.
         recompute: Activation checkpointing: recompute blocks in the backward.
         vectors: Where base and task vectors are held; `auto` fills a device from the table, then host memory.
+        gathered_ahead: Blocks that devices which share the model gather ahead of the one that runs.
     """
     from trainmerge.plan.devices import device_named
     from trainmerge.plan.micro_batches import StepSchedule
@@ -88,4 +90,4 @@ def plan(
 
     schedule = StepSchedule(recompute=True) if recompute else None
     given = batch, length, device_named(device), devices, schedule
-    print_plan(plan_model(model, experts, *given, vectors=vectors))
+    print_plan(plan_model(model, experts, *given, vectors, gathered_ahead))

@@ -36,9 +36,11 @@ class ModelSettings:
     sharded: bool = False
     vectors: Vectors = "auto"
     shard_over: Literal["all", "machine"] = "all"
+    gathered_ahead: int = 1
 
     def __post_init__(self) -> None:
-        check_fields(self, "model", subspace="[0, inf)", teacher_budget="[1, inf)")
+        least = {"subspace": "[0, inf)", "teacher_budget": "[1, inf)", "gathered_ahead": "[0, inf)"}
+        check_fields(self, "model", **least)
 
     def shards(self, processes: int, machine: int) -> int:
         """The processes that share one model, of so many, `machine` of them on this machine."""
@@ -71,10 +73,10 @@ def check_module_settings(
     """
     check_option("model.clip", clip, float, "[0, inf)")
     check_option("model.keep_better", keep_better, bool)
-    if settings.shard_over != "all" and not settings.sharded:
-        raise ValueError(
-            f"model.shard_over: {settings.shard_over} is for model.sharded: set that to true, or leave it out"
-        )
+    of_shards = {"shard_over": "all", "gathered_ahead": 1}
+    for name, default in of_shards.items():
+        if (value := getattr(settings, name)) != default and not settings.sharded:
+            raise ValueError(f"model.{name}: {value} is for model.sharded: set that to true, or leave it out")
     if settings.sharded and (settings.subspace or needs_examples(recipe, initial)):
         raise ValueError(
             "model.sharded: model.subspace, `buffers: reestimate` and preprocessors or presets that use "

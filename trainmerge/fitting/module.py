@@ -85,6 +85,8 @@ class MergeModule(CoefficientSteps):
             not fit on one device. The trainer's strategy stays `ddp`; coefficients do not depend on this.
         shard_over: The processes that share one model: `all`, or those of a `machine`, which then exchanges
             only the coefficients' gradient with other machines.
+        gathered_ahead: Blocks of a sharded model that are gathered ahead of the one that runs. Each takes a
+            block's memory; coefficients do not depend on this.
     """
 
     def __init__(
@@ -111,11 +113,12 @@ class MergeModule(CoefficientSteps):
         on_policy: OnPolicy | None = None,
         vectors: Vectors = "auto",
         shard_over: Literal["all", "machine"] = "all",
+        gathered_ahead: int = 1,
     ) -> None:
         super().__init__()
         check_given(objective=objective, constraint=constraint, anchor=anchor, optimizer=optimizer)
         self.recipe, self.objective, self.anchor, self.clip = recipe, objective, anchor, clip
-        place = Path(workspace), sharded, vectors, shard_over
+        place = Path(workspace), sharded, vectors, shard_over, gathered_ahead
         self.settings = ModelSettings(weights, subspace, quantise, teacher_budget, *place)
         self.asked = OpenSchedule.of(schedule, tasks_per_backward, keep_gradients, combine is not None)
         self.schedule = self.asked.least

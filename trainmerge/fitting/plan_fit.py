@@ -87,7 +87,8 @@ def plan_fit(
         turns=device.link > 0 and devices == 1,
     )
     before = anonymous() if sys.platform == "linux" and not device.link else 0
-    return Plan(sizes, schedule, needs, len(parts), device, devices, before, module.settings.vectors, limit)
+    held = before, module.settings.vectors, limit, module.settings.gathered_ahead
+    return Plan(sizes, schedule, needs, len(parts), device, devices, *held)
 
 
 def _heads(module: MergeModule, model: "_EmptyModel") -> dict[int, Head | OwnModel]:

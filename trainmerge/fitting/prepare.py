@@ -92,7 +92,8 @@ def prepare(
         given.opened, first, settings.workspace
     )  # before the model is loaded, to reuse its memory
     world = distributed.world_size()
-    placement = Placement(device, settings.dtype, settings.shards(world, min(world, given.machine or world)))
+    shards = settings.shards(world, min(world, given.machine or world))
+    placement = Placement(device, settings.dtype, shards, settings.gathered_ahead)
     experts = load_resident(
         recipe, given.opened, given.coefficients, given.data.tokenize, placement, given.asks.embedding
     )

@@ -7,7 +7,7 @@ Every process maps the same files, and reads its own rows of base and task vecto
 all-gathered one block at a time, and their gradients reduce-scattered; nothing else of the model's size is
 communicated. The cost, with P bytes of parameters and U bytes of the largest unit (block, embedding, output):
 
-    memory per process  P / N  +  3 U (gathered, gathered ahead, its gradient)  +  activations
+    memory per process  P / N  +  (2 + d) U (gathered, d gathered ahead, its gradient)  +  activations
     sent per process    3 P (N - 1) / N per forward and backward, whatever K is: gathered twice, reduced once
                         (the reduction in float32: 2 P of it where weights have two bytes)
                         and 4 (K G + K) bytes per step
@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from trainmerge.checkpoints import Checkpoint, LoadedModel, compute, computed_parameters
+from trainmerge.model.gather_ahead import gather_ahead
 from trainmerge.model.placed import Placed
 from trainmerge.model.row_shards import local, local_rows
 from trainmerge.model.units import units
@@ -54,13 +55,14 @@ def shard_model(
     device: torch.device,
     dtype: torch.dtype | None = None,
     shards: int = 0,
+    ahead: int = 1,
 ) -> Root:
     """Shard the model of `load_meta_model` over all processes and read this process's rows from the files.
 
     `learned` are the base's names of the parameters that get gradients; weights have `dtype`, by default the
     stored one. `shards` neighbouring processes share one model, by default all; groups of them replicate it,
-    and exchange nothing of its size. Parameters that no file contains are computed (Marian's positions), or 0
-    (an unused pooler).
+    and exchange nothing of its size. `ahead` blocks are gathered before they run (`gather_ahead`). Parameters
+    that no file contains are computed (Marian's positions), or 0 (an unused pooler).
 
     Raises:
         ValueError: the learned parameters of one block are stored in different dtypes.
@@ -73,6 +75,7 @@ def shard_model(
         parameters[parameter_of(names[name])].requires_grad_(True)
     root = Root(module)
     _fully_shard(root, _mesh(device, shards or distributed.world_size()))
+    gather_ahead(root, ahead)
     _to_device(root, device)
     parameters = dict(module.named_parameters())
     for name in parameters.keys() - {parameter_of(inside) for inside in names.values()}:

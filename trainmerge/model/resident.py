@@ -101,11 +101,13 @@ class Placement:
         dtype: Dtype of the parameters; by default as stored. Buffers and heads keep theirs: positions need
             float32.
         shards: The processes that share one model; 1 replicates it.
+        ahead: Blocks of a shared model that are gathered ahead of the one that runs.
     """
 
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None
     shards: int = 1
+    ahead: int = 1
 
 
 def load_resident(
@@ -166,7 +168,7 @@ def load_base(opened: Opened, placement: Placement) -> tuple[LoadedModel, Root |
     device = torch.device(placement.device)
     if placement.shards > 1:
         loaded = load_meta_model(opened.base, opened.ignore)
-        how = device, placement.dtype, placement.shards
+        how = device, placement.dtype, placement.shards, placement.ahead
         return loaded, shard_model(loaded, opened.base, opened.layout.learned, *how)
     loaded = load_model(opened.base, opened.ignore)
     loaded.module.to(device)

@@ -2,7 +2,7 @@
 
 Computed from sizes in headers and a step's dry run; no weight is read. One device stores the merged model,
 the activations and gradients of a step, scratch buffers, and what there is room for of base and task vectors
-(`model.residency`). With N devices, each stores 1/N of the weights and a gathered block, and communicates as
+(`model.residency`). Of N devices each stores 1/N of the weights and the gathered blocks, and communicates as
 much as FSDP of one model.
 """
 
@@ -41,6 +41,7 @@ class Plan:
         before: Bytes that the process uses before the fit.
         vectors: Where base and task vectors are held.
         limit: Bytes of its memory that each device may use; by default 9 of 10 of a known memory.
+        ahead: Blocks that are gathered ahead of the one that runs, where devices share the model.
     """
 
     sizes: Sizes
@@ -52,6 +53,7 @@ class Plan:
     before: int = 0
     vectors: Vectors = "auto"
     limit: int = 0
+    ahead: int = 1
 
     @property
     def memory(self) -> StepMemory:
@@ -86,16 +88,15 @@ class Plan:
 
     def _memory(self, vectors: int, sending: bool) -> StepMemory:
         """The same with so many bytes of base and task vectors that stay."""
-        sizes, shards = self.sizes, self.devices
-        gathers, prefetches = shards > 1, self.device.link > 0
+        sizes, shards, prefetches = self.sizes, self.devices, self.device.link > 0
+        block, kind = sizes.block * (shards > 1), torch.device("cuda" if prefetches else "cpu")
         transient = self.dry_run.peak - self.dry_run.activations
         largest = min(sizes.gradient, transient)
-        kind = torch.device("cuda" if prefetches else "cpu")
         return StepMemory(
             process=self.before,
             model=_share(sizes.weights, shards),
-            gathered=2 * sizes.block * gathers,
-            block_gradients=sizes.block * gathers,
+            gathered=(1 + self.ahead) * block,
+            block_gradients=block,
             activations=self.dry_run.activations,
             summed_gradients=_share(sizes.gradients, shards) * self.schedule.keep,
             largest_gradient=largest,

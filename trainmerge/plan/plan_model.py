@@ -33,6 +33,7 @@ def plan_model(
     devices: int = 1,
     schedule: StepSchedule | None = StepSchedule(),  # noqa: B008 - frozen
     vectors: Vectors = "auto",
+    gathered_ahead: int = 1,
 ) -> Plan:
     """The plan of a fit of full experts: one coefficient per tensor and expert, token entropy as the loss.
 
@@ -48,9 +49,10 @@ def plan_model(
         schedule: How a step is split into backwards; None chooses as a fit does where the device's memory is
             known.
         vectors: Where base and task vectors are held.
+        gathered_ahead: Blocks that devices gather ahead of the one that runs.
 
     Raises:
-        ValueError: transformers does not know the architecture, a number is not positive, or `length` is more
+        ValueError: transformers does not know the architecture, a number is out of range, or `length` is more
             than the model has positions for.
     """
     counts = {
@@ -61,6 +63,7 @@ def plan_model(
     }
     for name, count in counts.items():
         check_option(name, count, int, "[1, inf)")
+    check_option("gathered_ahead", gathered_ahead, int, "[0, inf)")
     files = folder_of(folder, weights=False)
     dtype, tokens = _dtype(build_meta_model(files)), _tokens(files, length)
     here = device or measured(dtype)
@@ -77,7 +80,8 @@ def plan_model(
         needs = dry_run(meta_model, own, parts[:1], Entropy(), dtypes=dtype)
         # all batches are equal
         needs = needs._replace(flops=needs.flops * sum(map(len, parts)) // len(parts[0]))
-        return Plan(sizes, chosen, needs, len(parts), here, devices, vectors=vectors)
+        needed = needs, len(parts), here, devices
+        return Plan(sizes, chosen, *needed, vectors=vectors, ahead=gathered_ahead)
 
     if schedule is not None or not here.memory:
         return planned(schedule or StepSchedule())

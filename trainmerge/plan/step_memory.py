@@ -7,7 +7,7 @@ from trainmerge.system.memory import format_size
 CAPTIONS = {
     "process": "the process before the fit",
     "model": "merged model",
-    "gathered": "gathered block and the next",
+    "gathered": "gathered blocks",
     "block_gradients": "gradients of a block",
     "activations": "activations",
     "summed_gradients": "accumulated gradients",
@@ -29,7 +29,7 @@ class StepMemory:
     Args:
         process: The process before the fit.
         model: The merged model, or this device's shard of it.
-        gathered: A block of a sharded model and the next one, gathered.
+        gathered: A block of a sharded model and those that are gathered ahead.
         block_gradients: The gradients of one block of a sharded model.
         activations: Tensors that forwards save for their backward.
         summed_gradients: Weight gradients accumulated over a step's backwards.
