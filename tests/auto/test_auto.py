@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import trainmerge as tm
 from tests.world import LABELS, write_world
-from trainmerge.auto import auto_config, finished, preview_auto, search, starts
+from trainmerge.auto import auto_config, finished_search, preview_auto, search, starts
 from trainmerge.auto.starts import Start
 from trainmerge.auto.trials import Trial, TrialLog
 from trainmerge.cli import main
@@ -148,16 +148,16 @@ def test_a_finished_search_is_known_by_its_recipe(
     world: Path, chosen: tm.Choice, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = preview_auto(world / "config.yaml")
-    found = finished(world / "merged-auto", seen.recipe)
+    found = finished_search(world / "merged-auto", seen.recipe)
     assert found is not None
     assert (found.best, found.run) == (chosen.best, chosen.run)
     assert {n: t.recovered for n, t in found.rows.items()} == {n: t.recovered for n, t in chosen.rows.items()}
     fewer = dict(list(seen.recipe.experts.items())[1:])
-    assert finished(world / "merged-auto", replace(seen.recipe, experts=fewer)) is None
-    assert finished(tmp_path, seen.recipe) is None
+    assert finished_search(world / "merged-auto", replace(seen.recipe, experts=fewer)) is None
+    assert finished_search(tmp_path, seen.recipe) is None
     (tmp_path / "auto.json").write_text('{"best": "a", "run": "b", "rows": {}}')
     with pytest.raises(ValueError, match=r"auto\.json: has no rows, or none that is the best\. Run"):
-        finished(tmp_path, seen.recipe)
+        finished_search(tmp_path, seen.recipe)
     words = ["inspect", str(world / "config.yaml"), "--weights", "no", "--out", str(world / "merged")]
     assert main([*words, "--suggest", str(tmp_path / "made.yaml")]) == 0
     said = " ".join(capsys.readouterr().out.split())

@@ -194,7 +194,7 @@ def test_suggest_says_what_auto_would_do(
         assert name in table
     assert "left out: Slerp merges two experts, not 3" in said
     assert "learns by Entropy from the best 2 for at most 3 steps each" in said
-    assert re.search(r"by the plan at most [0-9.]+ s, [0-9.]+ s of it to judge", said)
+    assert re.search(r"by the plan at most .+ s, .+ s of it to judge", said)
     assert "let held-out examples choose: trainmerge auto config.yaml out let" not in said
     assert "let held-out examples choose: trainmerge auto config.yaml out the same" in said
     assert "the same without learning: trainmerge auto config.yaml out --learn false" in said

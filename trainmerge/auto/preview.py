@@ -112,7 +112,7 @@ def why_refused(judged: Judged) -> str:
     return ""
 
 
-def finished(place: Path, recipe: Recipe) -> Choice | None:
+def finished_search(place: Path, recipe: Recipe) -> Choice | None:
     """What a finished `auto_config` in the folder `place` chose; None if there is none of this recipe.
 
     The preprocessors may differ: they are what was chosen.

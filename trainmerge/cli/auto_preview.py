@@ -4,8 +4,9 @@ import shlex
 import warnings
 from pathlib import Path
 
-from trainmerge.auto import Choice, Preview, finished, preview_auto
+from trainmerge.auto import Choice, Preview, finished_search, preview_auto
 from trainmerge.plan.plan import Plan
+from trainmerge.report.facts import duration
 from trainmerge.system.console import print_table
 
 
@@ -59,22 +60,10 @@ def _time(preview: Preview, plan: Plan | None) -> str:
     )
 
 
-def duration(seconds: float) -> str:
-    """Seconds in the unit that fits.
-
-    >>> duration(0.2), duration(90), duration(9000)
-    ('0.2 s', '1.5 min', '2.5 h')
-    """
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
-
-
 def _print_earlier(preview: Preview, out: Path) -> None:
     """What an earlier `trainmerge auto` with the same OUT chose, or that it goes on."""
     place = out.with_name(f"{out.name}-auto")
-    if (choice := finished(place, preview.recipe)) is not None:
+    if (choice := finished_search(place, preview.recipe)) is not None:
         print(f"{place}: {_chosen(choice)}")
     elif (place / "auto.json").is_file():
         print(f"{place}: holds a search of another recipe; give another --out")
