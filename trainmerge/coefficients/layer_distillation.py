@@ -44,7 +44,7 @@ class LayerDistillation(MeasuredPreset):
     tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
-        check_fields(self, steps="[1, inf)", tolerance="[0, inf)")
+        check_fields(self, steps="[1, inf)", start="[0, inf)", tolerance="[0, inf)")
 
     @override
     def measured(self, experts: Sequence[str], layout: Layout, measure: Measures) -> Tensor:
