@@ -82,10 +82,11 @@ class LayerDistillation(MeasuredPreset):
         if not whole > 0:
             return []
         before = values[:, list(places)]  # a copy
-        best = [torch.inf, before]
+        best: tuple[float, Tensor] = (torch.inf, before)
 
         def loss(c: Tensor) -> Tensor:
             """Relative, of c [K, g]; its gradient is that of the block's weights, times the task vectors."""
+            nonlocal best
             now = c.detach()
             merged = {name: _merged(deltas[name], now[:, at]) for name, at in own.items()}
             value, gradients = error(merged)
@@ -94,12 +95,12 @@ class LayerDistillation(MeasuredPreset):
                 inner = deltas[name].inner(gradient, len(own[name])).to(slope)
                 slope.index_add_(1, torch.tensor(own[name]), inner)
             if value < best[0]:
-                best[:] = value, now.clone()
+                best = (value, now.clone())
             return value / whole + ((c - now) * (slope / whole)).sum()
 
         minimise(loss, before, self.steps, self.tolerance)
         values[:, list(places)] = best[1]
-        return [float(best[0]) / whole]
+        return [best[0] / whole]
 
 
 def _merged(delta: Delta, coefficients: Tensor) -> Tensor:
