@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from tests import closed_suite, results
+from tests import closed_suite, held_out_scores, results
 
 FOLDER = Path("notebooks/docs/assets/pictures")
 BLUE, ORANGE, GREEN, GREY = "#3b6fb6", "#d9822b", "#3a8f5c", "#6b7280"
@@ -170,12 +170,50 @@ def packed() -> Figure:
     return figure
 
 
+def recovered() -> Figure:
+    """Of `trainmerge auto`'s merges: the share recovered without labels against the labelled score."""
+    suites = held_out_scores.suites()
+    columns = min(2, len(suites))
+    rows = -(-len(suites) // columns)
+    figure = Figure(figsize=(7.2 if columns == 1 else 10.4, 4.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, suite in zip(panels, suites, strict=False):
+        together: dict[tuple[float, float], list[str]] = {}
+        for point in suite.points:
+            together.setdefault((point.recovered, point.score), []).append(point.row)
+        shares = [at[0] for at in together]
+        last = min(shares) + 0.7 * (max(shares) - min(shares))
+        for place, ((x, y), names) in enumerate(sorted(together.items())):
+            learned = any(name.startswith("learned") for name in names)
+            axes.plot(x, y, "o", color=GREEN if learned else BLUE, ms=6)
+            left = x > last  # so that no label leaves the picture; in turn above and below their points
+            axes.annotate(
+                ",\n".join(names), (x, y), (-7 if left else 7, -6 if place % 2 else 6),
+                textcoords="offset points", fontsize=8, color=GREY, ha="right" if left else "left",
+                va="center",
+            )  # fmt: skip
+        axes.set_title(f"{suite.title}: Spearman {suite.correlation:.2f}", fontsize=10)
+        axes.set(xlabel="recovered of the experts on held-out examples, no labels")
+        axes.set_ylabel(f"{suite.metric.name} on labelled test data")
+        axes.spines[["top", "right"]].set_visible(False)
+        if suite.metric.sign < 0:
+            axes.invert_yaxis()  # better is up
+    for axes in panels:
+        axes.set_axis_off()
+    return figure
+
+
+SOURCES = {"recovered": held_out_scores.table}  # picture -> what it shows, which the file holds as text
+
+
 def main() -> None:
     """Write the pictures; the same bytes every time."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"svg.hashsalt": "trainmerge", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
-        for draw in (idea, step, gap, packed):
-            draw().savefig(FOLDER / f"{draw.__name__}.svg", metadata={"Date": None})
+        for draw in (idea, step, gap, packed, recovered):
+            name = draw.__name__
+            shown = {"Description": SOURCES[name]()} if name in SOURCES else {}
+            draw().savefig(FOLDER / f"{name}.svg", metadata={"Date": None, **shown})
 
 
 if __name__ == "__main__":

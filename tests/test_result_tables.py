@@ -1,10 +1,11 @@
 """The tables of README and the documentation are those of `tests/results`."""
 
 import json
+from html import unescape
 
 import pytest
 
-from tests import results
+from tests import doc_pictures, held_out_scores, results
 from tests.result_tables import PAGES, TABLES, filled
 
 
@@ -31,3 +32,32 @@ def test_every_figure_has_a_command_and_a_machine(file):
     assert content["versions"]
     for figure in content["figures"]:
         assert set(figure) == {"name", "value", "unit", "bar", "what"}
+
+
+@pytest.mark.parametrize("name", sorted(doc_pictures.SOURCES))
+def test_pictures_show_what_the_results_give(name):
+    """A picture's file holds what it was drawn from, and a page shows it."""
+    drawn = (doc_pictures.FOLDER / f"{name}.svg").read_text()
+    held = unescape(drawn.partition("<dc:description>")[2].partition("</dc:description>")[0])
+    assert held == doc_pictures.SOURCES[name](), "run .venv/bin/python -m tests.doc_pictures"
+    assert any(f"pictures/{name}.svg)" in page.read_text() for page in PAGES)
+
+
+def test_a_suite_with_both_files_is_drawn_and_listed(tmp_path, monkeypatch):
+    (tmp_path / "bench").symlink_to((results.FOLDER / "bench").absolute())
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    rows = {"a": {"mean": 0.2}, "b": {"mean": 0.6}, "c": {"mean": 0.4}}
+    results.keep("lm-auto/held-out", "f", rows)
+    assert [suite.title for suite in held_out_scores.suites()] == [held_out_scores.DEMO]
+    scores = {"a": 40.0, "b": 30.0, "c": 35.0}
+    results.keep("lm-auto/labelled", "f", {"metric": "perplexity", "scores": scores})
+    found = held_out_scores.suites()[1]
+    assert found.correlation == pytest.approx(1.0)  # the lowest perplexity recovers most
+    assert "| three language models: perplexity, Spearman 1.00 | b | 0.600 | 30 |" in held_out_scores.table()
+    titles = [axes.get_title() for axes in doc_pictures.recovered().axes]
+    assert titles[1] == "three language models: Spearman 1.00"
+
+
+def test_spearman_gives_ties_their_mean_rank():
+    assert held_out_scores.spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1.0)
+    assert held_out_scores.spearman([1, 2, 3], [5, 5, 7]) == pytest.approx(1.5 / 3**0.5)

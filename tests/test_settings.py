@@ -20,7 +20,7 @@ VALID = [
     tm.Generate(4), tm.OnPolicy(), tm.JensenShannon(),
     tm.AttentionHeads(), tm.Gauge(), tm.Neurons(), tm.NeuronScales(), tm.ResidualStream(),
     tm.Anchor(), tm.Free(), tm.Box(), tm.Sigmoid(), tm.Simplex(),
-    tm.LayerLeastSquares(),
+    tm.LayerLeastSquares(), tm.LayerDistillation(),
     tm.CheckpointAverage(),
     tm.LayerSwap("a", "b"), tm.MetricsWeighted({"a": 1.0}), tm.DomainPosterior("t"), tm.T3("t"),
     tm.Breadcrumbs(), tm.Consensus(), tm.Dare(), tm.Doge(), tm.Fisher(), tm.ModelStock(), tm.Opcm(),

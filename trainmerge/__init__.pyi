@@ -24,6 +24,7 @@ from .coefficients.constraints import Free as Free
 from .coefficients.constraints import Sigmoid as Sigmoid
 from .coefficients.constraints import Simplex as Simplex
 from .coefficients.frank_wolfe import FrankWolfe as FrankWolfe
+from .coefficients.layer_distillation import LayerDistillation as LayerDistillation
 from .coefficients.layer_least_squares import LayerLeastSquares as LayerLeastSquares
 from .coefficients.layout import Grouping as Grouping
 from .coefficients.layout import Layout as Layout

@@ -5,6 +5,7 @@ Legend: `K` experts, `G` coefficient groups.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 import trainmerge as tm
 from tests.world import LABELS, write_world
-from trainmerge.auto import auto_config, search, starts
+from trainmerge.auto import auto_config, finished_search, preview_auto, search, starts
 from trainmerge.auto.starts import Start
 from trainmerge.auto.trials import Trial, TrialLog
 from trainmerge.cli import main
@@ -101,6 +102,67 @@ def test_the_same_call_resumes(world: Path, chosen: tm.Choice, monkeypatch: pyte
     tm.auto_config(world / "config.yaml", world / "merged")  # it is there: nothing is written again
     assert (world / "merged" / "model.safetensors").stat().st_mtime_ns == made
     assert {n: t.recovered for n, t in again.rows.items()} == {n: t.recovered for n, t in chosen.rows.items()}
+
+
+def test_without_learning_the_best_start_is_exported(
+    world: Path, chosen: tm.Choice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "starts", lambda *_: FEW)
+    config = str(world / "config.yaml")
+    assert main(["auto", config, str(tmp_path / "out"), "--learn", "false"]) == 0
+    found = search.Choice.read(tmp_path / "out-auto")
+    assert found.rows == {n: replace(found.rows[n], recovered=chosen.rows[n].recovered) for n in found.rows}
+    assert {*found.rows} == {start.name for start in FEW}
+    assert load_file(tmp_path / "out" / "model.safetensors")
+    more = tm.auto_config(config, tmp_path / "out", overwrite=True)  # goes on to learn
+    assert {*more.rows} == {*chosen.rows}
+
+
+def test_a_preview_says_what_is_tried_and_at_most_how_often(
+    world: Path, chosen: tm.Choice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del chosen
+    monkeypatch.setattr(search, "starts", lambda *_: FEW)
+    seen = preview_auto(world / "config.yaml")
+    judged = (world / "merged-auto" / "trials.jsonl").read_text().splitlines()
+    assert [start.name for start in seen.tried] == [start.name for start in FEW]
+    assert len(judged) <= seen.merges == 2 * (2 + 4) + 2 * 2 * K
+    assert (seen.judge, seen.objective, seen.steps, seen.examples) == ("Alignment", "Alignment", 4, 8)
+    assert seen.judging_seconds(3.0, 0.5) == seen.merges * (1.0 * 8 / 4 + 0.5)
+
+
+def test_a_preview_gives_the_reason_that_the_search_gives(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slerp = Start("SLERP", (tm.Slerp(),), scales=(1.0,))
+    monkeypatch.setattr(search, "starts", lambda *_: [FEW[0], slerp])
+    seen = preview_auto(world / "config.yaml")
+    assert [start.name for start in seen.tried] == ["task arithmetic"]
+    judged = search.AutoSearch(world / "config.yaml", tmp_path, 0.2, None, None).judged["SLERP"]
+    with pytest.raises(ValueError, match="Slerp") as refused:
+        judged([1.0] * K)
+    assert seen.left_out == {"SLERP": str(refused.value)}
+
+
+def test_a_finished_search_is_known_by_its_recipe(
+    world: Path, chosen: tm.Choice, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = preview_auto(world / "config.yaml")
+    found = finished_search(world / "merged-auto", seen.recipe)
+    assert found is not None
+    assert (found.best, found.run) == (chosen.best, chosen.run)
+    assert {n: t.recovered for n, t in found.rows.items()} == {n: t.recovered for n, t in chosen.rows.items()}
+    fewer = dict(list(seen.recipe.experts.items())[1:])
+    assert finished_search(world / "merged-auto", replace(seen.recipe, experts=fewer)) is None
+    assert finished_search(tmp_path, seen.recipe) is None
+    (tmp_path / "auto.json").write_text('{"best": "a", "run": "b", "rows": {}}')
+    with pytest.raises(ValueError, match=r"auto\.json: has no rows, or none that is the best\. Run"):
+        finished_search(tmp_path, seen.recipe)
+    words = ["inspect", str(world / "config.yaml"), "--weights", "no", "--out", str(world / "merged")]
+    assert main([*words, "--suggest", str(tmp_path / "made.yaml")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"trainmerge auto chose {chosen.best} (scale " in said
+    assert f"its run is {chosen.run}" in said
 
 
 def test_every_start_can_be_judged(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import warnings
 from dataclasses import replace
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
+import trainmerge as tm
 from tests.cli.test_cli import write_config
 from tests.embedders import write_embedders
 from tests.world import languages_recipe, recipe, write_languages, write_world
@@ -19,6 +22,7 @@ from trainmerge.fitting.forecast_fit import forecast_config
 from trainmerge.inspection import inspect_path
 from trainmerge.inspection.attention import changes
 from trainmerge.inspection.suggest import suggest
+from trainmerge.run.config import to_config
 from trainmerge.run.config import write_config as write_recipe
 from trainmerge.run.recipe import Recipe
 
@@ -149,21 +153,56 @@ def test_no_plan_is_made_of_what_a_fit_refuses(world: Path, capsys: pytest.Captu
     assert "has no output layer, and ['mood', 'colour', 'animal'] no `head`" in said
 
 
-def test_the_suggestion_can_be_fitted(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = world / "suggested.yaml"
-    ask = ["inspect", str(write_config(world)), "--suggest", str(wanted)]
+def test_the_suggestion_and_its_commands_run_as_printed(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two full experts and a LoRA: OptMerge at its native coefficient, stopped by held-out examples."""
+    monkeypatch.chdir(world)
+    write_config(world)
+    ask = ["inspect", "config.yaml", "--suggest", "my suggestion.yaml", "--out", "my merge"]
     assert main(ask) == 0
     printed = capsys.readouterr().out
-    assert "suggested" in printed
     assert "peak per device" in printed  # the plan
-    text = wanted.read_text()
-    assert "# model.initial: 3 experts" in text
+    text = Path("my suggestion.yaml").read_text()
+    assert "# recipe.preprocess: full experts" in text
+    settings = yaml.safe_load(text)
+    assert settings["recipe"]["preprocess"][0]["class_path"] == "trainmerge.OptMerge"
+    assert settings["model"]["initial"] == 1.0
+    assert settings["data"]["held_out"] == 0.2
     assert main(ask) == 1
     assert "already exists" in capsys.readouterr().err
-    fit = ["fit", "--config", str(wanted), "--run", str(world / "run"), "--report", "false"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one step says little
-        assert main([*fit, "--trainer.max_steps", "1", "--data.max_length", "16"]) == 0
+    commands = re.findall(r"trainmerge (?:fit|export) [^&\n]+", printed)
+    assert [line.split()[1] for line in commands] == ["fit", "export", "fit"]
+    for line in commands:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            given = shlex.split(line)[1:]
+            assert main([*given, "--report", "false"] if given[0] == "fit" else given) == 0, line
+    assert Path("my merge/model.safetensors").is_file()
+    assert "StopOnHeldOut" in Path("runs/first/config.yaml").read_text()
+
+
+def test_suggest_says_what_auto_would_do(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    write_config(world, recipe__preprocess=[{"class_path": "trainmerge.Slerp"}], model__initial=0.7)
+    assert main(["inspect", "config.yaml", "--weights", "no", "--suggest", "a.yaml", "--out", "out"]) == 0
+    table = capsys.readouterr().out
+    said = " ".join(table.split())
+    for name in ("task arithmetic", "layer least squares", "TIES", "TSV-M", "OptMerge", "ASWUDI"):
+        assert name in table
+    assert "left out: Slerp merges two experts, not 3" in said
+    assert "learns by Entropy from the best 2 for at most 3 steps each" in said
+    assert re.search(r"by the plan at most .+ s, .+ s of it to judge", said)
+    assert "let held-out examples choose: trainmerge auto config.yaml out let" not in said
+    assert "let held-out examples choose: trainmerge auto config.yaml out the same" in said
+    assert "the same without learning: trainmerge auto config.yaml out --learn false" in said
+    assert yaml.safe_load(Path("a.yaml").read_text())["model"]["initial"] == 0.7  # for its own preprocessing
+    write_config(world, model__constraint={"class_path": "trainmerge.Sigmoid"})
+    assert main(["inspect", "config.yaml", "--weights", "no", "--suggest", "b.yaml"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "trainmerge auto would refuse config.yaml: auto scales coefficients directly" in said
 
 
 def test_a_forecast_says_what_a_merge_will_lose(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,11 +226,23 @@ def test_rules_of_thumb(tmp_path: Path) -> None:
     languages = languages_recipe(write_languages(tmp_path))
     learned = suggest(languages, {"a": 6, "b": 6}, None)
     assert learned.settings["model"]["objective"]["class_path"] == "trainmerge.Alignment"
-    assert learned.settings["model"]["initial"] == 0.5
+    assert learned.settings["model"]["initial"] == 1.0
+    assert learned.settings["recipe"]["preprocess"][0]["class_path"] == "trainmerge.OptMerge"
+    assert "held_out" not in learned.settings["data"]  # too few to hold some out
+    adapters = suggest(languages, {"a": 16, "b": 40}, None, low_rank=True)
+    assert adapters.settings["recipe"]["preprocess"] == []
+    assert adapters.settings["model"]["initial"] == 0.5
+    assert adapters.settings["data"]["held_out"] == 0.2
+    own = replace(languages, preprocess=[tm.Ties()])
+    assert suggest(own, {"a": 6, "b": 6}, None).settings["model"]["initial"] == 0.5
+    kept = suggest(own, {"a": 6, "b": 6}, None, initial=0.8).settings
+    assert (kept["model"]["initial"], kept["recipe"]["preprocess"]) == (0.8, [to_config(tm.Ties())])
     assert suggest(languages, {"a": 2, "b": 6}, None).settings["recipe"]["grouping"]["granularity"] == "block"
     closed = suggest(languages, {"a": 6}, None)
     assert closed.settings["trainer"]["max_steps"] == 0
-    assert closed.settings["recipe"]["preprocess"] == [{"class_path": "trainmerge.Tsv"}]
+    assert closed.settings["recipe"]["preprocess"] == [to_config(tm.OptMerge())]
+    closed = suggest(languages, {"a": 6}, None, low_rank=True)
+    assert closed.settings["recipe"]["preprocess"] == [to_config(tm.Tsv())]
 
 
 @pytest.mark.parametrize(("heads", "shared"), [(4, 4), (4, 2)])

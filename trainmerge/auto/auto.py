@@ -27,6 +27,7 @@ def auto_config(
     minutes: float | None = None,
     memory: str | None = None,
     overwrite: bool = False,
+    learn: bool = True,
 ) -> Choice:
     """Choose start and method for a configuration by held-out examples, and export the best merge.
 
@@ -38,6 +39,7 @@ def auto_config(
         minutes: Begin no further trial after this time; by default all are made.
         memory: The memory limit of the fits, such as `8GiB`.
         overwrite: Replace `out` if it exists.
+        learn: Learn from the two best starts; False exports the best start at its best scales.
 
     Raises:
         ValueError: as `from_config`, `fit` and `export_run`; an expert has no examples to hold out.
@@ -48,7 +50,7 @@ def auto_config(
     place = Path(run) if run is not None else target.with_name(f"{target.name}-auto")
     search = AutoSearch(Path(config), place, held_out, minutes, memory)
     with in_use(RunFolder(place), "trainmerge auto"):
-        choice = search.choose()
+        choice = search.choose(learn)
         write_whole(place / "auto.json", json.dumps(choice.to_json(), indent=2))
         export_once(choice.run, target, overwrite)
         write_report(choice.run)

@@ -27,6 +27,11 @@ def common_scale(judge: Judge, K: int, scales: Sequence[float]) -> Trial:
     return max(found.values(), key=lambda trial: trial.mean)
 
 
+def most_merges(scales: Sequence[float]) -> int:
+    """The most merges that `common_scale` judges."""
+    return len(scales) + 2 * REFINE * (len(scales) > 1)
+
+
 def own_scales(judge: Judge, best: Trial) -> Trial:
     """One scale per expert from the best common one: each is tried a step lower and higher, in turn."""
     for k in range(len(best.scales)):

@@ -15,7 +15,7 @@ from torch import Tensor
 from trainmerge.auto.judging import Judged
 from trainmerge.auto.scales import common_scale, own_scales
 from trainmerge.auto.starts import starts
-from trainmerge.auto.trials import Trial, TrialLog
+from trainmerge.auto.trials import Trial, TrialLog, trial_of
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.coefficients.constraints import Sigmoid
 from trainmerge.fitting.fit import fit
@@ -23,11 +23,13 @@ from trainmerge.fitting.from_config import FitSettings, from_config
 from trainmerge.fitting.generated import share_generated
 from trainmerge.fitting.held_out_stopping import StopOnHeldOut
 from trainmerge.run.config import read_settings, to_config
+from trainmerge.system.json_file import read_json
 from trainmerge.system.text import shortened
 from trainmerge.system.workspace import digest
 
 FINALISTS = 2  # starts that get a scale per expert, and are learned from
 STEPS = 80  # of a configuration that has none
+REMEDY = "Run trainmerge auto again: what was judged is kept."
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,22 @@ class Choice:
         """As auto.json has it."""
         rows = {name: {**asdict(t), "mean": t.mean, "worst": t.worst} for name, t in self.rows.items()}
         return {"best": self.best, "run": self.run.name, "rows": rows}
+
+    @staticmethod
+    def read(place: Path) -> "Choice":
+        """The choice in the folder `place`, without the run folders of rows that were not chosen.
+
+        Raises:
+            ValueError: its auto.json is damaged.
+        """
+        file = place / "auto.json"
+        content = read_json(file, REMEDY)
+        rows, best, run = (content.get(key) for key in ("rows", "best", "run"))
+        if not isinstance(rows, Mapping) or best not in rows or not isinstance(run, str):
+            raise ValueError(f"{file}: has no rows, or none that is the best. {REMEDY}")
+        return Choice(
+            {name: trial_of(row, file) for name, row in rows.items()}, best, place / Path(run).name, {}
+        )
 
 
 class AutoSearch:
@@ -67,8 +85,8 @@ class AutoSearch:
         tried = starts(self.K, module.recipe.preprocess, module.initial)
         self.judged = {start.name: Judged(start, inputs, module.objective, log, base) for start in tried}
 
-    def choose(self) -> Choice:
-        """Try everything, and make the run folder of the best."""
+    def choose(self, learn: bool = True) -> Choice:
+        """Try everything, and make the run folder of the best; without `learn`, starts at scales alone."""
         found = {name: self._try(name, judge) for name, judge in self.judged.items()}
         rows = {name: trial for name, trial in found.items() if trial is not None}
         if not rows:
@@ -80,7 +98,7 @@ class AutoSearch:
                 rows[name] = own_scales(self.judged[name], rows[name])
                 self.judged[name].release()
         learned: dict[str, Path] = {}
-        for name in finalists:
+        for name in finalists if learn else ():
             row = f"learned from {name}"
             if self._has_time(row):
                 learned[row], rows[row] = self._learn(rows[name])

@@ -50,7 +50,7 @@ class TrialLog:
             write_whole(self.path, "".join(whole))
         for line in whole:
             content = parse_json(line, self.path, "Remove it: its merges are judged again.")
-            self.known[_key(content)] = _trial(content, self.path)
+            self.known[_key(content)] = trial_of(content, self.path)
 
     def add(self, key: str, trial: Trial) -> None:
         """Append a trial; it is on disk when this returns."""
@@ -62,7 +62,12 @@ def _key(content: object) -> str:
     return str(content.get("key")) if isinstance(content, Mapping) else ""
 
 
-def _trial(content: object, path: Path) -> Trial:
+def trial_of(content: object, path: Path) -> Trial:
+    """A trial as a file has it.
+
+    Raises:
+        ValueError: it is none; names the file.
+    """
     try:
         assert isinstance(content, Mapping)
         return Trial(

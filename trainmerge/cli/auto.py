@@ -17,6 +17,7 @@ def auto(
     minutes: float | None = None,
     memory: str | None = None,
     overwrite: bool = False,
+    learn: bool = True,
 ) -> None:
     """Choose start and method by held-out unlabeled examples, and export the best merge.
 
@@ -25,6 +26,7 @@ def auto(
 
     Examples: trainmerge auto configs/demo.yaml merged/
               trainmerge auto configs/demo.yaml merged/ --minutes 10
+              trainmerge auto configs/demo.yaml merged/ --learn false
 
     Args:
         configuration: A configuration of `trainmerge fit`.
@@ -34,13 +36,14 @@ def auto(
         minutes: Begin no further trial after this time; by default all are made.
         memory: Memory limit of the fits, such as 8GiB.
         overwrite: Replace the folder OUT if it exists.
+        learn: Learn from the two best starts; false keeps the best start at its best scales.
     """
     keep_freed_memory()
     from trainmerge.auto import auto_config
     from trainmerge.fitting.snapshots import Preempted
 
     try:
-        choice = auto_config(configuration, out, run, held_out, minutes, memory, overwrite)
+        choice = auto_config(configuration, out, run, held_out, minutes, memory, overwrite, learn)
     except Preempted as stop:
         print(f"trainmerge auto: {stop}", file=sys.stderr)
         raise SystemExit(stop.code) from stop

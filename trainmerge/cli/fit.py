@@ -95,16 +95,17 @@ def plan_of(settings: FitSettings) -> Plan:
     return plan_steps(module, data, trainer) or plan_fit(module, data, precision_of(trainer))
 
 
-def show_plan(config: Path) -> None:
-    """Print the plan of a fit of this configuration, or why there is none."""
+def show_plan(config: Path) -> Plan | None:
+    """Print the plan of a fit of this configuration, or why there is none; returns it."""
     with tempfile.TemporaryDirectory() as place:
         try:
             plan = plan_of(from_config(config, Path(place) / "run"))
         except Exception as error:  # of any type: the model's own code runs, on tensors without values
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             print(f"no plan of memory and time: {kind}{' '.join(str(error).split())}")
-            return
+            return None
     print_plan(plan)
+    return plan
 
 
 def trusted_by(folder: RunFolder) -> list[str]:

@@ -13,10 +13,11 @@ def inspect(
     suggest: str | None = None,
     output: str | None = None,
     forecast: int | None = None,
+    out: str = "merged",
 ) -> None:
     """Show a merge before or after its fit: sizes, groups, unmerged parameters, and possible problems.
 
-    For a configuration, also the memory and time of its fit.
+    For a configuration, also the memory and time of its fit; with `--suggest`, what `auto` would do.
 
     Examples: trainmerge inspect configs/adamerging.yaml
               trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
@@ -28,9 +29,11 @@ def inspect(
         every: List every parameter instead of a summary.
         weights: Read the weights too, to find near-duplicate experts, outliers and protected attention;
             `auto` reads up to 2 GiB.
-        suggest: Write a suggested configuration, with its reasons, to this YAML file.
+        suggest: Write a suggested configuration, with its reasons, to this YAML file, and say what
+            `trainmerge auto` would do, or what it chose.
         output: Write everything to this JSON file too.
         forecast: Run each expert on so many examples, and say what a merge will lose.
+        out: With --suggest: the folder that `trainmerge auto` would write.
     """
     check_option("forecast", forecast, int | None, "[0, inf)")
     if forecast and not Path(path).is_file():
@@ -45,12 +48,16 @@ def inspect(
     if Path(path).is_file() and not errors:
         from trainmerge.cli.fit import show_plan
 
-        show_plan(Path(path))
+        planned = show_plan(Path(path))
         if forecast:
             from trainmerge.fitting.forecast_fit import forecast_config
             from trainmerge.inspection.forecast import print_forecast
 
             print_forecast(forecast_config(path, forecast))
+        if file is not None:
+            from trainmerge.cli.auto_preview import print_preview
+
+            print_preview(path, out, file, planned)
     if file is not None or Path(path).is_file():
         print(closing_words(file))
     if errors:

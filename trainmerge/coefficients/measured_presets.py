@@ -22,6 +22,13 @@ from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import TaskVectors
 
 
+class BlockError(Protocol):
+    """How far one block's outputs are from each expert's."""
+
+    def __call__(self, weights: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        """sum_k w_k |f - Y_k|^2 per row with these weights, and its gradient for each of them."""
+
+
 class Measures(Protocol):
     """The statistics that `trainmerge.model.expert_statistics` gives to a preset."""
 
@@ -49,6 +56,12 @@ class Measures(Protocol):
         """Mean x x^T, (y - x) x^T and (y - x) (y - x)^T, [n, n] each, of the layers among `names`.
 
         y are the expert's inputs on its own examples, x those of the merge with coefficients `values` [K, G].
+        """
+
+    def block(self, names: Sequence[str], values: Tensor) -> BlockError | None:
+        """The error of the block of these parameters, by their weights; None if no example reaches it.
+
+        Its inputs are those in the merge with coefficients `values` [K, G], its targets the experts' outputs.
         """
 
     def likelihoods(self, expert: int, texts: Sequence[Example]) -> Tensor:

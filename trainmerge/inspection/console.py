@@ -1,5 +1,6 @@
 """The printed output of `trainmerge inspect`."""
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ def closing_words(path: Path | None) -> str:
     """What to do with a suggestion, the last line of `inspect`; `path` is the file that it was written to."""
     if path is None:
         return "--suggest FILE.yaml writes the suggestion as a configuration"
-    return f"written: {path}; next: trainmerge fit {path} runs/first"
+    return f"written: {path}; next: {shlex.join(['trainmerge', 'fit', str(path), 'runs/first'])}"
 
 
 def _value(suggestion: Suggestion, key: str) -> str:

@@ -25,6 +25,7 @@ from trainmerge.inspection.inspected import Inspected
 from trainmerge.inspection.permuted import permuted_experts, permuted_findings, suggested_alignment
 from trainmerge.inspection.sparse import is_sparse, sparse_findings
 from trainmerge.inspection.suggest import Suggestion, check_new, suggest, write_suggestion
+from trainmerge.inspection.suggested_start import is_low_rank
 from trainmerge.inspection.weights import preprocess_findings, weight_findings
 from trainmerge.preprocess import Informed
 from trainmerge.run.folder import RunFolder
@@ -32,7 +33,7 @@ from trainmerge.run.heads import task_heads
 from trainmerge.run.open_run import read_run
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
-from trainmerge.run.sources import columns_of, learns, recipe_of
+from trainmerge.run.sources import columns_of, initial_of, learns, recipe_of
 from trainmerge.system.access import check_file_place
 from trainmerge.system.atomic import write_whole
 from trainmerge.system.hub import cached_folder
@@ -141,9 +142,9 @@ def _look(path: Path, recipe: Recipe, workspace: Path, weights: Weights, every: 
         print_geometry(opened.task_vectors.experts, geometry)
     sparse = geometry is not None and is_sparse(geometry, opened.task_vectors.shapes)
     heads = task_heads(recipe, opened)
+    given = replace(recipe, align=lined_up), texts.counts, geometry, heads, columns
     suggested, failed = attempt(
-        "a suggestion",
-        lambda: suggest(replace(recipe, align=lined_up), texts.counts, geometry, heads, columns, sparse),
+        "a suggestion", lambda: suggest(*given, sparse, is_low_rank(opened), initial_of(path))
     )
     return Inspected(opened, texts, findings + failed, geometry, suggested)
 

@@ -13,8 +13,8 @@ import yaml
 from trainmerge.checkpoints import OwnHead, read_modules
 from trainmerge.coefficients.layout import Granularity
 from trainmerge.data.columns import Columns
-from trainmerge.inspection.sparse import RAM_REASON
-from trainmerge.preprocess import Ram
+from trainmerge.data.held_out import LEAST
+from trainmerge.inspection.suggested_start import Beginning, beginning, closed_form
 from trainmerge.run.config import to_config
 from trainmerge.run.heads import TaskHead, task_heads
 from trainmerge.run.recipe import Recipe
@@ -22,6 +22,9 @@ from trainmerge.system.atomic import write_whole
 from trainmerge.task_vectors.geometry import Geometry
 
 ENOUGH = 4  # examples per expert, for one coefficient per tensor
+MOST = 256  # examples per expert
+SHARE = 0.2  # of each expert's examples, held out to stop by
+STOP = "keeps the step that recovers most of the experts on held-out examples, and stops after it"
 
 
 @dataclass(frozen=True)
@@ -39,49 +42,55 @@ def suggest(
     found: Mapping[str, TaskHead] | None = None,
     columns: Columns = Columns(),  # noqa: B008 - frozen
     sparse: bool = False,
+    low_rank: bool = False,
+    initial: Any = None,
 ) -> Suggestion:
     """Objective, grouping, start and steps for a recipe; a closed form without calibration examples.
 
     `examples` is the number per expert, read by `columns`; `geometry` of the task vectors, if measured,
     refines the start; `found` are the experts' heads, by default those of `task_heads`. `sparse` task vectors
-    are those of `sparse.is_sparse`.
+    are those of `sparse.is_sparse`, `low_rank` ones those of adapters. `initial` is the configuration's own.
     """
     K, found = len(recipe.experts), task_heads(recipe) if found is None else found
     own = [name for name, head in found.items() if isinstance(head, OwnHead)]
     experts = {n: replace(e, head="own") if n in own else e for n, e in recipe.experts.items()}
     recipe = replace(recipe, experts=experts)
     if len(examples) < K or not all(examples.values()):
-        return _closed(recipe, sparse)
-    reasons = {}
-    fewest = min(examples.values())
+        return _closed(recipe, closed_form(sparse, low_rank))
+    begin = beginning(recipe, geometry, sparse, low_rank, initial)
+    objective, reason, steps, batch_size = _objective(recipe, found)
+    fewest = min(MOST, *examples.values())
+    held = max(LEAST, round(SHARE * fewest)) if fewest >= 2 * LEAST else 0
     granularity: Granularity = "tensor" if fewest >= ENOUGH else "block"
-    reasons["recipe.grouping.granularity"] = f"{fewest} examples per expert " + (
-        "are enough for one coefficient per tensor" if fewest >= ENOUGH else "are few, so fewer coefficients"
-    )
-    reasons |= _of_alignment(recipe)
-    reasons |= {f"recipe.experts.{name}.head": "the head in its files is its own: not merged" for name in own}
-    objective, reasons["model.objective"], steps, batch_size = _objective(recipe, found)
-    start, reasons["model.initial"] = _start(K, geometry)
-    if sparse and not recipe.preprocess:
-        recipe = replace(recipe, preprocess=[Ram()])
-        start, reasons["model.initial"] = 1.0, "RAM's native coefficient"
-        reasons["recipe.preprocess"] = RAM_REASON
-    reasons["trainer.max_steps"] = f"{steps} steps of Adam at 0.05 were enough in this project's suites"
+    enough = "enough for one coefficient per tensor" if fewest >= ENOUGH else "few, so fewer coefficients"
+    reasons = {
+        "recipe.grouping.granularity": f"{fewest} examples per expert are {enough}",
+        **_of_alignment(recipe),
+        **{f"recipe.experts.{name}.head": "the head in its files is its own: not merged" for name in own},
+        "model.objective": reason,
+        **begin.reasons,
+        "trainer.max_steps": f"{steps} steps of Adam at 0.05 were enough in this project's suites",
+        **({"trainer.callbacks": STOP} if held else {}),
+    }
     grouping = to_config(replace(recipe.grouping, granularity=granularity, chunks=1))
     settings = {
-        "recipe": {**to_config(recipe), "grouping": grouping},
+        "recipe": {**to_config(replace(recipe, preprocess=begin.preprocess)), "grouping": grouping},
         "model": {
             "objective": objective,
-            "initial": start,
+            "initial": begin.initial,
             "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.05}},
         },
         "data": {
-            "batch_size": min(batch_size, fewest),
-            "max_examples": 256,
+            "batch_size": min(batch_size, fewest - held),
+            "max_examples": MOST,
             "max_length": 256,
+            **({"held_out": SHARE} if held else {}),
             **({} if columns == Columns() else {"columns": columns.record()}),
         },
-        "trainer": {"max_steps": steps},
+        "trainer": {
+            "max_steps": steps,
+            **({"callbacks": [{"class_path": "trainmerge.StopOnHeldOut"}]} if held else {}),
+        },
     }
     return Suggestion(settings, reasons)
 
@@ -102,39 +111,20 @@ def _objective(recipe: Recipe, found: Mapping[str, TaskHead]) -> tuple[dict[str,
     return alignment, f"no heads: {reason}", 40, 1
 
 
-def _closed(recipe: Recipe, sparse: bool) -> Suggestion:
-    """TSV-M, or RAM of sparse experts, at its native coefficient: no training, no data."""
-    preprocess = [{"class_path": "trainmerge.Ram" if sparse else "trainmerge.Tsv"}]
+def _closed(recipe: Recipe, begin: Beginning) -> Suggestion:
+    """A closed form: no training, no data."""
     settings = {
-        "recipe": {**to_config(recipe), "preprocess": preprocess},
-        "model": {"initial": 1.0},
+        "recipe": to_config(replace(recipe, preprocess=begin.preprocess)),
+        "model": {"initial": begin.initial},
         "trainer": {"max_steps": 0},
     }
-    reasons = {
-        "recipe.preprocess": "not every expert has calibration examples; a closed form needs none"
-        + (f"; {RAM_REASON}" if sparse else ""),
-        "model.initial": f"{'RAM' if sparse else 'TSV-M'}'s native coefficient",
-        "trainer.max_steps": "nothing is learned",
-        **_of_alignment(recipe),
-    }
+    reasons = {**begin.reasons, "trainer.max_steps": "nothing is learned", **_of_alignment(recipe)}
     return Suggestion(settings, reasons)
 
 
 def _of_alignment(recipe: Recipe) -> dict[str, str]:
     reason = "an expert is permuted or locked: its weights are not in the base's places"
     return {"recipe.align": reason} if recipe.align else {}
-
-
-def _start(K: int, geometry: Geometry | None) -> tuple[float, str]:
-    """The best uniform coefficient falls with the number and the similarity of the experts."""
-    alike = 0.0
-    if geometry is not None and K > 1:
-        cosines = geometry.of(geometry.names).cosines()[0]
-        alike = float((cosines.nan_to_num(0).sum() - K) / (K * (K - 1)))
-    if alike > 0.5:
-        return round(1 / K, 3), f"task vectors are similar (mean cosine {alike:.2f}): their average, 1 / {K}"
-    start = 0.5 if K <= 2 else 0.4 if K <= 5 else 0.3
-    return start, f"{K} experts: close to the best single coefficient in most of this project's suites"
 
 
 def check_new(path: Path) -> None:

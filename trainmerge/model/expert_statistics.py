@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trainmerge.data.batch import Batch
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.model.block_outputs import BlockOutputs, measure_block
 from trainmerge.model.layer_inputs import Kept, Magnitude, Moment, Reads, Shifts, watching
 from trainmerge.model.named_layers import linear_layers, norms
 from trainmerge.model.predictions import predictions
@@ -126,6 +127,12 @@ class ExpertStatistics:
         with merged.at(values):
             self._watch(expert, reached, moments)
         return {name: moments[name].means() for name in reached}
+
+    @torch.no_grad()
+    def block(self, names: Sequence[str], values: Tensor) -> BlockOutputs | None:
+        """The error of one block's outputs to the experts' own; see `Measures`."""
+        batches = partial(self._batches, doing="measuring outputs")
+        return measure_block(self.resident, names, values, batches, self.weights)
 
     def _watch(self, expert: int, layers: Mapping[str, nn.Module], reads: Mapping[str, Reads]) -> None:
         """Give the layers' inputs on the expert's examples, without padding, to `reads`."""

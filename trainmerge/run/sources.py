@@ -76,10 +76,21 @@ def columns_of(path: Path) -> Columns:
 
 def learns(path: Path) -> bool:
     """Whether the fit of a configuration, a run or an export has steps; True if it is unknown."""
+    trainer = _section(path, "trainer")
+    return trainer is None or trainer.get("max_steps") != 0
+
+
+def initial_of(path: Path) -> Any:
+    """`model.initial` of a configuration, a run or an export, as the file has it; None if it has none."""
+    return (_section(path, "model") or {}).get("initial")
+
+
+def _section(path: Path, name: str) -> Mapping[str, Any] | None:
+    """A section of the configuration of `path`; None if it is unknown, or no mapping."""
     files = (path / "config.yaml", path / "trainmerge_config.yaml", path)
     content = next((read_yaml(file) for file in files if file.is_file()), None)
-    trainer = content.get("trainer") if isinstance(content, Mapping) else None
-    return not isinstance(trainer, Mapping) or trainer.get("max_steps") != 0
+    section = content.get(name) if isinstance(content, Mapping) else None
+    return section if isinstance(section, Mapping) else None
 
 
 def _data_of(path: Path) -> Mapping[str, Any]:
