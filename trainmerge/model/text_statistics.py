@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainmerge.data.batch import Batch
+from trainmerge.model.loss_scale import LossScale
 from trainmerge.model.predictions import jensen_shannon, predictions
 from trainmerge.model.resident import Resident
 from trainmerge.task_vectors.places import view
@@ -27,6 +28,7 @@ def text_gradients(
     merged = resident.merged
     owners = {id(p): p for p in merged.placed.owners.values() if p.requires_grad}
     parameters = {n: p for n, p in merged.parameters.items() if id(merged.placed.owners[n]) in owners}
+    scale = LossScale.of(merged.module)
     for batch in batches:
         with torch.enable_grad():
             log_p, tokens = predictions(resident(batch), batch)
@@ -34,13 +36,25 @@ def text_gradients(
                 tokens = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=dice)[:, 0]
             each = -log_p.gather(-1, tokens.to(log_p.device)[:, None])
             loss = each.sum() if dice is not None else each.mean()
-            found = torch.autograd.grad(loss, list(owners.values()), allow_unused=True)
+            found = _gradients(loss, list(owners.values()), scale)
         slopes = dict(zip(owners, found, strict=True))
         yield {
             name: torch.zeros_like(p) if slope is None else view(merged.placed.inside[name], slope)
             for name, p in parameters.items()
             for slope in [slopes[id(merged.placed.owners[name])]]
         }
+
+
+def _gradients(loss: Tensor, weights: Sequence[Tensor], scale: LossScale) -> list[Tensor | None]:
+    """A loss's gradients: in float32 where weights are float16, from a scaled backward that fits it."""
+    while True:
+        factor = scale.value
+        found = torch.autograd.grad(loss * factor, weights, allow_unused=True, retain_graph=scale.active)
+        if not scale.active:
+            return list(found)
+        finite = all(bool(slope.isfinite().all()) for slope in found if slope is not None)
+        if scale.settle(finite or not bool(loss.isfinite())):
+            return [None if slope is None else slope.float() / factor for slope in found]
 
 
 @torch.no_grad()
