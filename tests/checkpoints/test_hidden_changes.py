@@ -1,6 +1,7 @@
 """Changes of an expert that no merge contains are named: batch statistics, ignored tensors, lost bases."""
 
 import copy
+import json
 import warnings
 from pathlib import Path
 
@@ -98,3 +99,14 @@ def test_a_pissa_adapter_of_a_random_base_is_refused_and_its_conversion_is_read(
             merged = base[name] + deltas[name].dense()[0]
             torch.testing.assert_close(merged, weight.detach(), rtol=1e-4, atol=1e-5)
     assert len(deltas) == 4
+
+
+@pytest.mark.parametrize("start", ["corda", "lora_ga"])
+def test_an_adapter_whose_start_needs_its_texts_is_refused(start: str, tmp_path: Path) -> None:
+    """peft loads `lora_ga` without a word, on the base that it was not trained on."""
+    llama().save_pretrained(tmp_path / "base")
+    get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": start}))
+    with pytest.raises(ValueError, match=rf"init_lora_weights is '{start}': .* not in the adapter.*Convert"):
+        tm.Recipe(str(tmp_path / "base"), {"a": tm.Expert(str(tmp_path / "a"))}).open(tmp_path / "w")

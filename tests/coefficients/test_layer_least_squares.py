@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import trainmerge as tm
+from tests.mixture_world import write_mixture
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.coefficients.forecast import forecast
 from trainmerge.coefficients.layer_systems import Moments, layer_system, layer_systems
@@ -256,6 +257,15 @@ def test_blocks_in_sequence_read_the_model_merged_so_far(tmp_path: Path) -> None
         own = [Moments(*of_expert[name]) for of_expert in moments]
         ((group, system),) = layer_systems(name, layout.groups[name], own, measure)
         torch.testing.assert_close(values[:, group].double(), system.solve(1e-6), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_in_one_tensor_are_named_with_their_share(tmp_path: Path) -> None:
+    merge = languages_recipe(write_mixture(tmp_path, "Granite-MoE"))
+    with pytest.warns(
+        UserWarning, match=r"inputs of 4 linear layers .*experts.*mean of their blocks: [0-9.]+% of the task"
+    ):
+        values = fitted(merge, tmp_path / "run").coefficients()
+    assert bool(values.isfinite().all())
 
 
 def test_without_a_linear_layer_it_says_so() -> None:

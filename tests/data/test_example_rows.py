@@ -153,3 +153,20 @@ def test_rows_that_belong_to_no_example_are_refused() -> None:
         split_rows(inputs, 4, {"pixel_values": [1, 1, 1, 1]}, 2)
     grids = {"a_grid_thw": torch.tensor([[1, 1, 2]] * 2), "b_grid_hw": torch.tensor([[1, 1], [1, 3]])}
     assert row_counts({"pixels": torch.zeros(4, 2), **grids}, 2, {})["pixels"] is None  # two grids fit
+
+
+def test_pictures_and_videos_of_as_many_patches_go_by_their_own_grids() -> None:
+    """By the sums alone, 12 patches each, both grids fit both."""
+    pictures, videos = torch.arange(12.0)[:, None], torch.arange(12.0, 24.0)[:, None]
+    inputs = {
+        "input_ids": torch.zeros(2, 3), "second_per_grid_ts": torch.ones(2),
+        "pixel_values": pictures, "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 4]]),
+        "pixel_values_videos": videos, "video_grid_thw": torch.tensor([[2, 2, 2], [1, 2, 2]]),
+    }  # fmt: skip
+    first, last = split_rows(inputs, 2, {}, 1)
+    assert torch.equal(first["pixel_values"], pictures[:4])
+    assert torch.equal(last["pixel_values"], pictures[4:])
+    assert torch.equal(first["pixel_values_videos"], videos[:8])
+    assert torch.equal(last["pixel_values_videos"], videos[8:])
+    del inputs["image_grid_thw"], inputs["pixel_values"]
+    assert row_counts(inputs, 2, {})["pixel_values_videos"] == (8, 4)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 import trainmerge as tm
@@ -211,6 +212,24 @@ def test_wrong_arguments_are_errors(models, loaders, change: dict[str, object], 
     given = {"loaders": loaders, "loss": tm.Alignment(), "steps": 1, "buffers": "keep", **change}
     with pytest.raises(ValueError, match=words):
         tm.fit_module(*models, **given)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lr_scheduler": ReduceLROnPlateau}, "^lr_scheduler: ReduceLROnPlateau waits for a measure"),
+        ({"lr_scheduler": lambda optimizer: [optimizer]}, "lr_scheduler: list is no .*LRScheduler"),
+        ({"optimizer": lambda c: torch.optim.Adam(c, lr=torch.inf)}, r"^optimizer\.lr must be finite"),
+        ({"combine": nn.Identity()}, r"^combine: Identity .* a rule maps \[m, n\] to \[n\]"),
+    ],
+)
+def test_steps_that_cannot_be_taken_are_refused_before_the_run_folder(
+    models, loaders, tmp_path, change: dict[str, object], words: str
+) -> None:
+    given = {"loaders": loaders, "loss": tm.Alignment(), "steps": 2, "buffers": "keep", **change}
+    with pytest.raises(ValueError, match=words):
+        tm.fit_module(*models, run=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
 
 
 def test_reestimation_needs_batch_norms(loaders) -> None:

@@ -81,6 +81,36 @@ def test_optimizers_that_call_the_closure_work_under_16_mixed(
     torch.testing.assert_close(mixed, wide, rtol=0, atol=0.02)
 
 
+class Products(nn.Module):
+    """A rule of one matrix product."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.ones(len(rows)) @ rows
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"combine": Products()},
+        {"optimizer": lambda values: torch.optim.Adafactor(values, lr=0.05)},  # squares times squares
+    ],
+)
+def test_rules_and_optimizers_compute_in_float32_under_16_mixed(
+    world: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    recipe = languages_recipe(world)
+    wide = learn(recipe, tmp_path / "wide", **settings)
+    mixed = learn(recipe, tmp_path / "mixed", mixed=True, **settings)
+    assert float((mixed - wide).norm()) < 0.02 * float((wide - 0.3).norm())
+
+
+def test_a_rule_is_exact_within_autocast() -> None:
+    rows = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = aggregate_gradients(rows, Products(), 0)
+    assert torch.equal(found, aggregate_gradients(rows, Products(), 0))
+
+
 def test_an_overflow_is_computed_again_and_the_scale_is_in_the_snapshot(world: Path, tmp_path: Path) -> None:
     recipe = languages_recipe(world, grouping=Grouping("task"))
     module, data = build(recipe, tmp_path)

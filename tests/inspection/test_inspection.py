@@ -143,14 +143,87 @@ def test_label_texts_that_a_fit_refuses_are_an_error(world: Path) -> None:
     assert f"error: recipe.experts.mood.head: {world}/mood/labels.json: needs a list of at least two" in said
 
 
-def test_no_plan_is_made_of_what_a_fit_refuses(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def refused(file: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What inspect prints, on one line, of a configuration that a fit refuses; --output has it too."""
+    output = file.with_suffix(".json")
+    assert main(["inspect", str(file), "--weights", "no", "--output", str(output)]) == 1
+    printed = capsys.readouterr()
+    assert re.search(r"\d+ errors?, listed above", printed.err)
+    assert "plan of memory" not in printed.out
+    errors = [f["what"] for f in json.loads(output.read_text())["findings"] if f["level"] == "error"]
+    said = " ".join(printed.out.split())
+    assert all(" ".join(error.split()) in said for error in errors)
+    return said
+
+
+def test_what_a_fit_refuses_is_an_error(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     merge = recipe(world)
     experts = {name: replace(expert, head=None) for name, expert in merge.experts.items()}
     write_recipe(replace(merge, experts=experts), "recipe", world / "headless.yaml")
-    assert main(["inspect", str(world / "headless.yaml"), "--weights", "no"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "no plan of memory and time: " in said
+    said = refused(world / "headless.yaml", capsys)
     assert "has no output layer, and ['mood', 'colour', 'animal'] no `head`" in said
+
+
+def configured(place: Path, merge: Recipe, **sections: object) -> Path:
+    """A configuration of a fit."""
+    write_recipe(merge, "recipe", place / "config.yaml")
+    with (place / "config.yaml").open("a") as file:
+        file.write(yaml.safe_dump({"trainer": {"max_steps": 2}, **sections}))
+    return place / "config.yaml"
+
+
+def test_texts_longer_than_the_models_positions_are_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge = languages_recipe(write_languages(tmp_path))
+    (tmp_path / "b.jsonl").write_text((json.dumps({"text": "good cat " * 30}) + "\n") * 8)
+    file = configured(tmp_path, merge, data={"batch_size": 1, "max_length": 48})
+    said = refused(file, capsys)
+    assert re.search(r"b\.jsonl: an example of 48 tokens is over the model's limit of 32 positions", said)
+    assert "set data.max_length to 32 or less" in said
+    file = configured(tmp_path, merge, data={"batch_size": 1, "max_length": 32})
+    assert main(["inspect", str(file), "--weights", "no"]) == 0
+    assert "peak" in capsys.readouterr().out
+
+
+def test_a_schedule_that_a_fit_refuses_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plateau = {"class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau"}
+    merge = languages_recipe(write_languages(tmp_path))
+    file = configured(tmp_path, merge, model={"lr_scheduler": plateau}, data={"max_length": 16})
+    assert "ReduceLROnPlateau waits for a measure" in refused(file, capsys)
+
+
+@pytest.mark.parametrize("kind", ["CNN", "WordWeights"])
+def test_odd_modules_are_said_by_inspect_plan_and_fit_in_one_sentence(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge = write_embedders(tmp_path, ("Transformer", "Pooling", kind, "Normalize"))
+    merge = replace(merge, experts={n: replace(e, test=None) for n, e in merge.experts.items()})
+    sentence = (
+        f"{tmp_path / 'base' / 'modules.json'}: modules that are not supported: {kind}; supported are "
+        "Transformer, Pooling, Dense, LayerNorm, Normalize, Dropout. Learn by Alignment, which reads none "
+        "of them"
+    )
+    similarity = {"objective": {"class_path": "trainmerge.Similarity"}}
+    file = configured(tmp_path, merge, model=similarity, data={"batch_size": 2, "max_length": 16})
+    assert f"{sentence}" in refused(file, capsys)
+    assert main(["fit", str(file), str(tmp_path / "run")]) == 1
+    assert sentence in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+    with pytest.warns(UserWarning, match=re.escape(sentence)):
+        main(["plan", str(tmp_path / "base"), "2", "--length", "8"])  # which needs an output layer
+    aligned = {
+        "objective": {"class_path": "trainmerge.Alignment", "init_args": {"logits": 0.0, "hidden": 1.0}}
+    }
+    file = configured(tmp_path, merge, model=aligned, data={"batch_size": 2, "max_length": 16})
+    capsys.readouterr()
+    assert main(["inspect", str(file), "--weights", "no"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert sentence in said
+    assert "a: " in said
+    assert "peak" in said
 
 
 def test_the_suggestion_and_its_commands_run_as_printed(

@@ -198,6 +198,17 @@ def test_a_merge_that_is_not_finite_is_named(models) -> None:
         tm.merge_state_dicts(base, {"a": broken}, 0.3, buffers="keep")
 
 
+def test_ignored_tensors_that_an_expert_changed_are_named() -> None:
+    base = {"w": torch.ones(2), "head": torch.ones(3)}
+    experts = {"a": {"w": torch.zeros(2), "head": torch.zeros(3)}, "b": dict(base)}
+    with pytest.warns(
+        UserWarning, match="expert a changed head, which `ignore` leaves at the base's"
+    ) as words:
+        merged = tm.merge_state_dicts(base, experts, 1.0, ignore=["head"])
+    assert len(words) == 1
+    assert torch.equal(merged["head"], torch.ones(3))
+
+
 def test_extra_state_and_ignored_heads_stay_the_bases() -> None:
     base = {"w": torch.ones(2), "head": torch.ones(3), "extra": {"step": 3}}
     merged = tm.merge_state_dicts(base, {"a": {"w": torch.zeros(2), "head": torch.ones(5)}}, 1.0,

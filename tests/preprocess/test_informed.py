@@ -4,6 +4,7 @@ Legend: `B` examples, `T` tokens, `n` inputs of a linear layer.
 """
 
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,22 @@ from transformers import AutoModelForCausalLM, BertModel, LlamaForCausalLM
 
 import trainmerge as tm
 from tests.methods import SoftmaxLayer, random, vectors
-from tests.world import languages_recipe, recipe, write_languages, write_world
+from tests.world import (
+    languages_recipe,
+    llama,
+    nudge,
+    recipe,
+    write_languages,
+    write_tokenizer,
+    write_world,
+)
 from trainmerge.checkpoints import load_model
 from trainmerge.model import resident
 from trainmerge.model.expert_statistics import ExpertStatistics
+from trainmerge.model.loss_scale import LossScale
+from trainmerge.model.text_statistics import _gradients
 from trainmerge.preprocess import regmean
+from trainmerge.preprocess.fisher import squares
 from trainmerge.run.recipe_files import calibration_files
 from trainmerge.task_vectors.delta import TaskVectors
 
@@ -334,3 +346,31 @@ def test_divergences_are_the_same_however_many_texts_wait(
     monkeypatch.setattr("trainmerge.model.text_statistics.PREDICTIONS", 0)
     assert torch.equal(made.divergences(0, texts), together)
     assert became == [0] * (1 + len(texts))
+
+
+def test_fisher_of_float16_experts_loses_no_small_gradient(tmp_path: Path) -> None:
+    """A sure model's gradients are below float16's least number."""
+    base = llama().half()
+    base.model.norm.weight.data.mul_(40)
+    found = {}
+    for dtype in (torch.float16, torch.float32):
+        root = tmp_path / str(dtype)
+        for seed, name in enumerate(("base", "a", "b")):
+            model = deepcopy(base).float()
+            nudge(model, seed, scale=2e-3 * bool(seed))
+            model.half().to(dtype).save_pretrained(root / name)
+            (root / f"{name}.jsonl").write_text('{"text": "good good good good cat dog bird"}\n' * 2)
+        write_tokenizer(root / "base")
+        made, _ = measure(languages_recipe(root), root)
+        found[dtype] = squares(made.gradients(0, sampled=True))
+    half, wide = found.values()
+    assert sum(int((own != 0).sum()) for own in wide.values()) > 10_000
+    assert not [name for name, own in wide.items() if bool(((own != 0) & (half[name] == 0)).any())]
+
+
+def test_a_gradient_that_overflows_float16_is_computed_again() -> None:
+    weight = nn.Parameter(torch.ones((), dtype=torch.float16))
+    scale = LossScale(2.0**20)
+    (slope,) = _gradients((weight * 3).float(), [weight], scale)
+    assert float(slope) == 3
+    assert scale.value < 2.0**15

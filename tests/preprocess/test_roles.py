@@ -4,6 +4,7 @@ Legend: `K` experts, `E` matrices in one parameter, `m x n` a matrix (outputs x 
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 import trainmerge as tm
 from tests.methods import METHODS, applied, count_for, matrices, random, run, vectors
+from tests.model_families import FAMILIES
+from tests.task_families import DBRX
 from trainmerge.checkpoints.roles import roles_of
-from trainmerge.preprocess import Informed, doge
+from trainmerge.preprocess import Informed, apply, doge
 from trainmerge.preprocess.subspace import outside_subspace, shared_subspaces
 from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.roles import Role
@@ -72,6 +75,19 @@ def test_a_stack_of_experts_is_its_matrices_one_by_one(name: str, role: Role) ->
     torch.testing.assert_close(stacked, want, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("shape", [(4, 9), (300, 600), (3, 5, 7)])  # the second is in two pieces
+def test_della_ranks_the_weights_of_an_output(shape: tuple[int, ...]) -> None:
+    method = tm.Della(0.5, 0.4)
+    taus = torch.stack(matrices(0, 1, shape=shape))
+    got = applied(method, with_role(vectors({"w": taus}), "w", "transposed"))["w"]
+    keep = torch.stack([method.probabilities(tau.mT.contiguous()).mT for tau in taus])
+    kept = got != 0
+    torch.testing.assert_close(got[kept], (taus / keep)[kept])
+    sides = [torch.stack([method.probabilities(tau) for tau in taus]), keep]
+    assert not torch.allclose(*sides)
+    assert 0.2 < float(kept.double().mean()) < 0.8
+
+
 def test_a_stack_is_no_longer_averaged() -> None:
     taus = torch.stack([torch.stack(matrices(k, k + 7)) for k in range(3)])
     for method in (tm.Tsv(), tm.Wudi(), tm.OptMerge(), tm.Opcm(), tm.Doge(density=1.0)):
@@ -103,6 +119,25 @@ def test_opcm_projects_linear_layers_only() -> None:
     everything = sum(tau.square().sum((1, 2)) for tau in taus.values()).sqrt().mean()
     merged = sum(tau.sum(0).square().sum() for tau in got.values()).sqrt()
     torch.testing.assert_close(merged, everything)
+
+
+@pytest.mark.parametrize("space", [tm.CoreSpace, tm.Knots, tm.Pico])
+def test_a_method_in_a_space_leaves_out_what_it_leaves_out_alone(space: type) -> None:
+    """By its own `exclude`, and by the role: OPCM sums embeddings."""
+    taus = {"head": torch.stack(matrices(0, 1)), "w": torch.stack(matrices(2, 3))}
+    stack = torch.stack([torch.stack(matrices(k, k + 5)) for k in range(2)])
+    given = with_role(vectors({**taus, "experts": stack}), "head", "embedding")
+    averaged = applied(space(tm.Tsv(exclude=["head", "experts"])), given)
+    for name in ("head", "experts"):
+        part, whole = averaged[name].flatten(1), given.deltas[name].dense().flatten(1)
+        if space is not tm.Pico:  # which scales before and after
+            torch.testing.assert_close(part, whole / 2)
+            assert (torch.cosine_similarity(averaged["w"].flatten(1), taus["w"].flatten(1)) < 0.99).any()
+    inside = space(tm.Opcm())
+    assert not inside.applies_to("head", given.deltas["head"])
+    if space is not tm.Pico:
+        summed = applied(inside, given)["head"].flatten(1)
+        assert (torch.cosine_similarity(summed, taus["head"].flatten(1)) > 1 - 1e-9).all()
 
 
 def test_widen_weights_a_norm_by_its_own_changes() -> None:
@@ -186,6 +221,29 @@ def test_mixtures_say_how_their_experts_are_stored(family: str) -> None:
     assert biases <= {"vector"}
     assert roles["model.embed_tokens.weight"] == "embedding"
     assert roles["model.layers.0.self_attn.q_proj.weight"] == "linear"
+
+
+def roles_of_family(name: str, **settings: object) -> dict[str, Role]:
+    with torch.device("meta"):
+        return roles_of(AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings)))
+
+
+def test_experts_in_two_dimensions_are_left_out_by_name(tmp_path: Path) -> None:
+    """DBRX has the matrices of all experts in one of two dimensions, and w2 is inputs x outputs."""
+    roles = roles_of_family("DbrxConfig", **DBRX)
+    flat = {name for name, role in roles.items() if role == "flat"}
+    assert {name.rpartition(".")[2] for name in flat} == {"w1", "v1", "w2"}
+    given = with_role(vectors({"mlp.w2": torch.stack(matrices(0, 1))}), "mlp.w2", "flat")
+    with pytest.warns(UserWarning, match=r"stacks of experts in two dimensions \(mlp.w2; 100% of the task"):
+        made = apply(given, [tm.Wudi()], tmp_path, "a")
+    torch.testing.assert_close(made.deltas["mlp.w2"].dense(), given.deltas["mlp.w2"].dense() / 2)
+
+
+def test_gates_by_blocks_are_stacks_of_inputs_times_outputs() -> None:
+    name, settings = "RecurrentGemmaConfig", FAMILIES["RecurrentGemma"].settings
+    roles = roles_of_family(name, **settings)
+    gates = {role for n, role in roles.items() if n.endswith("gate_weight")}
+    assert gates == {"transposed"}
 
 
 def test_three_dimensions_alone_are_no_stack() -> None:

@@ -56,7 +56,9 @@ class Choice:
         file = place / "auto.json"
         content = read_json(file, REMEDY)
         rows, best, run = (content.get(key) for key in ("rows", "best", "run"))
-        if not isinstance(rows, Mapping) or best not in rows or not isinstance(run, str):
+        if not (
+            isinstance(rows, Mapping) and isinstance(best, str) and best in rows and isinstance(run, str)
+        ):
             raise ValueError(f"{file}: has no rows, or none that is the best. {REMEDY}")
         return Choice(
             {name: trial_of(row, file) for name, row in rows.items()}, best, place / Path(run).name, {}

@@ -30,6 +30,11 @@ LINEAR_FIELDS = {
     "init_lora_weights",
 }  # fmt: skip
 LINEAR_STARTS = (True, False, "gaussian")  # the others change the base's weights, or may
+LOST = {  # starts that take a part out of the base's weights, and what a load lacks to do so again
+    "pissa_niter": "a random factorisation of the base, which peft draws anew at every load",
+    "corda": "a factorisation of the base by its inputs on texts that are not in the adapter",
+    "lora_ga": "a factorisation of the base's gradients on texts that are not in the adapter",
+}
 ADAPTED = ".base_layer."  # in the key of an adapted embedding's copy
 
 
@@ -123,15 +128,16 @@ def plan_adapter(
 
 
 def _check_start(adapter: Adapter) -> None:
-    """Raise ValueError if the adapter was trained on a base that every load draws anew."""
+    """Raise ValueError if the adapter was trained on a changed base that a load does not make again."""
     start = adapter.config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith("pissa_niter"):
+    lost = next((why for kind, why in LOST.items() if str(start).startswith(kind)), None)
+    if lost is not None:
         raise ValueError(
-            f"{adapter.path / 'adapter_config.json'}: init_lora_weights is {start!r}: a random factorisation "
-            "of the base, which peft draws anew at every load, so the weights that this adapter was trained "
-            "on are lost. Convert it where it was trained: model.save_pretrained(FOLDER, "
-            "path_initial_model_for_weight_conversion=FOLDER_OF_THE_ADAPTER_BEFORE_TRAINING) writes a plain "
-            "LoRA of twice the rank; or train with init_lora_weights='pissa', which is not random"
+            f"{adapter.path / 'adapter_config.json'}: init_lora_weights is {start!r}: {lost}, so the weights "
+            "that this adapter was trained on are lost. Convert it where it was trained: "
+            "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion="
+            "FOLDER_OF_THE_ADAPTER_BEFORE_TRAINING) writes a plain LoRA of twice the rank; or train with "
+            "init_lora_weights='pissa', which is not random"
         )
 
 

@@ -8,14 +8,15 @@ from trainmerge.task_vectors.roles import Role
 # Classes whose weights are ([E,] inputs, outputs), or [E, outputs, inputs], and that have no `is_transposed`
 TRANSPOSED = {
     "Llama4TextExperts", "CsmCodebooksHead", "GroupedLinearLayer", "Gemma3MultiModalProjector",
-    "T5Gemma2MultiModalProjector",
+    "T5Gemma2MultiModalProjector", "RecurrentGemmaRglru", "OmDetTurboLanguageBackbone", "XCLIPModel",
+    "SwiftFormerEfficientAdditiveAttention", "InklingRelativeLogits", "Inkling2RelativePositionBias",
+    "Inkling2LoopRelativePositionBias",
 }  # fmt: skip
 STACKED = {
-    "JetMoeParallelExperts",
-    "InklingSharedExperts",
-    "MoshiFlexibleLinear",
-    "KyutaiSpeechToTextFlexibleLinear",
-}
+    "JetMoeParallelExperts", "InklingSharedExperts", "MoshiFlexibleLinear",
+    "KyutaiSpeechToTextFlexibleLinear", "LongcatFlashExperts",
+}  # fmt: skip
+FLAT = {"DbrxExpertGLU"}  # the matrices of all experts, one above the other, in two dimensions
 
 
 def roles_of(model: nn.Module) -> dict[str, Role]:
@@ -43,6 +44,8 @@ def _role(module: nn.Module, name: str, parameter: Tensor) -> Role:
     if isinstance(module, nn.modules.conv._ConvNd):
         return "convolution"
     kind = type(module).__name__
+    if kind in FLAT:
+        return "flat"
     if isinstance(module, Conv1D) or kind in TRANSPOSED or getattr(module, "is_transposed", False):
         return "transposed"
     return "linear" if isinstance(module, nn.Linear) or _stacked(module, parameter) else "other"

@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
-import tempfile
 import warnings
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from trainmerge.fitting.model_settings import check_data
 from trainmerge.fitting.plan_fit import plan_fit
 from trainmerge.fitting.plan_steps import plan_steps
 from trainmerge.fitting.preflight import check_heads, check_tasks
+from trainmerge.fitting.refusals import refusals, unread
 from trainmerge.fitting.snapshots import Preempted
 from trainmerge.fitting.trainer import precision_of
+from trainmerge.inspection.findings import Finding
 from trainmerge.plan.plan import Plan
 from trainmerge.plan.plan_model import print_plan
 from trainmerge.run.folder import RunFolder
@@ -95,17 +98,53 @@ def plan_of(settings: FitSettings) -> Plan:
     return plan_steps(module, data, trainer) or plan_fit(module, data, precision_of(trainer))
 
 
-def show_plan(config: Path) -> Plan | None:
-    """Print the plan of a fit of this configuration, or why there is none; returns it."""
-    with tempfile.TemporaryDirectory() as place:
+class Rehearsal:
+    """What `inspect` says of a configuration's fit, which it does not begin.
+
+    Args:
+        config: The configuration's file.
+        place: A folder for what the fit would write.
+    """
+
+    def __init__(self, config: Path, place: Path) -> None:
+        self.config, self.place = config, place
+
+    @cached_property
+    def _settings(self) -> FitSettings | Exception:
+        """The fit's settings, or why there are none."""
         try:
-            plan = plan_of(from_config(config, Path(place) / "run"))
+            return from_config(self.config, self.place / "run")
+        except Exception as error:  # of any type: it is the user's file, with the user's classes
+            return error
+
+    def findings(self) -> Iterator[Finding]:
+        """What the fit would refuse, as errors, and its warnings."""
+        settings = self._settings
+        if isinstance(settings, Exception):  # `show_plan` says why
+            return
+        with warnings.catch_warnings(record=True) as words:
+            warnings.simplefilter("always")
+            refused = refusals(settings.module, settings.data, settings.trainer)
+        yield from (Finding("error", line) for line in refused)
+        yield from (Finding("warning", str(word.message)) for word in words)
+        for line in unread(settings.module):
+            if line not in refused:
+                yield Finding("warning", line, "Alignment and Entropy do not need them; Similarity does")
+
+    def show_plan(self) -> Plan | None:
+        """Print the plan, or why there is none; returns it."""
+        try:
+            if isinstance(self._settings, Exception):
+                raise self._settings
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they are among the findings
+                plan = plan_of(self._settings)
         except Exception as error:  # of any type: the model's own code runs, on tensors without values
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             print(f"no plan of memory and time: {kind}{' '.join(str(error).split())}")
             return None
-    print_plan(plan)
-    return plan
+        print_plan(plan)
+        return plan
 
 
 def trusted_by(folder: RunFolder) -> list[str]:

@@ -17,7 +17,9 @@ def inspect(
 ) -> None:
     """Show a merge before or after its fit: sizes, groups, unmerged parameters, and possible problems.
 
-    For a configuration, also the memory and time of its fit; with `--suggest`, what `auto` would do.
+    For a configuration, also the memory and time of its fit, and what the fit would refuse; with `--suggest`,
+    what `auto` would do. Ends with exit code 1 if there is an error among the findings, which stops a fit,
+    and with 0 otherwise.
 
     Examples: trainmerge inspect configs/adamerging.yaml
               trainmerge inspect configs/adamerging.yaml --suggest mine.yaml
@@ -40,25 +42,27 @@ def inspect(
         raise ValueError(
             f"{path} is no configuration, and a forecast is made before a fit: name the YAML file"
         )
+    from tempfile import TemporaryDirectory
+
+    from trainmerge.cli.fit import Rehearsal
     from trainmerge.inspection import closing_words, inspect_path
 
-    file = Path(suggest) if suggest else None
-    findings = inspect_path(Path(path), every, weights, file, Path(output) if output else None)
-    errors = [finding for finding in findings if finding.level == "error"]
-    if Path(path).is_file() and not errors:
-        from trainmerge.cli.fit import show_plan
+    file, config = Path(suggest) if suggest else None, Path(path)
+    with TemporaryDirectory() as place:
+        fit = Rehearsal(config, Path(place))
+        findings = inspect_path(config, every, weights, file, Path(output) if output else None, fit.findings)
+        errors = [finding for finding in findings if finding.level == "error"]
+        planned = fit.show_plan() if config.is_file() and not errors else None
+    if forecast and not errors:
+        from trainmerge.fitting.forecast_fit import forecast_config
+        from trainmerge.inspection.forecast import print_forecast
 
-        planned = show_plan(Path(path))
-        if forecast:
-            from trainmerge.fitting.forecast_fit import forecast_config
-            from trainmerge.inspection.forecast import print_forecast
+        print_forecast(forecast_config(path, forecast))
+    if file is not None and config.is_file() and not errors:
+        from trainmerge.cli.auto_preview import print_preview
 
-            print_forecast(forecast_config(path, forecast))
-        if file is not None:
-            from trainmerge.cli.auto_preview import print_preview
-
-            print_preview(path, out, file, planned)
-    if file is not None or Path(path).is_file():
+        print_preview(path, out, file, planned)
+    if file is not None or config.is_file():
         print(closing_words(file))
     if errors:
         raise ValueError(f"{len(errors)} error{'s' * (len(errors) > 1)}, listed above")

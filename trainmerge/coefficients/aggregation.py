@@ -16,12 +16,13 @@ def aggregate_gradients(rows: Tensor, rule: nn.Module, seed: int) -> Tensor:
     """One gradient [K, G] of rows [m, K, G].
 
     Random rules (PCGrad's order) are seeded with `seed`, so that a resumed run and every process of a fit
-    draw the same; the global random state is restored.
+    draw the same; the global random state is restored. Rules compute in the rows' dtype, without autocast.
 
     Raises:
         ValueError: the rule did not return one row.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    exact = torch.autocast(rows.device.type, enabled=False)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), exact:
         torch.manual_seed(seed)
         row: Tensor = rule(rows.flatten(1))
     if row.shape != rows[0].flatten().shape:

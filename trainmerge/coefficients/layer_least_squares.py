@@ -27,7 +27,8 @@ class LayerLeastSquares(MeasuredPreset):
         sum_k w_k |(sum_j c_j tau_j - tau_k) X_k|^2 / sum_k w_k |tau_k X_k|^2
 
     which is a K x K system of second moments; a group of several weights sums theirs, so every layer counts
-    alike. Norms, biases and embeddings take the mean coefficient of their block. The idea is known from
+    alike. Norms, biases and embeddings take the mean coefficient of their block, and so do linear layers
+    whose inputs cannot be read, which a warning names (experts in one tensor). The idea is known from
     one-shot merging by layers' outputs (arXiv 2502.12706, 2605.29101); a single expert gets 1.
 
     `sequential` then solves the blocks again, first to last, with the inputs X_k of the model merged so far

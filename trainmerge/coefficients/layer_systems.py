@@ -3,7 +3,8 @@
 Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter, `m x n` a weight (outputs x inputs).
 """
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +14,11 @@ from torch import Tensor
 from trainmerge.coefficients.layout import Layout
 from trainmerge.coefficients.measured_presets import Measures
 from trainmerge.kernels import chunk_bounds
+from trainmerge.system.text import listed
+from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.portions import MOMENTS, portions
+from trainmerge.task_vectors.roles import LINEAR
+from trainmerge.task_vectors.square_norms import share_of
 
 ROWS = 512  # rows of a weight whose products are in memory at once
 
@@ -81,13 +86,38 @@ def add_layer(
 
 
 def expert_moments(layout: Layout, measure: Measures, experts: int) -> Iterator[tuple[str, list[Moments]]]:
-    """Each merged linear layer that every expert's examples reach, with the K moments of its inputs."""
+    """Each merged linear layer that every expert's examples reach, with the K moments of its inputs.
+
+    After them, a warning names those that are not measured, if there were any that are.
+    """
+    seen: list[str] = []
     for names in portions(measure.task_vectors, MOMENTS // experts):
         merged = [name for name in names if name in layout.groups]
         grams = [measure.grams(k, merged, {}) for k in range(experts)]
         for name in merged:
             if all(name in gram for gram in grams):
+                seen.append(name)
                 yield name, [Moments(gram[name]) for gram in grams]
+    if seen:
+        _warn_of_unseen(measure.task_vectors, layout, {*seen})
+
+
+def _warn_of_unseen(task_vectors: TaskVectors, layout: Layout, seen: Set[str]) -> None:
+    """Name the merged linear layers without moments, with their share of the task vectors."""
+    deltas = task_vectors.deltas
+    linear = [name for name in layout.groups if deltas[name].role == "flat" or _is_linear(deltas[name])]
+    if unseen := [name for name in linear if name not in seen]:
+        warnings.warn(
+            f"layer least squares: the inputs of {len(unseen)} linear layers cannot be read "
+            f"({listed(unseen)}): experts in one tensor, layers that no example reaches, or weights read "
+            "without their layer. They do not count, and LayerLeastSquares gives them the mean of their "
+            f"blocks: {share_of(task_vectors, unseen)}",
+            stacklevel=3,
+        )
+
+
+def _is_linear(delta: Delta) -> bool:
+    return delta.matrices > 0 and delta.role in LINEAR
 
 
 def layer_systems(

@@ -28,7 +28,8 @@ class Grouping:
 
     `task`: one coefficient per expert. `block`: one for each numbered block of the network (and one
     for each module outside them). `tensor`: one per parameter, which is what the papers call
-    layer-wise. `chunk`: `chunks` contiguous blocks of rows per parameter. `chunks` is one number for all; or
+    layer-wise. `chunk`: `chunks` contiguous blocks of rows per parameter, rows of its first dimension as it
+    is stored: a Conv1D's are inputs, those of a stack are whole experts. `chunks` is one number for all; or
     numbers by fnmatch pattern, of which the last match applies (1 without a match); or a file of `trainmerge
     allocate`. A parameter with 0 chunks is merged at its starting coefficient, which is not learned.
 

@@ -19,10 +19,11 @@ def row_counts(
     """Input -> the number of its rows that belong to each of the B examples, in order; None if unknown.
 
     `known` counts come first. Otherwise an input with B rows has one per example, and one whose rows are a
-    grid's patches has those.
+    grid's patches has those; of several such grids, that of videos if the input is one of videos, else
+    that of images.
     """
     patches = {
-        tuple(grid.prod(-1).tolist())
+        name: tuple(grid.prod(-1).tolist())
         for name, grid in inputs.items()
         if name.endswith(GRIDS) and grid.dim() == 2 and len(grid) == examples
     }
@@ -33,8 +34,10 @@ def row_counts(
         rows = len(value)
         if rows == examples or examples == 1:
             return [rows // examples] * examples
-        fitting = [found for found in patches if sum(found) == rows]
-        return fitting[0] if len(fitting) == 1 else None
+        fitting = {grid: found for grid, found in patches.items() if sum(found) == rows}
+        kind = "video" if "video" in name else "image"
+        own = {grid: found for grid, found in fitting.items() if grid.startswith(kind)} or fitting
+        return next(iter(own.values())) if len({*own.values()}) == 1 else None
 
     return {name: counts(name, value) for name, value in inputs.items()}
 

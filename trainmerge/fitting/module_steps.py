@@ -16,6 +16,8 @@ from trainmerge.coefficients.anchor import Anchor
 from trainmerge.coefficients.concrete_rows import ConcreteRows
 from trainmerge.data.batch import Batch
 from trainmerge.fitting.module_tasks import ModuleTasks, Stream
+from trainmerge.fitting.optimisation import check_steps, optimisation_of
+from trainmerge.fitting.rehearsal import rehearse_rule
 from trainmerge.fitting.step_gradient import StepGradient
 from trainmerge.plan.micro_batches import StepSchedule
 
@@ -31,6 +33,9 @@ class ModuleSteps:
         anchor: A penalty on the coefficients.
         combine: Aggregates the experts' gradients; None sums them.
         clip: Maximal norm of the gradient; 0 does not clip.
+
+    Raises:
+        ValueError: an optimizer, a schedule or a rule that could not take steps.
     """
 
     def __init__(
@@ -46,6 +51,9 @@ class ModuleSteps:
         self.tasks, self.streams, self.anchor, self.clip = tasks, streams, anchor, clip
         self.combine, self.coefficients = combine, tasks.merged.coefficients
         self.start = self.coefficients().detach().clone()  # [K, G]
+        check_steps(optimisation_of(self.coefficients, optimizer, lr_scheduler))
+        if combine is not None:
+            rehearse_rule(combine, self.coefficients.raw.detach(), prefix="")
         self.optimizer = optimizer(self.coefficients.parameters())
         ConcreteRows.follow(self.optimizer, self.coefficients)
         self.scheduler = lr_scheduler(self.optimizer) if lr_scheduler else None

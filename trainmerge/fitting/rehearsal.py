@@ -18,8 +18,10 @@ from trainmerge.system.memory import is_out_of_memory
 from trainmerge.system.text import reason
 
 
-def rehearse_steps(optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+def rehearse_steps(optimizer: Optimizer, scheduler: LRScheduler | None, prefix: str = "model.") -> None:
     """One step of both; they and the optimizer's values are copies that nobody uses afterwards.
+
+    `prefix` begins the settings' names in errors.
 
     Raises:
         ValueError: one of them cannot step; names its class and the reason.
@@ -32,14 +34,14 @@ def rehearse_steps(optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
         return torch.ones((), device=values[0].device)
 
     closure()
-    with naming_key("model.optimizer", type(optimizer)), torch.random.fork_rng(devices=[]):
+    with naming_key(f"{prefix}optimizer", type(optimizer)), torch.random.fork_rng(devices=[]):
         optimizer.step(closure)
     if scheduler is not None:
-        with naming_key("model.lr_scheduler", type(scheduler)):
+        with naming_key(f"{prefix}lr_scheduler", type(scheduler)):
             scheduler.step()
 
 
-def rehearse_rule(rule: torch.nn.Module, like: Tensor) -> None:
+def rehearse_rule(rule: torch.nn.Module, like: Tensor, prefix: str = "model.") -> None:
     """A copy of the rule on one random gradient per expert, each like the coefficients [K, G].
 
     Raises:
@@ -52,7 +54,7 @@ def rehearse_rule(rule: torch.nn.Module, like: Tensor) -> None:
     tensors = [*rule.parameters(), *rule.buffers()]
     device = tensors[0].device if tensors else like.device
     rows = torch.randn((len(like), *like.shape), generator=torch.Generator().manual_seed(0)).to(device)
-    with naming_key("model.combine", type(rule)):
+    with naming_key(f"{prefix}combine", type(rule)):
         aggregate_gradients(rows, copied, seed=0)
 
 

@@ -25,6 +25,7 @@ from trainmerge.data.batch import Batch, Step
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.precision import scale_of, without_scaler
 from trainmerge.fitting.step_gradient import StepGradient
+from trainmerge.model.exact import exact
 from trainmerge.model.resident import Resident
 from trainmerge.plan.micro_batches import StepSchedule
 from trainmerge.run.recipe import Recipe
@@ -109,16 +110,17 @@ class CoefficientSteps(pl.LightningModule, ABC):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         reports: list[dict[str, Tensor]] = []
-        gradient = self._step_gradient()
+        gradient, precision = self._step_gradient(), self.trainer.strategy.precision_plugin
 
         def closure() -> Tensor:
-            losses, slopes = gradient(step, self.global_step)
+            with precision.forward_context():
+                losses, slopes = gradient(step, self.global_step)
             reports.append(losses)
             optimizer.zero_grad()
             penalty = gradient.assign(slopes, self.anchor, self.start.to(self.device), self.clip)
             return torch.stack(list(losses.values())).sum() + penalty
 
-        with without_scaler(self.trainer.strategy.precision_plugin):
+        with without_scaler(precision), exact(self.coefficients.raw):  # an optimizer's products, say
             optimizer.step(closure)
         self.coefficients.project_()
         self._step_scheduler()

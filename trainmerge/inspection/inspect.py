@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,6 +58,7 @@ def inspect_path(
     weights: Weights = "auto",
     suggestion: Path | None = None,
     output: Path | None = None,
+    fit: Callable[[], Iterable[Finding]] = tuple,
 ) -> list[Finding]:
     """Print what a configuration, run or exported checkpoint merges, and possible problems.
 
@@ -66,6 +68,7 @@ def inspect_path(
         weights: Whether to read the weights too; `auto` reads up to 2 GiB.
         suggestion: Where to write a suggested configuration.
         output: Where to write the results as JSON.
+        fit: What a fit of the configuration finds before its first step; called if there is no error so far.
 
     Raises:
         ValueError: base and experts do not match; lists every mismatch.
@@ -84,6 +87,10 @@ def inspect_path(
     with TemporaryDirectory() as place:
         workspace = RunFolder(path).workspace if RunFolder(path).manifest.is_file() else Path(place)
         found = _look(path, recipe, workspace, weights, every)
+        if path.is_file() and not any(finding.level == "error" for finding in found.findings):
+            known = {finding.what for finding in found.findings}
+            more = [finding for finding in fenced("the fit", fit) if finding.what not in known]
+            found = found._replace(findings=[*found.findings, *more])
         print_findings(found.findings)
         if coefficients is not None:
             print_coefficients(coefficients)

@@ -106,7 +106,7 @@ def embedding_of(folder: Path) -> Embedding:
     if strange:
         raise ValueError(
             f"{folder / 'modules.json'}: modules that are not supported: {_few(strange)}; supported are "
-            f"{', '.join(KNOWN)}"
+            f"{', '.join(KNOWN)}. Learn by Alignment, which reads none of them"
         )
     kinds = [module.kind for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds.count("Pooling") > 1 or "Transformer" in kinds[1:]:
@@ -123,6 +123,16 @@ def embedding_of(folder: Path) -> Embedding:
             f"into {folder}, and set its path to an empty text"
         )
     return Embedding(tuple(_stage(folder, module) for module in modules[1:] if module.kind != "Dropout"))
+
+
+def unread_modules(folder: Path) -> list[str]:
+    """Why no fit can follow the modules of a folder, `embedding_of`'s error; empty without modules.json."""
+    try:
+        if read_modules(folder):
+            embedding_of(folder)
+    except (ValueError, FileNotFoundError) as error:
+        return [str(error)]
+    return []
 
 
 def _stage(folder: Path, module: SideModule) -> Stage:

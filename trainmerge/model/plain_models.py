@@ -3,6 +3,7 @@
 Legend: `K` experts.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from trainmerge.checkpoints.state_dict_files import load_state_dict
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.delta import TaskVectors
+from trainmerge.task_vectors.parameter_names import matches
 from trainmerge.task_vectors.state_dicts import Compared, StateDict, compare_state_dicts
 
 ModelWeights = StateDict | nn.Module | str | Path  # what a state dict can be taken from
@@ -78,7 +80,22 @@ def open_models(
         parameters = {name for name, _ in base.named_parameters(remove_duplicate=False)}
         buffers, roles = [name for name in own if name not in parameters], roles_of(base)
     compared = compare_state_dicts(own, others, ignore, buffers)
+    _warn_of_ignored(own, others, ignore)
     return PlainModels(own, compared, TaskVectors.of_compared(own, compared, roles))
+
+
+def _warn_of_ignored(base: StateDict, experts: Mapping[str, StateDict], ignore: Sequence[str]) -> None:
+    """Warn of tensors that `ignore` names and an expert changed; a head of another size is its own."""
+    ignored = [n for n, own in base.items() if isinstance(own, Tensor) and matches(n, ignore)]
+    for expert, state in experts.items():
+        both = [n for n in ignored if getattr(state.get(n), "shape", None) == base[n].shape]
+        if changed := [n for n in both if not torch.equal(base[n], state[n].to(base[n]))]:
+            warnings.warn(
+                f"expert {expert} changed {listed(changed)}, which `ignore` leaves at the base's values: "
+                "neither the merge nor this expert's outputs in a fit contain that change. Narrow `ignore` "
+                "to tensors that the base lacks, or put the expert's own head on the merge",
+                stacklevel=4,
+            )
 
 
 def state_of(given: ModelWeights, allow_pickle: bool = False) -> dict[str, Any]:

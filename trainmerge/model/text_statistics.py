@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainmerge.data.batch import Batch
 from trainmerge.kernels import accumulation_dtype
+from trainmerge.model.loss_scale import LossScale
 from trainmerge.model.predictions import jensen_shannon, predictions
 from trainmerge.model.resident import Resident
 from trainmerge.task_vectors.places import view
@@ -25,6 +26,7 @@ def text_gradients(
     With `dice`: -log p(y | x) of a y drawn at every unmasked position, whose mean square is the Fisher
     information. Otherwise the language-model loss: the mean over the text's next tokens.
     """
+    scale = LossScale.of(resident.merged.module)
     for batch in batches:
         with torch.enable_grad():
             log_p, tokens = predictions(resident(batch), batch)
@@ -32,7 +34,8 @@ def text_gradients(
                 tokens = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=dice)[:, 0]
             each = -log_p.gather(-1, tokens.to(log_p.device)[:, None])
             loss = each.sum() if dice is not None else each.mean()
-            yield _gradients(resident, loss)
+            slopes = _gradients(resident, loss, scale)
+        yield slopes
 
 
 def imitated(
@@ -43,7 +46,7 @@ def imitated(
     `told` are log-probabilities [R, V], one tensor per batch. Cells that they exclude count nothing.
     """
     rows = sum(len(own) for own in told)
-    loss, total = 0.0, dict[str, Tensor]()
+    loss, total, scale = 0.0, dict[str, Tensor](), LossScale.of(resident.merged.module)
     for batch, own in zip(batches, told, strict=True):
         with torch.enable_grad():
             log_p, _ = predictions(resident(batch), batch)
@@ -51,7 +54,7 @@ def imitated(
             never = own.isneginf()
             apart = own.masked_fill(never, 0.0) - log_p.masked_fill(never, 0.0)
             part = (own.exp() * apart).sum() / rows
-            slopes = _gradients(resident, part)
+            slopes = _gradients(resident, part, scale)
         loss += float(part.detach())
         for name, slope in slopes.items():
             wide = slope.to(accumulation_dtype(slope.dtype), copy=name not in total)
@@ -59,18 +62,29 @@ def imitated(
     return loss, total
 
 
-def _gradients(resident: Resident, loss: Tensor) -> dict[str, Tensor]:
+def _gradients(resident: Resident, loss: Tensor, scale: LossScale) -> dict[str, Tensor]:
     """Of every merged parameter that is learned; zeros where the loss does not depend on one."""
     merged = resident.merged
     owners = {id(p): p for p in merged.placed.owners.values() if p.requires_grad}
     parameters = {n: p for n, p in merged.parameters.items() if id(merged.placed.owners[n]) in owners}
-    found = torch.autograd.grad(loss, list(owners.values()), allow_unused=True)
-    slopes = dict(zip(owners, found, strict=True))
+    slopes = dict(zip(owners, _scaled(loss, list(owners.values()), scale), strict=True))
     return {
         name: torch.zeros_like(p) if slope is None else view(merged.placed.inside[name], slope)
         for name, p in parameters.items()
         for slope in [slopes[id(merged.placed.owners[name])]]
     }
+
+
+def _scaled(loss: Tensor, weights: Sequence[Tensor], scale: LossScale) -> list[Tensor | None]:
+    """A loss's gradients: in float32 where weights are float16, from a scaled backward that fits it."""
+    while True:
+        factor = scale.value
+        found = torch.autograd.grad(loss * factor, weights, allow_unused=True, retain_graph=scale.active)
+        if not scale.active:
+            return list(found)
+        finite = all(bool(slope.isfinite().all()) for slope in found if slope is not None)
+        if scale.settle(finite or not bool(loss.isfinite())):
+            return [None if slope is None else slope.float() / factor for slope in found]
 
 
 @torch.no_grad()

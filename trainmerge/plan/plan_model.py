@@ -1,5 +1,6 @@
 """The plan of a fit from config.json alone."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from trainmerge.checkpoints import build_meta_model, output_of
 from trainmerge.data.batch import Batch
 from trainmerge.model.activation_checkpointing import recompute_blocks
+from trainmerge.model.embedding import unread_modules
 from trainmerge.model.residency import Vectors
 from trainmerge.objectives import Entropy
 from trainmerge.plan.devices import Device, measured
@@ -54,6 +56,8 @@ def plan_model(
     Raises:
         ValueError: transformers does not know the architecture, a number is out of range, or `length` is more
             than the model has positions for.
+
+    Warns of modules of sentence-transformers that a fit by Similarity refuses.
     """
     counts = {
         "experts": experts,
@@ -65,6 +69,8 @@ def plan_model(
         check_option(name, count, int, "[1, inf)")
     check_option("gathered_ahead", gathered_ahead, int, "[0, inf)")
     files = folder_of(folder, weights=False)
+    for line in unread_modules(files):
+        warnings.warn(line, stacklevel=2)
     dtype, tokens = _dtype(build_meta_model(files)), _tokens(files, length)
     here = device or measured(dtype)
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.base import Calibrator, Informed
-from trainmerge.preprocess.left_out import share_of
 from trainmerge.system.ranges import check_fields
 from trainmerge.system.text import listed
 from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.roles import LINEAR, each_matrix
+from trainmerge.task_vectors.square_norms import share_of
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,10 @@ class Preprocess(ABC):
         del name, delta
         return True
 
+    def otherwise_is(self) -> str:
+        """What becomes of the parameters to which the method does not apply, in words."""
+        return self.otherwise
+
 
 class Router(NamedTuple):
     """A router of a mixture of experts, by its tensors in the base's files."""

@@ -22,6 +22,7 @@ from trainmerge.preprocess.ties import Ties
 from trainmerge.preprocess.tsv import Tsv
 from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
+from trainmerge.task_vectors.roles import Role
 
 
 class Space(NamedTuple):
@@ -74,13 +75,21 @@ class InSpace(Preprocess):
             for number, (part, space) in enumerate(zip(parts, spaces[name], strict=True)):
                 inner = [space.inside(dense_term(term, part.base)) for term in part.terms]
                 terms = tuple(Difference(tau) for tau in inner)
-                deltas[f"{name}#{number}"] = Delta(torch.zeros_like(inner[0]), terms, "linear")
+                deltas[f"{name}#{number}"] = Delta(torch.zeros_like(inner[0]), terms, turned_role(delta))
         results = iter(self.method(TaskVectors(task_vectors.experts, deltas)))
         for name, delta in task_vectors.deltas.items():
             if name in spaces:
                 yield name, _back(spaces[name], [next(results)[1] for _ in spaces[name]], delta)
             else:
                 yield name, next(results)[1]
+
+    @override
+    def applies_to(self, name: str, delta: Delta) -> bool:
+        return self.method.applies_to(name, delta)
+
+    @override
+    def otherwise_is(self) -> str:
+        return self.method.otherwise_is()
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,11 @@ def matrices_of(delta: Delta) -> Iterator[Delta]:
     for number in range(turned.shape[1]):
         own = turned[:, number].contiguous()
         yield replace(delta, base=torch.zeros_like(own[0]), terms=tuple(Difference(tau) for tau in own))
+
+
+def turned_role(delta: Delta) -> Role:
+    """The role of each of `matrices_of`, which are outputs x inputs."""
+    return "linear" if delta.role == "transposed" else delta.role
 
 
 def _back(spaces: list[Space], results: list[Tensor], delta: Delta) -> Tensor:

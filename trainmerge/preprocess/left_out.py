@@ -11,8 +11,8 @@ from torch import Tensor
 
 from trainmerge.preprocess.base import Preprocess
 from trainmerge.system.text import listed
-from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
-from trainmerge.task_vectors.pieces import in_pieces
+from trainmerge.task_vectors.delta import Delta, TaskVectors
+from trainmerge.task_vectors.square_norms import task_square_norm
 
 EXPECTED = ("norms and biases", "embeddings", "matrices")  # published methods leave these out too; `exclude`
 
@@ -36,7 +36,7 @@ def left_out_sentence(method: Preprocess, task_vectors: TaskVectors, squares: Ma
         share = sum(squares[name] for name in names) / total if total else None
         words = "" if share is None else f"; {100 * share:.3g}% of the task vectors' squared norm"
         parts.append(f"{len(names)} {kind} ({listed(names)}{words})")
-    return f"{type(method).__name__}: {', '.join(parts)} are {method.otherwise}" if parts else ""
+    return f"{type(method).__name__}: {', '.join(parts)} are {method.otherwise_is()}" if parts else ""
 
 
 def left_out(method: Preprocess, task_vectors: TaskVectors) -> dict[str, list[str]]:
@@ -67,26 +67,11 @@ def announced(
         print(left_out_sentence(method, task_vectors, squares), file=sys.stderr, flush=True)
 
 
-def share_of(task_vectors: TaskVectors, names: Iterable[str]) -> str:
-    """The part of the task vectors' squared norm that these parameters have, in words."""
-    squares = {name: task_square_norm(name, delta) for name, delta in task_vectors.deltas.items()}
-    share = sum(squares[name] for name in names) / (sum(squares.values()) or 1.0)
-    return f"{100 * share:.3g}% of the task vectors' squared norm"
-
-
-def task_square_norm(name: str, delta: Delta) -> float:
-    """The squared norm of its K task vectors, a piece at a time."""
-    pieces = (part for _, _, part in in_pieces(name, delta))
-    return sum(
-        float(dense_term(term, piece.base).double().square().sum())
-        for piece in pieces
-        for term in piece.terms
-    )
-
-
 def _kind(delta: Delta) -> str:
     if delta.role == "vector" or len(delta.shape) < 2:
         return "norms and biases"
+    if delta.role == "flat":
+        return "stacks of experts in two dimensions"
     if delta.role == "embedding":
         return "embeddings"
     if delta.matrices and delta.role != "other":

@@ -17,8 +17,11 @@ from trainmerge.task_vectors.roles import each_matrix
 
 
 def is_matrix(name: str, delta: Delta, exclude: Sequence[str]) -> bool:
-    """Whether a parameter is a matrix, or a stack of matrices, that `exclude` does not name."""
-    return delta.matrices > 0 and not matches(name, exclude)
+    """Whether a parameter is a matrix, or a stack of matrices, that `exclude` does not name.
+
+    One matrix of a parameter may have its number after the name, as in `w#0` (`core_space`).
+    """
+    return delta.matrices > 0 and not matches(name.partition("#")[0], exclude)
 
 
 class PerMatrix(Preprocess):

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from trainmerge.kernels import Difference
 from trainmerge.preprocess.base import Informed, Preprocess
-from trainmerge.preprocess.core_space import factors_of, matrices_of
+from trainmerge.preprocess.core_space import factors_of, matrices_of, turned_role
 from trainmerge.preprocess.spectrum import truncated
 from trainmerge.preprocess.ties import Ties
 from trainmerge.system.ranges import check_fields
@@ -60,7 +60,8 @@ class Pico(Preprocess):
                 taus = torch.stack([dense_term(term, part.base) for term in part.terms])
                 norms[name].append(float(taus.double().flatten(1).norm(dim=1).mean()))
                 calibrated = tuple(Difference(tau) for tau in self._calibrated(part, taus))
-                deltas[f"{name}#{number}"] = Delta(torch.zeros_like(taus[0]), calibrated, "linear")
+                key, role = f"{name}#{number}", turned_role(delta)
+                deltas[key] = Delta(torch.zeros_like(taus[0]), calibrated, role)
         results = iter(self.method(TaskVectors(task_vectors.experts, deltas)))
         for name, delta in task_vectors.deltas.items():
             if name not in norms:
@@ -70,6 +71,14 @@ class Pico(Preprocess):
             taus = torch.stack(parts, dim=1)
             turned = taus.mT if delta.role == "transposed" else taus
             yield name, turned.reshape(len(taus), *delta.shape).contiguous()
+
+    @override
+    def applies_to(self, name: str, delta: Delta) -> bool:
+        return self.method.applies_to(name, delta)
+
+    @override
+    def otherwise_is(self) -> str:
+        return self.method.otherwise_is()
 
     def _calibrated(self, part: Delta, taus: Tensor) -> Tensor:
         """S tau_k of one matrix, [K, m, n]."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.preprocess.base import Calibrator, Informed
-from trainmerge.preprocess.left_out import share_of
 from trainmerge.preprocess.spectrum import wide_rows
 from trainmerge.system.ranges import check_fields
 from trainmerge.system.text import listed
@@ -23,6 +22,7 @@ from trainmerge.task_vectors.delta import Delta, TaskVectors
 from trainmerge.task_vectors.parameter_names import block_of
 from trainmerge.task_vectors.portions import MOMENTS, portions
 from trainmerge.task_vectors.roles import LINEAR, each_matrix
+from trainmerge.task_vectors.square_norms import share_of
 
 RIDGE = 1e-6  # of the mean diagonal: a direction that no expert reads keeps the base
 

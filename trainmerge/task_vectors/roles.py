@@ -14,9 +14,10 @@ from torch import Tensor
 # embedding    one row per token or position
 # convolution  outputs x inputs x kernel
 # vector       norms and biases, also a stack of them: one row per expert of a mixture
+# flat         several matrices, one above the other, in two dimensions (DBRX's experts)
 # other        a parameter of none of these modules
 # ""           nobody asked a module: two dimensions are outputs x inputs, three a stack of such matrices
-Role = Literal["linear", "transposed", "embedding", "convolution", "vector", "other", ""]
+Role = Literal["linear", "transposed", "embedding", "convolution", "vector", "flat", "other", ""]
 LINEAR = ("linear", "transposed")
 
 
@@ -28,7 +29,7 @@ def num_matrices(shape: Sequence[int], role: Role = "") -> int:
     >>> num_matrices((1, 4, 3), "linear"), num_matrices((5, 4, 3), "convolution")
     (1, 0)
     """
-    if role in ("convolution", "vector"):
+    if role in ("convolution", "vector", "flat"):
         return 0
     if len(shape) == 2:
         return 1
