@@ -73,7 +73,8 @@ def measured(dtype: torch.dtype = torch.float32) -> Device:
     source, target = torch.ones(1 << 24), torch.empty(1 << 24)
     product = _best(lambda: torch.mm(a, b))
     copy = _best(lambda: target.copy_(source))
-    name = f"this processor, {torch.get_num_threads()} threads, measured"
+    threads = torch.get_num_threads()
+    name = f"this processor, {threads} thread{'s' * (threads > 1)}, measured"
     return Device(name, 2 * size**3 / product, 2 * source.nbytes / copy, use=1.0)
 
 
