@@ -6,12 +6,13 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from trainmerge.task_vectors.delta import Delta
-from trainmerge.task_vectors.link import copied, each_tensor
+from trainmerge.task_vectors.link import Arrival, copied, each_tensor
 from trainmerge.task_vectors.slabs import Slabs
 
 
@@ -25,7 +26,7 @@ class CountedLink:
     def __init__(self, rate: float = 0.0) -> None:
         self.rate = rate
         self.sends: Counter[int] = Counter()  # address of a delta's base in its file -> how often it was sent
-        self.bytes = self.alive = self.highest = self.pinned = self.arrivals = 0
+        self.bytes = self.alive = self.highest = self.pinned = self.arrivals = self.left = 0
         self.threads: set[str] = set()
         self._origins: dict[int, int] = {}  # address of a held copy -> that in the file
         self._free, self._lock = 0.0, threading.RLock()
@@ -46,7 +47,7 @@ class CountedLink:
         self.pinned += 1 << (size - 1).bit_length()
         return torch.empty(size, dtype=torch.uint8)
 
-    def send(self, delta: Delta) -> Delta:
+    def send(self, delta: Delta) -> Arrival:
         began = time.perf_counter()
         self.threads.add(threading.current_thread().name)
         address = delta.base.data_ptr()
@@ -55,12 +56,16 @@ class CountedLink:
         sent = copied(delta)
         each_tensor(sent, self._enter)
         self._wait(began, delta.nbytes)
+        return partial(self._arrive, sent)
+
+    def _arrive(self, sent: Delta) -> Delta:
+        self.arrivals += 1
         return sent
 
-    def arrive(self, _: Delta) -> None:
-        self.arrivals += 1
+    def leave(self) -> None:
+        self.left += 1
 
-    def submit(self, job: Callable[[], Delta]) -> Future[Delta]:
+    def submit(self, job: Callable[[], Arrival]) -> Future[Arrival]:
         return self._thread.submit(job)
 
     def restart(self) -> None:

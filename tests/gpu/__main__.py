@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.gpu import packages
 
-PARTS = ("contract", "gradients", "fits", "ranks", "sanitizer", "bandwidth", "steps", "memory")
+PARTS = ("contract", "streams", "gradients", "fits", "ranks", "sanitizer", "bandwidth", "steps", "memory")
 BEGUN = "TRAINMERGE_GPU_PACKAGES"  # set once the missing packages are in the path
 
 

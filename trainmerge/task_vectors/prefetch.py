@@ -11,7 +11,7 @@ from typing import Protocol
 from trainmerge.system.memory import available
 from trainmerge.system.safetensors_file import read_ahead
 from trainmerge.task_vectors.delta import Delta
-from trainmerge.task_vectors.link import Link, copied, tensors_of
+from trainmerge.task_vectors.link import Arrival, Link, copied, tensors_of
 from trainmerge.task_vectors.parameter_names import block_of
 
 
@@ -81,8 +81,8 @@ class Prefetch:
         self._deltas, self._link = deltas, link
         self._on_device, self._in_host = on_device, in_host
         self._host: dict[str, Delta] = {}
-        self._stay: dict[str, Future[Delta]] = {}
-        self._buffer: dict[str, Future[Delta]] = {}  # the least recently used first
+        self._stay: dict[str, Future[Arrival]] = {}
+        self._buffer: dict[str, Future[Arrival]] = {}  # the least recently used first
         self._sizes = {name: delta.nbytes for name, delta in deltas.items()}
         self._ahead = largest_block(self._sizes)
         self._hold = link.holder(sum(self._sizes[name] for name in in_host))
@@ -97,20 +97,21 @@ class Prefetch:
         sent = self._sent(name)
         for one in following:
             self._sent(one)
-        delta = sent.result()
-        self._link.arrive(delta)
-        return delta
+        return sent.result()()
 
     def _make_room(self, needed: Collection[str]) -> None:
         """Drop the least recently used until the needed ones fit."""
         total = sum(self._sizes[name] for name in {*self._buffer, *needed})
+        before = len(self._buffer)
         for name in [name for name in self._buffer if name not in needed]:
             if total <= 2 * self._ahead:
                 break
             self._buffer.pop(name).cancel()
             total -= self._sizes[name]
+        if len(self._buffer) < before:
+            self._link.leave()
 
-    def _sent(self, name: str) -> Future[Delta]:
+    def _sent(self, name: str) -> Future[Arrival]:
         """The copy on the device, on its way perhaps; it is the most recently used one."""
         if name in self._on_device:
             if name not in self._stay:
@@ -120,7 +121,7 @@ class Prefetch:
         self._buffer[name] = sent
         return sent
 
-    def _submitted(self, name: str) -> Future[Delta]:
+    def _submitted(self, name: str) -> Future[Arrival]:
         return self._link.submit(lambda: self._link.send(self._source(name)))
 
     def _source(self, name: str) -> Delta:
