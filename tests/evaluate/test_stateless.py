@@ -59,3 +59,11 @@ def test_positions_that_grow_with_the_text_are_found(kind: str) -> None:
     with torch.inference_mode():
         assert is_stateless(model, lambda: forward(4))
         assert is_stateless(model, lambda: forward(12)) == (kind == "default")
+
+
+def test_changes_of_a_table_made_in_inference_mode_are_found() -> None:
+    """Such tensors have no version: an earlier score may have made them."""
+    module = Keeper(CHANGES["a buffer in place"])
+    with torch.inference_mode():
+        module.table = torch.zeros(3)
+        assert not is_stateless(module, lambda: module(torch.ones(1, 2)))

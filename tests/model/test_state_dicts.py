@@ -4,7 +4,9 @@ Legend: `K` experts.
 """
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -206,6 +208,13 @@ def test_ignored_tensors_that_an_expert_changed_are_named() -> None:
     ) as words:
         merged = tm.merge_state_dicts(base, experts, 1.0, ignore=["head"])
     assert len(words) == 1
+    assert torch.equal(merged["head"], torch.ones(3))
+
+
+def test_an_ignored_entry_that_is_no_tensor_is_not_compared() -> None:
+    base = {"w": torch.ones(2), "head": torch.ones(3)}
+    expert: dict[str, Any] = {"w": torch.zeros(2), "head": np.zeros(3)}
+    merged = tm.merge_state_dicts(base, {"a": expert}, 1.0, ignore=["head"])
     assert torch.equal(merged["head"], torch.ones(3))
 
 

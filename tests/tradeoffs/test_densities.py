@@ -37,7 +37,7 @@ def taus(ties: bool = False, seed: int = 0) -> dict[str, Tensor]:
     sizes = torch.tensor([1.0, 1e-3, 30.0])
     found = {
         name: torch.randn(3, *shape, generator=dice) * sizes.view(3, *[1] * len(shape))
-        for name, shape in {"a": (700, 300), "b": (50,), "c": (40, 30)}.items()
+        for name, shape in {"a": (700, 300), "b": (50,), "c": (40, 30), "temperature": ()}.items()
     }
     return {name: tau.bfloat16().float() if ties else tau for name, tau in found.items()}
 

@@ -3,6 +3,7 @@
 Some models keep something of the last call: a table of positions for longer texts, a cached mask.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ def is_stateless(module: nn.Module, forward: Callable[[], object]) -> bool:
     return len(before) == len(after) and all(same)
 
 
-def _content(module: nn.Module) -> Iterator[tuple[object, int]]:
+def _content(module: nn.Module) -> Iterator[tuple[object, float]]:
     """The modules' attributes, what is in their dictionaries and lists, and how often tensors changed."""
     for part in module.modules():
         for value in vars(part).values():
@@ -27,5 +28,8 @@ def _content(module: nn.Module) -> Iterator[tuple[object, int]]:
                 yield from ((own, _version(own)) for own in inner)
 
 
-def _version(value: object) -> int:
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+def _version(value: object) -> float:
+    """How often a tensor changed; NaN, which equals nothing, where inference mode does not count."""
+    if not isinstance(value, Tensor):
+        return 0
+    return math.nan if value.is_inference() else value._version

@@ -171,14 +171,9 @@ class ExpertStatistics:
     def imitation(self, expert: int) -> Callable[[], tuple[float, dict[str, Tensor]]]:
         """What compares the model with this expert's predictions, which are kept in a file (`imitated`)."""
         with self.resident.merged.teacher(expert):
-            batches = self._batches(expert, "recording predictions")
-            told = self.keep({str(i): predictions(self.resident(b), b)[0] for i, b in enumerate(batches)})
-
-        def compared() -> tuple[float, dict[str, Tensor]]:
-            again = self._batches(expert)
-            return imitated(self.resident, again, [told[str(i)] for i in range(len(told))])
-
-        return compared
+            batches = self._batches(expert, "recording predictions")  # in memory one batch at a time
+            told = [self.keep({"told": predictions(self.resident(b), b)[0]})["told"] for b in batches]
+        return lambda: imitated(self.resident, self._batches(expert), told)
 
     def likelihoods(self, expert: int, texts: Sequence[Example]) -> Tensor:
         """Log-likelihood of each text under the expert's language model, [N] float64: summed over tokens."""

@@ -88,8 +88,9 @@ def _warn_of_ignored(base: StateDict, experts: Mapping[str, StateDict], ignore: 
     """Warn of tensors that `ignore` names and an expert changed; a head of another size is its own."""
     ignored = [n for n, own in base.items() if isinstance(own, Tensor) and matches(n, ignore)]
     for expert, state in experts.items():
-        both = [n for n in ignored if getattr(state.get(n), "shape", None) == base[n].shape]
-        if changed := [n for n in both if not torch.equal(base[n], state[n].to(base[n]))]:
+        tensors = {n: state[n] for n in ignored if isinstance(state.get(n), Tensor)}
+        both = {n: own for n, own in tensors.items() if own.shape == base[n].shape}
+        if changed := [n for n, own in both.items() if not torch.equal(base[n], own.to(base[n]))]:
             warnings.warn(
                 f"expert {expert} changed {listed(changed)}, which `ignore` leaves at the base's values: "
                 "neither the merge nor this expert's outputs in a fit contain that change. Narrow `ignore` "

@@ -81,7 +81,8 @@ class Magnitudes:
         def pieces() -> Iterator[Tensor]:
             for name, delta in task_vectors.deltas.items():
                 for _, _, part in in_pieces(name, delta):
-                    yield part.dense().flatten(1)
+                    taus = part.dense()
+                    yield taus.view(len(taus), -1)  # also of a single number, as CLIP's temperature
 
         self._counts = histograms(pieces)  # K
 
