@@ -39,7 +39,13 @@ def test_no_run() -> None:
 
 def test_threads_of_a_run(tmp_path: Path) -> None:
     assert threads_of(tmp_path) is None
-    for text, threads in (('{"started": {"threads": 3}}', 3), ('{"started": {}}', None), ("{", None)):
+    deep = "[" * 100_000
+    for text, threads in (
+        ('{"started": {"threads": 3}}', 3),
+        ('{"started": {}}', None),
+        ("{", None),
+        (deep, None),
+    ):
         (tmp_path / "manifest.json").write_text(text)
         assert threads_of(tmp_path) == threads
 

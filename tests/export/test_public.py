@@ -56,6 +56,25 @@ def test_a_text(given: str, want: str) -> None:
     assert str(Path.cwd()) not in got
 
 
+@pytest.mark.parametrize("home", ["/home/me", "/home/my own"])
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ("Head('{home}/work/labels.json', scale=2.0)", "Head('labels.json', scale=2.0)"),
+        ("read {home}/a/b:{home}/c.txt", "read b:c.txt"),
+        ("see file://{home}/a/b and file:///data/x/y", "see b and y"),
+        ("{home}", "~"),
+        ("in {home}/ by x={home}", "in ~ by x=~"),
+        ("https://host{home}/x", "https://host{home}/x"),
+    ],
+)
+def test_nothing_of_a_path_in_the_home_is_left(
+    home: str, given: str, want: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", home)
+    assert public(given.format(home=home)) == want.format(home=home)
+
+
 def test_paths_are_replaced_in_other_texts_too() -> None:
     data = {"path": "/data/my models/base", "head": "Head('/data/my models/base/x')"}
     assert public(data) == {"path": "base", "head": "Head('base/x')"}

@@ -82,6 +82,31 @@ def test_gradients_are_autograds(kind: Kind, generator: torch.Generator) -> None
         assert got.masked_select(~MASK[:, None].expand_as(got)).abs().max() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["spans", "labels"])
+def test_the_contract(kind: Kind, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """A wide loss per example, in any order of the examples, finite at any logits and below padding."""
+    expert, merge = logits_of(kind, generator)
+    batch, order = batch_of(recorded(kind, expert)), torch.arange(3).flip(0)
+    rows = recorded(kind, expert[order]).float()
+    mask, signals = MASK[order], Signals(Predictions(rows))
+    flipped = Batch(0, {"attention_mask": mask.long()}, mask, order, signals)
+    for objective in (tm.Alignment(), tm.Entropy(agreement=2.0)):
+        logits = spans(merge.to(dtype)) if kind == "spans" else merge.to(dtype)
+        loss = objective(Outputs(logits.clone(), {}, kind), batch)
+        assert loss.shape == (3,)
+        assert loss.dtype == torch.float32
+        other = objective(Outputs(logits[order].clone(), {}, kind), flipped)
+        torch.testing.assert_close(other, loss[order])
+        for scale in (1e4, -1e4):
+            leaf = (scale * merge.sign()).to(dtype)
+            leaf = (spans(leaf) if kind == "spans" else leaf).requires_grad_()
+            loss = objective(Outputs(leaf * 1.0, {}, kind), batch)
+            (gradient,) = torch.autograd.grad(loss.sum(), [leaf])
+            assert loss.isfinite().all()
+            assert gradient.isfinite().all()
+
+
 def test_a_regression_is_its_squared_distance(generator: torch.Generator) -> None:
     merge, expert = torch.randn(2, 3, 2, generator=generator)
     leaf = merge.clone().requires_grad_()

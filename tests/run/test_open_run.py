@@ -71,7 +71,10 @@ def test_coefficients_that_are_not_finite_are_refused(run: RunFolder, value: flo
         open_run(run)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"experts": ["mood"]}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "{}", '{"experts": ["mood"]}', pytest.param("[" * 100_000, id="deep")],
+)
 def test_a_damaged_manifest_is_named_with_a_remedy(run: RunFolder, content: str) -> None:
     run.manifest.write_text(content)
     with pytest.raises(ValueError, match=r"manifest\.json: .* Restore it from a copy"):
@@ -103,7 +106,7 @@ def test_keys_that_an_older_manifest_lacks_are_no_difference(run: RunFolder) -> 
     open_run(run)
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+@pytest.mark.parametrize("content", ["{", "{}", "[]", pytest.param("[" * 100_000, id="deep")])
 def test_damaged_sources_are_made_again(run: RunFolder, content: str) -> None:
     run.sources.write_text(content)
     assert list(open_run(run)[0].experts) == run.read_manifest()["experts"]

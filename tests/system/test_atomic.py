@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainmerge.system.atomic import append_line, replacing, sweep, write_whole
+from trainmerge.system.atomic import append_line, rename_whole, replacing, sweep, write_whole
 from trainmerge.system.disk_space import naming
 from trainmerge.system.staging import staging
 from trainmerge.system.temporary_names import aside
@@ -42,6 +42,27 @@ def test_the_old_file_stays_until_the_new_one_is_on_disk(
     ] * 2  # the file, then its folder
     assert seen[1] == "deep"
     assert [path.name for path in file.parent.iterdir()] == ["a.json"]
+
+
+def test_a_folder_is_renamed_when_all_of_it_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, target, seen = tmp_path / "made", tmp_path / "step-1", []
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "b").write_text("b")
+    forced = os.fsync
+
+    def watched(descriptor: int) -> None:
+        seen.append((Path(f"/proc/self/fd/{descriptor}").resolve().name, target.exists()))
+        forced(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    rename_whole(folder, target)
+    assert seen == [("inner", False), ("b", False), ("made", False), (tmp_path.name, True)]
+    assert (target / "inner" / "b").read_text() == "b"
+    folder.mkdir()
+    with pytest.raises(OSError, match="not empty"):
+        rename_whole(folder, target)
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from trainmerge.checkpoints.special_ids import ends, move_ids, resized, with_end
 from trainmerge.checkpoints.stated_settings import state_settings
 from trainmerge.checkpoints.tokenizer_choice import Chosen, choose_vocabulary
 from trainmerge.checkpoints.vocabulary import ADDED, SETTINGS, WHOLE, tokenizer_files
-from trainmerge.system.atomic import temporary_folder
+from trainmerge.system.atomic import rename_whole, temporary_folder
 from trainmerge.system.json_file import read_json
 from trainmerge.system.links import check_link, leads_outside
 from trainmerge.system.safetensors_file import sha256
@@ -60,7 +60,7 @@ def tokenizer_folder(folders: Mapping[str, Path], choice: TokenizerChoice, works
         made.mkdir()
         _write(chosen, made)
         try:
-            made.rename(target)
+            rename_whole(made, target)
         except OSError:  # another process was faster
             if not target.is_dir():
                 raise

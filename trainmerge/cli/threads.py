@@ -50,6 +50,6 @@ def threads_of(run: Path | None) -> int | None:
         return None
     try:
         threads = json.loads(manifest.read_text())["started"]["threads"]
-    except (ValueError, KeyError, TypeError):  # from an older version, or damaged: the fit reports it
+    except (ValueError, KeyError, TypeError, RecursionError):  # older, or damaged: the fit reports it
         return None
     return threads if isinstance(threads, int) else None

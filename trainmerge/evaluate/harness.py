@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from torch import nn
 
 from trainmerge.data.tokenizer import Tokenizer
+from trainmerge.run.config import read_yaml
 
 HarnessTask = str | Mapping[str, Any]  # a task's name, the path of its YAML file, or its contents
 
@@ -56,7 +56,7 @@ def run_harness(
 def _task(task: HarnessTask) -> Any:
     """A task in the harness's form: a name, or a mapping."""
     if isinstance(task, str) and Path(task).suffix in (".yaml", ".yml"):
-        return yaml.safe_load(Path(task).read_text())
+        return read_yaml(Path(task))
     return dict(task) if isinstance(task, Mapping) else task
 
 

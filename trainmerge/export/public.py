@@ -16,9 +16,8 @@ SECRETS = re.compile(
     r"|(?i:(?<=token=)|(?<=password=)|(?<=secret=)|(?<=key=))[^\s&'\",)\]]+"
 )
 REMOVED = "(removed)"
-INNER = re.compile(
-    r"(?<![\w/.:~\\-])(?:~|[A-Za-z]:)?[/\\](?:[^\s'\"`,;:()\[\]{}<>|/\\]+[/\\])+[^\s'\"`,;:()\[\]{}<>|/\\]*"
-)
+PART = r"[^\s'\"`,;:()\[\]{}<>|/\\]"  # a letter of a path's part within a longer text
+INNER = re.compile(rf"(?<![\w/.:~\\-])(?:file://|~|[A-Za-z]:)?[/\\](?:{PART}+[/\\])+{PART}*")
 TRAINER = {"logger", "plugins", "profiler", "default_root_dir"}  # of this machine, or with addresses and keys
 FIT = ("seed_everything", "recipe", "model", "data", "trainer", "save_every")
 
@@ -50,7 +49,7 @@ def is_local(text: str) -> bool:
 
 def public(data: Any) -> Any:
     """Plain data for strangers: local paths by their names, without secrets."""
-    return _public(data, sorted(set(_local(data)) | _own(), key=len, reverse=True))
+    return _public(data, sorted(set(_local(data)) - set(_own()), key=len, reverse=True))
 
 
 def public_manifest(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,8 +79,9 @@ def _is_own(callback: Any) -> bool:
     return isinstance(callback, Mapping) and str(callback.get("class_path")).startswith("trainmerge.")
 
 
-def _own() -> set[str]:
-    return {place for place in (str(Path.home()), str(Path.cwd())) if len(place) > 1}
+def _own() -> list[str]:
+    places = {place for place in (str(Path.home()), str(Path.cwd())) if len(place) > 1}
+    return sorted(places, key=len, reverse=True)
 
 
 def _local(data: Any) -> list[str]:
@@ -111,8 +111,17 @@ def _is_secret(value: Any) -> bool:
 
 def _text(text: str, local: list[str]) -> str:
     if is_local(text):
-        return SECRETS.sub(REMOVED, public_name(text))
+        return SECRETS.sub(REMOVED, _name(text))
     for path in local:
         text = text.replace(path, public_name(path))
+    for place in _own():
+        inside = rf"(?:file://|(?<![\w.~/-])){re.escape(place)}(?![\w.-])(?:[/\\]{PART}+)*[/\\]?"
+        text = re.sub(inside, lambda found: _name(found[0]), text)
     text = INNER.sub(lambda found: public_name(found[0]) if is_local(found[0]) else found[0], text)
     return SECRETS.sub(REMOVED, text)
+
+
+def _name(path: str) -> str:
+    """A path's public name; the home's is no name of its user."""
+    home = path.removeprefix("file://").rstrip("/\\") == str(Path.home())
+    return "~" if home else public_name(path)

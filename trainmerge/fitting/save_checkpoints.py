@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from trainmerge.coefficients.checkpoint_average import Schedule
 from trainmerge.run.checkpoints_of_run import write_merge
-from trainmerge.system.atomic import temporary_folder
+from trainmerge.system.atomic import rename_whole, temporary_folder
 from trainmerge.system.ranges import check_option
 from trainmerge.system.text import listed
 
@@ -80,7 +80,7 @@ class SaveForMerging(Callback):
             getattr(pl_module, self.model).save_pretrained(place / "model")
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(place / "model")
-            (place / "model").rename(target)
+            rename_whole(place / "model", target)
         found = sorted(self.folder.glob(f"{PREFIX}*"), key=_step)
         write_merge(self.folder, found, self.last, self.schedule)
         for old in found[: -self.last]:

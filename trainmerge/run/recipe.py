@@ -153,7 +153,7 @@ class Recipe:
         try:
             content = json.loads(saved.read_text())
             known, sources = content["stamps"], Sources.from_json(content["sources"])
-        except (ValueError, KeyError, TypeError, AttributeError):  # damaged: the folders are opened anew
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # damaged: opened anew
             return None
         made = self.stamps()
         if as_then(made, known) != known:

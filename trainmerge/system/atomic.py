@@ -57,6 +57,23 @@ def temporary_folder(place: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def rename_whole(folder: Path, target: Path) -> None:
+    """Rename a finished folder, once everything in it is on disk.
+
+    Raises:
+        OSError: `target` is a file, or a folder that is not empty.
+    """
+    sync_all(folder)
+    folder.rename(target)  # replaces an empty folder, and fails on any other
+    sync(target.parent)
+
+
+def sync_all(folder: Path) -> None:
+    """Wait until a folder with everything in it is on disk."""
+    for path in (*sorted(folder.rglob("*")), folder):
+        sync(path)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that at any moment it is the old or the new one."""
     write_whole_bytes(path, text.encode("utf-8"))

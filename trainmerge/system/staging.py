@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainmerge.system.access import check_folder_place
-from trainmerge.system.atomic import abandoned, sync
+from trainmerge.system.atomic import abandoned, sync, sync_all
 from trainmerge.system.disk_space import naming_inside
 from trainmerge.system.lock import locked
 from trainmerge.system.temporary_names import aside
@@ -49,8 +49,7 @@ def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _publish(new: Path, target: Path, old: Path, overwrite: bool) -> None:
-    for path in [*sorted(new.rglob("*")), new]:
-        sync(path)
+    sync_all(new)
     if overwrite and target.exists():
         target.rename(old)
     try:
