@@ -68,6 +68,7 @@ TSV: Steps = (("Tsv", {}),)
 TIES: Steps = (("Ties", {}),)
 FUSED: tuple[str, dict[str, Any]] = ("Ties", {"density": 1.0, "merge": "mean"})
 LEARN: tuple[str, ...] = ()  # the suite's own steps: alignment
+CHUNKS = ("--recipe.grouping.granularity=chunk", "--recipe.grouping.chunks=8")
 GUARDED = (
     "--model.objective=trainmerge.Entropy", "--model.objective.agreement=5.0",
     "--model.optimizer.init_args.lr=0.02", "--trainer.max_steps=100",
@@ -115,6 +116,9 @@ METHODS = {
     "alignment-tsv": Method("alignment from TSV-M", TSV, 1.0, LEARN),
     "alignment-aswudi": Method("alignment from ASWUDI", ASWUDI, 1.0, LEARN),
     "alignment-optmerge": Method("alignment from OptMerge", (("OptMerge", {}),), 1.0, LEARN),
+    "alignment-optmerge-chunks": Method(
+        "alignment from OptMerge, 8 chunks per tensor", (("OptMerge", {}),), 1.0, CHUNKS
+    ),
     "alignment-regmean++": Method(
         "alignment from RegMean++", (("RegMean", {"sequential": True}),), 1.0, LEARN, ("lm",)
     ),
