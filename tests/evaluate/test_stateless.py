@@ -1,6 +1,7 @@
 """Models whose forward changes them are found, by what it changes."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ class Keeper(nn.Module):
         self.last: Tensor | None = None
         self.kept: dict[str, Tensor] = {}
         self.seen: list[int] = []
+        self.nested: dict[str, list[int]] = {"a": []}
+        self.box = SimpleNamespace(last=None)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -38,6 +41,8 @@ CHANGES: dict[str, Callable[[Keeper], object]] = {
     "an attribute": lambda m: setattr(m, "last", torch.ones(1)),
     "a dictionary": lambda m: m.kept.update(a=torch.ones(1)),
     "a list": lambda m: m.seen.append(1),
+    "a list in a dictionary": lambda m: m.nested["a"].append(1),
+    "an object's attribute": lambda m: setattr(m.box, "last", torch.ones(1)),
 }
 
 

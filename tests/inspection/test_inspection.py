@@ -269,8 +269,8 @@ def test_suggest_says_what_auto_would_do(
     assert "learns by Entropy from the best 2 for at most 3 steps each" in said
     assert re.search(r"by the plan at most .+ s, .+ s of it to judge", said)
     assert "let held-out examples choose: trainmerge auto config.yaml out let" not in said
-    assert "let held-out examples choose: trainmerge auto config.yaml out the same" in said
-    assert "the same without learning: trainmerge auto config.yaml out --learn false" in said
+    assert "let held-out examples choose: trainmerge auto config.yaml out instead, the same" in said
+    assert "instead, the same without learning: trainmerge auto config.yaml out --learn false" in said
     assert yaml.safe_load(Path("a.yaml").read_text())["model"]["initial"] == 0.7  # for its own preprocessing
     write_config(world, model__constraint={"class_path": "trainmerge.Sigmoid"})
     assert main(["inspect", "config.yaml", "--weights", "no", "--suggest", "b.yaml"]) == 0

@@ -28,8 +28,7 @@ from tests.world import (
 from trainmerge.checkpoints import load_model
 from trainmerge.model import resident
 from trainmerge.model.expert_statistics import ExpertStatistics
-from trainmerge.model.loss_scale import LossScale
-from trainmerge.model.text_statistics import _scaled
+from trainmerge.model.loss_scale import LossScale, scaled_gradients
 from trainmerge.preprocess import regmean
 from trainmerge.preprocess.fisher import squares
 from trainmerge.run.recipe_files import calibration_files
@@ -371,6 +370,6 @@ def test_fisher_of_float16_experts_loses_no_small_gradient(tmp_path: Path) -> No
 def test_a_gradient_that_overflows_float16_is_computed_again() -> None:
     weight = nn.Parameter(torch.ones((), dtype=torch.float16))
     scale = LossScale(2.0**20)
-    (slope,) = _scaled((weight * 3).float(), [weight], scale)
+    (slope,) = scaled_gradients((weight * 3).float(), [weight], scale)
     assert float(slope) == 3
     assert scale.value < 2.0**15

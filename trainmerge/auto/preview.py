@@ -124,8 +124,9 @@ def finished_search(place: Path, recipe: Recipe) -> Choice | None:
         return None
     choice = Choice.read(place)
     file = RunFolder(choice.run).recipe
-    same = file.is_file() and _merged(read_config(Recipe, "recipe", file)) == _merged(recipe)
-    return choice if same else None
+    if not file.is_file():  # as after the folder was deleted, of which the table says nothing
+        return choice
+    return choice if _merged(read_config(Recipe, "recipe", file)) == _merged(recipe) else None
 
 
 def _merged(recipe: Recipe) -> object:

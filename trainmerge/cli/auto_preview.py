@@ -86,9 +86,9 @@ def _commands(config: str, out: str, suggested: Path) -> list[tuple[str, str]]:
     still = ["trainmerge", "fit", str(suggested), run, "--trainer.max_steps", "0"]
     return [
         ("let held-out examples choose", shlex.join(auto)),
-        ("the same without learning", shlex.join([*auto, "--learn", "false"])),
+        ("instead, the same without learning", shlex.join([*auto, "--learn", "false"])),
         (
-            "the suggested start alone, nothing judged",
+            "instead, the suggested start alone, nothing judged",
             f"{shlex.join(still)} && {shlex.join(['trainmerge', 'export', run, out])}",
         ),
     ]

@@ -28,6 +28,7 @@ from trainmerge.fitting.trainer import precision_of
 from trainmerge.inspection.findings import Finding
 from trainmerge.plan.plan import Plan
 from trainmerge.plan.plan_model import print_plan
+from trainmerge.run.config import read_settings
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.trust import foreign_modules
 from trainmerge.system.threads import ThreadChoice
@@ -120,8 +121,10 @@ class Rehearsal:
     def findings(self) -> Iterator[Finding]:
         """What the fit would refuse, as errors, and its warnings."""
         settings = self._settings
-        if isinstance(settings, Exception):  # `show_plan` says why
-            return
+        if isinstance(settings, Exception):
+            if isinstance(settings, ValueError) and read_settings(self.config).keys() - {"recipe"}:
+                yield Finding("error", " ".join(str(settings).split()))
+            return  # a recipe alone is no fit's configuration; `show_plan` says what it lacks
         with warnings.catch_warnings(record=True) as words:
             warnings.simplefilter("always")
             refused = refusals(settings.module, settings.data, settings.trainer)

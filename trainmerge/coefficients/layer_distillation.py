@@ -3,6 +3,7 @@
 Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter, `g` groups of one block.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -31,7 +32,8 @@ class LayerDistillation(MeasuredPreset):
     outputs of the block. The form is ProDistill's (arXiv 2502.12706), which learns one coefficient per entry;
     here it is one per coefficient group, by L-BFGS on all examples. A linear block gives the coefficients of
     `LayerLeastSquares(sequential=True)` without its ridge. The loss of a block never ends above its start.
-    Weights that no examples reach, and matrices of stacked experts, stay at the start.
+    Weights that no examples reach, matrices of stacked experts, and a language model's output layer, whose
+    outputs are as wide as its vocabulary, stay at the start.
 
     Args:
         steps: Most steps of L-BFGS per block; each takes a forward and backward of the block or two.
@@ -79,7 +81,12 @@ class LayerDistillation(MeasuredPreset):
         places = {group: i for i, group in enumerate(groups)}
         own = {name: [places[group] for group in layout.groups[name]] for name in names}
         whole = error({name: deltas[name].base for name in names})[0]
-        if not whole > 0:
+        if math.isnan(whole):
+            raise ValueError(
+                f"LayerDistillation: the error of the block of {names[0]} is not a number: base or experts "
+                "give outputs that are not finite on the examples, as float16 ones that overflow do"
+            )
+        if not whole:
             return []
         before = values[:, list(places)]  # a copy
         best: tuple[float, Tensor] = (torch.inf, before)

@@ -4,7 +4,8 @@ Some models keep something of the last call: a table of positions for longer tex
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import ModuleType
 
 from torch import Tensor, nn
 
@@ -19,13 +20,24 @@ def is_stateless(module: nn.Module, forward: Callable[[], object]) -> bool:
 
 
 def _content(module: nn.Module) -> Iterator[tuple[object, float]]:
-    """The modules' attributes, what is in their dictionaries and lists, and how often tensors changed."""
-    for part in module.modules():
-        for value in vars(part).values():
-            yield value, _version(value)
-            inner = value.values() if isinstance(value, Mapping) else value
-            if isinstance(inner, (list, tuple)) or inner is not value:
-                yield from ((own, _version(own)) for own in inner)
+    """All that the modules hold, however deep in objects of other classes, and how often tensors changed."""
+    seen: set[int] = set()
+    waiting: list[object] = [value for part in module.modules() for value in vars(part).values()]
+    while waiting:
+        value = waiting.pop()
+        yield value, _version(value)
+        if id(value) not in seen and not isinstance(value, nn.Module):
+            seen.add(id(value))
+            waiting += _inside(value)
+
+
+def _inside(value: object) -> Iterable[object]:
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return value
+    whole = isinstance(value, (Tensor, type, ModuleType))
+    return () if whole else getattr(value, "__dict__", {}).values()
 
 
 def _version(value: object) -> float:

@@ -64,12 +64,12 @@ class Subject:
         return self._texts[task]
 
     def is_stateless(self, task: str, texts: TaskTexts) -> bool:
-        """Whether a task's forwards leave the model as it was: tried with its shortest and longest."""
+        """Whether a task's forwards leave the model as it was: tried on its shortest and longest."""
         if task not in self._stateless:
             head, lengths = self.heads[task], texts.lengths()
             model = head.module if isinstance(head, OwnModel) else self.module
-            ends = (lengths.index(min(lengths)), lengths.index(max(lengths)))
-            tried = (partial(self.logits, task, texts.batch([end])) for end in ends)
+            short, long = lengths.index(min(lengths)), lengths.index(max(lengths))
+            tried = (partial(self.logits, task, texts.batch(some)) for some in ([short], [short, long]))
             self._stateless[task] = all(is_stateless(model, forward) for forward in tried)
         return self._stateless[task]
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from trainmerge.data.batch import Batch
+from trainmerge.kernels import accumulation_dtype
 from trainmerge.model.hooks import hooked
+from trainmerge.model.loss_scale import LossScale, scaled_gradients
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.resident import Resident
 from trainmerge.task_vectors.places import is_place
@@ -46,17 +48,18 @@ class BlockOutputs:
             name: weight.detach().to(own[self.places[name]]).requires_grad_()
             for name, weight in weights.items()
         }
-        total, sums = 0.0, {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-        with torch.enable_grad():
-            for call in self.calls:
-                given = {self.places[name]: leaf for name, leaf in leaves.items()}
+        total, scale = 0.0, LossScale.of(self.module)
+        sums = {n: torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for n, x in leaves.items()}
+        given = {self.places[name]: leaf for name, leaf in leaves.items()}
+        for call in self.calls:
+            with torch.enable_grad():
                 rows = _rows(functional_call(self.module, given, call.given, dict(call.named)), call.kept)
-                error = call.weight * (rows - call.target).float().square().sum()
-                found = torch.autograd.grad(error, [*leaves.values()], allow_unused=True)
-                total += float(error.detach())
-                for kept, gradient in zip(sums.values(), found, strict=True):
-                    if gradient is not None:
-                        kept += gradient
+                error = call.weight * (rows - call.target).to(accumulation_dtype(rows.dtype)).square().sum()
+            found = scaled_gradients(error, [*leaves.values()], scale)
+            total += float(error.detach())
+            for kept, gradient in zip(sums.values(), found, strict=True):
+                if gradient is not None:
+                    kept += gradient
         return total, sums
 
 
@@ -69,12 +72,14 @@ def measure_block(
 ) -> BlockOutputs | None:
     """The error of the block of these parameters; None if no module has them all, or it is not called.
 
+    None also for the layer that gives a language model's logits: as wide as a vocabulary they fill a memory.
+
     Its inputs, in the merge with coefficients `values` [K, G], and targets on all examples are in memory.
     Each expert's `batches` are run twice through the whole model.
     """
     found = block_module(resident.merged, names)
     calls: list[Call] = []
-    if found is None:
+    if found is None or found[0] is _output_layer(resident.merged.module):
         return None
     for expert, weight in enumerate(weights):
         with resident.merged.teacher(expert):
@@ -87,6 +92,11 @@ def measure_block(
             for call, told in zip(merged, own, strict=True)
         ]
     return BlockOutputs(*found, calls) if calls else None
+
+
+def _output_layer(module: nn.Module) -> nn.Module | None:
+    layer: nn.Module | None = getattr(module, "get_output_embeddings", lambda: None)()
+    return layer
 
 
 def block_module(merged: MergedModel, names: Iterable[str]) -> tuple[nn.Module, dict[str, str]] | None:
@@ -116,15 +126,25 @@ def _calls(resident: Resident, module: nn.Module, batches: Iterable[Batch]) -> l
 @contextmanager
 def recording(module: nn.Module, mask: Tensor | None, calls: list[Call]) -> Iterator[None]:
     """Add the calls of this module in a forward pass, with its outputs as targets."""
+    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def record(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], outputs: Any) -> None:
+    def copy(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        # a model may go on to change the states in place
+        inputs.append((tuple(map(_copied, given)), {name: _copied(value) for name, value in named.items()}))
+
+    def record(_: nn.Module, __: tuple[Any, ...], outputs: Any) -> None:
         first = _first(outputs)
         padded = mask is not None and first.shape[:-1] == mask.shape
         kept = mask.bool() if mask is not None and padded else None
-        calls.append(Call(given, named, _rows(outputs, kept).detach().clone(), kept))
+        calls.append(Call(*inputs.pop(), _rows(outputs, kept).detach().clone(), kept))
 
-    with hooked([module.register_forward_hook(record, with_kwargs=True)]):
+    hooks = module.register_forward_pre_hook(copy, with_kwargs=True), module.register_forward_hook(record)
+    with hooked(hooks):
         yield
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _first(outputs: Any) -> Tensor:

@@ -5,7 +5,7 @@ before the backward and the gradient is divided by it; here the coefficients' gr
 wider. A gradient that overflows is computed again with a smaller scale, so that no step is lost.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,3 +92,15 @@ class LossScale:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Continue with the scale of `state`."""
         self.value, self.finite = float(state["value"]), int(state["finite"])
+
+
+def scaled_gradients(loss: Tensor, weights: Sequence[Tensor], scale: LossScale) -> list[Tensor | None]:
+    """A loss's gradients: in float32 where weights are float16, from a scaled backward that fits it."""
+    while True:
+        factor = scale.value
+        found = torch.autograd.grad(loss * factor, weights, allow_unused=True, retain_graph=scale.active)
+        if not scale.active:
+            return list(found)
+        finite = all(bool(slope.isfinite().all()) for slope in found if slope is not None)
+        if scale.settle(finite or not bool(loss.isfinite())):
+            return [None if slope is None else slope.float() / factor for slope in found]

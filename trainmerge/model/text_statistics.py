@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainmerge.data.batch import Batch
 from trainmerge.kernels import accumulation_dtype
-from trainmerge.model.loss_scale import LossScale
+from trainmerge.model.loss_scale import LossScale, scaled_gradients
 from trainmerge.model.predictions import jensen_shannon, predictions
 from trainmerge.model.resident import Resident
 from trainmerge.task_vectors.places import view
@@ -67,24 +67,12 @@ def _gradients(resident: Resident, loss: Tensor, scale: LossScale) -> dict[str, 
     merged = resident.merged
     owners = {id(p): p for p in merged.placed.owners.values() if p.requires_grad}
     parameters = {n: p for n, p in merged.parameters.items() if id(merged.placed.owners[n]) in owners}
-    slopes = dict(zip(owners, _scaled(loss, list(owners.values()), scale), strict=True))
+    slopes = dict(zip(owners, scaled_gradients(loss, list(owners.values()), scale), strict=True))
     return {
         name: torch.zeros_like(p) if slope is None else view(merged.placed.inside[name], slope)
         for name, p in parameters.items()
         for slope in [slopes[id(merged.placed.owners[name])]]
     }
-
-
-def _scaled(loss: Tensor, weights: Sequence[Tensor], scale: LossScale) -> list[Tensor | None]:
-    """A loss's gradients: in float32 where weights are float16, from a scaled backward that fits it."""
-    while True:
-        factor = scale.value
-        found = torch.autograd.grad(loss * factor, weights, allow_unused=True, retain_graph=scale.active)
-        if not scale.active:
-            return list(found)
-        finite = all(bool(slope.isfinite().all()) for slope in found if slope is not None)
-        if scale.settle(finite or not bool(loss.isfinite())):
-            return [None if slope is None else slope.float() / factor for slope in found]
 
 
 @torch.no_grad()

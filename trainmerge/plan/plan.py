@@ -95,7 +95,7 @@ class Plan:
         return StepMemory(
             process=self.before,
             model=_share(sizes.weights, shards),
-            gathered=(1 + self.ahead) * block,
+            gathered=min((1 + self.ahead) * block, sizes.weights),
             block_gradients=block,
             activations=self.dry_run.activations,
             summed_gradients=_share(sizes.gradients, shards) * self.schedule.keep,

@@ -6,6 +6,7 @@ itself on its unlabeled examples.
 Legend: `K` experts, `*S` shape of a parameter, `n` entries that an expert changed.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class TrainedMasks(Informed):
     which would hold back open and closed entries, and no entry moves further than `rate`: one that explains
     a hundred times the mean would overshoot. Its merge is base + sum of the results, coefficient 1.
 
+    An expert that predicts as the base does on its examples, L_0 = 0, needs none of its entries.
     Parameters that a fit does not learn keep their whole change. Regressions, which have no predictions, are
     refused. Needs 4 bytes per weight for the logits of one expert at a time and 4 for the gradient; in files
     K for the masks, and 4 bytes per word of the vocabulary and token of an expert's examples.
@@ -71,6 +73,11 @@ class TrainedMasks(Informed):
         own = _Imitated(task_vectors, expert, calibrator)
         with calibrator.merge_of(task_vectors, 0.0):
             first, slopes = own.measure()
+            if math.isnan(first):
+                raise ValueError(
+                    f"TrainedMasks: the predictions of base or {task_vectors.experts[expert]} are not finite "
+                    "on its examples, as float16 ones that overflow"
+                )
             logits = {name: torch.zeros(slope.shape) for name, slope in slopes.items()}
             size = sum(int(own.tau(name).count_nonzero()) for name in logits)
             bar = f"training the mask of {task_vectors.experts[expert]}"
