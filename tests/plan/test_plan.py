@@ -97,7 +97,8 @@ def test_a_70b_model_on_eight_devices(tmp_path: Path) -> None:
     assert many.memory.gathered == 2 * block
     for ahead in (0, 3):
         other = plan_model(folder, 2, 8, 64, H100, devices=8, gathered_ahead=ahead)
-        assert other.memory == replace(many.memory, gathered=(1 + ahead) * block)
+        gathered = min((1 + ahead) * block, weights)  # of two layers
+        assert other.memory == replace(many.memory, gathered=gathered)
     assert replace(one, ahead=3).memory == one.memory  # one device gathers nothing
     assert many.exchanged == 3 * 2 * weights * 7 // 8
     assert many.read == one.read // 8
