@@ -211,6 +211,8 @@ def test_a_checkpoint_is_cut_as_the_run_was(
     own = evaluate_run(run, compare=False).rows["learned"]
     assert main(["evaluate", str(merged)]) == 1  # an export names no folders of this machine
     assert "--recipe RUN" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--recipe", str(config)]) == 1
+    assert "scored on the tasks of its own recipe: leave out --recipe" in capsys.readouterr().err
     given = ["--recipe", str(run), "--output", str(tmp_path / "out.json")]
     assert main(["evaluate", str(merged), *given]) == 0
     found = json.loads((tmp_path / "out.json").read_text())[str(merged)]

@@ -78,6 +78,9 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         trainer._accelerator_connector.strategy = strategy
         with pytest.raises(ValueError, match=words):
             check_strategy(trainer)
+    trainer = tm.make_trainer(tmp_path / "b", max_steps=1, accelerator="cpu", num_nodes=2, devices=1)
+    with pytest.raises(ValueError, match=r"num_nodes is 2, and nothing says where .* set MASTER_ADDR"):
+        check_strategy(trainer)  # it would wait for ever
     for settings in ({"subspace": 4}, {"recipe": recipe(tmp_path, preprocess=[tm.RegMean()])}):
         given = {"recipe": recipe(tmp_path), "sharded": True, **settings}
         with pytest.raises(ValueError, match=r"model\.sharded: "):

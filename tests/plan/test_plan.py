@@ -87,6 +87,11 @@ def test_a_7b_model_by_hand(tmp_path: Path) -> None:
         replace(plan, vectors="device", limit=plan.sizes.vectors).total  # noqa: B018
 
 
+def test_a_plan_of_more_experts_than_anyone_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"experts must be in \[1, 10000\], not 1000000000000"):
+        plan_model(tmp_path, 10**12)
+
+
 def test_a_70b_model_on_eight_devices(tmp_path: Path) -> None:
     folder = write_llama(tmp_path, **{**SEVENTY, "num_hidden_layers": 2})  # of 80, to be quick
     one = plan_model(folder, 2, 8, 64, H100)

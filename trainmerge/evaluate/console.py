@@ -33,13 +33,18 @@ def evaluate_path(
 
     Raises:
         ValueError: `output` cannot be written, or, without it, the run folder; `precision` is neither `32`
-            nor `bf16`; `controls` of a checkpoint, which has no task vectors; or as `evaluate_run` and
-            `evaluate_checkpoint`.
+            nor `bf16`; a run folder and another's `recipe`; `controls` of a checkpoint, which has no task
+            vectors; or as `evaluate_run` and `evaluate_checkpoint`.
     """
     if output is not None:
         check_file_place(output)
     folder, forwards = RunFolder(path), _forwards(precision)
     is_run = folder.manifest.exists()
+    if is_run and recipe.resolve() != path.resolve():
+        raise ValueError(
+            f"{path} is a run folder, which is scored on the tasks of its own recipe: leave out --recipe, or "
+            f"name a checkpoint, as trainmerge export {path} OUT writes it"
+        )
     if controls and not is_run:
         raise ValueError(f"{path} is no run folder, and controls need its task vectors: name the run")
     keep = is_run and can_write(path)

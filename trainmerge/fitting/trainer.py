@@ -1,5 +1,6 @@
 """Lightning's Trainer for a fit: the accepted arguments and strategies, and what to set instead of others."""
 
+import os
 import sys
 from collections.abc import Mapping
 from inspect import signature
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -143,8 +145,21 @@ def check_strategy(trainer: pl.Trainer) -> None:
         )
     if isinstance(strategy, DDPStrategy) and strategy._start_method != "popen":
         raise ValueError("trainer.strategy: use ddp; forked and spawned processes cannot share mapped files")
+    check_nodes(trainer)
     if trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
         raise ValueError(f"trainer.strategy {type(strategy).__name__}: several processes need ddp")
+
+
+def check_nodes(trainer: pl.Trainer) -> None:
+    """Raise ValueError for a process that would wait for others that nothing tells it of."""
+    cluster = getattr(trainer.strategy, "cluster_environment", None)
+    told = {"NODE_RANK", "MASTER_ADDR"} & os.environ.keys()
+    if trainer.num_nodes > 1 and isinstance(cluster, LightningEnvironment) and not told:
+        raise ValueError(
+            f"trainer.num_nodes is {trainer.num_nodes}, and nothing says where the other nodes are: start "
+            "each by torchrun or SLURM (configs/torchrun.sh, configs/slurm.sh), or set MASTER_ADDR, "
+            "MASTER_PORT and NODE_RANK"
+        )
 
 
 def precision_of(trainer: pl.Trainer) -> Precision:

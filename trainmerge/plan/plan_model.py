@@ -24,6 +24,7 @@ from trainmerge.system.hub import folder_of
 from trainmerge.system.ranges import check_option
 
 LENGTH = 1024  # tokens, by default
+EXPERTS = 10_000  # at most: each has a batch in the plan
 
 
 def plan_model(
@@ -67,6 +68,7 @@ def plan_model(
     }
     for name, count in counts.items():
         check_option(name, count, int, "[1, inf)")
+    check_option("experts", experts, int, f"[1, {EXPERTS}]")
     check_option("gathered_ahead", gathered_ahead, int, "[0, inf)")
     files = folder_of(folder, weights=False)
     for line in unread_modules(files):

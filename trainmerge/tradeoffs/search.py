@@ -26,6 +26,7 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.run.in_use import in_use
 from trainmerge.run.merge_buffers import REESTIMATE
 from trainmerge.run.saved import save_moment
+from trainmerge.system.ranges import check_option
 from trainmerge.tradeoffs.cma_es import Search, Tried, maximise
 from trainmerge.tradeoffs.niches import Niches, evolve
 from trainmerge.tradeoffs.scores import make_example_scores, make_score
@@ -63,6 +64,7 @@ def search_config(
         ValueError: the folder has a fit, or a search with other settings; an expert's coefficients are all
             zero; densities of quantised task vectors, or with re-estimated statistics.
     """
+    check_option("limit", limit, int | None, "[1, inf)")
     folder = RunFolder(Path(run))
     with in_use(folder, "trainmerge search"):
         module, data = _begin(config, folder, initial, search.evaluations, densities)
