@@ -87,7 +87,8 @@ suite-embed: data-embed ## merges of sentence embedders: fits, scores, table (ha
 	@$(BIN)/python -m tests.embed_suite
 	@$(BIN)/python -m tests.result_tables
 
-suite-heads: data-suite ## classifiers with heads of their own: trained here, merged, scored (half an hour)
+suite-heads: data ## classifiers with heads of their own: trained here, merged, scored (an hour and a half)
+	@$(BIN)/python data/texts.py --tasks suite
 	@$(BIN)/python -m tests.head_suite
 	@$(BIN)/python -m tests.result_tables
 

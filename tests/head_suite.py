@@ -29,9 +29,11 @@ FULL = ("news20", "movie", "uncertain", "spam", "amazon")  # tasks of which a un
 ADAPTED = "r8"
 LENGTH = 64  # tokens
 OPTMERGE = {"preprocess": [{"class_path": "trainmerge.OptMerge"}]}
-STARTS: dict[str, tuple[dict[str, Any], float]] = {  # of alignment -> of the recipe, initial coefficient
-    "task arithmetic": ({}, 0.3),
-    "OptMerge": (OPTMERGE, 1.0),
+CHUNKS = {"granularity": "chunk", "chunks": 8}
+STARTS: dict[str, tuple[dict[str, Any], float, dict[str, Any]]] = {  # of the recipe, coefficient, grouping
+    "task arithmetic": ({}, 0.3, {}),
+    "OptMerge": (OPTMERGE, 1.0, {}),
+    "OptMerge, 8 chunks per tensor": (OPTMERGE, 1.0, CHUNKS),
 }
 
 
@@ -123,17 +125,22 @@ WORLDS = {
 
 def content_of(world: World, start: str, given: argparse.Namespace) -> dict[str, Any]:
     """The configuration of one fit."""
-    merge, initial = STARTS[start]
+    merge, initial, grouping = STARTS[start]
     experts = EXPERTS / str(given.train_steps)
     each = {"path": f"{experts}/{{name}}", "calibration": f"{TEXTS}/{{name}}/calibration.jsonl",
             "test": f"{TEXTS}/{{name}}/test.jsonl", "head": "own"}  # fmt: skip
     return {
         "recipe": {"base": str(world.base()), "each": each, "experts": list(world.tasks), **merge,
-                   "grouping": {"granularity": "tensor", "exclude": ["*embeddings.*"]}},
+                   "grouping": {"granularity": "tensor", "exclude": ["*embeddings.*"], **grouping}},
         "model": {"objective": {"class_path": "trainmerge.Alignment"}, "initial": initial,
-                  "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.05}}},
-        "data": {"batch_size": 8, "max_examples": 64, "max_length": LENGTH},
-        "trainer": {"accelerator": "cpu", "max_steps": given.steps, "enable_progress_bar": False},
+                  "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.05}},
+                  "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR",
+                                   "init_args": {"T_max": given.steps}},
+                  "tasks_per_backward": 3},
+        "data": {"batch_size": 16, "max_examples": 256, "max_length": LENGTH},
+        "trainer": {"accelerator": "cpu", "max_steps": given.steps, "enable_progress_bar": False,
+                    "precision": "bf16-mixed"},
+        "seed_everything": 0,
     }  # fmt: skip
 
 
@@ -155,7 +162,7 @@ def score(name: str, start: str, given: argparse.Namespace) -> None:
 
 def key_of(start: str) -> str:
     """A start in the name of a run."""
-    return start.lower().replace(" ", "-")
+    return start.lower().replace(",", "").replace(" ", "-")
 
 
 def table() -> str:
@@ -181,8 +188,8 @@ def main() -> None:
     """Train, merge and score what is missing; print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train-steps", type=int, default=150)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--limit", type=int, default=500)
     given = parser.parse_args()
     for task in FULL:
         train(task, given.train_steps, adapter=False)
