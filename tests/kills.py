@@ -31,13 +31,17 @@ import trainmerge.cli.fit
 import trainmerge.evaluate.console
 import trainmerge.export.export_adapter
 import trainmerge.export.extract
+import trainmerge.export.rebuild
 import trainmerge.export.verify
 import trainmerge.fitting.allocate_chunks
 import trainmerge.merging.merge_file
 import trainmerge.merging.one_line
+import trainmerge.mixtures.shrink
+import trainmerge.packed.unpack
 import trainmerge.report.write
 import trainmerge.tradeoffs.pareto
 import trainmerge.tradeoffs.search  # noqa: F401 - a forked command finds all of these imported
+from tests.mixture_world import write_mixture
 from tests.results import FOLDER
 from tests.threads import limit_threads
 from tests.world import LABELS, recipe, write_world
@@ -67,6 +71,7 @@ class Command:
     reads: bool = True
 
 
+MASKS = ["--codec", "mask", "--overwrite"]
 CUT = ["--rank", "2", "--rest", "leave", "--overwrite"]
 COMMANDS = {
     "fit": Command(lambda place: ["fit", str(place / "../fit.yaml"), str(place / "run")], reads=False),
@@ -91,6 +96,30 @@ COMMANDS = {
         ],
         reads=False,
     ),
+    "export --as packed": Command(
+        lambda place: ["export", str(place / "run"), str(place / "packed"), "--as", "packed", *MASKS]
+    ),
+    "unpack": Command(
+        lambda place: ["unpack", str(place / "../packed"), "mood", str(place / "mood"), "--overwrite"],
+        reads=False,
+    ),
+    "rebuild": Command(
+        lambda place: ["rebuild", str(place / "../merged/README.md"), str(place / "again"), "--overwrite"],
+        reads=False,
+    ),
+    "compare": Command(
+        lambda place: [
+            "compare", str(place / "run"), str(place / "../base"), "--limit", "8",
+            "--output", str(place / "compared.json"),
+        ]
+    ),
+    "shrink": Command(
+        lambda place: [
+            "shrink", str(place / "../mixture/base"), str(place / "smaller"), "--experts", "4",
+            "--calibration", str(place / "../mixture/a.jsonl"), "--overwrite",
+        ],
+        reads=False,
+    ),
     "auto": Command(lambda place: ["auto", str(place / "../auto.yaml"), str(place / "merged")], reads=False),
     "merge CONFIG": Command(
         lambda place: ["merge", str(place / "../fit.yaml"), str(place / "merged")], reads=False
@@ -106,6 +135,13 @@ COMMANDS = {
         reads=False,
     ),
 }  # fmt: skip
+
+
+# What commands that read no run need: made of the finished run, before the first kill
+READ = {
+    "packed": ["--as", "packed", "--codec", "mask"],
+    "merged": [],
+}
 
 
 def write_configuration(root: Path) -> None:
@@ -167,6 +203,7 @@ class Kills:
             self.usual[name], self.wanted[name] = time.monotonic() - began, contents(place)
             if name == "fit":
                 place.rename(root / "finished")
+                self._export()
             print(name, f"{self.usual[name]:.2f} s", flush=True)
 
     def kill(self, name: str) -> None:
@@ -192,6 +229,14 @@ class Kills:
             f"{name} in {place}: {sorted(different)}"
         )
         shutil.rmtree(place)
+
+    def _export(self) -> None:
+        for name, options in READ.items():
+            words = ["export", str(self.root / "finished/run"), str(self.root / name), *options]
+            process = FORK.Process(target=call, args=(words, self.root / "log.txt"))
+            process.start()
+            process.join(HANG)
+            assert process.exitcode == 0, (self.root / "log.txt").read_text()[-3000:]
 
     def _prepared(self, name: str) -> Path:
         place = self.root / f"{name}-place"
@@ -229,7 +274,10 @@ def run(kills: int, seed: int, only: Collection[str] = ()) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         write_world(root)
+        write_mixture(root / "mixture", num_experts=6)
         write_configuration(root)
+        (root / "experts/base").symlink_to(root / "base")
+        os.chdir(root / "experts")  # where `rebuild` finds all of a card's models
         found = Kills(root, seed, {"fit", *only} if only else tuple(COMMANDS))
         while less := [name for name in only if found.seen[name] < kills]:
             found.kill(less[0])
