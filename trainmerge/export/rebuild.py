@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from trainmerge.checkpoints import same_weights
@@ -17,8 +16,8 @@ from trainmerge.export.shards import CheckpointMerge
 from trainmerge.preprocess import Informed, apply_for_one_pass
 from trainmerge.run.merge_buffers import REESTIMATE, averaged
 from trainmerge.run.opened import Opened
-from trainmerge.system.access import check_folder_place, is_folder
-from trainmerge.system.atomic import seen_from
+from trainmerge.system.access import is_folder
+from trainmerge.system.atomic import seen_from, temporary_folder
 from trainmerge.system.hub import is_hub_id
 from trainmerge.system.ranges import check_option
 from trainmerge.system.staging import staging
@@ -45,14 +44,16 @@ def rebuild(source: str | Path, out: str | Path, overwrite: bool = False, worker
     """
     check_option("workers", workers, int, "[1, inf)")
     target = Path(out)
-    with TemporaryDirectory(prefix=".rebuild-", dir=_parent(target)) as place:
-        made = read_published(Path(source), Path(place))
+    whole = target.resolve()
+    # preprocessed task vectors may be large: beside the target
+    with temporary_folder(whole.parent, f"{whole.name}.rebuild") as place:
+        made = read_published(Path(source), place)
         check_possible(made, str(source))
-        opened = made.recipe.open(Path(place))
+        opened = made.recipe.open(place)
         check_sources(made, opened, str(source))
         check_target(target, [Path(source), *opened.folders.values()])
         task_vectors, rule = apply_for_one_pass(
-            opened.task_vectors, made.recipe.preprocess, Path(place), opened.identity()
+            opened.task_vectors, made.recipe.preprocess, place, opened.identity()
         )
         buffers = averaged(made.recipe, opened.base, opened)
         merge = CheckpointMerge(opened.base, task_vectors, made.coefficients, rule, made.form, buffers)
@@ -130,11 +131,3 @@ def check_same_digests(made: Mapping[str, str], published: Mapping[str, str], so
             "processor, version of torch or number of threads may round differently; "
             "trainmerge_manifest.json has those of the export"
         )
-
-
-def _parent(target: Path) -> Path:
-    """The folder of `target`, which is made: preprocessed task vectors may be large."""
-    parent = target.resolve().parent
-    check_folder_place(parent)
-    parent.mkdir(parents=True, exist_ok=True)
-    return parent

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from trainmerge.export.task import TaskMerge, own_head, task_of
 from trainmerge.export.tensors import Tensors
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
+from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.json_file import read_json
 from trainmerge.system.safetensors_file import MappedFile, sha256
 from trainmerge.system.text import listed
@@ -64,16 +64,17 @@ def compare_tensors(merge: Tensors, run: Path, folder: Path) -> int:
 
 def _verify_adapter(merge: AdapterMerge, run: Path, folder: Path) -> int:
     """Write the adapters again, next to the folder, and compare the files; returns the number of tensors."""
-    with TemporaryDirectory(prefix=".verify-", dir=folder.resolve().parent) as place:
-        _, made = merge.write(Path(place))
-        configs = [str(path.relative_to(place)) for path in Path(place).rglob(CONFIG)]
-        wanted = made | {name: sha256(Path(place, name)) for name in configs}
+    whole = folder.resolve()
+    with temporary_folder(whole.parent, f"{whole.name}.verify") as place:
+        _, made = merge.write(place)
+        configs = [str(path.relative_to(place)) for path in place.rglob(CONFIG)]
+        wanted = made | {name: sha256(place / name) for name in configs}
         there = {name: sha256(folder / name) for name in wanted if (folder / name).is_file()}
         if wrong := sorted(name for name in wanted if there.get(name) != wanted[name]):
             raise ValueError(
                 f"{folder} is not the export of {run}; export it again. It differs in {listed(wrong, SHOWN)}"
             )
-        return sum(len(MappedFile(Path(place, name)).tensors) for name in made)
+        return sum(len(MappedFile(place / name).tensors) for name in made)
 
 
 def _form(folder: Path) -> Form:

@@ -1,12 +1,12 @@
 """Verify packed experts: pack the run's again and compare."""
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from trainmerge.checkpoints.whole import MANIFEST, PACKED, export_manifest
 from trainmerge.packed.export_packed import export_packed
 from trainmerge.packed.form import PackedForm
 from trainmerge.packed.record import read_record
+from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.safetensors_file import MappedFile, sha256
 from trainmerge.system.text import listed
 
@@ -29,8 +29,9 @@ def verify_packed(run: str | Path, out: str | Path) -> int:
         form = PackedForm(**(content or {}))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / MANIFEST}: its `packed` is damaged ({error}). Export again.") from error
-    with TemporaryDirectory(prefix=".verify-", dir=folder.resolve().parent) as place:
-        again = export_packed(run, Path(place), form)
+    whole = folder.resolve()
+    with temporary_folder(whole.parent, f"{whole.name}.verify") as place:
+        again = export_packed(run, place, form)
         files = {PACKED, *record.files, *(path.name for path in again.glob("*.safetensors"))}
         wrong = sorted(name for name in files if not _same(folder / name, again / name))
     if wrong:
