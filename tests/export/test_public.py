@@ -45,6 +45,8 @@ def test_a_folders_name(path: str, name: str) -> None:
         ("https://huggingface.co/org/name", "https://huggingface.co/org/name"),
         ("https://me:secret@host/x", "https://(removed)host/x"),
         ("token=hf_abcdefgh", "token=(removed)"),
+        ("curl -H 'Authorization: Bearer abc.DEF-123'", "curl -H 'Authorization: Bearer (removed)'"),
+        ("the bearer documents", "the bearer documents"),
         ("a/b and 1/2, x|/y", "a/b and 1/2, x|/y"),
         ("*", "*"),
         ("text", "text"),
@@ -83,6 +85,9 @@ def test_paths_are_replaced_in_other_texts_too() -> None:
 def test_secrets_by_key() -> None:
     data = {"api_key": "0123456789", "HF_TOKEN": "0123456789", "tokenizer": "my/base", "pad_token": "<p>"}
     assert public(data) == {**data, "api_key": "(removed)", "HF_TOKEN": "(removed)"}
+    assert public({"wandb_key": "0123456789", "group_key": "0123456789"}) == {
+        "wandb_key": "(removed)", "group_key": "0123456789"
+    }  # fmt: skip
 
 
 def test_a_manifest_has_no_command() -> None:

@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key|credentials?|auth)$", re.I)
+SECRET_KEY = re.compile(
+    r"(^|_)(token|secret|password|passwd|credentials?|auth|(api|access|private|secret|signing|ssh|wandb)_?key)$",
+    re.I,
+)
 SECRETS = re.compile(
     r"\b(?:hf_\w{6,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|AKIA\w{12,})"
     r"|(?<=://)[^\s/@]+:[^\s/@]+@"
+    r"|(?i:(?<=bearer ))(?=\S*\d)[\w.~+/-]{8,}"
     r"|(?i:(?<=token=)|(?<=password=)|(?<=secret=)|(?<=key=))[^\s&'\",)\]]+"
 )
 REMOVED = "(removed)"
