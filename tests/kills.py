@@ -168,6 +168,7 @@ def write_configuration(root: Path) -> None:
 def call(words: list[str], log: Path) -> None:
     """One command, in a forked process, with a lock of progress bars that no killed one can have kept."""
     tqdm.set_lock(threading.RLock())
+    os.chdir(log.parent / "experts")  # where `rebuild` finds all of a card's models
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -277,7 +278,6 @@ def run(kills: int, seed: int, only: Collection[str] = ()) -> dict[str, int]:
         write_mixture(root / "mixture", num_experts=6)
         write_configuration(root)
         (root / "experts/base").symlink_to(root / "base")
-        os.chdir(root / "experts")  # where `rebuild` finds all of a card's models
         found = Kills(root, seed, {"fit", *only} if only else tuple(COMMANDS))
         while less := [name for name in only if found.seen[name] < kills]:
             found.kill(less[0])
