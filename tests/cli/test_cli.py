@@ -98,16 +98,13 @@ def test_fit_resume_export_evaluate_inspect(world: Path, capsys: pytest.CaptureF
     assert main([*words, "--output", str(world / "again.json")]) == 0
     (again,) = json.loads((world / "again.json").read_text()).values()
     assert again["mean"] == scores["learned"]["mean"]
-    (world / "bare.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "recipe": yaml.safe_load((world / "run" / "recipe.yaml").read_text())["recipe"],
-                "model": {"no": 1},
-            }
-        )
-    )
-    assert main(["inspect", str(world / "bare.yaml")]) == 0
-    assert "no plan of memory and time" in capsys.readouterr().out
+    alone = {"recipe": yaml.safe_load((world / "run" / "recipe.yaml").read_text())["recipe"]}
+    (world / "bare.yaml").write_text(yaml.safe_dump(alone))
+    assert main(["inspect", str(world / "bare.yaml")]) == 0  # everything else has defaults
+    assert "peak per device" in capsys.readouterr().out
+    (world / "bare.yaml").write_text(yaml.safe_dump(alone | {"model": {"no": 1}}))
+    assert main(["inspect", str(world / "bare.yaml")]) == 1
+    assert "error: no key 'model.no'" in capsys.readouterr().out
     assert main(["inspect", out]) == 0
     assert "coefficients" in capsys.readouterr().out
 
