@@ -43,13 +43,8 @@ class Space(NamedTuple):
 
 
 @dataclass(frozen=True)
-class InSpace(Preprocess):
-    """Apply `method` to the experts' coordinates in a space that holds all of them; map its results back.
-
-    Nothing is lost on the way: a method that changes nothing gives the task vectors again. Parameters that
-    are no matrices go to the method as they are. Coordinates of all parameters are in memory at once, which
-    is little for low-rank experts, and as much as all experts for full ones.
-    """
+class Around(Preprocess):
+    """Gives an inner method other task vectors, and changes its results; it applies where that one does."""
 
     method: Preprocess
 
@@ -57,6 +52,24 @@ class InSpace(Preprocess):
         check_fields(self)
         if isinstance(self.method, Informed):
             raise ValueError(f"{type(self).__name__}.method must be a method without data")
+
+    @override
+    def applies_to(self, name: str, delta: Delta) -> bool:
+        return self.method.applies_to(name, delta)
+
+    @override
+    def otherwise_is(self) -> str:
+        return self.method.otherwise_is()
+
+
+@dataclass(frozen=True)
+class InSpace(Around):
+    """Apply `method` to the experts' coordinates in a space that holds all of them; map its results back.
+
+    Nothing is lost on the way: a method that changes nothing gives the task vectors again. Parameters that
+    are no matrices go to the method as they are. Coordinates of all parameters are in memory at once, which
+    is little for low-rank experts, and as much as all experts for full ones.
+    """
 
     @abstractmethod
     def space(self, terms: tuple[Term, ...], base: Tensor) -> Space:
@@ -82,14 +95,6 @@ class InSpace(Preprocess):
                 yield name, _back(spaces[name], [next(results)[1] for _ in spaces[name]], delta)
             else:
                 yield name, next(results)[1]
-
-    @override
-    def applies_to(self, name: str, delta: Delta) -> bool:
-        return self.method.applies_to(name, delta)
-
-    @override
-    def otherwise_is(self) -> str:
-        return self.method.otherwise_is()
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainmerge.kernels import Difference
-from trainmerge.preprocess.base import Informed, Preprocess
-from trainmerge.preprocess.core_space import factors_of, matrices_of, turned_role
+from trainmerge.preprocess.base import Preprocess
+from trainmerge.preprocess.core_space import Around, factors_of, matrices_of, turned_role
 from trainmerge.preprocess.spectrum import truncated
 from trainmerge.preprocess.ties import Ties
-from trainmerge.system.ranges import check_fields
 from trainmerge.task_vectors.delta import Delta, TaskVectors, dense_term
 
 
 @dataclass(frozen=True)
-class Pico(Preprocess):
+class Pico(Around):
     """Apply `method` to calibrated experts, and give the merge the experts' mean norm, matrix by matrix.
 
         [B_1 ... B_K] = U S V^T,   s_j = S_j^2 / sum S^2,   a_j = 1 / (1 + (K - 1) s_j)
@@ -41,11 +40,6 @@ class Pico(Preprocess):
     """
 
     method: Preprocess = field(default_factory=lambda: Ties(0.3, merge="mean"))
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if isinstance(self.method, Informed):
-            raise ValueError("Pico.method must be a method without data")
 
     @override
     def __call__(self, task_vectors: TaskVectors) -> Iterator[tuple[str, Tensor]]:
@@ -71,14 +65,6 @@ class Pico(Preprocess):
             taus = torch.stack(parts, dim=1)
             turned = taus.mT if delta.role == "transposed" else taus
             yield name, turned.reshape(len(taus), *delta.shape).contiguous()
-
-    @override
-    def applies_to(self, name: str, delta: Delta) -> bool:
-        return self.method.applies_to(name, delta)
-
-    @override
-    def otherwise_is(self) -> str:
-        return self.method.otherwise_is()
 
     def _calibrated(self, part: Delta, taus: Tensor) -> Tensor:
         """S tau_k of one matrix, [K, m, n]."""
