@@ -3,7 +3,7 @@
 Legend: `N` texts, `R` rows, `V` vocabulary or classes.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def text_gradients(
     With `dice`: -log p(y | x) of a y drawn at every unmasked position, whose mean square is the Fisher
     information. Otherwise the language-model loss: the mean over the text's next tokens.
     """
-    scale = LossScale.of(resident.merged.module)
+    gradients = _gradients_of(resident)
     for batch in batches:
         with torch.enable_grad():
             log_p, tokens = predictions(resident(batch), batch)
@@ -34,7 +34,7 @@ def text_gradients(
                 tokens = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=dice)[:, 0]
             each = -log_p.gather(-1, tokens.to(log_p.device)[:, None])
             loss = each.sum() if dice is not None else each.mean()
-            slopes = _gradients(resident, loss, scale)
+            slopes = gradients(loss)
         yield slopes
 
 
@@ -46,7 +46,7 @@ def imitated(
     `told` are log-probabilities [R, V], one tensor per batch. Cells that they exclude count nothing.
     """
     rows = sum(len(own) for own in told)
-    loss, total, scale = 0.0, dict[str, Tensor](), LossScale.of(resident.merged.module)
+    loss, total, gradients = 0.0, dict[str, Tensor](), _gradients_of(resident)
     for batch, own in zip(batches, told, strict=True):
         with torch.enable_grad():
             log_p, _ = predictions(resident(batch), batch)
@@ -54,7 +54,7 @@ def imitated(
             never = own.isneginf()
             apart = own.masked_fill(never, 0.0) - log_p.masked_fill(never, 0.0)
             part = (own.exp() * apart).sum() / rows
-            slopes = _gradients(resident, part, scale)
+            slopes = gradients(part)
         loss += float(part.detach())
         for name, slope in slopes.items():
             wide = slope.to(accumulation_dtype(slope.dtype), copy=name not in total)
@@ -62,17 +62,22 @@ def imitated(
     return loss, total
 
 
-def _gradients(resident: Resident, loss: Tensor, scale: LossScale) -> dict[str, Tensor]:
-    """Of every merged parameter that is learned; zeros where the loss does not depend on one."""
+def _gradients_of(resident: Resident) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Gives a loss's gradients of every merged parameter that is learned; zeros where it depends on none."""
     merged = resident.merged
     owners = {id(p): p for p in merged.placed.owners.values() if p.requires_grad}
     parameters = {n: p for n, p in merged.parameters.items() if id(merged.placed.owners[n]) in owners}
-    slopes = dict(zip(owners, scaled_gradients(loss, list(owners.values()), scale), strict=True))
-    return {
-        name: torch.zeros_like(p) if slope is None else view(merged.placed.inside[name], slope)
-        for name, p in parameters.items()
-        for slope in [slopes[id(merged.placed.owners[name])]]
-    }
+    scale = LossScale.of(merged.module)
+
+    def gradients(loss: Tensor) -> dict[str, Tensor]:
+        slopes = dict(zip(owners, scaled_gradients(loss, list(owners.values()), scale), strict=True))
+        return {
+            name: torch.zeros_like(p) if slope is None else view(merged.placed.inside[name], slope)
+            for name, p in parameters.items()
+            for slope in [slopes[id(merged.placed.owners[name])]]
+        }
+
+    return gradients
 
 
 @torch.no_grad()
