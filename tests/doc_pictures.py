@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from tests import closed_suite, held_out_scores, results
+from tests import closed_methods, closed_suite, held_out_scores, results
 
 FOLDER = Path("notebooks/docs/assets/pictures")
 BLUE, ORANGE, GREEN, GREY = "#3b6fb6", "#d9822b", "#3a8f5c", "#6b7280"
@@ -129,7 +129,7 @@ def gap() -> Figure:
     figure = Figure(figsize=(7.6, 4.4), layout="constrained")
     axes = figure.subplots()
     baselines = {name: suite.baselines() for name, suite in closed_suite.SUITES.items()}
-    titles = [closed_suite.METHODS[name].title for name in SHOWN]
+    titles = [closed_methods.METHODS[name].title for name in SHOWN]
     for offset, suite, title, color in (
         (0.2, "text", "eight text classifiers", BLUE),
         (-0.2, "lm", "three language models", ORANGE),

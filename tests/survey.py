@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests import results
-from tests.closed_suite import METHODS, SUITES
+from tests.closed_methods import METHODS
+from tests.closed_suite import SUITES
 
 FILE = Path(__file__).with_name("survey.toml")
 

@@ -13,7 +13,8 @@ from typing import Any
 from tests import results
 from tests.bench.__main__ import figure
 from tests.bench.demo_scores import scored_demo
-from tests.closed_suite import METHODS, SUITES, Steps
+from tests.closed_methods import METHODS, Steps
+from tests.closed_suite import SUITES
 from trainmerge.fitting.from_config import from_config
 from trainmerge.tradeoffs.scores import make_score
 
