@@ -38,6 +38,7 @@ GROUPS = (
     "neighbour",
     "moe",
     "packed",
+    "packed_suite",
     "residency",
 )
 

@@ -44,11 +44,11 @@ def kept(found: dict[str, float], experts: dict[str, float]) -> float:
     return mean(found[task] / experts[task] for task in experts if task not in ("bits", "error"))
 
 
-def report(found: dict[str, dict[str, float]]) -> None:
+def report(found: dict[str, dict[str, float]], exact: str = EXACT, prefix: str = "") -> None:
     """Print the figures of every form."""
-    experts = found[EXACT]
+    experts = found[exact]
     for name, own in found.items():
-        key = name.replace(" ", "_").replace(":", "_")
+        key = prefix + name.replace(" ", "_").replace(":", "_")
         figure(f"bits_{key}", own["bits"], "bits per weight and task", "")
         figure(f"error_{key}", own["error"], "relative error", "")
         figure(f"kept_{key}", kept(own, experts), "of the experts' accuracy", "")

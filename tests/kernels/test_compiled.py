@@ -10,8 +10,9 @@ from torch._dynamo.utils import counters
 from tests.bounds import assert_within
 from tests.contracts import assert_delta_contract, assert_same_bits, inner_bound, merge, merge_bound
 from trainmerge.kernels import Difference, ExpertWeight, LowRank, Untouched, compiled, eager, using
-from trainmerge.kernels.backend import chosen
+from trainmerge.kernels.backend import backend_of, chosen
 from trainmerge.task_vectors.delta import Delta
+from trainmerge.task_vectors.quantise import Int8
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, inside the compiler
 MIX = [ExpertWeight, Difference, Untouched, ExpertWeight]
@@ -105,6 +106,21 @@ def test_without_a_compiler_eager_runs_after_one_warning(random_delta, generator
     with using("eager"):
         assert_same_bits(merged, merge(delta, coefficients))
     assert_same_bits(again, merged)
+
+
+def test_terms_that_are_not_dense_are_triton_s_on_a_gpu(random_delta, monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    low = LowRank(torch.ones(4, 1), torch.ones(1, 4), 1.0)
+    dense = random_delta([4, 4], [ExpertWeight]).terms
+    codes = Int8()(dense[0], torch.zeros(4, 4))
+    with using("auto"):
+        assert [backend_of(gpu, terms) for terms in (dense, [*dense, low], [*codes])] == [
+            "compiled", "triton", "triton",
+        ]  # fmt: skip
+        assert backend_of(cpu, [low]) == "eager"
+        monkeypatch.setenv("TRAINMERGE_KERNELS", "eager")
+        assert backend_of(gpu, [low]) == "eager"
+    assert backend_of(cpu, [low]) == "compiled"  # which runs it eagerly
 
 
 def test_choice(monkeypatch):

@@ -2,15 +2,17 @@
 
 Unless one is named, a CPU's passes are eager. Compiled ones take about half of their time, which saves 0.05
 s a GB, but importing the compiler and compiling cost 20 s and more: a fit wins them back after some 400 GB,
-an export never. A GPU's passes are compiled, since eager ones launch a kernel for every operation: not
-measured yet.
+an export never. A GPU's passes are compiled, since eager ones launch a kernel for every operation, and those
+of integers and low-rank task vectors, which no flat loop covers, are Triton's: not measured yet.
 
 The choice is per process, not per thread, because autograd runs a GPU's gradient hooks in its own threads.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,8 @@ import trainmerge.kernels.calls as calls
 import trainmerge.kernels.compiled as compiled
 import trainmerge.kernels.eager as eager
 from trainmerge.kernels.calls import Merge, Product
-from trainmerge.kernels.terms import Term, bytes_read
+from trainmerge.kernels.quantised import Quantised
+from trainmerge.kernels.terms import LowRank, Term, bytes_read
 
 
 class Backend(NamedTuple):
@@ -71,6 +74,18 @@ def chosen(device: torch.device) -> str:
     return name
 
 
+def backend_of(device: torch.device, terms: Sequence[Term]) -> str:
+    """The backend of one call: `chosen`, but a GPU's terms that are not dense are not compiled."""
+    name = chosen(device)
+    dense = not any(isinstance(term, LowRank | Quantised) for term in terms)
+    return "triton" if name == "compiled" and device.type == "cuda" and not dense and _has_triton() else name
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def shareable(call: Merge | Product, held: bool = False) -> int:
     """Bytes that a call keeps alive while it waits to share a launch; 0 if it runs by itself.
 
@@ -108,13 +123,23 @@ def _backend(name: str) -> Backend:
 
 def run_merges(merges: Sequence[Merge]) -> None:
     """`weighted_sum` of each call, all on one device."""
-    if merges:
-        _backend(chosen(merges[0].out.device)).run_merges(merges)
+    for name, places in _by_backend((merge.out.device, merge.terms) for merge in merges).items():
+        _backend(name).run_merges([merges[i] for i in places])
 
 
 def run_products(products: Sequence[Product]) -> list[Tensor]:
     """`inner_products` of each call, all on one device."""
-    return _backend(chosen(products[0].grad.device)).run_products(products) if products else []
+    found: dict[int, Tensor] = {}
+    for name, places in _by_backend((product.grad.device, product.terms) for product in products).items():
+        found |= zip(places, _backend(name).run_products([products[i] for i in places]), strict=True)
+    return [found[i] for i in range(len(products))]
+
+
+def _by_backend(queued: Iterable[tuple[torch.device, Sequence[Term]]]) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = {}
+    for i, call in enumerate(queued):
+        places.setdefault(backend_of(*call), []).append(i)
+    return places
 
 
 def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients: Tensor) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import chain
 from typing import Literal
 
-import torch
+import numpy as np
 from torch import Tensor
 from typing_extensions import override
 
@@ -52,7 +52,8 @@ class Ties(Piecewise):
         balance = 0.0
         for name, row, trimmed in trimming(task_vectors, self.density, self.scope):
             limits[name] = row
-            balance += float(total(trimmed).sign_().sum(dtype=torch.float64))
+            summed = total(trimmed).numpy()  # counts faster than torch
+            balance += np.count_nonzero(summed > 0) - np.count_nonzero(summed < 0)
         majority = float(balance > 0) - float(balance < 0)
         return Elected(limits, majority, self.merge)
 
@@ -128,7 +129,7 @@ def disjoint(trimmed: Tensor, majority: float, merge: Literal["sum", "mean"]) ->
 
 def total(taus: Tensor) -> Tensor:
     """The sum over K, in order; a few long rows are added faster than torch reduces them."""
-    summed = taus[0].clone()
-    for tau in taus[1:]:
+    summed = taus[0].clone() if len(taus) == 1 else taus[0] + taus[1]
+    for tau in taus[2:]:
         summed += tau
     return summed

@@ -20,6 +20,7 @@ from trainmerge.task_vectors.delta import dense_term
 Pieces = Callable[[], Iterable[Tensor]]  # each call iterates over all pieces [K, n]
 Counts = int | Sequence[int]  # one for all rows, or one each
 UPPER, LOWER = 1 << 15, 1 << 16  # values of the upper bits of a non-negative float32, and of the lower
+INFINITE = 0x7F800000  # infinity's bits
 
 
 class Limit(NamedTuple):
@@ -119,14 +120,14 @@ def _ranked(pieces: Pieces, buckets: Sequence[range], wanted: Counts) -> list[Cu
     """The cuts, if each lies in its row's `buckets` of the upper 16 bits."""
     above = [0] * len(buckets)
     inside = [_Counter(len(own) * LOWER) for own in buckets]
+    limits = [(_float(own.start * LOWER), _float(own.stop * LOWER)) for own in buckets]
     for piece in pieces():
-        for k, (row, own) in enumerate(zip(piece, buckets, strict=True)):
-            bits = _bits(row)
-            above[k] += int(np.count_nonzero(bits >= own.stop * LOWER))
-            beyond = np.subtract(bits, own.start * LOWER, out=bits).view(
-                np.uint32
-            )  # smaller ones wrap around
-            inside[k].add(beyond[beyond < len(own) * LOWER].view(np.int32))
+        for k, (row, (low, high)) in enumerate(zip(piece, limits, strict=True)):
+            magnitudes = row.float().abs().numpy()  # numpy filters faster than torch
+            beyond = magnitudes >= high
+            above[k] += int(np.count_nonzero(beyond))
+            within = magnitudes[np.flatnonzero((magnitudes >= low) ^ beyond)].view(np.int32)
+            inside[k].add(within - buckets[k].start * LOWER)
     ranks = _each(wanted, len(buckets))
     if any(not over < rank <= over + own.size for over, rank, own in zip(above, ranks, inside, strict=True)):
         return None
@@ -184,4 +185,5 @@ def _bits(tau: Tensor) -> NDArray[np.int32]:
 
 
 def _float(bits: int) -> float:
-    return float(np.int32(bits).view(np.float32))
+    """The magnitude with these bits; infinity for all beyond it."""
+    return float(np.int32(min(bits, INFINITE)).view(np.float32))
