@@ -27,7 +27,9 @@ def tensors() -> dict[str, torch.Tensor]:
         for i, dtype in enumerate(DTYPES)
     }
     strided = torch.randn(4, 6, generator=generator).T
-    return {**made, "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "strided": strided}
+    single = torch.randn(8, generator=generator)[::8]  # contiguous to torch, with a stride of 8
+    others = {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "strided": strided, "single": single}
+    return {**made, **others}
 
 
 def specs(values: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:

@@ -19,7 +19,7 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.run.open_run import open_run
 from trainmerge.system.atomic import temporary_folder
 from trainmerge.system.json_file import read_json
-from trainmerge.system.safetensors_file import MappedFile, sha256
+from trainmerge.system.safetensors_file import MappedFile, flat_bytes, sha256
 from trainmerge.system.text import listed
 
 SHOWN = 8  # problems that the error lists
@@ -140,12 +140,8 @@ def _changed(merge: Tensors, name: str, got: Tensor) -> int:
     place, changed = 0, 0
     for piece in merge.pieces(name):
         theirs = got.reshape(-1)[place : place + piece.numel()]
-        if not torch.equal(_bytes(theirs), _bytes(piece)):
-            wrong = (_bytes(theirs) != _bytes(piece)).view(piece.numel(), -1).any(dim=1)
+        if not torch.equal(flat_bytes(theirs), flat_bytes(piece)):
+            wrong = (flat_bytes(theirs) != flat_bytes(piece)).view(piece.numel(), -1).any(dim=1)
             changed += int(wrong.sum())
         place += piece.numel()
     return changed
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from trainmerge.system.safetensors_file import flat_bytes
 
 
 def content_sha256(value: Any) -> str:
@@ -29,9 +30,8 @@ def content_sha256(value: Any) -> str:
 def _feed(found: Any, value: Any) -> None:
     match value:
         case Tensor():
-            flat = value.detach().cpu().contiguous().reshape(-1)
             found.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
-            found.update(flat.view(torch.uint8).numpy())
+            found.update(flat_bytes(value.cpu()).numpy())
         case np.ndarray() if value.dtype != object:
             found.update(f"array {value.dtype} {value.shape};".encode())
             found.update(np.ascontiguousarray(value).tobytes())

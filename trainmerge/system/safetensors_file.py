@@ -164,8 +164,17 @@ def _check_piece(path: Path, specs: Specs, name: str, tensor: Tensor, missing: i
         raise ValueError(f"{path}: got {got}, the header has {promised}")
 
 
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """A tensor's bytes in order, one dimension of uint8; a view of a contiguous tensor's memory.
+
+    A single number may have any stride, which a view of another size would refuse.
+    """
+    whole = tensor.detach().contiguous()
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return flat_bytes(tensor.cpu()).numpy().data
 
 
 def _write_bytes(file: BinaryIO, values: memoryview, hasher: Hasher | None) -> None:
