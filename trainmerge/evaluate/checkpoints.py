@@ -1,32 +1,25 @@
 """A checkpoint folder -> its scores on a recipe's tasks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
-
-from trainmerge.checkpoints import Checkpoint, OwnHead, load_model, output_of
-from trainmerge.data.classifier import Classifier
+from trainmerge.checkpoints import OwnHead, output_of
 from trainmerge.data.columns import Columns
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessTask, run_harness
 from trainmerge.evaluate.measure import metric_of
-from trainmerge.evaluate.own_checkpoint import narrowed, own_subject, own_tasks
-from trainmerge.evaluate.runs import Heads, build_task_heads, references_from_files
-from trainmerge.evaluate.score_task import score_tasks
-from trainmerge.evaluate.subject import Subject
+from trainmerge.evaluate.own_checkpoint import narrowed, own_tasks
+from trainmerge.evaluate.planned import Planned
+from trainmerge.evaluate.score_keys import checkpoint_key, kept_for
+from trainmerge.evaluate.score_task import score_task
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.evaluate.vocabulary import Reading, reading
-from trainmerge.model.embedding import read_embedding
-from trainmerge.model.own_head import OwnModel, attach
-from trainmerge.model.resident import DEVICE, special_ids
 from trainmerge.run.heads import all_heads
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import DEFAULT_LENGTH
 from trainmerge.system.hub import folder_of
-
-PlannedHeads = Mapping[str, Classifier | OwnModel | OwnHead | None]  # by task
 
 
 def evaluate_checkpoint(
@@ -37,18 +30,21 @@ def evaluate_checkpoint(
     answers: int | None = None,
     harness: Sequence[HarnessTask] = (),
     columns: Columns = Columns(),  # noqa: B008 - frozen
+    kept: str | Path | None = None,
 ) -> Evaluation:
     """Scores of one checkpoint folder, and of the base if the recipe has held-out tasks.
 
     A checkpoint with a head of its own, an `export --task` or an expert, is scored on its own task alone.
     Label heads use the recipe's base. Texts are truncated to `max_length` tokens; `text_length` gives the
-    length of a run's fit, and `columns_of` its columns.
+    length of a run's fit, and `columns_of` its columns. `kept` is a folder of earlier scores: those of the
+    same weights on the same examples are taken from it, and new ones are kept there (`kept.scores_beside`).
 
     Raises:
         ValueError: as `load_tasks`; or the checkpoint is of another kind than the recipe's base.
     """
     with reading(recipe) as words:
-        return _evaluated(words, str(checkpoint), limit, max_length, answers, harness, columns)
+        place = None if kept is None else Path(kept)
+        return _evaluated(words, str(checkpoint), limit, max_length, answers, harness, columns, place)
 
 
 def _evaluated(
@@ -59,6 +55,7 @@ def _evaluated(
     answers: int | None,
     harness: Sequence[HarnessTask],
     columns: Columns,
+    kept: Path | None,
 ) -> Evaluation:
     recipe = words.recipe
     own, place = all_heads(recipe), folder_of(checkpoint, allow_pickle=recipe.allow_pickle)
@@ -72,19 +69,22 @@ def _evaluated(
     folders = {checkpoint: place}
     if held_out or (harness and not alone):
         folders = {"base": recipe.folders["base"], **folders}
-    heads = {} if alone else plan_heads(words, tasks, tokenize)
-    references = {} if alone else references_from_files(recipe, tasks, tokenize)
-    rows, found = {}, {}
+    planned = Planned(words, recipe, tasks, tokenize, answers)
+    known = kept_for(kept, tasks, tokenize, words.recipe, answers)
+    rows, found, taken = {}, {}, []
     for row, folder in folders.items():
-        if alone:
-            subject = own_subject(words.open(folder).path, recipe, tasks, tokenize, answers)
-        else:
-            subject = load_checkpoint(words.open(folder), recipe, heads, tasks, tokenize, answers, references)
-        rows[row] = score_tasks(subject, tasks)
+        model = checkpoint_key(known, folder, words.recipe, bool(alone))
+        if (earlier := known.known(model, tasks)) is not None:
+            rows[row] = earlier
+            taken.append(row)
+            if not harness:
+                continue
+        subject = planned.alone(folder) if alone else planned.load(folder)
+        rows[row] = known.scores(model, tasks, partial(score_task, subject))
         if harness:
             found[row] = run_harness(subject.module, words.tokenizer, harness, limit)
     names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
-    return Evaluation(metric, *names, rows, found)
+    return Evaluation(metric, *names, rows, found, taken=tuple(taken))
 
 
 def check_kind(checkpoint: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
@@ -107,37 +107,3 @@ def check_kind(checkpoint: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
             f"{checkpoint} is {theirs}, the recipe's base {recipe.base} is {ours}: score it on a recipe of "
             "its own kind"
         )
-
-
-def plan_heads(words: Reading, tasks: Sequence[Task], tokenize: Tokenizer) -> PlannedHeads:
-    """The tasks' heads; loads the base temporarily. Experts' own ones stand on each checkpoint: `over`."""
-    recipe = words.recipe
-    base = load_model(words.open(recipe.folders["base"]), recipe.ignore).module.to(DEVICE)
-    built = build_task_heads(base, [task for task in tasks if not isinstance(task.head, OwnHead)], tokenize)
-    return {**{task.name: task.head for task in tasks if isinstance(task.head, OwnHead)}, **built}
-
-
-def over(heads: PlannedHeads, module: nn.Module, names: Mapping[str, str], tokenize: Tokenizer) -> Heads:
-    """The heads over a model; `names` are its parameters by the tensors of the base's files."""
-    special = special_ids(tokenize)
-    return {
-        task: attach(head, module, names, special) if isinstance(head, OwnHead) else head
-        for task, head in heads.items()
-    }
-
-
-def load_checkpoint(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    heads: PlannedHeads,
-    tasks: Sequence[Task],
-    tokenize: Tokenizer,
-    answers: int | None = None,
-    references: Mapping[str, Tensor] = {},
-) -> Subject:
-    """A checkpoint as a `Subject`; a sentence embedder embeds by its own folder's modules."""
-    embedding = read_embedding(checkpoint) if any(task.similar for task in tasks) else None
-    loaded = load_model(checkpoint, recipe.ignore)
-    module = loaded.module.to(DEVICE)
-    placed = over(heads, module, loaded.names, tokenize)
-    return Subject(module, placed, tokenize, answers, embedding, references)

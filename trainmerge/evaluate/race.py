@@ -35,6 +35,17 @@ class Race:
         self.tasks = tasks
         self.missed = {task.name: torch.zeros(len(task.examples)) for task in tasks}  # by how many merges
         self.best = 0.0
+        self.reach = 0.0  # what the mean accuracy of the last merge is at most
+
+    def know(self, scores: Mapping[str, TaskScore]) -> None:
+        """A merge of the race whose scores were known before."""
+        self.learn_from(scores)
+        means = [float(scores[task.name].outcomes[:, 0].mean()) for task in self.tasks]
+        self.best = max(self.best, sum(means) / len(means))
+
+    def is_lost(self, reach: float) -> bool:
+        """Whether a mean accuracy of at most `reach` cannot be the best."""
+        return reach < self.best - CLOSE
 
     def learn_from(self, scores: Mapping[str, TaskScore]) -> None:
         """Which examples a merge outside the race missed."""
@@ -51,10 +62,10 @@ class Race:
             miss = int(p.argmax()) != task.labels[i]
             missed[task.name][i] += miss
             reach -= miss / len(task.examples) / len(self.tasks)
-            if reach < self.best - CLOSE:
+            if self.is_lost(reach):
                 break
-        self.missed = missed
-        if reach < self.best - CLOSE:
+        self.missed, self.reach = missed, reach
+        if self.is_lost(reach):
             return None
         self.best = max(self.best, reach)
         return {task.name: score_of(subject, task, found[task.name]) for task in self.tasks}
