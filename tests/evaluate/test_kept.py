@@ -20,7 +20,7 @@ import trainmerge as tm
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.cli import main
 from trainmerge.evaluate.evaluation import Evaluation
-from trainmerge.evaluate.kept import Kept, scores_beside
+from trainmerge.evaluate.kept import KeptScores, scores_beside
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.recipe_files import calibration_files
 
@@ -124,6 +124,20 @@ def test_a_race_is_not_run_again(tmp_path: Path) -> None:
     best = next(row for row in found.rows if row.startswith("task arithmetic"))
     without = [c for c in GRID if best != f"task arithmetic {c}"]  # another best: the losers race again
     assert evaluate(two, grid=without)[0].scores == evaluate(two, grid=without, reuse=False)[0].scores
+
+
+def test_an_evaluation_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """A race reads the examples first that earlier merges missed: also merges that are known."""
+    write_world(tmp_path)
+    run = fit(recipe(tmp_path), tmp_path / "run")
+    whole, _ = evaluate(run, grid=(0.2, 0.5, 0.6, 0.8))
+    files = sorted(tmp_path.glob(".scores/*.json"), key=lambda file: file.stat().st_mtime_ns)
+    for kept in range(6, len(files), 2):  # base and average are known
+        for file in files[kept:]:
+            file.unlink()
+        found, _ = evaluate(run, grid=(0.2, 0.5, 0.6, 0.8))
+        assert content(found) == content(whole)
+        assert sorted(tmp_path.glob(".scores/*.json")) == sorted(files)
 
 
 def test_a_checkpoint_and_a_comparison(world: Path) -> None:
@@ -287,14 +301,14 @@ def test_a_read_only_place_fails_nothing(world: Path) -> None:
 
 
 def test_nothing_is_kept_of_files_that_changed_meanwhile(world: Path) -> None:
-    kept = Kept(world / "scores", {"a": "task"})
+    kept = KeptScores(world / "scores", {"a": "task"})
     kept.checksums(world / "a")
     os.utime(world / "a" / "config.json", (1, 1))
     kept.put("key", 1.0)
-    assert Kept(world / "scores").get("key") is None
-    kept = Kept(world / "scores")
+    assert KeptScores(world / "scores").get("key") is None
+    kept = KeptScores(world / "scores")
     kept.put("key", 1.0)
-    assert Kept(world / "scores").get("key") == 1.0
+    assert KeptScores(world / "scores").get("key") == 1.0
 
 
 def _score(run: str, out: str) -> None:
@@ -321,7 +335,8 @@ def test_a_models_head_is_a_part_of_its_tasks_digest(tmp_path: Path) -> None:
     write_world(tmp_path)
     merge = recipe(tmp_path)
     first = tm.evaluate_checkpoint(merge.base, merge, kept=tmp_path / "kept")
-    experts = {n: replace(e, head=replace(e.head, pooling="first")) for n, e in merge.experts.items()}
+    first_token = tm.LabelHead(str(tmp_path / "mood" / "labels.json"), pooling="first")
+    experts = {**merge.experts, "mood": replace(merge.experts["mood"], head=first_token)}
     other = tm.evaluate_checkpoint(merge.base, replace(merge, experts=experts), kept=tmp_path / "kept")
     assert (first.taken, other.taken) == ((), ())
     assert tm.evaluate_checkpoint(merge.base, merge, kept=tmp_path / "kept").taken == (merge.base,)

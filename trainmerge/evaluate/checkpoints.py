@@ -1,25 +1,35 @@
 """A checkpoint folder -> its scores on a recipe's tasks."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
-from trainmerge.checkpoints import OwnHead, output_of
+from torch import Tensor, nn
+
+from trainmerge.checkpoints import Checkpoint, OwnHead, load_model, output_of
+from trainmerge.data.classifier import Classifier
 from trainmerge.data.columns import Columns
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessTask, run_harness
 from trainmerge.evaluate.measure import metric_of
-from trainmerge.evaluate.own_checkpoint import narrowed, own_tasks
-from trainmerge.evaluate.planned import Planned
+from trainmerge.evaluate.own_checkpoint import narrowed, own_subject, own_tasks
+from trainmerge.evaluate.runs import Heads, build_task_heads, references_from_files
 from trainmerge.evaluate.score_keys import checkpoint_key, kept_for
 from trainmerge.evaluate.score_task import score_task
+from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.evaluate.vocabulary import Reading, reading
+from trainmerge.model.embedding import read_embedding
+from trainmerge.model.own_head import OwnModel, attach
+from trainmerge.model.resident import DEVICE, special_ids
 from trainmerge.run.heads import all_heads
 from trainmerge.run.recipe import Recipe
 from trainmerge.run.sources import DEFAULT_LENGTH
 from trainmerge.system.hub import folder_of
+
+PlannedHeads = Mapping[str, Classifier | OwnModel | OwnHead | None]  # by task
+SharedHeads = Callable[[], tuple[PlannedHeads, Mapping[str, Tensor]]]
 
 
 def evaluate_checkpoint(
@@ -55,7 +65,7 @@ def _evaluated(
     answers: int | None,
     harness: Sequence[HarnessTask],
     columns: Columns,
-    kept: Path | None,
+    place_of_scores: Path | None,
 ) -> Evaluation:
     recipe = words.recipe
     own, place = all_heads(recipe), folder_of(checkpoint, allow_pickle=recipe.allow_pickle)
@@ -69,18 +79,21 @@ def _evaluated(
     folders = {checkpoint: place}
     if held_out or (harness and not alone):
         folders = {"base": recipe.folders["base"], **folders}
-    planned = Planned(words, recipe, tasks, tokenize, answers)
-    known = kept_for(kept, tasks, tokenize, words.recipe, answers)
+    heads = shared_heads(words, recipe, tasks, tokenize)
+    kept = kept_for(place_of_scores, tasks, tokenize, words.recipe, answers)
     rows, found, taken = {}, {}, []
     for row, folder in folders.items():
-        model = checkpoint_key(known, folder, words.recipe, bool(alone))
-        if (earlier := known.known(model, tasks)) is not None:
-            rows[row] = earlier
+        model = checkpoint_key(kept, folder, words.recipe, bool(alone))
+        if known := kept.known(model, tasks):
+            rows[row] = known
             taken.append(row)
             if not harness:
                 continue
-        subject = planned.alone(folder) if alone else planned.load(folder)
-        rows[row] = known.scores(model, tasks, partial(score_task, subject))
+        if alone:
+            subject = own_subject(words.open(folder).path, recipe, tasks, tokenize, answers)
+        else:
+            subject = load_checkpoint(words.open(folder), recipe, heads, tasks, tokenize, answers)
+        rows[row] = kept.scores(model, tasks, partial(score_task, subject))
         if harness:
             found[row] = run_harness(subject.module, words.tokenizer, harness, limit)
     names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
@@ -107,3 +120,42 @@ def check_kind(checkpoint: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
             f"{checkpoint} is {theirs}, the recipe's base {recipe.base} is {ours}: score it on a recipe of "
             "its own kind"
         )
+
+
+def shared_heads(words: Reading, recipe: Recipe, tasks: Sequence[Task], tokenize: Tokenizer) -> SharedHeads:
+    """The heads and the experts' similarities, made once, when the first model needs them."""
+    return cache(lambda: (plan_heads(words, tasks, tokenize), references_from_files(recipe, tasks, tokenize)))
+
+
+def plan_heads(words: Reading, tasks: Sequence[Task], tokenize: Tokenizer) -> PlannedHeads:
+    """The tasks' heads; loads the base temporarily. Experts' own ones stand on each checkpoint: `over`."""
+    recipe = words.recipe
+    base = load_model(words.open(recipe.folders["base"]), recipe.ignore).module.to(DEVICE)
+    built = build_task_heads(base, [task for task in tasks if not isinstance(task.head, OwnHead)], tokenize)
+    return {**{task.name: task.head for task in tasks if isinstance(task.head, OwnHead)}, **built}
+
+
+def over(heads: PlannedHeads, module: nn.Module, names: Mapping[str, str], tokenize: Tokenizer) -> Heads:
+    """The heads over a model; `names` are its parameters by the tensors of the base's files."""
+    special = special_ids(tokenize)
+    return {
+        task: attach(head, module, names, special) if isinstance(head, OwnHead) else head
+        for task, head in heads.items()
+    }
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    heads: SharedHeads,
+    tasks: Sequence[Task],
+    tokenize: Tokenizer,
+    answers: int | None = None,
+) -> Subject:
+    """A checkpoint as a `Subject`; a sentence embedder embeds by its own folder's modules."""
+    planned, references = heads()  # before the model: they need the base in memory for a while
+    embedding = read_embedding(checkpoint) if any(task.similar for task in tasks) else None
+    loaded = load_model(checkpoint, recipe.ignore)
+    module = loaded.module.to(DEVICE)
+    placed = over(planned, module, loaded.names, tokenize)
+    return Subject(module, placed, tokenize, answers, embedding, references)

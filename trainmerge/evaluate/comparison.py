@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,18 @@ from rich.progress import track
 from trainmerge.checkpoints import same_ids
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.bootstrap import ScoreDifference, score_differences
-from trainmerge.evaluate.checkpoints import check_kind
+from trainmerge.evaluate.checkpoints import SharedHeads, check_kind, load_checkpoint, over, shared_heads
 from trainmerge.evaluate.evaluation import Evaluation
-from trainmerge.evaluate.kept import Kept, scores_beside
+from trainmerge.evaluate.kept import KeptScores, scores_beside
 from trainmerge.evaluate.measure import metric_of
-from trainmerge.evaluate.own_checkpoint import narrowed, own_tasks
-from trainmerge.evaluate.planned import Planned
+from trainmerge.evaluate.own_checkpoint import narrowed, own_subject, own_tasks
 from trainmerge.evaluate.runs import load_subject
 from trainmerge.evaluate.score_keys import checkpoint_key, kept_for, merge_key
 from trainmerge.evaluate.score_task import score_task
 from trainmerge.evaluate.subject import Subject, TaskScore
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.evaluate.vocabulary import Reading, reading
+from trainmerge.model.embedding import read_embedding
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.heads import all_heads
 from trainmerge.run.open_run import open_run
@@ -97,14 +97,20 @@ def _rows(
     metric, tokenize = metric_of(shared, own), Tokenizer(words.tokenizer, text_length(source, max_length))
     held_in, held_out = load_tasks(shared, tokenize, columns_of(source), limit, heads=own)
     tasks = [*held_in, *held_out]
-    planned = Planned(words, shared, tasks, tokenize)
+    heads = shared_heads(words, shared, tasks, tokenize)
     kept = kept_for(scores_beside(source) if reuse else None, tasks, tokenize, words.recipe)
     if held_out:
         folders = {"base": shared.folders["base"], **folders}
     bar = track(folders.items(), description="comparing", disable=distributed.rank() > 0)
     rows, taken = {}, []
     for name, folder in bar:
-        model, load = _row(folder, planned, kept, name in alone)
+        if name in alone:
+            model = checkpoint_key(kept, folder, words.recipe, alone=True)
+            load: Callable[[], Subject] = partial(
+                own_subject, words.open(folder).path, shared, tasks, tokenize
+            )
+        else:
+            model, load = _row(folder, words, heads, kept, tasks, tokenize)
         taken += [name] if kept.known(model, tasks) else []
         rows[name] = kept.scores(model, tasks, _scorer(load))
     held = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
@@ -124,28 +130,35 @@ def _common(tasks: Mapping[str, Sequence[str]]) -> list[str]:
     raise ValueError(f"these checkpoints have heads of their own, and no task in common: {listed}")
 
 
-def _row(folder: Path, planned: Planned, kept: Kept, alone: bool) -> tuple[str | None, Callable[[], Subject]]:
-    """A digest of a run's merge or a checkpoint, and how to load it."""
-    words = planned.words
+def _row(
+    folder: Path,
+    words: Reading,
+    heads: SharedHeads,
+    kept: KeptScores,
+    tasks: Sequence[Task],
+    tokenize: Tokenizer,
+) -> tuple[str | None, Callable[[], Subject]]:
+    """A digest of a run's merge or of a checkpoint under the tasks' heads, and how to load it."""
+    run, recipe = RunFolder(folder), words.recipe
     if not _is_run(folder):
-        if not alone:
-            check_kind(folder, words.recipe, planned.tasks)
-        load = planned.alone if alone else planned.load
-        return checkpoint_key(kept, folder, words.recipe, alone), partial(load, folder)
-    run = RunFolder(folder)
+        check_kind(folder, recipe, tasks)
+        load = partial(load_checkpoint, words.open(folder), recipe, heads, tasks, tokenize)
+        return checkpoint_key(kept, folder, recipe, alone=False), load
     own, coefficients, opened = open_run(run)
-    if (words.recipe.choice.moves_rows or own.choice.moves_rows) and not same_ids(
+    if (recipe.choice.moves_rows or own.choice.moves_rows) and not same_ids(
         Path(words.tokenizer), opened.base.path
     ):
         raise ValueError(
-            f"{folder}: its merge has another tokenizer than {words.recipe.base}'s tasks are read with: "
+            f"{folder}: its merge has another tokenizer than {recipe.base}'s tasks are read with: "
             "compare runs of one tokenizer"
         )
 
     def load_run() -> Subject:
-        planned.make()
-        resident, subject = load_subject(own, coefficients, opened, planned.tokenize, run, [])
-        return planned.headed(subject, resident.merged.names, opened.base)
+        placeable, references = heads()
+        resident, subject = load_subject(own, coefficients, opened, tokenize, run, [])
+        placed = over(placeable, subject.module, resident.merged.names, tokenize)
+        embedding = read_embedding(opened.base) if any(task.similar for task in tasks) else None
+        return replace(subject, heads=placed, embedding=embedding, references=references)
 
     return merge_key(kept, run, own, opened, coefficients), load_run
 

@@ -17,8 +17,7 @@ from trainmerge.evaluate.subject import TaskScore
 from trainmerge.evaluate.tasks import Task
 from trainmerge.run.opened import Opened
 from trainmerge.system import distributed
-from trainmerge.system.access import can_write
-from trainmerge.system.atomic import write_whole_bytes
+from trainmerge.system.atomic import write_whole, write_whole_bytes
 from trainmerge.system.workspace import digest
 
 SCORES = ".scores"
@@ -30,8 +29,8 @@ def scores_beside(path: Path) -> Path:
 
 
 @dataclass
-class Kept:
-    """Kept scores; several processes see those of the first.
+class KeptScores:
+    """KeptScores scores; several processes see those of the first.
 
     Args:
         folder: The entries; None keeps none.
@@ -62,9 +61,11 @@ class Kept:
             return
         text = json.dumps(value).encode()
         try:
-            if all(stamps(folder) == then for folder, then in self.watched.items()) and self._can_write():
+            if all(stamps(folder) == then for folder, then in self.watched.items()):
+                if not (ignore := self.folder / ".gitignore").exists():
+                    write_whole(ignore, "*\n")
                 write_whole_bytes(self._path(key), _seal(key, text) + b"\n" + text)
-        except (OSError, ValueError):  # a full disk, a folder that somebody removed
+        except (OSError, ValueError):  # a full disk, a place that cannot be written
             return
 
     def known(self, model: str | None, tasks: Sequence[Task]) -> dict[str, TaskScore] | None:
@@ -116,16 +117,6 @@ class Kept:
     def _path(self, key: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{key[:32]}.json"
-
-    def _can_write(self) -> bool:
-        """Whether entries can be written; makes the folder, which git ignores."""
-        assert self.folder is not None
-        if not self.folder.is_dir():
-            if not can_write(self.folder.parent):
-                return False
-            self.folder.mkdir(exist_ok=True)
-            (self.folder / ".gitignore").write_text("*\n")
-        return can_write(self.folder)
 
 
 def _load(path: Path, key: str) -> Any:

@@ -9,7 +9,7 @@ import torch
 from trainmerge.evaluate.agreement import Routing, Shares, routing_of_experts
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessScore, HarnessTask, run_harness
-from trainmerge.evaluate.kept import Kept
+from trainmerge.evaluate.kept import KeptScores
 from trainmerge.evaluate.race import Race, can_race
 from trainmerge.evaluate.score_task import score_task
 from trainmerge.evaluate.subject import Subject, TaskScore
@@ -47,7 +47,7 @@ class Rows:
     harness: Sequence[HarnessTask] = ()
     limit: int | None = None
     buffers: UniformBuffers | None = None
-    kept: Kept = field(default_factory=Kept)
+    kept: KeptScores = field(default_factory=KeptScores)
     models: Mapping[str, str] = field(default_factory=dict)
     scored: dict[str, Scored] = field(default_factory=dict)
     harnessed: dict[str, Mapping[str, HarnessScore]] = field(default_factory=dict)
@@ -59,11 +59,14 @@ class Rows:
         self._routing: Routing | None = routing_of_experts(self.resident, self.subject, self.held_in)
 
     def in_order(self, compare: bool) -> list[str]:
-        """All rows, task arithmetic last: known ones, then those nearest to the learned ones' mean."""
+        """All rows, task arithmetic last: first the coefficient nearest to the learned ones' mean."""
         arithmetic = [row for row in self.uniform if row.startswith(ARITHMETIC)]
         others = [row for row in self.uniform if row not in arithmetic]
         mean = float(self.resident.merged.coefficients().detach().mean())
-        arithmetic.sort(key=lambda row: (self._known(row) is None, abs(self.uniform[row] - mean)))
+        arithmetic.sort(key=lambda row: abs(self.uniform[row] - mean))
+        for known in map(self._known, arithmetic):
+            if known and self._race:
+                self._race.expect(known)
         return [*others, LEARNED, *[EXPERT] * compare, *arithmetic]
 
     def score(self, row: str) -> None:
@@ -112,8 +115,10 @@ class Rows:
         """Whether a row left the race of an earlier evaluation, and cannot win this one."""
         if self._race is None or not row.startswith(ARITHMETIC):
             return False
-        reach = self.kept.get(self._race_key(row))
-        return reach is not None and self._race.is_lost(reach)
+        reach, missed = self.kept.get(self._race_key(row)) or (1.0, [])
+        if lost := self._race.is_lost(reach):
+            self._race.leave(missed)
+        return lost
 
     def _race_key(self, row: str) -> str | None:
         return self.kept.key(self.models.get(row), "at most", *(task.name for task in self.held_in))
@@ -129,7 +134,7 @@ class Rows:
         self.scored[row] = {**found, **self._scores(row, self.held_out)}
         self.taken |= {row} if known else set()
         if self._race and (known or not arithmetic):
-            (self._race.know if arithmetic else self._race.learn_from)(found)
+            self._race.learn_from(found)
         if self._routing is not None:
             self.agreement[row] = self._routing.agreement(self.subject)
 
@@ -139,7 +144,7 @@ class Rows:
             return self._scores(row, self.held_in)
         found = self._race.score(self.subject)
         if found is None:
-            self.kept.put(self._race_key(row), self._race.reach)
+            self.kept.put(self._race_key(row), self._race.last)
             return None
         return {name: self.kept.keep(self.models.get(row), name, own) for name, own in found.items()}
 

@@ -17,7 +17,7 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.controls import score_controls
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessTask
-from trainmerge.evaluate.kept import Kept, scores_beside
+from trainmerge.evaluate.kept import KeptScores, scores_beside
 from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.pairs import EXPERT
 from trainmerge.evaluate.rows import Rows, uniform_rows
@@ -83,10 +83,10 @@ def evaluate_run(
     resident, subject = load_subject(recipe, coefficients, opened, tokenize, folder, tasks, answers)
     uniform = uniform_rows(len(held_in), grid, compare, bool(held_out or harness))
     buffers = uniform_buffers(folder, recipe, opened, resident)
-    kept, models = Kept(), dict[str, str]()
+    kept, models = KeptScores(), dict[str, str]()
     if reuse and recipe.buffers != REESTIMATE:
         of = opened.checksums.__getitem__
-        kept = Kept(scores_beside(folder.path), task_keys(tasks, tokenize, recipe, of, answers))
+        kept = KeptScores(scores_beside(folder.path), task_keys(tasks, tokenize, recipe, of, answers))
         kept.watch(opened)
         models = run_keys(folder, recipe, opened, coefficients, uniform)
     rows = Rows(resident, subject, held_in, held_out, uniform, harness, limit, buffers, kept, models)

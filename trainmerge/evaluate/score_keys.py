@@ -18,12 +18,11 @@ from trainmerge.checkpoints import OwnHead, module_folders
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.data.examples import contents
 from trainmerge.data.tokenizer import Tokenizer
-from trainmerge.evaluate.kept import Kept
+from trainmerge.evaluate.kept import KeptScores
 from trainmerge.evaluate.pairs import EXPERT as BY_EXPERTS
 from trainmerge.evaluate.rows import ARITHMETIC, EXPERT, LEARNED
 from trainmerge.evaluate.tasks import Task
 from trainmerge.model.resident import DEVICE
-from trainmerge.preprocess.cache import key_after
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.heads import TaskHead
 from trainmerge.run.manifest import versions
@@ -76,29 +75,29 @@ def run_keys(
     rule = [recipe.buffers, [expert.weight for expert in recipe.experts.values()]]
     fitted = folder.read_manifest().get("versions")  # of what is in the workspace
     shared = [opened.identity(), terms, rule, fitted, *_read_as(recipe), _side_files(opened.base.path)]
-    learned = key_after(recipe.preprocess, opened.identity(), folder.examples())
+    made = [[repr(method) for method in recipe.preprocess], folder.examples()]
     layout, values = coefficients.layout, _bytes(coefficients().detach().float())
     rows: dict[str, Any] = {
         row: ["uniform", row.startswith(ARITHMETIC), value, [*layout.groups]]
         for row, value in uniform.items()
     }
     rows |= {f"{EXPERT} {name}": [EXPERT, name] for name in recipe.experts}
-    rows[LEARNED] = [LEARNED, learned, layout.identity(), values]
+    rows[LEARNED] = [LEARNED, made, layout.identity(), values]
     return {row: _digest([shared, own]) for row, own in rows.items()}
 
 
 def kept_for(
     place: Path | None, tasks: Sequence[Task], tokenize: Tokenizer, recipe: Recipe, answers: int | None = None
-) -> Kept:
+) -> KeptScores:
     """The scores in a folder, for tasks with the heads of a recipe's files."""
-    kept = Kept(place)
+    kept = KeptScores(place)
     if place is not None:
         files = _checksums(kept, recipe)
         kept.tasks = task_keys(tasks, tokenize, recipe, files, answers)
     return kept
 
 
-def checkpoint_key(kept: Kept, folder: Path, recipe: Recipe, alone: bool) -> str | None:
+def checkpoint_key(kept: KeptScores, folder: Path, recipe: Recipe, alone: bool) -> str | None:
     """A digest of a checkpoint's weights, configuration and modules; `alone`: with the head in its files."""
     if kept.folder is None:
         return None
@@ -108,7 +107,7 @@ def checkpoint_key(kept: Kept, folder: Path, recipe: Recipe, alone: bool) -> str
 
 
 def merge_key(
-    kept: Kept, folder: RunFolder, recipe: Recipe, opened: Opened, coefficients: Coefficients
+    kept: KeptScores, folder: RunFolder, recipe: Recipe, opened: Opened, coefficients: Coefficients
 ) -> str | None:
     """A digest of a run's merge, whose files are watched; None if its buffers are measured."""
     if kept.folder is None or recipe.buffers == REESTIMATE:
@@ -117,7 +116,7 @@ def merge_key(
     return run_keys(folder, recipe, opened, coefficients, {})[LEARNED]
 
 
-def _checksums(kept: Kept, recipe: Recipe) -> Checksums:
+def _checksums(kept: KeptScores, recipe: Recipe) -> Checksums:
     return lambda side: kept.checksums(recipe.folders[side])
 
 
