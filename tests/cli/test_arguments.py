@@ -51,7 +51,7 @@ def test_split_words(words: str, positional: str, options: str) -> None:
 
 def test_options_of_a_command() -> None:
     assert options_of(export).flags == {"overwrite", "verify", "mergekit", "embeddings", "router"}
-    assert options_of(evaluate).flags == {"compare", "controls"}
+    assert options_of(evaluate).flags == {"compare", "controls", "fresh"}
     assert {"limit", "max_length", "output", "recipe"} < options_of(evaluate).valued
 
 

@@ -156,9 +156,9 @@ def test_a_run_with_a_task_held_out(run: Path) -> None:
 def test_task_arithmetic_that_cannot_be_the_best_is_left_early(run: Path) -> None:
     """The best coefficient and its scores are those of scoring every one to the end."""
     grid = (0.1, 0.5, 1.0, 1.5)
-    alone = {f"task arithmetic {c}": evaluate_run(run, grid=(c,)) for c in grid}
+    alone = {f"task arithmetic {c}": evaluate_run(run, grid=(c,), reuse=False) for c in grid}
     best = max(alone, key=lambda row: alone[row].means()[row])
-    found = evaluate_run(run, grid=grid)
+    found = evaluate_run(run, grid=grid, reuse=False)
     assert list(found.rows) == ["base", "average", best, "learned", "expert"]
     for row, scores in alone[best].rows.items():
         assert found.scores[row] == alone[best].scores[row]
@@ -222,24 +222,25 @@ def test_a_checkpoint_is_cut_as_the_run_was(
 
 def _evaluate(rank: int, ports: list[int], run: str, out: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    for port, limit in zip(ports, ("11", "1"), strict=True):
+    for port, limit in zip(ports, ("11", "1", "11"), strict=True):
         os.environ["MASTER_PORT"] = str(port)
         given = ["--compare", "false", "--limit", limit, "--output", f"{out}/{limit}.json"]
         assert main(["evaluate", run, *given]) == 0
 
 
 def test_two_processes_score_as_one(run: Path, tmp_path: Path) -> None:
-    """With one example the second process has none."""
-    with socket.socket() as one, socket.socket() as two:
-        for free in (one, two):
+    """With one example the second process has none. The third time both take what they kept."""
+    with socket.socket() as one, socket.socket() as two, socket.socket() as three:
+        for free in (one, two, three):
             free.bind(("127.0.0.1", 0))
-        ports = [free.getsockname()[1] for free in (one, two)]
+        ports = [free.getsockname()[1] for free in (one, two, three)]
     mp.start_processes(
         _evaluate, (ports, str(run), str(tmp_path)), nprocs=2, start_method="spawn"
     )  # torch may have threads, which a fork loses
     for limit in (11, 1):
         shared = json.loads((tmp_path / f"{limit}.json").read_text())
-        alone = evaluate_run(run, limit, compare=False).to_json()
+        assert evaluate_run(run, limit, compare=False).to_json() == shared  # kept
+        alone = evaluate_run(run, limit, compare=False, reuse=False).to_json()
         for row in ("base", "learned"):
             for task in ("mood", "colour", "animal"):
                 assert shared[row]["measures"][task] == pytest.approx(

@@ -40,6 +40,7 @@ def evaluate(
     harness: list[str] | None = None,
     precision: str = "32",
     controls: bool = False,
+    fresh: bool = False,
 ) -> None:
     """Score a run (compared with base, average, task arithmetic and experts) or a checkpoint.
 
@@ -60,13 +61,14 @@ def evaluate(
         harness: Tasks of lm-evaluation-harness: their names, or YAML files of one task each.
         precision: 32, or bf16: forwards in bfloat16, faster on processors that have its products.
         controls: Score a run's merge with random task vectors, shuffled coefficients, and a fresh LoRA.
+        fresh: Score every row again; by default scores of the same weights and texts are taken from earlier.
     """
     from trainmerge.evaluate.console import evaluate_path
 
     length, file = max_length or None, Path(output) if output else None
     tasks = harness or ()
     source = Path(recipe or path)
-    options = answers, tasks, precision, controls
+    options = answers, tasks, precision, controls, fresh
     evaluate_path(Path(path), source, limit or None, length, compare, file, *options)
 
 
@@ -76,6 +78,7 @@ def compare(
     limit: int | None = None,
     max_length: int | None = None,
     output: str | None = None,
+    fresh: bool = False,
 ) -> None:
     """Score several runs and checkpoints on the same tasks: one table, the best marked.
 
@@ -89,10 +92,11 @@ def compare(
         limit: Score the first so many examples of each task only; all by default.
         max_length: Texts are cut at this many tokens; by default as in the recipe's fit, or at 256.
         output: Write the scores to this JSON file too.
+        fresh: Score every row again; by default scores of the same weights and texts are taken from earlier.
     """
     from trainmerge.evaluate.console import compare_paths
 
-    compare_paths(paths, recipe, limit or None, max_length or None, Path(output) if output else None)
+    compare_paths(paths, recipe, limit or None, max_length or None, Path(output) if output else None, fresh)
 
 
 def report(run: str, out: str | None = None) -> None:

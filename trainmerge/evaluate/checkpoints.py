@@ -1,6 +1,7 @@
 """A checkpoint folder -> its scores on a recipe's tasks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from trainmerge.evaluate.harness import HarnessTask, run_harness
 from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.own_checkpoint import narrowed, own_subject, own_tasks
 from trainmerge.evaluate.runs import Heads, build_task_heads, references_from_files
-from trainmerge.evaluate.score_task import score_tasks
+from trainmerge.evaluate.score_keys import checkpoint_key, kept_for
+from trainmerge.evaluate.score_task import score_task
 from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.evaluate.vocabulary import Reading, reading
@@ -27,6 +29,7 @@ from trainmerge.run.sources import DEFAULT_LENGTH
 from trainmerge.system.hub import folder_of
 
 PlannedHeads = Mapping[str, Classifier | OwnModel | OwnHead | None]  # by task
+SharedHeads = Callable[[], tuple[PlannedHeads, Mapping[str, Tensor]]]
 
 
 def evaluate_checkpoint(
@@ -37,18 +40,21 @@ def evaluate_checkpoint(
     answers: int | None = None,
     harness: Sequence[HarnessTask] = (),
     columns: Columns = Columns(),  # noqa: B008 - frozen
+    kept: str | Path | None = None,
 ) -> Evaluation:
     """Scores of one checkpoint folder, and of the base if the recipe has held-out tasks.
 
     A checkpoint with a head of its own, an `export --task` or an expert, is scored on its own task alone.
     Label heads use the recipe's base. Texts are truncated to `max_length` tokens; `text_length` gives the
-    length of a run's fit, and `columns_of` its columns.
+    length of a run's fit, and `columns_of` its columns. `kept` is a folder of earlier scores: those of the
+    same weights on the same examples are taken from it, and new ones are kept there (`kept.scores_beside`).
 
     Raises:
         ValueError: as `load_tasks`; or the checkpoint is of another kind than the recipe's base.
     """
     with reading(recipe) as words:
-        return _evaluated(words, str(checkpoint), limit, max_length, answers, harness, columns)
+        place = None if kept is None else Path(kept)
+        return _evaluated(words, str(checkpoint), limit, max_length, answers, harness, columns, place)
 
 
 def _evaluated(
@@ -59,6 +65,7 @@ def _evaluated(
     answers: int | None,
     harness: Sequence[HarnessTask],
     columns: Columns,
+    place_of_scores: Path | None,
 ) -> Evaluation:
     recipe = words.recipe
     own, place = all_heads(recipe), folder_of(checkpoint, allow_pickle=recipe.allow_pickle)
@@ -72,19 +79,25 @@ def _evaluated(
     folders = {checkpoint: place}
     if held_out or (harness and not alone):
         folders = {"base": recipe.folders["base"], **folders}
-    heads = {} if alone else plan_heads(words, tasks, tokenize)
-    references = {} if alone else references_from_files(recipe, tasks, tokenize)
-    rows, found = {}, {}
+    heads = shared_heads(words, recipe, tasks, tokenize)
+    kept = kept_for(place_of_scores, tasks, tokenize, words.recipe, answers)
+    rows, found, taken = {}, {}, []
     for row, folder in folders.items():
+        model = checkpoint_key(kept, folder, words.recipe, bool(alone))
+        if known := kept.known(model, tasks):
+            rows[row] = known
+            taken.append(row)
+            if not harness:
+                continue
         if alone:
             subject = own_subject(words.open(folder).path, recipe, tasks, tokenize, answers)
         else:
-            subject = load_checkpoint(words.open(folder), recipe, heads, tasks, tokenize, answers, references)
-        rows[row] = score_tasks(subject, tasks)
+            subject = load_checkpoint(words.open(folder), recipe, heads, tasks, tokenize, answers)
+        rows[row] = kept.scores(model, tasks, partial(score_task, subject))
         if harness:
             found[row] = run_harness(subject.module, words.tokenizer, harness, limit)
     names = tuple(task.name for task in held_in), tuple(task.name for task in held_out)
-    return Evaluation(metric, *names, rows, found)
+    return Evaluation(metric, *names, rows, found, taken=tuple(taken))
 
 
 def check_kind(checkpoint: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
@@ -109,6 +122,11 @@ def check_kind(checkpoint: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
         )
 
 
+def shared_heads(words: Reading, recipe: Recipe, tasks: Sequence[Task], tokenize: Tokenizer) -> SharedHeads:
+    """The heads and the experts' similarities, made once, when the first model needs them."""
+    return cache(lambda: (plan_heads(words, tasks, tokenize), references_from_files(recipe, tasks, tokenize)))
+
+
 def plan_heads(words: Reading, tasks: Sequence[Task], tokenize: Tokenizer) -> PlannedHeads:
     """The tasks' heads; loads the base temporarily. Experts' own ones stand on each checkpoint: `over`."""
     recipe = words.recipe
@@ -129,15 +147,15 @@ def over(heads: PlannedHeads, module: nn.Module, names: Mapping[str, str], token
 def load_checkpoint(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    heads: PlannedHeads,
+    heads: SharedHeads,
     tasks: Sequence[Task],
     tokenize: Tokenizer,
     answers: int | None = None,
-    references: Mapping[str, Tensor] = {},
 ) -> Subject:
     """A checkpoint as a `Subject`; a sentence embedder embeds by its own folder's modules."""
+    planned, references = heads()  # before the model: they need the base in memory for a while
     embedding = read_embedding(checkpoint) if any(task.similar for task in tasks) else None
     loaded = load_model(checkpoint, recipe.ignore)
     module = loaded.module.to(DEVICE)
-    placed = over(heads, module, loaded.names, tokenize)
+    placed = over(planned, module, loaded.names, tokenize)
     return Subject(module, placed, tokenize, answers, embedding, references)

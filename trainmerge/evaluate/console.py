@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from trainmerge.evaluate import Comparison, Evaluation, compare, evaluate_checkpoint, evaluate_run
+from trainmerge.evaluate.kept import scores_beside
 from trainmerge.evaluate.tables import print_comparison, print_evaluation
 from trainmerge.model.resident import DEVICE
 from trainmerge.run.folder import RunFolder
@@ -28,6 +29,7 @@ def evaluate_path(
     harness: Sequence[str] = (),
     precision: str = "32",
     controls: bool = False,
+    fresh: bool = False,
 ) -> Evaluation:
     """Score a run folder with baselines, or a checkpoint on the tasks of `recipe`.
 
@@ -55,13 +57,17 @@ def evaluate_path(
             _print_unfinished(folder)
             scored = scored_with(folder) if folder.coefficients.exists() else {}
             options: dict[str, Any] = {"compare": compare, "answers": answers, "harness": harness}
-            found = evaluate_run(path, limit, max_length, **options, controls=controls)
+            found = evaluate_run(path, limit, max_length, **options, controls=controls, reuse=not fresh)
         else:
             length = text_length(recipe, max_length)
             columns = columns_of(recipe)
-            found = evaluate_checkpoint(str(path), tasks_of(recipe), limit, length, answers, harness, columns)
+            options = {"columns": columns, "kept": None if fresh else scores_beside(recipe)}
+            found = evaluate_checkpoint(
+                str(path), tasks_of(recipe), limit, length, answers, harness, **options
+            )
         if rank() == 0:
             print_evaluation(f"{path}{', forwards in bfloat16' * (precision == 'bf16')}", found)
+            _print_taken(found)
             if keep:
                 found.write_scores(path / "scores.json", {**scored, "precision": precision})
                 found.write(path / "evaluation.json")
@@ -83,6 +89,7 @@ def compare_paths(
     limit: int | None = None,
     max_length: int | None = None,
     output: Path | None = None,
+    fresh: bool = False,
 ) -> Comparison:
     """Score several runs and checkpoints, and print one table.
 
@@ -95,12 +102,20 @@ def compare_paths(
         for folder in map(RunFolder, map(Path, paths)):
             if folder.manifest.exists():
                 _print_unfinished(folder)
-        found = compare(paths, recipe, limit, max_length)
+        found = compare(paths, recipe, limit, max_length, reuse=not fresh)
         if rank() == 0:
             print_comparison(found)
+            _print_taken(found.evaluation)
             if output is not None:
                 found.write(output)
     return found
+
+
+def _print_taken(found: Evaluation) -> None:
+    """Which rows no model was run for."""
+    if taken := found.taken:
+        rows = f"{len(taken)} of {len(found.rows)} rows"
+        print(f"{rows} are from earlier evaluations ({', '.join(taken)}): --fresh scores them again")
 
 
 def _print_unfinished(folder: RunFolder) -> None:

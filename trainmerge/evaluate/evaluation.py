@@ -20,7 +20,8 @@ class Evaluation:
     """The result of `evaluate`. Held-in tasks are the experts'; held-out ones are the recipe's `held_out`.
 
     `agreement` is of mixtures of experts: the share of tokens that a merge sends to the same set of experts
-    as the task's own fine-tune does, by layer (`agreement.Routing`).
+    as the task's own fine-tune does, by layer (`agreement.Routing`). `taken` are the rows whose scores an
+    earlier evaluation kept.
     """
 
     metric: Metric
@@ -29,6 +30,7 @@ class Evaluation:
     rows: Rows
     harness: Mapping[str, Mapping[str, HarnessScore]] = field(default_factory=dict)  # row -> task
     agreement: Mapping[str, Shares] = field(default_factory=dict)  # row -> task -> router -> share of tokens
+    taken: tuple[str, ...] = ()
 
     @property
     def scores(self) -> Scores:

@@ -35,6 +35,21 @@ class Race:
         self.tasks = tasks
         self.missed = {task.name: torch.zeros(len(task.examples)) for task in tasks}  # by how many merges
         self.best = 0.0
+        self.last: tuple[float, list[list[int]]] = 0.0, []  # the last merge's reach, and what it missed
+
+    def expect(self, scores: Mapping[str, TaskScore]) -> None:
+        """A merge of this race that is known already: what others have to reach."""
+        means = [float(scores[task.name].outcomes[:, 0].mean()) for task in self.tasks]
+        self.best = max(self.best, sum(means) / len(means))
+
+    def is_lost(self, reach: float) -> bool:
+        """Whether a mean accuracy of at most `reach` cannot be the best."""
+        return reach < self.best - CLOSE
+
+    def leave(self, missed: Sequence[Sequence[int]]) -> None:
+        """A merge that left an earlier race, by the examples of each task that it missed."""
+        for own, numbers in zip(self.missed.values(), missed, strict=True):
+            own[list(numbers)] += 1
 
     def learn_from(self, scores: Mapping[str, TaskScore]) -> None:
         """Which examples a merge outside the race missed."""
@@ -51,10 +66,11 @@ class Race:
             miss = int(p.argmax()) != task.labels[i]
             missed[task.name][i] += miss
             reach -= miss / len(task.examples) / len(self.tasks)
-            if reach < self.best - CLOSE:
+            if self.is_lost(reach):
                 break
-        self.missed = missed
-        if reach < self.best - CLOSE:
+        added = [(missed[name] - own).nonzero().flatten().tolist() for name, own in self.missed.items()]
+        self.missed, self.last = missed, (reach, added)
+        if self.is_lost(reach):
             return None
         self.best = max(self.best, reach)
         return {task.name: score_of(subject, task, found[task.name]) for task in self.tasks}

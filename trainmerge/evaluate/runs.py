@@ -17,9 +17,11 @@ from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.controls import score_controls
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.harness import HarnessTask
+from trainmerge.evaluate.kept import KeptScores, scores_beside
 from trainmerge.evaluate.measure import metric_of
 from trainmerge.evaluate.pairs import EXPERT
 from trainmerge.evaluate.rows import Rows, uniform_rows
+from trainmerge.evaluate.score_keys import run_keys, task_keys
 from trainmerge.evaluate.similarity import cosines, embed_texts
 from trainmerge.evaluate.subject import Subject
 from trainmerge.evaluate.tasks import Task, load_tasks
@@ -30,7 +32,7 @@ from trainmerge.model.resident import build_heads as build_resident_heads
 from trainmerge.model.uniform_buffers import uniform_buffers
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.heads import all_heads
-from trainmerge.run.merge_buffers import merge_buffers
+from trainmerge.run.merge_buffers import REESTIMATE, merge_buffers
 from trainmerge.run.open_run import open_run
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
@@ -52,6 +54,7 @@ def evaluate_run(
     answers: int | None = None,
     harness: Sequence[HarnessTask] = (),
     controls: bool = False,
+    reuse: bool = True,
 ) -> Evaluation:
     """Scores of a run's merge and of the baselines: base, average, best task arithmetic and the experts.
 
@@ -66,6 +69,9 @@ def evaluate_run(
         answers: Maximal tokens of an answer to a test file's column `prompt`; by default prompts are skipped.
         harness: lm-evaluation-harness tasks, as held-out ones.
         controls: Score random task vectors and shuffled coefficients (`model.controls`) and a fresh LoRA too.
+        reuse: Take scores of the same weights on the same examples from earlier evaluations of runs beside
+            this one, and keep the new ones for later (`kept`). Controls and `harness` are always anew, and so
+            is all of a recipe with `buffers: reestimate`.
     """
     check_option("grid", grid, Sequence[float])
     recipe, coefficients, opened = open_run(folder := RunFolder(Path(run)))
@@ -77,7 +83,13 @@ def evaluate_run(
     resident, subject = load_subject(recipe, coefficients, opened, tokenize, folder, tasks, answers)
     uniform = uniform_rows(len(held_in), grid, compare, bool(held_out or harness))
     buffers = uniform_buffers(folder, recipe, opened, resident)
-    rows = Rows(resident, subject, held_in, held_out, uniform, harness, limit, buffers)
+    kept, models = KeptScores(), dict[str, str]()
+    if reuse and recipe.buffers != REESTIMATE:
+        of = opened.checksums.__getitem__
+        kept = KeptScores(scores_beside(folder.path), task_keys(tasks, tokenize, recipe, of, answers))
+        kept.watch(opened)
+        models = run_keys(folder, recipe, opened, coefficients, uniform)
+    rows = Rows(resident, subject, held_in, held_out, uniform, harness, limit, buffers, kept, models)
     for row in progress(rows.in_order(compare), "scoring", disable=distributed.rank() > 0):
         rows.score(row)
     if controls:
