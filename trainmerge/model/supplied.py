@@ -39,7 +39,12 @@ class Supplied:
     @property
     def sends(self) -> bool:
         """Whether a pass over the task vectors waits for a link."""
-        return self.linked and not self._held.issuperset(self._own.deltas)
+        return self.linked and self._supply.waits
+
+    @property
+    def waits(self) -> bool:
+        """Whether a pass waits for a link, or for files larger than the free memory."""
+        return self._supply.waits
 
     def to_merge(
         self, source: TaskVectors, names: Iterable[str], following: Mapping[str, str] | None = None
