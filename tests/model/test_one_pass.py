@@ -25,7 +25,7 @@ from trainmerge.model.residency import Share, Vectors, reside
 from trainmerge.plan.micro_batches import StepSchedule
 from trainmerge.task_vectors.delta import TaskVectors
 
-TASKS, STEPS, BLOCKS = 2, 4, 8
+TASKS, STEPS, BLOCKS = 3, 4, 8  # three: a sum of two gradients has the same bits in any order
 TOGETHER = StepSchedule(TASKS)
 
 
@@ -191,7 +191,10 @@ def test_a_read_after_the_next_merge_finds_the_weights_of_its_step(
     """Such a weight is merged after the step from then on; if most are, a backward merges none."""
     two, one = both(Net(uses), random_task_vectors, schedule=schedule)
     assert one[0] > 2  # some were sent again
-    assert one[1:] == pytest.approx([1.1] * (STEPS - 1), abs=0.1) if one_pass else one[2:] == two[2:]
+    if one_pass:  # the first block, a ninth, is read again: for its second product, and after the step
+        assert max(one[1:]) < 1.3
+    else:
+        assert one[2:] == two[2:]
 
 
 def test_a_wrong_prediction_changes_nothing_and_ends_it(random_task_vectors) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from trainmerge.coefficients.aggregation import aggregate_gradients
 from trainmerge.coefficients.anchor import Anchor
-from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.data.batch import Batch, Step
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.one_pass import Predict
@@ -62,7 +61,10 @@ class StepGradient:
         `start` [K, G] is what the anchor holds them at; `clip` is the maximal norm, 0 for none.
         """
         coefficients = self.merged.coefficients
-        penalty = assign(coefficients, slopes, anchor, start, self.backward)
+        coefficients.raw.grad = slopes
+        penalty = anchor(coefficients(), start)
+        if anchor.weight:
+            self.backward(penalty)
         if clip:
             nn.utils.clip_grad_norm_(coefficients.parameters(), clip)
         return penalty.detach()
@@ -101,21 +103,6 @@ class StepGradient:
             self.backward(torch.stack(losses).sum())
         names = (self.names[batch.expert] for batch in batches)
         return dict(zip(names, (loss.detach() for loss in losses), strict=True))
-
-
-def assign(
-    coefficients: Coefficients,
-    slopes: Tensor,
-    anchor: Anchor,
-    start: Tensor,
-    backward: Callable[[Tensor], None] = Tensor.backward,
-) -> Tensor:
-    """Give the coefficients the gradient `slopes` [K, G] and the anchor's; returns its penalty."""
-    coefficients.raw.grad = slopes
-    penalty = anchor(coefficients(), start)
-    if anchor.weight:
-        backward(penalty)
-    return penalty
 
 
 def _finite(*tensors: Tensor) -> bool:

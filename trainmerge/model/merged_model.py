@@ -143,7 +143,8 @@ class MergedModel(MergedWeights):
         if not (plain and self._supplied.waits and self._is_whole()) or any(True for _ in self._taps()):
             return None
         sizes = {name: self.task_vectors.deltas[name].nbytes for name in self._parameters}
-        sets = sets_of({name: self.coefficients.layout.groups[name] for name in self._learned}, sizes)
+        groups = {name: self.coefficients.layout.groups[name] for name in self._learned}
+        sets = sets_of(groups, sizes, self._supplied.held)
         if not sets or not by_unit(self.module, self._owners):
             return None
         return OnePass(sets, self._learned, sizes, self.standing, self._sums.so_far, self._write_unseen)

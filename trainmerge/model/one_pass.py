@@ -11,7 +11,7 @@ Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -141,24 +141,29 @@ class OnePass(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def sets_of(groups: Mapping[str, Sequence[int]], sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
+def sets_of(
+    groups: Mapping[str, Sequence[int]], sizes: Mapping[str, int], held: Collection[str] = ()
+) -> list[tuple[str, ...]]:
     """The learned names that share coefficients, together.
 
     There are none if one set is larger than the largest block: when its last gradient is complete, its first
-    task vectors are no longer on the device.
+    task vectors are no longer on the device. Nor if two passes, which find what the device's buffer of two
+    such blocks holds at either turn, send less than one.
 
     Args:
         groups: Learned name -> the groups of its coefficients.
         sizes: Bytes of each merged name's base and task vectors.
+        held: Names that stay on the device.
 
-    >>> sets_of({"a": (0, 1), "b": (2,), "c": (0, 1)}, {"a": 1, "b": 3, "c": 1, "d": 1})
+    >>> sets_of({"a": (0, 1), "b": (2,), "c": (0, 1)}, {"a": 1, "b": 2, "c": 1, "d": 2, "e": 2, "f": 1})
     [('a', 'c'), ('b',)]
-    >>> sets_of({"layers.0.a": (0,), "layers.1.a": (0,)}, {"layers.0.a": 1, "layers.1.a": 1})
+    >>> sets_of({f"layers.{i}.a": (0,) for i in range(9)}, {f"layers.{i}.a": 1 for i in range(9)})
     []
     """
     found: dict[int, list[str]] = {}
     for name, columns in groups.items():
         found.setdefault(min(columns), []).append(name)
     block = largest_block(sizes)
-    fit = all(sum(sizes[name] for name in together) <= block for together in found.values())
+    less = sum(size for name, size in sizes.items() if name not in held) > 4 * block
+    fit = less and all(sum(sizes[name] for name in together) <= block for together in found.values())
     return [tuple(together) for together in found.values()] if fit else []
