@@ -2,7 +2,7 @@
 
 P is in bytes of bfloat16; activations are counted as one stored input per block (they are recomputed).
 What is sent runs beside forwards and backwards (`plan.overlap`); tasks take turns where a device has the
-whole model.
+whole model, and a single device's merges are written in the backward before (`model.one_pass`).
 """
 
 from collections.abc import Iterator
@@ -65,7 +65,8 @@ def steps(
             )
             backwards = experts // together
             count = 1 if keep else backwards
-            shares = {str(block): Share(int(read), 1 + count) for block in range(blocks)}
+            merges = int(devices > 1)  # one process writes them in the backward before
+            shares = {str(block): Share(int(read), merges + count) for block in range(blocks)}
             if room.device < 0:
                 continue
             try:
@@ -74,7 +75,8 @@ def steps(
                 continue
             one = a_pass(shares, residency, device.bandwidth)
             own = Computing(computing, backwards, whole=shards > 1)
-            yield Step(shards, memory, computing, merging_seconds(own, one, one, count), residency)
+            merge = one._replace(sending=one.sending * merges)
+            yield Step(shards, memory, computing, merging_seconds(own, merge, one, count), residency)
         shards *= 2
 
 

@@ -14,12 +14,15 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tests.bench.__main__ import figure
 from tests.stand_in import CountedLink, behind
+from trainmerge.coefficients.anchor import Anchor
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.data.batch import Batch
+from trainmerge.fitting.foresight import foresight
 from trainmerge.fitting.step_gradient import StepGradient
 from trainmerge.kernels import ExpertWeight
 from trainmerge.model import merged_weights
@@ -71,18 +74,28 @@ def model_and_vectors() -> tuple[nn.Module, TaskVectors]:
     return model, TaskVectors(tuple(f"expert{k}" for k in range(EXPERTS)), deltas)
 
 
-def step(merged: MergedModel, inputs: Tensor, schedule: StepSchedule = TURNS) -> float:
-    """Seconds of a merge, the tasks' forwards and backwards, and the coefficients' gradient."""
+def step(
+    merged: MergedModel, inputs: Tensor, schedule: StepSchedule = TURNS, optimizer: Optimizer | None = None
+) -> float:
+    """Seconds of a merge, the tasks' forwards and backwards, and the coefficients' gradient.
+
+    With an optimizer its step too, and the next merge in the backward.
+    """
+    coefficients = merged.coefficients
 
     def loss(batch: Batch) -> Tensor:
         return merged.module(inputs[batch.expert]).square().mean()
 
-    whole = StepGradient(
-        merged, [str(k) for k in range(EXPERTS)], loss, Tensor.backward, Tensor.clone, schedule, None
-    )
+    start = coefficients().detach()
+    predict = foresight(coefficients, optimizer, Anchor(), start, 0.0) if optimizer else None
+    names = [str(k) for k in range(EXPERTS)]
+    whole = StepGradient(merged, names, loss, Tensor.backward, Tensor.clone, schedule, None, predict)
     batches = [Batch(k, {}, torch.ones(0, 0), torch.arange(0)) for k in range(EXPERTS)]
     began = time.perf_counter()
-    whole(batches, 0)
+    _, coefficients.raw.grad = whole(batches, 0)
+    if optimizer:
+        optimizer.step()
+        merged.settle()
     return time.perf_counter() - began
 
 
@@ -110,6 +123,13 @@ def sends(model: nn.Module, vectors: TaskVectors, inputs: Tensor) -> None:
             figure("held_over_planned_device", link.alive / whole, "ratio", "0.95 to 1.05")
         else:
             figure(f"sent_per_step_{where}", (link.bytes - first) / whole, "of base and task vectors", "")
+    link = CountedLink()
+    merged = built(model, vectors, "host", link)
+    optimizer = adam(merged)
+    step(merged, inputs, optimizer=optimizer)
+    first = link.bytes
+    step(merged, inputs, optimizer=optimizer)
+    figure("sent_per_step_one_pass", (link.bytes - first) / whole, "of base and task vectors", "1")
 
 
 def times(model: nn.Module, vectors: TaskVectors, inputs: Tensor) -> None:
@@ -126,6 +146,7 @@ def times(model: nn.Module, vectors: TaskVectors, inputs: Tensor) -> None:
         ratio, over_limit = ratios(near, far, inputs, sent / link.rate, TURNS)
         figure(f"step_over_bound_link_{speed}", ratio, "ratio", "1.15")
         figure(f"step_over_limit_link_{speed}", over_limit, "ratio", "1.15")
+        figure(f"one_pass_over_paper_link_{speed}", one_pass(near, far, inputs, link), "ratio", "1.15")
     link.rate = sent / computing
     ratio, over_limit = ratios(near, far, inputs, computing, SUMS)
     figure("step_over_bound_accumulated", ratio, "ratio", "")
@@ -141,6 +162,24 @@ def ratios(
     backwards, one = -(-EXPERTS // schedule.tasks), Pass(0.0, sending / 2)
     paper = without + merging_seconds(Computing(without, backwards), one, one, 1)
     return with_link / max(without, sending), with_link / paper
+
+
+def adam(merged: MergedModel) -> Optimizer:
+    """The optimizer of a merge's coefficients."""
+    return torch.optim.Adam(merged.coefficients.parameters(), lr=1e-3)
+
+
+def one_pass(near: MergedModel, far: MergedModel, inputs: Tensor, link: CountedLink) -> float:
+    """A step whose merge is written in the backward before, over its time on paper."""
+    optimizer = adam(far)
+    step(far, inputs, optimizer=optimizer)  # its merge takes two passes
+    before = link.bytes
+    pairs = [(step(near, inputs), step(far, inputs, optimizer=optimizer)) for _ in range(STEPS)]
+    sending = (link.bytes - before) / STEPS / link.rate
+    without, with_link = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    paper = without + merging_seconds(Computing(without), Pass(0.0), Pass(0.0, sending), 1)
+    far.standing.stop()
+    return with_link / paper
 
 
 def main() -> None:

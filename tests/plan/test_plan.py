@@ -72,12 +72,15 @@ def test_a_7b_model_by_hand(tmp_path: Path) -> None:
     assert plan.memory.prefetched == 0
     assert plan.total <= 0.9 * 80e9
     assert plan.seconds["merge and coefficient gradient"] == plan.read / 3.35e12
-    sent = replace(plan, vectors="file")
+    once = replace(plan, vectors="file")
+    assert once.residency.sent == experts * plan.sizes.vectors  # a pass per backward, and none for the merge
+    sent = replace(once, one_pass=False)
     assert sent.residency.sent == plan.read
     assert sent.seconds["merge and coefficient gradient"] == plan.read / 64e9  # over PCIe
     block = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
     own, one = sent.seconds["forward and backward"], plan.sizes.vectors / 64e9  # three of each; four passes
     assert sent.step_seconds == pytest.approx(own + 4 * one - (own / 9 + 3 * own * 2 / 9))
+    assert once.step_seconds == pytest.approx(own + 3 * one - 3 * own * 2 / 9 + plan.sizes.vectors / 3.35e12)
     together = replace(sent, schedule=StepSchedule(3), backwards=1)
     assert together.step_seconds == pytest.approx(own + 2 * one - own)
     assert plan.step_seconds == pytest.approx(sum(plan.seconds.values()))  # nothing is sent

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from trainmerge.coefficients.anchor import Anchor
 from trainmerge.coefficients.concrete_rows import ConcreteRows
 from trainmerge.data.batch import Batch
+from trainmerge.fitting.foresight import foresight
 from trainmerge.fitting.module_tasks import ModuleTasks, Stream
 from trainmerge.fitting.optimisation import check_steps, optimisation_of
 from trainmerge.fitting.rehearsal import rehearse_rule
@@ -68,9 +69,9 @@ class ModuleSteps:
         signals = [self.tasks.signals(k, *batch) for k, batch in enumerate(taken)]
         names = [stream.name for stream in self.streams]
         loss = self.tasks.losses([batch for batch, _ in taken], signals)
-        gradient = StepGradient(
-            self.tasks.merged, names, loss, torch.Tensor.backward, _alone, StepSchedule(), self.combine
-        )
+        predict = foresight(self.coefficients, self.optimizer, self.anchor, self.start, self.clip)
+        how = torch.Tensor.backward, _alone, StepSchedule(), self.combine, predict
+        gradient = StepGradient(self.tasks.merged, names, loss, *how)
         turns = [Batch(k, {}, torch.ones(0, 0), torch.arange(0)) for k in range(len(names))]
         found: list[dict[str, float]] = []
         masks = self.tasks.merged.masks
@@ -86,6 +87,7 @@ class ModuleSteps:
 
         self.optimizer.step(closure)  # type: ignore[arg-type]
         self.coefficients.project_()
+        self.tasks.merged.settle()
         if masks is not None:
             masks.step()
         if self.scheduler:

@@ -17,11 +17,15 @@ from trainmerge.checkpoints import OwnHead, attach_side_layers, build_meta_model
 from trainmerge.data.batch import Batch
 from trainmerge.data.calibration import Calibration
 from trainmerge.data.heads import Head
+from trainmerge.fitting.foresight import foresight
 from trainmerge.fitting.module import MergeModule
+from trainmerge.fitting.optimisation import build_optimisation
 from trainmerge.fitting.recorded_sizes import Records, recorded_sizes
 from trainmerge.fitting.vector_bytes import vector_bytes
 from trainmerge.model.activation_checkpointing import recompute_blocks
 from trainmerge.model.embedding import read_embedding
+from trainmerge.model.low_rank_gradient import tappable
+from trainmerge.model.one_pass import sets_of
 from trainmerge.model.own_head import OwnModel, attach
 from trainmerge.plan.devices import Device, measured
 from trainmerge.plan.dry_run import dry_run
@@ -88,7 +92,26 @@ def plan_fit(
     )
     before = anonymous() if sys.platform == "linux" and not device.link else 0
     held = before, module.settings.vectors, limit, module.settings.gathered_ahead
-    return Plan(sizes, schedule, needs, len(parts), device, devices, *held)
+    one_pass = (processes or devices) == 1 and _one_pass(module, model, precision)
+    return Plan(sizes, schedule, needs, len(parts), device, devices, *held, one_pass)
+
+
+def _one_pass(module: MergeModule, model: "_EmptyModel", precision: Precision) -> bool:
+    """Whether the fit writes merges in the backward before, if its task vectors are sent."""
+    with precision():
+        casts = [torch.get_autocast_dtype(on) for on in ("cpu", "cuda") if torch.is_autocast_enabled(on)]
+    settings, layout = module.settings, module.opened.layout
+    if module.rule is not None or torch.float16 in (*casts, *model.dtypes.values()):
+        return False
+    optimizer = build_optimisation(module).optimizer
+    if foresight(module.coefficients, optimizer, module.anchor, module.start, module.clip) is None:
+        return False
+    own = dict(model.module.named_parameters())
+    whole = {name: own[model.names[name]] for name in layout.learned if model.names[name] in own}
+    stored = not (module.recipe.preprocess or settings.quantise or settings.subspace)
+    if stored and any(True for _ in tappable(model.module, whole, module.opened.task_vectors.deltas)):
+        return False
+    return bool(sets_of({name: layout.groups[name] for name in layout.learned}, vector_bytes(module)))
 
 
 def _heads(module: MergeModule, model: "_EmptyModel") -> dict[int, Head | OwnModel]:

@@ -15,6 +15,7 @@ from trainmerge.coefficients.aggregation import aggregate_gradients
 from trainmerge.coefficients.anchor import Anchor
 from trainmerge.data.batch import Batch, Step
 from trainmerge.model.merged_model import MergedModel
+from trainmerge.model.one_pass import Predict
 from trainmerge.plan.micro_batches import StepSchedule, rounds
 
 
@@ -30,6 +31,7 @@ class StepGradient:
         mean: The mean of a tensor over processes.
         schedule: How a step is split into backwards.
         rule: Aggregates the experts' gradients; None sums them.
+        predict: The coefficients to come, from the gradient; None where that is not possible.
     """
 
     merged: MergedModel
@@ -39,6 +41,7 @@ class StepGradient:
     mean: Callable[[Tensor], Tensor]
     schedule: StepSchedule
     rule: nn.Module | None
+    predict: Predict | None = None
 
     def __call__(self, step: Step, seed: int) -> tuple[dict[str, Tensor], Tensor]:
         """The K losses at the current coefficients, and d loss / d raw [K, G]; `seed` is the rule's.
@@ -84,8 +87,7 @@ class StepGradient:
             if self.rule is None:
                 *parts, last = rounds(step, self.schedule)
                 for i, batches in enumerate([*parts, last]):
-                    with self.merged.last_backward() if batches is last else nullcontext():
-                        own = self._backward(batches, merge and i == 0)
+                    own = self._backward(batches, merge and i == 0, batches is last)
                     for name, loss in own.items():
                         losses[name] = losses[name] + loss if name in losses else loss
                 return losses, self.merged.gradient()[None]
@@ -94,10 +96,11 @@ class StepGradient:
                 rows.append(self.merged.gradient())
         return losses, torch.stack(rows)
 
-    def _backward(self, batches: Sequence[Batch], merge: bool) -> dict[str, Tensor]:
+    def _backward(self, batches: Sequence[Batch], merge: bool, last: bool = False) -> dict[str, Tensor]:
         """Forwards of some tasks and one backward; the tasks' weighted losses."""
         losses = self.merged.run([partial(self.loss, batch) for batch in batches], merge)
-        self.backward(torch.stack(losses).sum())
+        with self.merged.last_backward(self.predict) if last else nullcontext():
+            self.backward(torch.stack(losses).sum())
         names = (self.names[batch.expert] for batch in batches)
         return dict(zip(names, (loss.detach() for loss in losses), strict=True))
 

@@ -23,9 +23,11 @@ from trainmerge.coefficients.concrete_rows import ConcreteRows
 from trainmerge.coefficients.frank_wolfe import FrankWolfe
 from trainmerge.data.batch import Batch, Step
 from trainmerge.data.calibration import Calibration
+from trainmerge.fitting.foresight import foresight
 from trainmerge.fitting.precision import scale_of, without_scaler
 from trainmerge.fitting.step_gradient import StepGradient
 from trainmerge.model.exact import exact
+from trainmerge.model.one_pass import Predict
 from trainmerge.model.resident import Resident
 from trainmerge.plan.micro_batches import StepSchedule
 from trainmerge.run.recipe import Recipe
@@ -110,19 +112,23 @@ class CoefficientSteps(pl.LightningModule, ABC):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         reports: list[dict[str, Tensor]] = []
-        gradient, precision = self._step_gradient(), self.trainer.strategy.precision_plugin
+        start, precision = self.start.to(self.device), self.trainer.strategy.precision_plugin
+        alone = self.trainer.world_size == 1
+        moved = optimizer.optimizer, self.anchor, start, self.clip
+        gradient = self._step_gradient(foresight(self.coefficients, *moved) if alone else None)
 
         def closure() -> Tensor:
             with precision.forward_context():
                 losses, slopes = gradient(step, self.global_step)
             reports.append(losses)
             optimizer.zero_grad()
-            penalty = gradient.assign(slopes, self.anchor, self.start.to(self.device), self.clip)
+            penalty = gradient.assign(slopes, self.anchor, start, self.clip)
             return torch.stack(list(losses.values())).sum() + penalty
 
         with without_scaler(precision), exact(self.coefficients.raw):  # an optimizer's products, say
             optimizer.step(closure)
         self.coefficients.project_()
+        self.resident.merged.settle()
         self._step_scheduler()
         if isinstance(optimizer.optimizer, FrankWolfe):
             self.log("gap", optimizer.optimizer.gap())
@@ -131,7 +137,7 @@ class CoefficientSteps(pl.LightningModule, ABC):
         # Not loss/NAME: a logger that stores each metric as a file would need `loss` as file and as folder.
         self.log_dict({f"losses/{name}": loss for name, loss in losses.items()})
 
-    def _step_gradient(self) -> StepGradient:
+    def _step_gradient(self, predict: Predict | None) -> StepGradient:
         return StepGradient(
             self.resident.merged,
             tuple(self.recipe.experts),
@@ -140,6 +146,7 @@ class CoefficientSteps(pl.LightningModule, ABC):
             partial(self.trainer.strategy.reduce, reduce_op="mean"),
             self.schedule,
             self.rule,
+            predict,
         )
 
     def _step_scheduler(self) -> None:

@@ -3,6 +3,8 @@
 Legend: `K` experts, `C` chunks of one parameter.
 """
 
+from collections.abc import Callable, Mapping
+
 from torch import Tensor
 
 from trainmerge.kernels import Difference
@@ -11,12 +13,15 @@ from trainmerge.task_vectors.delta import Delta
 from trainmerge.task_vectors.pieces import in_pieces, merge_rows
 
 
-def merge_by_rule(out: Tensor, name: str, delta: Delta, rule: Rule, coefficients: Tensor) -> None:
-    """Write base + sum_k c_k rule(tau)_k of a parameter into `out`, as an export computes it.
+def merge_by_rule(
+    outs: Mapping[str, Tensor], deltas: Mapping[str, Delta], rule: Rule, of: Callable[[str], Tensor]
+) -> None:
+    """Write base + sum_k c_k rule(tau)_k of parameters into `outs`, as an export computes it.
 
-    Coefficients [K, C].
+    `of` gives a parameter's coefficients [K, C].
     """
-    for part, piece, some in in_pieces(name, delta):
-        own = Delta(some.base, tuple(Difference(tau) for tau in rule(piece, some)))
-        rows = out if part == slice(None) else out[part]
-        merge_rows(rows, own, part.start or 0, coefficients, delta.shape)
+    for name, out in outs.items():
+        for part, piece, some in in_pieces(name, deltas[name]):
+            own = Delta(some.base, tuple(Difference(tau) for tau in rule(piece, some)))
+            rows = out.data if part == slice(None) else out.data[part]
+            merge_rows(rows, own, part.start or 0, of(name), deltas[name].shape)

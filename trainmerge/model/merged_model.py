@@ -13,21 +13,23 @@ Legend: `K` experts, `G` coefficient groups, `C` chunks of one parameter.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property, partial
 
-import torch
 from torch import Tensor, nn
 
 from trainmerge.coefficients.coefficients import Coefficients
-from trainmerge.kernels import Gathered, Product, run_products, shareable
+from trainmerge.kernels import shareable
 from trainmerge.model.concrete import ConcreteMasks, change_of
 from trainmerge.model.exact import exact
 from trainmerge.model.loss_scale import LossScale
 from trainmerge.model.low_rank_gradient import layer_products, tappable, tapped
 from trainmerge.model.merged_weights import MergedWeights
+from trainmerge.model.one_pass import OnePass, Predict, sets_of
+from trainmerge.model.postponed import by_unit
 from trainmerge.model.residency import Residency
 from trainmerge.model.row_shards import local
+from trainmerge.model.sums import Sums
 from trainmerge.preprocess.subspace import outside_subspace
 from trainmerge.task_vectors.delta import TaskVectors
 
@@ -62,9 +64,9 @@ class MergedModel(MergedWeights):
         self._together = self.placed.by_owner(self._learned)
         self._last = False  # whether the step's last backward runs
         self.loss_scale = LossScale.of(module)  # for losses whose backward `gradient` collects
-        self._products = Gathered(self._run_products)
-        self._found: list[tuple[str, Sequence[int], Tensor]] = []  # groups, and the sums to add to each
-        self.reached: set[str] = set()  # parts of parameters that had a gradient
+        self._sums = Sums(self.placed, coefficients)
+        self.reached = self._sums.reached  # parts of parameters that had a gradient
+        self._ahead: OnePass | None = None  # in the last backward, if the next merge is written in it
         module.requires_grad_(False)
         self._hooks = [
             self._learned[names[0]]
@@ -92,15 +94,7 @@ class MergedModel(MergedWeights):
         Fixed coefficients have none: everything that reads a gradient sees 0 there.
         """
         self._collect_sums()
-        found, self._found = self._found, []
-        total = torch.zeros(self.coefficients.raw.shape, dtype=torch.float64)  # sum of many small terms
-        if found:  # on the CPU, in a fixed order: a GPU's index_add_ is nondeterministic
-            columns = torch.tensor([column for _, columns, _ in found for column in columns])
-            inner = torch.cat([inner for *_, inner in found], 1).cpu().double()
-            total.index_add_(1, columns, inner)
-            self.reached |= self.placed.moved([(name, len(own)) for name, own, _ in found], inner)
-        total[:, list(self.coefficients.layout.fixed)] = 0.0
-        return self.loss_scale.unscaled(total).to(self.coefficients.raw)
+        return self.loss_scale.unscaled(self._sums.taken()).to(self.coefficients.raw)
 
     @contextmanager
     def tapped(self) -> Iterator[nn.Module]:
@@ -108,37 +102,71 @@ class MergedModel(MergedWeights):
 
         Linear layers whose experts are all low-rank form no weight gradient (`low_rank_gradient`).
         """
-        parts = {*self.placed.parts(self._learned)}  # a tap sees the whole weight, not a part of it
-        ordinary = {n: p for n, p in self._learned.items() if n not in self.subspaces and n not in parts}
-        ordinary = ordinary if self.masks is None else {}  # masks need the whole gradient
         with ExitStack() as layers:
-            for name, layer in tappable(self.module, ordinary, self.task_vectors.deltas):
+            for name, layer in self._taps():
                 layers.enter_context(tapped(layer, partial(self._collect_at_layer, name)))
             yield self.module
 
+    def _taps(self) -> Iterator[tuple[str, nn.Linear]]:
+        parts = {*self.placed.parts(self._learned)}  # a tap sees the whole weight, not a part of it
+        ordinary = {n: p for n, p in self._learned.items() if n not in self.subspaces and n not in parts}
+        ordinary = ordinary if self.masks is None else {}  # masks need the whole gradient
+        return tappable(self.module, ordinary, self.task_vectors.deltas)
+
     @contextmanager
-    def last_backward(self) -> Iterator[None]:
-        """The step's last backward: accumulated gradients are complete, and collected as they arrive."""
-        self._last = True
+    def last_backward(self, predict: Predict | None = None) -> Iterator[None]:
+        """The step's last backward: accumulated gradients are complete, and collected as they arrive.
+
+        With `predict`, the next merge is written in it (`model.one_pass`) where that saves passes; call
+        `settle` after the step.
+        """
+        self._last, self._ahead = True, self._one_pass if predict else None
         try:
-            yield
+            with nullcontext() if predict is None or self._ahead is None else self._ahead.during(predict):
+                yield
         finally:
-            self._last = False
+            self._last, self._ahead = False, None
+
+    def settle(self) -> None:
+        """After an optimizer step, complete the merge at the coefficients that it gave, if it is begun."""
+        if self.standing.on:
+            values = self.coefficients().detach().cpu()
+            left = self.standing.left(self._learned, partial(self.coefficients.of, values=values))
+            self.materialise()
+            if self._one_pass is not None:
+                self._one_pass.judge(left)
+
+    @cached_property
+    def _one_pass(self) -> OnePass | None:
+        """Merges in the last backward, where every pass waits and all weights' gradients are seen."""
+        plain = self.masks is None and self.rule is None and not self.loss_scale.active
+        if not (plain and self._supplied.waits and self._is_whole()) or any(True for _ in self._taps()):
+            return None
+        sizes = {name: self.task_vectors.deltas[name].nbytes for name in self._parameters}
+        groups = {name: self.coefficients.layout.groups[name] for name in self._learned}
+        sets = sets_of(groups, sizes, self._supplied.held)
+        if not sets or not by_unit(self.module, self._owners):
+            return None
+        return OnePass(sets, self._learned, sizes, self.standing, self._sums.so_far, self._write_unseen)
+
+    def _write_unseen(self, names: Sequence[str], values: Tensor | None) -> None:
+        """Merge at `values` [K, G], or at the current coefficients, within a backward."""
+        at = (self.coefficients().detach() if values is None else values).cpu()
+        after = self._supplied.order.after
+        self._merge(self.task_vectors, names, partial(self.coefficients.of, values=at), after, unseen=True)
 
     def _arrived(self, names: Sequence[str], parameter: Tensor) -> None:
         if not self.keep_gradients or self._last:
             self._collect(names, parameter)
+        if self._ahead is not None:
+            self._ahead.complete(names)
 
     def _collect_sums(self) -> None:
         """Collect the gradients that are left after a step's backwards, for sums in the layout's order."""
-        self._products.flush()
-        before = len(self._found)
         left = {own[0]: own for own in self._together if self._learned[own[0]].grad is not None}
-        for first in self._supplied.order.of_sums(left):
-            self._collect(left[first], self._learned[first])
-        self._products.flush()
-        places = {name: place for place, name in enumerate(self._learned if left else ())}
-        self._found[before:] = sorted(self._found[before:], key=lambda call: places[call[0]])
+        with self._sums.arranged(self._learned if left else ()):
+            for first in self._supplied.order.of_sums(left):
+                self._collect(left[first], self._learned[first])
 
     def _collect(self, names: Sequence[str], parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -158,14 +186,9 @@ class MergedModel(MergedWeights):
             slope = self.masks.collect(name, slope, change_of(self.task_vectors.deltas[name], values))
         columns, stays = self.coefficients.layout.groups[name], self._supplied.stays(self.task_vectors, name)
         for chunks, product in delta.products(slope, len(columns)):
-            self._products.add((name, columns[chunks], product), shareable(product, stays))
-
-    def _run_products(self, calls: Sequence[tuple[str, Sequence[int], Product]]) -> None:
-        with exact(calls[0][2].grad):
-            found = run_products([product for *_, product in calls])
-        self._found += [(*call[:2], inner) for call, inner in zip(calls, found, strict=True)]
+            self._sums.queue(name, columns[chunks], product, shareable(product, stays))
 
     def _collect_at_layer(self, name: str, inputs: Tensor, slopes: Tensor) -> None:
         columns, delta = self.coefficients.layout.groups[name], self._supplied.at_layer(name)
         with exact(slopes):
-            self._found.append((name, columns, layer_products(inputs, slopes, delta, len(columns))))
+            self._sums.add(name, columns, layer_products(inputs, slopes, delta, len(columns)))

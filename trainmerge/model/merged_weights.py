@@ -5,6 +5,7 @@ Legend: `K` experts.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from trainmerge.kernels import Gathered, run_merges, shareable
 from trainmerge.model.by_rule import merge_by_rule
 from trainmerge.model.concrete import ConcreteMasks
 from trainmerge.model.exact import exact
+from trainmerge.model.one_pass import Of, Standing
 from trainmerge.model.pass_order import successors
 from trainmerge.model.placed import Placed, check_apart
 from trainmerge.model.postponed import by_unit, grouped, postponed
@@ -29,6 +31,7 @@ from trainmerge.task_vectors.delta import TaskVectors
 from trainmerge.task_vectors.link import link_to
 
 T = TypeVar("T")
+After = Mapping[str, str] | None  # each name's successor in a longer pass
 
 
 class MergedWeights:
@@ -64,6 +67,7 @@ class MergedWeights:
         check_apart(self.parameters, task_vectors.deltas)
         link = link_to(next(module.parameters()).device)
         self._supplied = Supplied(task_vectors, self.placed.shards, residency, link)
+        self.standing = Standing(self.placed.owners)
         self.rule: Rule | None = None  # of new differences that `materialise` merges: on a CPU, no gradients
 
     @torch.no_grad()
@@ -73,8 +77,7 @@ class MergedWeights:
         if self.rule is not None:
             self._write_by(self.rule, values)
             return
-        names = self._supplied.order.of_merge(self._parameters)
-        self._write(self.task_vectors, names, lambda name: self.coefficients.of(name, values))
+        self._write(self.task_vectors, self._left(values), partial(self.coefficients.of, values=values))
         if self.masks is not None:
             self.masks.mask_all(self._parameters, self.task_vectors.deltas)
 
@@ -85,18 +88,16 @@ class MergedWeights:
         If task vectors are sent over a link, each unit of the module is merged just before its own forward
         (`model.postponed`), beside which the next ones are sent. The weights are the same, bit by bit.
         """
-        unit_of = by_unit(self.module, self._owners) if self._postpones() else {}
-        if not unit_of:
+        values = self.coefficients().detach().cpu()
+        left = self._left(values) if self._postpones() else []
+        if not left or not (unit_of := by_unit(self.module, self._owners)):
             self.materialise()
             yield
             return
-        values = self.coefficients().detach().cpu()
-        outside, groups = grouped(self._supplied.order.of_merge(self._parameters), unit_of)
+        outside, groups = grouped(left, unit_of)
+        of = partial(self.coefficients.of, values=values)
         following = successors(chain(outside, *groups.values()))
-
-        def write(names: Sequence[str]) -> None:
-            self._merge(self.task_vectors, names, lambda name: self.coefficients.of(name, values), following)
-
+        write = partial(self._merge, self.task_vectors, of=of, following=following)
         torch.clear_autocast_cache()  # not again within the forwards, which share casts
         with torch.no_grad():
             write(outside)
@@ -114,6 +115,11 @@ class MergedWeights:
             if turning and (unit_of := by_unit(self.module, self._owners)):
                 return in_turns(dict.fromkeys(unit_of.values()), tasks)
             return [task() for task in tasks]
+
+    def _left(self, values: Tensor) -> list[str]:
+        """The merged parameters that do not stand at `values` [K, G], in the order of a merge."""
+        names = self._supplied.order.of_merge(self._parameters)
+        return self.standing.left(names, partial(self.coefficients.of, values=values))
 
     def _postpones(self) -> bool:
         """Whether units are merged one by one: not on shards, which are gathered ahead, nor under masks."""
@@ -149,7 +155,7 @@ class MergedWeights:
     def at(self, values: Tensor) -> Iterator[nn.Module]:
         """In this context the merge has the coefficients `values` [K, G]; then its own again."""
         try:
-            self._write(self.task_vectors, self._parameters, lambda name: self.coefficients.of(name, values))
+            self._write(self.task_vectors, self._parameters, partial(self.coefficients.of, values=values))
             yield self.module
         finally:
             self.materialise()
@@ -165,29 +171,27 @@ class MergedWeights:
             self.materialise()
 
     def _write_by(self, rule: Rule, values: Tensor) -> None:
+        self.standing.forget(self._parameters)
         with exact(next(self.module.parameters())):
-            for name, own in self._parameters.items():
-                delta = self.task_vectors.deltas[name]
-                merge_by_rule(own.data, name, delta, rule, self.coefficients.of(name, values))
+            of = partial(self.coefficients.of, values=values)
+            merge_by_rule(self._parameters, self.task_vectors.deltas, rule, of)
         torch.clear_autocast_cache()
 
     @torch.no_grad()
-    def _write(
-        self, source: TaskVectors, names: Iterable[str], coefficients: Callable[[str], Tensor]
-    ) -> None:
-        self._merge(source, names, coefficients)
+    def _write(self, source: TaskVectors, names: Iterable[str], of: Of) -> None:
+        self._merge(source, names, of)
         torch.clear_autocast_cache()  # autocast caches casts of the previous weights
 
     def _merge(
-        self,
-        source: TaskVectors,
-        names: Iterable[str],
-        coefficients: Callable[[str], Tensor],
-        following: Mapping[str, str] | None = None,
+        self, source: TaskVectors, names: Iterable[str], of: Of, following: After = None, unseen: bool = False
     ) -> None:
-        merges = Gathered(run_merges)
+        """Write merges; `unseen` by autograd, which otherwise refuses to use what it saved of a weight."""
+        merges, names = Gathered(run_merges), [*names]
+        self.standing.forget(names)
         with exact(next(self.module.parameters())):
             for name, delta in self._supplied.to_merge(source, names, following):
-                for merge in delta.merges(self.placed.written(name), coefficients(name)):
+                for merge in delta.merges(self.placed.written(name, unseen), of(name)):
                     merges.add(merge, shareable(merge, self._supplied.stays(source, name)))
             merges.flush()
+        if source is self.task_vectors:
+            self.standing.wrote(names, of)

@@ -50,9 +50,13 @@ class Placed:
         """The part of its parameter's memory, or of this process's shard of that, that is one tensor's."""
         return self.shards[name].part(whole) if name in self.shards else view(self.inside[name], whole)
 
-    def written(self, name: str) -> Tensor:
-        """The memory of one tensor, or this process's rows of it, as they are now."""
-        return self.part(name, local(self.owners[name]))
+    def written(self, name: str, unseen: bool = False) -> Tensor:
+        """The memory of one tensor, or this process's rows of it, as they are now.
+
+        With `unseen`, autograd does not see what is written.
+        """
+        owner = self.owners[name]
+        return self.part(name, local(owner.data if unseen else owner))
 
     def by_owner(self, names: Iterable[str]) -> list[tuple[str, ...]]:
         """The names that share a parameter, together."""

@@ -37,7 +37,7 @@ class Postponed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._left, self._write = dict(groups), write
         self._units: dict[int, list[nn.Module]] = {}  # storage -> whose parameters are in it
         for unit, names in groups.items():
-            for storage in {_storage(owners[name]) for name in names}:
+            for storage in {storage_of(owners[name]) for name in names}:
                 self._units.setdefault(storage, []).append(unit)
 
     def begin(self, unit: nn.Module, _: object = None) -> None:
@@ -58,7 +58,7 @@ class Postponed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run the operation, after the merge of what it reads."""
         if self._left:
             for part in tree_leaves((args, kwargs)):
-                for unit in self._units.get(_storage(part), ()) if isinstance(part, Tensor) else ():
+                for unit in self._units.get(storage_of(part), ()) if isinstance(part, Tensor) else ():
                     self.begin(unit)
         return func(*args, **(kwargs or {}))
 
@@ -101,7 +101,7 @@ def _compiled(module: nn.Module) -> bool:
     return wrapped or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
     """Identifies the memory of an ordinary tensor; 0 for another kind, which no parameter is."""
     ordinary = tensor.layout == torch.strided and not tensor.is_nested
     return tensor.untyped_storage()._cdata if ordinary else 0

@@ -1,9 +1,9 @@
 """Where a fit's base and task vectors are held: on the device, in host memory, or in their mapped files.
 
-Every step reads all of them at least twice, to merge and for the coefficients' gradient. What is on the
-device crosses its link once per fit; everything else crosses it in every pass. A byte held on the device
-saves as many bytes per step as passes read it, whatever its form, so a form of fewer bytes per weight
-(`Int8`, low rank) lets more parameters in.
+Every step reads all of them, to merge and for the coefficients' gradient, in one pass (`model.one_pass`) or
+more. What is on the device crosses its link once per fit; everything else crosses it in every pass. A byte
+held on the device saves as many bytes per step as passes read it, whatever its form, so a form of fewer bytes
+per weight (`Int8`, low rank) lets more parameters in.
 
 The decision is a function of sizes alone: it runs, and is tested, without a device.
 """

@@ -28,7 +28,7 @@ class Supplied:
         link: Link | None,
     ) -> None:
         self._own, self._shards, self._link = task_vectors, shards, link
-        self._supply, self._held = self._supply_of(task_vectors, residency), residency.at("device")
+        self._supply, self.held = self._supply_of(task_vectors, residency), residency.at("device")
         self.order = PassOrder()
 
     @property
@@ -39,7 +39,12 @@ class Supplied:
     @property
     def sends(self) -> bool:
         """Whether a pass over the task vectors waits for a link."""
-        return self.linked and not self._held.issuperset(self._own.deltas)
+        return self.linked and self._supply.waits
+
+    @property
+    def waits(self) -> bool:
+        """Whether a pass waits for a link, or for files larger than the free memory."""
+        return self._supply.waits
 
     def to_merge(
         self, source: TaskVectors, names: Iterable[str], following: Mapping[str, str] | None = None
@@ -53,7 +58,7 @@ class Supplied:
 
     def stays(self, source: TaskVectors, name: str) -> bool:
         """Whether a delta is on the device for the whole fit, so that queued calls do not keep it alive."""
-        return source is self._own and name in self._held
+        return source is self._own and name in self.held
 
     def to_collect(self, name: str) -> Delta | DeltaShard:
         """The delta of a parameter whose gradient is complete."""

@@ -1,10 +1,11 @@
 """What passes over the task vectors add to a step, whose bytes cross a link beside forwards and backwards.
 
 The merge is sent beside the first round's forwards, and a pass for the gradient beside its backward. No exact
-schedule does better with a small buffer: the last block is merged before the first backward begins, and no
-inner product is taken before that.
+schedule of two passes does better with a small buffer: the last block is merged before the first backward
+begins, and no inner product is taken before that. A merge that the backward before has written sends nothing.
 """
 
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 
@@ -32,6 +33,12 @@ class Pass(NamedTuple):
 
     kernels: float
     sending: float = 0.0
+
+    @staticmethod
+    def of(sizes: Mapping[str, int], held: Collection[str], bandwidth: float, link: float) -> "Pass":
+        """A pass over these bytes of parameters, which are sent unless `held`; a link of 0 sends nothing."""
+        sent = sum(size for name, size in sizes.items() if name not in held)
+        return Pass(sum(sizes.values()) / bandwidth, sent / link if link else 0.0)
 
     def added(self, computing: float) -> float:
         """Seconds that it adds to so many of computing.

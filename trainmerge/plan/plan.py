@@ -42,6 +42,7 @@ class Plan:
         vectors: Where base and task vectors are held.
         limit: Bytes of its memory that each device may use; by default 9 of 10 of a known memory.
         ahead: Blocks that are gathered ahead of the one that runs, where devices share the model.
+        one_pass: Whether merges are written in the backward before (`model.one_pass`), if vectors are sent.
     """
 
     sizes: Sizes
@@ -54,6 +55,7 @@ class Plan:
     vectors: Vectors = "auto"
     limit: int = 0
     ahead: int = 1
+    one_pass: bool = False
 
     @property
     def memory(self) -> StepMemory:
@@ -70,9 +72,9 @@ class Plan:
             ValueError: `vectors` names a place that is known to be too small.
         """
         passes = 1 if self.schedule.keep else self.backwards
-        twice = self.sizes.read_twice
+        learned, merges = self.sizes.read_twice, 0 if self.one_pass else 1
         shares = {
-            name: Share(_share(count, self.devices), 1 + passes * (name in twice))
+            name: Share(_share(count, self.devices), merges + passes * (name in learned))
             for name, count in self.sizes.read.items()
         }
         return reside(self.vectors, shares, self.room)
@@ -138,13 +140,12 @@ class Plan:
     @property
     def seconds(self) -> Mapping[str, float]:
         """Seconds per step, by purpose, each alone."""
-        device = self.device
         rows = {
-            "forward and backward": self.dry_run.flops / (device.flops * device.use),
-            "merge and coefficient gradient": max(self.read / device.bandwidth, self._sending),
+            "forward and backward": self.dry_run.flops / (self.device.flops * self.device.use),
+            "merge and coefficient gradient": max(self.read / self.device.bandwidth, self._sending),
         }
         if self.devices > 1:
-            rows["exchange"] = self.exchanged / (device.exchange or device.bandwidth)
+            rows["exchange"] = self.exchanged / (self.device.exchange or self.device.bandwidth)
         return rows
 
     @property
@@ -153,15 +154,14 @@ class Plan:
         computing = self.seconds["forward and backward"]
         own = Computing(computing, self.backwards, self.schedule.recompute, whole=self.devices > 1)
         passes = 1 if self.schedule.keep else self.backwards
-        merging = merging_seconds(own, self._pass(self.sizes.read), self._pass(self.sizes.read_twice), passes)
+        merge = self._pass(self.sizes.read, sends=not self.one_pass)
+        merging = merging_seconds(own, merge, self._pass(self.sizes.read_twice), passes)
         return computing + merging + self.seconds.get("exchange", 0.0)
 
-    def _pass(self, names: Iterable[str]) -> Pass:
+    def _pass(self, names: Iterable[str], sends: bool = True) -> Pass:
         """A pass over the base and task vectors of these parameters."""
         sizes = {name: _share(self.sizes.read.get(name, 0), self.devices) for name in names}
-        link, held = self.device.link, self.residency.at("device")
-        sent = sum(size for name, size in sizes.items() if name not in held)
-        return Pass(sum(sizes.values()) / self.device.bandwidth, sent / link if link else 0.0)
+        return Pass.of(sizes, self.residency.at("device"), self.device.bandwidth, self.device.link * sends)
 
     @property
     def _sending(self) -> float:

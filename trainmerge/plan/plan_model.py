@@ -89,7 +89,8 @@ def plan_model(
         # all batches are equal
         needs = needs._replace(flops=needs.flops * sum(map(len, parts)) // len(parts[0]))
         needed = needs, len(parts), here, devices
-        return Plan(sizes, chosen, *needed, vectors=vectors, ahead=gathered_ahead)
+        one_pass = devices == 1  # a fit's defaults: Adam, and a coefficient per tensor
+        return Plan(sizes, chosen, *needed, vectors=vectors, ahead=gathered_ahead, one_pass=one_pass)
 
     if schedule is not None or not here.memory:
         return planned(schedule or StepSchedule())

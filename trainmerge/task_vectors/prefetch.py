@@ -18,6 +18,8 @@ from trainmerge.task_vectors.parameter_names import block_of
 class Supply(Protocol):
     """One source of deltas for the passes."""
 
+    waits: bool  # whether every pass reads some of them from far away
+
     def take(self, name: str, after: Mapping[str, str], /) -> Delta:
         """One parameter's delta; `after` is each parameter's expected successor in this pass."""
 
@@ -39,6 +41,7 @@ class Mapped:
         room = available()
         exceeds = room is not None and sum(self._sizes.values()) > room
         self._ahead = largest_block(self._sizes) if exceeds else 0
+        self.waits = exceeds
         self._asked: set[str] = set()
 
     def take(self, name: str, after: Mapping[str, str]) -> Delta:
@@ -85,6 +88,7 @@ class Prefetch:
         self._buffer: dict[str, Future[Arrival]] = {}  # the least recently used first
         self._sizes = {name: delta.nbytes for name, delta in deltas.items()}
         self._ahead = largest_block(self._sizes)
+        self.waits = not {*on_device}.issuperset(deltas)
         self._hold = link.holder(sum(self._sizes[name] for name in in_host))
 
     def take(self, name: str, after: Mapping[str, str]) -> Delta:
