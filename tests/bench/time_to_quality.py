@@ -175,6 +175,8 @@ def main() -> None:
         figure_until(f"seconds_to_95_{name}", near)
         figure(f"recovered_{name}", max(share for *_, share in points), "share", "")
         figure(f"accuracy_{name}", points[-1][1], "accuracy", "")
+        if name == "uniform_adam" and better:
+            figure("time_to_adamerging_over_plain_loop", better[0] / (plain * ADAMERGING), "ratio", "<= 0.1")
 
 
 if __name__ == "__main__":

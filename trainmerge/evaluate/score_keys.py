@@ -30,7 +30,7 @@ from trainmerge.run.merge_buffers import REESTIMATE
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
 from trainmerge.system.hub import SIDE
-from trainmerge.system.safetensors_file import sha256
+from trainmerge.system.safetensors_file import flat_bytes, sha256
 from trainmerge.system.workspace import digest
 
 MORE = ("tokenizers", "torchmetrics", "numpy", "pillow")  # packages beside those of a manifest
@@ -166,7 +166,7 @@ def _versions() -> dict[str, str]:
 
 def _bytes(tensor: Tensor) -> list[Any]:
     """A tensor's dtype, shape and SHA-256."""
-    plain = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    plain = flat_bytes(tensor.cpu()).numpy()
     return [str(tensor.dtype), [*tensor.shape], hashlib.sha256(plain.data).hexdigest()]
 
 

@@ -48,13 +48,15 @@ class Foresight:
             trial.raw.grad = slope if self.pull is None else slope + self.pull
             optimizer.step()
         trial.project_()
-        return trial().detach()
+        found: Tensor = trial().detach()
+        return found
 
     def _slope(self, gradient: Tensor) -> Tensor:
         """d loss / d raw, as `Coefficients.slope` if each coefficient depends on its own raw value only."""
         with forward_ad.dual_level():
-            raw = forward_ad.make_dual(self.coefficients.raw.detach(), gradient)
-            found: Tensor = forward_ad.unpack_dual(functional_call(self.coefficients, {"raw": raw})).tangent
+            raw = forward_ad.make_dual(self.coefficients.raw.detach(), gradient)  # type: ignore[no-untyped-call]
+            moved = functional_call(self.coefficients, {"raw": raw})
+            found: Tensor = forward_ad.unpack_dual(moved).tangent  # type: ignore[no-untyped-call]
             return found
 
 
