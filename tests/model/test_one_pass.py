@@ -13,7 +13,7 @@ from tests.contracts import assert_same_bits
 from tests.stand_in import CountedLink, behind
 from trainmerge.coefficients.anchor import Anchor
 from trainmerge.coefficients.coefficients import Coefficients
-from trainmerge.coefficients.constraints import Constraint, Sigmoid
+from trainmerge.coefficients.constraints import Box, Constraint, Sigmoid
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.data.batch import Batch
 from trainmerge.fitting.foresight import foresight
@@ -146,7 +146,7 @@ def both(module: nn.Module, random_task_vectors, **settings: Any) -> tuple[list[
         {},
         {"optimizer": lambda values: torch.optim.AdamW(values, lr=0.02, weight_decay=0.1)},
         {"optimizer": lambda values: torch.optim.SGD(values, lr=0.1, momentum=0.9)},
-        {"constraint": Sigmoid()},
+        {"constraint": Box(0.25, 0.32)},
         {"anchor": Anchor(0.1, power=2)},
         {"grouping": Grouping("block")},
         {"grouping": Grouping("chunk", chunks=3)},
@@ -227,7 +227,9 @@ def test_one_coefficient_for_all_takes_two_passes(random_task_vectors) -> None:
 
 @pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, torch.optim.Adam])
 def test_only_elementwise_steps_are_foreseen(optimizer: type[torch.optim.Optimizer]) -> None:
-    coefficients = Coefficients(["a"], Grouping().layout({"w": torch.Size([2])}))
+    layout = Grouping().layout({"w": torch.Size([2])})
+    coefficients, curved = Coefficients(["a"], layout), Coefficients(["a"], layout, constraint=Sigmoid())
+    assert foresight(curved, torch.optim.Adam(curved.parameters()), Anchor(), curved(), 0.0) is None
     own = optimizer(coefficients.parameters())
     start = coefficients().detach()
     found = [foresight(coefficients, own, Anchor(), start, clip) is not None for clip in (0.0, 1.0)]
