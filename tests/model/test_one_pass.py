@@ -23,6 +23,7 @@ from trainmerge.model import merged_weights
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.residency import Share, Vectors, reside
 from trainmerge.plan.micro_batches import StepSchedule
+from trainmerge.task_vectors import prefetch
 from trainmerge.task_vectors.delta import TaskVectors
 
 TASKS, STEPS, BLOCKS = 3, 4, 8  # three: a sum of two gradients has the same bits in any order
@@ -80,12 +81,14 @@ class Fit:
         constraint: Constraint | None = None,
         anchor: Anchor = Anchor(),  # noqa: B008 - frozen
         schedule: StepSchedule = TOGETHER,
+        linked: bool = True,
     ) -> None:
         self.link, self.ahead, self.anchor, self.schedule = CountedLink(), ahead, anchor, schedule
         shares = {name: Share(delta.nbytes) for name, delta in vectors.deltas.items()}
         self.coefficients = Coefficients(vectors.experts, grouping.layout(vectors.shapes), 0.3, constraint)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(merged_weights, "link_to", behind(self.link))
+            if linked:
+                patch.setattr(merged_weights, "link_to", behind(self.link))
             place = {"residency": reside(where, shares), "keep_gradients": schedule.keep}
             self.merged = MergedModel(copy.deepcopy(module), vectors, self.coefficients, **place)
         self.optimizer = optimizer(self.coefficients.parameters())
@@ -234,3 +237,22 @@ def test_only_elementwise_steps_are_foreseen(optimizer: type[torch.optim.Optimiz
     start = coefficients().detach()
     found = [foresight(coefficients, own, Anchor(), start, clip) is not None for clip in (0.0, 1.0)]
     assert found == [optimizer is torch.optim.Adam, False]
+
+
+def test_files_larger_than_a_processor_s_memory(random_task_vectors, monkeypatch) -> None:
+    monkeypatch.setattr(prefetch, "available", lambda: 0)
+    asked: list[int] = []
+    monkeypatch.setattr(prefetch, "read_ahead", lambda part: asked.append(part.nbytes))
+    vectors = random_task_vectors(Net(), [ExpertWeight, Difference])
+    fits = [Fit(Net(), vectors, ahead, where="file", linked=False) for ahead in (False, True)]
+    read: list[list[int]] = []
+    for fit in fits:
+        read.append([])
+        for _ in range(STEPS):
+            fit.step()
+            read[-1].append(sum(asked))
+            asked.clear()
+    two, one = fits
+    assert one.merged.standing.on
+    assert_same_bits(one.coefficients().detach(), two.coefficients().detach())
+    assert sum(read[1][1:]) < 0.7 * sum(read[0][1:])
