@@ -13,7 +13,7 @@ from tests.contracts import assert_same_bits
 from tests.stand_in import CountedLink, behind
 from trainmerge.coefficients.anchor import Anchor
 from trainmerge.coefficients.coefficients import Coefficients
-from trainmerge.coefficients.constraints import Constraint, Sigmoid
+from trainmerge.coefficients.constraints import Box, Constraint, Sigmoid
 from trainmerge.coefficients.layout import Grouping
 from trainmerge.data.batch import Batch
 from trainmerge.fitting.foresight import foresight
@@ -23,6 +23,7 @@ from trainmerge.model import merged_weights
 from trainmerge.model.merged_model import MergedModel
 from trainmerge.model.residency import Share, Vectors, reside
 from trainmerge.plan.micro_batches import StepSchedule
+from trainmerge.task_vectors import prefetch
 from trainmerge.task_vectors.delta import TaskVectors
 
 TASKS, STEPS, BLOCKS = 3, 4, 8  # three: a sum of two gradients has the same bits in any order
@@ -80,12 +81,14 @@ class Fit:
         constraint: Constraint | None = None,
         anchor: Anchor = Anchor(),  # noqa: B008 - frozen
         schedule: StepSchedule = TOGETHER,
+        linked: bool = True,
     ) -> None:
         self.link, self.ahead, self.anchor, self.schedule = CountedLink(), ahead, anchor, schedule
         shares = {name: Share(delta.nbytes) for name, delta in vectors.deltas.items()}
         self.coefficients = Coefficients(vectors.experts, grouping.layout(vectors.shapes), 0.3, constraint)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(merged_weights, "link_to", behind(self.link))
+            if linked:
+                patch.setattr(merged_weights, "link_to", behind(self.link))
             place = {"residency": reside(where, shares), "keep_gradients": schedule.keep}
             self.merged = MergedModel(copy.deepcopy(module), vectors, self.coefficients, **place)
         self.optimizer = optimizer(self.coefficients.parameters())
@@ -146,7 +149,7 @@ def both(module: nn.Module, random_task_vectors, **settings: Any) -> tuple[list[
         {},
         {"optimizer": lambda values: torch.optim.AdamW(values, lr=0.02, weight_decay=0.1)},
         {"optimizer": lambda values: torch.optim.SGD(values, lr=0.1, momentum=0.9)},
-        {"constraint": Sigmoid()},
+        {"constraint": Box(0.25, 0.32)},
         {"anchor": Anchor(0.1, power=2)},
         {"grouping": Grouping("block")},
         {"grouping": Grouping("chunk", chunks=3)},
@@ -227,8 +230,29 @@ def test_one_coefficient_for_all_takes_two_passes(random_task_vectors) -> None:
 
 @pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, torch.optim.Adam])
 def test_only_elementwise_steps_are_foreseen(optimizer: type[torch.optim.Optimizer]) -> None:
-    coefficients = Coefficients(["a"], Grouping().layout({"w": torch.Size([2])}))
+    layout = Grouping().layout({"w": torch.Size([2])})
+    coefficients, curved = Coefficients(["a"], layout), Coefficients(["a"], layout, constraint=Sigmoid())
+    assert foresight(curved, torch.optim.Adam(curved.parameters()), Anchor(), curved(), 0.0) is None
     own = optimizer(coefficients.parameters())
     start = coefficients().detach()
     found = [foresight(coefficients, own, Anchor(), start, clip) is not None for clip in (0.0, 1.0)]
     assert found == [optimizer is torch.optim.Adam, False]
+
+
+def test_files_larger_than_a_processor_s_memory(random_task_vectors, monkeypatch) -> None:
+    monkeypatch.setattr(prefetch, "available", lambda: 0)
+    asked: list[int] = []
+    monkeypatch.setattr(prefetch, "read_ahead", lambda part: asked.append(part.nbytes))
+    vectors = random_task_vectors(Net(), [ExpertWeight, Difference])
+    fits = [Fit(Net(), vectors, ahead, where="file", linked=False) for ahead in (False, True)]
+    read: list[list[int]] = []
+    for fit in fits:
+        read.append([])
+        for _ in range(STEPS):
+            fit.step()
+            read[-1].append(sum(asked))
+            asked.clear()
+    two, one = fits
+    assert one.merged.standing.on
+    assert_same_bits(one.coefficients().detach(), two.coefficients().detach())
+    assert sum(read[1][1:]) < 0.7 * sum(read[0][1:])

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, optim
-from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.optim import Optimizer
 
 from trainmerge.coefficients.anchor import Anchor
@@ -31,11 +29,13 @@ class Foresight:
     Args:
         coefficients: What the optimizer moves.
         optimizer: The optimizer.
+        free: 1 where a coefficient is its raw value, 0 where it is fixed, [K, G].
         pull: The gradient of the penalty on the coefficients, [K, G]; None without one.
     """
 
     coefficients: Coefficients
     optimizer: Optimizer
+    free: Tensor
     pull: Tensor | None
 
     @torch.no_grad()
@@ -44,28 +44,26 @@ class Foresight:
         layout = self.coefficients.layout  # never changed, and large
         trial, optimizer = deepcopy((self.coefficients, self.optimizer), {id(layout): layout})
         with exact(trial.raw):
-            slope = self._slope(gradient.to(trial.raw))
+            slope = gradient.to(trial.raw) * self.free
             trial.raw.grad = slope if self.pull is None else slope + self.pull
             optimizer.step()
         trial.project_()
-        found: Tensor = trial().detach()
-        return found
-
-    def _slope(self, gradient: Tensor) -> Tensor:
-        """d loss / d raw, as `Coefficients.slope` if each coefficient depends on its own raw value only."""
-        with forward_ad.dual_level():
-            raw = forward_ad.make_dual(self.coefficients.raw.detach(), gradient)  # type: ignore[no-untyped-call]
-            moved = functional_call(self.coefficients, {"raw": raw})
-            found: Tensor = forward_ad.unpack_dual(moved).tangent  # type: ignore[no-untyped-call]
-            return found
+        return trial().detach()
 
 
 def foresight(
     coefficients: Coefficients, optimizer: Optimizer, anchor: Anchor, start: Tensor, clip: float
 ) -> Foresight | None:
-    """A prediction of this optimizer's next step; None if that of one column depends on others."""
+    """A prediction of this optimizer's next step.
+
+    None if that of one column depends on others, or if coefficients are a function of the raw values
+    (`Sigmoid`), whose slope needs a backward.
+    """
     if type(optimizer) not in ELEMENTWISE or clip:
+        return None
+    free = coefficients.slope(torch.ones_like(coefficients.raw))
+    if bool(((free != 0) & (free != 1)).any()):
         return None
     penalty = anchor(coefficients(), start)
     pull = torch.autograd.grad(penalty, coefficients.raw)[0] if anchor.weight else None
-    return Foresight(coefficients, optimizer, pull)
+    return Foresight(coefficients, optimizer, free, pull)
