@@ -35,7 +35,7 @@ def main() -> None:
         steps = ("--trainer.max_steps=0", "--report=false", "--model.objective=trainmerge.Entropy")
         trainmerge("fit", "--config", CONFIG, "--run", str(run), *steps)
         found = {EXPERTS: score_experts(run)}
-        found |= {name: measure(run, form) for name, form in progress(list(FORMS.items()), "packed")}
+        found |= {name: measure(run, FORMS[name]) for name in progress(list(FORMS), "packed")}
     report(found, EXPERTS, "suite_")
 
 

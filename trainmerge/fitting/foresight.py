@@ -48,7 +48,8 @@ class Foresight:
             trial.raw.grad = slope if self.pull is None else slope + self.pull
             optimizer.step()
         trial.project_()
-        return trial().detach()
+        found: Tensor = trial().detach()
+        return found
 
 
 def foresight(
