@@ -4,6 +4,7 @@
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -24,6 +25,7 @@ SHOWN = (  # of the table of merges without learning
     "alignment-tsv",
     "alignment-aswudi",
     "alignment-optmerge",
+    "alignment-optmerge-chunks",
     "alignment-doge-am",
 )
 
@@ -136,8 +138,9 @@ def gap() -> Figure:
     ):
         shares = []
         for name in SHOWN:
-            found = results.measured(f"closed/{suite}-{name}")
-            shares.append(closed_suite.SUITES[suite].gap(found["score"], baselines[suite]) if found else 0.0)
+            gap_of = partial(closed_suite.SUITES[suite].gap, baselines=baselines[suite])
+            found = [gap_of(one["score"]) for one in closed_suite.measured(suite, name)]
+            shares.append(sum(found) / max(1, len(found)))
         places = [len(SHOWN) - 1 - i + offset for i in range(len(SHOWN))]
         bars = axes.barh(places, [100 * share for share in shares], 0.38, color=color, label=title)
         axes.bar_label(bars, fmt="%.0f%%", padding=3, fontsize=8)
@@ -150,13 +153,23 @@ def gap() -> Figure:
 
 def packed() -> Figure:
     """Packed experts: bits per weight and task against the kept share of the experts' accuracy."""
+    figure = Figure(figsize=(10.4, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = {"packed": "five LoRA experts (demo)", "packed_suite": "eight full fine-tunes (text suite)"}
+    for axes, (group, title) in zip(panels, titles.items(), strict=True):
+        _codecs(axes, group)
+        axes.set_title(title, fontsize=10)
+    panels[0].set_ylabel("share of the experts' accuracy (%)")
+    return figure
+
+
+def _codecs(axes: Axes, group: str) -> None:
+    """One suite's forms."""
     found: dict[str, dict[str, float]] = {}
-    for row in json.loads((results.FOLDER / "bench" / "packed.json").read_text())["figures"]:
+    for row in json.loads((results.FOLDER / "bench" / f"{group}.json").read_text())["figures"]:
         name, figure_name = row["what"].split(": ", 1)
         found.setdefault(name, {})[figure_name] = row["value"]
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    colors = {"lowrank": BLUE, "ternary": GREEN, "pca": "#8a5fb0", "budget": "#111827"}
+    colors = {"lowrank": BLUE, "ternary": GREEN, "pca": "#8a5fb0", "budget": "#111827", "their": "#111827"}
     for name, own in found.items():
         family = name.replace(":", " ").split(" ")[0]
         x, y = own["bits per weight and task"], 100 * own["of the experts' accuracy"]
@@ -164,10 +177,9 @@ def packed() -> Figure:
         axes.annotate(name, (x, y), (5, -11), textcoords="offset points", fontsize=8, color=GREY)
     axes.axhline(99, color=GREY, lw=0.8, ls=":")
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="bits per weight and task", ylabel="share of the experts' accuracy (%)")
+    axes.set_xlabel("bits per weight and task")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.spines[["top", "right"]].set_visible(False)
-    return figure
 
 
 def recovered() -> Figure:

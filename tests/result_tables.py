@@ -215,6 +215,7 @@ TABLES: dict[str, Callable[[], str]] = {
     },
     "bench-mergekit": lambda: by_method("mergekit", "method"),
     "bench-packed": lambda: by_method("packed", "`--codec` or `--budget`"),
+    "bench-packed_suite": lambda: by_method("packed_suite", "`--codec` or `--budget`"),
 }
 
 
