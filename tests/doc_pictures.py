@@ -128,7 +128,7 @@ def step() -> Figure:
 
 def gap() -> Figure:
     """Of closed forms and of learning from them: the share of the gap to the experts that is closed."""
-    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.8, 4.6), layout="constrained")
     axes = figure.subplots()
     baselines = {name: suite.baselines() for name, suite in closed_suite.SUITES.items()}
     titles = [closed_methods.METHODS[name].title for name in SHOWN]
@@ -169,12 +169,20 @@ def _codecs(axes: Axes, group: str) -> None:
     for row in json.loads((results.FOLDER / "bench" / f"{group}.json").read_text())["figures"]:
         name, figure_name = row["what"].split(": ", 1)
         found.setdefault(name, {})[figure_name] = row["value"]
-    colors = {"lowrank": BLUE, "ternary": GREEN, "pca": "#8a5fb0", "budget": "#111827", "their": "#111827"}
-    for name, own in found.items():
+    colors = {"lowrank": BLUE, "ternary": GREEN, "pca": "#8a5fb0", "budget": "#111827"}
+    points = sorted(
+        (own["bits per weight and task"], 100 * own["of the experts' accuracy"], name)
+        for name, own in found.items()
+        if not name.startswith("their")
+    )
+    below = True
+    for before, (x, y, name) in zip([points[0], *points], points, strict=False):
+        crowded = x < 3 * before[0] and abs(y - before[1]) < 0.8 and name != before[2]
+        below = not below if crowded else True
         family = name.replace(":", " ").split(" ")[0]
-        x, y = own["bits per weight and task"], 100 * own["of the experts' accuracy"]
         axes.plot(x, y, "o", color=colors.get(family, ORANGE), ms=6)
-        axes.annotate(name, (x, y), (5, -11), textcoords="offset points", fontsize=8, color=GREY)
+        offset = (5, -11) if below else (-8, 6)
+        axes.annotate(name, (x, y), offset, textcoords="offset points", fontsize=8, color=GREY)
     axes.axhline(99, color=GREY, lw=0.8, ls=":")
     axes.set_xscale("log", base=2)
     axes.set_xlabel("bits per weight and task")
