@@ -120,6 +120,8 @@ def test_terms_that_are_not_dense_are_triton_s_on_a_gpu(random_delta, monkeypatc
         assert backend_of(cpu, [low]) == "eager"
         monkeypatch.setenv("TRAINMERGE_KERNELS", "eager")
         assert backend_of(gpu, [low]) == "eager"
+        monkeypatch.setenv("TRAINMERGE_KERNELS", "compiled")
+        assert backend_of(gpu, [low]) == "compiled"
     assert backend_of(cpu, [low]) == "compiled"  # which runs it eagerly
 
 

@@ -155,7 +155,7 @@ def both(module: nn.Module, random_task_vectors, **settings: Any) -> tuple[list[
         {"grouping": Grouping("chunk", chunks=3)},
         {"schedule": StepSchedule(1, keep=True)},
     ],
-    ids=str,
+    ids=["Adam", "AdamW", "SGD", "Box", "anchor", "blocks", "chunks", "kept"],
 )
 def test_every_task_vector_is_sent_once_per_step(
     where: Vectors, settings: dict[str, Any], random_task_vectors

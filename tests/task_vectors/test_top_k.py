@@ -34,3 +34,9 @@ def test_cuts_are_the_sorted_magnitudes(name: str, wanted: int, sampled: bool) -
     if cut.value:
         assert int((torch.cat([kept(cut, piece) for piece in pieces], 1)).sum()) == wanted
     assert torch.equal(row, ROWS[name])
+
+
+def test_numbers_that_are_not_finite_are_refused() -> None:
+    row = torch.tensor([[1.0, 2.0, float("nan")]])
+    with pytest.raises(ValueError, match="not finite cannot be ranked"):
+        cuts(lambda: [row], 1)

@@ -30,7 +30,7 @@ def scores_beside(path: Path) -> Path:
 
 @dataclass
 class KeptScores:
-    """KeptScores scores; several processes see those of the first.
+    """Scores that are kept; several processes see those that the first one reads.
 
     Args:
         folder: The entries; None keeps none.
@@ -107,7 +107,8 @@ class KeptScores:
 
     def watch(self, opened: Opened) -> None:
         """Watch a recipe's files."""
-        self.watched |= {opened.folders[name]: then for name, then in opened.stamps.items()}
+        for name, then in opened.stamps.items():
+            self.watched.setdefault(opened.folders[name], then)
 
     def _score(self, model: str | None, task: str) -> TaskScore | None:
         if (value := self.get(self.key(model, task))) is None:

@@ -5,6 +5,7 @@ Contents are digested, not paths or names: a change of any of them gives another
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -29,6 +30,7 @@ from trainmerge.run.manifest import versions
 from trainmerge.run.merge_buffers import REESTIMATE
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
+from trainmerge.system import distributed
 from trainmerge.system.hub import SIDE
 from trainmerge.system.safetensors_file import flat_bytes, sha256
 from trainmerge.system.workspace import digest
@@ -69,20 +71,23 @@ def run_keys(
 ) -> dict[str, str]:
     """Row -> a digest of its weights: `learned`, each of `uniform`, and an expert's by its name.
 
+    `learned` has none if a method is somebody else's, whose source may change.
+
     The experts' own task vectors make all rows but the learned one, which is after `recipe.preprocess`.
     """
     terms = {n: [type(term).__name__ for term in own.terms] for n, own in opened.task_vectors.deltas.items()}
     rule = [recipe.buffers, [expert.weight for expert in recipe.experts.values()]]
     fitted = folder.read_manifest().get("versions")  # of what is in the workspace
     shared = [opened.identity(), terms, rule, fitted, *_read_as(recipe), _side_files(opened.base.path)]
-    made = [[repr(method) for method in recipe.preprocess], folder.examples()]
+    made = [[repr(method) for method in recipe.preprocess], folder.examples(), _files(folder.workspace)]
     layout, values = coefficients.layout, _bytes(coefficients().detach().float())
     rows: dict[str, Any] = {
         row: ["uniform", row.startswith(ARITHMETIC), value, [*layout.groups]]
         for row, value in uniform.items()
     }
     rows |= {f"{EXPERT} {name}": [EXPERT, name] for name in recipe.experts}
-    rows[LEARNED] = [LEARNED, made, layout.identity(), values]
+    if all(_is_ours(one) for one in (*recipe.preprocess, *recipe.align)):
+        rows[LEARNED] = [LEARNED, made, layout.identity(), values]
     return {row: _digest([shared, own]) for row, own in rows.items()}
 
 
@@ -113,7 +118,18 @@ def merge_key(
     if kept.folder is None or recipe.buffers == REESTIMATE:
         return None
     kept.watch(opened)
-    return run_keys(folder, recipe, opened, coefficients, {})[LEARNED]
+    return run_keys(folder, recipe, opened, coefficients, {}).get(LEARNED)
+
+
+def _is_ours(method: object) -> bool:
+    """Whether a method is this package's, whose source is digested."""
+    return type(method).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _files(workspace: Path) -> list[Any]:
+    """Names, sizes and times of the preprocessed task vectors that a fit has left."""
+    found = sorted(workspace.glob("task_vectors-*")) if workspace.is_dir() else []
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in found]
 
 
 def _checksums(kept: KeptScores, recipe: Recipe) -> Checksums:
@@ -152,7 +168,9 @@ def _numerics() -> list[Any]:
     """What the forwards' last bits depend on, but for the number of threads."""
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else torch.backends.cpu.get_cpu_capability()
     cast = str(torch.get_autocast_dtype(DEVICE)) if torch.is_autocast_enabled(DEVICE) else None
-    return [name, cast, torch.get_float32_matmul_precision(), str(torch.get_default_dtype()), _versions()]
+    order = [os.environ.get("TRAINMERGE_KERNELS"), distributed.world_size()]  # of a merge's sums, of batches
+    widths = torch.get_float32_matmul_precision(), str(torch.get_default_dtype())
+    return [order, name, cast, *widths, _versions()]
 
 
 @cache

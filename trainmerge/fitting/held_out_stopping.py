@@ -31,8 +31,8 @@ class StopOnHeldOut(Callback):
 
     Args:
         every: Steps between two measurements.
-        patience: Measurements without a rise; by default 2, or with a learning-rate schedule as many as there
-            are: its small last steps are the best ones.
+        patience: Measurements without a rise; by default 2, or with a learning-rate schedule and
+            `max_steps` as many as there are: its small last steps are the best ones.
         least: The least rise that counts.
         examples: Measure the first so many held-out examples of each expert; None measures all.
     """
@@ -60,7 +60,7 @@ class StopOnHeldOut(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, MergeModule)
-        if self.patience is None and trainer.lr_scheduler_configs:
+        if self.patience is None and trainer.lr_scheduler_configs and trainer.max_steps > 0:
             self._patience = math.inf
         data: Calibration = trainer.datamodule  # type: ignore[attr-defined]
         with trainer.strategy.precision_plugin.forward_context():

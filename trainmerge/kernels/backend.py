@@ -66,19 +66,21 @@ def chosen(device: torch.device) -> str:
     Raises:
         ValueError: TRAINMERGE_KERNELS is not a backend.
     """
-    name = _chosen
-    if name == "auto":
-        name = _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
-    if name == "auto":
-        name = "compiled" if device.type == "cuda" else "eager"
+    if (name := _named()) == "auto":
+        return "compiled" if device.type == "cuda" else "eager"
     return name
 
 
+def _named() -> str:
+    """The backend that somebody named, or `auto`."""
+    return _chosen if _chosen != "auto" else _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
+
+
 def backend_of(device: torch.device, terms: Sequence[Term]) -> str:
-    """The backend of one call: `chosen`, but a GPU's terms that are not dense are not compiled."""
-    name = chosen(device)
+    """The backend of one call: `chosen`; unless one is named, Triton for a GPU's terms that are not dense."""
     dense = not any(isinstance(term, LowRank | Quantised) for term in terms)
-    return "triton" if name == "compiled" and device.type == "cuda" and not dense and _has_triton() else name
+    ours = device.type == "cuda" and not dense and _named() == "auto" and _has_triton()
+    return "triton" if ours else chosen(device)
 
 
 @cache

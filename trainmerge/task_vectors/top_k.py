@@ -86,13 +86,19 @@ def cuts(pieces: Pieces, wanted: Counts, sample: Pieces | None = None, of_sample
 
     A `sample`, with about how many of it are wanted, narrows the range, so that one pass over all pieces is
     enough. If the range misses, two more passes follow. The result does not depend on it.
+
+    Raises:
+        ValueError: a magnitude that decides is not finite.
     """
     if sample is not None:
         found = _ranked(pieces, [range(max(b - 1, 0), b + 2) for b in _buckets(sample, of_sample)], wanted)
         if found is not None:
             return found
     found = _ranked(pieces, [range(b, b + 1) for b in _buckets(pieces, wanted)], wanted)
-    assert found is not None
+    if found is None:
+        raise ValueError(
+            "magnitudes that are not finite cannot be ranked: `trainmerge inspect` names the tensors"
+        )
     return found
 
 
