@@ -120,22 +120,6 @@ def test_a_resumed_run_keeps_the_same_step(world: Path, tmp_path: Path) -> None:
     assert torch.equal(again.coefficients(), whole.coefficients())
 
 
-@pytest.mark.parametrize("scheduled", [False, True])
-def test_a_fit_with_a_schedule_is_not_stopped(scheduled: bool, world: Path, tmp_path: Path) -> None:
-    """Its last steps are the small ones; without a schedule two measurements without a rise are enough."""
-    schedule = {"lr_scheduler": lambda own: torch.optim.lr_scheduler.ConstantLR(own, factor=0.5)}
-    module, data = module_and_data(
-        world, tmp_path, optimizer=lambda c: torch.optim.SGD(c, lr=0.5, maximize=True),
-        **(schedule if scheduled else {}),
-    )  # fmt: skip
-    stop = tm.StopOnHeldOut(every=1)
-    quiet = {"accelerator": "cpu", "enable_progress_bar": False}
-    tm.fit(module, data, tm.make_trainer(tmp_path, max_steps=5, callbacks=[stop], **quiet), tmp_path)
-    assert [*stop.recovered] == [*range(6 if scheduled else 3)]
-    assert stop.stopped == (0 if scheduled else 2)
-    assert torch.equal(module.coefficients(), module.start)  # the best step is the start
-
-
 def test_patience_counts_measurements_without_a_rise() -> None:
     stop = tm.StopOnHeldOut(every=1, patience=2, least=0.01)
     for step, mean in enumerate((0.1, 0.3, 0.305, 0.309)):

@@ -18,8 +18,6 @@ from trainmerge.fitting.held_out import EXAMPLES, HeldOutJudge, mean_share
 from trainmerge.fitting.module import MergeModule
 from trainmerge.system.ranges import check_option
 
-PATIENCE = 2
-
 
 class StopOnHeldOut(Callback):
     """Stop when the merge recovers no more of its experts on held-out examples, and keep the best step.
@@ -31,21 +29,16 @@ class StopOnHeldOut(Callback):
 
     Args:
         every: Steps between two measurements.
-        patience: Measurements without a rise; by default 2, or with a learning-rate schedule and
-            `max_steps` as many as there are: its small last steps are the best ones.
+        patience: Measurements without a rise.
         least: The least rise that counts.
         examples: Measure the first so many held-out examples of each expert; None measures all.
     """
 
     def __init__(
-        self,
-        every: int = 10,
-        patience: int | None = None,
-        least: float = 0.002,
-        examples: int | None = EXAMPLES,
+        self, every: int = 10, patience: int = 2, least: float = 0.002, examples: int | None = EXAMPLES
     ) -> None:
         check_option("StopOnHeldOut.every", every, int, "[1, inf)")
-        check_option("StopOnHeldOut.patience", patience, int | None, "[1, inf)")
+        check_option("StopOnHeldOut.patience", patience, int, "[1, inf)")
         check_option("StopOnHeldOut.least", least, float, "[0, inf)")
         check_option("StopOnHeldOut.examples", examples, int | None, "[1, inf)")
         self.every, self.patience, self.least, self.examples = every, patience, least, examples
@@ -53,15 +46,12 @@ class StopOnHeldOut(Callback):
         self.best: tuple[int, Tensor] | None = None  # the best step and its coefficients [K, G]
         self.highest = -math.inf  # mean r of the last rise that counted
         self.waited = self.stopped = 0
-        self._patience: float = patience or PATIENCE
         self._judge: HeldOutJudge | None = None
         self._weights: list[float] = []  # of the tasks; none: equal
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, MergeModule)
-        if self.patience is None and trainer.lr_scheduler_configs and trainer.max_steps > 0:
-            self._patience = math.inf
         data: Calibration = trainer.datamodule  # type: ignore[attr-defined]
         with trainer.strategy.precision_plugin.forward_context():
             given, model = pl_module.inputs(data), pl_module.resident
@@ -78,7 +68,7 @@ class StopOnHeldOut(Callback):
         assert isinstance(pl_module, MergeModule)
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             self._measure(trainer, pl_module)
-        if self.waited >= self._patience and not self.stopped:
+        if self.waited >= self.patience and not self.stopped:
             self.stopped = trainer.global_step
             trainer.should_stop = True
             if trainer.is_global_zero and self.best:
