@@ -30,7 +30,6 @@ from trainmerge.run.manifest import versions
 from trainmerge.run.merge_buffers import REESTIMATE
 from trainmerge.run.opened import Opened
 from trainmerge.run.recipe import Recipe
-from trainmerge.system import distributed
 from trainmerge.system.hub import SIDE
 from trainmerge.system.safetensors_file import flat_bytes, sha256
 from trainmerge.system.workspace import digest
@@ -165,12 +164,12 @@ def _side_files(folder: Path) -> dict[str, str]:
 
 
 def _numerics() -> list[Any]:
-    """What the forwards' last bits depend on, but for the number of threads."""
+    """What the forwards' last bits depend on, but for the numbers of threads and processes."""
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else torch.backends.cpu.get_cpu_capability()
     cast = str(torch.get_autocast_dtype(DEVICE)) if torch.is_autocast_enabled(DEVICE) else None
-    order = [os.environ.get("TRAINMERGE_KERNELS"), distributed.world_size()]  # of a merge's sums, of batches
+    kernels = os.environ.get("TRAINMERGE_KERNELS")  # the order of a merge's sums
     widths = torch.get_float32_matmul_precision(), str(torch.get_default_dtype())
-    return [order, name, cast, *widths, _versions()]
+    return [kernels, name, cast, *widths, _versions()]
 
 
 @cache
