@@ -129,15 +129,17 @@ def test_a_race_is_not_run_again(tmp_path: Path) -> None:
 def test_an_evaluation_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     """A race reads the examples first that earlier merges missed: also merges that are known."""
     write_world(tmp_path)
-    run = fit(recipe(tmp_path), tmp_path / "run")
-    whole, _ = evaluate(run, grid=(0.2, 0.5, 0.6, 0.8))
+    run = fit(recipe(tmp_path), tmp_path / "run", 2.0)  # 1.5 wins first, and the others leave one by one
+    grid = (0.2, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5)
+    whole, _ = evaluate(run, grid=grid)
     files = sorted(tmp_path.glob(".scores/*.json"), key=lambda file: file.stat().st_mtime_ns)
-    for kept in range(6, len(files), 2):  # base and average are known
+    entries = {file.name: file.read_bytes() for file in files}
+    for kept in range(len(files) - 7, len(files)):  # within the race
         for file in files[kept:]:
             file.unlink()
-        found, _ = evaluate(run, grid=(0.2, 0.5, 0.6, 0.8))
+        found, _ = evaluate(run, grid=grid)
         assert content(found) == content(whole)
-        assert sorted(tmp_path.glob(".scores/*.json")) == sorted(files)
+        assert {file.name: file.read_bytes() for file in tmp_path.glob(".scores/*.json")} == entries
 
 
 def test_a_checkpoint_and_a_comparison(world: Path) -> None:
