@@ -69,7 +69,9 @@ class ModuleSteps:
         signals = [self.tasks.signals(k, *batch) for k, batch in enumerate(taken)]
         names = [stream.name for stream in self.streams]
         loss = self.tasks.losses([batch for batch, _ in taken], signals)
-        predict = foresight(self.coefficients, self.optimizer, self.anchor, self.start, self.clip)
+        moved = self.optimizer, self.anchor, self.start, self.clip
+        ahead = self.tasks.merged.writes_ahead
+        predict = foresight(self.coefficients, *moved) if ahead else None
         how = torch.Tensor.backward, _alone, StepSchedule(), self.combine, predict
         gradient = StepGradient(self.tasks.merged, names, loss, *how)
         turns = [Batch(k, {}, torch.ones(0, 0), torch.arange(0)) for k in range(len(names))]

@@ -113,9 +113,9 @@ class CoefficientSteps(pl.LightningModule, ABC):
         assert not isinstance(optimizer, list)
         reports: list[dict[str, Tensor]] = []
         start, precision = self.start.to(self.device), self.trainer.strategy.precision_plugin
-        alone = self.trainer.world_size == 1
+        ahead = self.trainer.world_size == 1 and self.resident.merged.writes_ahead
         moved = optimizer.optimizer, self.anchor, start, self.clip
-        gradient = self._step_gradient(foresight(self.coefficients, *moved) if alone else None)
+        gradient = self._step_gradient(foresight(self.coefficients, *moved) if ahead else None)
 
         def closure() -> Tensor:
             with precision.forward_context():

@@ -136,6 +136,11 @@ class MergedModel(MergedWeights):
             if self._one_pass is not None:
                 self._one_pass.judge(left)
 
+    @property
+    def writes_ahead(self) -> bool:
+        """Whether a last backward writes the next merge, if it is told what the step will give."""
+        return self._one_pass is not None and not self._one_pass.stopped
+
     @cached_property
     def _one_pass(self) -> OnePass | None:
         """Merges in the last backward, where every pass waits and all weights' gradients are seen."""

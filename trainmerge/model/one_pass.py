@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from trainmerge.model.postponed import storage_of
+from trainmerge.model.postponed import storage_of, storages_in
 from trainmerge.task_vectors.prefetch import largest_block
 
 Predict = Callable[
@@ -133,8 +132,8 @@ class OnePass(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operation, on the step's own merge."""
         if self._written:
-            for part in tree_leaves((args, kwargs)):
-                if isinstance(part, Tensor) and (names := self._written.pop(storage_of(part), None)):
+            for storage in storages_in(args, kwargs):
+                if names := self._written.pop(storage, None):
                     self._late.update(names)
                     with _disable_current_modes(), torch.no_grad():
                         self._write(names, None)

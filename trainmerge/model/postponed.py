@@ -57,8 +57,8 @@ class Postponed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operation, after the merge of what it reads."""
         if self._left:
-            for part in tree_leaves((args, kwargs)):
-                for unit in self._units.get(storage_of(part), ()) if isinstance(part, Tensor) else ():
+            for storage in storages_in(args, kwargs):
+                for unit in self._units.get(storage, ()):
                     self.begin(unit)
         return func(*args, **(kwargs or {}))
 
@@ -99,6 +99,11 @@ def _compiled(module: nn.Module) -> bool:
     """Whether this is `torch.compile(module)`, or `module.compile()` was called; imports no compiler."""
     wrapped = type(module).__module__.startswith("torch._dynamo")
     return wrapped or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def storages_in(*arguments: Any) -> Iterator[int]:
+    """The memory of every tensor that an operation is given."""
+    return (storage_of(part) for part in tree_leaves(arguments) if isinstance(part, Tensor))
 
 
 def storage_of(tensor: Tensor) -> int:
