@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import trainmerge as tm
 from tests.world import LABELS, write_world
-from trainmerge.auto import auto_config, finished_search, preview_auto, search, starts
+from trainmerge.auto import auto_config, choice, finished_search, preview_auto, search, starts
 from trainmerge.auto.starts import Start
 from trainmerge.auto.trials import Trial, TrialLog
 from trainmerge.cli import main
@@ -72,7 +72,8 @@ def test_the_best_row_is_chosen_and_exported(world: Path, chosen: tm.Choice) -> 
     assert chosen.best == max(chosen.rows, key=lambda name: chosen.rows[name].mean)
     assert {"task arithmetic", "TIES"} <= chosen.rows.keys()
     assert any(name.startswith("learned from") for name in chosen.rows)
-    uniform = max(t.mean for t in TrialLog(world / "merged-auto" / "trials.jsonl").known.values())
+    judged = TrialLog(world / "merged-auto" / "trials.jsonl").known.values()
+    uniform = max(t.mean for t in judged if t.examples == "held out")
     assert chosen.rows[chosen.best].mean >= uniform
     again = tm.export_run(chosen.run, world / "again")
     one, other = load_file(again / "model.safetensors"), load_file(world / "merged" / "model.safetensors")
@@ -81,6 +82,21 @@ def test_the_best_row_is_chosen_and_exported(world: Path, chosen: tm.Choice) -> 
     written = json.loads((world / "merged-auto" / "auto.json").read_text())
     assert written["best"] == chosen.best
     assert written["rows"][chosen.best]["mean"] == chosen.rows[chosen.best].mean
+
+
+def test_scales_per_expert_are_chosen_by_examples_that_the_fits_learn_from(
+    world: Path, chosen: tm.Choice
+) -> None:
+    """What judges a row in the end has chosen no more than one number of it."""
+    judged = TrialLog(world / "merged-auto" / "trials.jsonl").known.values()
+    for name in (start.name for start in FEW):
+        common = [t for t in judged if (t.start, t.examples) == (name, "held out") and len({*t.scales}) == 1]
+        own = [t for t in judged if (t.start, t.examples) == (name, "learned from")]
+        best = max(own, key=lambda trial: trial.mean)
+        assert own[0].scales in [trial.scales for trial in common]  # where the search begins
+        (same,) = [t for t in judged if (t.start, t.scales, t.examples) == (name, best.scales, "held out")]
+        assert same.recovered != best.recovered
+        assert chosen.rows[name] == max([*common, same], key=lambda trial: trial.mean)
 
 
 def test_learning_begins_at_the_judged_scales(chosen: tm.Choice) -> None:
@@ -110,7 +126,7 @@ def test_without_learning_the_best_start_is_exported(
     monkeypatch.setattr(search, "starts", lambda *_: FEW)
     config = str(world / "config.yaml")
     assert main(["auto", config, str(tmp_path / "out"), "--learn", "false"]) == 0
-    found = search.Choice.read(tmp_path / "out-auto")
+    found = choice.Choice.read(tmp_path / "out-auto")
     assert found.rows == {n: replace(found.rows[n], recovered=chosen.rows[n].recovered) for n in found.rows}
     assert {*found.rows} == {start.name for start in FEW}
     assert load_file(tmp_path / "out" / "model.safetensors")
@@ -126,9 +142,9 @@ def test_a_preview_says_what_is_tried_and_at_most_how_often(
     seen = preview_auto(world / "config.yaml")
     judged = (world / "merged-auto" / "trials.jsonl").read_text().splitlines()
     assert [start.name for start in seen.tried] == [start.name for start in FEW]
-    assert len(judged) <= seen.merges == 2 * (2 + 4) + 2 * 2 * K
-    assert (seen.judge, seen.objective, seen.steps, seen.examples) == ("Alignment", "Alignment", 4, 8)
-    assert seen.judging_seconds(3.0, 0.5) == seen.merges * (1.0 * 8 / 4 + 0.5)
+    assert len(judged) <= seen.merges == 2 * (2 + 4) + 2 * (2 * K + 2)
+    assert (seen.judge, seen.objective, seen.steps, seen.examples) == ("Alignment", "Alignment", 4, 24)
+    assert seen.judging_seconds(3.0, 0.5) == seen.merges * (1.0 * 24 / 4 + 0.5)
 
 
 def test_a_preview_gives_the_reason_that_the_search_gives(
@@ -229,9 +245,9 @@ def test_if_every_start_fails_the_reason_is_in_the_error(world: Path, tmp_path: 
 
 def test_it_is_loud_where_nothing_helps() -> None:
     with pytest.warns(UserWarning, match="no merge is closer"):
-        search.warn_if_none(Trial("s", (0.1,), (-0.1, 0.05)))
+        choice.warn_if_none(Trial("s", (0.1,), (-0.1, 0.05)))
     with pytest.warns(UserWarning, match="further from one of its experts"):
-        search.warn_if_none(Trial("s", (0.1,), (-0.1, 0.5)))
+        choice.warn_if_none(Trial("s", (0.1,), (-0.1, 0.5)))
 
 
 def test_what_it_cannot_do_is_refused(world: Path, tmp_path: Path) -> None:

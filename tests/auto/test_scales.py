@@ -48,5 +48,4 @@ def test_every_expert_moves_towards_its_own_best() -> None:
         losses = [(scale - target) ** 2 for scale, target in zip(scales, targets, strict=True)]
         return Trial("start", tuple(scales), tuple(1 - loss for loss in losses))
 
-    best = own_scales(judged, judged([0.5] * K))
-    assert best.scales == (0.5 * STEPS[0], 0.5, 0.5 * STEPS[1])
+    assert own_scales(judged, [0.5] * K) == (0.5 * STEPS[0], 0.5, 0.5 * STEPS[1])

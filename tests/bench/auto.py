@@ -10,7 +10,8 @@ import torch
 
 import trainmerge as tm
 from tests.bench.__main__ import figure
-from trainmerge.auto.search import AutoSearch, Choice
+from trainmerge.auto.choice import Choice
+from trainmerge.auto.search import AutoSearch
 from trainmerge.tradeoffs.surrogate import rank_correlation
 
 CONFIG = Path("configs/demo.yaml")

@@ -10,7 +10,8 @@ Legend: `K` experts, `G` coefficient groups.
 import json
 from pathlib import Path
 
-from trainmerge.auto.search import AutoSearch, Choice
+from trainmerge.auto.choice import Choice
+from trainmerge.auto.search import AutoSearch
 from trainmerge.export.export_once import export_once
 from trainmerge.report import write_report
 from trainmerge.run.folder import RunFolder

@@ -1,4 +1,4 @@
-"""A start in memory, and what its merges recover of the experts on the held-out examples.
+"""A start in memory, and what its merges recover of the experts on their examples.
 
 Legend: `K` experts, `G` coefficient groups.
 """
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from trainmerge.auto.starts import Start
-from trainmerge.auto.trials import Trial, TrialLog
+from trainmerge.auto.trials import HELD_OUT, LEARNING, Examples, Trial, TrialLog
 from trainmerge.coefficients.coefficients import Coefficients
 from trainmerge.coefficients.initial import read_initial
 from trainmerge.coefficients.measured_presets import MeasuredPreset
 from trainmerge.data.batch import Asks
-from trainmerge.fitting.held_out import HeldOutJudge, judge_of
-from trainmerge.fitting.prepare import FitInputs, prepare
+from trainmerge.fitting.held_out import EXAMPLES, HeldOutJudge, judge_of
+from trainmerge.fitting.prepare import FitInputs, Prepared, prepare
 from trainmerge.objectives import Objective
 from trainmerge.run.config import to_config
 from trainmerge.system.workspace import digest
@@ -29,17 +29,24 @@ from trainmerge.system.workspace import digest
 class Judged:
     """Judges merges of one start. The model is loaded for the first merge that the log does not have.
 
-    `base` is shared by all starts: the first one adds the base's losses [K], which are those of all.
+    `base` is shared by all starts: the first one adds the base's losses [K] on each part of the examples,
+    which are those of all.
     """
 
     def __init__(
-        self, start: Start, inputs: FitInputs, objective: Objective, log: TrialLog, base: list[Tensor]
+        self,
+        start: Start,
+        inputs: FitInputs,
+        objective: Objective,
+        log: TrialLog,
+        base: dict[Examples, Tensor],
     ) -> None:
         names, layout = tuple(inputs.recipe.experts), inputs.opened.layout
         recipe = replace(inputs.recipe, preprocess=start.preprocess)
         values = read_initial(start.initial, names, layout)
         own = Coefficients(names, layout, values, inputs.coefficients.constraint)
-        self._model: HeldOutJudge | None = None
+        self._made: Prepared | None = None
+        self._judges: dict[Examples, HeldOutJudge] = {}
         self._base = base
         self.weights = tuple(expert.weight for expert in inputs.recipe.experts.values())
         self._values = own().detach().clone()  # judging changes the coefficients themselves
@@ -49,31 +56,40 @@ class Judged:
         self.inputs = replace(inputs, recipe=recipe, coefficients=own, initial=start.initial, asks=asks)
 
     def __call__(self, scales: Sequence[float]) -> Trial:
-        """The trial at these scales [K] of the start's coefficients."""
-        key = digest(json.dumps([self._depends_on, list(scales)]), length=32)
+        """The trial on the held-out examples at these scales [K] of the start's coefficients."""
+        return self._trial(scales, HELD_OUT)
+
+    def learning(self, scales: Sequence[float]) -> Trial:
+        """The same on examples that a fit learns from: many scales may be chosen by them."""
+        return self._trial(scales, LEARNING)
+
+    def _trial(self, scales: Sequence[float], by: Examples) -> Trial:
+        part = [LEARNING] if by == LEARNING else []
+        key = digest(json.dumps([self._depends_on, list(scales), *part]), length=32)
         if key not in self.log.known:
             clock = monotonic()
-            shares = self.recovered(self.at(scales))
+            shares = self.recovered(self.at(scales), by)
             found, seconds = tuple(shares.tolist()), monotonic() - clock
-            trial = Trial(self.start.name, tuple(scales), found, seconds, self.weights)
+            trial = Trial(self.start.name, tuple(scales), found, seconds, self.weights, by)
             self.log.add(key, trial)
         return self.log.known[key]
 
     def at(self, scales: Sequence[float]) -> Tensor:
         """The coefficients [K, G] at these scales [K]: the nearest ones in the constraint's set."""
         if not self._measured:
-            self._load()
+            self._loaded()
         wanted = self._values * torch.tensor(scales, dtype=torch.float32)[:, None]
         return self.inputs.coefficients.constraint.project(wanted)
 
-    def recovered(self, values: Tensor) -> Tensor:
+    def recovered(self, values: Tensor, by: Examples = HELD_OUT) -> Tensor:
         """Of each expert, [K], at coefficients [K, G]."""
         self.inputs.coefficients.reset_(values)
-        return self._load().recovered()
+        return self._judge(by).recovered()
 
     def release(self) -> None:
         """Free the model's memory."""
-        self._model = None
+        self._made = None
+        self._judges.clear()
 
     @cached_property
     def _depends_on(self) -> list[object]:
@@ -89,13 +105,20 @@ class Judged:
             self.weights,
         ]
 
-    def _load(self) -> HeldOutJudge:
-        if self._model is None:
-            made = prepare(self.inputs, "cpu", nullcontext)
+    def _judge(self, by: Examples) -> HeldOutJudge:
+        if by not in self._judges:
+            made, data = self._loaded(), self.inputs.data
+            part = data.held_out_part(EXAMPLES) if by == HELD_OUT else data.learning_part(EXAMPLES)
+            judge = HeldOutJudge.on(part, self.inputs, made.resident, self.objective)
+            if by not in self._base:
+                self._base[by] = judge.base_losses
+            vars(judge)["base_losses"] = self._base[by]  # sets the cached property
+            self._judges[by] = judge
+        return self._judges[by]
+
+    def _loaded(self) -> Prepared:
+        if self._made is None:
+            self._made = made = prepare(self.inputs, "cpu", nullcontext)
             if made.start is not None:
                 self._values, self._measured = made.start.expand_as(self._values).clone(), True
-            self._model = HeldOutJudge.of(self.inputs, made.resident, self.objective)
-            if not self._base:
-                self._base.append(self._model.base_losses)
-            vars(self._model)["base_losses"] = self._base[0]  # sets the cached property
-        return self._model
+        return self._made

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from trainmerge.auto.choice import Choice
 from trainmerge.auto.judging import Judged
 from trainmerge.auto.scales import most_merges
-from trainmerge.auto.search import FINALISTS, AutoSearch, Choice
+from trainmerge.auto.search import FINALISTS, AutoSearch
 from trainmerge.auto.starts import Start
 from trainmerge.coefficients.layer_least_squares import LayerLeastSquares
 from trainmerge.fitting.held_out import EXAMPLES, judge_of
@@ -30,7 +31,7 @@ class Preview:
         left_out: Start -> why it would be left out.
         judge: The loss that judges, by its class.
         objective: The loss that learns, by its class.
-        examples: Held-out examples per expert that a merge is judged by, of the expert with most.
+        examples: Examples per expert that a merge is judged by, of the expert with most.
         merges: The most merges that are judged before learning.
         steps: The most steps of each of the `FINALISTS` fits.
         batch_size: Examples per expert of such a step.
@@ -74,15 +75,15 @@ def preview_auto(config: Path, held_out: float = 0.2) -> Preview:
         refused = {name: why_refused(judged) for name, judged in search.judged.items()}
         tried = [judged.start for name, judged in search.judged.items() if not refused[name]]
         module, data = search.settings.module, search.settings.data
-        held = data.held_out_part(EXAMPLES).examples
+        judging = [*data.held_out_part(EXAMPLES).examples, *data.learning_part(EXAMPLES).examples]
         common = sum(most_merges(start.scales) for start in tried)
         return Preview(
             tried,
             {name: reason for name, reason in refused.items() if reason},
             type(judge_of(module.objective)).__name__,
             type(module.objective).__name__,
-            max(map(len, held)),
-            common + min(FINALISTS, len(tried)) * 2 * search.K,
+            max(map(len, judging)),
+            common + min(FINALISTS, len(tried)) * (2 * search.K + 2),
             search.settings.trainer.max_steps,
             data.batch_size,
             module.recipe,

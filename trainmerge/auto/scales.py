@@ -32,13 +32,14 @@ def most_merges(scales: Sequence[float]) -> int:
     return len(scales) + 2 * REFINE * (len(scales) > 1)
 
 
-def own_scales(judge: Judge, best: Trial) -> Trial:
-    """One scale per expert from the best common one: each is tried a step lower and higher, in turn."""
-    for k in range(len(best.scales)):
+def own_scales(judge: Judge, scales: Sequence[float]) -> Sequence[float]:
+    """One scale per expert from common ones, K: each is tried a step lower and higher, in turn."""
+    best = judge(scales)
+    for k in range(len(scales)):
         scales = best.scales
         for step in STEPS:
             best = max(best, judge([*scales[:k], scales[k] * step, *scales[k + 1 :]]), key=_mean)
-    return best
+    return best.scales
 
 
 def _mean(trial: Trial) -> float:

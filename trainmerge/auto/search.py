@@ -5,17 +5,17 @@ Legend: `K` experts, `G` coefficient groups.
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from torch import Tensor
 
+from trainmerge.auto.choice import Choice, warn_if_none
 from trainmerge.auto.judging import Judged
 from trainmerge.auto.scales import common_scale, own_scales
 from trainmerge.auto.starts import starts
-from trainmerge.auto.trials import Trial, TrialLog, trial_of
+from trainmerge.auto.trials import Examples, Trial, TrialLog
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.coefficients.constraints import Sigmoid
 from trainmerge.fitting.fit import fit
@@ -23,46 +23,11 @@ from trainmerge.fitting.from_config import FitSettings, from_config
 from trainmerge.fitting.generated import share_generated
 from trainmerge.fitting.held_out_stopping import StopOnHeldOut
 from trainmerge.run.config import read_settings, to_config
-from trainmerge.system.json_file import read_json
 from trainmerge.system.text import shortened
 from trainmerge.system.workspace import digest
 
 FINALISTS = 2  # starts that get a scale per expert, and are learned from
 STEPS = 80  # of a configuration that has none
-REMEDY = "Run trainmerge auto again: what was judged is kept."
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What `auto_config` found: the best trial of every row, and the run folder of the best."""
-
-    rows: Mapping[str, Trial]  # name -> its best trial
-    best: str
-    run: Path  # an ordinary run folder
-    learned: Mapping[str, Path]  # rows that were learned -> their run folders
-
-    def to_json(self) -> dict[str, Any]:
-        """As auto.json has it."""
-        rows = {name: {**asdict(t), "mean": t.mean, "worst": t.worst} for name, t in self.rows.items()}
-        return {"best": self.best, "run": self.run.name, "rows": rows}
-
-    @staticmethod
-    def read(place: Path) -> "Choice":
-        """The choice in the folder `place`, without the run folders of rows that were not chosen.
-
-        Raises:
-            ValueError: its auto.json is damaged.
-        """
-        file = place / "auto.json"
-        content = read_json(file, REMEDY)
-        rows, best, run = (content.get(key) for key in ("rows", "best", "run"))
-        if not (
-            isinstance(rows, Mapping) and isinstance(best, str) and best in rows and isinstance(run, str)
-        ):
-            raise ValueError(f"{file}: has no rows, or none that is the best. {REMEDY}")
-        return Choice(
-            {name: trial_of(row, file) for name, row in rows.items()}, best, place / Path(run).name, {}
-        )
 
 
 class AutoSearch:
@@ -83,7 +48,7 @@ class AutoSearch:
         if isinstance(module.coefficients.constraint, Sigmoid):
             raise ValueError("auto scales coefficients directly: use trainmerge.Box instead of Sigmoid")
         inputs, self.K = module.inputs(self.settings.data), len(module.recipe.experts)
-        log, base = TrialLog(place / "trials.jsonl"), list[Tensor]()
+        log, base = TrialLog(place / "trials.jsonl"), dict[Examples, Tensor]()
         tried = starts(self.K, module.recipe.preprocess, module.initial)
         self.judged = {start.name: Judged(start, inputs, module.objective, log, base) for start in tried}
 
@@ -97,8 +62,7 @@ class AutoSearch:
         finalists = sorted(rows, key=lambda name: -rows[name].mean)[:FINALISTS]
         for name in finalists:
             if self._has_time(f"scales per expert of {name}"):
-                rows[name] = own_scales(self.judged[name], rows[name])
-                self.judged[name].release()
+                rows[name] = self._own_scales(name, rows[name])
         learned: dict[str, Path] = {}
         for name in finalists if learn else ():
             row = f"learned from {name}"
@@ -123,6 +87,13 @@ class AutoSearch:
             judge.release()  # one model in memory at a time
         print(f"{name}: recovers {found.mean:.3f} at scale {found.scales[0]:.2f}", flush=True)
         return found
+
+    def _own_scales(self, name: str, common: Trial) -> Trial:
+        """The better of a common scale and one per expert, chosen by examples that the fits learn from."""
+        judge = self.judged[name]
+        found = judge(own_scales(judge.learning, common.scales))
+        judge.release()
+        return max(common, found, key=lambda trial: trial.mean)
 
     def _learn(self, trial: Trial) -> tuple[Path, Trial]:
         """Learn from a start, stopped on the held-out examples."""
@@ -177,22 +148,6 @@ class AutoSearch:
             return True
         print(f"no time is left for: {what}", flush=True)
         return False
-
-
-def warn_if_none(best: Trial) -> None:
-    """Warn if the best merge recovers nothing of the experts, or less than nothing of one."""
-    if best.mean <= 0:
-        warnings.warn(
-            "no merge is closer to the experts than the base itself on the held-out examples: they do not "
-            "merge by these methods. Keep the experts apart, or check that they share this base",
-            stacklevel=2,
-        )
-    elif best.worst < 0:
-        warnings.warn(
-            "the best merge is further from one of its experts than the base is: leave that expert out, or "
-            "give it a higher weight",
-            stacklevel=2,
-        )
 
 
 def _slug(trial: Trial) -> str:

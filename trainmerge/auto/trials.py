@@ -7,21 +7,27 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from trainmerge.fitting.held_out import mean_share
 from trainmerge.system.atomic import append_line, write_whole
 from trainmerge.system.json_file import parse_json
 
+Examples = Literal["held out", "learned from"]  # by which a merge is judged
+HELD_OUT: Examples = "held out"
+LEARNING: Examples = "learned from"
+
 
 @dataclass(frozen=True)
 class Trial:
-    """A merge and what it recovers of each expert on the held-out examples."""
+    """A merge and what it recovers of each expert on some of their examples."""
 
     start: str
     scales: tuple[float, ...]  # K, of the start's coefficients
     recovered: tuple[float, ...]  # K: 1 is the expert, 0 the base
     seconds: float = 0.0
     weights: tuple[float, ...] = ()  # K, of the tasks; empty if they are equal
+    examples: Examples = HELD_OUT
 
     @property
     def mean(self) -> float:
@@ -70,12 +76,15 @@ def trial_of(content: object, path: Path) -> Trial:
     """
     try:
         assert isinstance(content, Mapping)
+        examples = content.get("examples", HELD_OUT)
+        assert examples in get_args(Examples)
         return Trial(
             str(content["start"]),
             _numbers(content["scales"]),
             _numbers(content["recovered"]),
             float(content["seconds"]),
             _numbers(content.get("weights") or ()),
+            examples,
         )
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged. Remove it: its merges are judged again.") from error

@@ -126,6 +126,10 @@ class Calibration(pl.LightningDataModule):
             raise ValueError("no examples are held out: set data.held_out to a share, such as 0.2")
         return self.with_examples([own[:limit] for own in self._held])
 
+    def learning_part(self, limit: int | None = None) -> "Calibration":
+        """The same with the first so many examples of each expert's that the fit learns from."""
+        return self.with_examples([own[:limit] for own in self.examples])
+
     def with_examples(self, examples: list[list[Example]]) -> "Calibration":
         """The same settings for other examples of the experts, K lists."""
         other = copy(self)

@@ -57,7 +57,12 @@ class HeldOutJudge:
 
         The experts' outputs are recorded once, in the workspace.
         """
-        judge, data = judge_of(objective), given.data.held_out_part(limit)
+        return HeldOutJudge.on(given.data.held_out_part(limit), given, resident, objective)
+
+    @staticmethod
+    def on(data: Calibration, given: FitInputs, resident: Resident, objective: Objective) -> "HeldOutJudge":
+        """The same with all examples of `data`, which changes its batch size."""
+        judge = judge_of(objective)
         if not judge.couples:
             data.batch_size *= TOGETHER
         records = record_experts(replace(given, asks=judge.asks, data=data), resident)
