@@ -24,6 +24,9 @@ TIES: Steps = (("Ties", {}),)
 FUSED: tuple[str, dict[str, Any]] = ("Ties", {"density": 1.0, "merge": "mean"})
 LEARN: tuple[str, ...] = ()  # the suite's own steps: alignment
 CHUNKS = ("--recipe.grouping.granularity=chunk", "--recipe.grouping.chunks=8")
+LONGER = (
+    "--data.max_examples=64", "--trainer.max_steps=80", "--model.lr_scheduler.init_args.T_max=80",
+)  # fmt: skip
 GUARDED = (
     "--model.objective=trainmerge.Entropy", "--model.objective.agreement=5.0",
     "--model.optimizer.init_args.lr=0.02", "--trainer.max_steps=100",
@@ -79,6 +82,14 @@ METHODS = {
     ),
     "alignment-doge-am": Method(
         "alignment from DOGE-AM", (("Doge", {"solver": "adam", "separate": True}),), 0.3, LEARN
+    ),
+    "alignment-doge-am-chunks": Method(
+        "alignment from DOGE-AM, 8 chunks per tensor, 64 texts, 80 steps",
+        (("Doge", {"solver": "adam", "separate": True}),),
+        0.3,
+        (*CHUNKS, *LONGER),
+        ("lm",),
+        seeds=3,
     ),
     "alignment-projected": Method("alignment, projected gradients", (), 0.3, ("--model.subspace=6",)),
     "guarded-ties": Method("guarded entropy from TIES", TIES, 0.3, GUARDED, ("text",)),
