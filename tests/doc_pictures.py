@@ -27,6 +27,7 @@ SHOWN = (  # of the table of merges without learning
     "alignment-optmerge",
     "alignment-optmerge-chunks",
     "alignment-doge-am",
+    "alignment-doge-am-chunks",
 )
 
 
