@@ -132,21 +132,21 @@ def gap() -> Figure:
     figure = Figure(figsize=(8.8, 4.6), layout="constrained")
     axes = figure.subplots()
     baselines = {name: suite.baselines() for name, suite in closed_suite.SUITES.items()}
-    titles = [closed_methods.METHODS[name].title for name in SHOWN]
+    titles = [closed_methods.METHODS[name].title.replace(" tensor, ", " tensor,\n") for name in SHOWN]
     for offset, suite, title, color in (
         (0.2, "text", "eight text classifiers", BLUE),
         (-0.2, "lm", "three language models", ORANGE),
     ):
-        shares = []
-        for name in SHOWN:
+        shares, places = [], []
+        for i, name in enumerate(SHOWN):
             gap_of = partial(closed_suite.SUITES[suite].gap, baselines=baselines[suite])
-            found = [gap_of(one["score"]) for one in closed_suite.measured(suite, name)]
-            shares.append(sum(found) / max(1, len(found)))
-        places = [len(SHOWN) - 1 - i + offset for i in range(len(SHOWN))]
-        bars = axes.barh(places, [100 * share for share in shares], 0.38, color=color, label=title)
+            if found := [gap_of(one["score"]) for one in closed_suite.measured(suite, name)]:
+                shares.append(100 * sum(found) / len(found))
+                places.append(len(SHOWN) - 1 - i + offset)
+        bars = axes.barh(places, shares, 0.38, color=color, label=title)
         axes.bar_label(bars, fmt="%.0f%%", padding=3, fontsize=8)
     axes.set_yticks(range(len(SHOWN)), titles[::-1])
-    axes.set(xlim=(0, 108), xlabel="share of the gap closed, best task arithmetic (0%) to experts (100%)")
+    axes.set(xlim=(0, 108), xlabel="% of the gap from task arithmetic to the experts")
     axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
