@@ -42,9 +42,10 @@ def _print_starts(preview: Preview) -> None:
 def _words(preview: Preview, plan: Plan | None) -> str:
     """What is judged and learned, and how long it takes."""
     return (
-        f"trainmerge auto judges at most {preview.merges} merges by {preview.judge} on {preview.examples} "
-        f"held-out examples per expert, learns by {preview.objective} from the best {preview.fits} for at "
-        f"most {preview.steps} steps each, and exports the best; {_time(preview, plan)}"
+        f"trainmerge auto judges at most {preview.merges} merges by {preview.judge} on at most "
+        f"{preview.examples} examples per expert, learns by {preview.objective} from the best "
+        f"{preview.fits} for at most {preview.steps} steps each, and exports the best; "
+        f"{_time(preview, plan)}"
     )
 
 
