@@ -137,9 +137,9 @@ def gap() -> Figure:
         (0.2, "text", "eight text classifiers", BLUE),
         (-0.2, "lm", "three language models", ORANGE),
     ):
+        gap_of = partial(closed_suite.SUITES[suite].gap, baselines=baselines[suite])
         shares, places = [], []
         for i, name in enumerate(SHOWN):
-            gap_of = partial(closed_suite.SUITES[suite].gap, baselines=baselines[suite])
             if found := [gap_of(one["score"]) for one in closed_suite.measured(suite, name)]:
                 shares.append(100 * sum(found) / len(found))
                 places.append(len(SHOWN) - 1 - i + offset)
