@@ -18,17 +18,16 @@ COMPILED = """
 import os
 import warnings
 import torch
-from tests.contracts import assert_inner_is_exact, assert_merge_is_exact
+from tests.contracts import assert_merge_is_exact
 from trainmerge.kernels import Difference, ExpertWeight, using
 from trainmerge.task_vectors.delta import Delta
 
 warnings.filterwarnings("error", message="torch.compile failed")
 generator = torch.Generator().manual_seed(0)
-base, weight, tau, grad = torch.randn(4, 300, 400, generator=generator)
+base, weight, tau = torch.randn(3, 300, 400, generator=generator)
 delta = Delta(base, (ExpertWeight(weight), Difference(tau)))
 with using("compiled"):
     assert_merge_is_exact(delta, torch.rand(2, 2, generator=generator))
-    assert_inner_is_exact(delta, grad, 2)
 print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 """
 
