@@ -84,6 +84,7 @@ from .objectives import Entropy as Entropy
 from .objectives import JensenShannon as JensenShannon
 from .objectives import Objective as Objective
 from .objectives import Similarity as Similarity
+from .objectives import TotalVariation as TotalVariation
 from .packed.export_packed import export_packed as export_packed
 from .packed.form import PackedForm as PackedForm
 from .packed.opened import Packed as Packed

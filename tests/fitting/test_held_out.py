@@ -56,7 +56,7 @@ def test_the_base_recovers_nothing_and_each_expert_itself(held_out: HeldOutJudge
         assert recovered(held_out, one_hot)[k] == pytest.approx(1.0, abs=1e-5)
 
 
-def test_it_is_the_mean_divergence_over_the_held_out_examples(held_out: HeldOutJudge) -> None:
+def test_it_is_the_mean_distance_over_the_held_out_examples(held_out: HeldOutJudge) -> None:
     """Example by example, from the experts' own logits in float64."""
     resident, data = held_out.resident, held_out.data
     values = torch.full(resident.merged.coefficients.raw.shape, 0.4)
@@ -70,8 +70,8 @@ def test_it_is_the_mean_divergence_over_the_held_out_examples(held_out: HeldOutJ
                 expert = resident(batch).logits.double().log_softmax(-1)
             with resident.merged.uniform(torch.zeros(K), everywhere=True):
                 base = resident(batch).logits.double().log_softmax(-1)
-        divergence = [(expert.exp() * (expert - other)).sum(-1).mean() for other in (merged, base)]
-        want.append(1 - float(divergence[0] / divergence[1]))
+        apart = [(expert.exp() - other.exp()).abs().sum(-1).mean() / 2 for other in (merged, base)]
+        want.append(1 - float(apart[0] / apart[1]))
     assert got.tolist() == pytest.approx(want, rel=1e-3, abs=1e-4)
 
 
@@ -132,43 +132,51 @@ def test_patience_counts_measurements_without_a_rise() -> None:
     assert other.state_dict() == stop.state_dict()
 
 
-def stopped_by(weights: list[float]) -> tm.StopOnHeldOut:
-    """Step 2 is the best by equal weights, step 1 by 9 and 1; later ones rise by neither."""
+LOSS, WEIGHTS = "TotalVariation()", [9.0, 1.0]
+
+
+def stopped() -> tm.StopOnHeldOut:
+    """Step 1 is the best by its weights, step 2 by equal ones."""
     stop = tm.StopOnHeldOut(every=1, patience=9)
-    stop.weigh(weights)
+    stop.judge_by(LOSS, WEIGHTS)
     for step, shares in enumerate([[0.0, 0.0], [0.8, 0.1], [0.4, 0.6], [0.3, 0.5]]):
         stop.add(step, torch.tensor(shares), torch.full((2, 1), float(step)))
+    assert stop.best is not None
+    assert (stop.best[0], stop.waited) == (1, 2)
     return stop
 
 
-def test_a_state_of_equal_weights_counts_anew_by_the_recipes() -> None:
-    """As if it had been measured with them, but for the coefficients of a step that it did not keep."""
-    state = stopped_by([1.0, 1.0]).state_dict()
-    state.pop("weights")  # as older versions wrote it
-    old, new = tm.StopOnHeldOut(), stopped_by([9.0, 1.0])
-    old.load_state_dict(state)
-    with pytest.warns(UserWarning, match="step 2 was the best by other task weights, step 1 is"):
-        old.weigh([9.0, 1.0])
-    assert (old.highest, old.waited) == (new.highest, new.waited)
-    assert old.waited == 2
-    assert old.best is not None
-    assert new.best is not None
-    assert (old.best[0], new.best[0]) == (2, 1)
-    old.add(4, torch.tensor([0.5, 0.5]), torch.full((2, 1), 4.0))
-    assert old.best[0] == 4  # better than step 2 by these weights
-
-
-def test_a_state_of_the_same_weights_goes_on() -> None:
-    state = stopped_by([9.0, 1.0]).state_dict()
+def test_a_state_of_the_same_loss_and_weights_goes_on() -> None:
+    state = stopped().state_dict()
     same = tm.StopOnHeldOut()
     same.load_state_dict(state)
-    same.weigh([9.0, 1.0])
+    same.judge_by(LOSS, WEIGHTS)
     assert same.state_dict() == state
-    equal = tm.StopOnHeldOut()
-    before = {key: value for key, value in stopped_by([1.0, 1.0]).state_dict().items() if key != "weights"}
-    equal.load_state_dict(before)
-    equal.weigh([1.0, 1.0])
-    assert {key: value for key, value in equal.state_dict().items() if key != "weights"} == before
+
+
+@pytest.mark.parametrize("missing", [{"loss"}, {"loss", "weights"}], ids=sorted)
+def test_an_older_versions_state_is_measured_anew(missing: set[str]) -> None:
+    state = {key: value for key, value in stopped().state_dict().items() if key not in missing}
+    old = tm.StopOnHeldOut(every=1, patience=9)
+    old.load_state_dict(state)
+    with pytest.warns(UserWarning, match="measured by another loss than TotalVariation"):
+        old.judge_by(LOSS, WEIGHTS)
+    assert (old.recovered, old.best, old.waited) == ({}, None, 0)
+    old.add(4, torch.tensor([0.1, 0.1]), torch.full((2, 1), 4.0))
+    assert old.best is not None
+    assert old.best[0] == 4
+
+
+def test_a_resumed_fit_of_an_older_version_measures_from_there_on(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_today = tm.StopOnHeldOut.state_dict
+    with monkeypatch.context() as older:
+        older.setattr(tm.StopOnHeldOut, "state_dict", lambda stop: {**of_today(stop), "loss": ""})
+        learn(world, tmp_path, steps=3, patience=9)
+    with pytest.warns(UserWarning, match="measured by another loss"):
+        _, made = learn(world, tmp_path, steps=6, patience=9)
+    assert list(callback(made).recovered) == [3, 4, 6]
 
 
 def test_it_needs_held_out_examples(world: Path, tmp_path: Path) -> None:

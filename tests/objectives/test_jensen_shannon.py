@@ -10,7 +10,7 @@ from torch.distributions import Categorical, kl_divergence
 
 import trainmerge as tm
 from trainmerge.data.batch import Asks, Batch, Outputs, Predictions, Signals
-from trainmerge.objectives import jensen_shannon
+from trainmerge.objectives import between_predictions
 
 B, T, V = 2, 4, 9
 MASK = torch.tensor([[True, True, True, False], [True, False, False, False]])
@@ -56,7 +56,7 @@ def test_it_is_its_formula_in_value_and_gradient(beta: float, temperature: float
 @pytest.mark.parametrize("beta", BETAS)
 def test_its_gradient_is_its_slope(beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """By finite differences; rows in several parts."""
-    monkeypatch.setattr(jensen_shannon, "ELEMENTS", 2 * V)
+    monkeypatch.setattr(between_predictions, "ELEMENTS", 2 * V)
     logits, log_p = world()
     loss = tm.JensenShannon(beta)
     batch = batch_of(Predictions(log_p))

@@ -18,6 +18,7 @@ from trainmerge.auto.starts import starts
 from trainmerge.auto.trials import Examples, Trial, TrialLog
 from trainmerge.coefficients.coefficients import Coefficients, save_coefficients
 from trainmerge.coefficients.constraints import Sigmoid
+from trainmerge.data.held_out import with_held_out
 from trainmerge.fitting.fit import fit
 from trainmerge.fitting.from_config import FitSettings, from_config
 from trainmerge.fitting.generated import share_generated
@@ -38,8 +39,13 @@ class AutoSearch:
     ) -> None:
         self.config, self.place, self.memory = config, place, memory
         self.problems: list[str] = []  # why starts were left out
-        self.trainer: Mapping[str, Any] = read_settings(config).get("trainer") or {}
+        given = read_settings(config)
+        self.trainer: Mapping[str, Any] = given.get("trainer") or {}
         self.changes: dict[str, Any] = {"data.held_out": held_out}
+        if limit := (given.get("data") or {}).get(
+            "max_examples"
+        ):  # for learning: others judge, where there are
+            self.changes["data.max_examples"] = with_held_out(limit, held_out)
         if not self.trainer.get("max_steps"):
             self.changes["trainer.max_steps"] = STEPS
         self.ends = monotonic() + 60 * minutes if minutes else None

@@ -1,6 +1,6 @@
 """The share of each expert's effect that a merge recovers, on held-out unlabeled examples.
 
-Legend: `K` experts, `G` coefficient groups.
+Legend: `B` examples, `K` experts, `G` coefficient groups.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from trainmerge.data.batch import Batch, Outputs
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.calibration_loss import batches
 from trainmerge.fitting.prepare import FitInputs, record_experts
 from trainmerge.model.resident import Resident
 from trainmerge.model.teachers import Record
-from trainmerge.objectives import Alignment, Objective
+from trainmerge.objectives import Alignment, Objective, TotalVariation
 from trainmerge.system import distributed
 
 EXAMPLES = 24  # of each expert: more cost time and hardly change the order of merges
@@ -23,11 +24,12 @@ TOGETHER = 4  # times a step's batch: no activation is kept for a backward
 
 
 def judge_of(objective: Objective) -> Objective:
-    """A loss that is 0 at each expert, for a fit's objective: alignment of outputs, or the fit's own.
+    """A loss that is 0 at each expert, for a fit's objective: how far outputs are apart, or the fit's own.
 
-    Entropy itself judges nothing: a merge can be sure and wrong.
+    Entropy itself judges nothing: a merge can be sure and wrong. And the mean of a divergence is that of a
+    few examples on which the merge is sure and wrong; of few examples, total variation orders merges better.
     """
-    return Alignment() if objective.needs_logits else objective
+    return TotalVariation() if objective.needs_logits else objective
 
 
 def mean_share(shares: Sequence[float], weights: Sequence[float]) -> float:
@@ -86,7 +88,12 @@ class HeldOutJudge:
         for batch in batches(self.resident, self.data):
             told = self.records[batch.expert].of(batch.ids, self.resident.device)
             outputs = self.resident(batch, self.objective.asks.layers)
-            losses = self.objective(outputs, batch._replace(teacher=told)).double()
+            losses = self._apart(outputs, batch._replace(teacher=told)).double()
             if batch.share:
                 total[batch.expert] += losses.sum() / len(self.data.examples[batch.expert])
         return distributed.all_reduce(total).cpu()
+
+    def _apart(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """The loss of each example, [B]; a regression's numbers have no probabilities, but a distance."""
+        numbers = outputs.kind == "values" and self.objective.needs_predictions
+        return (Alignment() if numbers else self.objective)(outputs, batch)

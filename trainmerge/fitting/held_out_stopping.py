@@ -25,7 +25,7 @@ class StopOnHeldOut(Callback):
     Every `every` steps the mean over experts, by their tasks' weights, of r = 1 - loss(merge) / loss(base) is
     measured on the examples that `data.held_out` keeps from the fit (`trainmerge.fitting.held_out`), before
     the first step too. The run's coefficients are then those of the best step, whatever came after it. Its
-    state is in the snapshots.
+    state is in the snapshots; measurements by another loss, of an older version, are made anew.
 
     Args:
         every: Steps between two measurements.
@@ -47,7 +47,7 @@ class StopOnHeldOut(Callback):
         self.highest = -math.inf  # mean r of the last rise that counted
         self.waited = self.stopped = 0
         self._judge: HeldOutJudge | None = None
-        self._weights: list[float] = []  # of the tasks; none: equal
+        self._loss, self._weights = "", list[float]()  # that measured, and of the tasks; none: equal
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -56,9 +56,11 @@ class StopOnHeldOut(Callback):
         with trainer.strategy.precision_plugin.forward_context():
             given, model = pl_module.inputs(data), pl_module.resident
             self._judge = HeldOutJudge.of(given, model, pl_module.objective, self.examples)
-        self.weigh([expert.weight for expert in pl_module.recipe.experts.values()])
-        if trainer.global_step == 0:
-            self._measure(trainer, pl_module)
+        if not self.stopped and trainer.global_step < trainer.max_steps:
+            weights = [expert.weight for expert in pl_module.recipe.experts.values()]
+            self.judge_by(repr(self._judge.objective), weights)
+            if not self.recovered:
+                self._measure(trainer, pl_module)
         trainer.should_stop = trainer.should_stop or self.stopped > 0
 
     @override
@@ -81,27 +83,19 @@ class StopOnHeldOut(Callback):
             shares = self._judge.recovered()
         self.add(trainer.global_step, shares, module.coefficients().detach().cpu())
 
-    def weigh(self, weights: list[float]) -> None:
-        """Mean over experts by these weights, K; measurements so far, if they had others, count anew by them.
+    def judge_by(self, loss: str, weights: list[float]) -> None:
+        """Measure by this loss, and take means over experts by these weights, K.
 
-        States of older versions are of equal weights. Their best step stays the best so far, with a warning
-        where another one is better by these weights: its coefficients are not known.
+        What was measured otherwise, as by older versions, is forgotten with a warning.
         """
-        before, self._weights = self._weights or [1.0] * len(weights), weights
-        if not self.recovered or self.best is None or before == weights:
-            return
-        means = {step: mean_share(shares, weights) for step, shares in self.recovered.items()}
-        best, kept = max(means, key=means.__getitem__), self.best[0]
-        if means[best] > means[kept]:
+        before, (self._loss, self._weights) = (self._loss, self._weights), (loss, weights)
+        if self.recovered and before != (loss, weights):
             warnings.warn(
-                f"StopOnHeldOut: step {kept} was the best by other task weights, step {best} is by the "
-                f"recipe's ({means[best]:.4f} and {means[kept]:.4f}), and its coefficients are not known: "
-                f"the fit goes on with step {kept}",
+                f"StopOnHeldOut: earlier steps were measured by another loss than {loss}, or other task "
+                "weights; they are measured from here on, and no step before is kept",
                 stacklevel=2,
             )
-        self.highest, self.waited = -math.inf, 0
-        for mean in means.values():
-            self._wait(mean)
+            self.recovered, self.best, self.highest, self.waited = {}, None, -math.inf, 0
 
     def add(self, step: int, shares: Tensor, coefficients: Tensor) -> None:
         """Record the shares [K] and the coefficients [K, G] of a step."""
@@ -125,7 +119,7 @@ class StopOnHeldOut(Callback):
         step, values = self.best or (0, torch.empty(0))
         measured = {str(at): own for at, own in self.recovered.items()}
         state = {"recovered": measured, "best_step": step, "best": values}
-        state["weights"] = self._weights
+        state |= {"weights": self._weights, "loss": self._loss}
         return {**state, "highest": self.highest, "waited": self.waited, "stopped": self.stopped}
 
     @override
@@ -133,7 +127,7 @@ class StopOnHeldOut(Callback):
         """Continue from the step of `state_dict`."""
         self.recovered = {int(at): own for at, own in state_dict["recovered"].items()}
         self.best = (state_dict["best_step"], state_dict["best"]) if self.recovered else None
-        self._weights = state_dict.get("weights", [])
+        self._weights, self._loss = state_dict.get("weights", []), state_dict.get("loss", "")
         for name in ("highest", "waited", "stopped"):
             setattr(self, name, state_dict[name])
 

@@ -5,5 +5,6 @@ from trainmerge.objectives.base import Objective
 from trainmerge.objectives.entropy import Entropy
 from trainmerge.objectives.jensen_shannon import JensenShannon
 from trainmerge.objectives.similarity import Similarity
+from trainmerge.objectives.total_variation import TotalVariation
 
-__all__ = ["Alignment", "Entropy", "JensenShannon", "Objective", "Similarity"]
+__all__ = ["Alignment", "Entropy", "JensenShannon", "Objective", "Similarity", "TotalVariation"]
