@@ -42,6 +42,14 @@ def held_out(world: Path, tmp_path: Path) -> HeldOutJudge:
     return HeldOutJudge.of(module.inputs(data), module.resident, module.objective)
 
 
+def test_a_judge_leaves_the_examples_that_it_is_given_as_they_were(world: Path, tmp_path: Path) -> None:
+    module, data = module_and_data(world, tmp_path)
+    module.load(data)
+    part = data.learning_part(4)
+    judge = HeldOutJudge.on(part, module.inputs(data), module.resident, module.objective)
+    assert part.batch_size == 4 < judge.data.batch_size
+
+
 def recovered(held_out: HeldOutJudge, values: Tensor) -> Tensor:
     held_out.resident.merged.coefficients.reset_(values)
     return held_out.recovered()

@@ -61,8 +61,8 @@ class HeldOutJudge:
 
     @staticmethod
     def on(data: Calibration, given: FitInputs, resident: Resident, objective: Objective) -> "HeldOutJudge":
-        """The same with all examples of `data`, which changes its batch size."""
-        judge = judge_of(objective)
+        """The same with all examples of `data`."""
+        judge, data = judge_of(objective), data.with_examples(data.examples)
         if not judge.couples:
             data.batch_size *= TOGETHER
         records = record_experts(replace(given, asks=judge.asks, data=data), resident)
