@@ -3,6 +3,7 @@
 Legend: `K` experts.
 """
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import trainmerge as tm
 from tests.world import LABELS, recipe, write_world
-from trainmerge.fitting.held_out import HeldOutJudge
+from trainmerge.fitting.held_out import HeldOutJudge, mean_share
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe_files import calibration_files
 from trainmerge.run.saved import unfinished
@@ -62,6 +63,14 @@ def test_the_base_recovers_nothing_and_each_expert_itself(held_out: HeldOutJudge
         one_hot = torch.zeros(shape)
         one_hot[k] = 1.0
         assert recovered(held_out, one_hot)[k] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_merge_that_is_not_finite_is_the_worst(held_out: HeldOutJudge) -> None:
+    """NaN is neither more nor less than anything: a search could choose it, or lose the best beside it."""
+    found = recovered(held_out, torch.full(held_out.resident.merged.coefficients.raw.shape, 1e38)).tolist()
+    assert found == [-math.inf] * K
+    assert mean_share(found, [1.0, *[0.0] * (K - 1)]) == -math.inf
+    assert mean_share([0.5, *found[1:]], [1.0, *[0.0] * (K - 1)]) == 0.5
 
 
 def test_it_is_the_mean_divergence_over_the_held_out_examples(held_out: HeldOutJudge) -> None:

@@ -3,6 +3,7 @@
 Legend: `K` experts, `G` coefficient groups.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,7 +34,7 @@ def judge_of(objective: Objective) -> Objective:
 def mean_share(shares: Sequence[float], weights: Sequence[float]) -> float:
     """The mean of the experts' recovered shares, K numbers, by their tasks' weights; none: equal ones."""
     weights = weights or [1.0] * len(shares)
-    return sum(w * r for w, r in zip(weights, shares, strict=True)) / sum(weights)
+    return sum(w * r for w, r in zip(weights, shares, strict=True) if w) / sum(weights)
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ class HeldOutJudge:
             return self._losses()
 
     def recovered(self) -> Tensor:
-        """r [K], float64, at the model's current coefficients."""
+        """r [K], float64, at the model's current coefficients; -inf where a loss is not a number."""
         self.resident.merged.materialise()
-        return 1 - self._losses() / self.base_losses.clamp_min(torch.finfo(torch.float32).tiny)
+        shares = 1 - self._losses() / self.base_losses.clamp_min(torch.finfo(torch.float32).tiny)
+        return shares.nan_to_num(nan=-math.inf, neginf=-math.inf)
 
     @torch.no_grad()
     def _losses(self) -> Tensor:
