@@ -25,6 +25,7 @@ from trainmerge.cli import main
 from trainmerge.data.held_out import split
 from trainmerge.fitting.held_out import HeldOutJudge
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.in_use import in_use
 
 K = len(LABELS)
 pytestmark = [
@@ -293,6 +294,16 @@ def test_it_is_loud_where_nothing_helps() -> None:
         choice.warn_if_none(Trial("s", (0.1,), (-0.1, 0.05)))
     with pytest.warns(UserWarning, match="further from one of its experts"):
         choice.warn_if_none(Trial("s", (0.1,), (-0.1, 0.5)))
+
+
+def test_a_search_in_a_folder_in_use_changes_nothing(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "auto").mkdir()
+    log = tmp_path / "auto" / "trials.jsonl"
+    log.write_text("half a line that another process is writing")
+    with in_use(RunFolder(tmp_path / "auto"), "trainmerge auto"), pytest.raises(ValueError, match="auto"):
+        auto_config(world / "config.yaml", tmp_path / "out", tmp_path / "auto")
+    assert log.read_text() == "half a line that another process is writing"
+    assert [path.name for path in (tmp_path / "auto").iterdir() if path.name != ".lock"] == [log.name]
 
 
 def test_what_it_cannot_do_is_refused(world: Path, tmp_path: Path) -> None:
