@@ -4,10 +4,12 @@ Legend: `K` experts, `G` coefficient groups.
 """
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from trainmerge.auto import auto_config, choice, finished_search, preview_auto, 
 from trainmerge.auto.starts import Start
 from trainmerge.auto.trials import Trial, TrialLog
 from trainmerge.cli import main
+from trainmerge.data.held_out import split
 from trainmerge.fitting.held_out import HeldOutJudge
 from trainmerge.run.folder import RunFolder
+from trainmerge.run.in_use import in_use
 
 K = len(LABELS)
 pytestmark = [
@@ -97,6 +101,48 @@ def test_scales_per_expert_are_chosen_by_examples_that_the_fits_learn_from(
         (same,) = [t for t in judged if (t.start, t.scales, t.examples) == (name, best.scales, "held out")]
         assert same.recovered != best.recovered
         assert chosen.rows[name] == max([*common, same], key=lambda trial: trial.mean)
+
+
+def edit_labels(place: Path, _: dict[str, Any]) -> None:
+    (place / "mood" / "labels.json").write_text(json.dumps(["good happy", "bad awful"]))
+
+
+def edit_held_out(place: Path, _: dict[str, Any]) -> None:
+    file = place / "mood" / "calibration.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    _, (held, *_) = split(range(len(lines)), 0.2, seed=0, expert=[*LABELS].index("mood"))
+    lines[held] = json.dumps({"text": "red red"}) + "\n"
+    file.write_text("".join(lines))
+
+
+def edit_constraint(_: Path, config: dict[str, Any]) -> None:
+    config["model"]["constraint"] = {"class_path": "trainmerge.Box", "init_args": {"high": 3.0}}
+
+
+def edit_memory(_: Path, config: dict[str, Any]) -> None:
+    config["model"]["quantise"] = {"class_path": "trainmerge.Int8"}
+
+
+@pytest.mark.parametrize("edit", [edit_constraint, edit_held_out, edit_labels, edit_memory])
+def test_a_merge_is_judged_again_once_anything_that_decides_its_share_changed(
+    world: Path, tmp_path: Path, edit: Callable[[Path, dict[str, Any]], None]
+) -> None:
+    for name in LABELS:
+        shutil.copytree(world / name, tmp_path / name)
+    config = yaml.safe_load((world / "config.yaml").read_text())
+    each = config["recipe"]["each"]
+    each["calibration"] = f"{tmp_path}/{{name}}/calibration.jsonl"
+    each["head"]["init_args"]["labels"] = f"{tmp_path}/{{name}}/labels.json"
+
+    def judged() -> int:
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        made = search.AutoSearch(tmp_path / "config.yaml", tmp_path / "auto", 0.2, None, None)
+        made.judged["task arithmetic"]([2.0] * K)
+        return len((tmp_path / "auto" / "trials.jsonl").read_text().splitlines())
+
+    assert [judged(), judged()] == [1, 1]
+    edit(tmp_path, config)
+    assert judged() == 2
 
 
 def test_learning_begins_at_the_judged_scales(chosen: tm.Choice) -> None:
@@ -248,6 +294,16 @@ def test_it_is_loud_where_nothing_helps() -> None:
         choice.warn_if_none(Trial("s", (0.1,), (-0.1, 0.05)))
     with pytest.warns(UserWarning, match="further from one of its experts"):
         choice.warn_if_none(Trial("s", (0.1,), (-0.1, 0.5)))
+
+
+def test_a_search_in_a_folder_in_use_changes_nothing(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "auto").mkdir()
+    log = tmp_path / "auto" / "trials.jsonl"
+    log.write_text("half a line that another process is writing")
+    with in_use(RunFolder(tmp_path / "auto"), "trainmerge auto"), pytest.raises(ValueError, match="auto"):
+        auto_config(world / "config.yaml", tmp_path / "out", tmp_path / "auto")
+    assert log.read_text() == "half a line that another process is writing"
+    assert [path.name for path in (tmp_path / "auto").iterdir() if path.name != ".lock"] == [log.name]
 
 
 def test_what_it_cannot_do_is_refused(world: Path, tmp_path: Path) -> None:

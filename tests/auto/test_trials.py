@@ -25,6 +25,12 @@ def test_the_mean_has_the_tasks_weights() -> None:
     assert Trial("s", (1.0,) * 3, (0.2, 0.4, -1.0), weights=(1.0, 3.0, 0.0)).mean == pytest.approx(0.35)
 
 
+def test_a_log_in_no_unicode_is_named(tmp_path: Path) -> None:
+    (tmp_path / "trials.jsonl").write_bytes(b'{"key": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"trials\.jsonl.*Remove it"):
+        TrialLog(tmp_path / "trials.jsonl")
+
+
 @pytest.mark.parametrize(
     "line", ["[]", "{}", '{"key": "a", "start": "s", "scales": "x", "recovered": [1], "seconds": 1}', "no"]
 )

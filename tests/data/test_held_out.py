@@ -1,5 +1,8 @@
 """Examples that a fit does not see."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 import trainmerge as tm
@@ -39,6 +42,23 @@ def test_the_held_out_part_shares_no_example_with_the_fit(files: tuple[dict[str,
     assert "held_out" not in whole.settings()  # runs of older versions have the same settings
     with pytest.raises(ValueError, match=r"set data\.held_out"):
         whole.held_out_part()
+
+
+def test_a_held_out_text_is_a_part_of_the_identity(tmp_path: Path) -> None:
+    """A fit stops by held-out examples, so it may not be resumed with others."""
+    write_world(tmp_path)
+    file = tmp_path / "mood" / "calibration.jsonl"
+
+    def read() -> tm.Calibration:
+        return tm.Calibration({"mood": str(file)}, str(tmp_path / "base"), held_out=0.25)
+
+    before = read()
+    held = json.dumps({"text": before.held_out_part().examples[0][0].text})
+    file.write_text(file.read_text().replace(held, json.dumps({"text": "another text"}), 1))
+    after = read()
+    assert after.examples == before.examples
+    assert after.identities() != before.identities()
+    assert after.learning_part().identities() == before.learning_part().identities()
 
 
 @pytest.mark.parametrize("share", [-0.1, 0.6, float("nan"), True, "a"])

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 import trainmerge as tm
 from tests.world import languages_recipe, recipe, write_languages, write_world
 from trainmerge.cli import main
+from trainmerge.evaluate import score_keys
 from trainmerge.evaluate.evaluation import Evaluation
 from trainmerge.evaluate.kept import KeptScores, scores_beside
 from trainmerge.run.recipe import Recipe
@@ -331,6 +332,38 @@ def test_two_evaluations_at_once(world: Path) -> None:
     assert cost == 0
     assert [out.read_text() for out in outs] == [content(found)] * 2
     assert not [file for file in (world / "runs/.scores").iterdir() if ".new-" in file.name]
+
+
+class Mine(tm.LabelHead):
+    """Somebody else's head, whose source may change."""
+
+
+class Swapped(tm.Neurons):
+    """Somebody else's alignment."""
+
+
+def test_scores_under_foreign_code_are_not_kept(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    merge = recipe(tmp_path)
+    head = Mine(str(tmp_path / "mood" / "labels.json"))
+    experts = {**merge.experts, "mood": replace(merge.experts["mood"], head=head)}
+    for _ in range(2):
+        found = tm.evaluate_checkpoint(merge.base, replace(merge, experts=experts), kept=tmp_path / "kept")
+        assert found.taken == ()
+    run = fit(replace(merge, align=(Swapped(),)), tmp_path / "run")
+    for _ in range(2):
+        assert evaluate(run)[0].taken == ()
+
+
+def test_packages_that_may_be_absent_are_a_part_of_the_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchvision-9.8.dist-info").mkdir()
+    (tmp_path / "torchvision-9.8.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 9.8\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    score_keys._versions.cache_clear()
+    assert score_keys._versions()["torchvision"] == ["9.8"]
+    score_keys._versions.cache_clear()
 
 
 def test_a_models_head_is_a_part_of_its_tasks_digest(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Legend: `K` experts.
 """
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import trainmerge as tm
 from tests.world import LABELS, recipe, write_world
-from trainmerge.fitting.held_out import HeldOutJudge
+from trainmerge.fitting.held_out import HeldOutJudge, mean_share
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe_files import calibration_files
 from trainmerge.run.saved import unfinished
@@ -42,6 +43,14 @@ def held_out(world: Path, tmp_path: Path) -> HeldOutJudge:
     return HeldOutJudge.of(module.inputs(data), module.resident, module.objective)
 
 
+def test_a_judge_leaves_the_examples_that_it_is_given_as_they_were(world: Path, tmp_path: Path) -> None:
+    module, data = module_and_data(world, tmp_path)
+    module.load(data)
+    part = data.learning_part(4)
+    judge = HeldOutJudge.on(part, module.inputs(data), module.resident, module.objective)
+    assert part.batch_size == 4 < judge.data.batch_size
+
+
 def recovered(held_out: HeldOutJudge, values: Tensor) -> Tensor:
     held_out.resident.merged.coefficients.reset_(values)
     return held_out.recovered()
@@ -54,6 +63,14 @@ def test_the_base_recovers_nothing_and_each_expert_itself(held_out: HeldOutJudge
         one_hot = torch.zeros(shape)
         one_hot[k] = 1.0
         assert recovered(held_out, one_hot)[k] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_merge_that_is_not_finite_is_the_worst(held_out: HeldOutJudge) -> None:
+    """NaN is neither more nor less than anything: a search could choose it, or lose the best beside it."""
+    found = recovered(held_out, torch.full(held_out.resident.merged.coefficients.raw.shape, 1e38)).tolist()
+    assert found == [-math.inf] * K
+    assert mean_share(found, [1.0, *[0.0] * (K - 1)]) == -math.inf
+    assert mean_share([0.5, *found[1:]], [1.0, *[0.0] * (K - 1)]) == 0.5
 
 
 def test_it_is_the_mean_distance_over_the_held_out_examples(held_out: HeldOutJudge) -> None:
@@ -120,6 +137,16 @@ def test_a_resumed_run_keeps_the_same_step(world: Path, tmp_path: Path) -> None:
     assert torch.equal(again.coefficients(), whole.coefficients())
 
 
+def test_the_best_step_is_that_of_the_tasks_weights() -> None:
+    """By equal weights step 2 would be the best."""
+    stop = tm.StopOnHeldOut(every=1, patience=9)
+    stop.weights = [9.0, 1.0]
+    for step, shares in enumerate([[0.0, 0.0], [0.8, 0.1], [0.4, 0.6], [0.3, 0.5]]):
+        stop.add(step, torch.tensor(shares), torch.full((2, 1), float(step)))
+    assert stop.best is not None
+    assert (stop.best[0], stop.waited) == (1, 2)
+
+
 def test_patience_counts_measurements_without_a_rise() -> None:
     stop = tm.StopOnHeldOut(every=1, patience=2, least=0.01)
     for step, mean in enumerate((0.1, 0.3, 0.305, 0.309)):
@@ -130,53 +157,6 @@ def test_patience_counts_measurements_without_a_rise() -> None:
     other = tm.StopOnHeldOut()
     other.load_state_dict(stop.state_dict())
     assert other.state_dict() == stop.state_dict()
-
-
-LOSS, WEIGHTS = "TotalVariation()", [9.0, 1.0]
-
-
-def stopped() -> tm.StopOnHeldOut:
-    """Step 1 is the best by its weights, step 2 by equal ones."""
-    stop = tm.StopOnHeldOut(every=1, patience=9)
-    stop.judge_by(LOSS, WEIGHTS)
-    for step, shares in enumerate([[0.0, 0.0], [0.8, 0.1], [0.4, 0.6], [0.3, 0.5]]):
-        stop.add(step, torch.tensor(shares), torch.full((2, 1), float(step)))
-    assert stop.best is not None
-    assert (stop.best[0], stop.waited) == (1, 2)
-    return stop
-
-
-def test_a_state_of_the_same_loss_and_weights_goes_on() -> None:
-    state = stopped().state_dict()
-    same = tm.StopOnHeldOut()
-    same.load_state_dict(state)
-    same.judge_by(LOSS, WEIGHTS)
-    assert same.state_dict() == state
-
-
-@pytest.mark.parametrize("missing", [{"loss"}, {"loss", "weights"}], ids=sorted)
-def test_an_older_versions_state_is_measured_anew(missing: set[str]) -> None:
-    state = {key: value for key, value in stopped().state_dict().items() if key not in missing}
-    old = tm.StopOnHeldOut(every=1, patience=9)
-    old.load_state_dict(state)
-    with pytest.warns(UserWarning, match="measured by another loss than TotalVariation"):
-        old.judge_by(LOSS, WEIGHTS)
-    assert (old.recovered, old.best, old.waited) == ({}, None, 0)
-    old.add(4, torch.tensor([0.1, 0.1]), torch.full((2, 1), 4.0))
-    assert old.best is not None
-    assert old.best[0] == 4
-
-
-def test_a_resumed_fit_of_an_older_version_measures_from_there_on(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    of_today = tm.StopOnHeldOut.state_dict
-    with monkeypatch.context() as older:
-        older.setattr(tm.StopOnHeldOut, "state_dict", lambda stop: {**of_today(stop), "loss": ""})
-        learn(world, tmp_path, steps=3, patience=9)
-    with pytest.warns(UserWarning, match="measured by another loss"):
-        _, made = learn(world, tmp_path, steps=6, patience=9)
-    assert list(callback(made).recovered) == [3, 4, 6]
 
 
 def test_it_needs_held_out_examples(world: Path, tmp_path: Path) -> None:

@@ -49,9 +49,8 @@ def auto_config(
     check_option("minutes", minutes, float | None, "(0, inf)")
     target = Path(out)
     place = Path(run) if run is not None else target.with_name(f"{target.name}-auto")
-    search = AutoSearch(Path(config), place, held_out, minutes, memory)
     with in_use(RunFolder(place), "trainmerge auto"):
-        choice = search.choose(learn)
+        choice = AutoSearch(Path(config), place, held_out, minutes, memory).choose(learn)
         write_whole(place / "auto.json", json.dumps(choice.to_json(), indent=2))
         export_once(choice.run, target, overwrite)
         write_report(choice.run)

@@ -23,6 +23,7 @@ from trainmerge.fitting.held_out import EXAMPLES, HeldOutJudge, judge_of
 from trainmerge.fitting.prepare import FitInputs, Prepared, prepare
 from trainmerge.objectives import Objective
 from trainmerge.run.config import to_config
+from trainmerge.run.heads import task_heads
 from trainmerge.system.workspace import digest
 
 
@@ -93,16 +94,17 @@ class Judged:
 
     @cached_property
     def _depends_on(self) -> list[object]:
-        given = self.inputs
+        given, settings = self.inputs, self.inputs.settings
+        recipe = replace(given.recipe, held_out={})  # scored, never judged by
+        heads = task_heads(recipe, given.opened).values()
         return [
             given.opened.identity(),
             given.data.identity(),
-            to_config(given.recipe.preprocess),
-            to_config(given.initial),
+            [head and head.identity() for head in heads],
+            to_config([recipe, given.initial, given.coefficients.constraint, settings.quantise]),
             given.opened.layout.identity(),
             repr(judge_of(self.objective)),
-            given.settings.weights,
-            self.weights,
+            settings.weights,
         ]
 
     def _judge(self, by: Examples) -> HeldOutJudge:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from trainmerge.fitting.held_out import mean_share
-from trainmerge.system.atomic import append_line, write_whole
-from trainmerge.system.json_file import parse_json
+from trainmerge.system.atomic import append_line, write_whole_bytes
+from trainmerge.system.json_file import parse_json, read_bytes
 
 Examples = Literal["held out", "learned from"]  # by which a merge is judged
 HELD_OUT: Examples = "held out"
 LEARNING: Examples = "learned from"
+REMEDY = "Remove it: its merges are judged again."
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ class TrialLog:
             self._read()
 
     def _read(self) -> None:
-        lines = self.path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
+        lines = read_bytes(self.path, REMEDY).splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
         if len(whole) < len(lines):  # a killed process's
-            write_whole(self.path, "".join(whole))
+            write_whole_bytes(self.path, b"".join(whole))
         for line in whole:
-            content = parse_json(line, self.path, "Remove it: its merges are judged again.")
+            content = parse_json(line, self.path, REMEDY)
             self.known[_key(content)] = trial_of(content, self.path)
 
     def add(self, key: str, trial: Trial) -> None:
@@ -87,7 +88,7 @@ def trial_of(content: object, path: Path) -> Trial:
             examples,
         )
     except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged. Remove it: its merges are judged again.") from error
+        raise ValueError(f"{path}: damaged. {REMEDY}") from error
 
 
 def _numbers(values: Sequence[float]) -> tuple[float, ...]:

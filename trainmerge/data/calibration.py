@@ -136,7 +136,7 @@ class Calibration(pl.LightningDataModule):
         other.files = dict.fromkeys(self.files, "")  # known by their contents, written ones too
         other.unwritten, other.written = {}, {}
         vars(other).pop("_identities", None)
-        other.examples = examples
+        other.examples, other._held = examples, [[]] * len(examples)
         return other
 
     @cached_property
@@ -148,7 +148,7 @@ class Calibration(pl.LightningDataModule):
         return self.tokenize.render(chat)
 
     def identities(self) -> dict[str, str]:
-        """Expert -> SHA-256 of its examples, or of what its own texts depend on; computed once."""
+        """Expert -> SHA-256 of its examples, held-out ones too, or of what its own texts depend on."""
         return dict(self._identities)
 
     @cached_property
@@ -156,8 +156,8 @@ class Calibration(pl.LightningDataModule):
         known = {
             name: [file.identity(), self.seed, self.held_out, self.max_examples]
             if isinstance(file, Generate)
-            else [contents(e) for e in own]
-            for (name, file), own in zip(self.files.items(), self.examples, strict=True)
+            else [*map(contents, own), *([[*map(contents, held)]] if held else [])]
+            for (name, file), own, held in zip(self.files.items(), self.examples, self._held, strict=True)
         }
         return {name: sha256(json.dumps(content).encode()).hexdigest() for name, content in known.items()}
 

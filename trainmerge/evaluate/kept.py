@@ -34,7 +34,7 @@ class KeptScores:
 
     Args:
         folder: The entries; None keeps none.
-        tasks: Task -> a digest of what decides its scores beside the model.
+        tasks: Task -> a digest of what decides its scores beside the model; nothing is kept of others.
         watched: Folder -> its files' stamps when they were digested; nothing is kept once they changed.
     """
 
@@ -90,10 +90,10 @@ class KeptScores:
         self.put(self.key(model, task), value)
         return score
 
-    def key(self, model: str | None, *about: str) -> str | None:
-        """A digest of a model and of what decides its scores on tasks, or of another word about it."""
-        own = [model, *(self.tasks.get(word, word) for word in about)]
-        return None if model is None else digest(json.dumps(own), length=64)
+    def key(self, model: str | None, *tasks: str, about: str = "") -> str | None:
+        """A digest of a model and of what decides its scores on tasks; None if one of them has no digest."""
+        own = [about, model, *map(self.tasks.get, tasks)]
+        return None if None in own else digest(json.dumps(own), length=64)
 
     def checksums(self, folder: Path) -> Mapping[str, str]:
         """A folder's `fingerprint`; known from earlier if no file's stamp changed. The folder is watched."""

@@ -121,7 +121,7 @@ class Rows:
         return lost
 
     def _race_key(self, row: str) -> str | None:
-        return self.kept.key(self.models.get(row), "at most", *(task.name for task in self.held_in))
+        return self.kept.key(self.models.get(row), *(task.name for task in self.held_in), about="at most")
 
     def _score_merge(self, row: str, known: Scored | None) -> None:
         """Score the merge that is in the model; a row that leaves the race has no scores."""

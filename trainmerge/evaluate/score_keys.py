@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from trainmerge.system.hub import SIDE
 from trainmerge.system.safetensors_file import flat_bytes, sha256
 from trainmerge.system.workspace import digest
 
-MORE = ("tokenizers", "torchmetrics", "numpy", "pillow")  # packages beside those of a manifest
+# Packages beside those of a manifest; the last two, of processors of pictures and sounds, may be absent
+MORE = ("tokenizers", "torchmetrics", "numpy", "pillow", "torchvision", "torchaudio")
 Checksums = Callable[[str], Mapping[str, str]]  # "base" or an expert -> its `fingerprint`
 
 
@@ -47,6 +48,8 @@ def task_keys(
 ) -> dict[str, str]:
     """Task -> a digest of its examples, head, tokenizer, lengths, precision, device and versions.
 
+    A task has none if its head is somebody else's, whose source may change.
+
     Args:
         tasks: The tasks.
         tokenize: What reads them.
@@ -58,7 +61,8 @@ def task_keys(
     sides = ["base"] if recipe.choice.is_default and not any(embed) else ["base", *recipe.experts]
     files = [[side, checksums(side)] for side in sides]
     how = [_numerics(), *_read_as(recipe), tokenize.max_length, _side_files(Path(tokenize.path)), files]
-    return {task.name: _digest([how, *_content(task, answers)]) for task in tasks}
+    known = [task for task in tasks if task.head is None or _is_ours(task.head)]
+    return {task.name: _digest([how, *_content(task, answers)]) for task in known}
 
 
 def run_keys(
@@ -70,10 +74,12 @@ def run_keys(
 ) -> dict[str, str]:
     """Row -> a digest of its weights: `learned`, each of `uniform`, and an expert's by its name.
 
-    `learned` has none if a method is somebody else's, whose source may change.
+    A row has none if a method that makes it is somebody else's, whose source may change.
 
     The experts' own task vectors make all rows but the learned one, which is after `recipe.preprocess`.
     """
+    if not all(map(_is_ours, recipe.align)):
+        return {}
     terms = {n: [type(term).__name__ for term in own.terms] for n, own in opened.task_vectors.deltas.items()}
     rule = [recipe.buffers, [expert.weight for expert in recipe.experts.values()]]
     fitted = folder.read_manifest().get("versions")  # of what is in the workspace
@@ -85,7 +91,7 @@ def run_keys(
         for row, value in uniform.items()
     }
     rows |= {f"{EXPERT} {name}": [EXPERT, name] for name in recipe.experts}
-    if all(_is_ours(one) for one in (*recipe.preprocess, *recipe.align)):
+    if all(map(_is_ours, recipe.preprocess)):
         rows[LEARNED] = [LEARNED, made, layout.identity(), values]
     return {row: _digest([shared, own]) for row, own in rows.items()}
 
@@ -173,12 +179,13 @@ def _numerics() -> list[Any]:
 
 
 @cache
-def _versions() -> dict[str, str]:
+def _versions() -> dict[str, Any]:
     """Versions of packages, and a digest of this one's source: a change of it may change scores."""
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(file.read_bytes())
-    return versions() | {name: version(name) for name in MORE} | {"code": code.hexdigest()}
+    more = {name: [found.version for found in distributions(name=name)] for name in MORE}
+    return versions() | more | {"code": code.hexdigest()}
 
 
 def _bytes(tensor: Tensor) -> list[Any]:

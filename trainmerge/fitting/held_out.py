@@ -3,6 +3,7 @@
 Legend: `B` examples, `K` experts, `G` coefficient groups.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,7 +36,7 @@ def judge_of(objective: Objective) -> Objective:
 def mean_share(shares: Sequence[float], weights: Sequence[float]) -> float:
     """The mean of the experts' recovered shares, K numbers, by their tasks' weights; none: equal ones."""
     weights = weights or [1.0] * len(shares)
-    return sum(w * r for w, r in zip(weights, shares, strict=True)) / sum(weights)
+    return sum(w * r for w, r in zip(weights, shares, strict=True) if w) / sum(weights)
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class HeldOutJudge:
 
     @staticmethod
     def on(data: Calibration, given: FitInputs, resident: Resident, objective: Objective) -> "HeldOutJudge":
-        """The same with all examples of `data`, which changes its batch size."""
-        judge = judge_of(objective)
+        """The same with all examples of `data`."""
+        judge, data = judge_of(objective), data.with_examples(data.examples)
         if not judge.couples:
             data.batch_size *= TOGETHER
         records = record_experts(replace(given, asks=judge.asks, data=data), resident)
@@ -77,9 +78,10 @@ class HeldOutJudge:
             return self._losses()
 
     def recovered(self) -> Tensor:
-        """r [K], float64, at the model's current coefficients."""
+        """r [K], float64, at the model's current coefficients; -inf where a loss is not a number."""
         self.resident.merged.materialise()
-        return 1 - self._losses() / self.base_losses.clamp_min(torch.finfo(torch.float32).tiny)
+        shares = 1 - self._losses() / self.base_losses.clamp_min(torch.finfo(torch.float32).tiny)
+        return shares.nan_to_num(nan=-math.inf, neginf=-math.inf)
 
     @torch.no_grad()
     def _losses(self) -> Tensor:

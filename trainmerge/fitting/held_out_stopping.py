@@ -4,7 +4,6 @@ Legend: `K` experts, `G` coefficient groups.
 """
 
 import math
-import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -25,7 +24,7 @@ class StopOnHeldOut(Callback):
     Every `every` steps the mean over experts, by their tasks' weights, of r = 1 - loss(merge) / loss(base) is
     measured on the examples that `data.held_out` keeps from the fit (`trainmerge.fitting.held_out`), before
     the first step too. The run's coefficients are then those of the best step, whatever came after it. Its
-    state is in the snapshots; measurements by another loss, of an older version, are made anew.
+    state is in the snapshots.
 
     Args:
         every: Steps between two measurements.
@@ -47,7 +46,7 @@ class StopOnHeldOut(Callback):
         self.highest = -math.inf  # mean r of the last rise that counted
         self.waited = self.stopped = 0
         self._judge: HeldOutJudge | None = None
-        self._loss, self._weights = "", list[float]()  # that measured, and of the tasks; none: equal
+        self.weights: list[float] = []  # of the tasks; none: equal
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -56,11 +55,9 @@ class StopOnHeldOut(Callback):
         with trainer.strategy.precision_plugin.forward_context():
             given, model = pl_module.inputs(data), pl_module.resident
             self._judge = HeldOutJudge.of(given, model, pl_module.objective, self.examples)
-        if not self.stopped and trainer.global_step < trainer.max_steps:
-            weights = [expert.weight for expert in pl_module.recipe.experts.values()]
-            self.judge_by(repr(self._judge.objective), weights)
-            if not self.recovered:
-                self._measure(trainer, pl_module)
+        self.weights = [expert.weight for expert in pl_module.recipe.experts.values()]
+        if trainer.global_step == 0:
+            self._measure(trainer, pl_module)
         trainer.should_stop = trainer.should_stop or self.stopped > 0
 
     @override
@@ -83,25 +80,11 @@ class StopOnHeldOut(Callback):
             shares = self._judge.recovered()
         self.add(trainer.global_step, shares, module.coefficients().detach().cpu())
 
-    def judge_by(self, loss: str, weights: list[float]) -> None:
-        """Measure by this loss, and take means over experts by these weights, K.
-
-        What was measured otherwise, as by older versions, is forgotten with a warning.
-        """
-        before, (self._loss, self._weights) = (self._loss, self._weights), (loss, weights)
-        if self.recovered and before != (loss, weights):
-            warnings.warn(
-                f"StopOnHeldOut: earlier steps were measured by another loss than {loss}, or other task "
-                "weights; they are measured from here on, and no step before is kept",
-                stacklevel=2,
-            )
-            self.recovered, self.best, self.highest, self.waited = {}, None, -math.inf, 0
-
     def add(self, step: int, shares: Tensor, coefficients: Tensor) -> None:
         """Record the shares [K] and the coefficients [K, G] of a step."""
-        before = mean_share(self.recovered[self.best[0]], self._weights) if self.best else -math.inf
+        before = mean_share(self.recovered[self.best[0]], self.weights) if self.best else -math.inf
         self.recovered[step] = shares.tolist()
-        mean = mean_share(self.recovered[step], self._weights)
+        mean = mean_share(self.recovered[step], self.weights)
         if mean > before:
             self.best = (step, coefficients.clone())
         self._wait(mean)
@@ -119,7 +102,6 @@ class StopOnHeldOut(Callback):
         step, values = self.best or (0, torch.empty(0))
         measured = {str(at): own for at, own in self.recovered.items()}
         state = {"recovered": measured, "best_step": step, "best": values}
-        state |= {"weights": self._weights, "loss": self._loss}
         return {**state, "highest": self.highest, "waited": self.waited, "stopped": self.stopped}
 
     @override
@@ -127,7 +109,6 @@ class StopOnHeldOut(Callback):
         """Continue from the step of `state_dict`."""
         self.recovered = {int(at): own for at, own in state_dict["recovered"].items()}
         self.best = (state_dict["best_step"], state_dict["best"]) if self.recovered else None
-        self._weights, self._loss = state_dict.get("weights", []), state_dict.get("loss", "")
         for name in ("highest", "waited", "stopped"):
             setattr(self, name, state_dict[name])
 
