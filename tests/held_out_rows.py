@@ -2,8 +2,8 @@
 
     .venv/bin/python -m tests.held_out_rows SUITE [--methods ...]
 
-Every row's merge is judged on the same 24 examples of each expert, from which no row learned. One that was
-learned is fitted again where its run folder is gone. Resumable: shares are kept in `tests/results/shares`.
+Each row's merge is judged by several losses on the same 24 examples of each expert, from which none learned.
+One that was learned is fitted again where its run folder is gone. Resumable: `tests/results/shares`.
 
 Legend: `K` experts.
 """
@@ -11,19 +11,21 @@ Legend: `K` experts.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 
 from tests import results
-from tests.closed_methods import METHODS, Method
-from tests.closed_suite import SUITES, measured, options_of
+from tests.closed_methods import METHODS
+from tests.closed_suite import RUNS as CLOSED
+from tests.closed_suite import SUITES, file_of, options_of
+from tests.held_out_scores import TITLES, spearman
 from trainmerge.coefficients.initial import read_initial
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.calibration_loss import batches
@@ -32,7 +34,7 @@ from trainmerge.fitting.from_config import from_config
 from trainmerge.fitting.prepare import prepare, record_experts
 from trainmerge.model.resident import Resident
 from trainmerge.model.teachers import Record
-from trainmerge.objectives import Alignment, JensenShannon, Objective
+from trainmerge.objectives import Alignment, JensenShannon, Objective, TotalVariation
 from trainmerge.system.atomic import write_whole
 
 RUNS = Path("runs/held-out-rows")
@@ -42,30 +44,90 @@ LOSSES: dict[str, Objective] = {
     "forward KL": Alignment(),
     "reverse KL": JensenShannon(1.0),
     "Jensen-Shannon": JensenShannon(0.5),
+    "total variation": TotalVariation(),
 }
+JUDGE = "total variation"  # auto's
+Shares = Mapping[str, Sequence[float]]  # by loss: of each expert, K
 
 
-def changes_of(method: Method) -> dict[str, Any]:
+class Row(NamedTuple):
+    """One merge of a suite."""
+
+    title: str
+    shares: Shares
+    score: float  # the larger, the better
+
+
+def rows(suite: str) -> list[Row]:
+    """The rows that were judged and scored."""
+    found: dict[str, Shares] = results.measured(f"shares/{suite}") or {}
+    sign = 1 if suite == "text" else -1
+    scores = {name: scored(suite, name) for name in found}
+    return [
+        Row(METHODS[name].title, shares, sign * score[1])
+        for name, shares in found.items()
+        if (score := scores[name]) is not None
+    ]
+
+
+def scored(suite: str, name: str) -> tuple[int, float] | None:
+    """The first seed of a row that has a score, and the score."""
+    for seed in range(METHODS[name].seeds):
+        if found := results.measured(file_of(suite, name, seed)):
+            return seed, found["score"]
+    return None
+
+
+def correlation(found: Sequence[Row], loss: str) -> float:
+    """Spearman's, of shares and scores."""
+    return spearman([mean(row.shares[loss]) for row in found], [row.score for row in found])
+
+
+def table() -> str:
+    """Markdown: Spearman's correlation by loss, and the row that each loss would choose."""
+    lines = ["| experts | judged by | Spearman | highest share | its gap closed | best gap closed |"]
+    lines += ["|" + "---|" * 6]
+    for suite, setting in SUITES.items():
+        if not (found := rows(suite)):
+            continue
+        title, baselines = f"{TITLES[suite]}, {len(found)} merges", setting.baselines()
+        best = setting.gap(abs(max(row.score for row in found)), baselines)
+        for loss in LOSSES:
+            chosen = max(found, key=lambda row: mean(row.shares[loss]))
+            gap = setting.gap(abs(chosen.score), baselines)
+            cells = (
+                title,
+                loss,
+                f"{correlation(found, loss):.2f}",
+                chosen.title,
+                f"{gap:.0%}",
+                f"{best:.0%}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+            title = ""
+    return "\n".join(lines)
+
+
+def changes_of(name: str, seed: int) -> dict[str, Any]:
     """What a row changes of the suite's configuration, by key."""
-    pairs = (option.removeprefix("--").partition("=") for option in options_of(method))
+    pairs = (option.removeprefix("--").partition("=") for option in options_of(METHODS[name], seed))
     return {key: yaml.safe_load(value) for key, _, value in pairs}
 
 
-def learned(suite: str, name: str) -> Path:
+def learned(suite: str, name: str, seed: int) -> Path:
     """The coefficients that a row learned; fitted again if no run folder has them."""
-    for run in (Path(f"runs/closed-suite/{suite}/{name}-0"), RUNS / suite / name):
+    for run in (CLOSED / suite / f"{name}-{seed}", RUNS / suite / f"{name}-{seed}"):
         if (file := run / "coefficients.safetensors").exists():
             return file
-    made = from_config(f"configs/{SUITES[suite].config}", run, changes_of(METHODS[name]))
+    made = from_config(f"configs/{SUITES[suite].config}", run, changes_of(name, seed))
     fit(made.module, made.data, made.trainer, made.run, made.resume, config=made.text)
     return file
 
 
-def judged(suite: str, name: str) -> dict[str, list[float]]:
-    """What a row recovers of each expert, [K], by loss."""
-    config, changes = f"configs/{SUITES[suite].config}", changes_of(METHODS[name])
-    fits = changes.get("trainer.max_steps") != 0
-    file = learned(suite, name) if fits else None
+def judged(suite: str, name: str, seed: int) -> Shares:
+    """What a row recovers of each expert."""
+    config, changes = f"configs/{SUITES[suite].config}", changes_of(name, seed)
+    file = learned(suite, name, seed) if changes.get("trainer.max_steps") != 0 else None
     made = from_config(config, RUNS / suite / "judging", {**changes, "trainer.max_steps": 0})
     inputs = made.module.inputs(made.data).without_records()
     resident = prepare(inputs, "cpu", nullcontext).resident
@@ -110,14 +172,14 @@ def main() -> None:
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     given = parser.parse_args()
+    kept, made_by = f"shares/{given.suite}", results.fingerprint(SUITES[given.suite].config)
+    found = results.recall(kept, made_by) or {}
     for name in given.methods:
-        kept, made_by = f"shares/{given.suite}-{name}", results.fingerprint(SUITES[given.suite].config)
-        if measured(given.suite, name) and results.recall(kept, made_by) is None:
-            found = judged(given.suite, name)
+        score = scored(given.suite, name)
+        if score is not None and name not in found:
+            found[name] = judged(given.suite, name, score[0])
             results.keep(kept, made_by, found)
-            print(
-                name, {loss: round(mean(own), 4) for loss, own in found.items()}, file=sys.stderr, flush=True
-            )
+            print(f"{name}: {mean(found[name][JUDGE]):.4f}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

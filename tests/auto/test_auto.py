@@ -180,6 +180,18 @@ def test_without_learning_the_best_start_is_exported(
     assert {*more.rows} == {*chosen.rows}
 
 
+@pytest.mark.parametrize(("limit", "learned", "judged"), [(10, 10, 8), (30, 30, 8), (1000, 32, 8)])
+def test_fits_learn_from_as_many_texts_as_without_auto_where_there_are_more(
+    world: Path, tmp_path: Path, limit: int, learned: int, judged: int
+) -> None:
+    config = yaml.safe_load((world / "config.yaml").read_text())
+    config["data"]["max_examples"] = limit
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    data = search.AutoSearch(tmp_path / "config.yaml", tmp_path / "auto", 0.2, None, None).settings.data
+    assert [len(own) for own in data.examples] == [learned] * K
+    assert [len(own) for own in data.held_out_part().examples] == [judged] * K
+
+
 def test_a_preview_says_what_is_tried_and_at_most_how_often(
     world: Path, chosen: tm.Choice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +201,7 @@ def test_a_preview_says_what_is_tried_and_at_most_how_often(
     judged = (world / "merged-auto" / "trials.jsonl").read_text().splitlines()
     assert [start.name for start in seen.tried] == [start.name for start in FEW]
     assert len(judged) <= seen.merges == 2 * (2 + 4) + 2 * (2 * K + 2)
-    assert (seen.judge, seen.objective, seen.steps, seen.examples) == ("Alignment", "Alignment", 4, 24)
+    assert (seen.judge, seen.objective, seen.steps, seen.examples) == ("TotalVariation", "Alignment", 4, 24)
     assert seen.judging_seconds(3.0, 0.5) == seen.merges * (1.0 * 24 / 4 + 0.5)
 
 
