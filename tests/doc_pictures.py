@@ -6,13 +6,14 @@
 import json
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from tests import closed_methods, closed_suite, held_out_scores, results
+from tests import closed_methods, closed_suite, held_out_rows, held_out_scores, results
 
 FOLDER = Path("notebooks/docs/assets/pictures")
 BLUE, ORANGE, GREEN, GREY = "#3b6fb6", "#d9822b", "#3a8f5c", "#6b7280"
@@ -224,14 +225,38 @@ def recovered() -> Figure:
     return figure
 
 
-SOURCES = {"recovered": held_out_scores.table}  # picture -> what it shows, which the file holds as text
+def shares() -> Figure:
+    """Of every merge of `make suite-closed`: what unlabeled examples say against the labelled score."""
+    judged = {suite: found for suite in closed_suite.SUITES if (found := held_out_rows.rows(suite))}
+    figure = Figure(figsize=(5.2 * len(judged), 4.2), layout="constrained")
+    for axes, (suite, found) in zip(
+        figure.subplots(1, len(judged), squeeze=False).flat, judged.items(), strict=True
+    ):
+        for row in found:
+            at = mean(row.shares[held_out_rows.JUDGE]), abs(row.score)
+            axes.plot(*at, "o", color=GREEN if row.title.startswith(("alignment", "guarded")) else BLUE, ms=5)
+        correlation = held_out_rows.correlation(found, held_out_rows.JUDGE)
+        title = held_out_scores.TITLES[suite]
+        axes.set_title(f"{title}, {len(found)} merges: Spearman {correlation:.2f}", fontsize=10)
+        axes.set(xlabel="recovered of the experts on unseen examples, no labels")
+        axes.set_ylabel("accuracy on labelled test data" if suite == "text" else "perplexity of test data")
+        axes.spines[["top", "right"]].set_visible(False)
+        if suite == "lm":
+            axes.invert_yaxis()  # better is up
+    return figure
+
+
+SOURCES = {
+    "recovered": held_out_scores.table,
+    "shares": held_out_rows.table,
+}  # picture -> what it shows, which the file holds as text
 
 
 def main() -> None:
     """Write the pictures; the same bytes every time."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"svg.hashsalt": "trainmerge", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
-        for draw in (idea, step, gap, packed, recovered):
+        for draw in (idea, step, gap, packed, recovered, shares):
             name = draw.__name__
             shown = {"Description": SOURCES[name]()} if name in SOURCES else {}
             draw().savefig(FOLDER / f"{name}.svg", metadata={"Date": None, **shown})

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from tests import results
+from tests.lm_suite import DOCUMENTS
 from trainmerge.auto.search import AutoSearch
 from trainmerge.evaluate import evaluate_run
 from trainmerge.run.config import read_settings
 from trainmerge.run.scores import ACCURACY, Metric
 
 HELD_OUT = 0.2
+LIMITS = {"lm": DOCUMENTS}  # test examples a task; else all
 DEMO = "five LoRA experts (demo)"
 TITLES = {
     "text": "eight text classifiers",
@@ -118,7 +120,8 @@ def main() -> None:
     results.keep(f"{given.suite}-auto/held-out", made_by, choice.to_json()["rows"])
     scores = {}
     for row, trial in choice.rows.items():
-        evaluation = evaluate_run(choice.learned.get(row) or search.settle(trial), compare=False)
+        run = choice.learned.get(row) or search.settle(trial)
+        evaluation = evaluate_run(run, LIMITS.get(given.suite), compare=False)
         scores[row] = evaluation.means()["learned"]
         print(f"{row}: recovers {trial.mean:.3f}, scores {scores[row]:.4g}", flush=True)
     content = {"metric": evaluation.metric.name, "scores": scores}

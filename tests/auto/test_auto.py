@@ -192,6 +192,23 @@ def test_fits_learn_from_as_many_texts_as_without_auto_where_there_are_more(
     assert [len(own) for own in data.held_out_part().examples] == [judged] * K
 
 
+def test_a_constraint_that_excludes_a_methods_own_coefficients_projects_them(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = yaml.safe_load((world / "config.yaml").read_text())
+    config["model"] |= {
+        "constraint": {"class_path": "trainmerge.Box", "init_args": {"high": 0.5}}, "initial": 0.3
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(search, "starts", lambda *_: [Start("TIES", (tm.Ties(),), scales=(0.4, 1.0))])
+    made = search.AutoSearch(tmp_path / "config.yaml", tmp_path / "auto", 0.2, None, None)
+    ties = made.judged["TIES"]
+    at = [float(ties.at([scale] * K).unique()) for scale in (0.4, 1.0)]
+    assert at == [pytest.approx(0.4), 0.5]
+    chosen = made.choose(learn=False)
+    assert tm.load_coefficients(chosen.run / "coefficients.safetensors")().max() <= 0.5
+
+
 def test_a_preview_says_what_is_tried_and_at_most_how_often(
     world: Path, chosen: tm.Choice, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,13 +44,13 @@ class Judged:
     ) -> None:
         names, layout = tuple(inputs.recipe.experts), inputs.opened.layout
         recipe = replace(inputs.recipe, preprocess=start.preprocess)
-        values = read_initial(start.initial, names, layout)
-        own = Coefficients(names, layout, values, inputs.coefficients.constraint)
+        constraint = inputs.coefficients.constraint
+        self._values = read_initial(start.initial, names, layout).expand(-1, len(layout.labels))  # [K, G]
+        own = Coefficients(names, layout, constraint.project(self._values), constraint)
         self._made: Prepared | None = None
         self._judges: dict[Examples, HeldOutJudge] = {}
         self._base = base
         self.weights = tuple(expert.weight for expert in inputs.recipe.experts.values())
-        self._values = own().detach().clone()  # judging changes the coefficients themselves
         self._measured = not isinstance(start.initial, MeasuredPreset)
         asks = Asks(embedding=judge_of(objective).asks.embedding)
         self.start, self.objective, self.log = start, objective, log
