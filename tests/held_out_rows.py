@@ -179,6 +179,8 @@ def main() -> None:
         if score is not None and name not in found:
             found[name] = judged(given.suite, name, score[0])
             results.keep(kept, made_by, found)
+            for heavy in (RUNS / given.suite / "judging/workspace").glob("task_vectors-*"):
+                heavy.unlink()
             print(f"{name}: {mean(found[name][JUDGE]):.4f}", file=sys.stderr, flush=True)
 
 
