@@ -203,17 +203,13 @@ def recovered() -> Figure:
         together: dict[tuple[float, float], list[str]] = {}
         for point in suite.points:
             together.setdefault((point.recovered, point.score), []).append(point.row)
-        shares = [at[0] for at in together]
-        last = min(shares) + 0.7 * (max(shares) - min(shares))
-        for place, ((x, y), names) in enumerate(sorted(together.items())):
+        order = sorted(together.items(), reverse=True)  # numbered from the highest share on
+        for number, ((x, y), names) in enumerate(order, start=1):
             learned = any(name.startswith("learned") for name in names)
-            axes.plot(x, y, "o", color=GREEN if learned else BLUE, ms=6)
-            left = x > last  # so that no label leaves the picture; in turn above and below their points
-            axes.annotate(
-                ",\n".join(names), (x, y), (-7 if left else 7, -6 if place % 2 else 6),
-                textcoords="offset points", fontsize=8, color=GREY, ha="right" if left else "left",
-                va="center",
-            )  # fmt: skip
+            axes.plot(x, y, "o", color=GREEN if learned else BLUE, ms=12)
+            axes.annotate(str(number), (x, y), fontsize=8, color="white", ha="center", va="center")
+        named = "\n".join(f"{number}  {', '.join(names)}" for number, (_, names) in enumerate(order, start=1))
+        axes.text(0.58, 0.03, named, transform=axes.transAxes, fontsize=8, color=GREY, va="bottom")
         axes.set_title(f"{suite.title}: Spearman {suite.correlation:.2f}", fontsize=10)
         axes.set(xlabel="recovered of the experts on held-out examples, no labels")
         axes.set_ylabel(f"{suite.metric.name} on labelled test data")
