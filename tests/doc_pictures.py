@@ -199,7 +199,7 @@ def recovered() -> Figure:
     rows = -(-len(suites) // columns)
     figure = Figure(figsize=(7.2 if columns == 1 else 10.4, 4.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, suite in zip(panels, suites, strict=False):
+    for suite, axes in zip(suites, panels, strict=False):  # panels last: one more is left for the next loop
         together: dict[tuple[float, float], list[str]] = {}
         for point in suite.points:
             together.setdefault((point.recovered, point.score), []).append(point.row)
