@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import trainmerge as tm
+from tests.heads_world import write_heads
 from tests.world import LABELS, recipe, write_world
 from trainmerge.fitting.held_out import HeldOutJudge, mean_share
 from trainmerge.run.folder import RunFolder
@@ -173,3 +174,29 @@ def test_settings_are_checked() -> None:
     for wrong in ({"every": 0}, {"patience": 0}, {"least": -1.0}):
         with pytest.raises(ValueError, match="StopOnHeldOut"):
             tm.StopOnHeldOut(**wrong)
+
+
+KINDS = {
+    "classes": {"task": "ForSequenceClassification", "num_labels": 3},
+    "labels": {
+        "task": "ForSequenceClassification", "num_labels": 3, "problem_type": "multi_label_classification"
+    },
+    "tokens": {"task": "ForTokenClassification", "num_labels": 3},
+    "values": {"task": "ForSequenceClassification", "num_labels": 1, "problem_type": "regression"},
+}  # fmt: skip
+
+
+def test_outputs_of_every_kind_are_judged(tmp_path: Path) -> None:
+    """Of a regression, which has no probabilities, by the squared distance of its numbers."""
+    merge, _ = write_heads(tmp_path, "Bert", KINDS, count=32)
+    module = tm.MergeModule(merge, objective=tm.Alignment(), workspace=str(tmp_path / "workspace"))
+    data = tm.Calibration(calibration_files(merge), merge.base, batch_size=4, max_length=16, held_out=0.25)
+    module.load(data)
+    judge = HeldOutJudge.of(module.inputs(data), module.resident, module.objective)
+    shape = module.resident.merged.coefficients.raw.shape
+    assert recovered(judge, torch.zeros(shape)).tolist() == pytest.approx([0.0] * len(KINDS), abs=1e-6)
+    for k in range(len(KINDS)):
+        alone = torch.zeros(shape)
+        alone[k] = 1.0
+        assert recovered(judge, alone)[k] == pytest.approx(1.0, abs=1e-4)
+    assert recovered(judge, torch.full(shape, 0.3)).isfinite().all()
