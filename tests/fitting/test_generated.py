@@ -147,6 +147,7 @@ def test_a_plan_and_an_inspection_write_nothing(world: Path, capsys: pytest.Capt
     assert f"{COUNT} texts of its own" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:the best merge is further")
 def test_auto_writes_them_once(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
