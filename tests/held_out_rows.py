@@ -62,11 +62,10 @@ def rows(suite: str) -> list[Row]:
     """The rows that were judged and scored."""
     found: dict[str, Shares] = results.measured(f"shares/{suite}") or {}
     sign = 1 if suite == "text" else -1
-    scores = {name: scored(suite, name) for name in found}
     return [
         Row(METHODS[name].title, shares, sign * score[1])
         for name, shares in found.items()
-        if (score := scores[name]) is not None
+        if (score := scored(suite, name))
     ]
 
 

@@ -65,8 +65,7 @@ class Judged:
         return self._trial(scales, LEARNING)
 
     def _trial(self, scales: Sequence[float], by: Examples) -> Trial:
-        part = [LEARNING] if by == LEARNING else []
-        key = digest(json.dumps([self._depends_on, list(scales), *part]), length=32)
+        key = digest(json.dumps([self._depends_on, list(scales), by]), length=32)
         if key not in self.log.known:
             clock = monotonic()
             shares = self.recovered(self.at(scales), by)
@@ -82,7 +81,7 @@ class Judged:
         wanted = self._values * torch.tensor(scales, dtype=torch.float32)[:, None]
         return self.inputs.coefficients.constraint.project(wanted)
 
-    def recovered(self, values: Tensor, by: Examples = HELD_OUT) -> Tensor:
+    def recovered(self, values: Tensor, by: Examples) -> Tensor:
         """Of each expert, [K], at coefficients [K, G]."""
         self.inputs.coefficients.reset_(values)
         return self._judge(by).recovered()

@@ -42,9 +42,8 @@ class AutoSearch:
         given = read_settings(config)
         self.trainer: Mapping[str, Any] = given.get("trainer") or {}
         self.changes: dict[str, Any] = {"data.held_out": held_out}
-        if limit := (given.get("data") or {}).get(
-            "max_examples"
-        ):  # for learning: others judge, where there are
+        limit = (given.get("data") or {}).get("max_examples")
+        if limit:  # so many to learn from; others judge
             self.changes["data.max_examples"] = with_held_out(limit, held_out)
         if not self.trainer.get("max_steps"):
             self.changes["trainer.max_steps"] = STEPS
