@@ -7,12 +7,12 @@ float64, strides, small tensors, zero coefficients) run eagerly, and so does eve
 compilation.
 """
 
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from types import FunctionType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 import trainmerge.kernels.eager as eager
 from trainmerge.kernels.inductor_cache import use_own_cache
 from trainmerge.kernels.quantised import Quantised
-from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, rows_of
+from trainmerge.kernels.terms import Difference, ExpertWeight, LowRank, Term, Untouched
 
 SMALL = 1 << 15  # elements of a chunk below which the call costs more than the loop saves (measured: 40 us)
 ROW = 2048  # products summed in float32, in registers, before float64
@@ -30,15 +30,43 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 _failed = False  # compilation failed once; do not try again
 
 
+class _Flat(NamedTuple):
+    """Contiguous runs of n elements: a parameter, or one chunk of its rows."""
+
+    first: Tensor  # [n]: the merge, or the gradient
+    base: Tensor  # [n]
+    models: list[Tensor]  # of `ExpertWeight`
+    taus: list[Tensor]  # of `Difference`
+    order: list[int]  # the terms' places: models first, then taus
+
+    @staticmethod
+    def of(first: Tensor, base: Tensor, terms: Sequence[Term]) -> "_Flat":
+        """The whole parameter."""
+        models = {k: _flat(term.weight) for k, term in enumerate(terms) if isinstance(term, ExpertWeight)}
+        taus = {k: _flat(term.tau) for k, term in enumerate(terms) if isinstance(term, Difference)}
+        return _Flat(_flat(first), _flat(base), [*models.values()], [*taus.values()], [*models, *taus])
+
+    def part(self, run: slice) -> "_Flat":
+        """Some of the elements."""
+        models, taus = ([_flat(tensor[run]) for tensor in own] for own in (self.models, self.taus))
+        return _Flat(_flat(self.first[run]), _flat(self.base[run]), models, taus, self.order)
+
+    def terms(self, experts: int) -> list[Term]:
+        """The terms of all experts, for an eager kernel."""
+        own: list[Term] = [*map(ExpertWeight, self.models), *map(Difference, self.taus)]
+        placed = dict(zip(self.order, own, strict=True))
+        return [placed.get(k, Untouched()) for k in range(experts)]
+
+
 def weighted_sum(out: Tensor, base: Tensor, terms: Sequence[Term], coefficients: Tensor) -> None:
     """`eager.weighted_sum`, fused."""
-    if not _is_flat(out, base, terms, coefficients.shape[1]):
+    chunks = coefficients.shape[1]
+    if not _is_flat(out, base, terms, chunks):
         return eager.weighted_sum(out, base, terms, coefficients)
     weights = coefficients.double().tolist()
-    for chunk, rows in enumerate(_chunks(out, coefficients.shape[1])):
-        parts = [rows_of(term, rows) for term in terms]
-        if not _merge_chunk(out[rows], base[rows], parts, [weight[chunk] for weight in weights]):
-            eager.weighted_sum(out[rows], base[rows], parts, coefficients[:, chunk : chunk + 1])
+    for chunk, own in enumerate(_chunks(out, base, terms, chunks)):
+        if not _merge_chunk(own, [weights[k][chunk] for k in own.order]):
+            eager.weighted_sum(own.first, own.base, own.terms(len(terms)), coefficients[:, chunk : chunk + 1])
     return None
 
 
@@ -46,10 +74,7 @@ def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: in
     """`eager.inner_products`, fused; bitwise independent of the number of threads."""
     if not _is_flat(grad, base, terms, chunks):
         return eager.inner_products(grad, base, terms, chunks)
-    sums = [
-        _chunk_products(grad[rows], base[rows], [rows_of(term, rows) for term in terms])
-        for rows in _chunks(grad, chunks)
-    ]
+    sums = [_chunk_products(own, len(terms)) for own in _chunks(grad, base, terms, chunks)]
     return torch.stack(sums, dim=1).to(torch.float32)
 
 
@@ -66,43 +91,40 @@ def _is_flat(first: Tensor, base: Tensor, terms: Sequence[Term], chunks: int) ->
     )
 
 
-def _chunks(tensor: Tensor, chunks: int) -> Iterator[slice]:
-    for first, last in pairwise(eager.chunk_bounds(len(tensor), chunks)):
-        yield slice(first, last)
+def _chunks(first: Tensor, base: Tensor, terms: Sequence[Term], chunks: int) -> Iterator[_Flat]:
+    whole = _Flat.of(first, base, terms)
+    if chunks == 1:
+        yield whole
+        return
+    width = first.numel() // len(first)
+    for start, stop in pairwise(eager.chunk_bounds(len(first), chunks)):
+        yield whole.part(slice(start * width, stop * width))
 
 
-def _merge_chunk(out: Tensor, base: Tensor, terms: Sequence[Term], weights: Sequence[float]) -> bool:
+def _merge_chunk(own: _Flat, weights: Sequence[float]) -> bool:
     """One chunk's merge, as differences from the heaviest model; False if a fused loop cannot do it."""
-    pairs = list(zip(terms, weights, strict=True))
-    models = [(weight, term.weight) for term, weight in pairs if isinstance(term, ExpertWeight)]
-    taus = [(weight, term.tau) for term, weight in pairs if isinstance(term, Difference)]
-    if not all(weight for weight, _ in models + taus) or not models + taus:
+    if not weights or not all(weights):
         return False  # terms without weight must not be read
-    models.insert(0, (1.0 - sum(weight for weight, _ in models), base))
-    anchor = max(range(len(models)), key=lambda i: models[i][0])
-    _, origin = models.pop(anchor)
-    scales = torch.tensor([weight for weight, _ in models + taus], dtype=torch.float32, device=out.device)
-    arguments = out, origin, [model for _, model in models], [tau for _, tau in taus]
-    return _run(_merge, *arguments, scales) is not None
+    of_models = weights[: len(own.models)]
+    models = [(1.0 - sum(of_models), own.base), *zip(of_models, own.models, strict=True)]
+    _, origin = models.pop(max(range(len(models)), key=lambda i: models[i][0]))
+    scales = [weight for weight, _ in models] + [*weights[len(of_models) :]]
+    taken = own._replace(base=origin, models=[model for _, model in models])
+    return _run(_merge, taken, torch.tensor(scales, dtype=torch.float32, device=origin.device)) is not None
 
 
-def _chunk_products(grad: Tensor, base: Tensor, terms: Sequence[Term]) -> Tensor:
+def _chunk_products(own: _Flat, experts: int) -> Tensor:
     """<grad, tau_k> of one chunk, [K] in float64."""
-    models = [term.weight for term in terms if isinstance(term, ExpertWeight)]
-    taus = [term.tau for term in terms if isinstance(term, Difference)]
-    whole = grad.numel() // ROW * ROW
-    dense = _run(_products, grad, base, models, taus, whole=whole) if models or taus else None
-    if dense is None:
-        return eager.inner_products(grad, base, terms, 1)[:, 0].double()
-    sums = dense.new_zeros(len(terms), dtype=torch.float64)
-    places = [
-        k for form in (ExpertWeight, Difference) for k, term in enumerate(terms) if isinstance(term, form)
-    ]
-    sums[places] = _row_sums(dense)
-    if whole < grad.numel():  # the remaining elements, one per row
-        rest = slice(whole, None)
-        flat = [rows_of(_column(term), rest) for term in terms]
-        sums += eager.inner_products(grad.view(-1)[rest], base.view(-1)[rest], flat, 1)[:, 0]
+    size = own.first.numel()
+    whole = size // ROW * ROW
+    rows = _run(_products, own if whole == size else own.part(slice(whole))) if own.order else None
+    if rows is None:
+        return eager.inner_products(own.first, own.base, own.terms(experts), 1)[:, 0].double()
+    sums = rows.new_zeros(experts, dtype=torch.float64)
+    sums[own.order] = _row_sums(rows)
+    if whole < size:  # the remaining elements, one per row
+        rest = own.part(slice(whole, None))
+        sums += eager.inner_products(rest.first, rest.base, rest.terms(experts), 1)[:, 0]
     return sums
 
 
@@ -113,17 +135,6 @@ def _row_sums(rows: Tensor) -> Tensor:
     return torch.stack([piece.sum(1, dtype=torch.float64) for piece in torch.split(rows, PIECE, dim=1)]).sum(
         0
     )
-
-
-def _column(term: Term) -> Term:
-    """The same term with the elements flattened."""
-    match term:
-        case Difference(tau):
-            return Difference(tau.view(-1))
-        case ExpertWeight(weight):
-            return ExpertWeight(weight.view(-1))
-        case _:
-            return term
 
 
 def _merge(out: Tensor, origin: Tensor, models: list[Tensor], taus: list[Tensor], scales: Tensor) -> Tensor:
@@ -145,18 +156,15 @@ def _products(grad: Tensor, base: Tensor, models: list[Tensor], taus: list[Tenso
     return torch.stack(products)
 
 
-def _run(
-    function: Callable[..., Tensor], *arguments: Tensor | list[Tensor], whole: int | None = None
-) -> Tensor | None:
-    """The fused function of the first `whole` elements of each tensor; None after a failed compilation."""
+def _run(function: Callable[..., Tensor], own: _Flat, *scales: Tensor) -> Tensor | None:
+    """The fused function; None after a failed compilation."""
     global _failed
     if _failed:
         return None
-    vectors, scales = arguments[:4], arguments[4:]
-    flat = [[_flat(t, whole) for t in v] if isinstance(v, list) else _flat(v, whole) for v in vectors]
-    dtypes = [[t.dtype for t in v] if isinstance(v, list) else v.dtype for v in flat]
+    vectors = own.first, own.base, own.models, own.taus
+    dtypes = tuple(tensor.dtype for tensor in (*vectors[:2], *own.models, *own.taus))
     try:
-        result: Tensor = _fused(function, re.sub(r"\W+", "_", str(dtypes)))(*flat, *scales)
+        result: Tensor = _fused(function, len(own.models), dtypes)(*vectors, *scales)
     except torch._dynamo.exc.TorchDynamoException as error:
         _failed = True
         reason = str(error).strip().partition("\n")[0]
@@ -165,17 +173,20 @@ def _run(
     return result
 
 
-def _flat(tensor: Tensor, size: int | None) -> Tensor:
-    """The first `size` elements. `data`, because Dynamo specialises on the base shape of a view."""
-    return tensor.view(-1)[:size].data
+def _flat(tensor: Tensor) -> Tensor:
+    """Its elements. `data`, because Dynamo specialises on the base shape of a view."""
+    return tensor.view(-1).data
 
 
 @cache
-def _fused(function: Callable[..., Tensor], dtypes: str) -> Callable[..., Tensor]:
+def _fused(
+    function: Callable[..., Tensor], models: int, dtypes: tuple[torch.dtype, ...]
+) -> Callable[..., Tensor]:
     """`function`, compiled at its first call, once per number of tensors and dtypes."""
     assert isinstance(function, FunctionType)
     use_own_cache()
     # Dynamo counts recompilations per code object; a shared one would soon exceed its limit.
-    code = function.__code__.replace(co_name=f"{function.__name__}_{dtypes}")
+    kinds = "_".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    code = function.__code__.replace(co_name=f"{function.__name__}_{models}_{kinds}")
     own = FunctionType(code, function.__globals__)
     return torch.compile(own, fullgraph=True, dynamic=True, options={"cpp.dynamic_threads": True})
