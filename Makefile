@@ -49,8 +49,7 @@ demo: data ## learn a merge of five experts, resume it, export it, score it, dra
 	@rm -rf runs/demo
 	$(BIN)/trainmerge fit configs/demo.yaml runs/demo --no-report --trainer.max-steps 40
 	$(BIN)/trainmerge fit configs/demo.yaml runs/demo --no-report
-	$(BIN)/trainmerge export runs/demo runs/demo/merged
-	$(BIN)/python -c "from transformers import AutoModel; AutoModel.from_pretrained('runs/demo/merged')"
+	$(BIN)/trainmerge export runs/demo runs/demo/merged --verify
 	$(BIN)/trainmerge evaluate runs/demo
 	$(BIN)/trainmerge report runs/demo
 

@@ -68,7 +68,7 @@ def test_the_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             f"--trainer.max_steps={steps}",
         ]
         assert main([*fit, *small]) == 0
-    assert main(["export", run, out]) == 0
+    assert main(["export", run, out, "--verify"]) == 0
     assert AutoModel.from_pretrained(out) is not None
     assert main(["evaluate", run, "--limit", "20", "--compare", "false"]) == 0
     learned = json.loads((tmp_path / "run" / "scores.json").read_text())["learned"]

@@ -26,7 +26,7 @@ from trainmerge.evaluate.bootstrap import score_differences
 from trainmerge.fitting.calibration_loss import batches
 from trainmerge.fitting.from_config import from_config
 
-SECOND_STEPS, FEW, POOL = 15, 64, 320
+SECOND_STEPS, FEW, POOL = 40, 64, 320
 Chosen = list[list[Example]]  # K lists
 
 

@@ -21,8 +21,8 @@ from trainmerge.evaluate.tasks import Task, load_tasks
 from trainmerge.fitting.held_out import HeldOutJudge
 from trainmerge.run.recipe import Recipe
 
-TEXTS, STEPS, LENGTH = 256, 25, 64
-TESTS = 200  # of each task
+TEXTS, STEPS, LENGTH = 256, 80, 64
+TESTS = 500  # of each task
 SCALES = (0.5, 0.6, 0.7, 0.8, 0.9)
 Teach = Callable[[tm.MergeModule, tm.Calibration], None]
 
