@@ -22,6 +22,7 @@ from trainmerge.auto import auto_config, choice, finished_search, preview_auto, 
 from trainmerge.auto.starts import Start
 from trainmerge.auto.trials import Trial, TrialLog
 from trainmerge.cli import main
+from trainmerge.coefficients.coefficients import load_coefficients
 from trainmerge.data.held_out import split
 from trainmerge.fitting.held_out import HeldOutJudge
 from trainmerge.run.folder import RunFolder
@@ -146,10 +147,34 @@ def test_a_merge_is_judged_again_once_anything_that_decides_its_share_changed(
 
 
 def test_learning_begins_at_the_judged_scales(chosen: tm.Choice) -> None:
-    """A learned row is judged before its first step, where it is the start's own trial."""
+    """A learned row is judged before its first step, where it is the row that it begins from."""
     for name, trial in chosen.rows.items():
         if name.startswith("learned from"):
-            assert trial.mean >= chosen.rows[name.removeprefix("learned from ")].mean - 1e-6
+            first = name.partition(", ")[0] if ", " in name else name.removeprefix("learned from ")
+            assert trial.mean >= chosen.rows[first].mean - 1e-6
+
+
+def test_the_better_of_what_was_learned_is_learned_on_in_chunks(chosen: tm.Choice) -> None:
+    plain = [name for name in chosen.learned if "chunks" not in name]
+    (chunked,) = chosen.learned.keys() - {*plain}
+    first = max(plain, key=lambda name: chosen.rows[name].mean)
+    assert chunked == f"{first}, 8 chunks per tensor"
+    saved = load_coefficients(RunFolder(chosen.learned[chunked]).coefficients)
+    before = load_coefficients(RunFolder(chosen.learned[first]).coefficients)
+    groups = max(saved.layout.groups.values(), key=len)
+    assert len(groups) == 8
+    config = yaml.safe_load(RunFolder(chosen.learned[chunked]).config.read_text())
+    assert config["model"]["initial"] == str(RunFolder(chosen.learned[first]).coefficients)
+    assert saved.layout.groups.keys() == before.layout.groups.keys()
+
+
+def test_other_groupings_stay(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "starts", lambda *_: FEW[:1])
+    config = yaml.safe_load((world / "config.yaml").read_text())
+    config["recipe"]["grouping"] = {"granularity": "task"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    found = tm.auto_config(tmp_path / "config.yaml", tmp_path / "merged")
+    assert [*found.learned] == [f"learned from {FEW[0].name}"]
 
 
 def test_the_same_call_resumes(world: Path, chosen: tm.Choice, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from trainmerge.auto.choice import Choice
 from trainmerge.auto.judging import Judged
 from trainmerge.auto.scales import most_merges
-from trainmerge.auto.search import FINALISTS, AutoSearch
+from trainmerge.auto.search import CHUNKS, FINALISTS, AutoSearch, learns_in_chunks
 from trainmerge.auto.starts import Start
 from trainmerge.coefficients.layer_least_squares import LayerLeastSquares
 from trainmerge.fitting.held_out import EXAMPLES, judge_of
@@ -33,7 +33,7 @@ class Preview:
         objective: The loss that learns, by its class.
         examples: Examples per expert that a merge is judged by, of the expert with most.
         merges: The most merges that are judged before learning.
-        steps: The most steps of each of the `FINALISTS` fits.
+        steps: The most steps of each fit.
         batch_size: Examples per expert of such a step.
         recipe: The configuration's.
     """
@@ -50,8 +50,9 @@ class Preview:
 
     @property
     def fits(self) -> int:
-        """How many starts are learned from."""
-        return min(FINALISTS, len(self.tried))
+        """How many fits: from the best starts, and in chunks from the better result."""
+        starts = min(FINALISTS, len(self.tried))
+        return starts + bool(starts and learns_in_chunks(self.recipe))
 
     def judging_seconds(self, computing: float, merging: float) -> float:
         """Seconds of all judged merges, from those of a step: its forwards and backwards, and the rest.
@@ -116,7 +117,7 @@ def why_refused(judged: Judged) -> str:
 def finished_search(place: Path, recipe: Recipe) -> Choice | None:
     """What a finished `auto_config` in the folder `place` chose; None if there is none of this recipe.
 
-    The preprocessors may differ: they are what was chosen.
+    The preprocessors may differ, and the coefficients per tensor: they are what was chosen.
 
     Raises:
         ValueError: `auto.json` is damaged.
@@ -131,4 +132,7 @@ def finished_search(place: Path, recipe: Recipe) -> Choice | None:
 
 
 def _merged(recipe: Recipe) -> object:
-    return to_config(replace(recipe, preprocess=()))
+    grouping = recipe.grouping
+    if (grouping.granularity, grouping.chunks) == ("chunk", CHUNKS):  # the last fit's
+        grouping = replace(grouping, granularity="tensor", chunks=1)
+    return to_config(replace(recipe, preprocess=(), grouping=grouping))

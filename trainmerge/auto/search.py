@@ -4,7 +4,7 @@ Legend: `K` experts, `G` coefficient groups.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -24,11 +24,14 @@ from trainmerge.fitting.from_config import FitSettings, from_config
 from trainmerge.fitting.generated import share_generated
 from trainmerge.fitting.held_out_stopping import StopOnHeldOut
 from trainmerge.run.config import read_settings, to_config
+from trainmerge.run.folder import RunFolder
+from trainmerge.run.recipe import Recipe
 from trainmerge.system.text import shortened
 from trainmerge.system.workspace import digest
 
 FINALISTS = 2  # starts that get a scale per expert, and are learned from
 STEPS = 80  # of a configuration that has none
+CHUNKS = 8  # coefficients per tensor of the last fit
 
 
 class AutoSearch:
@@ -68,15 +71,26 @@ class AutoSearch:
         for name in finalists:
             if self._has_time(f"scales per expert of {name}"):
                 rows[name] = self._own_scales(name, rows[name])
-        learned: dict[str, Path] = {}
-        for name in finalists if learn else ():
-            row = f"learned from {name}"
-            if self._has_time(row):
-                learned[row], rows[row] = self._learn(rows[name])
+        learned = self._learn_from(finalists, rows) if learn else {}
         best = max(rows, key=lambda name: rows[name].mean)
         warn_if_none(rows[best])
         run = learned.get(best) or self.settle(rows[best])
         return Choice(rows, best, run, learned)
+
+    def _learn_from(self, finalists: Sequence[str], rows: dict[str, Trial]) -> dict[str, Path]:
+        """Learn from every finalist, and on from the better result in chunks: row -> run; adds to `rows`."""
+        runs: dict[str, Path] = {}
+        for name in finalists:
+            if self._has_time(row := _learned(name)):
+                runs[row], rows[row] = self._learn(rows[name])
+        begun = [name for name in finalists if _learned(name) in runs]
+        if begun and learns_in_chunks(self.settings.module.recipe):
+            name = max(begun, key=lambda name: rows[_learned(name)].mean)
+            row = f"{_learned(name)}, {CHUNKS} chunks per tensor"
+            if self._has_time(row):
+                first = _learned(name)
+                runs[row], rows[row] = self._in_chunks(row, name, rows[first], runs[first])
+        return runs
 
     def _try(self, name: str, judge: Judged) -> Trial | None:
         """The best common scale of a start; None if there is no time, or it cannot be made."""
@@ -101,18 +115,30 @@ class AutoSearch:
         return max(common, found, key=lambda trial: trial.mean)
 
     def _learn(self, trial: Trial) -> tuple[Path, Trial]:
-        """Learn from a start, stopped on the held-out examples."""
+        """Learn from a start."""
         folder = f"learned-{_slug(trial)}"
-        callbacks = {"trainer.callbacks": self._callbacks()}
-        settings = self._settings(folder, {**self._from(trial, folder), **callbacks})
+        changes = self._from(trial, folder)
+        return self._stopped(_learned(trial.start), trial, folder, changes)
+
+    def _in_chunks(self, row: str, start: str, trial: Trial, run: Path) -> tuple[Path, Trial]:
+        """Learn on from what was learned from a start, with `CHUNKS` coefficients per tensor."""
+        changes = {
+            "recipe.preprocess": to_config(self.judged[start].inputs.recipe.preprocess),
+            "recipe.grouping.granularity": "chunk",
+            "recipe.grouping.chunks": CHUNKS,
+            "model.initial": str(RunFolder(run).coefficients),
+        }
+        return self._stopped(row, trial, f"{run.name}-chunks", changes)
+
+    def _stopped(self, row: str, trial: Trial, folder: str, changes: Mapping[str, Any]) -> tuple[Path, Trial]:
+        """A fit that held-out examples stop, and what its best step recovers."""
+        settings = self._settings(folder, {**changes, "trainer.callbacks": self._callbacks()})
         clock = monotonic()
         self._fit(settings)
         (stopped,) = [c for c in settings.trainer.callbacks if isinstance(c, StopOnHeldOut)]  # type: ignore[attr-defined]
         assert stopped.best is not None
         shares = tuple(stopped.recovered[stopped.best[0]])
-        seconds = monotonic() - clock
-        found = Trial(f"learned from {trial.start}", trial.scales, shares, seconds, trial.weights)
-        return settings.run, found
+        return settings.run, Trial(row, trial.scales, shares, monotonic() - clock, trial.weights)
 
     def _callbacks(self) -> list[Any]:
         """The configuration's callbacks, and StopOnHeldOut."""
@@ -153,6 +179,16 @@ class AutoSearch:
             return True
         print(f"no time is left for: {what}", flush=True)
         return False
+
+
+def _learned(start: str) -> str:
+    """The row of what was learned from a start."""
+    return f"learned from {start}"
+
+
+def learns_in_chunks(recipe: Recipe) -> bool:
+    """Whether the last fit has several coefficients per tensor: where the others have one."""
+    return recipe.grouping.granularity == "tensor"
 
 
 def _slug(trial: Trial) -> str:

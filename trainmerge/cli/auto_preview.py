@@ -43,8 +43,8 @@ def _words(preview: Preview, plan: Plan | None) -> str:
     """What is judged and learned, and how long it takes."""
     return (
         f"trainmerge auto judges at most {preview.merges} merges by {preview.judge} on at most "
-        f"{preview.examples} examples per expert, learns by {preview.objective} from the best "
-        f"{preview.fits} for at most {preview.steps} steps each, and exports the best; "
+        f"{preview.examples} examples per expert, learns by {preview.objective} in {preview.fits} fits of at "
+        f"most {preview.steps} steps, and exports the best; "
         f"{_time(preview, plan)}"
     )
 
