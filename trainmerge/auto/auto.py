@@ -1,6 +1,7 @@
 """`trainmerge auto`: judge starts on held-out examples, learn from the best ones, export the best merge.
 
-    every start at several scales -> the two best, one scale per expert -> learn from each -> the best of all
+    every start at several scales -> the two best, one scale per expert -> learn from each
+        -> learn on from the better in chunks -> the best of all
 
 No label is read. All of it is in one folder; a killed search goes on where it stopped.
 
