@@ -25,7 +25,7 @@ from tests import results
 from tests.closed_methods import METHODS
 from tests.closed_suite import RUNS as CLOSED
 from tests.closed_suite import SUITES, file_of, options_of
-from tests.held_out_scores import TITLES, spearman
+from tests.held_out_scores import TITLES
 from trainmerge.coefficients.initial import read_initial
 from trainmerge.data.calibration import Calibration
 from trainmerge.fitting.calibration_loss import batches
@@ -36,6 +36,7 @@ from trainmerge.model.resident import Resident
 from trainmerge.model.teachers import Record
 from trainmerge.objectives import Alignment, JensenShannon, Objective, TotalVariation
 from trainmerge.system.atomic import write_whole
+from trainmerge.system.correlation import rank_correlation
 
 RUNS = Path("runs/held-out-rows")
 AFTER = {"text": 256, "lm": 64}  # examples per expert that some row learned from
@@ -79,7 +80,8 @@ def scored(suite: str, name: str) -> tuple[int, float] | None:
 
 def correlation(found: Sequence[Row], loss: str) -> float:
     """Spearman's, of shares and scores."""
-    return spearman([mean(row.shares[loss]) for row in found], [row.score for row in found])
+    shares = torch.tensor([mean(row.shares[loss]) for row in found])
+    return rank_correlation(shares, torch.tensor([row.score for row in found]))
 
 
 def table() -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from tests import results
 from tests.lm_suite import DOCUMENTS
@@ -21,6 +20,7 @@ from trainmerge.auto.search import AutoSearch
 from trainmerge.evaluate import evaluate_run
 from trainmerge.run.config import read_settings
 from trainmerge.run.scores import ACCURACY, Metric
+from trainmerge.system.correlation import rank_correlation
 
 HELD_OUT = 0.2
 LIMITS = {"lm": DOCUMENTS}  # test examples a task; else all
@@ -51,7 +51,8 @@ class Judged(NamedTuple):
     @property
     def correlation(self) -> float:
         """Spearman's, of shares and scores; 1 where the best score has the highest share."""
-        return spearman([p.recovered for p in self.points], [self.metric.sign * p.score for p in self.points])
+        shares, scores = zip(*((p.recovered, self.metric.sign * p.score) for p in self.points), strict=True)
+        return rank_correlation(torch.tensor(shares), torch.tensor(scores))
 
 
 def suites() -> list[Judged]:
@@ -83,16 +84,6 @@ def suite(name: str) -> Judged | None:
         return None
     points = [Point(row, rows[row]["mean"], score) for row, score in found["scores"].items()]
     return Judged(TITLES[name], Metric(found["metric"]), points)
-
-
-def spearman(a: list[float], b: list[float]) -> float:
-    """Spearman's correlation of two lists; equal values have their mean rank."""
-    return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
-
-
-def _ranks(values: list[float]) -> Tensor:
-    x = torch.tensor(values, dtype=torch.float64)
-    return ((x[:, None] > x).sum(dim=1) + (x[:, None] >= x).sum(dim=1)).double() / 2
 
 
 def table() -> str:

@@ -56,8 +56,3 @@ def test_a_suite_with_both_files_is_drawn_and_listed(tmp_path, monkeypatch):
     assert "| three language models: perplexity, Spearman 1.00 | b | 0.600 | 30 |" in held_out_scores.table()
     titles = [axes.get_title() for axes in doc_pictures.recovered().axes]
     assert titles[1] == "three language models: Spearman 1.00"
-
-
-def test_spearman_gives_ties_their_mean_rank():
-    assert held_out_scores.spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1.0)
-    assert held_out_scores.spearman([1, 2, 3], [5, 5, 7]) == pytest.approx(1.5 / 3**0.5)

@@ -12,7 +12,7 @@ import trainmerge as tm
 from tests.bench.__main__ import figure
 from trainmerge.auto.choice import Choice
 from trainmerge.auto.search import AutoSearch
-from trainmerge.tradeoffs.surrogate import rank_correlation
+from trainmerge.system.correlation import rank_correlation
 
 CONFIG = Path("configs/demo.yaml")
 

@@ -22,7 +22,7 @@ from trainmerge.data.batch import Asks
 from trainmerge.fitting.from_config import from_config
 from trainmerge.fitting.held_out import HeldOutJudge
 from trainmerge.fitting.prepare import prepare, statistics_of
-from trainmerge.tradeoffs.surrogate import rank_correlation
+from trainmerge.system.correlation import rank_correlation
 
 EXAMPLES = 64
 

@@ -14,8 +14,9 @@ from tests.embedders import dense, embed, write_embedders
 from tests.world import WORDS, bert, nudge
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.pairs import Similar, read_similar
-from trainmerge.evaluate.similarity import correlation_terms, ndcg
+from trainmerge.evaluate.similarity import ndcg
 from trainmerge.run.scores import SIMILARITY
+from trainmerge.system.correlation import rank_terms
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -26,8 +27,8 @@ def test_the_terms_are_spearmans_correlation(ties: bool) -> None:
     if ties:
         one, other = (one * 2).round(), other.round()
     want = spearman_corrcoef(one, other).item()
-    assert correlation_terms(one, other).mean().item() == pytest.approx(want, abs=1e-6)
-    assert correlation_terms(one, torch.ones(40)).mean() == 0
+    assert rank_terms(one, other).mean().item() == pytest.approx(want, abs=1e-6)
+    assert rank_terms(one, torch.ones(40)).mean() == 0
 
 
 def test_ndcg_is_torchmetrics() -> None:

@@ -25,7 +25,7 @@ from trainmerge.tradeoffs.cma_es import Search, Tried, maximise, read_log
 from trainmerge.tradeoffs.front import front, lattice, nondominated
 from trainmerge.tradeoffs.pareto import sobol_design
 from trainmerge.tradeoffs.scales import losses_at
-from trainmerge.tradeoffs.surrogate import Quadratics, fit_quadratics, rank_correlation
+from trainmerge.tradeoffs.surrogate import Quadratics, fit_quadratics
 
 
 def quadratics(tasks: int, n: int, generator: torch.Generator) -> Quadratics:
@@ -90,10 +90,6 @@ def test_dominance_and_lattices_by_hand() -> None:
     assert lattice(2, 5).tolist() == [[0, 1], [0.25, 0.75], [0.5, 0.5], [0.75, 0.25], [1, 0]]
     assert len(lattice(5, 40)) == 35
     torch.testing.assert_close(lattice(3, 40).sum(1), torch.ones(len(lattice(3, 40))))
-    assert rank_correlation(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([0.0, 0.1, 7.0])) == pytest.approx(1)
-    assert rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.0, 1.0])) == pytest.approx(
-        -0.5
-    )
 
 
 def peak(x: list[float]) -> float:

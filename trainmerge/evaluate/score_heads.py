@@ -18,6 +18,7 @@ from trainmerge.data.batch import Kind
 from trainmerge.data.examples import Example
 from trainmerge.data.tokenizer import Tokenizer
 from trainmerge.evaluate.answers import UNCOUNTED
+from trainmerge.system.correlation import rank_terms, standardised
 
 LONGEST = 30  # tokens of an answer, as in transformers' own question answering
 Found = Sequence[Any]  # one example's numbers
@@ -145,26 +146,11 @@ def _of_values(found: Sequence[Found]) -> Measures:
     An example's contribution to Pearson's is the product of its standardised numbers.
     """
     mine, told = (torch.tensor([own[side] for own in found], dtype=torch.float64) for side in (0, 1))
-    one, other = (_standardised(side.flatten()) for side in (mine, told))
-    ranks = [_standardised(_ranks(side.flatten())) for side in (mine, told)]
+    one, other = (standardised(side.flatten()) for side in (mine, told))
     products = (one * other).view(len(found), -1)
     measures = {
         "pearson": float((one * other).mean()),
-        "spearman": float((ranks[0] * ranks[1]).mean()),
+        "spearman": float(rank_terms(mine.flatten(), told.flatten()).mean()),
         "mse": float((mine - told).square().mean()),
     }
     return measures, torch.stack([products.mean(dim=1), torch.ones(len(found), dtype=torch.float64)], dim=1)
-
-
-def _standardised(values: Tensor) -> Tensor:
-    """Mean 0 and mean square 1; 0 where all are equal, so that their correlation is 0."""
-    apart = values - values.mean()
-    spread = apart.square().mean().sqrt()
-    return apart / spread if spread > 0 else torch.zeros_like(apart)
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks; equal values share the mean of theirs."""
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    middle: Tensor = counts.cumsum(0).double() - (counts - 1) / 2
-    return middle[inverse]

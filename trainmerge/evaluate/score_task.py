@@ -17,10 +17,11 @@ from trainmerge.evaluate.by_length import TOKENS, by_length
 from trainmerge.evaluate.measure import check_causal, predicted
 from trainmerge.evaluate.pairs import Similar
 from trainmerge.evaluate.score_heads import found_in, measures_of
-from trainmerge.evaluate.similarity import correlation_terms, cosines, embed_texts, ndcg
+from trainmerge.evaluate.similarity import cosines, embed_texts, ndcg
 from trainmerge.evaluate.subject import Subject, TaskScore
 from trainmerge.evaluate.tasks import Task
 from trainmerge.evaluate.torchmetrics_states import AnswerLengths, TokenLosses, class_measures
+from trainmerge.system.correlation import rank_terms
 from trainmerge.system.distributed import merge_shares, own_share
 from trainmerge.system.side_by_side import side_by_side
 
@@ -51,7 +52,7 @@ def _similarities(subject: Subject, name: str, similar: Similar) -> TaskScore:
         terms = ndcg(rows, similar)
     else:
         wanted = subject.references[name] if similar.scores is None else similar.scores
-        terms = correlation_terms(cosines(rows, similar), wanted)
+        terms = rank_terms(cosines(rows, similar), wanted)
     outcomes = torch.stack([terms, torch.ones_like(terms)], dim=1)
     return TaskScore({similar.measure: float(terms.mean())}, outcomes)
 

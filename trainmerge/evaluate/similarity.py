@@ -40,32 +40,6 @@ def cosines(rows: Tensor, similar: Similar) -> Tensor:
     return (rows[similar.pairs[:, 0]] * rows[similar.pairs[:, 1]]).sum(dim=-1)
 
 
-def correlation_terms(one: Tensor, other: Tensor) -> Tensor:
-    """Each pair's contribution to Spearman's correlation of two scores, [P], [P] -> [P]; their mean is it.
-
-    Spearman's correlation is Pearson's of ranks; of equal scores each has the mean of their ranks. If all are
-    equal, it is 0.
-    """
-    return _standard(ranks(one)) * _standard(ranks(other))
-
-
-def ranks(scores: Tensor) -> Tensor:
-    """Ranks from 1, ties averaged, [P] float64.
-
-    >>> ranks(torch.tensor([0.5, 0.1, 0.5, 0.9])).tolist()
-    [2.5, 1.0, 2.5, 4.0]
-    """
-    _, places, counts = torch.unique(scores, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    averages: Tensor = last - (counts - 1) / 2
-    return averages[places]
-
-
-def _standard(values: Tensor) -> Tensor:
-    apart = values - values.mean()
-    return apart / apart.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-
-
 def ndcg(rows: Tensor, similar: Similar) -> Tensor:
     """nDCG at 10 of every query with relevant documents of gain 1, [N, E] -> [Q].
 

@@ -23,11 +23,12 @@ from trainmerge.run.folder import RunFolder
 from trainmerge.run.front import read_front
 from trainmerge.run.in_use import in_use
 from trainmerge.system.atomic import write_whole
+from trainmerge.system.correlation import rank_correlation
 from trainmerge.system.ranges import check_option
 from trainmerge.system.safetensors_file import sha256
 from trainmerge.tradeoffs.front import front, sobol_points
 from trainmerge.tradeoffs.scales import losses_at, named, scaled
-from trainmerge.tradeoffs.surrogate import Quadratics, check_points, fit_quadratics, rank_correlation
+from trainmerge.tradeoffs.surrogate import Quadratics, check_points, fit_quadratics
 
 
 def pareto_run(

@@ -67,9 +67,3 @@ def _slopes(u: Tensor, pairs: Tensor) -> Tensor:
     bent = axes[:, pairs[0]] * u[:, None, pairs[1]] + axes[:, pairs[1]] * u[:, None, pairs[0]]
     flat = axes.expand(len(u), -1, -1)
     return torch.cat([torch.zeros_like(flat[..., :1]), flat, bent], dim=2)
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's correlation of two lists [P] without ties; NaN for fewer than two."""
-    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1]) if len(a) > 1 else float("nan")
