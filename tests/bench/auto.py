@@ -27,7 +27,7 @@ def main() -> None:
         scores = {name: score(search, choice, name) for name in choice.rows}
     figure("auto_seconds", seconds, "CPU seconds", "")
     for name, trial in choice.rows.items():
-        row = name.replace(" ", "_").replace("-", "_").lower()
+        row = name.replace(", ", "_").replace(" ", "_").replace("-", "_").lower()
         figure(f"auto_recovered_{row}", trial.mean, "share", "")
         figure(f"auto_accuracy_{row}", scores[name], "accuracy", "")
     shares = torch.tensor([trial.mean for trial in choice.rows.values()])
