@@ -80,8 +80,8 @@ def scored(suite: str, name: str) -> tuple[int, float] | None:
 
 def correlation(found: Sequence[Row], loss: str) -> float:
     """Spearman's, of shares and scores."""
-    shares = torch.tensor([mean(row.shares[loss]) for row in found])
-    return rank_correlation(shares, torch.tensor([row.score for row in found]))
+    shares = [mean(row.shares[loss]) for row in found]
+    return rank_correlation(*torch.tensor([shares, [row.score for row in found]], dtype=torch.float64))
 
 
 def table() -> str:

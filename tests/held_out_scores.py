@@ -52,7 +52,7 @@ class Judged(NamedTuple):
     def correlation(self) -> float:
         """Spearman's, of shares and scores; 1 where the best score has the highest share."""
         shares, scores = zip(*((p.recovered, self.metric.sign * p.score) for p in self.points), strict=True)
-        return rank_correlation(torch.tensor(shares), torch.tensor(scores))
+        return rank_correlation(*torch.tensor([shares, scores], dtype=torch.float64))
 
 
 def suites() -> list[Judged]:

@@ -3,6 +3,7 @@
 Legend: `K` experts, `G` coefficient groups.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -166,6 +167,51 @@ def test_the_better_of_what_was_learned_is_learned_on_in_chunks(chosen: tm.Choic
     config = yaml.safe_load(RunFolder(chosen.learned[chunked]).config.read_text())
     assert config["model"]["initial"] == str(RunFolder(chosen.learned[first]).coefficients)
     assert saved.layout.groups.keys() == before.layout.groups.keys()
+
+
+def test_more_steps_than_before_go_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the first fit ends elsewhere, and so the last one is another."""
+    monkeypatch.setattr(search, "starts", lambda *_: FEW[:1])
+    config = yaml.safe_load((world / "config.yaml").read_text())
+    calls = itertools.count()  # every later merge is better
+    monkeypatch.setattr(HeldOutJudge, "recovered", lambda _: torch.full((K,), next(calls) / 1000))
+    runs = []
+    for steps in (2, 4):
+        config["trainer"]["max_steps"] = steps
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        runs.append(tm.auto_config(tmp_path / "config.yaml", tmp_path / "merged", overwrite=True).learned)
+    (first, chunked), (again, other) = (found.values() for found in runs)
+    assert first == again
+    assert chunked != other
+
+
+def test_without_its_last_fit_a_search_ends_with_a_warning(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("too little memory")
+
+    monkeypatch.setattr(search, "starts", lambda *_: FEW[:1])
+    monkeypatch.setattr(search.AutoSearch, "_in_chunks", refuse)
+    with pytest.warns(UserWarning, match="8 chunks per tensor: left out: too little memory"):
+        found = tm.auto_config(world / "config.yaml", tmp_path / "merged")
+    assert [*found.learned] == [f"learned from {FEW[0].name}"]
+
+
+def test_a_run_in_chunks_can_be_the_choice(world: Path, chosen: tm.Choice, tmp_path: Path) -> None:
+    (row,) = (name for name in chosen.learned if "chunks" in name)
+    place = tmp_path / "merged-auto"
+    shutil.copytree(world / "merged-auto", place)
+    written = json.loads((place / "auto.json").read_text())
+    written |= {"best": row, "run": chosen.learned[row].name}
+    (place / "auto.json").write_text(json.dumps(written))
+    recipe = preview_auto(world / "config.yaml").recipe
+    found = finished_search(place, recipe)
+    assert found is not None
+    assert found.best == row
+    grouping = replace(recipe.grouping, granularity="block")
+    assert finished_search(place, replace(recipe, grouping=grouping)) is None
+    assert load_file(tm.export_run(found.run, tmp_path / "merged") / "model.safetensors")
 
 
 def test_other_groupings_stay(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,12 @@ def test_without_a_compiler_eager_runs_after_one_warning(random_delta, generator
     with using("eager"):
         assert_same_bits(merged, merge(delta, coefficients))
     assert_same_bits(again, merged)
+    wide = random_delta([97, 3001], [ExpertWeight] * 2)  # of several blocks
+    grad = torch.randn(97, 3001, generator=generator)
+    for chunks in (1, 3):
+        products = wide.inner(grad, chunks)
+        with using("eager"):
+            assert_same_bits(products, wide.inner(grad, chunks))
 
 
 def test_terms_that_are_not_dense_are_triton_s_on_a_gpu(random_delta, monkeypatch):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trainmerge.system.correlation import rank_correlation, rank_terms
+from trainmerge.system.correlation import rank_correlation, rank_terms, standardised
 
 
 @pytest.mark.parametrize(
@@ -15,12 +15,19 @@ from trainmerge.system.correlation import rank_correlation, rank_terms
         ([1, 2, 3], [2, 3, 1], -0.5),
         ([1, 2, 3], [5, 5, 7], 1.5 / 3**0.5),  # ranks 1.5, 1.5, 3
         ([1, 2, 3], [4, 4, 4], 0.0),
+        ([0.1, 0.1, 0.1], [0.1, 0.1, 0.1], 0.0),
     ],
 )
 def test_spearman_by_hand(one: list[float], other: list[float], wanted: float) -> None:
     a, b = torch.tensor(one), torch.tensor(other)
     assert rank_correlation(a, b) == pytest.approx(wanted)
     assert rank_terms(a, b).shape == (3,)
+
+
+def test_equal_numbers_stay_equal_though_their_mean_is_rounded() -> None:
+    values = torch.full((7,), 0.1, dtype=torch.float64)
+    assert not torch.equal(values - values.mean(), torch.zeros(7))
+    assert torch.equal(standardised(values), torch.zeros(7))
 
 
 def test_one_number_has_no_correlation() -> None:

@@ -117,7 +117,7 @@ def why_refused(judged: Judged) -> str:
 def finished_search(place: Path, recipe: Recipe) -> Choice | None:
     """What a finished `auto_config` in the folder `place` chose; None if there is none of this recipe.
 
-    The preprocessors may differ, and the coefficients per tensor: they are what was chosen.
+    The preprocessors may differ, and the last fit's chunks: they are what was chosen.
 
     Raises:
         ValueError: `auto.json` is damaged.
@@ -128,11 +128,11 @@ def finished_search(place: Path, recipe: Recipe) -> Choice | None:
     file = RunFolder(choice.run).recipe
     if not file.is_file():  # as after the folder was deleted, of which the table says nothing
         return choice
-    return choice if _merged(read_config(Recipe, "recipe", file)) == _merged(recipe) else None
+    found = read_config(Recipe, "recipe", file)
+    if learns_in_chunks(recipe) and (found.grouping.granularity, found.grouping.chunks) == ("chunk", CHUNKS):
+        found = replace(found, grouping=replace(found.grouping, granularity="tensor", chunks=1))
+    return choice if _merged(found) == _merged(recipe) else None
 
 
 def _merged(recipe: Recipe) -> object:
-    grouping = recipe.grouping
-    if (grouping.granularity, grouping.chunks) == ("chunk", CHUNKS):  # the last fit's
-        grouping = replace(grouping, granularity="tensor", chunks=1)
-    return to_config(replace(recipe, preprocess=(), grouping=grouping))
+    return to_config(replace(recipe, preprocess=()))

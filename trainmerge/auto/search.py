@@ -26,6 +26,7 @@ from trainmerge.fitting.held_out_stopping import StopOnHeldOut
 from trainmerge.run.config import read_settings, to_config
 from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe
+from trainmerge.system.safetensors_file import sha256
 from trainmerge.system.text import shortened
 from trainmerge.system.workspace import digest
 
@@ -83,13 +84,18 @@ class AutoSearch:
         for name in finalists:
             if self._has_time(row := _learned(name)):
                 runs[row], rows[row] = self._learn(rows[name])
-        begun = [name for name in finalists if _learned(name) in runs]
-        if begun and learns_in_chunks(self.settings.module.recipe):
-            name = max(begun, key=lambda name: rows[_learned(name)].mean)
-            row = f"{_learned(name)}, {CHUNKS} chunks per tensor"
+        if runs and learns_in_chunks(self.settings.module.recipe):
+            name = max(
+                (name for name in finalists if _learned(name) in runs),
+                key=lambda name: rows[_learned(name)].mean,
+            )
+            first = _learned(name)
+            row = f"{first}, {CHUNKS} chunks per tensor"
             if self._has_time(row):
-                first = _learned(name)
-                runs[row], rows[row] = self._in_chunks(row, name, rows[first], runs[first])
+                try:
+                    runs[row], rows[row] = self._in_chunks(row, name, rows[first], runs[first])
+                except ValueError as error:
+                    warnings.warn(f"{row}: left out: {error}", stacklevel=2)
         return runs
 
     def _try(self, name: str, judge: Judged) -> Trial | None:
@@ -122,13 +128,15 @@ class AutoSearch:
 
     def _in_chunks(self, row: str, start: str, trial: Trial, run: Path) -> tuple[Path, Trial]:
         """Learn on from what was learned from a start, with `CHUNKS` coefficients per tensor."""
+        learned = RunFolder(run).coefficients
         changes = {
             "recipe.preprocess": to_config(self.judged[start].inputs.recipe.preprocess),
             "recipe.grouping.granularity": "chunk",
             "recipe.grouping.chunks": CHUNKS,
-            "model.initial": str(RunFolder(run).coefficients),
+            "model.initial": str(learned),
         }
-        return self._stopped(row, trial, f"{run.name}-chunks", changes)
+        folder = f"{run.name}-chunks-{sha256(learned)[:6]}"  # more steps of that run begin another fit
+        return self._stopped(row, trial, folder, changes)
 
     def _stopped(self, row: str, trial: Trial, folder: str, changes: Mapping[str, Any]) -> tuple[Path, Trial]:
         """A fit that held-out examples stop, and what its best step recovers."""
@@ -187,7 +195,7 @@ def _learned(start: str) -> str:
 
 
 def learns_in_chunks(recipe: Recipe) -> bool:
-    """Whether the last fit has several coefficients per tensor: where the others have one."""
+    """Whether the last fit is made: where the granularity is `tensor`."""
     return recipe.grouping.granularity == "tensor"
 
 

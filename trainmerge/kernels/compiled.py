@@ -34,7 +34,7 @@ class _Flat(NamedTuple):
     """Contiguous runs of n elements: a parameter, or one chunk of its rows."""
 
     first: Tensor  # [n]: the merge, or the gradient
-    base: Tensor  # [n]
+    base: Tensor  # [n]; of a merge, the model that the others differ from
     models: list[Tensor]  # of `ExpertWeight`
     taus: list[Tensor]  # of `Difference`
     order: list[int]  # the terms' places: models first, then taus
@@ -74,7 +74,11 @@ def inner_products(grad: Tensor, base: Tensor, terms: Sequence[Term], chunks: in
     """`eager.inner_products`, fused; bitwise independent of the number of threads."""
     if not _is_flat(grad, base, terms, chunks):
         return eager.inner_products(grad, base, terms, chunks)
-    sums = [_chunk_products(own, len(terms)) for own in _chunks(grad, base, terms, chunks)]
+    sums: list[Tensor] = []
+    for own in _chunks(grad, base, terms, chunks):
+        if (found := _chunk_products(own, len(terms))) is None:
+            return eager.inner_products(grad, base, terms, chunks)
+        sums.append(found)
     return torch.stack(sums, dim=1).to(torch.float32)
 
 
@@ -113,13 +117,13 @@ def _merge_chunk(own: _Flat, weights: Sequence[float]) -> bool:
     return _run(_merge, taken, torch.tensor(scales, dtype=torch.float32, device=origin.device)) is not None
 
 
-def _chunk_products(own: _Flat, experts: int) -> Tensor:
-    """<grad, tau_k> of one chunk, [K] in float64."""
+def _chunk_products(own: _Flat, experts: int) -> Tensor | None:
+    """<grad, tau_k> of one chunk, [K] in float64; None if a fused loop cannot do it."""
     size = own.first.numel()
     whole = size // ROW * ROW
     rows = _run(_products, own if whole == size else own.part(slice(whole))) if own.order else None
     if rows is None:
-        return eager.inner_products(own.first, own.base, own.terms(experts), 1)[:, 0].double()
+        return None
     sums = rows.new_zeros(experts, dtype=torch.float64)
     sums[own.order] = _row_sums(rows)
     if whole < size:  # the remaining elements, one per row

@@ -20,9 +20,10 @@ def ranks(values: Tensor) -> Tensor:
 
 def standardised(values: Tensor) -> Tensor:
     """Mean 0 and mean square 1, [P]; 0 where all are equal, so that their correlation is 0."""
+    if bool((values == values[:1]).all()):
+        return torch.zeros_like(values)
     apart = values - values.mean()
-    spread = apart.square().mean().sqrt()
-    return apart / spread if spread > 0 else torch.zeros_like(apart)
+    return apart / apart.square().mean().sqrt()
 
 
 def rank_terms(one: Tensor, other: Tensor) -> Tensor:
