@@ -84,18 +84,16 @@ class AutoSearch:
         for name in finalists:
             if self._has_time(row := _learned(name)):
                 runs[row], rows[row] = self._learn(rows[name])
-        if runs and learns_in_chunks(self.settings.module.recipe):
-            name = max(
-                (name for name in finalists if _learned(name) in runs),
-                key=lambda name: rows[_learned(name)].mean,
-            )
-            first = _learned(name)
-            row = f"{first}, {CHUNKS} chunks per tensor"
-            if self._has_time(row):
-                try:
-                    runs[row], rows[row] = self._in_chunks(row, name, rows[first], runs[first])
-                except ValueError as error:
-                    warnings.warn(f"{row}: left out: {error}", stacklevel=2)
+        if not (runs and learns_in_chunks(self.settings.module.recipe)):
+            return runs
+        first = max(runs, key=lambda row: rows[row].mean)
+        (start,) = (name for name in finalists if _learned(name) == first)
+        row = f"{first}, {CHUNKS} chunks per tensor"
+        if self._has_time(row):
+            try:
+                runs[row], rows[row] = self._in_chunks(row, start, rows[first], runs[first])
+            except ValueError as error:
+                warnings.warn(f"{row}: left out: {error}", stacklevel=2)
         return runs
 
     def _try(self, name: str, judge: Judged) -> Trial | None:
