@@ -75,7 +75,7 @@ def settled(name: str, config: Path, runs: Path, seed: int) -> Path:
     if isinstance(start, Start):
         module = search.settings.module
         log = TrialLog(search.place / "trials.jsonl")
-        judged = Judged(start, module.inputs(search.settings.data), module.objective, log, [])
+        judged = Judged(start, module.inputs(search.settings.data), module.objective, log, {})
         search.judged[start.name] = judged
     else:
         judged = search.judged[start]

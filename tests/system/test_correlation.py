@@ -32,3 +32,8 @@ def test_equal_numbers_stay_equal_though_their_mean_is_rounded() -> None:
 
 def test_one_number_has_no_correlation() -> None:
     assert math.isnan(rank_correlation(torch.ones(1), torch.ones(1)))
+
+
+def test_what_is_not_a_number_has_no_rank() -> None:
+    assert math.isnan(rank_correlation(torch.tensor([1.0, 2.0, math.nan]), torch.arange(3)))
+    assert rank_correlation(torch.tensor([1.0, 2.0, -math.inf]), torch.tensor([2, 3, 1])) == pytest.approx(1)

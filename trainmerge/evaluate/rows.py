@@ -75,6 +75,8 @@ class Rows:
         equal = (other for other in self.scored if own is not None and self.uniform.get(other) == own)
         if row == EXPERT:
             self.scored[row] = self._experts()
+            if self._race:
+                self._race.learn_from(self.scored[row])
         elif (same := next(equal, None)) is not None:
             self.scored[row] = self.scored[same]
             self.agreement |= {row: self.agreement[same]} if same in self.agreement else {}

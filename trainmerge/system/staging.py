@@ -30,9 +30,7 @@ def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     lock = target.with_name(f".{target.name}.lock")
     with locked(lock, str(target), "a command that writes it"):
         _recover(target)
-        occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-        if occupied and (not overwrite or not target.is_dir()):
-            raise _occupied(target)
+        refuse_occupied(target, overwrite)
         new, old = aside(target, "new"), aside(target, "old")
         new.mkdir()
         try:
@@ -46,6 +44,17 @@ def staging(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
         finally:
             for path in (new, old):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def refuse_occupied(target: Path, overwrite: bool = False) -> None:
+    """Refuse a target that `staging` would refuse, for work that comes before it.
+
+    Raises:
+        FileExistsError: `target` is a file, or is not empty and `overwrite` is off.
+    """
+    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if occupied and (not overwrite or not target.is_dir()):
+        raise _occupied(target)
 
 
 def _publish(new: Path, target: Path, old: Path, overwrite: bool) -> None:
