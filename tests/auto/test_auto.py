@@ -147,30 +147,30 @@ def test_a_merge_is_judged_again_once_anything_that_decides_its_share_changed(
     assert judged() == 2
 
 
+def start_of(row: str) -> str:
+    return row.removeprefix("learned from ").partition(", ")[0]
+
+
 def test_learning_begins_at_the_judged_scales(chosen: tm.Choice) -> None:
-    """A learned row is judged before its first step, where it is the row that it begins from."""
-    for name, trial in chosen.rows.items():
-        if name.startswith("learned from"):
-            first = name.partition(", ")[0] if ", " in name else name.removeprefix("learned from ")
-            assert trial.mean >= chosen.rows[first].mean - 1e-6
+    """A learned row is judged before its first step, where it is the row of its start."""
+    for name in chosen.learned:
+        assert chosen.rows[name].mean >= chosen.rows[start_of(name)].mean - 1e-6
 
 
-def test_the_better_of_what_was_learned_is_learned_on_in_chunks(chosen: tm.Choice) -> None:
-    plain = [name for name in chosen.learned if "chunks" not in name]
-    (chunked,) = chosen.learned.keys() - {*plain}
-    first = max(plain, key=lambda name: chosen.rows[name].mean)
-    assert chunked == f"{first}, 8 chunks per tensor"
-    saved = load_coefficients(RunFolder(chosen.learned[chunked]).coefficients)
-    before = load_coefficients(RunFolder(chosen.learned[first]).coefficients)
-    groups = max(saved.layout.groups.values(), key=len)
-    assert len(groups) == 8
-    config = yaml.safe_load(RunFolder(chosen.learned[chunked]).config.read_text())
-    assert config["model"]["initial"] == str(RunFolder(chosen.learned[first]).coefficients)
-    assert saved.layout.groups.keys() == before.layout.groups.keys()
+def test_eight_coefficients_per_tensor_are_learned(chosen: tm.Choice) -> None:
+    assert [*chosen.learned] == [
+        f"learned from {start_of(name)}, 8 chunks per tensor" for name in chosen.learned
+    ]
+    assert {start_of(name) for name in chosen.learned} == {start.name for start in FEW}
+    for run in map(RunFolder, chosen.learned.values()):
+        saved = load_coefficients(run.coefficients)
+        assert max(map(len, saved.layout.groups.values())) == 8
+        start = load_coefficients(Path(yaml.safe_load(run.config.read_text())["model"]["initial"]))
+        assert saved.layout.groups.keys() == start.layout.groups.keys()
+        assert {len(groups) for groups in start.layout.groups.values()} == {1}
 
 
 def test_more_steps_than_before_go_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the first fit ends elsewhere, and so the last one is another."""
     monkeypatch.setattr(search, "starts", lambda *_: FEW[:1])
     config = yaml.safe_load((world / "config.yaml").read_text())
     calls = itertools.count()  # every later merge is better
@@ -179,27 +179,16 @@ def test_more_steps_than_before_go_on(world: Path, tmp_path: Path, monkeypatch: 
     for steps in (2, 4):
         config["trainer"]["max_steps"] = steps
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-        runs.append(tm.auto_config(tmp_path / "config.yaml", tmp_path / "merged", overwrite=True).learned)
-    (first, chunked), (again, other) = (found.values() for found in runs)
-    assert first == again
-    assert chunked != other
-
-
-def test_without_its_last_fit_a_search_ends_with_a_warning(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise ValueError("too little memory")
-
-    monkeypatch.setattr(search, "starts", lambda *_: FEW[:1])
-    monkeypatch.setattr(search.AutoSearch, "_in_chunks", refuse)
-    with pytest.warns(UserWarning, match="8 chunks per tensor: left out: too little memory"):
-        found = tm.auto_config(world / "config.yaml", tmp_path / "merged")
-    assert [*found.learned] == [f"learned from {FEW[0].name}"]
+        runs += tm.auto_config(tmp_path / "config.yaml", tmp_path / "merged", overwrite=True).learned.values()
+        steps_done = [
+            json.loads(line)["step"] for line in (runs[-1] / "metrics.jsonl").read_text().splitlines()
+        ]
+        assert max(steps_done) + 1 == steps
+    assert runs[0] == runs[1]
 
 
 def test_a_run_in_chunks_can_be_the_choice(world: Path, chosen: tm.Choice, tmp_path: Path) -> None:
-    (row,) = (name for name in chosen.learned if "chunks" in name)
+    row = next(iter(chosen.learned))
     place = tmp_path / "merged-auto"
     shutil.copytree(world / "merged-auto", place)
     written = json.loads((place / "auto.json").read_text())
@@ -404,6 +393,39 @@ def test_a_search_in_a_folder_in_use_changes_nothing(world: Path, tmp_path: Path
         auto_config(world / "config.yaml", tmp_path / "out", tmp_path / "auto")
     assert log.read_text() == "half a line that another process is writing"
     assert [path.name for path in (tmp_path / "auto").iterdir() if path.name != ".lock"] == [log.name]
+
+
+def test_a_folder_that_is_there_is_refused_before_the_search(
+    world: Path, chosen: tm.Choice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"another merge")
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        auto_config(world / "config.yaml", tmp_path / "out")
+    assert not (tmp_path / "out-auto").exists()
+    monkeypatch.setattr(search.AutoSearch, "choose", lambda *_: pytest.fail("searched"))
+    with pytest.raises(FileExistsError, match="not an empty folder"):  # also by a search that has ended
+        auto_config(world / "config.yaml", tmp_path / "out", chosen.run.parent)
+    for inside in (tmp_path / "new", tmp_path / "new" / "auto"):
+        with pytest.raises(ValueError, match="or inside it; choose another"):
+            auto_config(world / "config.yaml", tmp_path / "new", inside)
+
+
+def test_a_fit_that_cannot_be_made_is_left_out(
+    world: Path, chosen: tm.Choice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: search.AutoSearch, row: str, trial: Trial) -> tuple[Path, Trial]:
+        if trial.start == "TIES":
+            raise ValueError("too little memory")
+        return learn(self, row, trial)
+
+    learn = search.AutoSearch._learn
+    monkeypatch.setattr(search, "starts", lambda *_: FEW)
+    monkeypatch.setattr(search.AutoSearch, "_learn", refuse)
+    with pytest.warns(UserWarning, match="learned from TIES, 8 chunks per tensor is left out: too little"):
+        found = tm.auto_config(world / "config.yaml", tmp_path / "merged")
+    assert [*found.learned] == ["learned from task arithmetic, 8 chunks per tensor"]
+    assert {*found.rows} == {*chosen.rows} - {"learned from TIES, 8 chunks per tensor"}
 
 
 def test_what_it_cannot_do_is_refused(world: Path, tmp_path: Path) -> None:

@@ -168,6 +168,14 @@ def test_task_arithmetic_that_cannot_be_the_best_is_left_early(run: Path) -> Non
     assert found.scores["average"] == alone["task arithmetic 0.5"].scores["task arithmetic 0.5"]  # K = 2
 
 
+def test_task_arithmetic_races_after_all_other_rows(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What base, average, the merge and the experts missed is read first."""
+    learned: list[float] = []
+    monkeypatch.setattr(Race, "learn_from", lambda _, found: learned.append(found["mood"].score))
+    found = evaluate_run(run, grid=(0.1,), reuse=False)
+    assert learned == [found.rows[row]["mood"].score for row in ("base", "average", "learned", "expert")]
+
+
 def test_a_race_reads_the_examples_that_others_missed_first(run: Path) -> None:
     merge = recipe(run.parent)
     task = Task(

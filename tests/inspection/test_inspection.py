@@ -266,7 +266,7 @@ def test_suggest_says_what_auto_would_do(
     for name in ("task arithmetic", "layer least squares", "TIES", "TSV-M", "OptMerge", "ASWUDI"):
         assert name in table
     assert "left out: Slerp merges two experts, not 3" in said
-    assert "learns by Entropy in 3 fits of at most 3 steps" in said
+    assert "learns by Entropy in 2 fits of at most 3 steps" in said
     assert re.search(r"by the plan at most .+ s, .+ s of it to judge", said)
     assert "let held-out examples choose: trainmerge auto config.yaml out let" not in said
     assert "let held-out examples choose: trainmerge auto config.yaml out instead, the same" in said

@@ -50,9 +50,8 @@ class Preview:
 
     @property
     def fits(self) -> int:
-        """How many fits: from the best starts, and in chunks from the better result."""
-        starts = min(FINALISTS, len(self.tried))
-        return starts + bool(starts and learns_in_chunks(self.recipe))
+        """How many fits: from the best starts."""
+        return min(FINALISTS, len(self.tried))
 
     def judging_seconds(self, computing: float, merging: float) -> float:
         """Seconds of all judged merges, from those of a step: its forwards and backwards, and the rest.
@@ -117,7 +116,7 @@ def why_refused(judged: Judged) -> str:
 def finished_search(place: Path, recipe: Recipe) -> Choice | None:
     """What a finished `auto_config` in the folder `place` chose; None if there is none of this recipe.
 
-    The preprocessors may differ, and the last fit's chunks: they are what was chosen.
+    The preprocessors may differ, and the fits' chunks: they are what was chosen.
 
     Raises:
         ValueError: `auto.json` is damaged.

@@ -24,15 +24,13 @@ from trainmerge.fitting.from_config import FitSettings, from_config
 from trainmerge.fitting.generated import share_generated
 from trainmerge.fitting.held_out_stopping import StopOnHeldOut
 from trainmerge.run.config import read_settings, to_config
-from trainmerge.run.folder import RunFolder
 from trainmerge.run.recipe import Recipe
-from trainmerge.system.safetensors_file import sha256
 from trainmerge.system.text import shortened
 from trainmerge.system.workspace import digest
 
 FINALISTS = 2  # starts that get a scale per expert, and are learned from
 STEPS = 80  # of a configuration that has none
-CHUNKS = 8  # coefficients per tensor of the last fit
+CHUNKS = 8  # coefficients per tensor that are learned where the granularity is `tensor`
 
 
 class AutoSearch:
@@ -79,21 +77,15 @@ class AutoSearch:
         return Choice(rows, best, run, learned)
 
     def _learn_from(self, finalists: Sequence[str], rows: dict[str, Trial]) -> dict[str, Path]:
-        """Learn from every finalist, and on from the better result in chunks: row -> run; adds to `rows`."""
+        """Learn from every finalist: row -> run; adds to `rows`."""
         runs: dict[str, Path] = {}
         for name in finalists:
-            if self._has_time(row := _learned(name)):
-                runs[row], rows[row] = self._learn(rows[name])
-        if not (runs and learns_in_chunks(self.settings.module.recipe)):
-            return runs
-        first = max(runs, key=lambda row: rows[row].mean)
-        (start,) = (name for name in finalists if _learned(name) == first)
-        row = f"{first}, {CHUNKS} chunks per tensor"
-        if self._has_time(row):
+            if not self._has_time(row := self._row(name)):
+                continue
             try:
-                runs[row], rows[row] = self._in_chunks(row, start, rows[first], runs[first])
+                runs[row], rows[row] = self._learn(row, rows[name])
             except ValueError as error:
-                warnings.warn(f"{row}: left out: {error}", stacklevel=2)
+                warnings.warn(f"{row} is left out: {error}", stacklevel=2)
         return runs
 
     def _try(self, name: str, judge: Judged) -> Trial | None:
@@ -118,27 +110,22 @@ class AutoSearch:
         judge.release()
         return max(common, found, key=lambda trial: trial.mean)
 
-    def _learn(self, trial: Trial) -> tuple[Path, Trial]:
-        """Learn from a start."""
-        folder = f"learned-{_slug(trial)}"
-        changes = self._from(trial, folder)
-        return self._stopped(_learned(trial.start), trial, folder, changes)
+    @property
+    def _chunks(self) -> dict[str, Any]:
+        """What the fits change of the grouping."""
+        if not learns_in_chunks(self.settings.module.recipe):
+            return {}
+        return {"recipe.grouping.granularity": "chunk", "recipe.grouping.chunks": CHUNKS}
 
-    def _in_chunks(self, row: str, start: str, trial: Trial, run: Path) -> tuple[Path, Trial]:
-        """Learn on from what was learned from a start, with `CHUNKS` coefficients per tensor."""
-        learned = RunFolder(run).coefficients
-        changes = {
-            "recipe.preprocess": to_config(self.judged[start].inputs.recipe.preprocess),
-            "recipe.grouping.granularity": "chunk",
-            "recipe.grouping.chunks": CHUNKS,
-            "model.initial": str(learned),
-        }
-        folder = f"{run.name}-chunks-{sha256(learned)[:6]}"  # more steps of that run begin another fit
-        return self._stopped(row, trial, folder, changes)
+    def _row(self, start: str) -> str:
+        """The row of what is learned from a start."""
+        return f"learned from {start}" + (f", {CHUNKS} chunks per tensor" if self._chunks else "")
 
-    def _stopped(self, row: str, trial: Trial, folder: str, changes: Mapping[str, Any]) -> tuple[Path, Trial]:
-        """A fit that held-out examples stop, and what its best step recovers."""
-        settings = self._settings(folder, {**changes, "trainer.callbacks": self._callbacks()})
+    def _learn(self, row: str, trial: Trial) -> tuple[Path, Trial]:
+        """Learn from a start: the run, and what its best step recovers."""
+        folder = f"learned-{_slug(trial)}" + ("-chunks" if self._chunks else "")
+        changes = {**self._from(trial, folder), **self._chunks, "trainer.callbacks": self._callbacks()}
+        settings = self._settings(folder, changes)
         clock = monotonic()
         self._fit(settings)
         (stopped,) = [c for c in settings.trainer.callbacks if isinstance(c, StopOnHeldOut)]  # type: ignore[attr-defined]
@@ -187,13 +174,8 @@ class AutoSearch:
         return False
 
 
-def _learned(start: str) -> str:
-    """The row of what was learned from a start."""
-    return f"learned from {start}"
-
-
 def learns_in_chunks(recipe: Recipe) -> bool:
-    """Whether the last fit is made: where the granularity is `tensor`."""
+    """Whether fits learn `CHUNKS` coefficients per tensor: where the granularity is `tensor`."""
     return recipe.grouping.granularity == "tensor"
 
 

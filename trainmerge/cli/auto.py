@@ -22,8 +22,8 @@ def auto(
     """Choose start and method by held-out unlabeled examples, and export the best merge.
 
     It judges task arithmetic, the configuration's own start and closed forms at several scales, learns from
-    the two best, from the better again in chunks, and keeps the best of all. No label is read. The same
-    command resumes.
+    the two best (eight coefficients per tensor where the granularity is tensor), and keeps the best of all.
+    No label is read. The same command resumes.
 
     Examples: trainmerge auto configs/demo.yaml merged/
               trainmerge auto configs/demo.yaml merged/ --minutes 10
