@@ -193,7 +193,10 @@ def _codecs(axes: Axes, group: str) -> None:
 
 
 def recovered() -> Figure:
-    """Of `trainmerge auto`'s merges: the share recovered without labels against the labelled score."""
+    """Of `trainmerge auto`'s merges: the share recovered without labels against the labelled score.
+
+    What was learned is green: eight coefficients per tensor.
+    """
     suites = held_out_scores.suites()
     columns = min(2, len(suites))
     rows = -(-len(suites) // columns)
@@ -209,6 +212,7 @@ def recovered() -> Figure:
             axes.plot(x, y, "o", color=GREEN if learned else BLUE, ms=12)
             axes.annotate(str(number), (x, y), fontsize=8, color="white", ha="center", va="center")
         named = "\n".join(f"{number}  {', '.join(names)}" for number, (_, names) in enumerate(order, start=1))
+        named = named.replace(" in 8 chunks per tensor", "").replace(", 8 chunks per tensor", "")
         axes.text(0.58, 0.03, named, transform=axes.transAxes, fontsize=8, color=GREY, va="bottom")
         axes.set_title(f"{suite.title}: Spearman {suite.correlation:.2f}", fontsize=10)
         axes.set(xlabel="recovered of the experts on held-out examples, no labels")
