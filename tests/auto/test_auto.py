@@ -153,8 +153,12 @@ def start_of(row: str) -> str:
 
 def test_learning_begins_at_the_judged_scales(chosen: tm.Choice) -> None:
     """A learned row is judged before its first step, where it is the row of its start."""
-    for name in chosen.learned:
-        assert chosen.rows[name].mean >= chosen.rows[start_of(name)].mean - 1e-6
+    for name, run in chosen.learned.items():
+        start = chosen.rows[start_of(name)]
+        assert chosen.rows[name].mean >= start.mean - 1e-6
+        given = load_coefficients(Path(yaml.safe_load(RunFolder(run).config.read_text())["model"]["initial"]))
+        for k, scale in enumerate(start.scales):
+            assert given().detach()[k].unique() == torch.tensor(scale)  # of starts whose coefficients are 1
 
 
 def test_eight_coefficients_per_tensor_are_learned(chosen: tm.Choice) -> None:
@@ -175,16 +179,29 @@ def test_more_steps_than_before_go_on(world: Path, tmp_path: Path, monkeypatch: 
     config = yaml.safe_load((world / "config.yaml").read_text())
     calls = itertools.count()  # every later merge is better
     monkeypatch.setattr(HeldOutJudge, "recovered", lambda _: torch.full((K,), next(calls) / 1000))
-    runs = []
+    logs = []
     for steps in (2, 4):
         config["trainer"]["max_steps"] = steps
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-        runs += tm.auto_config(tmp_path / "config.yaml", tmp_path / "merged", overwrite=True).learned.values()
-        steps_done = [
-            json.loads(line)["step"] for line in (runs[-1] / "metrics.jsonl").read_text().splitlines()
-        ]
-        assert max(steps_done) + 1 == steps
-    assert runs[0] == runs[1]
+        found = tm.auto_config(tmp_path / "config.yaml", tmp_path / "merged", overwrite=True)
+        (run,) = found.learned.values()
+        logs.append((run / "metrics.jsonl").read_text().splitlines())
+        assert json.loads(logs[-1][-1])["step"] == steps - 1
+    assert logs[1][: len(logs[0])] == logs[0]
+
+
+def test_a_damaged_choice_is_made_again(world: Path, chosen: tm.Choice, tmp_path: Path) -> None:
+    place = tmp_path / "merged-auto"
+    shutil.copytree(world / "merged-auto", place)
+    (place / "auto.json").write_text("{}")
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "model.safetensors").write_bytes(b"another merge")
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        tm.auto_config(world / "config.yaml", tmp_path / "merged")
+    (tmp_path / "merged" / "model.safetensors").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "starts", lambda *_: FEW)
+        assert tm.auto_config(world / "config.yaml", tmp_path / "merged").best == chosen.best
 
 
 def test_a_run_in_chunks_can_be_the_choice(world: Path, chosen: tm.Choice, tmp_path: Path) -> None:
@@ -406,26 +423,12 @@ def test_a_folder_that_is_there_is_refused_before_the_search(
     monkeypatch.setattr(search.AutoSearch, "choose", lambda *_: pytest.fail("searched"))
     with pytest.raises(FileExistsError, match="not an empty folder"):  # also by a search that has ended
         auto_config(world / "config.yaml", tmp_path / "out", chosen.run.parent)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="not an empty folder"):  # no folder to replace
+        auto_config(world / "config.yaml", tmp_path / "file", overwrite=True)
     for inside in (tmp_path / "new", tmp_path / "new" / "auto"):
         with pytest.raises(ValueError, match="or inside it; choose another"):
             auto_config(world / "config.yaml", tmp_path / "new", inside)
-
-
-def test_a_fit_that_cannot_be_made_is_left_out(
-    world: Path, chosen: tm.Choice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(self: search.AutoSearch, row: str, trial: Trial) -> tuple[Path, Trial]:
-        if trial.start == "TIES":
-            raise ValueError("too little memory")
-        return learn(self, row, trial)
-
-    learn = search.AutoSearch._learn
-    monkeypatch.setattr(search, "starts", lambda *_: FEW)
-    monkeypatch.setattr(search.AutoSearch, "_learn", refuse)
-    with pytest.warns(UserWarning, match="learned from TIES, 8 chunks per tensor is left out: too little"):
-        found = tm.auto_config(world / "config.yaml", tmp_path / "merged")
-    assert [*found.learned] == ["learned from task arithmetic, 8 chunks per tensor"]
-    assert {*found.rows} == {*chosen.rows} - {"learned from TIES, 8 chunks per tensor"}
 
 
 def test_what_it_cannot_do_is_refused(world: Path, tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ def auto_config(
     """Choose start and method for a configuration by held-out examples, and export the best merge.
 
     Args:
-        config: A configuration of `trainmerge fit`; objective, optimizer and steps are used for learning, and
-            its grouping, but for `tensor`, from which eight coefficients per tensor are learned.
+        config: A configuration of `trainmerge fit`; objective, optimizer, steps and grouping are used for
+            learning; where the granularity is `tensor`, eight coefficients per tensor are learned.
         out: The folder of the merged checkpoint.
         run: The folder of everything that is tried; by default `OUT-auto` beside `out`.
         held_out: Share of each expert's examples to judge by; nothing is learned from them.
@@ -64,16 +64,17 @@ def auto_config(
 
 
 def _refuse(target: Path, place: Path, overwrite: bool) -> None:
-    """Refuse, before the search, a target that could not be written after it."""
-    if target.resolve() in (inside := place.resolve(), *inside.parents):
+    """Refuse, before the search, a target that is occupied or holds the search."""
+    folder = place.resolve()
+    if target.resolve() in (folder, *folder.parents):
         raise ValueError(f"the search's folder {place} is {target}, or inside it; choose another (--run)")
     if not _is_earlier_merge(target, place):
         refuse_occupied(target.resolve(), overwrite)
 
 
 def _is_earlier_merge(target: Path, place: Path) -> bool:
-    """Whether a folder is the export of what a search chose before."""
-    if not (place / "auto.json").is_file():
+    """Whether a folder is the export of what a search chose before; False where that is damaged."""
+    try:
+        return is_export_of(RunFolder(Choice.read(place).run), target, Form())
+    except (ValueError, FileNotFoundError):
         return False
-    run = RunFolder(Choice.read(place).run)
-    return run.recipe.is_file() and is_export_of(run, target, Form())

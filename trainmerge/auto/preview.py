@@ -50,7 +50,7 @@ class Preview:
 
     @property
     def fits(self) -> int:
-        """How many fits: from the best starts."""
+        """How many fits: one from each of the best starts."""
         return min(FINALISTS, len(self.tried))
 
     def judging_seconds(self, computing: float, merging: float) -> float:

@@ -80,12 +80,8 @@ class AutoSearch:
         """Learn from every finalist: row -> run; adds to `rows`."""
         runs: dict[str, Path] = {}
         for name in finalists:
-            if not self._has_time(row := self._row(name)):
-                continue
-            try:
+            if self._has_time(row := self._row(name)):
                 runs[row], rows[row] = self._learn(row, rows[name])
-            except ValueError as error:
-                warnings.warn(f"{row} is left out: {error}", stacklevel=2)
         return runs
 
     def _try(self, name: str, judge: Judged) -> Trial | None:
@@ -111,20 +107,20 @@ class AutoSearch:
         return max(common, found, key=lambda trial: trial.mean)
 
     @property
-    def _chunks(self) -> dict[str, Any]:
-        """What the fits change of the grouping."""
+    def _grouping(self) -> dict[str, Any]:
+        """The fits' changes of the grouping; none unless the granularity is `tensor`."""
         if not learns_in_chunks(self.settings.module.recipe):
             return {}
         return {"recipe.grouping.granularity": "chunk", "recipe.grouping.chunks": CHUNKS}
 
     def _row(self, start: str) -> str:
         """The row of what is learned from a start."""
-        return f"learned from {start}" + (f", {CHUNKS} chunks per tensor" if self._chunks else "")
+        return f"learned from {start}" + (f", {CHUNKS} chunks per tensor" if self._grouping else "")
 
     def _learn(self, row: str, trial: Trial) -> tuple[Path, Trial]:
         """Learn from a start: the run, and what its best step recovers."""
-        folder = f"learned-{_slug(trial)}" + ("-chunks" if self._chunks else "")
-        changes = {**self._from(trial, folder), **self._chunks, "trainer.callbacks": self._callbacks()}
+        folder = f"learned-{_slug(trial)}" + ("-chunks" if self._grouping else "")
+        changes = {**self._from(trial, folder), **self._grouping, "trainer.callbacks": self._callbacks()}
         settings = self._settings(folder, changes)
         clock = monotonic()
         self._fit(settings)
