@@ -17,6 +17,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -210,6 +211,26 @@ def test_metadata_changes_no_class(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="it changes a class"):
         tm.load_state_dict(folder, allow_pickle=True)
     assert tmp_path.exists() is True
+
+
+def test_metadata_of_early_python_3_11_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its enumerations write a member as an attribute of their class; 3.11.2 does, 3.11.7 does not."""
+    monkeypatch.setattr(
+        _MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name))
+    )
+    folder = sharded(tmp_path / "run", {"w": torch.arange(3.0)})
+    assert b"getattr" in (folder / ".metadata").read_bytes()
+    assert_same_bits(tm.load_state_dict(folder, allow_pickle=True)["w"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("attribute", ["__mro__", "__init_subclass__", "name"])
+def test_metadata_reads_no_other_attribute(tmp_path: Path, attribute: str) -> None:
+    folder = sharded(tmp_path / "run", {"w": torch.zeros(2)})
+    kind = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+    text = b"X" + len(attribute).to_bytes(4, "little") + attribute.encode()
+    (folder / ".metadata").write_bytes(b"\x80\x02cbuiltins\ngetattr\n" + kind + text + b"\x86R.")
+    with pytest.raises(ValueError, match=f"asks for the attribute {attribute}"):
+        tm.load_state_dict(folder, allow_pickle=True)
 
 
 @pytest.mark.parametrize("changes", [{"state_dict_metadata": [1]}, {"planner_data": {"w": 5}}])

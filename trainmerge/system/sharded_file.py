@@ -1,12 +1,14 @@
 """Sharded checkpoints of torch.distributed (DCP): a folder of `.distcp` files and their `.metadata`.
 
 The metadata is a pickle. It is read by an unpickler that knows DCP's own classes, torch's plain values, paths
-and ordered dictionaries only; tensors are read by torch's restricted unpickler.
+and ordered dictionaries only; tensors are read by torch's restricted unpickler. Of `getattr`, by which early
+releases of Python 3.11 write a member of an enumeration, it knows that alone.
 """
 
 import pickle
 import warnings
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from pathlib import Path
 from types import FunctionType
 from typing import Any, ClassVar
@@ -147,6 +149,19 @@ class _Reader(FileSystemReader):
         return found
 
 
+def _member(kind: object, name: str) -> Enum:
+    """The member of this name of an enumeration.
+
+    Raises:
+        pickle.UnpicklingError: an attribute of anything else.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(
+            f"it asks for the attribute {name}, which is no member of an enumeration"
+        )
+    return kind[name]
+
+
 class _Unpickler(pickle._Unpickler):  # in Python: C's has no table of opcodes
     """DCP's dataclasses, torch's dtypes and layouts, and containers; it fills objects, never classes."""
 
@@ -171,6 +186,8 @@ class _Unpickler(pickle._Unpickler):  # in Python: C's has no table of opcodes
         Raises:
             pickle.UnpicklingError: another one.
         """
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         plain = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) not in KNOWN and not plain:
             raise pickle.UnpicklingError(f"it has {module}.{name}, which such a checkpoint does not need")
