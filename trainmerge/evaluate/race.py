@@ -16,6 +16,7 @@ from trainmerge.evaluate.subject import Subject, TaskScore
 from trainmerge.evaluate.tasks import Task
 from trainmerge.system.distributed import world_size
 
+GROUPS = 4  # of examples that earlier merges missed
 CLOSE = 1e-9  # means that differ by less may be equal: both are scored to the end
 
 
@@ -76,9 +77,14 @@ class Race:
         return {task.name: score_of(subject, task, found[task.name]) for task in self.tasks}
 
     def _in_order(self, subject: Subject) -> Iterator[tuple[Task, int, Tensor]]:
-        """Every example once, with its probabilities [V]: those first that most merges missed."""
-        for level in sorted({int(n) for own in self.missed.values() for n in own}, reverse=True):
+        """Every example once, with its probabilities [V]: those first that most merges missed.
+
+        In `GROUPS` groups and those that no merge missed: more would leave few examples of a task to a batch.
+        """
+        highest = max(1.0, *(float(own.max()) for own in self.missed.values()))
+        groups = {name: (own / highest * GROUPS).ceil() for name, own in self.missed.items()}
+        for group in range(GROUPS, -1, -1):
             for task in self.tasks:
-                numbers = (self.missed[task.name] == level).nonzero().flatten().tolist()
+                numbers = (groups[task.name] == group).nonzero().flatten().tolist()
                 for i, p in probabilities(subject, task, numbers):
                     yield task, i, p

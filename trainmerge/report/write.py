@@ -81,6 +81,7 @@ def _shown(picture: Picture, folder: Path, numbers: Numbers) -> Section:
     """Write a figure's files and return its section of the page."""
     files = [f"{picture.stem}.png", f"{picture.stem}.csv"]
     picture.figure.savefig(folder / files[0], dpi=RESOLUTION, facecolor="white")
+    picture.figure.set_layout_engine("none")  # laid out by now: the page's drawing needs it no second time
     with (folder / files[1]).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(picture.header)
