@@ -192,6 +192,7 @@ def test_a_race_reads_the_examples_that_others_missed_first(run: Path) -> None:
     race.best = 0.8
     assert race.score(own) is None
     assert race.missed["mood"].tolist() == [3, 0, 0, 0]
+    assert Race([]).score(own) == {}  # of a run without test files
 
 
 def test_forwards_in_bfloat16(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,8 +65,7 @@ def auto_config(
 
 def _refuse(target: Path, place: Path, overwrite: bool) -> None:
     """Refuse, before the search, a target that is occupied or holds the search."""
-    folder = place.resolve()
-    if target.resolve() in (folder, *folder.parents):
+    if place.resolve().is_relative_to(target.resolve()):
         raise ValueError(f"the search's folder {place} is {target}, or inside it; choose another (--run)")
     if not _is_earlier_merge(target, place):
         refuse_occupied(target.resolve(), overwrite)

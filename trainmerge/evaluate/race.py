@@ -81,7 +81,7 @@ class Race:
 
         In `GROUPS` groups and those that no merge missed: more would leave few examples of a task to a batch.
         """
-        highest = max(1.0, *(float(own.max()) for own in self.missed.values()))
+        highest = max((n for own in self.missed.values() for n in own.tolist()), default=0) or 1
         groups = {name: (own / highest * GROUPS).ceil() for name, own in self.missed.items()}
         for group in range(GROUPS, -1, -1):
             for task in self.tasks:
